@@ -1,0 +1,77 @@
+.POSIX:
+# Everything happens in one environment, $(VENV). Each target installs what it needs there, once per change of
+# pyproject.toml or constraints.txt. PYTHON=... names the interpreter, ARGS=... is handed to pytest, to the bench or to luthier.
+VENV = .venv
+BIN = $(VENV)/bin
+RANGE = pyproject.toml constraints.txt
+INSTALL = $(BIN)/python -m pip install -qq --disable-pip-version-check --constraint constraints.txt --editable
+SUITABLE = import sys, importlib.util as u; v = sys.version_info; sys.exit( \
+	"is Python %d.%d" % v[:2] if not (3, 10) <= v[:2] <= (3, 13) else \
+	None if u.find_spec("venv") and u.find_spec("ensurepip") else \
+	"cannot make environments (on Debian and Ubuntu: apt install python3-venv)")
+
+.PHONY: help quickstart test lint docs bench clean
+
+help: ## list these targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
+
+quickstart: $(VENV)/.core ## teach a small model some facts and show what it learnt and what it kept
+	@echo "training by recipes/quickstart.yaml"
+	@$(BIN)/luthier train recipes/quickstart.yaml $(ARGS)
+
+test: $(VENV)/.test ## run every test, ARGS="-k word" some of them
+	@echo "testing"
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal --cov --cov-report= $(ARGS)
+	@echo "tests run $$($(BIN)/python -m coverage report --format=total) % of the lines of luthier/"
+
+lint: $(VENV)/.lint ## check style, types and the direction of imports
+	@echo "checking style"
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@echo "checking types"
+	@$(BIN)/mypy
+	@echo "checking the direction of imports"
+	@$(BIN)/lint-imports --no-logo
+
+docs: $(VENV)/.docs ## build the documentation into site/
+	@echo "building the documentation into site/"
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
+bench: $(VENV)/.bench ## measure speed and memory beside the usual tools
+	@echo "measuring speed and memory"
+	@$(BIN)/python -m bench $(ARGS)
+
+clean: ## remove the environment, caches and everything built; results of runs stay
+	@echo "removing .venv, caches, site/ and dist/"
+	@rm -rf .venv site dist .coverage .coverage.* .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	@find . -name __pycache__ -prune -exec rm -rf {} +
+
+$(VENV)/.made:
+	@tried=; for python in $${PYTHON:-python3 python3.12 python3.11 python3.13 python3.10}; do \
+		if says=$$("$$python" -c '$(SUITABLE)' 2>&1); then \
+			echo "making $(VENV) with $$("$$python" --version)"; \
+			"$$python" -m venv $(VENV) && touch $@; exit; \
+		fi; \
+		tried="$$tried  $$python: $$(echo "$$says" | head -n 1)\n"; \
+	done; \
+	printf '%s\n%b' "luthier needs Python 3.10 to 3.13; name one with make PYTHON=/path/to/python. Tried:" "$$tried" >&2; exit 1
+
+$(VENV)/.core: $(VENV)/.made $(RANGE)
+	@echo "installing luthier (the first time takes some minutes: torch is large)"
+	@$(INSTALL) . && touch $@
+
+$(VENV)/.test: $(VENV)/.core
+	@echo "installing what the tests need"
+	@$(INSTALL) '.[test]' && touch $@
+
+$(VENV)/.lint: $(VENV)/.core
+	@echo "installing the checkers"
+	@$(INSTALL) '.[lint]' && touch $@
+
+$(VENV)/.docs: $(VENV)/.core
+	@echo "installing what the documentation needs"
+	@$(INSTALL) '.[docs]' && touch $@
+
+$(VENV)/.bench: $(VENV)/.core
+	@echo "installing the tools to compare with"
+	@$(INSTALL) '.[bench]' && touch $@

@@ -1,0 +1,185 @@
+"""Fills the pages about what the code itself knows, while the site is built: `<!-- generated: recipe -->` becomes text.
+
+What a page says about recipes comes from the recipe's schema, about techniques from their cards and docstrings, so that
+neither can fall behind the code.
+"""
+
+from __future__ import annotations
+
+import html
+import inspect
+import re
+from collections.abc import Callable, Iterable, Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from luthier import registry
+from luthier.kinds import KINDS, TUNES
+
+EXAMPLE = Path(__file__).parent.parent / "examples" / "toy_technique.py"
+MARKER = re.compile(r"^<!-- generated: (\w+) -->$", re.MULTILINE)
+Schema = Mapping[str, Any]
+
+
+def on_page_markdown(markdown: str, **_: object) -> str:
+    """Replace each marker of a page; mkdocs calls this for every page."""
+    return MARKER.sub(lambda found: WRITERS[found[1]](), markdown)
+
+
+def cell(text: str) -> str:
+    """Text that stays within one cell of a table."""
+    return html.escape(" ".join(text.split()), quote=False).replace("|", "\\|")
+
+
+def code(text: str) -> str:
+    """The same, as code. Markdown shows code as it stands, so nothing is escaped but the cell's border."""
+    return "`" + " ".join(text.split()).replace("`", "'").replace("|", "\\|") + "`" if text else ""
+
+
+def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """A Markdown table."""
+    names = list(header)
+    lines = [names, ["---"] * len(names), *map(list, rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def recipe() -> str:
+    """The recipe's keys: one table for the top and one for each section, in the order of the schema."""
+    if find_spec("luthier.recipe") is None:
+        return "This version of luthier reads no recipes."
+    from luthier.recipe import Recipe
+
+    schema = Recipe.model_json_schema()
+    sections = {name: part for name, part in schema.get("$defs", {}).items() if part.get("properties")}
+    pieces = [keys_of(schema)]
+    for name, part in sections.items():
+        pieces += [f"## {heading(name)}", part.get("description", ""), keys_of(part)]
+    return "\n\n".join(piece for piece in pieces if piece)
+
+
+def keys_of(schema: Schema) -> str:
+    """A table of one object's keys."""
+    required = schema.get("required", ())
+    rows = (
+        (
+            code(key),
+            type_of(part),
+            "*needed*" if key in required else code(yaml_of(part["default"])) if "default" in part else "",
+            cell(part.get("description", "")),
+        )
+        for key, part in schema.get("properties", {}).items()
+    )
+    return table(("key", "value", "default", "meaning"), rows)
+
+
+def type_of(part: Schema) -> str:
+    """What may stand behind a key, in words; sections are links."""
+    if "$ref" in part:
+        name = heading(part["$ref"].rsplit("/", 1)[-1])
+        return f"[{name}](#{name.lower().replace(' ', '-')})"
+    if "allOf" in part:
+        return " and ".join(type_of(piece) for piece in part["allOf"])
+    for alternatives in ("anyOf", "oneOf"):
+        if alternatives in part:
+            return " or ".join(type_of(piece) for piece in part[alternatives])
+    if "enum" in part:
+        return ", ".join(code(yaml_of(value)) for value in part["enum"])
+    if "const" in part:
+        return code(yaml_of(part["const"]))
+    words = {"object": "mapping", "boolean": "true or false", "integer": "whole number", "string": "text"}
+    name = str(part.get("type", "anything"))
+    if name == "array":
+        return "list of " + type_of(part["items"]) if part.get("items") else "list"
+    if name == "null":
+        return code("null")
+    return words.get(name, name)
+
+
+def yaml_of(value: object) -> str:
+    """A value as a recipe spells it."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(yaml_of, value)) + "]"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key}: {yaml_of(one)}" for key, one in value.items()) + "}"
+    return str(value)
+
+
+def heading(name: str) -> str:
+    """`BatchPolicy` as `Batch policy`."""
+    return re.sub(r"(?<=[a-z])([A-Z])", lambda found: " " + found[1].lower(), name).replace("_", " ").capitalize()
+
+
+def techniques() -> str:
+    """Every technique under its kind, in the order of the kinds."""
+    pieces = []
+    for kind in KINDS:
+        found = [registry.find(name, (kind,)) for name in registry.names(kind)]
+        if found:
+            pieces += [f"## {heading(kind)}", *map(technique, found)]
+    return "\n\n".join(pieces) or "This version of luthier has no techniques."
+
+
+def technique(found: registry.Technique) -> str:
+    """One technique: what it does, its options, and the facts of its card that say something."""
+    card = found.card
+    facts = {
+        "Paper": paper(card.paper),
+        # Only what decides which numbers train can start away from the base, or be merged.
+        "At the first step": cell(card.step0) if found.kind in TUNES else "",
+        "Merges": cell(card.merges) if found.kind in TUNES else "",
+        "Becomes simpler": cell(card.reduces_to),
+        "Departs from the paper": cell(card.departs),
+        "Needs": ", ".join(map(code, sorted(card.needs))),
+        "Gives": ", ".join(map(code, sorted(card.gives))),
+        "Learning rate unless named": "" if card.learning_rate is None else code(f"{card.learning_rate:g}"),
+        "Claim tested by": code(card.claim),
+    }
+    parameters = inspect.signature(found.factory).parameters
+    meaning = described_arguments(found.factory)
+    options = [
+        (
+            code(name),
+            code(str(parameter.annotation)),
+            "*needed*" if parameter.default is parameter.empty else code(repr(parameter.default)),
+            cell(meaning.get(name, "")),
+        )
+        for name, parameter in parameters.items()
+    ]
+    pieces = [
+        f"### `{found.name}`: {cell(card.title)}",
+        cell(card.summary),
+        table(("option", "type", "default", "meaning"), options) if options else "",
+        "\n".join(f"- **{name}:** {text}" for name, text in facts.items() if text),
+    ]
+    return "\n\n".join(piece for piece in pieces if piece)
+
+
+def paper(source: str) -> str:
+    """A paper's source, with a link where it is an arXiv number."""
+    number = re.fullmatch(r"arXiv:(\d{4}\.\d{4,5})", source)
+    return f"[{source}](https://arxiv.org/abs/{number[1]})" if number else cell(source)
+
+
+def described_arguments(function: Callable[..., Any]) -> dict[str, str]:
+    """Option to meaning, from the `Args:` section of a docstring."""
+    text = inspect.getdoc(function) or ""
+    section = re.search(r"^Args:\n((?:[ ]+.*\n?|\n)+)", text, re.MULTILINE)
+    if section is None:
+        return {}
+    entries = re.findall(r"^ {4}(\w+): ((?:.*\n?)(?:^ {5,}.*\n?)*)", section[1], re.MULTILINE)
+    return {name: " ".join(meaning.split()) for name, meaning in entries}
+
+
+def example() -> str:
+    """The smallest technique, as it stands in the repository."""
+    if not EXAMPLE.exists():
+        return "Every file under `luthier/methods/` is an example; the shortest are the best to start from."
+    return f"```python\n{EXAMPLE.read_text(encoding='utf-8').rstrip()}\n```"
+
+
+WRITERS: dict[str, Callable[[], str]] = {"recipe": recipe, "techniques": techniques, "example": example}

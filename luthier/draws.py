@@ -1,0 +1,44 @@
+"""Random draws that can be made again: by name, or by the token they are for.
+
+Nothing here keeps a state, so a resumed run, another split into micro-batches and another number of processes draw the same.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch import Tensor
+
+_MASK = (1 << 63) - 1
+
+
+def seed_of(*names: object) -> int:
+    """A 63-bit seed from names and numbers, equal on every platform."""
+    text = "\x1f".join(str(name) for name in names)
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") & _MASK
+
+
+def generator(*names: object, device: torch.device | str = "cpu") -> torch.Generator:
+    """A generator seeded by names and numbers."""
+    return torch.Generator(device=device).manual_seed(seed_of(*names))
+
+
+def _mix(key: Tensor) -> Tensor:
+    # torch shifts int64 arithmetically: the sign must be masked off after each shift, or the mean of the draws is off.
+    for multiplier, shift in ((-0x61C8864680B583EB, 30), (-0x40A7B892E31B1A47, 27), (-0x6B2FB644ECCEEE15, 31)):
+        key = key * multiplier
+        key = key ^ ((key >> shift) & ((1 << (64 - shift)) - 1))
+    return key
+
+
+def keys(seed: int, step: int, row_N: Tensor, position_N: Tensor) -> Tensor:
+    """One integer for each token, from the seed, the step, its row's number and its position."""
+    start = torch.tensor(seed_of(seed, step), dtype=torch.int64, device=row_N.device)
+    return _mix(_mix(start ^ row_N) ^ position_N)
+
+
+def uniform(key_N: Tensor, stream: int = 0) -> Tensor:
+    """Uniform numbers in [0, 1) in fp64, one a key; another stream gives independent ones."""
+    mixed = _mix(key_N ^ torch.tensor(seed_of("stream", stream), dtype=torch.int64, device=key_N.device))
+    return ((mixed >> 11) & ((1 << 53) - 1)).double() / float(1 << 53)

@@ -1,0 +1,63 @@
+"""AdamW: Adam with decoupled weight decay (Loshchilov and Hutter, 2017), algorithm 2."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.optim.adamw import adamw as fused_adamw
+
+from luthier.kinds import Now, Optimizer, State, TrainedLike
+from luthier.registry import method
+
+
+@method(title="AdamW", paper="arXiv:1711.05101", reduces_to="decay 0: Adam")
+def adamw(*, decay: float = 0.0, beta1: float = 0.9, beta2: float = 0.999, epsilon: float = 1e-8) -> Optimizer:
+    """Adam with weight decay taken off the weights directly; norms, biases and other vectors do not decay.
+
+    Args:
+        decay: weight decay, multiplied with the learning rate; 0, since fine-tuning starts from weights worth keeping.
+        beta1: decay of the first moment, as in the paper.
+        beta2: decay of the second moment, as in the paper.
+        epsilon: added to the root of the second moment, as in the paper.
+    """
+
+    def init(trained: TrainedLike) -> State:
+        values = trained.master.detach()
+        wide = torch.promote_types(values.dtype, torch.float32)
+        state: State = {"first": torch.zeros_like(values, dtype=wide), "second": torch.zeros_like(values, dtype=wide)}
+        shape = [1] * values.ndim
+        if trained.changes:
+            # Numbers that join later are younger: with one shared age their first step would be too long.
+            shape[trained.axis] = values.shape[trained.axis]
+        state["age"] = torch.zeros(shape if trained.changes else (), dtype=torch.float32)
+        return state
+
+    def step(value: Tensor, gradient: Tensor, state: State, trained: TrainedLike, now: Now) -> None:
+        rate = now.learning_rate * trained.rate
+        weight_decay = decay if trained.decay else 0.0
+        if not trained.changes:
+            fused_adamw(
+                [value],
+                [gradient],
+                [state["first"]],
+                [state["second"]],
+                [],
+                [state["age"]],
+                fused=True,
+                amsgrad=False,
+                beta1=beta1,
+                beta2=beta2,
+                lr=rate,
+                weight_decay=weight_decay,
+                eps=epsilon,
+                maximize=False,
+            )
+            return
+        age = state["age"].add_(1)
+        state["first"].lerp_(gradient, 1 - beta1)
+        state["second"].mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+        root = (state["second"] / (1 - beta2**age).to(gradient.dtype)).sqrt_().add_(epsilon)
+        value.mul_(1 - rate * weight_decay)
+        value.sub_(rate * (state["first"] / (1 - beta1**age).to(gradient.dtype)) / root)
+
+    return Optimizer(init, step)

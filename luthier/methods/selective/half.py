@@ -1,0 +1,114 @@
+"""Half Fine-Tuning (Hui et al., 2024), section 3: a random half of every block's matrices trains, the other half keeps the base."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+
+from luthier.errors import LuthierError
+from luthier.kinds import Place, Select, Selective, Services
+from luthier.models.parts import Parts
+from luthier.registry import method
+
+CATEGORIES = (("attention",), ("mlp", "expert"), ("norm",))
+
+Ticket = list[Place]
+"""What is drawn or left together: a matrix, or at the level of layers a whole block."""
+Group = list[Ticket]
+"""Tickets of which a share is drawn: one category of one block."""
+
+
+@method(
+    title="Half Fine-Tuning",
+    paper="arXiv:2404.18466",
+    row=8,
+    reduces_to="share 1: full fine-tuning",
+    departs="the paper gives a block rule for one half only: other shares round, then settle what is left over random blocks; "
+    "norms inside attention join the lottery of norms",
+    merges="is in place",
+    learning_rate=2e-4,
+)
+def half(
+    *,
+    share: float = 0.5,
+    level: Literal["category", "layer", "model"] = "category",
+    balance: Literal["tensors", "parameters"] = "tensors",
+    embeddings: Literal["train", "freeze"] = "train",
+) -> Selective:
+    """Train half of the matrices of every block and freeze the other half; a new stage draws new halves.
+
+    A bias follows its matrix. Embedding, head and final norm stand outside the lottery.
+
+    Args:
+        share: how much of each category trains; the paper finds 0.3 to 0.7 alike.
+        level: where the lottery is held: in each category of each block (the paper's best), over whole blocks, or over all
+            matrices of the model.
+        balance: whether the share counts tensors, as the paper does, or their numbers (narrow key and value projections count less).
+        embeddings: whether what stands outside the blocks trains, as in the paper.
+    """
+    if not 0.0 < share <= 1.0:
+        raise LuthierError(f"the share is {share}", where="half: share", mend="use more than 0 and at most 1")
+
+    def choose(parts: Parts, services: Services) -> dict[Place, Select]:
+        rng = services.rng("half")
+        lotteries = {"category": _by_category, "layer": _by_layer, "model": _by_model}[level](parts)
+        draw = _draw_tickets if balance == "tensors" else _draw_numbers
+        drawn = [place for groups in lotteries for ticket in draw(groups, share, rng, services) for place in ticket]
+        outside = [p for p in parts.by_block(None) if p.role != "other"] if embeddings == "train" else []
+        return {place: Select("whole") for place in [*_with_biases(parts, drawn), *outside]}
+
+    return Selective(choose)
+
+
+def _by_category(parts: Parts) -> list[list[Group]]:
+    """A lottery for each category, a group for each block."""
+    return [
+        [[[place] for place in parts.select(roles=roles, blocks=[block])] for block in range(parts.blocks)]
+        for roles in CATEGORIES
+    ]
+
+
+def _by_layer(parts: Parts) -> list[list[Group]]:
+    return [[[parts.select(blocks=[block]) for block in range(parts.blocks)]]]
+
+
+def _by_model(parts: Parts) -> list[list[Group]]:
+    return [[[[place] for place in parts.select() if place.block is not None]]]
+
+
+def _shuffled(count: int, rng: torch.Generator) -> list[int]:
+    return torch.randperm(count, generator=rng).tolist()  # type: ignore[no-any-return]
+
+
+def _draw_tickets(groups: list[Group], share: float, rng: torch.Generator, services: Services) -> list[Ticket]:
+    """Every group gives its rounded-down share; what is still owed comes one each from random groups.
+
+    For three matrices a block and a share of one half, that is 1 of 3 in the rounded-down half of the blocks and 2 of 3 in the rest.
+    """
+    sure = [math.floor(share * len(group)) for group in groups]
+    owed = math.floor(share * sum(map(len, groups)) + 0.5) - sum(sure)
+    for lucky in _shuffled(len(groups), rng)[:owed]:
+        sure[lucky] += 1
+    return [group[i] for group, count in zip(groups, sure) for i in sorted(_shuffled(len(group), rng)[:count])]
+
+
+def _draw_numbers(groups: list[Group], share: float, rng: torch.Generator, services: Services) -> list[Ticket]:
+    """Tickets in random order, each taken while that brings the trained numbers closer to their share of what was seen so far."""
+    drawn: list[Ticket] = []
+    owed = 0.0
+    for group in groups:
+        sizes = [sum(services.weight(place).numel() for place in ticket) for ticket in group]
+        owed += share * sum(sizes)
+        for i in _shuffled(len(group), rng):
+            if sizes[i] / 2 <= owed:
+                drawn.append(group[i])
+                owed -= sizes[i]
+    return drawn
+
+
+def _with_biases(parts: Parts, drawn: list[Place]) -> list[Place]:
+    """A bias follows its own matrix or norm."""
+    wanted = {(place.module, place.start) for place in drawn}
+    return [p for p in parts.select(tensor=None) if p.block is not None and (p.module, p.start) in wanted]

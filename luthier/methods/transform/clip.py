@@ -1,0 +1,33 @@
+"""Gradient clipping by the norm of all gradients together (Pascanu et al., 2013), algorithm 1."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from luthier.kinds import Now, State, TrainedLike, Transform
+from luthier.registry import method
+
+
+@method(title="Gradient clipping", paper="arXiv:1211.5063", reduces_to="norm 0: no clipping")
+def clip(*, norm: float = 1.0) -> Transform:
+    """Scale all gradients down together when their joint norm is above a limit.
+
+    Args:
+        norm: the limit, 0 for none.
+    """
+
+    def update(
+        values: Sequence[Tensor], states: Sequence[State], trained: Sequence[TrainedLike], now: Now
+    ) -> list[Tensor]:
+        if norm == 0:
+            return list(values)
+        joint = torch.stack([value.norm(dtype=torch.promote_types(value.dtype, torch.float32)) for value in values]).norm()
+        for state in states[:1]:
+            state["norm"] = float(joint)
+        factor = norm / (joint + 1e-6)
+        return [value.mul_(factor) for value in values] if factor < 1 else list(values)
+
+    return Transform(lambda trained: {}, update, scope="all")

@@ -1,0 +1,44 @@
+"""From hidden states to logits, as the model itself does it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from luthier.errors import LuthierError
+from luthier.models.parts import Parts
+
+
+def finish(model: nn.Module) -> Callable[[Tensor], Tensor]:
+    """What the model does to the head's output: scaling (Cohere, Granite) and soft-capping (Gemma 2)."""
+    config = model.config.get_text_config()  # type: ignore[union-attr,operator]
+    multiply = float(getattr(config, "logit_scale", None) or 1.0)
+    divide = float(getattr(config, "logits_scaling", None) or 1.0)
+    cap = getattr(config, "final_logit_softcapping", None)
+
+    def apply(logits: Tensor) -> Tensor:
+        if multiply != 1.0 or divide != 1.0:
+            logits = logits * (multiply / divide)
+        return torch.tanh(logits / cap) * cap if cap else logits
+
+    return apply
+
+
+def head_of(model: nn.Module, parts: Parts) -> Callable[[Tensor], Tensor]:
+    """The head with all that stands on it: hidden states [N, D] to logits [N, V].
+
+    Raises:
+        LuthierError: the model has no language-model head.
+    """
+    if not parts.head or not parts.causal:
+        raise LuthierError(
+            f"{parts.architecture} does not predict next tokens here",
+            mend="use a causal language model (AutoModelForCausalLM)",
+        )
+    # Called as a module, so that a delta, an edit or a tap on the head is in effect.
+    module: Any = model.get_submodule(parts.head)
+    after = finish(model)
+    return lambda hidden_ND: after(module(hidden_ND))

@@ -1,0 +1,204 @@
+"""From the name of a model to the model: short names, folders, GGUF files, tiny models and the hub."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from luthier.errors import LuthierError, nearest
+from luthier.models.convert import load_gguf_model, load_gguf_tokenizer
+from luthier.models.folder import check_folder, has_tokenizer
+from luthier.models.hub import HubUnavailableError, cached_snapshot, fetch_snapshot
+from luthier.models.known import KNOWN, Kind, KnownModel
+from luthier.models.quiet import quiet
+from luthier.models.tiny import ARCHITECTURES, tiny, tiny_kind, tiny_tokenizer
+from luthier.models.weights import load_weights
+from luthier.models.wheel import WheelUnavailableError, unpack_wheel, unpacked, wheel_folder
+
+Say = Callable[[str], None]
+_TINY = "tiny:"
+_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+def _silent(_: str) -> None:
+    """Says nothing."""
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where a model's weights come from, settled: the same source always loads the same weights."""
+
+    name: str
+    """What was asked for."""
+    kind: Kind
+    """`causal` predicts next tokens, `encoder` only encodes."""
+    origin: str
+    """Where the weights come from, in words for reports."""
+    path: Path | None = None
+    """The folder or the GGUF file on this machine; None for a tiny model."""
+    trust_remote_code: bool = False
+
+
+def resolve(
+    name: str, *, revision: str | None = None, trust_remote_code: bool = False, say: Say = _silent
+) -> ModelSource:
+    """Find a model by name, and download it where it is not on this machine yet.
+
+    Args:
+        name: a short name of `KNOWN`, `tiny:<architecture>`, a folder, a GGUF file, or a name on the Hugging Face hub.
+            The first of these that fits decides. What is on this machine comes before the network, and the hub before
+            the PyPI wheel of a short name; once found, a name keeps its weights.
+        revision: branch, tag or commit on the hub.
+        trust_remote_code: allow models that bring code of their own.
+        say: is told what takes time.
+
+    Raises:
+        LuthierError: there is no such model, it can not be reached, or it can not be loaded safely.
+    """
+    if name in KNOWN:
+        return _resolve_known(KNOWN[name], revision, trust_remote_code, say)
+    path = Path(name).expanduser()
+    local = name.startswith(_TINY) or path.exists() or path.suffix == ".gguf" or not _HUB_NAME.fullmatch(name)
+    if not local:
+        return _resolve_hub(name, revision, trust_remote_code, say)
+    if revision is not None:
+        raise LuthierError(
+            f"`{name}` has no revisions", where="revision", mend="leave the revision out, or use a name on the hub"
+        )
+    if name.startswith(_TINY):
+        architecture = name.removeprefix(_TINY)
+        return ModelSource(name, tiny_kind(architecture), f"random tiny {architecture}")
+    if path.is_dir():
+        kind = check_folder(path, trust_remote_code=trust_remote_code)
+        return ModelSource(name, kind, f"folder {path}", path.resolve(), trust_remote_code)
+    if path.is_file() and path.suffix == ".gguf":
+        return ModelSource(name, "causal", f"GGUF file {path}", path.resolve())
+    raise _not_found(name, "the file is no GGUF file" if path.is_file() else "there is no such folder or file")
+
+
+def load_model(
+    source: ModelSource | str,
+    *,
+    dtype: torch.dtype = torch.float32,
+    trust_remote_code: bool = False,
+    revision: str | None = None,
+    say: Say = _silent,
+) -> PreTrainedModel:
+    """The model of a source or a name, on the CPU, in evaluation mode; an encoder comes without a head.
+
+    Args:
+        source: what `resolve` gave, or a name for it. A source brings its own revision and trust.
+        dtype: of the weights; float32, because trained weights need its small steps.
+        trust_remote_code: as for `resolve`.
+        revision: as for `resolve`.
+        say: is told what takes time, and which weights of a checkpoint have no place in the model.
+
+    Raises:
+        LuthierError: as `resolve`; or weights of the model are missing, which would leave them random.
+    """
+    if isinstance(source, str):
+        source = resolve(source, revision=revision, trust_remote_code=trust_remote_code, say=say)
+    if source.path is None:
+        return tiny(source.name.removeprefix(_TINY), dtype=dtype)
+    if source.path.suffix == ".gguf":
+        return load_gguf_model(source.path, dtype=dtype)
+    with quiet():
+        model, unexpected = load_weights(
+            transformers.AutoModelForCausalLM if source.kind == "causal" else transformers.AutoModel,
+            source.path,
+            source.path,
+            dtype=dtype,
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=source.trust_remote_code,
+        )
+    if unexpected:
+        say(f"{len(unexpected)} tensors of {source.name} have no place in {type(model).__name__}: {unexpected[:5]}")
+    return model
+
+
+def load_tokenizer(
+    source: ModelSource | str,
+    *,
+    trust_remote_code: bool = False,
+    revision: str | None = None,
+    say: Say = _silent,
+) -> PreTrainedTokenizerBase:
+    """The tokenizer of a source or a name. No token is ever added: a missing padding token is the batch's business.
+
+    Raises:
+        LuthierError: as `resolve`; or there is no tokenizer beside the model.
+    """
+    if isinstance(source, str):
+        source = resolve(source, revision=revision, trust_remote_code=trust_remote_code, say=say)
+    if source.path is None:
+        return tiny_tokenizer()
+    if source.path.suffix == ".gguf":
+        return load_gguf_tokenizer(source.path)
+    if not has_tokenizer(source.path):
+        raise LuthierError(
+            f"`{source.name}` has no tokenizer",
+            where=str(source.path),
+            mend="save the tokenizer into the model's folder",
+        )
+    with quiet():
+        tokenizer: PreTrainedTokenizerBase = transformers.AutoTokenizer.from_pretrained(
+            source.path, local_files_only=True, trust_remote_code=source.trust_remote_code
+        )
+    return tokenizer
+
+
+def _resolve_known(known: KnownModel, revision: str | None, trust_remote_code: bool, say: Say) -> ModelSource:
+    if revision is None and unpacked(known):
+        return ModelSource(known.name, known.kind, known.wheel_origin, wheel_folder(known))
+    try:
+        return _on_hub(known.name, known.hub, revision, trust_remote_code, say)
+    except HubUnavailableError as error:
+        if revision is not None:
+            raise _not_found(known.name, f"{error}; its PyPI wheel has no revisions") from error
+        say(f"{error}; falling back to the PyPI wheel")
+        reason = str(error)
+    try:
+        folder = unpack_wheel(known, say)
+    except WheelUnavailableError as error:
+        raise _not_found(known.name, f"{reason}; {error}") from error
+    return ModelSource(known.name, known.kind, known.wheel_origin, folder)
+
+
+def _resolve_hub(name: str, revision: str | None, trust_remote_code: bool, say: Say) -> ModelSource:
+    try:
+        return _on_hub(name, name, revision, trust_remote_code, say)
+    except HubUnavailableError as error:
+        raise _not_found(name, str(error)) from error
+
+
+def _on_hub(name: str, hub: str, revision: str | None, trust_remote_code: bool, say: Say) -> ModelSource:
+    folder = cached_snapshot(hub, revision=revision, remote_code=trust_remote_code)
+    if folder is None:
+        say(f"looking for {hub} on the Hugging Face hub")
+        folder = fetch_snapshot(hub, revision=revision, remote_code=trust_remote_code)
+    kind = check_folder(folder, trust_remote_code=trust_remote_code)
+    return ModelSource(name, kind, f"Hugging Face hub {hub}@{folder.name[:12]}", folder, trust_remote_code)
+
+
+def _not_found(name: str, reason: str) -> LuthierError:
+    suggestion = nearest(name, [*KNOWN, *(f"{_TINY}{architecture}" for architecture in ARCHITECTURES)])
+    ways = [
+        "a name on the Hugging Face hub, when it can be reached (HF_HUB_OFFLINE switches it off)",
+        "a folder with config.json and safetensors files",
+        "a GGUF file",
+        f"a short name: {', '.join(KNOWN)}",
+        f"a random tiny model for dry runs: {_TINY}llama and others",
+    ]
+    return LuthierError(
+        f"the model `{name}` was not found: {reason}",
+        where="model",
+        mend=f"{suggestion + ' ' if suggestion.startswith('did') else ''}Name one of:"
+        + "".join(f"\n    - {way}" for way in ways),
+    )

@@ -1,0 +1,334 @@
+"""One map of the model: where every parameter lives, what it does, and in which block.
+
+Selections, adapters, pruning, freezing and reports all name tensors by this map, so that they mean the same tensor.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from itertools import accumulate
+from typing import Any
+
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from luthier.errors import LuthierError
+from luthier.kinds import Place
+from luthier.models.roles import FUSED_ROWS, GROUPS, ROLES, expand_roles, role_in_block, role_outside
+
+__all__ = ["GROUPS", "ROLES", "Parts", "expand_roles", "map_parts"]
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The map of one model. It holds names and numbers only, so it outlives sharding, moving and copying the model."""
+
+    architecture: str
+    """The model type of the configuration, e.g. `llama`."""
+    places: tuple[Place, ...]
+    """Every parameter exactly once: a fused one as disjoint places that cover it, a tied one under its first name."""
+    ties: Mapping[str, str]
+    """What shares a tensor with what: modules for weights (`{"lm_head": "model.embed_tokens"}`), else whole names."""
+    blocks: int
+    width: int
+    heads: int
+    key_value_heads: int
+    head_width: int
+    vocabulary: int
+    block_modules: tuple[str, ...]
+    """Dotted names of the blocks, in order."""
+    backbone: str
+    """The smallest module that holds embedding and blocks; it returns the last hidden state. Empty: the model."""
+    head: str
+    """The module that turns hidden states into logits; empty for a model without one."""
+    embedding: str
+    causal: bool
+    """Whether the model predicts next tokens."""
+    transposed: frozenset[str]
+    """Modules whose weight is stored [in, out] instead of [out, in] (GPT-2's Conv1D)."""
+
+    def select(
+        self,
+        roles: str | Iterable[str] | None = None,
+        blocks: Iterable[int] | None = None,
+        tensor: str | None = "weight",
+    ) -> list[Place]:
+        """The places of some roles in some blocks, in the model's order.
+
+        Args:
+            roles: roles and groups of roles; None for all.
+            blocks: block numbers from 0; None for every place, also outside the blocks.
+            tensor: `weight` for all that is no bias, `bias`, or None for both.
+
+        Raises:
+            LuthierError: unknown role, a block the model does not have, or another `tensor`.
+        """
+        if tensor not in ("weight", "bias", None):
+            raise LuthierError(f"`{tensor}` is not a kind of tensor", where="tensor", mend="use weight, bias or None")
+        wanted = set(ROLES if roles is None else expand_roles(roles))
+        allowed = None if blocks is None else set(blocks)
+        missing = sorted((allowed or set()) - set(range(self.blocks)))
+        if missing:
+            raise LuthierError(
+                f"the model has no block {', '.join(map(str, missing))}",
+                where="blocks",
+                mend=f"name blocks from 0 to {self.blocks - 1}",
+            )
+        return [
+            place
+            for place in self.places
+            if place.role in wanted
+            and (allowed is None or place.block in allowed)
+            and (tensor is None or place.tensor.endswith("bias") == (tensor == "bias"))
+        ]
+
+    def by_block(self, block: int | None) -> list[Place]:
+        """Every place of one block, weights and biases; None for what stands outside the blocks."""
+        if block is None:
+            return [place for place in self.places if place.block is None]
+        return self.select(blocks=[block], tensor=None)
+
+    def module(self, model: nn.Module, place: Place) -> nn.Module:
+        """The module that owns the place's tensor."""
+        return model.get_submodule(place.module)
+
+    def parameter(self, model: nn.Module, place: Place) -> nn.Parameter:
+        """The whole parameter, also for a place that is a slice of it."""
+        return model.get_parameter(place.parameter)
+
+    def view(self, model: nn.Module, place: Place) -> Tensor:
+        """The place's own numbers, sharing memory with the parameter: a matrix as [out, in], a bias as [out].
+
+        A transposed weight is turned, so that rows are always outputs. Gradients flow through the view.
+        """
+        tensor = self.parameter(model, place)
+        turned = tensor.T if place.module in self.transposed and tensor.dim() == 2 else tensor
+        return turned[place.start : place.stop]
+
+    def describe(self) -> str:
+        """The map in words, a line a role."""
+        shape = (
+            f"{self.architecture}: {self.blocks} blocks, width {self.width}, {self.heads} heads of {self.head_width}"
+            f" ({self.key_value_heads} key-value), vocabulary {self.vocabulary}"
+        )
+        counts = Counter(
+            (place.role, "biases" if place.tensor.endswith("bias") else "weights") for place in self.places
+        )
+        lines = [
+            f"  {role}: "
+            + ", ".join(f"{counts[role, kind]} {kind}" for kind in ("weights", "biases") if counts[role, kind])
+            for role in ROLES
+            if counts[role, "weights"] or counts[role, "biases"]
+        ]
+        ties = [f"  {name} is tied to {target}" for name, target in self.ties.items()]
+        return "\n".join([shape, *lines, *ties])
+
+
+def map_parts(model: nn.Module) -> Parts:
+    """The map of a plain `transformers` model, before anything is attached to it.
+
+    Raises:
+        LuthierError: the blocks can not be found, a parameter's role is not known, or the head counts do not explain
+            the shapes of the attention matrices. Nothing is skipped silently.
+    """
+    transformer: Any = model
+    config = transformer.config.get_text_config()
+    if getattr(config, "is_encoder_decoder", False):
+        raise _refusal(model, "encoder-decoder models are not mapped")
+    blocks = _find_blocks(model, config.num_hidden_layers)
+    embedding = _name_of(model, transformer.get_input_embeddings())
+    parts = Parts(
+        architecture=config.model_type,
+        places=(),
+        ties={},
+        blocks=len(blocks),
+        width=config.hidden_size,
+        heads=config.num_attention_heads,
+        key_value_heads=_key_value_heads(config),
+        head_width=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+        vocabulary=config.vocab_size,
+        block_modules=blocks,
+        backbone=_common_module(embedding, blocks[0]),
+        head=_name_of(model, transformer.get_output_embeddings()),
+        embedding=embedding,
+        causal=bool(transformer.can_generate()),
+        transposed=frozenset(name for name, module in model.named_modules() if isinstance(module, Conv1D)),
+    )
+    names, ties = _distinct_parameters(model, embedding)
+    whole = _assign_roles(model, parts, names)
+    places = tuple(piece for place in whole for piece in _split(model, parts, place))
+    for place in places:
+        _check_heads(model, parts, place)
+    return replace(parts, places=places, ties=ties)
+
+
+def _refusal(model: nn.Module, what: str, found: Iterable[str] = ()) -> LuthierError:
+    listed = "".join(f"\n    {line}" for line in found)
+    return LuthierError(
+        f"{type(model).__name__} can not be mapped: {what}{listed}",
+        where="luthier.models.parts",
+        mend="use a decoder or encoder of a known family, or add the names to the tables in luthier/models/roles.py",
+    )
+
+
+def _name_of(model: nn.Module, wanted: nn.Module | None) -> str:
+    """The dotted name of a submodule; empty when there is none."""
+    return next((name for name, module in model.named_modules() if module is wanted), "")
+
+
+def _common_module(first: str, second: str) -> str:
+    """The dotted name of the smallest module that holds both."""
+    shared = []
+    for left, right in zip(first.split("."), second.split("."), strict=False):
+        if left != right:
+            break
+        shared.append(left)
+    return ".".join(shared)
+
+
+def _key_value_heads(config: Any) -> int:
+    # Falcon and GPT-BigCode spell "one key-value head" as a flag, and keep a head count that then means nothing.
+    if getattr(config, "multi_query", False) and not getattr(config, "new_decoder_architecture", False):
+        return 1
+    for name in ("num_key_value_heads", "num_kv_heads"):
+        if getattr(config, name, None):
+            return int(getattr(config, name))
+    return int(config.num_attention_heads)
+
+
+def _find_blocks(model: nn.Module, count: int) -> tuple[str, ...]:
+    """The dotted names of the transformer blocks: the one outermost list of as many modules as the model has layers."""
+    lists: list[str] = []
+    for name, module in model.named_modules():
+        nested = any(name.startswith(f"{outer}.") for outer in lists)
+        if isinstance(module, nn.ModuleList) and len(module) == count and not nested:
+            lists.append(name)
+    if len(lists) != 1:
+        raise _refusal(
+            model, f"its blocks are not one list of {count} modules; lists of that length:", lists or ["none"]
+        )
+    return tuple(f"{lists[0]}.{number}" for number in range(count))
+
+
+def _distinct_parameters(model: nn.Module, embedding: str) -> tuple[list[str], dict[str, str]]:
+    """Every parameter's name once, and what the further names of shared parameters are tied to."""
+    shared: defaultdict[int, list[str]] = defaultdict(list)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        shared[id(parameter)].append(name)
+    names, ties = [], {}
+    for group in shared.values():
+        first = next((name for name in group if name == f"{embedding}.weight"), group[0])
+        names.append(first)
+        for name in group:
+            if name != first and name.endswith(".weight") and first.endswith(".weight"):
+                ties[name.removesuffix(".weight")] = first.removesuffix(".weight")
+            elif name != first:
+                ties[name] = first
+    return names, ties
+
+
+def _assign_roles(model: nn.Module, parts: Parts, names: list[str]) -> list[Place]:
+    """A place for every parameter, whole tensors only."""
+    block_of = {name: _block_of(name, parts.block_modules) for name in names}
+    inner = {name: _inner_name(name, parts, block_of[name]) for name in names}
+    siblings: defaultdict[int | None, set[str]] = defaultdict(set)
+    for name in names:
+        siblings[block_of[name]].add(inner[name])
+    roles: dict[str, str | None] = {}
+    for name in names:
+        module, block = name.rpartition(".")[0], block_of[name]
+        if module in (parts.embedding, parts.head) and module:
+            roles[name] = "embedding" if module == parts.embedding else "head"
+        else:
+            roles[name] = role_outside(inner[name]) if block is None else role_in_block(inner[name], siblings[block])
+    for block in range(parts.blocks):
+        unknown = [name for name in names if block_of[name] == block and roles[name] is None]
+        roles.update(_roles_by_shape(model, unknown))
+    unknown = [f"{name} {tuple(model.get_parameter(name).shape)}" for name in names if roles[name] is None]
+    if unknown:
+        raise _refusal(model, f"{len(unknown)} parameters have no known role:", unknown[:20])
+    places = []
+    for name in names:
+        module, _, tensor = name.rpartition(".")
+        places.append(Place(module, tensor, str(roles[name]), block_of[name]))
+    return places
+
+
+def _block_of(name: str, block_modules: tuple[str, ...]) -> int | None:
+    listing = block_modules[0].rpartition(".")[0]
+    return int(name[len(listing) + 1 :].split(".")[0]) if name.startswith(f"{listing}.") else None
+
+
+def _inner_name(name: str, parts: Parts, block: int | None) -> str:
+    """The name inside its block, without `.weight` or `.bias`."""
+    inside = name if block is None else name.removeprefix(f"{parts.block_modules[block]}.")
+    return inside.removesuffix(".weight").removesuffix(".bias")
+
+
+def _roles_by_shape(model: nn.Module, names: list[str]) -> dict[str, str]:
+    """The roles of parameters with unknown names where class or shape leave no doubt.
+
+    A norm is known by its class. Where just two matrices are unknown, and one widens what the other narrows, they are
+    the MLP.
+    """
+    roles: dict[str, str] = {}
+    linears: dict[str, nn.Linear] = {}
+    for name in names:
+        module_name = name.rpartition(".")[0]
+        module = model.get_submodule(module_name)
+        if "norm" in type(module).__name__.lower():
+            roles[name] = "other_norm"
+        elif isinstance(module, nn.Linear):
+            linears[module_name] = module
+    widening = [name for name, linear in linears.items() if linear.out_features > linear.in_features]
+    narrowing = [name for name, linear in linears.items() if linear.out_features < linear.in_features]
+    if len(linears) == 2 and len(widening) == len(narrowing) == 1:
+        up, down = linears[widening[0]], linears[narrowing[0]]
+        if (up.in_features, up.out_features) == (down.out_features, down.in_features):
+            known = {widening[0]: "mlp_up", narrowing[0]: "mlp_down"}
+            roles.update({name: known[name.rpartition(".")[0]] for name in names if name.rpartition(".")[0] in known})
+    return roles
+
+
+def _output_rows(model: nn.Module, place: Place) -> int:
+    """How many outputs the place's module has; asked of the module, because a packed weight no longer tells."""
+    module: Any = model.get_submodule(place.module)
+    for attribute in ("out_features", "nf"):
+        if hasattr(module, attribute):
+            return int(getattr(module, attribute))
+    return int(module.get_parameter(place.tensor).shape[0])
+
+
+def _split(model: nn.Module, parts: Parts, place: Place) -> list[Place]:
+    """The pieces of a fused place whose layout is known; the place itself otherwise."""
+    roles = FUSED_ROWS.get((parts.architecture, place.module.rpartition(".")[2]))
+    if roles is None or place.role not in ("attention_query_key_value", "mlp_gate_up"):
+        return [place]
+    rows = _output_rows(model, place)
+    if place.role == "mlp_gate_up":
+        sizes = [rows // 2] * 2
+    else:
+        sizes = [parts.heads * parts.head_width, *[parts.key_value_heads * parts.head_width] * 2]
+    if sum(sizes) != rows:
+        raise _refusal(model, f"{place} has {rows} rows, but its {len(sizes)} pieces would have {sizes}")
+    ends = list(accumulate(sizes))
+    return [
+        place._replace(role=role, start=end - size, stop=end)
+        for role, size, end in zip(roles, sizes, ends, strict=True)
+    ]
+
+
+def _check_heads(model: nn.Module, parts: Parts, place: Place) -> None:
+    """Refuse a map whose head counts would cut an attention matrix at the wrong rows."""
+    heads = {
+        "attention_query": parts.heads,
+        "attention_key": parts.key_value_heads,
+        "attention_value": parts.key_value_heads,
+    }.get(place.role)
+    if heads is None:
+        return
+    rows = _output_rows(model, place) if place.stop is None else place.stop - (place.start or 0)
+    if rows != heads * parts.head_width:
+        raise _refusal(model, f"{place} has {rows} rows, not {heads} heads of {parts.head_width}")

@@ -1,0 +1,151 @@
+"""What the tensors of a model do: the roles, groups of roles, and how a parameter's name tells its role.
+
+The name table covers the published architectures by their naming habits, not by one class a family: most families
+share their names. A name that no line of the table knows is never guessed from its spelling alone.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable
+
+from luthier.errors import LuthierError, nearest
+
+ROLES: tuple[str, ...] = (
+    "embedding",
+    "position_embedding",
+    "attention_query",
+    "attention_key",
+    "attention_value",
+    "attention_query_key_value",
+    "attention_output",
+    "mlp_up",
+    "mlp_gate",
+    "mlp_gate_up",
+    "mlp_down",
+    "expert",
+    "router",
+    "attention_norm",
+    "mlp_norm",
+    "query_norm",
+    "key_norm",
+    "final_norm",
+    "other_norm",
+    "head",
+    "other",
+)
+"""Every role a tensor can have.
+
+`attention_query_key_value` and `mlp_gate_up` are fused matrices whose parts are not contiguous rows (GPT-NeoX
+interleaves query, key and value head by head) or whose order is not known; they count as one matrix. `expert` is any
+tensor of a mixture's experts, `router` what chooses among them. `attention_norm` and `mlp_norm` stand before or after
+their part of the block. `other` is known and none of these: token-type embeddings, poolers, OPT's projections,
+attention sinks.
+"""
+
+GROUPS: dict[str, tuple[str, ...]] = {
+    "attention": (
+        "attention_query",
+        "attention_key",
+        "attention_value",
+        "attention_query_key_value",
+        "attention_output",
+    ),
+    "mlp": ("mlp_up", "mlp_gate", "mlp_gate_up", "mlp_down"),
+    "norm": ("attention_norm", "mlp_norm", "query_norm", "key_norm", "final_norm", "other_norm"),
+}
+GROUPS["linear"] = GROUPS["attention"] + GROUPS["mlp"]
+GROUPS["all"] = ROLES
+
+
+def expand_roles(names: str | Iterable[str]) -> tuple[str, ...]:
+    """Roles and groups of roles as roles, each once, in the order of `ROLES`.
+
+    Raises:
+        LuthierError: a name is neither a role nor a group.
+    """
+    names = [names] if isinstance(names, str) else list(names)
+    chosen: set[str] = set()
+    for name in names:
+        if name not in ROLES and name not in GROUPS:
+            raise LuthierError(
+                f"`{name}` is neither a role nor a group of roles",
+                where="roles",
+                mend=nearest(name, (*ROLES, *GROUPS)) or f"groups: {', '.join(GROUPS)}; roles: {', '.join(ROLES)}",
+            )
+        chosen.update(GROUPS.get(name, (name,)))
+    return tuple(role for role in ROLES if role in chosen)
+
+
+# Each pattern is matched against the end of the dotted name, at a dot. The first line that matches decides, so the
+# narrow ones stand first.
+_IN_BLOCKS: tuple[tuple[str, str], ...] = (
+    (r"experts(\..+)?", "expert"),
+    (r"(mlp|block_sparse_moe|feed_forward)\.(gate|router)|router|shared_expert_gate", "router"),
+    (r"sinks", "other"),
+    (r"q_proj|query|q_lin", "attention_query"),
+    (r"k_proj|key|k_lin", "attention_key"),
+    (r"v_proj|value|v_lin", "attention_value"),
+    (r"c_attn|qkv_proj|query_key_value|Wqkv", "attention_query_key_value"),
+    (r"o_proj|out_proj|out_lin|attention\.output\.dense", "attention_output"),
+    (r"(attn|attention|self_attn|self_attention)\.(dense|c_proj|Wo)", "attention_output"),
+    (r"gate_proj", "mlp_gate"),
+    (r"gate_up_proj|mlp\.Wi", "mlp_gate_up"),
+    (r"up_proj|fc1|c_fc|fc_in|lin1|dense_h_to_4h|intermediate\.dense", "mlp_up"),
+    (r"down_proj|fc2|fc_out|lin2|dense_4h_to_h|output\.dense|mlp\.(c_proj|Wo)", "mlp_down"),
+    (r"q_norm|q_layernorm", "query_norm"),
+    (r"k_norm|k_layernorm", "key_norm"),
+    (r"input_layernorm|ln_1|norm_1|ln_attn|attn_norm|sa_layer_norm", "attention_norm"),
+    (r"self_attn_layer_norm|post_self_attn_layernorm|attention\.output\.LayerNorm", "attention_norm"),
+    (r"post_attention_layernorm|pre_feedforward_layernorm|post_feedforward_layernorm|post_mlp_layernorm", "mlp_norm"),
+    (r"ln_2|norm_2|ln_mlp|mlp_norm|output_layer_norm|final_layer_norm|output\.LayerNorm", "mlp_norm"),
+)
+
+_OUTSIDE: tuple[tuple[str, str], ...] = (
+    (r"embed_positions|wpe|position_embeddings", "position_embedding"),
+    (r"embeddings\.(LayerNorm|norm)|word_embeddings_layernorm", "other_norm"),
+    (r"transform\.LayerNorm|vocab_layer_norm|lm_head\.layer_norm", "other_norm"),
+    (r"token_type_embeddings|pooler\.dense|pre_classifier|project_in|project_out", "other"),
+    (r"transform\.dense|vocab_transform|lm_head\.dense|classifier\.dense", "other"),
+    (r"norm|norm_f|ln_f|final_norm|final_layernorm|final_layer_norm", "final_norm"),
+    (r"lm_head|embed_out|score|classifier|qa_outputs|vocab_projector|predictions|decoder|out_proj", "head"),
+)
+
+
+def _first_match(table: tuple[tuple[str, str], ...], name: str) -> str | None:
+    return next((role for pattern, role in table if re.search(rf"(?:^|\.)(?:{pattern})$", name)), None)
+
+
+def role_in_block(name: str, siblings: Collection[str]) -> str | None:
+    """The role of a parameter inside a block, None when its name is not known.
+
+    Args:
+        name: dotted name inside the block, without `.weight` or `.bias`.
+        siblings: all such names of the block.
+    """
+    role = _first_match(_IN_BLOCKS, name)
+    # Llama calls the norm before the MLP `post_attention_layernorm`; Gemma 2 and OLMo 2 use that name for a norm of
+    # attention's output, and give the MLP norms of its own.
+    if name == "post_attention_layernorm" and any(other.endswith("_feedforward_layernorm") for other in siblings):
+        return "attention_norm"
+    return role
+
+
+def role_outside(name: str) -> str | None:
+    """The role of a parameter outside the blocks, by its name without `.weight` or `.bias`; None when not known."""
+    return _first_match(_OUTSIDE, name)
+
+
+FUSED_ROWS: dict[tuple[str, str], tuple[str, ...]] = {
+    ("gpt2", "c_attn"): ("attention_query", "attention_key", "attention_value"),
+    ("phi3", "qkv_proj"): ("attention_query", "attention_key", "attention_value"),
+    ("mpt", "Wqkv"): ("attention_query", "attention_key", "attention_value"),
+    ("modernbert", "Wqkv"): ("attention_query", "attention_key", "attention_value"),
+    ("phi3", "gate_up_proj"): ("mlp_gate", "mlp_up"),
+    ("glm", "gate_up_proj"): ("mlp_gate", "mlp_up"),
+    ("glm4", "gate_up_proj"): ("mlp_gate", "mlp_up"),
+    ("modernbert", "Wi"): ("mlp_gate", "mlp_up"),
+}
+"""The order of contiguous output rows of a fused matrix, by model type and module name.
+
+The name alone does not tell the layout: CodeGen's `qkv_proj` is shuffled and GPT-BigCode's `c_attn` is interleaved."""

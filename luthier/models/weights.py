@@ -1,0 +1,48 @@
+"""Weights into a model, all of them: a checkpoint that lacks some would leave the rest random."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from luthier.errors import LuthierError
+
+
+def load_weights(auto_class: Any, path: Path, folder: Path, **options: Any) -> tuple[PreTrainedModel, list[str]]:
+    """Load a model with an auto class of `transformers`, in evaluation mode.
+
+    Args:
+        auto_class: `AutoModelForCausalLM` or `AutoModel`.
+        path: what errors name: the folder or the file.
+        folder: what `from_pretrained` reads.
+        options: for `from_pretrained`.
+
+    Returns:
+        The model, and the names of tensors of the checkpoint that have no place in it. An encoder that was saved
+        without its pooler comes without one.
+
+    Raises:
+        LuthierError: the files can not be read, or they lack weights of the model.
+    """
+    try:
+        loaded: Any = auto_class.from_pretrained(folder, output_loading_info=True, **options)
+    # The readers of configurations, safetensors and GGUF raise whatever a damaged file makes them stumble over.
+    except Exception as error:
+        raise LuthierError(
+            f"the model can not be loaded: {error}",
+            where=str(path),
+            mend="check that its files are complete and of an architecture that transformers can load",
+        ) from error
+    model, report = loaded
+    missing = sorted(report["missing_keys"])
+    if missing and all(name.startswith("pooler.") for name in missing):
+        model.pooler = None
+    elif missing:
+        raise LuthierError(
+            f"the checkpoint lacks weights of {type(model).__name__}: {', '.join(missing[:5])}",
+            where=str(path),
+            mend="use a checkpoint of this class of model; missing weights would be random",
+        )
+    return model.eval(), sorted(report["unexpected_keys"])

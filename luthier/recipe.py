@@ -1,0 +1,278 @@
+"""The recipe: one strict, frozen schema for a whole run. An unknown key is an error that offers the nearest name.
+
+Technique keys (`tune`, `objective`, `token_weight`, `step`, `source`, `keep`, `rows: map`) hold a technique's name, `{name: {option:
+value}}`, a list of either, or in Python a part itself.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import pydantic
+import yaml
+from pydantic import BaseModel, ConfigDict, Field
+
+from luthier.errors import LuthierError, nearest
+
+
+class Strict(BaseModel):
+    """Frozen, with no keys but its own."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True, protected_namespaces=())
+
+
+class RowsRecipe(Strict):
+    """What to train on."""
+
+    train: Any = Field(description="a file, a folder, `hub:name`, a list of these, or rows in Python")
+    shape: str | None = Field(None, description="the rows' shape, where it cannot be recognized")
+    map: Any = Field(None, description="row maps: what else to learn from")
+    loss_on: Literal["assistant", "last", "all"] = Field("assistant", description="which turns are targets")
+    max_tokens: int | None = Field(None, ge=2, description="longest row; none: the model's context")
+    too_long: Literal["refuse", "left", "right"] = Field("refuse", description="refuse long rows, or cut this side")
+    on_bad_row: Literal["stop", "skip"] = Field("stop", description="stop at a bad row, or skip and count it")
+
+
+class TrainRecipe(Strict):
+    """How to step."""
+
+    epochs: float = Field(3.0, gt=0, description="passes over the rows; ignored when `steps` is given")
+    steps: int | None = Field(None, ge=1, description="optimizer steps")
+    batch_tokens: int = Field(2048, ge=1, description="most real tokens of one optimizer step, over all processes")
+    batch_rows: int | None = Field(None, ge=1, description="rows of one optimizer step, instead of batch_tokens")
+    micro_batch_tokens: int = Field(2048, ge=1, description="most tokens, with padding, of one forward pass")
+    learning_rate: float | None = Field(None, gt=0, description="none: what the technique under `tune` recommends")
+    schedule: str = Field("cosine", description="constant, linear, cosine or warmup_stable_decay")
+    warmup: float = Field(0.03, ge=0, description="warm-up: a share of the steps below 1, or a number of steps")
+    precision: Literal["auto", "bf16", "fp32", "fp64"] = Field("auto", description="type of weights and computation")
+    masters: Literal["fp32", "none"] = Field("fp32", description="fp32 copies of trained numbers, or none")
+    device: str = Field("auto", description="cuda, mps, cpu or auto")
+    threads: int | None = Field(None, ge=1, description="processor threads; none: torch's choice")
+    checkpointing: bool = Field(False, description="recompute activations in backward: less memory, more time")
+    compile: bool = Field(False, description="compile the blocks with torch.compile")
+    save_every: int | None = Field(None, ge=1, description="optimizer steps between checkpoints; none: at the end")
+    keep_checkpoints: int = Field(2, ge=1, description="checkpoints kept")
+    evaluate_every: int | None = Field(None, ge=1, description="optimizer steps between evaluations")
+    best: str | None = Field(None, description="keep the weights at which this evaluation set was best")
+    patience: int | None = Field(None, ge=1, description="stop after so many evaluations without a better one")
+
+
+class EvaluationSet(Strict):
+    """One set that is measured before and after."""
+
+    rows: Any = Field(description="a file, or rows in Python")
+    metric: str | None = Field(None, description="none: chosen by the rows' shape")
+    side: Literal["learnt", "kept"] = Field("learnt", description="what training should teach, or should leave alone")
+    max_new_tokens: int = Field(48, ge=1, description="longest answer generated")
+    limit: int | None = Field(None, ge=1, description="most rows used, from the start")
+
+
+class Recipe(Strict):
+    """A whole run."""
+
+    name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", description="names the run's folder")
+    model: str = Field(description="a hub name, a folder, a GGUF file or a short name")
+    revision: str | None = Field(None, description="a revision of a hub model")
+    trust_remote_code: bool = Field(False, description="run code that comes with the model")
+    seed: int = Field(0, ge=0, description="every random draw of the run follows from it")
+    rows: RowsRecipe
+    tune: Any = Field("full", description="which numbers may change")
+    objective: Any = Field("cross_entropy", description="what is minimized")
+    token_weight: Any = Field(None, description="how much each token counts")
+    step: Any = Field(default_factory=lambda: ["clip", "adamw"], description="transforms and optimizers, in order")
+    source: Any = Field("backprop", description="where gradients come from")
+    keep: Any = Field(None, description="what happens between steps")
+    train: TrainRecipe = Field(default_factory=TrainRecipe)
+    evaluate: Mapping[str, EvaluationSet] = Field(default_factory=dict, description="sets measured before and after")
+    out: str = Field("runs", description="folder that holds the run folders")
+    control: str | None = Field(None, description="the recipe or run this one is compared with")
+
+    def as_plain(self) -> dict[str, Any]:
+        """The recipe as plain data; parts given in Python appear by name and options."""
+        plain: dict[str, Any] = _plain(self.model_dump())
+        return plain
+
+    def hash(self) -> str:
+        """Identifies what the recipe asks for: equal for recipes that differ only in spelling."""
+        return hashlib.sha256(json.dumps(self.as_plain(), sort_keys=True).encode()).hexdigest()[:12]
+
+    def as_yaml(self) -> str:
+        """The whole recipe with all defaults, as YAML."""
+        return yaml.safe_dump(self.as_plain(), sort_keys=False, allow_unicode=True, width=100)
+
+
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(one) for key, one in value.items()}
+    if isinstance(value, str | int | float | bool) or value is None:
+        return value
+    if isinstance(value, Path):
+        return str(value)
+    if hasattr(value, "options") and hasattr(value, "kind"):
+        return {value.name: _plain(value.options)}
+    if hasattr(value, "_fields"):
+        return f"<{type(value).__name__} given in Python>"
+    if isinstance(value, Sequence):
+        if len(value) > 100:
+            return f"<{len(value)} rows given in Python>"
+        return [_plain(one) for one in value]
+    return f"<{type(value).__name__} given in Python>"
+
+
+def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe file and apply `key=value` overrides.
+
+    File names in a recipe are looked up from the working folder first, then from the recipe's own folder.
+
+    Raises:
+        LuthierError: no such file, broken YAML (with its line), an unknown key (with the nearest name) or a wrong type.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise LuthierError(f"the recipe cannot be read: {error}", where=str(path), mend="give a YAML file") from None
+    try:
+        data = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{path}:{mark.line + 1}" if mark else str(path)
+        problem = getattr(error, "problem", None) or str(error)
+        raise LuthierError(f"this is not YAML: {problem}", where=where, mend="check indentation and quotes") from None
+    if not isinstance(data, dict):
+        raise LuthierError("a recipe is a mapping of keys", where=str(path), mend="begin with `model: ...`")
+    data.setdefault("name", path.stem)
+    return make_recipe(apply_overrides(data, overrides), where=str(path), folder=path.parent)
+
+
+def apply_overrides(data: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """Set keys from `key=value` words: `tune=lora`, `train.epochs=2`, `tune.lora.rank=16`. Values are YAML."""
+    data = json.loads(json.dumps(data, default=str)) if overrides else data
+    for word in overrides:
+        key, sign, value = word.partition("=")
+        if not sign or not key:
+            raise LuthierError(f"`{word}` is not key=value", where="command line", mend="write e.g. train.epochs=2")
+        try:
+            parsed = yaml.safe_load(value)
+        except yaml.YAMLError:
+            parsed = value
+        *path, last = key.split(".")
+        here = data
+        for step in path:
+            if isinstance(here.get(step), str) or here.get(step) is None:
+                # `tune.lora.rank=16` on `tune: lora` turns the name into a mapping.
+                here[step] = {here[step]: {}} if isinstance(here.get(step), str) else {}
+            here = here[step]
+            if not isinstance(here, dict):
+                raise LuthierError(
+                    f"`{key}` cannot be set: `{step}` is a list", where="command line", mend="set the whole list as YAML"
+                )
+        here[last] = _number(parsed)
+    return data
+
+
+def _number(value: Any) -> Any:
+    """YAML 1.1 reads 2e-4 as text; people mean a number."""
+    if isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value):
+        return float(value)
+    if isinstance(value, dict):
+        return {key: _number(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_number(one) for one in value]
+    return value
+
+
+def make_recipe(data: Mapping[str, Any], *, where: str = "recipe", folder: Path | None = None) -> Recipe:
+    """A recipe from plain data, strictly.
+
+    Raises:
+        LuthierError: an unknown key, with the nearest name, or a wrong type.
+    """
+    data = {key: value if key == "name" else _number(value) for key, value in data.items()}
+    if folder is not None:
+        data = _with_paths(data, folder)
+    try:
+        return Recipe(**data)
+    except pydantic.ValidationError as error:
+        raise _explain(error, where) from None
+
+
+def _with_paths(data: dict[str, Any], folder: Path) -> dict[str, Any]:
+    def found(value: Any) -> Any:
+        if isinstance(value, list):
+            return [found(one) for one in value]
+        if isinstance(value, str) and not value.startswith("hub:") and not Path(value).exists() and (folder / value).exists():
+            return str(folder / value)
+        return value
+
+    data = dict(data)
+    rows = data.get("rows")
+    if isinstance(rows, dict) and "train" in rows:
+        data["rows"] = {**rows, "train": found(rows["train"])}
+    sets = data.get("evaluate")
+    if isinstance(sets, dict):
+        data["evaluate"] = {
+            name: {**one, "rows": found(one["rows"])} if isinstance(one, dict) and "rows" in one else one
+            for name, one in sets.items()
+        }
+    model = data.get("model")
+    if isinstance(model, str) and not Path(model).exists() and (folder / model).exists():
+        data["model"] = str(folder / model)
+    return data
+
+
+def _explain(error: pydantic.ValidationError, where: str) -> LuthierError:
+    first = error.errors()[0]
+    path = [str(piece) for piece in first["loc"]]
+    place = f"{where}: {'.'.join(path)}"
+    if first["type"] == "extra_forbidden":
+        known = _known_keys(path[:-1])
+        return LuthierError(f"there is no key `{path[-1]}` here", where=place, mend=nearest(path[-1], known))
+    if first["type"] == "missing":
+        return LuthierError(f"the key `{path[-1]}` is missing", where=place, mend=f"add `{path[-1]}: ...`")
+    shown = repr(first["input"])
+    shown = shown if len(shown) <= 60 else shown[:57] + "..."
+    return LuthierError(f"`{path[-1]}` is {shown}: {first['msg'].lower()}", where=place, mend="see `luthier plan --keys`")
+
+
+def _known_keys(path: Sequence[str]) -> list[str]:
+    schema: Any = Recipe
+    for step in path:
+        field = schema.model_fields.get(step)
+        if field is None:
+            schema = EvaluationSet
+            continue
+        schema = field.annotation if isinstance(field.annotation, type) and issubclass_safe(field.annotation) else EvaluationSet
+    return list(schema.model_fields)
+
+
+def issubclass_safe(annotation: type) -> bool:
+    """Whether an annotation is one of the recipe's own sections."""
+    return isinstance(annotation, type) and issubclass(annotation, Strict)
+
+
+def reference() -> list[tuple[str, str, str]]:
+    """Every key with its default and meaning, for help and docs."""
+    lines: list[tuple[str, str, str]] = []
+
+    def walk(section: type[Strict], before: str) -> None:
+        for name, field in section.model_fields.items():
+            annotation = field.annotation
+            if isinstance(annotation, type) and issubclass_safe(annotation):
+                walk(annotation, f"{before}{name}.")  # type: ignore[arg-type]
+                continue
+            default = field.get_default(call_default_factory=True)  # type: ignore[call-arg]
+            shown = "required" if field.is_required() else json.dumps(_plain(default))
+            lines.append((f"{before}{name}", shown, field.description or ""))
+            if name == "evaluate":
+                walk(EvaluationSet, "evaluate.NAME.")
+
+    walk(Recipe, "")
+    return lines

@@ -1,0 +1,265 @@
+"""The folder is the registry: `luthier/methods/<kind>/<name>.py` holds the technique `<name>`.
+
+Looking a technique up imports one module; listing walks the folder. A technique is a keyword-only function from hyper-parameters
+to one value of a kind, or a tuple of values; its signature is the schema of its options, its card stands on the function.
+Folders outside the package join through `LUTHIER_METHODS` (paths separated like PATH) or `add_folder`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+import os
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any, TypeVar, get_type_hints
+
+import pydantic
+
+from luthier.errors import LuthierError, nearest
+from luthier.kinds import KINDS, kind_of
+
+Factory = TypeVar("Factory", bound=Callable[..., Any])
+
+_added: list[Path] = []
+
+
+@dataclass(frozen=True)
+class Card:
+    """The facts about a technique. They stand on its function and nowhere else."""
+
+    title: str
+    paper: str = ""
+    """arXiv number or other source, checked by the technique's author."""
+    row: int | None = None
+    """Its number in `luthier/papers.tsv`; None for parts that no paper of the list is about."""
+    needs: frozenset[str] = frozenset()
+    gives: frozenset[str] = frozenset()
+    reduces_to: str = ""
+    """The setting under which it becomes something simpler; a test executes it."""
+    departs: str = ""
+    """Where and why it differs from the paper or the authors' code."""
+    step0: str = "base exactly"
+    """base exactly | base up to rounding | on purpose not the base."""
+    merges: str = "exactly"
+    """exactly | as another form | never | is in place."""
+    claim: str = ""
+    """The lab experiment that tests the paper's claim."""
+    learning_rate: float | None = None
+    """What a recipe gets that names none, for techniques that decide which numbers train."""
+    name: str = ""
+    kind: str = ""
+    summary: str = ""
+
+    def as_json(self) -> dict[str, Any]:
+        """The card as plain data; sets become sorted lists."""
+        return {key: sorted(value) if isinstance(value, frozenset) else value for key, value in asdict(self).items()}
+
+
+@dataclass(frozen=True)
+class Technique:
+    """A technique that was looked up."""
+
+    name: str
+    kind: str
+    factory: Callable[..., Any]
+    card: Card
+
+
+@dataclass(frozen=True)
+class Part:
+    """A technique with its options, ready to use: what a recipe's `{name: {option: value}}` becomes."""
+
+    name: str
+    kind: str
+    options: Mapping[str, Any]
+    values: tuple[Any, ...]
+    card: Card = field(default_factory=lambda: Card(title=""))
+
+
+def method(
+    *, title: str, needs: Iterable[str] = (), gives: Iterable[str] = (), **facts: Any
+) -> Callable[[Factory], Factory]:
+    """Put a card on a technique's function. The fields are those of `Card`."""
+
+    def put(factory: Factory) -> Factory:
+        for parameter in inspect.signature(factory).parameters.values():
+            if parameter.kind is not inspect.Parameter.KEYWORD_ONLY:
+                raise TypeError(f"{factory.__name__}: options are keyword-only, `{parameter.name}` is not")
+        summary = (inspect.getdoc(factory) or "").split("\n\n")[0].replace("\n", " ")
+        card = Card(title=title, needs=frozenset(needs), gives=frozenset(gives), summary=summary, **facts)
+        factory.card = card  # type: ignore[attr-defined]
+        return factory
+
+    return put
+
+
+def add_folder(folder: str | Path) -> None:
+    """Let techniques in `folder/<kind>/<name>.py` be found too. Their code runs when they are looked up."""
+    path = Path(folder).resolve()
+    if not path.is_dir():
+        raise LuthierError("there is no such folder of techniques", where=str(folder), mend="give an existing folder")
+    if path not in _added:
+        _added.append(path)
+
+
+def _folders(kind: str) -> list[Path]:
+    named = [Path(p) for p in os.environ.get("LUTHIER_METHODS", "").split(os.pathsep) if p]
+    roots = [Path(__file__).parent / "methods", *named, *_added]
+    return [root / kind for root in roots if (root / kind).is_dir()]
+
+
+def _files(kind: str) -> dict[str, Path]:
+    """Technique name to file; the package's own come first and cannot be replaced."""
+    files: dict[str, Path] = {}
+    for folder in _folders(kind):
+        for path in sorted(folder.glob("*.py")):
+            if not path.stem.startswith("_"):
+                files.setdefault(path.stem, path)
+    return files
+
+
+def names(kind: str) -> list[str]:
+    """The techniques of one kind."""
+    if kind not in KINDS:
+        raise LuthierError(f"`{kind}` is no kind", mend=nearest(kind, KINDS))
+    return sorted(_files(kind))
+
+
+def _module(kind: str, name: str, path: Path) -> ModuleType:
+    if path.parent.parent == Path(__file__).parent / "methods":
+        return importlib.import_module(f"luthier.methods.{kind}.{name}")
+    key = f"luthier_methods.{kind}.{name}"
+    known = sys.modules.get(key)
+    if known is not None and getattr(known, "__file__", None) == str(path):
+        return known
+    spec = importlib.util.spec_from_file_location(key, path)
+    if spec is None or spec.loader is None:
+        raise LuthierError("this file cannot be read as a technique", where=str(path), mend="it must be a Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[key] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def find(name: str, kinds: Iterable[str] = tuple(KINDS), *, where: str = "") -> Technique:
+    """Look a technique up by name among some kinds.
+
+    Raises:
+        LuthierError: no kind has it (with the nearest names), or its file lacks a function of its name with a card.
+    """
+    kinds = tuple(kinds)
+    for kind in kinds:
+        path = _files(kind).get(name)
+        if path is None:
+            continue
+        factory = getattr(_module(kind, name, path), name, None)
+        card = getattr(factory, "card", None)
+        if factory is None or card is None:
+            raise LuthierError(
+                f"`{path.name}` must define a function `{name}` with a card",
+                where=str(path),
+                mend="name the function like its file and put @method(...) on it",
+            )
+        return Technique(name, kind, factory, replace(card, name=name, kind=kind))
+    known = [other for kind in kinds for other in names(kind)]
+    elsewhere = [kind for kind in KINDS if kind not in kinds and name in _files(kind)]
+    mend = f"it is a {elsewhere[0]}: put it under that key" if elsewhere else nearest(name, known)
+    raise LuthierError(f"there is no technique `{name}` among {', '.join(kinds)}", where=where, mend=mend)
+
+
+def cards(kinds: Iterable[str] = tuple(KINDS)) -> list[Card]:
+    """The cards of all techniques, by kind and name. Imports every technique."""
+    return [find(name, (kind,)).card for kind in kinds for name in names(kind)]
+
+
+def options_model(factory: Callable[..., Any], name: str = "") -> type[pydantic.BaseModel]:
+    """The schema of a technique's options, read from its signature: unknown options are refused, types are checked."""
+    hints = get_type_hints(factory)
+    fields: dict[str, Any] = {}
+    for option, parameter in inspect.signature(factory).parameters.items():
+        default = ... if parameter.default is inspect.Parameter.empty else parameter.default
+        fields[option] = (hints.get(option, Any), default)
+    config = pydantic.ConfigDict(extra="forbid", arbitrary_types_allowed=True, frozen=True)
+    return pydantic.create_model(name or getattr(factory, "__name__", "options"), __config__=config, **fields)
+
+
+def make(spec: object, kinds: Iterable[str], *, where: str = "") -> Part:
+    """A part from what a recipe says: `name`, `{name: {option: value}}`, or a kind's value given in Python.
+
+    Raises:
+        LuthierError: unknown technique or option (with the nearest name), or an option of the wrong type.
+    """
+    kinds = tuple(kinds)
+    if isinstance(spec, Part):
+        return spec
+    if isinstance(spec, str):
+        return _build(spec, {}, kinds, where)
+    if isinstance(spec, Mapping):
+        if len(spec) != 1:
+            raise LuthierError(
+                f"one technique at a time: this names {', '.join(map(str, spec)) or 'none'}",
+                where=where,
+                mend="write a list: [{first: {...}}, {second: {...}}]",
+            )
+        ((name, options),) = spec.items()
+        if options is not None and not isinstance(options, Mapping):
+            raise LuthierError(
+                f"the options of `{name}` must be a mapping, not {options!r}",
+                where=where,
+                mend=f"write {name}: {{option: value}}",
+            )
+        return _build(str(name), dict(options or {}), kinds, where)
+    values = spec if isinstance(spec, tuple) and not hasattr(spec, "_fields") else (spec,)
+    try:
+        kind = kind_of(values[0])
+    except (TypeError, IndexError):
+        raise LuthierError(
+            f"{spec!r} is neither a technique's name nor a part", where=where, mend="known kinds: " + ", ".join(kinds)
+        ) from None
+    if kind not in kinds:
+        raise LuthierError(f"a {kind} has no place here", where=where, mend="here go: " + ", ".join(kinds))
+    return Part(name=kind, kind=kind, options={}, values=tuple(values))
+
+
+def make_all(specs: object, kinds: Iterable[str], *, where: str = "") -> list[Part]:
+    """A list of parts from one spec or a list of them."""
+    if specs is None:
+        return []
+    many = specs if isinstance(specs, list) else [specs]
+    return [make(spec, kinds, where=f"{where}[{i}]" if len(many) > 1 else where) for i, spec in enumerate(many)]
+
+
+def _build(name: str, options: dict[str, Any], kinds: tuple[str, ...], where: str) -> Part:
+    technique = find(name, kinds, where=where)
+    try:
+        checked = options_model(technique.factory, name)(**options)
+    except pydantic.ValidationError as error:
+        raise option_error(error, name, where, technique.factory) from None
+    values = technique.factory(**{key: getattr(checked, key) for key in type(checked).model_fields})
+    if not isinstance(values, tuple) or hasattr(values, "_fields"):
+        values = (values,)
+    chosen = {key: getattr(checked, key) for key in type(checked).model_fields}
+    return Part(name=name, kind=technique.kind, options=chosen, values=values, card=technique.card)
+
+
+def option_error(
+    error: pydantic.ValidationError, name: str, where: str, factory: Callable[..., Any] | None = None
+) -> LuthierError:
+    """The first mistake pydantic found, as one sentence with its place and the nearest known name."""
+    first = error.errors()[0]
+    key = ".".join(str(piece) for piece in first["loc"])
+    place = f"{where}: {name}" if where else name
+    if first["type"] == "extra_forbidden":
+        known = list(inspect.signature(factory).parameters) if factory else []
+        mend = nearest(key, known) if known else f"`{name}` has no options"
+        return LuthierError(f"`{name}` has no option `{key}`", where=place, mend=mend)
+    if first["type"] == "missing":
+        return LuthierError(f"`{name}` needs the option `{key}`", where=place, mend=f"write {name}: {{{key}: ...}}")
+    return LuthierError(
+        f"the option `{key}` is {first['input']!r}: {first['msg'].lower()}", where=place, mend="see the technique's help"
+    )

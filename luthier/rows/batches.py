@@ -1,0 +1,167 @@
+"""Putting encoded rows into batches, and planning which rows make up which step.
+
+A plan is a pure function of the lengths, the seed and the epoch: a resumed run needs only the epoch and the step to go
+on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from luthier.draws import generator
+from luthier.errors import LuthierError
+from luthier.kinds import Batch
+from luthier.rows.encode import Encoded
+
+Plan = list[list[list[int]]]
+"""Steps of micro-batches of indices of rows."""
+
+NOT_A_TARGET = -100
+
+
+def collate(encoded: Sequence[Encoded], *, pad_to_multiple: int = 1, side: Literal["right", "left"] = "right") -> Batch:
+    """Pad rows to one length and stack them.
+
+    Args:
+        encoded: B rows; none at all gives a batch of shape [0, 0], which adds nothing to any sum.
+        pad_to_multiple: the length T is rounded up to a multiple of this.
+        side: where padding stands: `"right"` to train, `"left"` to generate.
+
+    Returns:
+        The batch. Labels are not shifted. Numeric columns become fp32 of shape [B], NaN where a row lacks the column.
+    """
+    time = _rounded_up(max(map(len, encoded), default=0), pad_to_multiple)
+    token_ids_BT = torch.zeros(len(encoded), time, dtype=torch.long)
+    attend_BT = torch.zeros(len(encoded), time, dtype=torch.bool)
+    position_BT = torch.zeros(len(encoded), time, dtype=torch.long)
+    label_BT = torch.full((len(encoded), time), NOT_A_TARGET, dtype=torch.long)
+    for index, row in enumerate(encoded):
+        place = slice(0, len(row)) if side == "right" else slice(time - len(row), time)
+        token_ids_T = torch.tensor(row.token_ids, dtype=torch.long)
+        token_ids_BT[index, place] = token_ids_T
+        attend_BT[index, place] = True
+        position_BT[index, place] = torch.arange(len(row))
+        label_BT[index, place] = token_ids_T.masked_fill(~torch.tensor(row.supervised, dtype=torch.bool), NOT_A_TARGET)
+    row_ids = tuple(row.id for row in encoded)
+    return Batch(token_ids_BT, attend_BT, position_BT, label_BT, row_ids, _columns(encoded))
+
+
+def plan_epoch(
+    lengths: Sequence[int],
+    *,
+    micro_batch_tokens: int,
+    batch_tokens: int | None = None,
+    batch_rows: int | None = None,
+    seed: int,
+    epoch: int,
+    world_size: int = 1,
+    rank: int = 0,
+    pad_to_multiple: int = 1,
+    drop_last: bool = False,
+) -> Plan:
+    """Which rows make up which step and micro-batch of one epoch, for one process.
+
+    Rows are shuffled, then filled into steps in that order, so which rows share a step does not depend on their length.
+    Within a step they are dealt to the processes so that each has about as many tokens, and each process sorts its own
+    by length and cuts them into micro-batches that need little padding. Every row comes once an epoch.
+
+    Args:
+        lengths: tokens of each row.
+        micro_batch_tokens: the most tokens, padding counted, of one micro-batch; a longer row is one by itself.
+        batch_tokens: the most tokens, padding not counted, of one step over all processes; a longer row is one by
+            itself.
+        batch_rows: instead of `batch_tokens`, the rows of one step over all processes.
+        seed: the run's seed.
+        epoch: the number of the epoch, from 0; another epoch has another order.
+        world_size: processes.
+        rank: this process.
+        pad_to_multiple: what `collate` will be given.
+        drop_last: leave out the last step if it is not full.
+
+    Returns:
+        The plan. All processes have equally many steps; a step is an empty list where a process has no row in it.
+
+    Raises:
+        LuthierError: not exactly one of `batch_tokens` and `batch_rows` is given, or a number is out of range.
+    """
+    _check_sizes(micro_batch_tokens, batch_tokens, batch_rows, world_size, rank)
+    order = torch.randperm(len(lengths), generator=generator("epoch order", seed, epoch)).tolist()
+    budget, costs = (batch_tokens, lengths) if batch_tokens is not None else (batch_rows, [1] * len(lengths))
+    assert budget is not None
+    steps: list[list[int]] = []
+    filled = budget
+    for index in order:
+        if not steps or filled + costs[index] > budget:
+            steps.append([])
+            filled = 0
+        steps[-1].append(index)
+        filled += costs[index]
+    if drop_last and steps and filled < budget:
+        steps.pop()
+    padded = [_rounded_up(length, pad_to_multiple) for length in lengths]
+    return [_micro_batches(_dealt(step, padded, world_size)[rank], padded, micro_batch_tokens) for step in steps]
+
+
+def padding_share(plan: Plan, lengths: Sequence[int], *, pad_to_multiple: int = 1) -> float:
+    """The share of a plan's tokens that are padding, from 0 to 1."""
+    micro_batches = [rows for step in plan for rows in step]
+    real = sum(lengths[index] for rows in micro_batches for index in rows)
+    padded = sum(
+        len(rows) * _rounded_up(max(lengths[index] for index in rows), pad_to_multiple) for rows in micro_batches
+    )
+    return 1 - real / padded if padded else 0.0
+
+
+def _check_sizes(
+    micro_batch_tokens: int, batch_tokens: int | None, batch_rows: int | None, world_size: int, rank: int
+) -> None:
+    if (batch_tokens is None) == (batch_rows is None):
+        raise LuthierError("a step's size must be given once", mend="give either batch_tokens or batch_rows")
+    sizes = {"micro_batch_tokens": micro_batch_tokens, "batch_tokens": batch_tokens, "batch_rows": batch_rows}
+    for name, size in sizes.items():
+        if size is not None and size < 1:
+            raise LuthierError(f"{name} is {size}", mend="give at least 1")
+    if not 0 <= rank < world_size:
+        raise LuthierError(f"rank {rank} is not one of {world_size} processes")
+
+
+def _dealt(rows: Sequence[int], lengths: Sequence[int], world_size: int) -> list[list[int]]:
+    """Deal rows, the longest first, each to the process that has the fewest tokens so far."""
+    hands: list[list[int]] = [[] for _ in range(world_size)]
+    tokens = [0] * world_size
+    for index in sorted(rows, key=lambda index: (-lengths[index], index)):
+        least = tokens.index(min(tokens))
+        hands[least].append(index)
+        tokens[least] += lengths[index]
+    return hands
+
+
+def _micro_batches(rows: Sequence[int], lengths: Sequence[int], limit: int) -> list[list[int]]:
+    """Cut rows that are sorted by length, the longest first, so that too little memory shows at once."""
+    cut: list[list[int]] = []
+    for index in rows:
+        if cut and (len(cut[-1]) + 1) * lengths[cut[-1][0]] <= limit:
+            cut[-1].append(index)
+        else:
+            cut.append([index])
+    return cut
+
+
+def _rounded_up(length: int, multiple: int) -> int:
+    return -(-length // multiple) * multiple
+
+
+def _columns(encoded: Sequence[Encoded]) -> Mapping[str, Tensor]:
+    names = {name for row in encoded for name, value in row.columns.items() if not isinstance(value, str)}
+    return {
+        name: torch.tensor([_number(row.columns.get(name)) for row in encoded], dtype=torch.float32)
+        for name in sorted(names)
+    }
+
+
+def _number(value: float | int | str | None) -> float:
+    return float(value) if isinstance(value, int | float) else float("nan")

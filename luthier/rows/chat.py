@@ -1,0 +1,341 @@
+"""From a row to the text a model reads, and the parts of that text which it must learn to write.
+
+Conversations are written by the tokenizer's own chat template. Which characters are an assistant's is found by
+rendering the conversation up to each assistant turn and comparing: the turn begins where the generation prompt ends, so
+a model is trained on exactly what it sees at inference, and it ends behind the template's own end-of-turn token, so a
+model learns to stop. Templates need no `{% generation %}` marks for this; where they have them, the marks narrow the
+targets down.
+
+A template may render an earlier turn differently once later turns follow (Qwen3 removes the thinking of earlier turns).
+What would then be trained is not what inference shows, so such a turn is context only, and a note says so.
+
+Without a chat template rows take a plain form: the prompt, then the completion, then the end-of-sequence token. Where
+the prompt and the completion are texts, nothing stands between them; messages, instructions, inputs and labelled texts
+are each followed by an empty line, and roles are not written.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from luthier.errors import LuthierError
+from luthier.rows.shapes import Message, Row
+
+LossOn = Literal["assistant", "last", "all"]
+Span = tuple[int, int]
+"""First character, and the one behind the last."""
+
+_GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_PROBE = "LuthierProbe"
+_EMPTY_LINE = "\n\n"
+# In these shapes the completion goes on where the prompt stops: spaces between the two are the file's to write.
+_CONTINUED = ("prompt+completion", "prompt+chosen+rejected", "prompt+answer", "prompt+choices+answer", "prompt")
+
+REWRITES = "the chat template writes earlier turns otherwise than at inference: those assistant turns are context only"
+UNREACHABLE = "the chat template cannot be rendered up to an assistant turn: that turn is context only"
+ALTERS = "the chat template alters or removes text of an assistant turn"
+ENDLESS = "neither the chat template nor the tokenizer ends an assistant turn with a token: no end is learned"
+SPECIAL = "messages hold special tokens as text, which are read as tokens: perhaps a template was already applied"
+PLAIN = "the tokenizer has no chat template: rows take the plain form"
+
+
+@dataclass(frozen=True)
+class Form:
+    """How one tokenizer writes conversations.
+
+    Args:
+        tokenizer: the tokenizer.
+        options: extra variables for its chat template, such as `{"enable_thinking": False}`.
+        templated: whether it has a chat template.
+        end_of_turn: the token text that ends an assistant turn; empty where there is none.
+        turn_ends_itself: whether the template writes `end_of_turn`; where it does not, it is added after the last turn.
+        marked: whether the template marks assistant text with `{% generation %}`.
+        first_ids: the ids the tokenizer puts before text no template wrote: its beginning-of-sequence token, or
+            nothing.
+        special: finds the tokenizer's special tokens in a text; None where it has none.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    options: Mapping[str, Any]
+    templated: bool
+    end_of_turn: str
+    turn_ends_itself: bool
+    marked: bool
+    first_ids: tuple[int, ...]
+    special: re.Pattern[str] | None
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A row's text.
+
+    Args:
+        text: what the model reads.
+        targets: the characters it learns to write, in order, apart from each other.
+        plain: whether the text was written without a chat template, so that the tokenizer may add its own first token.
+        notes: what about this row deserves a warning.
+    """
+
+    text: str
+    targets: tuple[Span, ...]
+    plain: bool
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Dialogue:
+    """Messages, of which the first `given` are a prompt and never targets; `where` is for errors."""
+
+    messages: Sequence[Message]
+    given: int
+    tools: list[Any] | None
+    joint: str
+    where: str
+
+
+def form_of(tokenizer: PreTrainedTokenizerBase, options: Mapping[str, Any] | None = None) -> Form:
+    """Learn how a tokenizer writes conversations, and its real end-of-turn token, from a trial conversation."""
+    eos = str(tokenizer.eos_token) if tokenizer.eos_token is not None else ""
+    special = sorted((str(token) for token in tokenizer.added_tokens_decoder.values() if token.special), key=len)
+    plain = Form(
+        tokenizer=tokenizer,
+        options=options or {},
+        templated=False,
+        end_of_turn=eos,
+        turn_ends_itself=False,
+        marked=False,
+        first_ids=_first_ids(tokenizer),
+        special=re.compile("|".join(map(re.escape, reversed(special)))) if special else None,
+    )
+    if not getattr(tokenizer, "chat_template", None):
+        return plain
+    marked = _GENERATION_MARK.search(tokenizer.get_chat_template()) is not None
+    templated = replace(plain, templated=True, marked=marked)
+    probe = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _PROBE}]
+    dialogue = _Dialogue(probe, given=0, tools=None, joint="", where="the chat template, with a trial conversation")
+    tail = _apply(dialogue, templated, len(probe), generate=False).rpartition(_PROBE)[2]
+    found = [(tail.find(token), -len(token), token) for token in _token_texts(tokenizer) if token in tail]
+    return replace(templated, end_of_turn=min(found)[2], turn_ends_itself=True) if found else templated
+
+
+def _first_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    added, bare = tokenizer("a")["input_ids"], tokenizer("a", add_special_tokens=False)["input_ids"]
+    bos = tokenizer.bos_token_id
+    return (bos,) if bos is not None and added[:1] == [bos] != bare[:1] else ()
+
+
+def render_training(row: Row, form: Form, loss_on: LossOn = "assistant") -> Rendered:
+    """A row's whole text with its targets.
+
+    Args:
+        row: any row that has something to learn.
+        form: what `form_of` gave for the tokenizer.
+        loss_on: `"assistant"`: every assistant turn, or the completion where a row has one; `"last"`: the last of them;
+            `"all"`: all text. A document is always learned whole.
+
+    Raises:
+        LuthierError: the row has nothing to learn, or the chat template refuses the conversation.
+    """
+    if row.shape == "text":
+        return _document(row, form)
+    answer = _answer(row)
+    if not answer and row.shape != "messages":
+        others = ", ".join(f"`{key}`" for key in (*row.columns, *row.fields))
+        mend = "add a `completion`" if row.shape == "prompt" else "encode each of its two answers as a pair"
+        raise LuthierError(
+            f"a row of the shape `{row.shape}` has no one answer to learn; it has {others}", where=row.where, mend=mend
+        )
+    prompt = _prompt(row)
+    dialogue = _dialogue(row, [*prompt, *answer], given=0 if row.shape == "messages" else len(prompt))
+    return _render(dialogue, form, loss_on)
+
+
+def render_pair(row: Row, form: Form, completion: str | Sequence[Message]) -> Rendered:
+    """A row's prompt followed by a given completion, which alone is the target."""
+    if row.shape == "text":
+        raise LuthierError("a document has no prompt to complete", where=row.where)
+    prompt = _prompt(row)
+    return _render(_dialogue(row, [*prompt, *_said("assistant", completion)], given=len(prompt)), form, "assistant")
+
+
+def render_prompt(row: Row, form: Form) -> Rendered:
+    """A row's text up to where a model answers: the prompt, or a conversation without its last assistant turn."""
+    if row.shape == "text":
+        return Rendered(row.fields["text"], (), plain=True)
+    prompt = _prompt(row)
+    if not prompt:
+        raise LuthierError("nothing stands before the assistant turn", where=row.where, mend="give a user message")
+    text = _up_to(_dialogue(row, prompt, given=len(prompt)), form, len(prompt), generate=True)
+    return Rendered(text, (), plain=not form.templated, notes=() if form.templated else (PLAIN,))
+
+
+def _prompt(row: Row) -> list[Message]:
+    fields = row.fields
+    if row.shape == "messages":
+        messages = list(fields["messages"])
+        return messages[:-1] if messages[-1]["role"] == "assistant" else messages
+    if row.shape == "instruction":
+        return _said(
+            "user", _EMPTY_LINE.join(part for part in (fields["instruction"], fields["input"]) if part.strip())
+        )
+    return _said("user", fields["text"] if row.shape == "text+label" else fields["prompt"])
+
+
+def _answer(row: Row) -> list[Message]:
+    fields = row.fields
+    if row.shape == "messages":
+        return [message for message in fields["messages"][-1:] if message["role"] == "assistant"]
+    if row.shape == "prompt+choices+answer":
+        return _said("assistant", fields["choices"][fields["answer"]])
+    if row.shape == "prompt+answer":
+        return _said("assistant", fields["answer"][0])
+    key = {"prompt+completion": "completion", "instruction": "output", "text+label": "label"}.get(row.shape)
+    if key is None:
+        return []
+    return _said("assistant", str(fields[key]) if key == "label" else fields[key])
+
+
+def _said(role: str, content: str | Sequence[Message]) -> list[Message]:
+    return [{"role": role, "content": content}] if isinstance(content, str) else list(content)
+
+
+def _dialogue(row: Row, messages: Sequence[Message], given: int) -> _Dialogue:
+    continued = row.shape in _CONTINUED and isinstance(row.fields["prompt"], str)
+    return _Dialogue(messages, given, row.fields.get("tools"), "" if continued else _EMPTY_LINE, row.where)
+
+
+def _document(row: Row, form: Form) -> Rendered:
+    eos = str(form.tokenizer.eos_token or "")
+    text = row.fields["text"]
+    text += "" if eos and text.endswith(eos) else eos
+    return Rendered(text, ((0, len(text)),), plain=True, notes=() if eos else (ENDLESS,))
+
+
+def _render(dialogue: _Dialogue, form: Form, loss_on: LossOn) -> Rendered:
+    turns = [index for index, message in enumerate(dialogue.messages) if message["role"] == "assistant"]
+    turns = [index for index in turns if index >= dialogue.given]
+    if not turns and loss_on != "all":
+        raise LuthierError("the conversation has no assistant turn to learn", where=dialogue.where)
+    if loss_on == "last":
+        turns = turns[-1:]
+    notes = [] if form.templated else [PLAIN]
+    if not form.end_of_turn:
+        notes.append(ENDLESS)
+    if form.special and any(form.special.search(message["content"]) for message in dialogue.messages):
+        notes.append(SPECIAL)
+    text, marks = _written(dialogue, form)
+    if loss_on == "all":
+        return Rendered(text, ((0, len(text)),), plain=not form.templated, notes=tuple(notes))
+    targets: list[Span] = []
+    for index in turns:
+        turn = _turn(dialogue, form, index, text)
+        if isinstance(turn, str):
+            notes.append(turn)
+            continue
+        if dialogue.messages[index]["content"].strip() not in text[slice(*turn)]:
+            notes.append(ALTERS)
+        targets += _narrowed(turn, marks) if form.marked else [turn]
+    return Rendered(text, tuple(targets), plain=not form.templated, notes=tuple(dict.fromkeys(notes)))
+
+
+def _written(dialogue: _Dialogue, form: Form) -> tuple[str, Sequence[Span]]:
+    """The whole text, and what a chat template marks in it as generated."""
+    text, marks = _marked(dialogue, form) if form.marked else (_up_to(dialogue, form, len(dialogue.messages)), [])
+    if form.templated and not form.turn_ends_itself and dialogue.messages[-1]["role"] == "assistant":
+        text += form.end_of_turn
+    return text, marks
+
+
+def _turn(dialogue: _Dialogue, form: Form, index: int, text: str) -> Span | str:
+    """The characters of the assistant turn `index`, or a note where inference would show them otherwise."""
+    try:
+        prefix = _up_to(dialogue, form, index, generate=True)
+    except LuthierError:
+        return UNREACHABLE
+    through = text if index == len(dialogue.messages) - 1 else _up_to(dialogue, form, index + 1)
+    end = len(prefix) + _turn_length(through[len(prefix) :], form)
+    if not through.startswith(prefix) or not text.startswith(through[:end]):
+        return REWRITES
+    return len(prefix), end
+
+
+def _narrowed(turn: Span, marks: Sequence[Span]) -> list[Span]:
+    start, end = turn
+    parts = [(max(start, first), behind) for first, behind in marks if first < end and behind > start]
+    # Authors often mark the words only; without the token that ends the turn a model would not learn to stop.
+    return [*parts[:-1], (parts[-1][0], end)] if parts else []
+
+
+def _turn_length(turn: str, form: Form) -> int:
+    if form.end_of_turn and form.end_of_turn in turn:
+        return turn.rindex(form.end_of_turn) + len(form.end_of_turn)
+    # A turn that calls a tool may end with a token of its own, such as Llama 3's `<|eom_id|>`.
+    words = turn.rstrip()
+    return len(words) if any(words.endswith(token) for token in _token_texts(form.tokenizer)) else len(turn)
+
+
+def _token_texts(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    # Some tokenizers add runs of spaces as tokens of their own; those end nothing.
+    return [str(token) for token in tokenizer.get_added_vocab() if token.strip()]
+
+
+def _up_to(dialogue: _Dialogue, form: Form, count: int, *, generate: bool = False) -> str:
+    """The first `count` messages as they are written, with the generation prompt or without."""
+    return (_apply if form.templated else _plain)(dialogue, form, count, generate=generate)
+
+
+def _plain(dialogue: _Dialogue, form: Form, count: int, *, generate: bool) -> str:
+    text = ""
+    for message in dialogue.messages[:count]:
+        if dialogue.tools or message.get("tool_calls") or message["role"] == "tool":
+            raise LuthierError(
+                "the row uses tools, which only a chat template can write, and the tokenizer has none",
+                where=dialogue.where,
+                mend="use the tokenizer of a model trained for conversations, or set its `chat_template`",
+            )
+        text += message["content"] + (form.end_of_turn if message["role"] == "assistant" else dialogue.joint)
+    return text
+
+
+def _apply(dialogue: _Dialogue, form: Form, count: int, *, generate: bool) -> str:
+    try:
+        rendered = form.tokenizer.apply_chat_template(
+            list(dialogue.messages[:count]),
+            tools=dialogue.tools,
+            add_generation_prompt=generate,
+            tokenize=False,
+            **form.options,
+        )
+    except Exception as problem:
+        raise _refused(problem, dialogue.where) from problem
+    return str(rendered)
+
+
+def _marked(dialogue: _Dialogue, form: Form) -> tuple[str, Sequence[Span]]:
+    try:
+        rendered: Any = render_jinja_template(
+            conversations=[list(dialogue.messages)],
+            tools=dialogue.tools,
+            chat_template=form.tokenizer.get_chat_template(tools=dialogue.tools),
+            return_assistant_tokens_mask=True,
+            **{**form.tokenizer.special_tokens_map, **form.options},
+        )
+    except Exception as problem:
+        raise _refused(problem, dialogue.where) from problem
+    (text,), (marks,) = rendered
+    return text, marks
+
+
+def _refused(problem: Exception, where: str) -> LuthierError:
+    # A template is a program of the model's author: it can fail in any way, and its message is what the user needs.
+    return LuthierError(
+        f"the chat template refuses the conversation: {problem}",
+        where=where,
+        mend="bring the turns into the order this model expects, for some: no system turn, user and assistant in turn",
+    )

@@ -1,0 +1,352 @@
+"""From a row's text to token ids, and which of them are targets.
+
+One path serves every shape, training and inference, so a model is trained on the ids it will be shown. Whether a token
+is a target follows from its place in the text, never from its id: a tokenizer whose padding token is its
+end-of-sequence token loses no target.
+
+Text a chat template wrote is tokenized as it is, since the template writes its own first token. Any other text begins
+with the tokenizer's beginning-of-sequence token if the tokenizer adds one by itself; documents and completions end with
+its end-of-sequence token.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import accumulate, pairwise
+from typing import Any, Literal, NamedTuple
+
+from transformers import PreTrainedTokenizerBase
+
+from luthier.errors import LuthierError
+from luthier.rows.chat import Form, LossOn, Rendered, form_of, render_pair, render_prompt, render_training
+from luthier.rows.shapes import BadRow, Message, Row, Scalar, bad_rows_error
+
+Purpose = Literal["train", "prompt"]
+TooLong = Literal["refuse", "left", "right"]
+_Tokenize = Callable[[str], list[int]]
+
+
+class _Border(NamedTuple):
+    """A place in a text where targets begin or end."""
+
+    place: int
+    begins: bool
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A row as token ids.
+
+    Args:
+        id: the row's id.
+        token_ids: the ids, not padded.
+        supervised: True where the token is a target, to be predicted from those before it; the first never is.
+        where: the place the row was read from.
+        columns: the row's free columns.
+        truncated: how many tokens were cut off.
+        text_shape: the row's shape.
+        notes: what about this row deserves a warning.
+    """
+
+    id: str
+    token_ids: tuple[int, ...]
+    supervised: tuple[bool, ...]
+    where: str
+    columns: Mapping[str, Scalar]
+    truncated: int
+    text_shape: str
+    notes: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.token_ids)
+
+
+@dataclass(frozen=True)
+class EncodedRows:
+    """Encoded rows, and what became of the others.
+
+    Args:
+        rows: the rows that can be used, in order.
+        dropped: the rows that cannot, with the reason.
+        notes: warnings, and how many rows each concerns.
+    """
+
+    rows: tuple[Encoded, ...]
+    dropped: tuple[BadRow, ...] = ()
+    notes: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def truncated(self) -> int:
+        """Rows that lost tokens."""
+        return sum(row.truncated > 0 for row in self.rows)
+
+    @property
+    def tokens(self) -> int:
+        """All tokens."""
+        return sum(map(len, self.rows))
+
+    @property
+    def supervised_tokens(self) -> int:
+        """Targets."""
+        return sum(sum(row.supervised) for row in self.rows)
+
+
+@dataclass(frozen=True)
+class _Limits:
+    max_tokens: int | None
+    too_long: TooLong
+
+    def __post_init__(self) -> None:
+        if self.max_tokens is not None and self.max_tokens < 2:
+            raise LuthierError(
+                f"max_tokens is {self.max_tokens}", mend="allow at least 2: one token to see and one to learn"
+            )
+        if self.too_long not in ("refuse", "left", "right"):
+            raise LuthierError(f"too_long is {self.too_long!r}", mend='write "refuse", "left" or "right"')
+
+
+def encode(
+    row: Row,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    purpose: Purpose = "train",
+    loss_on: LossOn = "assistant",
+    max_tokens: int | None = None,
+    too_long: TooLong = "refuse",
+    template_options: Mapping[str, Any] | None = None,
+) -> Encoded:
+    """Turn one row into token ids.
+
+    Args:
+        row: a checked row.
+        tokenizer: the model's tokenizer.
+        purpose: `"train"`: the whole row with its targets; `"prompt"`: up to where the model answers, without targets.
+        loss_on: `"assistant"`: all assistant turns, or the completion where the row has one; `"last"`: the last of
+            them; `"all"`: every token. A document is always learned whole.
+        max_tokens: the most tokens a row may have; None for no limit.
+        too_long: what happens to a longer row: `"refuse"` raises; `"right"` cuts its end off; `"left"` cuts its
+            beginning off, which keeps the answer, and keeps a beginning-of-sequence token in its place.
+        template_options: variables for the chat template, such as `{"enable_thinking": False}`.
+
+    Returns:
+        The encoded row. Truncation, or a template that writes earlier turns otherwise, can leave it without any target:
+        `encode_all` drops such rows and says so.
+
+    Raises:
+        LuthierError: the row is too long, has nothing to learn, or the chat template refuses it.
+    """
+    form = form_of(tokenizer, template_options)
+    return _encode(row, form, purpose, loss_on, _Limits(max_tokens, too_long))
+
+
+def encode_prompt(
+    row: Row,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_tokens: int | None = None,
+    too_long: TooLong = "refuse",
+    template_options: Mapping[str, Any] | None = None,
+) -> tuple[int, ...]:
+    """The ids a model is given to answer a row: its prompt, with the generation prompt of the chat template."""
+    return _encode(row, form_of(tokenizer, template_options), "prompt", "last", _Limits(max_tokens, too_long)).token_ids
+
+
+def encode_pair(
+    row: Row,
+    tokenizer: PreTrainedTokenizerBase,
+    completion: str | Sequence[Message],
+    *,
+    id: str | None = None,
+    max_tokens: int | None = None,
+    too_long: TooLong = "refuse",
+    template_options: Mapping[str, Any] | None = None,
+) -> Encoded:
+    """A row's prompt and a given completion, whose tokens are the targets: a choice to score, or one side of a
+    preference.
+
+    Args:
+        row: any row with a prompt.
+        tokenizer: the model's tokenizer.
+        completion: the completion, as text or as messages; for instance `row.fields["chosen"]`.
+        id: the id of the result; the row's own when not given.
+        max_tokens: as for `encode`.
+        too_long: as for `encode`.
+        template_options: as for `encode`.
+
+    Raises:
+        LuthierError: the result is too long, the row has no prompt, or the chat template refuses it.
+    """
+    form = form_of(tokenizer, template_options)
+    encoded = _limited(row, render_pair(row, form, completion), form, _Limits(max_tokens, too_long))
+    return encoded if id is None else replace(encoded, id=id)
+
+
+def encode_all(
+    rows: Iterable[Row],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    purpose: Purpose = "train",
+    loss_on: LossOn = "assistant",
+    max_tokens: int | None = None,
+    too_long: TooLong = "refuse",
+    on_bad_row: Literal["stop", "skip"] = "stop",
+    template_options: Mapping[str, Any] | None = None,
+) -> EncodedRows:
+    """Encode many rows, and account for each of them. The arguments are those of `encode`.
+
+    Args:
+        on_bad_row: what happens when a row cannot be encoded: `"stop"` raises one error that names up to five of them,
+            `"skip"` puts them into `dropped`. A row that is left without a target is dropped in both cases.
+
+    Raises:
+        LuthierError: a row cannot be encoded and `on_bad_row` is `"stop"`, or no target is left in any row.
+    """
+    found, bad = encode_each(
+        rows,
+        tokenizer,
+        purpose=purpose,
+        loss_on=loss_on,
+        max_tokens=max_tokens,
+        too_long=too_long,
+        template_options=template_options,
+    )
+    total = len(found.rows) + len(found.dropped) + len(bad)
+    if not total:
+        raise LuthierError("there are no rows to encode")
+    if bad and (on_bad_row == "stop" or not found.rows):
+        raise bad_rows_error(bad, total)
+    if not found.rows:
+        raise bad_rows_error(found.dropped, total)
+    return replace(found, dropped=(*bad, *found.dropped))
+
+
+def encode_each(
+    rows: Iterable[Row],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    purpose: Purpose = "train",
+    loss_on: LossOn = "assistant",
+    max_tokens: int | None = None,
+    too_long: TooLong = "refuse",
+    template_options: Mapping[str, Any] | None = None,
+) -> tuple[EncodedRows, list[BadRow]]:
+    """`encode_all` without its verdict, for looking at data: what can be encoded, and the rows that cannot."""
+    form, limits = form_of(tokenizer, template_options), _Limits(max_tokens, too_long)
+    encoded: list[Encoded] = []
+    dropped: list[BadRow] = []
+    bad: list[BadRow] = []
+    notes: Counter[str] = Counter()
+    for row in rows:
+        where = f"{row.where} (row {row.id})"
+        try:
+            one = _encode(row, form, purpose, loss_on, limits)
+        except LuthierError as problem:
+            bad.append(BadRow(where, problem.what, problem.mend))
+            continue
+        notes.update(one.notes)
+        if purpose == "train" and not any(one.supervised):
+            dropped.append(BadRow(where, _why_nothing_to_learn(one)))
+        else:
+            encoded.append(one)
+    return EncodedRows(tuple(encoded), tuple(dropped), dict(notes)), bad
+
+
+def end_of_turn_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """The ids at which generation stops: the chat template's own end-of-turn token and the end-of-sequence token."""
+    end_of_turn = form_of(tokenizer).end_of_turn
+    ids = [tokenizer.convert_tokens_to_ids(end_of_turn)] if end_of_turn else []
+    return tuple(dict.fromkeys([*ids, *([tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else [])]))
+
+
+def _encode(row: Row, form: Form, purpose: Purpose, loss_on: LossOn, limits: _Limits) -> Encoded:
+    if purpose == "train":
+        return _limited(row, render_training(row, form, loss_on), form, limits)
+    if limits.too_long == "right":
+        raise LuthierError(
+            "a prompt cannot be cut on the right, where the answer begins", where=row.where, mend='too_long="left"'
+        )
+    return _limited(row, render_prompt(row, form), form, limits)
+
+
+def _limited(row: Row, rendered: Rendered, form: Form, limits: _Limits) -> Encoded:
+    ids, supervised = _tokenized(rendered, form)
+    surplus = max(0, len(ids) - limits.max_tokens) if limits.max_tokens is not None else 0
+    if surplus and limits.too_long == "refuse":
+        raise LuthierError(
+            f"the row has {len(ids)} tokens, and at most {limits.max_tokens} are allowed",
+            where=row.where,
+            mend="raise max_tokens, or cut long rows with too_long",
+        )
+    if surplus and limits.too_long == "right":
+        ids, supervised = ids[:-surplus], supervised[:-surplus]
+    elif surplus:
+        kept = 1 if ids[0] == form.tokenizer.bos_token_id else 0
+        ids, supervised = ids[:kept] + ids[kept + surplus :], supervised[:kept] + supervised[kept + surplus :]
+    supervised[:1] = [False] * len(supervised[:1])
+    return Encoded(row.id, tuple(ids), tuple(supervised), row.where, row.columns, surplus, row.shape, rendered.notes)
+
+
+def _why_nothing_to_learn(row: Encoded) -> str:
+    causes = [f"{row.truncated} tokens were cut off"] if row.truncated else []
+    return "no token is left to learn: " + "; ".join([*causes, *row.notes] or ["the row is a single token"])
+
+
+def _tokenized(rendered: Rendered, form: Form) -> tuple[list[int], list[bool]]:
+    def tokenize(text: str) -> list[int]:
+        return list(form.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+    text = rendered.text
+    begins = {start for start, _ in rendered.targets}
+    places = sorted(begins | {end for _, end in rendered.targets} | {0, len(text)})
+    ids, counts = _tokenized_at(tokenize, text, [_Border(place, place in begins) for place in places[1:-1]])
+    first_token = dict(zip(places, [0, *counts, len(ids)], strict=True))
+    supervised = [False] * len(ids)
+    for start, end in rendered.targets:
+        supervised[first_token[start] : first_token[end]] = [True] * (first_token[end] - first_token[start])
+    # A text may begin with the token itself, written out; a second one would be a beginning no model has seen.
+    first_ids = list(form.first_ids) if rendered.plain and ids[:1] != list(form.first_ids) else []
+    return first_ids + ids, [False] * len(first_ids) + supervised
+
+
+def _tokenized_at(tokenize: _Tokenize, text: str, borders: Sequence[_Border]) -> tuple[list[int], list[int]]:
+    """The ids of a text, and how many of them stand before each border.
+
+    Offsets are of no use here: many tokenizers trim spaces from them, and a character cut into bytes gives each of them
+    the same. Instead the text before a border is tokenized by itself, as inference does it. Where its tokens are not
+    the first tokens of the whole (a line break before the border that merges with one behind it), or where a special
+    token before the border swallows spaces the model has to write, the text is cut at the border.
+    """
+    whole = tokenize(text)
+    if not borders:
+        return whole, []
+    places = [0, *(border.place for border in borders), len(text)]
+    parts = [tokenize(text[start:end]) for start, end in pairwise(places)]
+    if [token for part in parts for token in part] == whole:
+        return whole, list(accumulate(map(len, parts[:-1])))
+    counts = []
+    for number, (place, begins) in enumerate(borders):
+        before = tokenize(text[:place])
+        if whole[: len(before)] != before or (begins and _swallows(tokenize, text, place, whole)):
+            head, head_counts = _tokenized_at(tokenize, text[:place], borders[:number])
+            later = [border._replace(place=border.place - place) for border in borders[number + 1 :]]
+            tail, tail_counts = _tokenized_at(_going_on(tokenize), text[place:], later)
+            return head + tail, [*head_counts, len(head), *(len(head) + count for count in tail_counts)]
+        counts.append(len(before))
+    return whole, counts
+
+
+def _swallows(tokenize: _Tokenize, text: str, place: int, whole: Sequence[int]) -> bool:
+    behind = text[place:]
+    return behind[:1].isspace() and tokenize(text[:place] + behind.lstrip()) == whole
+
+
+def _going_on(tokenize: _Tokenize) -> _Tokenize:
+    """Tokenize text that stands behind other text: some tokenizers put a space before the beginning of a text."""
+
+    def behind(text: str) -> list[int]:
+        line_break, both = tokenize("\n"), tokenize("\n" + text)
+        return both[len(line_break) :] if both[: len(line_break)] == line_break else tokenize(text)
+
+    return behind

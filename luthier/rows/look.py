@@ -1,0 +1,237 @@
+"""Looking at data before training on it: how much there is, what is wrong with it, and what exactly will be learned."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+from transformers import PreTrainedTokenizerBase
+
+from luthier.rows.chat import LossOn
+from luthier.rows.encode import Encoded, EncodedRows, TooLong, encode_each
+from luthier.rows.read import Rows, read
+from luthier.rows.shapes import BadRow, Row
+
+_QUANTILES = {"shortest": 0.0, "median": 0.5, "90%": 0.9, "99%": 0.99, "longest": 1.0}
+_SHOWN_CHARACTERS = 1200
+_SHOWN_REASONS = 5
+# A terminal obeys control characters, so those of the data are shown, not sent; line breaks and tabs do no harm.
+_VISIBLE = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
+_STYLES = {
+    (True, False): "bold green",
+    (True, True): "bold green reverse",
+    (False, False): "dim",
+    (False, True): "magenta",
+}
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Text of neighboring tokens that are alike: targets or not, special tokens or not."""
+
+    text: str
+    target: bool
+    special: bool
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One row as the model will read it."""
+
+    id: str
+    where: str
+    tokens: int
+    targets: int
+    truncated: int
+    pieces: tuple[Piece, ...]
+
+
+@dataclass(frozen=True)
+class Look:
+    """What a set of rows holds.
+
+    Args:
+        name: the set.
+        rows: usable rows; a preference counts once.
+        shape_counts: how many rows have each shape.
+        tokens: all tokens, after truncation.
+        supervised_tokens: the targets among them.
+        lengths: tokens of the shortest, median, 90 %, 99 % and longest row, before truncation.
+        too_long: rows over the limit.
+        skipped: records that could not be read or encoded.
+        dropped: rows left without a target.
+        ignored_files: files of a folder that are in no known format.
+        notes: warnings, and how many rows each concerns.
+        samples: the first rows, rendered.
+    """
+
+    name: str
+    rows: int
+    shape_counts: Mapping[str, int]
+    tokens: int
+    supervised_tokens: int
+    lengths: Mapping[str, int]
+    too_long: int
+    skipped: tuple[BadRow, ...]
+    dropped: tuple[BadRow, ...]
+    ignored_files: tuple[str, ...]
+    notes: Mapping[str, int]
+    samples: tuple[Sample, ...]
+
+    def as_json(self) -> dict[str, Any]:
+        """The same facts as plain values."""
+        listed = {
+            "skipped": [bad._asdict() for bad in self.skipped],
+            "dropped": [bad._asdict() for bad in self.dropped],
+        }
+        return {**asdict(replace(self, skipped=(), dropped=())), **listed}
+
+
+def look(
+    source: str | Path | Iterable[Mapping[str, Any]],
+    tokenizer: PreTrainedTokenizerBase,
+    n: int = 5,
+    *,
+    shape: str | None = None,
+    loss_on: LossOn = "assistant",
+    max_tokens: int | None = None,
+    too_long: TooLong = "refuse",
+    template_options: Mapping[str, Any] | None = None,
+) -> Look:
+    """Read and encode rows as a run would, without stopping at bad ones.
+
+    A preference is shown as two samples, the chosen and the rejected answer; a prompt without an answer has no targets.
+
+    Args:
+        source: anything `read` takes.
+        tokenizer: the model's tokenizer.
+        n: how many samples to render.
+        shape: as for `read`.
+        loss_on: as for `encode`.
+        max_tokens: as for `encode`.
+        too_long: as for `encode`; a refused row counts as skipped here.
+        template_options: as for `encode`.
+
+    Raises:
+        LuthierError: the source cannot be opened, or no row in it can be read.
+    """
+    rows = source if isinstance(source, Rows) else read(source, shape=shape, on_bad_row="skip")
+    answered = [part for row in rows if row.shape != "prompt" for part in _with_one_answer(row)]
+    questions = [row for row in rows if row.shape == "prompt"]
+    whole, bad = encode_each(answered, tokenizer, loss_on=loss_on, template_options=template_options)
+    long = {row.id for row in whole.rows if max_tokens is not None and len(row) > max_tokens}
+    cut, refused = encode_each(
+        [row for row in answered if row.id in long],
+        tokenizer,
+        loss_on=loss_on,
+        max_tokens=max_tokens,
+        too_long=too_long,
+        template_options=template_options,
+    )
+    asked, unasked = encode_each(questions, tokenizer, purpose="prompt", template_options=template_options)
+    kept = EncodedRows((*(row for row in whole.rows if row.id not in long), *cut.rows, *asked.rows))
+    order = {part.id: place for place, part in enumerate([*answered, *questions])}
+    shown = sorted(kept.rows, key=lambda row: order[row.id])[:n]
+    return Look(
+        name=rows.name,
+        rows=len(rows),
+        shape_counts=rows.shape_counts,
+        tokens=kept.tokens,
+        supervised_tokens=kept.supervised_tokens,
+        lengths=_quantiles([len(row) for row in (*whole.rows, *asked.rows)]),
+        too_long=len(long),
+        skipped=(*rows.skipped, *bad, *refused, *unasked),
+        dropped=(*whole.dropped, *cut.dropped),
+        ignored_files=rows.ignored_files,
+        notes=Counter(whole.notes) + Counter(asked.notes),
+        samples=tuple(_sample(row, tokenizer) for row in shown),
+    )
+
+
+def render(looked: Look) -> RenderableType:
+    """What a terminal shows: the facts, the problems, and the samples with their targets in bold green.
+
+    Special tokens are set off by color, line breaks are marked, and control characters of the data are spelled out.
+    """
+    share = looked.supervised_tokens / looked.tokens if looked.tokens else 0.0
+    facts = {
+        "rows": ", ".join(f"{count} {shape}" for shape, count in looked.shape_counts.items()),
+        "tokens": f"{looked.tokens}, of which {looked.supervised_tokens} are targets ({share:.0%})",
+        "lengths": ", ".join(f"{name} {tokens}" for name, tokens in looked.lengths.items()),
+        "too long": str(looked.too_long),
+        "skipped": _reasons(looked.skipped),
+        "dropped": _reasons(looked.dropped),
+        "ignored files": "\n".join(looked.ignored_files),
+        "notes": "\n".join(f"{note} ({count} rows)" for note, count in looked.notes.items()),
+    }
+    table = Table.grid(padding=(0, 2))
+    for name, fact in facts.items():
+        if fact:
+            table.add_row(Text(name, style="bold"), Text(_visible(fact)))
+    return Group(Text(_visible(looked.name), style="bold underline"), table, *map(_rendered, looked.samples))
+
+
+def _with_one_answer(row: Row) -> list[Row]:
+    if row.shape != "prompt+chosen+rejected":
+        return [row]
+    rest = {key: value for key, value in row.fields.items() if key not in ("chosen", "rejected")}
+    return [
+        replace(row, id=f"{row.id}/{side}", shape="prompt+completion", fields={**rest, "completion": row.fields[side]})
+        for side in ("chosen", "rejected")
+    ]
+
+
+def _quantiles(lengths: Sequence[int]) -> dict[str, int]:
+    ordered = sorted(lengths)
+    last = len(ordered) - 1
+    return {name: ordered[math.ceil(share * last)] for name, share in _QUANTILES.items()} if ordered else {}
+
+
+def _sample(row: Encoded, tokenizer: PreTrainedTokenizerBase) -> Sample:
+    special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+    kinds = [(target, token in special) for token, target in zip(row.token_ids, row.supervised, strict=True)]
+    pieces: list[Piece] = []
+    end, text = 0, ""
+    for kind, run in groupby(kinds):
+        end += len(list(run))
+        # Some tokenizers write the first token they are given without its space: only the whole text has it.
+        longer = str(tokenizer.decode(list(row.token_ids[:end]), clean_up_tokenization_spaces=False))
+        pieces.append(Piece(longer[len(text) :], *kind))
+        text = longer
+    return Sample(row.id, row.where, len(row), sum(row.supervised), row.truncated, tuple(pieces))
+
+
+def _rendered(sample: Sample) -> Text:
+    cut = f", {sample.truncated} cut off" if sample.truncated else ""
+    heading = f"\n{sample.where}, row {sample.id}: {sample.tokens} tokens, {sample.targets} targets{cut}\n"
+    text = Text(_visible(heading), style="bold")
+    for piece in sample.pieces:
+        text.append(_shortened(_visible(piece.text)).replace("\n", "↵\n"), style=_STYLES[piece.target, piece.special])
+    return text
+
+
+def _visible(text: str) -> str:
+    return text.translate(_VISIBLE)
+
+
+def _shortened(text: str) -> str:
+    surplus = len(text) - _SHOWN_CHARACTERS
+    if surplus <= 0:
+        return text
+    half = _SHOWN_CHARACTERS // 2
+    return f"{text[:half]} … {surplus} more characters … {text[-half:]}"
+
+
+def _reasons(bad: Sequence[BadRow]) -> str:
+    if not bad:
+        return ""
+    shown = [f"{row.where}: {row.reason}" for row in bad[:_SHOWN_REASONS]]
+    return "\n".join([str(len(bad)), *shown, *(["…"] if len(bad) > len(shown) else [])])

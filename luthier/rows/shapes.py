@@ -1,0 +1,363 @@
+"""What a row of training data is, and the shapes it can come in.
+
+A shape is known by its keys. Nothing a record holds is dropped: scalar keys outside the shape become free columns that
+travel with the row into its batch, everything else stays in `fields`.
+
+| keys | the row |
+|---|---|
+| `messages`, maybe `tools` | a conversation of `{role, content}` |
+| `conversations`, maybe `tools` and `system` | the same in ShareGPT form, `{from, value}`; becomes `messages` |
+| `prompt`, `completion` | one answer to learn |
+| `instruction`, `output`, maybe `input` | one answer to learn |
+| `text` | a document to learn |
+| `text`, `label` | a document to classify |
+| `prompt`, `chosen`, `rejected` | two answers, the better one first |
+| `prompt`, `answer` or `question`, `answer` | an item with its accepted answers |
+| `prompt`, `choices`, `answer` or `question`, `choices`, `answer` | multiple choice; `answer` is a text or its index |
+| `prompt` | an item without an answer |
+
+`prompt`, `completion`, `chosen` and `rejected` are text or a list of messages.
+"""
+
+from __future__ import annotations
+
+import json
+import numbers
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from luthier.errors import LuthierError, nearest
+
+Message = dict[str, Any]
+Scalar = float | int | str
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+_SHAREGPT_ROLES = {
+    "system": "system",
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "tool": "tool",
+    "observation": "tool",
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One record, checked.
+
+    Args:
+        id: the record's own `id`, or one derived from its content; never from its place in the file.
+        shape: the shape's name, one of the values of `canonical_shapes()`.
+        fields: the shape's own values after checking, plus every other value that is not a number or text.
+        where: the place it was read from, for error messages.
+        columns: free numbers and texts that came with the record; a numeric `label` is also one.
+    """
+
+    id: str
+    shape: str
+    fields: Mapping[str, Any]
+    where: str
+    columns: Mapping[str, Scalar] = field(default_factory=dict)
+
+
+class BadRow(NamedTuple):
+    """A record that cannot be used: where it stands, why, and how to mend it."""
+
+    where: str
+    reason: str
+    mend: str = ""
+
+
+class _Shape(NamedTuple):
+    needs: tuple[str, ...]
+    may_have: tuple[str, ...]
+    becomes: str
+    check: Callable[[Mapping[str, Any]], dict[str, Any]]
+
+
+def row_of(record: Mapping[str, Any], *, id: str, where: str, shape: str | None = None) -> Row:
+    """Check one record and give it its shape.
+
+    Args:
+        record: the keys and values as they were read.
+        id: the row's id; a key `id` in the record is not kept a second time.
+        where: the place, for error messages.
+        shape: the shape to use where the keys would fit several, such as `"messages"` or `"prompt+completion"`.
+
+    Raises:
+        LuthierError: the keys fit no shape or several, or a value is missing, empty or of the wrong type.
+    """
+    try:
+        chosen = _SHAPES[_named(shape) if shape is not None else _recognized(record)]
+        missing = [key for key in chosen.needs if key not in record]
+        if missing:
+            raise LuthierError(f"the row has no {_listed(missing)}; it has {_listed(record)}")
+        fields = chosen.check(record)
+        if "tools" in chosen.may_have and record.get("tools") is not None:
+            fields["tools"] = _tools(record["tools"])
+    except LuthierError as problem:
+        raise LuthierError(problem.what, where=where, mend=problem.mend) from None
+    columns: dict[str, Scalar] = {}
+    for key, value in record.items():
+        if key == "id" or key in chosen.needs or key in chosen.may_have:
+            continue
+        if isinstance(value, str):
+            columns[key] = value
+        elif isinstance(value, numbers.Real):
+            columns[key] = int(value) if isinstance(value, numbers.Integral) else float(value)
+        else:
+            fields[key] = value
+    if isinstance(fields.get("label"), int | float):
+        columns["label"] = fields["label"]
+    return Row(id=id, shape=chosen.becomes, fields=fields, where=where, columns=columns)
+
+
+def known_shapes() -> tuple[str, ...]:
+    """The names a recipe may give a shape, each made of the keys it needs."""
+    return tuple(_SHAPES)
+
+
+def canonical_shapes() -> tuple[str, ...]:
+    """The names `Row.shape` can have: `known_shapes()` after `conversations` and `question` have been renamed."""
+    return tuple(dict.fromkeys(shape.becomes for shape in _SHAPES.values()))
+
+
+def text_keys() -> frozenset[str]:
+    """Every key some shape reads as text: numbers in them are never converted."""
+    keys = {key for shape in _SHAPES.values() for key in (*shape.needs, *shape.may_have)}
+    return frozenset(keys - {"label"}) | {"id"}
+
+
+def bad_rows_error(bad: Sequence[BadRow], total: int) -> LuthierError:
+    """One error that names up to five of the bad rows."""
+    shown = [f"{row.where}: {row.reason}" for row in bad[:5]]
+    if len(bad) > len(shown):
+        shown.append(f"and {len(bad) - len(shown)} more")
+    skip = 'or leave such rows out, counted, with on_bad_row="skip"'
+    mends = list(dict.fromkeys(row.mend for row in bad[:5] if row.mend))
+    if len(bad) == 1:
+        return LuthierError(bad[0].reason, where=bad[0].where, mend="; ".join([*mends, skip]))
+    what = f"{len(bad)} of {total} rows cannot be used:\n    " + "\n    ".join(shown)
+    return LuthierError(what, where=bad[0].where, mend="; ".join([*(mends or ["mend these rows"]), skip]))
+
+
+def _named(shape: str) -> str:
+    for name, known in _SHAPES.items():
+        if shape == name or set(shape.split("+")) == set(known.needs):
+            return name
+    if shape == "instruction":
+        return "instruction+output"
+    raise LuthierError(f"unknown row shape `{shape}`", mend=nearest(shape, _SHAPES) or "known: " + ", ".join(_SHAPES))
+
+
+def _recognized(record: Mapping[str, Any]) -> str:
+    keys = set(record)
+    fitting = {name: set(shape.needs) for name, shape in _SHAPES.items() if keys.issuperset(shape.needs)}
+    # A shape whose keys another fitting shape also needs is only a part of that one: `text` within `text+label`.
+    widest = [name for name, needs in fitting.items() if not any(needs < other for other in fitting.values())]
+    if len(widest) == 1:
+        return widest[0]
+    if widest:
+        raise LuthierError(
+            f"the row's keys {_listed(record)} fit several shapes: {', '.join(widest)}",
+            mend=f'say which one, such as shape="{widest[0]}"; the other keys stay with the row',
+        )
+    known = {key for shape in _SHAPES.values() for key in shape.needs}
+    hints = [f"`{key}`: {nearest(str(key), known)}" for key in record if "did you mean" in nearest(str(key), known)]
+    raise LuthierError(
+        f"the row's keys {_listed(record)} fit no known shape",
+        mend="; ".join([*hints, "rename its keys to one of: " + ", ".join(_SHAPES)]),
+    )
+
+
+def _listed(keys: Sequence[str] | Mapping[str, Any]) -> str:
+    return ", ".join(f"`{key}`" for key in keys) or "(none)"
+
+
+def _kind(value: Any) -> str:
+    names = {type(None): "null", dict: "an object", list: "a list", str: "text", bool: "true or false"}
+    return names.get(type(value), "a number" if isinstance(value, int | float) else type(value).__name__)
+
+
+def _text(value: Any, key: str) -> str:
+    if not isinstance(value, str):
+        raise LuthierError(f"`{key}` must be text, not {_kind(value)}")
+    if not value.strip():
+        raise LuthierError(f"`{key}` is empty")
+    return value
+
+
+def _checked_messages(value: Any, key: str) -> list[Message]:
+    if not isinstance(value, list | tuple):
+        raise LuthierError(f"`{key}` must be a list of messages {{role, content}}, not {_kind(value)}")
+    if not value:
+        raise LuthierError(f"`{key}` is empty")
+    return [_message(message, f"{key}[{index}]") for index, message in enumerate(value)]
+
+
+def _message(value: Any, key: str) -> Message:
+    if not isinstance(value, Mapping):
+        raise LuthierError(f"`{key}` must be an object {{role, content}}, not {_kind(value)}")
+    # Columnar files give every message every key, with null where a message had none.
+    message = {name: part for name, part in value.items() if part is not None}
+    role = message.get("role")
+    if role not in ROLES:
+        offer = nearest(str(role), ROLES)
+        raise LuthierError(f"`{key}` has the unknown role {role!r}", mend=offer or "known: " + ", ".join(ROLES))
+    content = message.get("content")
+    if role == "assistant" and message.get("tool_calls") and content in (None, ""):
+        return {**message, "content": ""}
+    if "content" not in value:
+        raise LuthierError(f"`{key}` has no `content`")
+    if isinstance(content, list | tuple):
+        content = _joined_parts(content, f"{key}.content")
+    if role in ("system", "developer", "tool") and content == "":
+        return {**message, "content": ""}
+    return {**message, "content": _text(content, f"{key}.content")}
+
+
+def _joined_parts(parts: Sequence[Any], key: str) -> str:
+    for part in parts:
+        if not (isinstance(part, Mapping) and part.get("type") == "text" and isinstance(part.get("text"), str)):
+            raise LuthierError(f"`{key}` holds a part that is not text; only text can be learned from")
+    return "".join(part["text"] for part in parts)
+
+
+def _tools(value: Any) -> list[dict[str, Any]]:
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError as problem:
+            raise LuthierError(f"`tools` is text but not JSON: {problem}") from None
+    if not isinstance(value, list | tuple) or not all(isinstance(tool, Mapping) for tool in value):
+        raise LuthierError("`tools` must be a list of objects")
+    return [dict(tool) for tool in value]
+
+
+def _text_or_messages(value: Any, key: str) -> str | list[Message]:
+    return _checked_messages(value, key) if isinstance(value, list | tuple) else _text(value, key)
+
+
+def _completion(value: Any, key: str, prompt: str | list[Message]) -> str | list[Message]:
+    """The completion alone: files that repeat the prompt at the start of it would otherwise have it learned twice."""
+    completion = _text_or_messages(value, key)
+    if isinstance(completion, str):
+        return completion
+    asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    if completion[: len(asked)] == asked:
+        completion = completion[len(asked) :]
+    if not completion or completion[0]["role"] != "assistant":
+        raise LuthierError(
+            f"`{key}` must begin with an assistant message, or with the messages of `prompt` and then one"
+        )
+    return completion
+
+
+def _conversation(record: Mapping[str, Any]) -> dict[str, Any]:
+    return {"messages": _checked_messages(record["messages"], "messages")}
+
+
+def _sharegpt(record: Mapping[str, Any]) -> dict[str, Any]:
+    turns = record["conversations"]
+    if not isinstance(turns, list | tuple):
+        raise LuthierError(f"`conversations` must be a list of {{from, value}}, not {_kind(turns)}")
+    messages: list[Any] = []
+    if record.get("system"):
+        messages.append({"role": "system", "content": record["system"]})
+    for index, turn in enumerate(turns):
+        key = f"conversations[{index}]"
+        if not isinstance(turn, Mapping) or not {"from", "value"} <= set(turn):
+            if isinstance(turn, Mapping) and {"role", "content"} <= set(turn):
+                messages.append(turn)
+                continue
+            raise LuthierError(f"`{key}` must be an object {{from, value}}")
+        speaker = str(turn["from"])
+        if speaker not in _SHAREGPT_ROLES:
+            raise LuthierError(f"`{key}` is from the unknown role {speaker!r}", mend=nearest(speaker, _SHAREGPT_ROLES))
+        others = {name: part for name, part in turn.items() if name not in ("from", "value")}
+        messages.append({**others, "role": _SHAREGPT_ROLES[speaker], "content": turn["value"]})
+    return {"messages": _checked_messages(messages, "conversations")}
+
+
+def _prompted(record: Mapping[str, Any], *completions: str) -> dict[str, Any]:
+    prompt = _text_or_messages(record["prompt"], "prompt")
+    return {"prompt": prompt, **{key: _completion(record[key], key, prompt) for key in completions}}
+
+
+def _instruction(record: Mapping[str, Any]) -> dict[str, Any]:
+    given = record.get("input")
+    if given is not None and not isinstance(given, str):
+        raise LuthierError(f"`input` must be text, not {_kind(given)}")
+    instruction, output = _text(record["instruction"], "instruction"), _text(record["output"], "output")
+    return {"instruction": instruction, "input": given or "", "output": output}
+
+
+def _labelled(record: Mapping[str, Any]) -> dict[str, Any]:
+    label = record["label"]
+    if isinstance(label, bool):
+        label = int(label)
+    elif not isinstance(label, int | float):
+        label = _text(label, "label")
+    return {"text": _text(record["text"], "text"), "label": label}
+
+
+def _answered(record: Mapping[str, Any], asked: str) -> dict[str, Any]:
+    answer = record["answer"]
+    accepted = list(answer) if isinstance(answer, list | tuple) else [answer]
+    if not accepted:
+        raise LuthierError("`answer` is empty")
+    # A whole number has one way of being written; a fraction has many, so that choice stays with the file.
+    texts = [str(one) if type(one) is int else _text(one, "answer") for one in accepted]
+    return {"prompt": _text_or_messages(record[asked], asked), "answer": texts}
+
+
+def _multiple_choice(record: Mapping[str, Any], asked: str) -> dict[str, Any]:
+    choices, answer = record["choices"], record["answer"]
+    if not isinstance(choices, list | tuple) or len(choices) < 2:
+        raise LuthierError("`choices` must be a list of at least two texts")
+    texts = [_text(choice, f"choices[{index}]") for index, choice in enumerate(choices)]
+    if len(set(texts)) < len(texts):
+        raise LuthierError("`choices` holds the same text twice")
+    if type(answer) is int and not 0 <= answer < len(texts):
+        raise LuthierError(f"`answer` is {answer}, but the choices are numbered 0 to {len(texts) - 1}")
+    if type(answer) is not int and answer not in texts:
+        raise LuthierError(f"`answer` is {answer!r}, which is neither one of the choices nor their index")
+    index = answer if type(answer) is int else texts.index(answer)
+    return {"prompt": _text_or_messages(record[asked], asked), "choices": texts, "answer": index}
+
+
+_SHAPES: dict[str, _Shape] = {
+    "messages": _Shape(("messages",), ("tools",), "messages", _conversation),
+    "conversations": _Shape(("conversations",), ("tools", "system"), "messages", _sharegpt),
+    "prompt+completion": _Shape(
+        ("prompt", "completion"), ("tools",), "prompt+completion", lambda record: _prompted(record, "completion")
+    ),
+    "instruction+output": _Shape(("instruction", "output"), ("input",), "instruction", _instruction),
+    "text": _Shape(("text",), (), "text", lambda record: {"text": _text(record["text"], "text")}),
+    "text+label": _Shape(("text", "label"), (), "text+label", _labelled),
+    "prompt+chosen+rejected": _Shape(
+        ("prompt", "chosen", "rejected"),
+        ("tools",),
+        "prompt+chosen+rejected",
+        lambda record: _prompted(record, "chosen", "rejected"),
+    ),
+    "prompt+answer": _Shape(
+        ("prompt", "answer"), ("tools",), "prompt+answer", lambda record: _answered(record, "prompt")
+    ),
+    "question+answer": _Shape(
+        ("question", "answer"), (), "prompt+answer", lambda record: _answered(record, "question")
+    ),
+    "prompt+choices+answer": _Shape(
+        ("prompt", "choices", "answer"), (), "prompt+choices+answer", lambda record: _multiple_choice(record, "prompt")
+    ),
+    "question+choices+answer": _Shape(
+        ("question", "choices", "answer"),
+        (),
+        "prompt+choices+answer",
+        lambda record: _multiple_choice(record, "question"),
+    ),
+    "prompt": _Shape(("prompt",), ("tools",), "prompt", lambda record: _prompted(record)),
+}

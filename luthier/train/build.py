@@ -1,0 +1,123 @@
+"""From parts to a run that can step: attach what trains, then objectives, then the chain; check that it all goes together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from luthier.errors import LuthierError
+from luthier.kinds import (
+    Additive,
+    HiddenEdit,
+    Keeper,
+    Now,
+    Optimizer,
+    Prefix,
+    Prompt,
+    Selective,
+    Source,
+    State,
+    Term,
+    TokenLoss,
+    TokenWeight,
+    Transform,
+)
+from luthier.models.parts import Parts
+from luthier.registry import Part
+from luthier.train.chain import Chain, Link
+from luthier.train.engine import Engine, Kept
+from luthier.train.objective import Minimized, Objective, Weighted, as_term
+from luthier.train.services import RunServices
+from luthier.train.world import World
+from luthier.tune import Tune
+
+FREES = (Selective, Additive, HiddenEdit, Prefix, Prompt)
+
+
+def slots(parts: Sequence[Part]) -> list[tuple[str, Part]]:
+    """Every part with a name of its own: techniques used twice are numbered."""
+    seen: dict[str, int] = {}
+    named = []
+    for part in parts:
+        seen[part.name] = seen.get(part.name, 0) + 1
+        named.append((part.name if seen[part.name] == 1 else f"{part.name}.{seen[part.name]}", part))
+    return named
+
+
+def build_engine(
+    model: nn.Module,
+    parts: Parts,
+    *,
+    tune: Sequence[Part],
+    objective: Sequence[Part],
+    step: Sequence[Part],
+    source: Part,
+    token_weight: Sequence[Part] = (),
+    keep: Sequence[Part] = (),
+    now: Now,
+    masters: str = "fp32",
+    keep_base: bool = False,
+    world: World | None = None,
+) -> Engine:
+    """Attach every part of a run to a model.
+
+    A technique may give values of several kinds; wherever it is named, each goes to its place, and all share one state.
+
+    Raises:
+        LuthierError: nothing trains, nothing is minimized, a part takes nothing, or two parts cannot be combined.
+    """
+    named = slots([*tune, *objective, *token_weight, *step, source, *keep])
+    values = [(slot, value) for slot, part in named for value in part.values]
+    states: dict[str, State] = {slot: {} for slot, _ in named}
+    goal = Objective(
+        terms=[Minimized(slot, as_term(v), states[slot]) for slot, v in values if isinstance(v, Term | TokenLoss)],
+        weights=[Weighted(slot, v, states[slot]) for slot, v in values if isinstance(v, TokenWeight)],
+    )
+    if not goal.terms:
+        raise LuthierError("nothing is minimized", where="objective", mend="name one, e.g. cross_entropy")
+    keepers = [(slot, v) for slot, v in values if isinstance(v, Keeper)]
+    keep_base = keep_base or goal.needs_base() or any("base" in v.needs for _, v in keepers)
+    owner = Tune(model, parts, masters=masters, keep_base=keep_base)
+    for slot, value in values:
+        if isinstance(value, FREES):
+            owner.add(slot, value, RunServices(owner, slot, now), states[slot])
+    goal.start(owner, lambda slot: RunServices(owner, slot, now))
+    if not owner.trained:
+        raise LuthierError("nothing trains", where="tune", mend="name a technique, e.g. full, half or lora")
+    links = [Link(slot, v) for slot, v in values if isinstance(v, Transform | Optimizer)]
+    sources = [v for _, v in values if isinstance(v, Source)]
+    _refuse_impossible(sources, links, owner, keepers)
+    chain = Chain(links, owner)
+    engine = Engine(owner, goal, chain, sources[0], [], world or World.current())
+    for slot, keeper in keepers:
+        if keeper.start is not None:
+            states[slot].update(keeper.start(RunServices(owner, slot, now)))
+        engine.keepers.append(Kept(slot, keeper, states[slot]))
+    engine.states = states
+    return engine
+
+
+def _refuse_impossible(
+    sources: list[Source], links: list[Link], tune: Tune, keepers: list[tuple[str, Keeper]]
+) -> None:
+    if len(sources) != 1:
+        raise LuthierError("a run has exactly one source of gradients", where="source", mend="name one, e.g. backprop")
+    if not any(isinstance(link.part, Optimizer) for link in links):
+        raise LuthierError("the step has no optimizer", where="step", mend="add one, e.g. adamw")
+    gives = sources[0].gives
+    need_all = [link.slot for link in links if isinstance(link.part, Transform) and link.part.scope == "all"]
+    need_all += [slot for slot, keeper in keepers if "gradients" in keeper.needs]
+    if "all" not in gives and need_all:
+        raise LuthierError(
+            f"`{need_all[0]}` needs all gradients at once, and the source gives them one at a time",
+            where="source",
+            mend=f"use source: backprop, or leave `{need_all[0]}` out",
+        )
+    observers = [slot for slot, value, _ in [*tune.selectives, *tune.additives] if value.observe is not None]
+    if "all" not in gives and observers:
+        raise LuthierError(
+            f"`{observers[0]}` observes whole gradients, and the source gives none to observe",
+            where="source",
+            mend="use source: backprop",
+        )

@@ -1,0 +1,191 @@
+"""One optimizer step, in the order in which it happens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+
+from luthier import draws
+from luthier.errors import LuthierError
+from luthier.kinds import Batch, Keeper, Now, Services, Source, State, TrainedLike
+from luthier.train.chain import Chain
+from luthier.train.objective import Objective, Sums
+from luthier.train.services import RunServices
+from luthier.train.world import World
+from luthier.tune import Trained, Tune
+
+
+class StepResult(NamedTuple):
+    """What one step reports. Losses are in nats."""
+
+    loss: float
+    """What was minimized: all terms, each divided by its units."""
+    nll: float
+    """Plain cross-entropy, a mean over the step's targets."""
+    parts: dict[str, float]
+    tokens: int
+    supervised: int
+    rows: int
+    kept: float
+    """Mean token weight: 1 where every target counts fully."""
+    said: tuple[str, ...] = ()
+    skipped: bool = False
+
+
+@dataclass
+class Kept:
+    """One keeper under its slot."""
+
+    slot: str
+    keeper: Keeper
+    state: State
+
+
+@dataclass
+class Engine:
+    """Everything a step needs."""
+
+    tune: Tune
+    objective: Objective
+    chain: Chain
+    source: Source
+    keepers: list[Kept] = field(default_factory=list)
+    world: World = field(default_factory=World)
+    states: dict[str, State] = field(default_factory=dict)
+    """What every technique remembers, by slot."""
+
+    def services(self, slot: str, now: Now) -> Services:
+        """What a technique under this slot may ask."""
+        return RunServices(self.tune, slot, now)
+
+    def step(self, batches: Sequence[Batch], now: Now) -> StepResult:
+        """Take one optimizer step over the micro-batches of this process.
+
+        Raises:
+            LuthierError: the loss or a gradient is not finite; the rows are named and nothing was changed.
+        """
+        # Dropout and other draws of the model depend on the step alone, so that resuming needs no saved state.
+        torch.manual_seed(draws.seed_of(now.seed, "step", now.step, self.world.rank))
+        keeps = self.objective.look(self.tune, batches, now, self.world)
+        units = self.objective.units(batches, keeps, self.world)
+        counts = self.world.sum_numbers(
+            [float(sum(b.tokens for b in batches)), float(sum(b.supervised for b in batches)), float(sum(len(b.row_ids) for b in batches))]
+        )
+        if not any(units):
+            return StepResult(0.0, 0.0, {}, int(counts[0]), 0, int(counts[2]), 0.0, skipped=True)
+        self.tune.start_observing(now)
+        work = Work(self, batches, now, units, keeps)
+        self.source.gradients(work)
+        self._sum_gradients(batches)
+        self.tune.observe(self.world.sum)
+        if "all" in self.source.gives:
+            self.chain.step(now)
+        said = self._afterwards(now)
+        loss, nll, weight = self.world.sum_numbers([work.total, work.nll, work.weight])
+        targets = max(counts[1], 1.0)
+        return StepResult(
+            loss, nll / targets, work.parts, int(counts[0]), int(counts[1]), int(counts[2]), weight / targets, tuple(said)
+        )
+
+    def _sum_gradients(self, batches: Sequence[Batch]) -> None:
+        for trained in self.tune.trained.values():
+            if self.world.size > 1 and "all" in self.source.gives:
+                if trained.gradient is None:
+                    wide = torch.promote_types(trained.master.dtype, torch.float32)
+                    trained.gradient = torch.zeros_like(trained.master.detach(), dtype=wide)
+                self.world.sum(trained.gradient)
+            if trained.gradient is not None and not bool(trained.gradient.isfinite().all()):
+                name = trained.name
+                self.tune.free_gradients()
+                raise not_finite(f"the gradient of {name}", batches)
+
+    def _afterwards(self, now: Now) -> list[str]:
+        for kept in self.keepers:
+            if kept.keeper.after_step is not None:
+                kept.keeper.after_step(kept.state, self.services(kept.slot, now))
+        return self.tune.refresh(lambda slot: self.services(slot, now))
+
+
+def not_finite(what: str, batches: Sequence[Batch]) -> LuthierError:
+    """The error for numbers that overflowed; it names the rows."""
+    rows = [row for batch in batches for row in batch.row_ids]
+    shown = ", ".join(rows[:8]) + (f" and {len(rows) - 8} more" if len(rows) > 8 else "")
+    return LuthierError(
+        f"{what} is not a finite number; training stopped before the step, and nothing was saved from it",
+        where=f"rows {shown}",
+        mend="look at these rows, lower the learning rate, or use precision: fp32",
+    )
+
+
+class Work:
+    """One step's work as a source of gradients sees it."""
+
+    def __init__(
+        self, engine: Engine, batches: Sequence[Batch], now: Now, units: Sequence[float], keeps: list[torch.Tensor] | None
+    ) -> None:
+        self._engine, self.batches, self.now, self._units = engine, batches, now, units
+        self._keeps = keeps
+        self.total = self.nll = self.weight = 0.0
+        self.parts: dict[str, float] = {}
+
+    @property
+    def trained(self) -> Sequence[Trained]:
+        """Every trained tensor."""
+        return list(self._engine.tune.trained.values())
+
+    def _sums(self, batch: Batch) -> Sums:
+        i = next(i for i, one in enumerate(self.batches) if one is batch)
+        engine = self._engine
+        return engine.objective.total(
+            engine.tune,
+            batch,
+            self._units,
+            self.now,
+            first=i == 0,
+            keep_N=None if self._keeps is None else self._keeps[i],
+            services_of=lambda slot: engine.services(slot, self.now),
+        )
+
+    def backward(self, batch: Batch) -> None:
+        """Forward and backward of one micro-batch."""
+        sums = self._sums(batch)
+        value = float(sums.loss.detach())
+        if value != value or value in (float("inf"), float("-inf")):
+            self._engine.tune.free_gradients()
+            raise not_finite("the loss", [batch])
+        self.total += value
+        self.nll += sums.nll
+        self.weight += sums.weight
+        for name, part in sums.parts.items():
+            self.parts[name] = self.parts.get(name, 0.0) + part
+        if sums.loss.requires_grad:
+            sums.loss.backward()  # type: ignore[no-untyped-call]
+
+    def loss(self) -> float:
+        """The step's loss without gradients."""
+        with torch.no_grad():
+            sums = [self._sums(batch) for batch in self.batches]
+        self.total = sum(float(one.loss) for one in sums)
+        self.nll, self.weight = sum(one.nll for one in sums), sum(one.weight for one in sums)
+        return self._engine.world.sum_numbers([self.total])[0]
+
+    def apply(self, trained: TrainedLike) -> None:
+        """Take the step of one tensor now."""
+        one = self._engine.tune.trained[trained.name]
+        if one.gradient is not None:
+            self._engine.world.sum(one.gradient)
+            self._engine.chain.step(self.now, only=one)
+
+    @contextmanager
+    def when_ready(self, do: Callable[[TrainedLike], None]) -> Iterator[None]:
+        """Call `do` as soon as a tensor's gradient has arrived."""
+        tune = self._engine.tune
+        tune.arrived = do
+        try:
+            yield
+        finally:
+            tune.arrived = lambda trained: None

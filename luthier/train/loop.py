@@ -1,0 +1,177 @@
+"""The training loop: fetch, step, log, evaluate, save. What a step is stands in `engine.py`."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from luthier.kinds import Now
+from luthier.train.engine import Engine, StepResult
+from luthier.train.feed import Feed
+from luthier.train.schedule import Schedule, factor
+
+
+@dataclass
+class Clock:
+    """How the learning rate and the position in the run follow from the step."""
+
+    steps: int
+    learning_rate: float
+    schedule: Schedule
+    warmup: int
+    seed: int
+    stage: int = 0
+    stages: int = 1
+
+    def at(self, step: int, epoch: float) -> Now:
+        """The clock at a step."""
+        now = factor(self.schedule, step, self.steps, self.warmup)
+        return Now(step, self.steps, epoch, self.stage, self.stages, now, self.learning_rate * now, self.seed)
+
+
+@dataclass
+class Plans:
+    """What happens around the steps."""
+
+    save_every: int | None = None
+    evaluate_every: int | None = None
+    patience: int | None = None
+    best: str | None = None
+
+
+@dataclass
+class Progress:
+    """Where the loop is; all of it goes into checkpoints."""
+
+    step: int = 0
+    seconds: float = 0.0
+    tokens: int = 0
+    supervised: int = 0
+    empty_steps: int = 0
+    history: list[dict[str, Any]] = field(default_factory=list)
+    evaluations: list[dict[str, Any]] = field(default_factory=list)
+    best: float | None = None
+    since_best: int = 0
+    stopped: str = ""
+    """Why the run ended before its last step."""
+    interrupted: bool = False
+    """It ended because someone asked, and can be resumed."""
+
+
+Evaluate = Callable[[], Mapping[str, tuple[float, bool]]]
+"""Measures the evaluation sets: value and whether higher is better, by name."""
+
+
+def train(
+    engine: Engine,
+    feed: Feed,
+    clock: Clock,
+    plans: Plans,
+    progress: Progress,
+    *,
+    evaluate: Evaluate | None = None,
+    save: Callable[[Progress], None] = lambda progress: None,
+    tell: Callable[[Progress, StepResult], None] = lambda progress, result: None,
+) -> Progress:
+    """Train from `progress.step` to the end, or until a stop is asked for.
+
+    Args:
+        engine: takes the steps.
+        feed: gives each step's micro-batches.
+        clock: gives each step its learning rate.
+        plans: when to evaluate, save and stop.
+        progress: where to begin; changed as the run goes on.
+        evaluate: measures the evaluation sets in mid-run.
+        save: writes a checkpoint.
+        tell: hears of every step.
+    """
+    engine.tune.model.train()
+    with stop_politely() as asked_to_stop:
+        while progress.step < clock.steps and not progress.stopped:
+            began = time.perf_counter()
+            epoch, batches = feed.at(progress.step)
+            now = clock.at(progress.step, epoch)
+            result = engine.step(batches, now)
+            progress.step += 1
+            progress.seconds += time.perf_counter() - began
+            _log(progress, result, now, time.perf_counter() - began)
+            tell(progress, result)
+            if evaluate is not None and _due(progress.step, plans.evaluate_every, clock.steps):
+                _judge(engine, progress, plans, evaluate())
+            if asked_to_stop():
+                progress.stopped, progress.interrupted = "asked to stop", True
+            if progress.stopped or _due(progress.step, plans.save_every, None) or progress.step == clock.steps:
+                save(progress)
+    engine.tune.model.eval()
+    for kept in engine.keepers:
+        if kept.keeper.after_stage is not None and not progress.interrupted:
+            kept.keeper.after_stage(kept.state, engine.services(kept.slot, clock.at(clock.steps - 1, epoch=0.0)))
+    if plans.best is not None and "best" in engine.tune.snapshots and not progress.interrupted:
+        engine.tune.set(engine.tune.snapshots["best"])
+    return progress
+
+
+def _due(step: int, every: int | None, last: int | None) -> bool:
+    return every is not None and (step % every == 0 or step == last)
+
+
+def _log(progress: Progress, result: StepResult, now: Now, seconds: float) -> None:
+    progress.tokens += result.tokens
+    progress.supervised += result.supervised
+    progress.empty_steps += result.skipped
+    line = {
+        "step": progress.step,
+        "epoch": round(now.epoch, 4),
+        "loss": None if result.skipped else result.loss,
+        "nll": None if result.skipped else result.nll,
+        "learning_rate": now.learning_rate,
+        "tokens": result.tokens,
+        "supervised": result.supervised,
+        "seconds": seconds,
+    }
+    if len(result.parts) > 1:
+        line["parts"] = result.parts
+    if result.kept != 1.0 and not result.skipped:
+        line["kept"] = result.kept
+    progress.history.append(line)
+
+
+def _judge(engine: Engine, progress: Progress, plans: Plans, values: Mapping[str, tuple[float, bool]]) -> None:
+    progress.evaluations.append({"step": progress.step, "metrics": {name: value for name, (value, _) in values.items()}})
+    engine.tune.model.train()
+    if plans.best is None:
+        return
+    value, higher = values[plans.best]
+    if progress.best is None or (value > progress.best if higher else value < progress.best):
+        progress.best, progress.since_best = value, 0
+        engine.tune.snapshot("best")
+        return
+    progress.since_best += 1
+    if plans.patience is not None and progress.since_best >= plans.patience:
+        progress.stopped = f"{plans.best} has not improved in {plans.patience} evaluations"
+
+
+@contextmanager
+def stop_politely() -> Iterator[Callable[[], bool]]:
+    """Let the first interrupt finish the step; a second one stops at once."""
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield asked.is_set
+        return
+
+    def note(number: int, frame: Any) -> None:
+        if asked.is_set():
+            raise KeyboardInterrupt
+        asked.set()
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked.is_set
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,109 @@
+"""What a technique may ask of the run, and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from luthier import draws, logprobs
+from luthier.errors import LuthierError
+from luthier.kinds import Batch, Now, Place, Tensors, TrainedLike, View
+from luthier.models.head import head_of
+from luthier.train.forward import base_head, hidden
+from luthier.tune import Tune
+
+
+class RunServices:
+    """One technique's view of the run: the model by places, its own tensors, draws by name, forward passes."""
+
+    def __init__(self, tune: Tune, slot: str, now: Now) -> None:
+        self._tune, self._slot, self.now = tune, slot, now
+        self.parts = tune.parts
+
+    def rng(self, key: str) -> torch.Generator:
+        """A generator for this seed, stage and key."""
+        return draws.generator(self.now.seed, self._slot, self.now.stage, key)
+
+    def weight(self, place: Place) -> Tensor:
+        """The live values at a place."""
+        return self._tune.region(place).detach()
+
+    def start_weight(self, place: Place) -> Tensor:
+        """The base's values of the numbers this technique trains at a place."""
+        trained = self._tune.trained.get(f"{self._slot}/{place}")
+        if trained is None or trained.start is None:
+            raise LuthierError(
+                f"`{self._slot}` asks for base values that are not kept", where=str(place), mend="keep the base in the recipe"
+            )
+        return trained.start
+
+    def tensors(self, place: Place) -> Tensors:
+        """The technique's own trained tensors at a place."""
+        for own in self._tune.owns:
+            if own.slot == self._slot and own.place == place:
+                return own.masters()
+        return {}
+
+    def trained(self) -> Sequence[TrainedLike]:
+        """Every trained tensor of the run."""
+        return list(self._tune.trained.values())
+
+    def write(self, trained: TrainedLike, value: Tensor) -> None:
+        """Set a trained tensor and the live weight with it."""
+        self._tune.set({trained.name: value})
+
+    def nll(self, hidden_ND: Tensor, label_N: Tensor) -> Tensor:
+        """Negative log-likelihood of labels for any hidden states."""
+        found = logprobs.compute(
+            hidden_ND,
+            label_N,
+            head_of(self._tune.model, self.parts),
+            logprobs.resolve(["nll"]),
+            vocabulary=self.parts.vocabulary,
+        )
+        return found["nll"]
+
+    def forward(self, batch: Batch, columns: Sequence[str]) -> View:
+        """Columns of a batch without gradients, in evaluation mode."""
+        was_training = self._tune.model.training
+        self._tune.model.eval()
+        try:
+            with torch.no_grad():
+                return view_of(self._tune, batch, logprobs.resolve(columns), self.now)
+        finally:
+            self._tune.model.train(was_training)
+
+
+def view_of(
+    tune: Tune, batch: Batch, columns: Sequence[logprobs.Column], now: Now, *, keep_hidden: bool = False
+) -> View:
+    """Run the model on a batch and make columns of its targets."""
+    where = logprobs.targets(batch)
+    reference = None
+    if any(column.reference for column in columns):
+        # The base runs first: swapping weights under a graph that waits for backward would be wrong.
+        with tune.at("base"), torch.no_grad():
+            reference = (hidden(tune, batch)[where.row_N, where.source_N], base_head(tune))
+    hidden_BTD = hidden(tune, batch)
+    row_number = torch.tensor([draws.seed_of(row) for row in batch.row_ids], device=hidden_BTD.device)
+    keys = draws.keys(now.seed, now.step, row_number[where.row_N], where.source_N)
+    found = logprobs.compute(
+        hidden_BTD[where.row_N, where.source_N],
+        where.label_N,
+        head_of(tune.model, tune.parts),
+        columns,
+        key_N=keys,
+        reference=reference,
+        vocabulary=tune.parts.vocabulary,
+    )
+    return View(
+        batch,
+        found,
+        label_N=where.label_N,
+        row_N=where.row_N,
+        position_N=where.source_N + 1,
+        hidden_BTD=hidden_BTD if keep_hidden else None,
+        now=now,
+    )

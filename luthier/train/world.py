@@ -1,0 +1,45 @@
+"""The processes of a run, and the sums over them. A run without a process group is a world of one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class World:
+    """Size of the run and this process's number in it."""
+
+    size: int = 1
+    rank: int = 0
+
+    @classmethod
+    def current(cls) -> World:
+        """The process group that a launcher has set up, if any."""
+        if dist.is_available() and dist.is_initialized():
+            return cls(dist.get_world_size(), dist.get_rank())
+        return cls()
+
+    def sum(self, value: Tensor) -> Tensor:
+        """Sum a tensor over the processes."""
+        if self.size > 1:
+            dist.all_reduce(value)
+        return value
+
+    def sum_numbers(self, values: list[float]) -> list[float]:
+        """Sum plain numbers over the processes, in fp64."""
+        if self.size == 1:
+            return values
+        total: list[float] = self.sum(torch.tensor(values, dtype=torch.float64)).tolist()
+        return total
+
+    def gather(self, value: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Concatenate tensors of unequal length over the processes, by name."""
+        if self.size == 1:
+            return value
+        everyone: list[dict[str, Tensor]] = [{} for _ in range(self.size)]
+        dist.all_gather_object(everyone, value)
+        return {name: torch.cat([one[name] for one in everyone]) for name in value}

@@ -1,0 +1,226 @@
+"""Attaching techniques: from a kind's value to trained tensors and hooks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from luthier.errors import LuthierError
+from luthier.kinds import Additive, Form, HiddenEdit, Place, Prefix, Prompt, Select, Selective, Services, State, Tensors
+from luthier.models.attention import use_context
+from luthier.tune.sites import Addition, Edit, Own
+from luthier.tune.taps import TapSpec
+from luthier.tune.trained import Trained, check_select, decays, read, write
+
+if TYPE_CHECKING:
+    from luthier.tune.tune import Tune
+
+Owned = TypeVar("Owned", bound=Own)
+
+
+def add_selective(tune: Tune, slot: str, value: Selective, services: Services, state: State) -> None:
+    """Free the numbers a selection chooses."""
+    chosen = value.choose(tune.parts, services)
+    if not chosen:
+        raise LuthierError(f"`{slot}` selects nothing to train", mend="widen its roles or its share")
+    changes = value.refresh is not None
+    for place, select in chosen.items():
+        check_select(place, select, tune.region(place))
+        refuse_overlap(tune, slot, place, select)
+        tune.register(_selected(tune, slot, place, select, changes))
+        trained = tune.trained[f"{slot}/{place}"]
+        if trained.form != "whole":
+            put_tap(tune, trained)
+            if value.observe is not None:
+                observe_at(tune, slot, place)
+    tune.selectives.append((slot, value, state))
+
+
+def _selected(tune: Tune, slot: str, place: Place, select: Select, changes: bool) -> Trained:
+    live = tune.model.get_parameter(place.parameter)
+    values = tune.region(place)
+    form, index = select.form, select.index
+    if form == "whole" and place.start is not None:
+        # A whole part of a fused projection is some rows of its tensor.
+        form, index = "rows", torch.arange(values.shape[0], device=values.device)
+    keep = tune.keep_base or changes
+    wide = torch.promote_types(live.dtype, torch.float32)
+    name = f"{slot}/{place}"
+    if form == "whole":
+        live.requires_grad_(True)
+        copies = live.dtype != wide and tune.masters == "fp32"
+        master = live.data.to(wide) if copies else live.data
+        trained = Trained(name, slot, place, form, None, master, live, start=live.data.clone() if keep else None)
+    else:
+        before = read(values, form, index)
+        master = before.to(wide, copy=True).requires_grad_(True)
+        trained = Trained(name, slot, place, form, index, master, master, start=before if keep else None)
+    trained.rate, trained.changes = select.rate, changes
+    trained.axis = 1 if form == "cols" else 0
+    trained.decay = decays(place, values)
+    return trained
+
+
+def put_tap(tune: Tune, trained: Trained) -> None:
+    """Put the tap that forms a slice's gradient behind every module that uses its tensor."""
+    place = trained.place
+    assert place is not None
+    for module, spec in _taps(tune, place, trained.form, trained.index):
+        tune.site(module).taps[trained.name] = (trained.leaf, spec)
+
+
+def observe_at(tune: Tune, slot: str, place: Place) -> None:
+    """Collect the dense gradient at a place in the steps in which its technique observes."""
+    # A leaf of its own makes the tap fire even where weight and input are frozen.
+    leaf = torch.zeros(0, requires_grad=True)
+    key = (slot, place)
+
+    def collect(gradient_OI: Tensor) -> None:
+        if key in tune.observing:
+            wide = gradient_OI.to(torch.promote_types(gradient_OI.dtype, torch.float32))
+            tune.dense[key] = tune.dense[key] + wide if key in tune.dense else wide
+
+    for module, spec in _taps(tune, place, "whole", None):
+        wanted = spec._replace(collect=collect)
+        tune.site(module).taps[f"{slot}/{place} observed"] = (leaf, wanted)
+
+
+def _taps(tune: Tune, place: Place, form: Form, index: Tensor | None) -> list[tuple[str, TapSpec]]:
+    """The modules that use a tensor, and how: a tied embedding is also the head's weight."""
+    part = None if place.start is None else slice(place.start, place.stop)
+    spec = TapSpec(form, index, part, rows=tune.region(place).shape[0])
+    if place.tensor == "bias":
+        return [(place.module, spec._replace(of="bias"))]
+    module = tune.model.get_submodule(place.module)
+    if isinstance(module, nn.Embedding):
+        tied = [(name, spec) for name, source in tune.parts.ties.items() if source == place.module]
+        return [(place.module, spec._replace(of="embedding")), *tied]
+    if tune.model.get_parameter(place.parameter).ndim != 2:
+        raise LuthierError("only whole tensors train here", where=str(place), mend="select it `whole`")
+    return [(place.module, spec)]
+
+
+def refuse_overlap(tune: Tune, slot: str, place: Place, select: Select) -> None:
+    """Refuse to train a number twice."""
+    others = [
+        one
+        for one in tune.trained.values()
+        if one.place is not None and one.place.parameter == place.parameter and one.form not in ("factor", "free")
+    ]
+    for other in others:
+        assert other.place is not None
+        mine = _claim(tune, place, select.form, select.index)
+        if bool((mine & _claim(tune, other.place, other.form, other.index)).any()):
+            raise LuthierError(
+                f"`{slot}` and `{other.slot}` both train the same numbers",
+                where=str(place),
+                mend="give them different roles or blocks, or leave this tensor to one of them",
+            )
+
+
+def _claim(tune: Tune, place: Place, form: Form, index: Tensor | None) -> Tensor:
+    claim = torch.zeros(tune.model.get_parameter(place.parameter).shape, dtype=torch.bool)
+    values = claim.t() if place.module in tune.parts.transposed and claim.ndim == 2 else claim
+    values = values if place.start is None else values[place.start : place.stop]
+    write(values, form, index, torch.ones((), dtype=torch.bool))
+    return claim
+
+
+def add_additive(tune: Tune, slot: str, value: Additive, services: Services, state: State) -> None:
+    """Add deltas on linear maps."""
+    for place in _places(tune, value.roles, slot):
+        values = tune.region(place)
+        if values.ndim != 2 or isinstance(tune.model.get_submodule(place.module), nn.Embedding):
+            raise LuthierError(
+                f"`{slot}` adds to linear maps, and this is none", where=str(place), mend="name roles of linear maps"
+            )
+        addition = Addition(slot, place, value=value)
+        tensors = value.start(place, values, services)
+        own(tune, addition, tensors, f"{slot}/{place}", changes=value.refresh is not None, rates=value.rates)
+        if value.subtract:
+            _take_out(tune, place, value.delta(addition.masters()))
+        tune.site(place.module).additions.append(addition)
+        if value.observe is not None:
+            observe_at(tune, slot, place)
+    tune.additives.append((slot, value, state))
+
+
+def _take_out(tune: Tune, place: Place, delta_OI: Tensor) -> None:
+    parameter = tune.model.get_parameter(place.parameter)
+    if tune.keep_base and place.parameter not in tune.altered:
+        tune.altered[place.parameter] = parameter.data.clone()
+    values = tune.region(place)
+    values.copy_(values.to(delta_OI.dtype) - delta_OI)
+
+
+def add_edit(tune: Tune, slot: str, value: HiddenEdit, services: Services) -> None:
+    """Edit the outputs of modules: those with the named roles, and whole blocks for the role `block`."""
+    roles = tuple(role for role in value.roles if role != "block")
+    places = _places(tune, roles, slot) if roles else []
+    if "block" in value.roles:
+        places += [Place(name, "", "block", i) for i, name in enumerate(tune.parts.block_modules)]
+    for place in places:
+        width_out = width_in = tune.parts.width
+        if place.tensor and tune.region(place).ndim == 2:
+            width_out, width_in = tune.region(place).shape
+        tensors = value.start(place, width_in, width_out, services)
+        tune.site(place.module).edits.append(own(tune, Edit(slot, place, value=value), tensors, f"{slot}/{place}"))
+
+
+def add_prompt(tune: Tune, slot: str, value: Prompt, services: Services) -> None:
+    """Stand trained embeddings before every row."""
+    if tune.prompt_length:
+        raise LuthierError(f"`{slot}` is a second prompt", mend="use one prompt technique")
+    table_VD = tune.model.get_parameter(f"{tune.parts.embedding}.weight").data
+    prompt = own(tune, Own(slot, None), value.start(table_VD, services), slot)
+    tune.site(tune.parts.embedding).prompts.append((prompt, value))
+    tune.prompt_length = value.length
+
+
+def add_prefix(tune: Tune, slot: str, value: Prefix, services: Services) -> None:
+    """Let every query attend to trained keys and values as well."""
+    prefix = own(tune, Own(slot, None), value.start(tune.parts, services), slot)
+    tune.prefixes.append((prefix, value))
+    if tune.attention_handle is None:
+        tune.attention_handle = use_context(tune.model, tune.parts, tune.context)
+
+
+def _places(tune: Tune, roles: tuple[str, ...], slot: str) -> list[Place]:
+    places = tune.parts.select(roles=roles)
+    if "head" in roles:
+        # An edit at a tied head stands at the head alone: the embedding does not see it.
+        places += [Place(name, "weight", "head", None) for name in tune.parts.ties]
+    if not places:
+        raise LuthierError(
+            f"`{slot}` finds no place with the roles {', '.join(roles)}",
+            where=tune.parts.architecture,
+            mend="`luthier plan` lists the roles of this model",
+        )
+    return places
+
+
+def own(
+    tune: Tune,
+    owner: Owned,
+    tensors: Tensors,
+    prefix: str,
+    *,
+    form: Form = "factor",
+    changes: bool = False,
+    rates: Mapping[str, float] | None = None,
+) -> Owned:
+    """Make a technique's tensors trained ones, in fp32, and give them to their owner."""
+    device = next(tune.model.parameters()).device
+    for name, values in tensors.items():
+        wide = torch.promote_types(values.dtype, torch.float32)
+        master = values.detach().to(device=device, dtype=wide, copy=True).requires_grad_(True)
+        trained = Trained(f"{prefix}.{name}", owner.slot, owner.place, form, None, master, master, changes=changes)
+        trained.rate = (rates or {}).get(name, 1.0)
+        trained.decay = master.ndim > 1
+        owner.trained[name] = trained
+        tune.register(trained)
+    tune.owns.append(owner)
+    return owner

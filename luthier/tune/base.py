@@ -1,0 +1,85 @@
+"""The model at another point in time: the base, or a snapshot. Exchanged and put back, never copied where that can be avoided."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from luthier.errors import LuthierError
+from luthier.tune.trained import Trained, read, write
+
+if TYPE_CHECKING:
+    from luthier.tune.tune import Tune
+
+
+def in_place(tune: Tune) -> list[Trained]:
+    """Trained tensors that are numbers of the model itself."""
+    return [one for one in tune.trained.values() if one.form not in ("factor", "free")]
+
+
+@contextmanager
+def at_base(tune: Tune) -> Iterator[None]:
+    """Run the base. Free for what stands beside the weights; numbers trained in place are exchanged with kept ones.
+
+    Raises:
+        LuthierError: numbers train in place and the base was not kept.
+    """
+    if tune.is_off:
+        yield
+        return
+    if tune.untouched and not any(value.subtract for _, value, _ in tune.additives):
+        tune.is_off = True
+        try:
+            yield
+        finally:
+            tune.is_off = False
+        return
+    changed = in_place(tune)
+    subtracts = any(value.subtract for _, value, _ in tune.additives)
+    if any(one.start is None for one in changed) or (subtracts and not tune.altered):
+        raise LuthierError("the base's values were not kept", mend="ask for a reference in the recipe (keep_base)")
+    saved: list[tuple[Trained, Tensor]] = []
+    # Exchanging storage is free and leaves alone what autograd has saved for backward.
+    exchanged = [(tune.model.get_parameter(name), base) for name, base in tune.altered.items()]
+    exchanged += [(tune.model.get_parameter(_name(one)), one.start) for one in changed if one.form == "whole"]  # type: ignore[misc]
+    before = [(parameter, parameter.data) for parameter, _ in exchanged]
+    for parameter, base in exchanged:
+        parameter.data = base
+    for one in changed:
+        if one.form != "whole":
+            assert one.place is not None and one.start is not None
+            values = tune.region(one.place)
+            saved.append((one, read(values, one.form, one.index)))
+            write(values, one.form, one.index, one.start)
+    tune.is_off = True
+    try:
+        yield
+    finally:
+        tune.is_off = False
+        for one, now in reversed(saved):
+            assert one.place is not None
+            write(tune.region(one.place), one.form, one.index, now)
+        for parameter, data in reversed(before):
+            parameter.data = data
+
+
+def _name(one: Trained) -> str:
+    assert one.place is not None
+    return one.place.parameter
+
+
+@contextmanager
+def at_snapshot(tune: Tune, name: str) -> Iterator[None]:
+    """Run with the trained numbers of a snapshot."""
+    if name not in tune.snapshots:
+        known = ", ".join(tune.snapshots) or "none was taken"
+        raise LuthierError(f"there is no snapshot `{name}`", mend=f"known: {known}")
+    now = {key: one.master.detach().clone() for key, one in tune.trained.items()}
+    tune.set(tune.snapshots[name])
+    try:
+        yield
+    finally:
+        tune.set(now)

@@ -1,0 +1,94 @@
+"""Folding what stands beside the weights into them, and taking it out again."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from luthier.errors import LuthierError
+from luthier.kinds import Place
+from luthier.tune.sites import Edit
+
+if TYPE_CHECKING:
+    from luthier.tune.tune import Tune
+
+
+def merge(tune: Tune) -> None:
+    """Fold every delta and edit into the weights, computed in fp32.
+
+    Raises:
+        LuthierError: already merged, or something here is no change of a weight (a prompt, a prefix, a non-linear edit).
+    """
+    if tune.merged is not None:
+        raise LuthierError("the model is merged already", mend="call unmerge() first")
+    refuse_unmergeable(tune)
+    tune.merged = {}
+    for site in tune.sites.values():
+        for addition in site.additions:
+            assert addition.place is not None
+            _remember(tune, addition.place.parameter)
+            values = tune.region(addition.place)
+            delta_OI = addition.value.delta(addition.masters())
+            values.copy_(values.to(delta_OI.dtype) + delta_OI)
+        for edit in site.edits:
+            _fold(tune, edit)
+
+
+def refuse_unmergeable(tune: Tune) -> None:
+    """Raise if something that trains cannot become part of the weights."""
+    blockers = [f"the prompt `{own.slot}`" for site in tune.sites.values() for own, _ in site.prompts]
+    blockers += [f"the prefix `{own.slot}`" for own, _ in tune.prefixes]
+    blockers += [
+        f"the edit `{edit.slot}` at {edit.place}"
+        for site in tune.sites.values()
+        for edit in site.edits
+        if edit.value.fold is None or edit.place is None or not edit.place.tensor
+    ]
+    blockers += [
+        f"the delta `{addition.slot}` at the tied {addition.place}"
+        for site in tune.sites.values()
+        for addition in site.additions
+        if addition.place is not None and addition.place.module in tune.parts.ties
+    ]
+    if blockers:
+        raise LuthierError(
+            f"{blockers[0]} cannot be merged into the weights", mend="export it as an adapter, or keep it beside the model"
+        )
+
+
+def _fold(tune: Tune, edit: Edit) -> None:
+    assert edit.place is not None and edit.value.fold is not None
+    place = edit.place
+    module = tune.model.get_submodule(place.module)
+    bias = getattr(module, "bias", None)
+    _remember(tune, place.parameter)
+    values = tune.region(place)
+    wide = torch.promote_types(values.dtype, torch.float32)
+    old_bias = None if bias is None else bias.data.to(wide)
+    weight_OI, bias_O = edit.value.fold(edit.masters(), values.to(wide), old_bias)
+    values.copy_(weight_OI)
+    if bias_O is not None:
+        if bias is None:
+            raise LuthierError(
+                f"`{edit.slot}` needs a bias that this model lacks", where=str(place), mend="keep it beside the model"
+            )
+        _remember(tune, Place(place.module, "bias", place.role, place.block).parameter)
+        bias.data.copy_(bias_O)
+
+
+def _remember(tune: Tune, name: str) -> None:
+    assert tune.merged is not None
+    if name not in tune.merged:
+        tune.merged[name] = tune.model.get_parameter(name).data.clone()
+
+
+def unmerge(tune: Tune) -> None:
+    """Put back the weights as they were before merging, bit for bit."""
+    if tune.merged is None:
+        raise LuthierError("the model is not merged", mend="call merge() first")
+    values: Tensor
+    for name, values in tune.merged.items():
+        tune.model.get_parameter(name).data.copy_(values)
+    tune.merged = None

@@ -1,0 +1,133 @@
+"""Every number that may change, as the run sees it: one tensor of values, and where in the model they live.
+
+Optimizers move `master`; `push` writes it to the live weight. Whole tensors in fp32 are their own master; everything the model holds
+in a narrower type has an fp32 copy of just the trained numbers. Added tensors (factors, prompts) are masters themselves and are cast
+where they are used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from luthier.errors import LuthierError
+from luthier.kinds import Form, Place, Select
+
+
+@dataclass(eq=False)
+class Trained:
+    """One trained tensor. Its name carries the technique's slot, so that two techniques at one place do not collide."""
+
+    name: str
+    slot: str
+    place: Place | None
+    form: Form
+    index: Tensor | None
+    master: Tensor
+    """The values optimizers see."""
+    leaf: Tensor
+    """What autograd sees: the live parameter where a whole tensor trains, else the master."""
+    rate: float = 1.0
+    decay: bool = True
+    changes: bool = False
+    """The set of numbers may change in mid-run: optimizers keep an age for each entry."""
+    axis: int = 0
+    """The axis along which entries come and go."""
+    start: Tensor | None = None
+    """The values before training, where something will need them."""
+    gradient: Tensor | None = None
+
+    @property
+    def numel(self) -> int:
+        """Numbers that train."""
+        return self.master.numel()
+
+    def arrive(self, gradient: Tensor) -> None:
+        """Add one micro-batch's gradient, in the master's type: sums in bf16 lose the small ones."""
+        wide = torch.promote_types(self.master.dtype, torch.float32)
+        if self.gradient is None:
+            self.gradient = gradient.detach().to(wide)
+        else:
+            self.gradient.add_(gradient.detach())
+
+
+def region(model: nn.Module, place: Place, transposed: frozenset[str]) -> Tensor:
+    """The live values at a place as a view: [O, I] for linears however they are stored, only this place's rows of a fused one."""
+    values = model.get_parameter(place.parameter).data
+    if place.module in transposed and values.ndim == 2:
+        values = values.t()
+    return values if place.start is None else values[place.start : place.stop]
+
+
+def read(values: Tensor, form: Form, index: Tensor | None) -> Tensor:
+    """The selected numbers of a region, as a copy (the region itself for `whole`)."""
+    if index is None:
+        return values
+    if form == "rows" or values.ndim == 1:
+        return values[index]
+    if form == "cols":
+        return values[:, index]
+    return values[index // values.shape[1], index % values.shape[1]]
+
+
+def write(values: Tensor, form: Form, index: Tensor | None, new: Tensor) -> None:
+    """Set the selected numbers of a region; the others are not touched."""
+    new = new.to(values.dtype)
+    if index is None:
+        values.copy_(new)
+    elif form == "rows" or values.ndim == 1:
+        values[index] = new
+    elif form == "cols":
+        values[:, index] = new
+    else:
+        values[index // values.shape[1], index % values.shape[1]] = new
+
+
+def check_select(place: Place, select: Select, values: Tensor) -> None:
+    """Refuse a selection that does not fit its tensor, by name."""
+    index, where = select.index, str(place)
+    if select.form == "whole":
+        if index is not None:
+            raise LuthierError("a whole tensor takes no index", where=where, mend="use rows, cols or flat")
+        return
+    if index is None or index.ndim != 1 or index.dtype != torch.int64:
+        raise LuthierError(f"`{select.form}` needs an index of whole numbers", where=where, mend="give a 1-D int64 tensor")
+    if values.ndim == 1 and select.form == "cols":
+        raise LuthierError("a vector has no columns", where=where, mend="select `rows` of a vector")
+    size = {"rows": values.shape[0], "cols": values.shape[-1], "flat": values.numel()}[select.form]
+    if len(index) == 0 or int(index.min()) < 0 or int(index.max()) >= size:
+        raise LuthierError(f"the index of `{select.form}` must lie in 0 to {size - 1} and not be empty", where=where)
+    if len(index.unique()) != len(index):
+        raise LuthierError("an index names a number twice", where=where, mend="every number at most once")
+
+
+def decays(place: Place | None, master: Tensor) -> bool:
+    """Whether weight decay belongs here: on matrices, never on norms, biases or other vectors."""
+    if place is not None and (place.tensor == "bias" or "norm" in place.role):
+        return False
+    return master.ndim > 1
+
+
+def watch(trained: Trained, arrived: Callable[[Trained], None]) -> torch.utils.hooks.RemovableHandle:
+    """Move each gradient off the leaf into the trained tensor as soon as it is complete for a micro-batch."""
+
+    def take(leaf: Tensor) -> None:
+        if leaf.grad is not None:
+            trained.arrive(leaf.grad)
+            leaf.grad = None
+            arrived(trained)
+
+    return trained.leaf.register_post_accumulate_grad_hook(take)  # type: ignore[no-any-return]
+
+
+def migrate(values: Tensor, axis: int, take: Tensor, old_size: int) -> Tensor:
+    """Rearrange a tensor along an axis: entry i continues old entry `take[i]`, or starts at zero where that is -1."""
+    if axis >= values.ndim or values.shape[axis] != old_size:
+        return values
+    kept = values.index_select(axis, take.clamp(min=0))
+    shape = [1] * values.ndim
+    shape[axis] = -1
+    return kept * (take >= 0).reshape(shape).to(kept.dtype)

@@ -1,0 +1,187 @@
+"""The owner of everything that trains: attaches techniques to a model, finds their gradients, swaps back to the base, merges.
+
+The order is load, shard, attach. Live weights are looked up by place and never held, so that a model may be sharded, moved or
+compiled in between.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+from torch import Tensor, nn
+
+from luthier.kinds import Additive, HiddenEdit, Now, Place, Prefix, Prompt, Selective, Services, State, Tensors
+from luthier.models.attention import Context
+from luthier.models.parts import Parts
+from luthier.tune import attach, base, change, merge
+from luthier.tune.sites import Own, Site
+from luthier.tune.trained import Trained, region, watch, write
+
+
+class Tune:
+    """Which numbers of a model train, and how they are reached.
+
+    Args:
+        model: a loaded model; everything in it is frozen here.
+        parts: its map.
+        masters: `fp32` keeps fp32 copies of trained numbers the model holds in a narrower type; `none` lets the live values be their
+            own master, written back with stochastic rounding.
+        keep_base: keep the base's values of numbers that train in place, so that `at("base")` works. What stands beside the
+            weights needs no copy.
+    """
+
+    def __init__(self, model: nn.Module, parts: Parts, *, masters: str = "fp32", keep_base: bool = False) -> None:
+        self.model, self.parts, self.masters, self.keep_base = model, parts, masters, keep_base
+        self.trained: dict[str, Trained] = {}
+        self.sites: dict[str, Site] = {}
+        self.prefixes: list[tuple[Own, Prefix]] = []
+        self.owns: list[Own] = []
+        self.selectives: list[tuple[str, Selective, State]] = []
+        self.additives: list[tuple[str, Additive, State]] = []
+        self.prompt_length = 0
+        self.is_off = False
+        self.untouched = True
+        """No trained number was written yet: what trains in place still is the base."""
+        self.altered: dict[str, Tensor] = {}
+        """Base values of parameters that a start changed, by parameter name, where the base is kept."""
+        self.merged: dict[str, Tensor] | None = None
+        """Values before merging, by parameter name."""
+        self.snapshots: dict[str, dict[str, Tensor]] = {}
+        self.observing: frozenset[tuple[str, Place]] = frozenset()
+        self.dense: dict[tuple[str, Place], Tensor] = {}
+        self.arrived: Callable[[Trained], None] = lambda trained: None
+        """Called when a micro-batch's gradient of a tensor is complete."""
+        self.moved: Callable[[Trained, Tensor, int], None] = lambda trained, take, old_size: None
+        """Called when the entries of a tensor were rearranged: its optimizer state must follow."""
+        self.attention_handle: Any = None
+        self._handles: dict[str, Any] = {}
+        model.requires_grad_(False)
+
+    def add(self, slot: str, value: object, services: Services, state: State) -> None:
+        """Attach one value of a technique under its slot (`half`, `2.lora` ...).
+
+        Raises:
+            LuthierError: it finds no place, selects nothing, or trains a number that another technique trains.
+        """
+        if isinstance(value, Selective):
+            attach.add_selective(self, slot, value, services, state)
+        elif isinstance(value, Additive):
+            attach.add_additive(self, slot, value, services, state)
+        elif isinstance(value, HiddenEdit):
+            attach.add_edit(self, slot, value, services)
+        elif isinstance(value, Prompt):
+            attach.add_prompt(self, slot, value, services)
+        elif isinstance(value, Prefix):
+            attach.add_prefix(self, slot, value, services)
+        else:
+            raise TypeError(f"a {type(value).__name__} frees no numbers")
+
+    def add_free(self, slot: str, tensors: Tensors) -> Own:
+        """Trained tensors that stand beside the model: those of an objective."""
+        return attach.own(self, Own(slot, None), tensors, slot, form="free")
+
+    def site(self, module: str) -> Site:
+        """What stands at a module; made and hooked when first asked for."""
+        if module not in self.sites:
+            self.sites[module] = Site(self.model.get_submodule(module), lambda: self.is_off or self.merged is not None)
+            self.sites[module].attach()
+        return self.sites[module]
+
+    def touches(self, module: str) -> bool:
+        """Whether anything stands at a module."""
+        return module in self.sites
+
+    def region(self, place: Place) -> Tensor:
+        """The live values at a place: a view, [O, I] for linear maps however they are stored."""
+        return region(self.model, place, self.parts.transposed)
+
+    def register(self, trained: Trained) -> None:
+        """Take a tensor into the run and watch for its gradients."""
+        if trained.name in self._handles:
+            self._handles[trained.name].remove()
+        self.trained[trained.name] = trained
+        self._handles[trained.name] = watch(trained, lambda one: self.arrived(one))
+
+    def push(self, trained: Trained) -> None:
+        """Write a master to the live weight. Every change of a master goes through here."""
+        self.untouched = False
+        if trained.place is None or trained.form in ("factor", "free"):
+            return
+        if trained.form == "whole" and trained.master.data_ptr() == trained.leaf.data_ptr():
+            return
+        if trained.form == "whole":
+            # In the stored layout, not the logical one.
+            trained.leaf.data.copy_(trained.master)
+        else:
+            write(self.region(trained.place), trained.form, trained.index, trained.master.detach())
+
+    def context(self) -> Context:
+        """What attention must know in this forward pass: prefixes, unless the base is asked for."""
+        if self.is_off or not self.prefixes:
+            return Context()
+        dtype = next(self.model.parameters()).dtype
+        return Context(tuple((own.tensors(dtype), prefix.keyvalue) for own, prefix in self.prefixes))
+
+    def at(self, which: str) -> AbstractContextManager[None]:
+        """Run the model as it was: `base`, or a snapshot's name. The tuned model comes back afterwards, bit for bit."""
+        return base.at_base(self) if which == "base" else base.at_snapshot(self, which)
+
+    def off(self) -> AbstractContextManager[None]:
+        """The base: `at("base")`."""
+        return self.at("base")
+
+    def snapshot(self, name: str) -> None:
+        """Remember all trained numbers as they are now, for `at(name)`."""
+        self.snapshots[name] = {key: one.master.detach().clone() for key, one in self.trained.items()}
+
+    def set(self, values: dict[str, Tensor]) -> None:
+        """Give trained tensors new values, by name, and the live weights with them."""
+        for key, value in values.items():
+            self.trained[key].master.data.copy_(value)
+            self.push(self.trained[key])
+
+    def start_observing(self, now: Now) -> None:
+        """Decide which techniques look at dense gradients in this step."""
+        change.start_observing(self, now)
+
+    def observe(self, total: Callable[[Tensor], Tensor]) -> None:
+        """Hand every observer its dense gradient of the step, once, summed over processes by `total`."""
+        change.observe(self, total)
+
+    def refresh(self, services_of: Callable[[str], Services]) -> list[str]:
+        """Let techniques change what trains. Returns one sentence for each change."""
+        return change.refresh(self, services_of)
+
+    def merge(self) -> None:
+        """Fold what stands beside the weights into them; `unmerge` takes it out again, bit for bit."""
+        merge.merge(self)
+
+    def unmerge(self) -> None:
+        """Undo `merge`."""
+        merge.unmerge(self)
+
+    def detach(self) -> None:
+        """Take every hook off the model. In-place changes stay."""
+        for site in self.sites.values():
+            site.detach()
+        for handle in self._handles.values():
+            handle.remove()
+        self.sites.clear()
+        self._handles.clear()
+        if self.attention_handle is not None:
+            self.attention_handle.remove()
+            self.attention_handle = None
+        self.model.requires_grad_(False)
+
+    def numbers(self) -> int:
+        """How many numbers train."""
+        return sum(one.numel for one in self.trained.values())
+
+    def free_gradients(self) -> None:
+        """Forget gradients of an unfinished step."""
+        for trained in self.trained.values():
+            trained.gradient = None
+        self.dense.clear()
+

@@ -1,0 +1,102 @@
+"""Shared fixtures: a tiny model, a tuned engine, batches of made-up rows."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from luthier import registry
+from luthier.kinds import OBJECTIVES, TUNES, Batch, Now
+from luthier.models.parts import map_parts
+from luthier.models.tiny import tiny
+from luthier.train.build import build_engine
+from luthier.train.engine import Engine
+
+torch.set_num_threads(int(os.environ.get("LUTHIER_TEST_THREADS", "1")))
+
+
+def make_batch(
+    rows: Sequence[tuple[int, int]], *, vocabulary: int = 250, seed: int = 0, first: int = 0, pad_to: int = 0
+) -> Batch:
+    """A batch of random rows: (length, targets at the end) each."""
+    rng = torch.Generator().manual_seed(seed)
+    time = max([length for length, _ in rows] + [pad_to])
+    ids = torch.zeros(len(rows), time, dtype=torch.long)
+    attend = torch.zeros(len(rows), time, dtype=torch.bool)
+    label = torch.full((len(rows), time), -100)
+    position = torch.zeros(len(rows), time, dtype=torch.long)
+    for i, (length, targets) in enumerate(rows):
+        ids[i, :length] = torch.randint(5, vocabulary, (length,), generator=rng)
+        attend[i, :length] = True
+        position[i, :length] = torch.arange(length)
+        if targets:
+            label[i, length - targets : length] = ids[i, length - targets : length]
+    return Batch(ids, attend, position, label, tuple(f"row{first + i}" for i in range(len(rows))))
+
+
+def split(batch: Batch, sizes: Sequence[int]) -> list[Batch]:
+    """The same rows as several micro-batches."""
+    parts, start = [], 0
+    for size in sizes:
+        cut = slice(start, start + size)
+        length = max(int(batch.attend_BT[cut].sum(-1).max()), 1) if size else 1
+        parts.append(
+            Batch(
+                batch.token_ids_BT[cut, :length],
+                batch.attend_BT[cut, :length],
+                batch.position_BT[cut, :length],
+                batch.label_BT[cut, :length],
+                batch.row_ids[cut],
+                {name: column[cut] for name, column in batch.columns.items()},
+            )
+        )
+        start += size
+    return parts
+
+
+@pytest.fixture
+def engine() -> Callable[..., Engine]:
+    """Make an engine on a tiny model: `engine(tune="half", dtype=torch.float64, ...)`."""
+
+    def make(
+        tune: Any = "full",
+        *,
+        architecture: str = "llama",
+        model: Any = None,
+        objective: Any = "cross_entropy",
+        token_weight: Any = None,
+        step: Any = "sgd",
+        source: Any = "backprop",
+        keep: Any = None,
+        dtype: torch.dtype = torch.float64,
+        seed: int = 0,
+        **options: Any,
+    ) -> Engine:
+        model = tiny(architecture, seed=1, layers=4) if model is None else model
+        return build_engine(
+            model.to(dtype),
+            map_parts(model),
+            tune=registry.make_all(tune, TUNES),
+            objective=registry.make_all(objective, OBJECTIVES),
+            token_weight=registry.make_all(token_weight, ("token_weight",)),
+            step=registry.make_all(step, ("transform", "optimizer")),
+            source=registry.make(source, ("source",)),
+            keep=registry.make_all(keep, ("keeper",)),
+            now=Now(steps=20, learning_rate=0.1, seed=seed),
+            **options,
+        )
+
+    return make
+
+
+@pytest.fixture
+def now() -> Now:
+    """A clock at the first of 20 steps, with a learning rate of 0.1."""
+    return Now(step=0, steps=20, learning_rate=0.1, factor=1.0)

@@ -1,0 +1,513 @@
+"""What fine-tuning tools get wrong about templates and masks, with small templates of every common family."""
+
+from __future__ import annotations
+
+import random
+from itertools import groupby
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from luthier.errors import LuthierError
+from luthier.rows.batches import NOT_A_TARGET, collate
+from luthier.rows.chat import ALTERS, ENDLESS, REWRITES, SPECIAL, form_of
+from luthier.rows.encode import Encoded, encode, encode_all, encode_pair, encode_prompt, end_of_turn_ids
+from luthier.rows.read import read
+
+CHATML = (
+    "{% for m in messages %}"
+    "{% if loop.first and m.role != 'system' %}{{ '<|im_start|>system\\nBe kind.<|im_end|>\\n' }}{% endif %}"
+    "{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+CHATML_MARKED = (
+    "{% for m in messages %}"
+    "{{ '<|im_start|>' + m.role + '\\n' }}"
+    "{% if m.role == 'assistant' %}{% generation %}{{ m.content }}{% endgeneration %}"
+    "{% else %}{{ m.content }}{% endif %}"
+    "{{ '<|im_end|>\\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+LLAMA3 = (
+    "{{ bos_token }}"
+    "{% for m in messages %}"
+    "{{ '<|start_header_id|>' + ('ipython' if m.role == 'tool' else m.role) + '<|end_header_id|>\\n\\n' }}"
+    "{% if m.tool_calls %}"
+    "{{ m.tool_calls[0].function | tojson }}{{ '<|eom_id|>' }}"
+    "{% else %}{{ m.content | trim }}{{ '<|eot_id|>' }}{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}"
+)
+GEMMA = (
+    "{{ bos_token }}"
+    "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    "{% for m in messages %}"
+    "{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('Roles must alternate') }}{% endif %}"
+    "{{ '<start_of_turn>' + ('model' if m.role == 'assistant' else m.role) + '\\n' + m.content | trim }}"
+    "{{ '<end_of_turn>\\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<start_of_turn>model\\n' }}{% endif %}"
+)
+GEMMA_MERGING = (
+    "{{ bos_token }}"
+    "{% set first = '' %}{% set turns = messages %}"
+    "{% if messages[0].role == 'system' %}"
+    "{% set first = messages[0].content + '\\n\\n' %}{% set turns = messages[1:] %}{% endif %}"
+    "{% for m in turns %}"
+    "{{ '<start_of_turn>' + ('model' if m.role == 'assistant' else m.role) + '\\n' }}"
+    "{{ (first if loop.first else '') + m.content | trim + '<end_of_turn>\\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<start_of_turn>model\\n' }}{% endif %}"
+)
+MISTRAL = (
+    "{{ bos_token }}"
+    "{% set turns = messages %}{% set before = '' %}"
+    "{% if messages[0].role == 'system' %}"
+    "{% set before = messages[0].content + '\\n\\n' %}{% set turns = messages[1:] %}{% endif %}"
+    "{% for m in turns %}"
+    "{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('Roles must alternate') }}{% endif %}"
+    "{% if m.role == 'user' %}{{ '[INST] ' }}"
+    "{% if m == turns | selectattr('role', 'eq', 'user') | list | last %}{{ before }}{% endif %}"
+    "{{ m.content + ' [/INST]' }}"
+    "{% else %}{{ ' ' + m.content + eos_token }}{% endif %}"
+    "{% endfor %}"
+)
+PHI3 = (
+    "{% for m in messages %}{{ '<|' + m.role + '|>\\n' + m.content + '<|end|>\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% else %}{{ eos_token }}{% endif %}"
+)
+QWEN3 = (
+    "{% set ns = namespace(asked=0) %}"
+    "{% for m in messages %}{% if m.role == 'user' %}{% set ns.asked = loop.index0 %}{% endif %}{% endfor %}"
+    "{% for m in messages %}"
+    "{% set said = m.content %}"
+    "{% if m.role == 'assistant' and '</think>' in said and loop.index0 < ns.asked %}"
+    "{% set said = said.split('</think>')[-1].lstrip('\\n') %}{% endif %}"
+    "{{ '<|im_start|>' + m.role + '\\n' + said + '<|im_end|>\\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+FORGETFUL = CHATML.replace("m.content", "m.content.split('</think>')[-1]")
+UNENDED = (
+    "{% for m in messages %}{{ '### ' + m.role + '\\n' + m.content + '\\n\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '### assistant\\n' }}{% endif %}"
+)
+
+# The end of turn that a model of the family generates, and what its assistant text begins with behind the prompt.
+FAMILIES = {
+    "chatml": (CHATML, "", "<|im_end|>"),
+    "chatml with marks": (CHATML_MARKED, "", "<|im_end|>"),
+    "llama3": (LLAMA3, "", "<|eot_id|>"),
+    "gemma": (GEMMA, "", "<end_of_turn>"),
+    "gemma merging system": (GEMMA_MERGING, "", "<end_of_turn>"),
+    "mistral": (MISTRAL, " ", "</s>"),
+    "phi3": (PHI3, "", "<|end|>"),
+}
+TRIMMING = ("llama3", "gemma", "gemma merging system")
+SPECIAL_TOKENS = ["<unk>", "<s>", "</s>", "<pad>", "<|im_start|>", "<|im_end|>", "<start_of_turn>", "<end_of_turn>"]
+SPECIAL_TOKENS += ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|eom_id|>"]
+SPECIAL_TOKENS += ["<|user|>", "<|assistant|>", "<|system|>", "<|end|>"]
+CORPUS = ["the answer is yes\n\n", "no\n\n\n", "  two  spaces\t\ttabs", "user assistant system model", "ünïcödé — 🎉🎉"]
+
+
+def _trained(tokenizer: Tokenizer, alphabet: list[str]) -> Tokenizer:
+    trainer = trainers.BpeTrainer(
+        vocab_size=600, special_tokens=["<unk>"], initial_alphabet=alphabet, show_progress=False, min_frequency=1
+    )
+    tokenizer.train_from_iterator(CORPUS * 3, trainer)
+    # Phi-3's tokens swallow the space behind them; the others stand for themselves.
+    tokenizer.add_special_tokens(
+        [AddedToken(text, rstrip=text in ("<|user|>", "<|assistant|>", "<|end|>")) for text in SPECIAL_TOKENS]
+    )
+    return tokenizer
+
+
+def byte_level(
+    template: str | None = None, *, adds_bos: bool = False, **special: str | None
+) -> PreTrainedTokenizerBase:
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    # Line breaks stay together, as in the tokenizers of recent models, so that they can merge over a border.
+    words = pre_tokenizers.Split(Regex(r"\s*[\r\n]+|\s+(?!\S)| ?\S+|\s+"), "isolated")
+    bytes_of_words = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, bytes_of_words])
+    tokenizer.decoder = decoders.ByteLevel()
+    _trained(tokenizer, pre_tokenizers.ByteLevel.alphabet())
+    # Trimmed offsets are what real tokenizers have; nothing may rely on offsets.
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
+    return _wrapped(tokenizer, template, adds_bos, special)
+
+
+def sentence_piece_like(template: str | None = None, *, adds_bos: bool = True) -> PreTrainedTokenizerBase:
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always", split=False)
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    _trained(tokenizer, [chr(code) for code in range(32, 127)] + ["\n", "\t", "▁"])
+    return _wrapped(tokenizer, template, adds_bos, {})
+
+
+def _wrapped(
+    tokenizer: Tokenizer, template: str | None, adds_bos: bool, special: dict[str, str | None]
+) -> PreTrainedTokenizerBase:
+    if adds_bos:
+        pair = [("<s>", tokenizer.token_to_id("<s>"))]
+        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=pair)
+    names = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", **special}
+    known = {name: text for name, text in names.items() if text is not None}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=template, **known)
+
+
+def conversation(*contents: str, system: str | None = None) -> dict[str, object]:
+    turns = [{"role": ("user", "assistant")[index % 2], "content": content} for index, content in enumerate(contents)]
+    return {"messages": ([{"role": "system", "content": system}] if system else []) + turns}
+
+
+def encoded(record: dict[str, object], tokenizer: PreTrainedTokenizerBase, **options: object) -> Encoded:
+    (row,) = read([record])
+    return encode(row, tokenizer, **options)
+
+
+def learned(row: Encoded, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """The text of every unbroken run of targets."""
+    runs = groupby(zip(row.token_ids, row.supervised, strict=True), key=lambda pair: pair[1])
+    return [tokenizer.decode([token for token, _ in run]) for target, run in runs if target]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_real_end_of_turn_is_learned(family: str) -> None:
+    """Fault 9: the real end-of-turn token is supervised in ChatML, Llama-3, Gemma, Mistral and Phi templates."""
+    template, begin, end = FAMILIES[family]
+    tokenizer = byte_level(template)
+    assert form_of(tokenizer).end_of_turn == end
+    assert end_of_turn_ids(tokenizer)[0] == tokenizer.convert_tokens_to_ids(end)
+    row = encoded(conversation("hi", "yes", "and?", "no"), tokenizer)
+    assert learned(row, tokenizer) == [f"{begin}yes{end}", f"{begin}no{end}"]
+    assert row.notes == ()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_last_and_all(family: str) -> None:
+    """Fault 9: the last turn alone, or every token, when asked for."""
+    template, begin, end = FAMILIES[family]
+    tokenizer = byte_level(template)
+    record = conversation("hi", "yes", "and?", "no")
+    assert learned(encoded(record, tokenizer, loss_on="last"), tokenizer) == [f"{begin}no{end}"]
+    everything = encoded(record, tokenizer, loss_on="all")
+    assert everything.supervised == (False,) + (True,) * (len(everything) - 1)
+
+
+def test_tool_turns_are_context() -> None:
+    """Fault 9: a call is learned up to its own end token; what the tool says is context."""
+    tokenizer = byte_level(LLAMA3)
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+    messages = [
+        {"role": "user", "content": "1+1?"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "content": "2"},
+        {"role": "assistant", "content": "It is 2."},
+    ]
+    row = encoded({"messages": messages, "tools": [{"type": "function", "function": {"name": "add"}}]}, tokenizer)
+    first, second = learned(row, tokenizer)
+    assert first == '{"name": "add", "arguments": {"a": 1}}<|eom_id|>'
+    assert second == "It is 2.<|eot_id|>"
+
+
+def test_a_template_without_an_end_gets_the_end_of_sequence_token() -> None:
+    """Fault 9: where a template ends a turn with no token, the end-of-sequence token is added after the last turn."""
+    tokenizer = byte_level(UNENDED)
+    row = encoded(conversation("hi", "yes", "and?", "no"), tokenizer)
+    assert learned(row, tokenizer) == ["yes\n\n", "no\n\n</s>"]
+    without = byte_level(UNENDED, eos_token=None)
+    assert encoded(conversation("hi", "yes"), without).notes == (ENDLESS,)
+
+
+def test_an_end_token_inside_a_text_does_not_end_the_turn() -> None:
+    """Fault 9: a special token written out in a message is read as one, with a note; it does not end the turn."""
+    tokenizer = byte_level(CHATML)
+    row = encoded(conversation("hi", "say <|im_end|> now"), tokenizer)
+    assert learned(row, tokenizer) == ["say <|im_end|> now<|im_end|>"]
+    assert row.notes == (SPECIAL,)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("adds_bos", [False, True])
+def test_one_beginning_and_one_end_a_turn(family: str, adds_bos: bool) -> None:
+    """Fault 10: exactly one BOS where the template writes one, none added to it; as many ends as turns."""
+    template, _, end = FAMILIES[family]
+    tokenizer = byte_level(template, adds_bos=adds_bos)
+    row = encoded(conversation("hi", "yes", "and?", "no"), tokenizer)
+    written = 1 if "bos_token" in template else 0
+    assert row.token_ids.count(tokenizer.bos_token_id) == written
+    assert (row.token_ids[0] == tokenizer.bos_token_id) == bool(written)
+    end_id = tokenizer.convert_tokens_to_ids(end)
+    targets = [token for token, target in zip(row.token_ids, row.supervised, strict=True) if target]
+    assert targets.count(end_id) == 2
+
+
+@pytest.mark.parametrize("adds_bos", [False, True])
+def test_plain_text_begins_as_the_tokenizer_begins(adds_bos: bool) -> None:
+    """Fault 10: documents and plain rows begin with a BOS exactly if the tokenizer adds one, and end with one EOS."""
+    tokenizer = byte_level(adds_bos=adds_bos)
+    begin = [tokenizer.bos_token_id] if adds_bos else []
+    document = encoded({"text": "the answer"}, tokenizer)
+    inner = tokenizer("the answer", add_special_tokens=False)["input_ids"]
+    assert list(document.token_ids) == [*begin, *inner, tokenizer.eos_token_id]
+    assert document.supervised == (False,) + (True,) * (len(document) - 1)
+    written_out = encoded({"text": "<s>the answer</s>"}, tokenizer)
+    assert list(written_out.token_ids) == [tokenizer.bos_token_id, *inner, tokenizer.eos_token_id]
+    pair = encoded({"prompt": "the answer", "completion": " yes"}, tokenizer)
+    assert list(pair.token_ids[: len(begin)]) == begin
+    assert learned(pair, tokenizer) == [" yes</s>"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rendering_up_to_a_turn_equals_the_whole(family: str) -> None:
+    """Fault 11: the ids are those of the template's own full render, and each turn's prompt is their beginning."""
+    template = FAMILIES[family][0]
+    tokenizer = byte_level(template)
+    record = conversation("hi there", "the answer is yes", "and?", "no")
+    row = encoded(record, tokenizer)
+    whole = tokenizer.apply_chat_template(record["messages"], tokenize=True)["input_ids"]
+    assert list(row.token_ids) == whole
+    (prompt,) = read([conversation("hi there", "the answer is yes", "and?")])
+    ids = encode_prompt(prompt, tokenizer)
+    assert row.token_ids[: len(ids)] == ids
+    assert row.supervised[len(ids)] and not row.supervised[len(ids) - 1]
+
+
+def test_a_template_that_rewrites_history_is_detected() -> None:
+    """Fault 11: a turn that the full conversation shows otherwise than its own inference is not learned, with a note."""
+    tokenizer = byte_level(QWEN3)
+    thinking = conversation("hi", "<think>hm</think>\nyes", "and?", "<think>ah</think>\nno")
+    row = encoded(thinking, tokenizer)
+    assert learned(row, tokenizer) == ["<think>ah</think>\nno<|im_end|>"]
+    assert row.notes == (REWRITES,)
+    plain = encoded(conversation("hi", "yes", "and?", "no"), tokenizer)
+    assert learned(plain, tokenizer) == ["yes<|im_end|>", "no<|im_end|>"]
+    assert plain.notes == ()
+    found = encode_all(read([thinking, conversation("a", "b")]), tokenizer)
+    assert found.notes == {REWRITES: 1}
+
+
+def test_a_system_text_that_moves_to_the_last_question_is_detected() -> None:
+    """Fault 11: Mistral's system text stands in the last user turn, so earlier turns were asked without it."""
+    tokenizer = byte_level(MISTRAL)
+    row = encoded(conversation("hi", "yes", "and?", "no", system="Be kind."), tokenizer)
+    assert learned(row, tokenizer) == [" no</s>"]
+    assert row.notes == (REWRITES,)
+    merging = byte_level(GEMMA_MERGING)
+    row = encoded(conversation("hi", "yes", "and?", "no", system="Be kind."), merging)
+    assert learned(row, merging) == ["yes<end_of_turn>", "no<end_of_turn>"]
+
+
+def test_text_a_template_deletes_is_reported() -> None:
+    """Fault 11: a template that removes thinking even from the last turn is named."""
+    row = encoded(conversation("hi", "<think>hm</think>yes"), byte_level(FORGETFUL))
+    assert row.notes == (ALTERS,)
+
+
+def test_a_generation_prompt_the_turn_does_not_begin_with_is_refused() -> None:
+    """Fault 11: where inference begins a turn otherwise than the conversation shows it, nothing is learned."""
+    tokenizer = byte_level(CHATML.replace("assistant\\n' }}{% endif %}", "assistant\\n<think>\\n' }}{% endif %}"))
+    with pytest.raises(LuthierError, match=r"no token is left to learn.*otherwise than at inference"):
+        encode_all(read([conversation("hi", "yes")]), tokenizer)
+
+
+def test_a_template_that_refuses_a_conversation_names_the_row() -> None:
+    """Fault 11: strict templates refuse a system turn or two users in a row; the error says so and where."""
+    tokenizer = byte_level(GEMMA)
+    with pytest.raises(LuthierError, match="System role not supported") as refused:
+        encode_all(read([conversation("hi", "yes", system="Be kind.")]), tokenizer)
+    assert refused.value.where.startswith("row 1")
+    two = {"messages": [*conversation("hi")["messages"], *conversation("hi", "yes")["messages"]]}
+    with pytest.raises(LuthierError, match="Roles must alternate"):
+        encoded(two, byte_level(MISTRAL))
+
+
+TEXTS = [
+    "yes",
+    "ünïcödé — 🎉",
+    "\ttabs\t",
+    "  two spaces",
+    "\n\nline breaks",
+    "end \n",
+    "日本語 text",
+    "e\u0301 \u200d🏳️\u200d🌈",
+    "</think> [/INST]",
+]
+
+
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name not in TRIMMING])
+@pytest.mark.parametrize("text", TEXTS)
+def test_targets_decode_to_the_text_byte_for_byte(family: str, text: str) -> None:
+    """Fault 12: what is learned is the assistant's text and its end, byte for byte."""
+    template, begin, end = FAMILIES[family]
+    tokenizer = byte_level(template)
+    row = encoded(conversation("hi", text, "and?", text), tokenizer)
+    assert learned(row, tokenizer) == [begin + text + end] * 2
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_plain_targets_decode_to_the_text_byte_for_byte(text: str) -> None:
+    """Fault 12: the same without a template."""
+    tokenizer = byte_level()
+    for record in ({"prompt": "a\n", "completion": text}, {"instruction": "do", "input": "it", "output": text}):
+        assert learned(encoded(record, tokenizer), tokenizer) == [text + "</s>"]
+
+
+def test_truncation_never_loses_the_answer_silently() -> None:
+    """Fault 13: long rows are refused, or cut where the recipe says; a row without a target is dropped and counted."""
+    tokenizer = byte_level(adds_bos=True)
+    rows = read([{"id": "long", "prompt": "abcdefghij" * 3, "completion": "xyz"}, {"id": "ok", "text": "short"}])
+    whole = encode(rows[0], tokenizer)
+    limit = len(whole) - 5
+    with pytest.raises(LuthierError, match=f"{len(whole)} tokens, and at most {limit}") as refused:
+        encode_all(rows, tokenizer, max_tokens=limit)
+    assert "row long" in refused.value.where
+
+    right = encode_all(rows, tokenizer, max_tokens=limit, too_long="right")
+    assert [row.id for row in right.rows] == ["ok"]
+    (dropped,) = right.dropped
+    assert "row long" in dropped.where and "5 tokens were cut off" in dropped.reason
+
+    left = encode_all(rows, tokenizer, max_tokens=limit, too_long="left")
+    assert left.truncated == 1 and not left.dropped
+    cut = left.rows[0]
+    assert len(cut) == limit and cut.truncated == 5
+    assert cut.token_ids == (tokenizer.bos_token_id, *whole.token_ids[6:])
+    assert learned(cut, tokenizer) == ["xyz</s>"]
+
+    with pytest.raises(LuthierError, match="no token is left to learn"):
+        encode_all(rows[:1], tokenizer, max_tokens=limit, too_long="right")
+
+
+def test_the_first_token_left_by_a_cut_is_no_target() -> None:
+    """Fault 13: nothing stands before it to predict it from."""
+    tokenizer = byte_level()
+    row = encoded({"text": "the answer is yes"}, tokenizer, max_tokens=3, too_long="left")
+    assert row.supervised == (False, True, True)
+
+
+PADS = {"pad is eos": {"pad_token": "</s>"}, "no pad": {"pad_token": None}, "pad is id 0": {"pad_token": "<unk>"}}
+
+
+@pytest.mark.parametrize("pad", PADS)
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_padding_never_unlabels_the_end(pad: str, side: str) -> None:
+    """Fault 8: masks come from places: the last EOS keeps its label, padding is never a label and never attended."""
+    tokenizer = byte_level(**PADS[pad])
+    rows = read([{"prompt": "a", "completion": "yes"}, {"prompt": "the answer is", "completion": " no"}])
+    batch = collate(encode_all(rows, tokenizer).rows, side=side)
+    for index, row in enumerate(encode_all(rows, tokenizer).rows):
+        real = batch.attend_BT[index]
+        assert int(real.sum()) == len(row)
+        assert batch.label_BT[index][real][-1] == tokenizer.eos_token_id
+        assert (batch.label_BT[index][~real] == NOT_A_TARGET).all()
+        assert batch.label_BT[index][real].tolist() == [
+            token if target else NOT_A_TARGET for token, target in zip(row.token_ids, row.supervised, strict=True)
+        ]
+
+
+def test_a_token_with_id_zero_can_be_a_target() -> None:
+    """Fault 8: id 0 is a token like any other."""
+    row = Encoded("a", (5, 0, 0), (False, True, True), "here", {}, 0, "text")
+    assert collate([row], pad_to_multiple=4).label_BT.tolist() == [[-100, 0, 0, -100]]
+
+
+def test_labels_are_not_shifted() -> None:
+    """Fault 7: a label stands where its token stands; the one causal shift is done elsewhere."""
+    row = Encoded("a", (5, 6, 7), (False, False, True), "here", {}, 0, "text")
+    batch = collate([row])
+    assert batch.label_BT.tolist() == [[-100, -100, 7]]
+    assert batch.supervised == 1
+
+
+def _loss(model: LlamaForCausalLM, rows: list[Encoded], side: str) -> torch.Tensor:
+    batch = collate(rows, side=side, pad_to_multiple=8)
+    logits_BTV = model(
+        input_ids=batch.token_ids_BT, attention_mask=batch.attend_BT.long(), position_ids=batch.position_BT
+    ).logits
+    return torch.nn.functional.cross_entropy(
+        logits_BTV[:, :-1].flatten(0, 1), batch.label_BT[:, 1:].flatten(), ignore_index=-100, reduction="sum"
+    )
+
+
+def test_left_and_right_padding_give_the_same_loss() -> None:
+    """Fault 14: positions follow the mask, so the side of the padding changes nothing."""
+    tokenizer = byte_level()
+    rows = read([{"prompt": "a", "completion": "yes"}, {"prompt": "the answer is", "completion": " no\n\nyes"}])
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2
+    )
+    model = LlamaForCausalLM(config).double().eval()
+    encoded_rows = list(encode_all(rows, tokenizer).rows)
+    with torch.no_grad():
+        right, left = (_loss(model, encoded_rows, side) for side in ("right", "left"))
+        alone = sum(_loss(model, [row], "right") for row in encoded_rows)
+    torch.testing.assert_close(right, left, rtol=1e-12, atol=0)
+    torch.testing.assert_close(right, alone, rtol=1e-12, atol=0)
+    assert collate(encoded_rows, side="left").position_BT[:, -1].tolist() == [len(row) - 1 for row in encoded_rows]
+
+
+def _random_text(rng: random.Random) -> str:
+    return "a" + "".join(
+        rng.choice(["a", " ", "\n", "\t", "é", "🎉", "yes", ".", "["]) for _ in range(rng.randrange(12))
+    )
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_training_ids_are_inference_ids(family: str, tmp_path: Path) -> None:
+    """Fault 15: training ids begin with the prompt's ids, also where tokens could merge, and after saving."""
+    template, begin, end = FAMILIES[family]
+    tokenizer = byte_level(template)
+    tokenizer.save_pretrained(tmp_path)
+    reloaded = PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    rng = random.Random(0)
+    for _ in range(40):
+        question, answer = _random_text(rng), "\n" * rng.randrange(3) + _random_text(rng)
+        (row,) = read([{"prompt": question, "completion": answer}])
+        trained, prompt = encode(row, tokenizer), encode_prompt(row, tokenizer)
+        assert trained.token_ids[: len(prompt)] == prompt
+        assert trained.supervised.index(True) == len(prompt)
+        asked = tokenizer.apply_chat_template([{"role": "user", "content": question}], add_generation_prompt=True)
+        assert list(prompt) == asked["input_ids"]
+        if family not in TRIMMING:
+            assert learned(trained, tokenizer) == [begin + answer + end]
+        assert encode(row, reloaded) == trained
+        assert encode_pair(row, tokenizer, answer) == trained
+
+
+def test_a_line_break_that_merges_over_the_border_is_cut() -> None:
+    """Fault 15: a line break ends the prompt, one begins the answer; together they would be one token."""
+    tokenizer = byte_level(CHATML)
+    (double,) = tokenizer("\n\n", add_special_tokens=False)["input_ids"]
+    (row,) = read([{"prompt": "hi", "completion": "\nyes"}])
+    trained = encode(row, tokenizer)
+    whole = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "\nyes"}], tokenize=True
+    )["input_ids"]
+    assert double in whole and double not in trained.token_ids
+    assert learned(trained, tokenizer) == ["\nyes<|im_end|>"]
+
+
+@pytest.mark.parametrize("template", [None, PHI3, MISTRAL, LLAMA3])
+def test_tokenizers_that_put_a_space_first(template: str | None) -> None:
+    """Fault 15: the same for tokenizers that write a space before what they take for the beginning of a text."""
+    tokenizer = sentence_piece_like(template)
+    rng = random.Random(1)
+    for _ in range(40):
+        question, answer = _random_text(rng), rng.choice(["](", "yes ", "", "\n"]) + _random_text(rng)
+        (row,) = read([{"prompt": question, "completion": answer}])
+        trained, prompt = encode(row, tokenizer), encode_prompt(row, tokenizer)
+        assert trained.token_ids[: len(prompt)] == prompt
+        assert trained.supervised.index(True) == len(prompt)
+        if template is None:
+            whole = tokenizer.decode(trained.token_ids)
+            assert whole.removeprefix("<s>").lstrip(" ") == (question + answer + "</s>").lstrip(" ")
