@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import html
 import inspect
+import json
 import re
 from collections.abc import Callable, Iterable, Mapping
 from importlib.util import find_spec
@@ -33,8 +34,8 @@ def cell(text: str) -> str:
 
 
 def code(text: str) -> str:
-    """The same, as code. Markdown shows code as it stands, so nothing is escaped but the cell's border."""
-    return "`" + " ".join(text.split()).replace("`", "'").replace("|", "\\|") + "`" if text else ""
+    """The same, as code, which Markdown shows as it stands."""
+    return "`" + " ".join(text.split()).replace("`", "'") + "`" if text else ""
 
 
 def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
@@ -45,16 +46,17 @@ def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 
 
 def recipe() -> str:
-    """The recipe's keys: one table for the top and one for each section, in the order of the schema."""
+    """The recipe's keys: one table for the top and one for each section, in the order in which they are mentioned."""
     if find_spec("luthier.recipe") is None:
         return "This version of luthier reads no recipes."
     from luthier.recipe import Recipe
 
     schema = Recipe.model_json_schema()
-    sections = {name: part for name, part in schema.get("$defs", {}).items() if part.get("properties")}
+    sections = schema.get("$defs", {})
+    mentions = json.dumps([schema["properties"], sections])
     pieces = [keys_of(schema)]
-    for name, part in sections.items():
-        pieces += [f"## {heading(name)}", part.get("description", ""), keys_of(part)]
+    for name in sorted(sections, key=lambda name: mentions.find(f'/{name}"')):
+        pieces += [f"## {heading(name)}", sections[name].get("description", ""), keys_of(sections[name])]
     return "\n\n".join(piece for piece in pieces if piece)
 
 
@@ -90,7 +92,10 @@ def type_of(part: Schema) -> str:
     words = {"object": "mapping", "boolean": "true or false", "integer": "whole number", "string": "text"}
     name = str(part.get("type", "anything"))
     if name == "array":
-        return "list of " + type_of(part["items"]) if part.get("items") else "list"
+        inner = type_of(part["items"]) if part.get("items") else ""
+        return f"list ({inner})" if inner else "list"
+    if name == "object" and isinstance(part.get("additionalProperties"), Mapping):
+        return f"mapping from names to {type_of(part['additionalProperties'])}"
     if name == "null":
         return code("null")
     return words.get(name, name)
@@ -139,21 +144,15 @@ def technique(found: registry.Technique) -> str:
         "Learning rate unless named": "" if card.learning_rate is None else code(f"{card.learning_rate:g}"),
         "Claim tested by": code(card.claim),
     }
-    parameters = inspect.signature(found.factory).parameters
+    schema = registry.options_model(found.factory).model_json_schema()
     meaning = described_arguments(found.factory)
-    options = [
-        (
-            code(name),
-            code(str(parameter.annotation)),
-            "*needed*" if parameter.default is parameter.empty else code(repr(parameter.default)),
-            cell(meaning.get(name, "")),
-        )
-        for name, parameter in parameters.items()
-    ]
+    options = {
+        name: {**part, "description": meaning.get(name, "")} for name, part in schema.get("properties", {}).items()
+    }
     pieces = [
         f"### `{found.name}`: {cell(card.title)}",
         cell(card.summary),
-        table(("option", "type", "default", "meaning"), options) if options else "",
+        keys_of({**schema, "properties": options}) if options else "",
         "\n".join(f"- **{name}:** {text}" for name, text in facts.items() if text),
     ]
     return "\n\n".join(piece for piece in pieces if piece)

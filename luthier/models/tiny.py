@@ -43,6 +43,7 @@ class _Family(NamedTuple):
 _SLIDING = {"sliding_window": 64, "query_pre_attn_scalar": 8}
 _NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 _NO_BERT_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+_NO_DISTILBERT_DROPOUT = {"dropout": 0.0, "attention_dropout": 0.0}
 # The default kernel for experts has no float64.
 _PLAIN_EXPERTS = {"experts_implementation": "eager"}
 _FAMILIES: dict[str, _Family] = {
@@ -61,7 +62,7 @@ _FAMILIES: dict[str, _Family] = {
     "opt": _Family({"dropout": 0.0, "word_embed_proj_dim": 16}, grouped=False, inner="ffn_dim"),
     "bert": _Family(_NO_BERT_DROPOUT, grouped=False, auto_class="AutoModel"),
     "roberta": _Family(_NO_BERT_DROPOUT, grouped=False, auto_class="AutoModel"),
-    "distilbert": _Family({"dropout": 0.0}, grouped=False, inner="hidden_dim", auto_class="AutoModel"),
+    "distilbert": _Family(_NO_DISTILBERT_DROPOUT, grouped=False, inner="hidden_dim", auto_class="AutoModel"),
     "mixtral": _Family({"num_local_experts": 4, "num_experts_per_tok": 2, **_PLAIN_EXPERTS}),
     "qwen3_moe": _Family({"num_experts": 4, "num_experts_per_tok": 2, **_PLAIN_EXPERTS, "moe_intermediate_size": 24}),
 }
@@ -159,10 +160,8 @@ def _randomize(model: nn.Module, generator: torch.Generator, deviation: float) -
     with torch.no_grad():
         for parameter in model.parameters():
             noise = torch.randn(parameter.shape, generator=generator)
-            if parameter.dim() > 1:
-                parameter.copy_(noise * deviation)
-            else:
-                parameter.add_(noise * 0.05)
+            # Summed in float32 whatever the dtype of the model, so that the numbers are the same.
+            parameter.copy_(noise * deviation if parameter.dim() > 1 else parameter.float() + noise * 0.05)
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:

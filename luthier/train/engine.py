@@ -98,16 +98,23 @@ class Engine:
                     wide = torch.promote_types(trained.master.dtype, torch.float32)
                     trained.gradient = torch.zeros_like(trained.master.detach(), dtype=wide)
                 self.world.sum(trained.gradient)
-            if trained.gradient is not None and not bool(trained.gradient.isfinite().all()):
-                name = trained.name
-                self.tune.free_gradients()
-                raise not_finite(f"the gradient of {name}", batches)
+        refuse_not_finite(list(self.tune.trained.values()), self.tune, batches)
 
     def _afterwards(self, now: Now) -> list[str]:
         for kept in self.keepers:
             if kept.keeper.after_step is not None:
                 kept.keeper.after_step(kept.state, self.services(kept.slot, now))
         return self.tune.refresh(lambda slot: self.services(slot, now))
+
+
+def refuse_not_finite(trained: Sequence[Trained], tune: Tune, batches: Sequence[Batch]) -> None:
+    """Raise before a step if a gradient overflowed. Norms tell it in one pass over the numbers."""
+    named = [(one.name, one.gradient) for one in trained if one.gradient is not None]
+    norms = torch.tensor([float(gradient.norm()) for _, gradient in named])
+    if not bool(norms.isfinite().all()):
+        name = named[int((~norms.isfinite()).nonzero()[0])][0]
+        tune.free_gradients()
+        raise not_finite(f"the gradient of {name}", batches)
 
 
 def not_finite(what: str, batches: Sequence[Batch]) -> LuthierError:
@@ -178,6 +185,7 @@ class Work:
         one = self._engine.tune.trained[trained.name]
         if one.gradient is not None:
             self._engine.world.sum(one.gradient)
+            refuse_not_finite([one], self._engine.tune, self.batches)
             self._engine.chain.step(self.now, only=one)
 
     @contextmanager

@@ -38,7 +38,7 @@ LLAMA3 = (
     "{% for m in messages %}"
     "{{ '<|start_header_id|>' + ('ipython' if m.role == 'tool' else m.role) + '<|end_header_id|>\\n\\n' }}"
     "{% if m.tool_calls %}"
-    "{{ m.tool_calls[0].function | tojson }}{{ '<|eom_id|>' }}"
+    "{{ m.tool_calls[0].function | tojson }}{{ '<|eom_id|>\\n' }}"
     "{% else %}{{ m.content | trim }}{{ '<|eot_id|>' }}{% endif %}"
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}"
@@ -112,7 +112,14 @@ TRIMMING = ("llama3", "gemma", "gemma merging system")
 SPECIAL_TOKENS = ["<unk>", "<s>", "</s>", "<pad>", "<|im_start|>", "<|im_end|>", "<start_of_turn>", "<end_of_turn>"]
 SPECIAL_TOKENS += ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|eom_id|>"]
 SPECIAL_TOKENS += ["<|user|>", "<|assistant|>", "<|system|>", "<|end|>"]
-CORPUS = ["the answer is yes\n\n", "no\n\n\n", "  two  spaces\t\ttabs", "user assistant system model", "ünïcödé — 🎉🎉"]
+CORPUS = [
+    "the answer is yes\n\n",
+    "no\n\n\n",
+    "  two  spaces\t\ttabs",
+    "user assistant system model",
+    "ünïcödé — 🎉🎉",
+    "[a](b) [c](d)",
+]
 
 
 def _trained(tokenizer: Tokenizer, alphabet: list[str]) -> Tokenizer:
@@ -218,6 +225,29 @@ def test_tool_turns_are_context() -> None:
     assert second == "It is 2.<|eot_id|>"
 
 
+MARK_ALL = "{% generation %}{{ '<|im_start|>assistant\\n(note) ' + m.content + '<|im_end|>' }}{% endgeneration %}"
+MARK_LAST = (
+    "{{ '<|im_start|>assistant\\n(note) ' }}"
+    "{% if loop.last %}{% generation %}{{ m.content }}{% endgeneration %}{% else %}{{ m.content }}{% endif %}"
+    "{{ '<|im_end|>' }}"
+)
+
+
+@pytest.mark.parametrize(
+    ("marked", "expected"),
+    [(MARK_ALL, ["(note) yes<|im_end|>", "(note) no<|im_end|>"]), (MARK_LAST, ["no<|im_end|>"])],
+)
+def test_marks_narrow_the_targets(marked: str, expected: list[str]) -> None:
+    """Fault 9: marks choose among what an assistant writes; never the generation prompt, always the end of the turn."""
+    template = (
+        "{% for m in messages %}{% if m.role == 'assistant' %}" + marked + "{% else %}"
+        "{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>' }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+    )
+    tokenizer = byte_level(template)
+    assert learned(encoded(conversation("hi", "yes", "and?", "no"), tokenizer), tokenizer) == expected
+
+
 def test_a_template_without_an_end_gets_the_end_of_sequence_token() -> None:
     """Fault 9: where a template ends a turn with no token, the end-of-sequence token is added after the last turn."""
     tokenizer = byte_level(UNENDED)
@@ -282,7 +312,7 @@ def test_rendering_up_to_a_turn_equals_the_whole(family: str) -> None:
 
 
 def test_a_template_that_rewrites_history_is_detected() -> None:
-    """Fault 11: a turn that the full conversation shows otherwise than its own inference is not learned, with a note."""
+    """Fault 11: a turn that the full conversation shows otherwise than its inference is not learned, with a note."""
     tokenizer = byte_level(QWEN3)
     thinking = conversation("hi", "<think>hm</think>\nyes", "and?", "<think>ah</think>\nno")
     row = encoded(thinking, tokenizer)
@@ -511,3 +541,13 @@ def test_tokenizers_that_put_a_space_first(template: str | None) -> None:
         if template is None:
             whole = tokenizer.decode(trained.token_ids)
             assert whole.removeprefix("<s>").lstrip(" ") == (question + answer + "</s>").lstrip(" ")
+
+
+def test_no_space_is_put_where_a_text_is_cut() -> None:
+    """Fault 15: a bracket that ends the prompt and one that begins the answer are one token together, and are cut."""
+    tokenizer = sentence_piece_like()
+    assert "](" in tokenizer.get_vocab()
+    (row,) = read([{"prompt": "[a]", "completion": "(b)"}])
+    trained, prompt = encode(row, tokenizer), encode_prompt(row, tokenizer)
+    assert trained.token_ids[: len(prompt)] == prompt and trained.supervised.index(True) == len(prompt)
+    assert "".join(tokenizer.convert_ids_to_tokens(trained.token_ids[len(prompt) :])) == "(b)</s>"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from pathlib import Path
 from types import ModuleType
 from typing import Literal
@@ -36,6 +37,7 @@ class Small(pydantic.BaseModel):
     rate: float | None = None
     batch: BatchTokens = BatchTokens()
     paths: list[str] = []
+    sets: dict[str, BatchTokens] = {}
 
 
 def test_keys_of_a_schema(generate: ModuleType) -> None:
@@ -47,13 +49,21 @@ def test_keys_of_a_schema(generate: ModuleType) -> None:
         "| `order` | `random`, `length` | `random` |  |",
         "| `rate` | number or `null` | `null` |  |",
         "| `batch` | [Batch tokens](#batch-tokens) | `{tokens: 1024}` |  |",
-        "| `paths` | list of text | `[]` |  |",
+        "| `paths` | list (text) | `[]` |  |",
+        "| `sets` | mapping from names to [Batch tokens](#batch-tokens) | `{}` |  |",
     ]
 
 
 def test_a_border_inside_a_cell_stays_text(generate: ModuleType) -> None:
     table = generate.keys_of(BatchTokens.model_json_schema())
     assert table.splitlines()[2] == "| `tokens` | whole number | `1024` | Real tokens \\| step. |"
+
+
+def test_every_link_to_a_section_has_its_section(generate: ModuleType) -> None:
+    page = generate.recipe()
+    linked = set(re.findall(r"\]\(#([a-z-]+)\)", page))
+    headings = {line[3:].lower().replace(" ", "-") for line in page.splitlines() if line.startswith("## ")}
+    assert linked and linked <= headings
 
 
 def test_text_of_cards_is_escaped(generate: ModuleType) -> None:

@@ -1,0 +1,5 @@
+"""`python -m luthier` is the command line."""
+
+from luthier.cli import main
+
+main()

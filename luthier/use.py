@@ -1,0 +1,212 @@
+"""Using what a run made: open it, measure it, talk to it, export it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, cast
+
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedTokenizerBase
+
+from luthier import draws, registry
+from luthier.delta import Delta
+from luthier.errors import LuthierError
+from luthier.evaluate.generate import generate
+from luthier.evaluate.sets import EvalSet, SetResult, measure
+from luthier.export import export_model, export_peft
+from luthier.kinds import TUNES, Additive, HiddenEdit, Now, Prefix, Prompt, Selective
+from luthier.models.load import load_model, load_tokenizer, resolve
+from luthier.models.parts import map_parts
+from luthier.plan import Say
+from luthier.recipe import Recipe, make_recipe
+from luthier.rows.encode import encode_prompt
+from luthier.rows.look import Look, look
+from luthier.rows.read import read
+from luthier.rows.shapes import Row
+from luthier.run import FILE, Run, read_run
+from luthier.train.build import slots
+from luthier.train.precision import pick, pick_device
+from luthier.train.services import RunServices
+from luthier.tune import Tune
+
+BESIDE = "beside.safetensors"
+"""Trained tensors that no delta of the weights can hold: prompts, prefixes, edits."""
+
+
+def silent(text: str) -> None:
+    """Says nothing."""
+
+
+def save_result(folder: Path, tune: Tune, delta: Delta) -> None:
+    """Keep what a run learnt: the delta of the weights, and what stands beside them."""
+    delta.save(folder / "delta.safetensors")
+    additive = {slot for slot, _, _ in tune.additives}
+    beside = {
+        name: one.master.detach().cpu().contiguous()
+        for name, one in tune.trained.items()
+        if one.form in ("factor", "free") and one.slot not in additive
+    }
+    if beside:
+        save_file(beside, folder / BESIDE)
+
+
+def open_model(name: str, *, out: str = "runs", say: Say = silent, precision: str = "auto") -> tuple[Tune, PreTrainedTokenizerBase]:
+    """A model to use, from a model's name or a run's folder; nothing in it trains.
+
+    Args:
+        name: what `model:` takes in a recipe, or a run's folder or name.
+        out: the folder that holds the run folders.
+        say: hears what is being done.
+        precision: as in a recipe.
+
+    Raises:
+        LuthierError: there is no such model or run, or the run has not finished.
+    """
+    if (Path(name) / FILE).is_file() or (Path(out) / name / FILE).is_file():
+        return open_run(read_run(name, out), say=say)
+    device = pick_device("auto")
+    source = resolve(name, say=say)
+    model = load_model(source, dtype=pick(precision, device)[0]).to(device)  # type: ignore[arg-type]
+    return Tune(model, map_parts(model)), load_tokenizer(source)
+
+
+def open_run(run: Run, *, say: Say = silent, merged: bool = True) -> tuple[Tune, PreTrainedTokenizerBase]:
+    """A run's tuned model: its base, with the delta applied and the rest attached.
+
+    Args:
+        run: a finished run.
+        say: hears what is being done.
+        merged: put low-rank deltas into the weights; False attaches them beside, as in training.
+    """
+    if run.facts.get("status") != "finished":
+        raise LuthierError(
+            f"this run has not finished ({run.facts.get('status', 'unknown')})",
+            where=str(run.folder),
+            mend=f"luthier train --resume {run.folder}",
+        )
+    recipe = make_recipe(run.facts["recipe"])
+    device = pick_device(recipe.train.device)
+    source = resolve(recipe.model, revision=recipe.revision, trust_remote_code=recipe.trust_remote_code, say=say)
+    model = load_model(source, dtype=pick(recipe.train.precision, device)[0])
+    delta = Delta.load(run.folder / "delta.safetensors")
+    tune = Tune(model, map_parts(model))
+    if merged:
+        delta.apply(model)
+    else:
+        _attach(tune, recipe, (Additive,))
+        delta.restore(tune)
+    beside = run.folder / BESIDE
+    if beside.is_file():
+        _attach(tune, recipe, (HiddenEdit, Prefix, Prompt))
+        tune.set(load_file(beside))
+    model.to(device)  # type: ignore[arg-type]
+    return tune, load_tokenizer(source)
+
+
+def _attach(tune: Tune, recipe: Recipe, kinds: tuple[type, ...]) -> None:
+    now = Now(seed=recipe.seed)
+    for slot, part in slots(registry.make_all(recipe.tune, TUNES, where="tune")):
+        for value in part.values:
+            if isinstance(value, kinds) and not isinstance(value, Selective):
+                tune.add(slot, value, RunServices(tune, slot, now), {})
+
+
+def evaluation_sets(recipe: Recipe) -> list[EvalSet]:
+    """The evaluation sets of a recipe, read and checked."""
+    sets = []
+    for name, one in recipe.evaluate.items():
+        rows = read(one.rows)
+        chosen = list(rows)[: one.limit]
+        sets.append(EvalSet(name, chosen, one.metric, one.side, one.max_new_tokens))
+    return sets
+
+
+def evaluate(model: str, recipe: Recipe, *, say: Say = silent) -> dict[str, SetResult]:
+    """Measure a model or a run on the evaluation sets of a recipe."""
+    sets = evaluation_sets(recipe)
+    if not sets:
+        raise LuthierError("the recipe has no evaluation sets", where="evaluate", mend="add `evaluate: {name: {rows: FILE}}`")
+    tune, tokenizer = open_model(model, out=recipe.out, say=say, precision=recipe.train.precision)
+    return measure(tune, tokenizer, sets, say=say)
+
+
+class Chat:
+    """A conversation with a model or a run.
+
+    Args:
+        model: a model's name or a run's folder.
+        max_new_tokens: longest answer.
+        temperature: 0 for the most likely token, always.
+        seed: of the draws when the temperature is above 0.
+    """
+
+    def __init__(
+        self, model: str, *, say: Say = silent, max_new_tokens: int = 128, temperature: float = 0.0, seed: int = 0
+    ) -> None:
+        self.tune, self.tokenizer = open_model(model, say=say)
+        self.name, self.max_new_tokens, self.temperature, self.seed = model, max_new_tokens, temperature, seed
+        self.turns: list[dict[str, str]] = []
+        self._base: Tune | None = None
+
+    def _answer(self, tune: Tune, messages: Sequence[Mapping[str, str]]) -> str:
+        row = Row("chat", "messages", {"messages": list(messages)}, "chat", {})
+        prompt = encode_prompt(row, self.tokenizer).token_ids
+        seed = draws.seed_of(self.seed, "chat", len(messages))
+        (answer,) = generate(
+            tune, self.tokenizer, [prompt], max_new_tokens=self.max_new_tokens, temperature=self.temperature, seed=seed
+        )
+        return answer
+
+    def ask(self, prompt: str) -> str:
+        """One question without a past."""
+        return self._answer(self.tune, [{"role": "user", "content": prompt}])
+
+    def ask_base(self, prompt: str) -> str:
+        """The same question to the base of a run."""
+        if self._base is None:
+            run = read_run(self.name)
+            self._base, _ = open_model(run.facts["recipe"]["model"])
+        return self._answer(self._base, [{"role": "user", "content": prompt}])
+
+    def say_turn(self, text: str) -> str:
+        """The next turn of the conversation."""
+        self.turns.append({"role": "user", "content": text})
+        answer = self._answer(self.tune, self.turns)
+        self.turns.append({"role": "assistant", "content": answer})
+        return answer
+
+
+def export(name: str, target: Path, *, form: str = "model", out: str = "runs", say: Say = silent) -> dict[str, Any]:
+    """Write a run's result for other tools.
+
+    Args:
+        name: the run.
+        target: the folder to write; it must not exist.
+        form: `model`, a plain Hugging Face folder with everything merged, or `peft`, an adapter.
+
+    Raises:
+        LuthierError: the target exists, or the result cannot be held in this form.
+    """
+    if target.exists():
+        raise LuthierError("the folder exists already", where=str(target), mend="name another, or remove it")
+    run = read_run(name, out)
+    if form == "model":
+        tune, tokenizer = open_run(run, say=say, merged=False)
+        return {"folder": str(target), "as": form, **export_model(tune, tokenizer, target)}
+    if form == "peft":
+        tune, _ = open_run(run, say=say, merged=False)
+        return {"folder": str(target), "as": form, **export_peft(tune, target, base_name=run.facts["model"]["name"])}
+    raise LuthierError(f"`{form}` is no form of export", where="--as", mend="use model or peft")
+
+
+def look_at_rows(
+    source: str, model: str, *, shape: str | None = None, loss_on: str = "assistant", rows: int = 5, say: Say = silent
+) -> Look:
+    """Rows as a model would see them."""
+    if loss_on not in ("assistant", "last", "all"):
+        raise LuthierError(f"loss on `{loss_on}`", where="--loss-on", mend="use assistant, last or all")
+    tokenizer = load_tokenizer(resolve(model, say=say))
+    return look(source, tokenizer, n=rows, shape=shape, loss_on=cast(Literal["assistant", "last", "all"], loss_on))
+
+

@@ -1,0 +1,120 @@
+"""Looking at data shows what is learned, and nothing in the data can act on the terminal."""
+
+from __future__ import annotations
+
+import io
+import json
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+
+from luthier.models.tiny import tiny_tokenizer
+from luthier.rows.look import Look, Piece, look, render
+from luthier.rows.read import read
+
+RECORDS: list[dict[str, Any]] = [
+    {"id": "a", "prompt": "q", "completion": "é 🎉"},
+    {"id": "b", "prompt": "q", "chosen": "good", "rejected": "bad"},
+    {"id": "c", "prompt": "open"},
+    {"id": "d", "text": "x" * 40},
+    {"id": "e", "messages": [{"role": "user", "content": "q"}]},
+]
+
+
+def shown(looked: Look) -> str:
+    console = Console(file=io.StringIO(), width=200, force_terminal=True, color_system="standard")
+    console.print(render(looked))
+    return console.file.getvalue()  # type: ignore[attr-defined, no-any-return]
+
+
+def test_facts() -> None:
+    looked = look(RECORDS, tiny_tokenizer(), max_tokens=37)
+    assert looked.rows == 5
+    assert looked.shape_counts == {
+        "prompt+completion": 1,
+        "prompt+chosen+rejected": 1,
+        "prompt": 1,
+        "text": 1,
+        "messages": 1,
+    }
+    prompt = 1 + 5 + 1 + 1 + 1 + 1 + 10
+    assert [(sample.id, sample.tokens, sample.targets) for sample in looked.samples] == [
+        ("a", prompt + 7 + 2, 8),
+        ("b/chosen", prompt + 4 + 2, 5),
+        ("b/rejected", prompt + 3 + 2, 4),
+        ("c", prompt + 3, 0),
+    ]
+    assert looked.too_long == 1
+    assert looked.lengths == {"shortest": 23, "median": 26, "90%": 41, "99%": 41, "longest": 41}
+    assert looked.tokens == sum(sample.tokens for sample in looked.samples)
+    assert looked.supervised_tokens == 17
+    assert [bad.where for bad in looked.skipped] == ["row 5 (row e)", "row 4 (row d)"]
+    assert len(look(RECORDS, tiny_tokenizer(), 2).samples) == 2
+
+
+def test_cut_rows_are_shown_as_cut() -> None:
+    looked = look(RECORDS[:1], tiny_tokenizer(), max_tokens=20, too_long="left")
+    assert looked.samples[0].truncated == looked.lengths["longest"] - 20
+    dropped = look(RECORDS[:1] + RECORDS[2:3], tiny_tokenizer(), max_tokens=20, too_long="right")
+    assert [bad.where for bad in dropped.dropped] == ["row 1 (row a)"]
+
+
+def test_pieces_are_the_mask() -> None:
+    (sample,) = look(RECORDS[:1], tiny_tokenizer()).samples
+    assert sample.pieces == (
+        Piece("<|im_start|>", False, True),
+        Piece("user\nq", False, False),
+        Piece("<|im_end|>", False, True),
+        Piece("\n", False, False),
+        Piece("<|im_start|>", False, True),
+        Piece("assistant\n", False, False),
+        Piece("é 🎉", True, False),
+        Piece("<|im_end|>", True, True),
+        Piece("\n", False, False),
+    )
+
+
+def test_targets_are_colored() -> None:
+    looked = look(RECORDS[:1], tiny_tokenizer())
+    group: Any = render(looked)
+    (text,) = [part for part in group.renderables if isinstance(part, Text) and "assistant" in part.plain]
+    green = [text.plain[span.start : span.end] for span in text.spans if "green" in str(span.style)]
+    assert green == ["é 🎉", "<|im_end|>"]
+
+
+def test_markup_and_control_characters_are_shown_not_obeyed() -> None:
+    records = [{"id": "[red]x[/red]", "prompt": "[bold]q[/bold][/nothing]", "completion": "\x1b[31mred\x07\r\u009b2J"}]
+    output = shown(look(records, tiny_tokenizer()))
+    assert "[bold]q[/bold][/nothing]" in output and "[red]x[/red]" in output
+    assert "\\x1b[31mred\\x07\\x0d\\x9b2J" in output
+    assert not {"\x07", "\r", "\u009b"} & set(output) and "\x1b[31m" not in output
+
+
+def test_long_pieces_are_shortened() -> None:
+    output = shown(look([{"text": "a" + "b" * 5000 + "c"}], tiny_tokenizer()))
+    assert "more characters" in output and len(output) < 3000
+
+
+def test_problems_are_listed(tmp_path: Path) -> None:
+    lines = [json.dumps(record) for record in RECORDS] + ['{"text": ""}'] * 7
+    path = tmp_path / "train.jsonl"
+    path.write_text("\n".join(lines))
+    looked = look(path, tiny_tokenizer())
+    assert len(looked.skipped) == 8
+    output = shown(looked)
+    assert "train.jsonl:6: `text` is empty" in output and "…" in output
+    assert look(read(RECORDS, name="mine"), tiny_tokenizer()).name == "mine"
+
+
+def test_json_is_plain() -> None:
+    facts = look(RECORDS, tiny_tokenizer(), max_tokens=37).as_json()
+    assert set(json.loads(json.dumps(facts))) == {field.name for field in fields(Look)}
+    assert facts["skipped"][0] == {
+        "where": "row 5 (row e)",
+        "reason": "the conversation has no assistant turn to learn",
+        "mend": "",
+    }
+    assert facts["samples"][0]["pieces"][6] == {"text": "é 🎉", "target": True, "special": False}
