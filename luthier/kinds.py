@@ -94,8 +94,8 @@ class Batch(NamedTuple):
 
     @property
     def supervised(self) -> int:
-        """Targets that a previous token can predict."""
-        return int((self.label_BT[:, 1:] >= 0).sum())
+        """Targets that directly follow an attended token, which can predict them."""
+        return int(((self.label_BT[:, 1:] >= 0) & self.attend_BT[:, :-1]).sum())
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""
@@ -122,6 +122,8 @@ class TrainedLike(Protocol):
     changes: bool
     axis: int
     master: Tensor
+    leaf: Tensor
+    """What autograd sees: read it to put a trained number into a loss."""
     gradient: Tensor | None
 
 
@@ -274,10 +276,11 @@ class Selective(NamedTuple):
 
 
 class Resize(NamedTuple):
-    """Trained tensors of another size: new values, and for each tensor the axis along which `take` says which old entry stays."""
+    """Trained tensors of another size: new values, and for each tensor which old entry each entry continues, or -1, along the
+    tensor's axis (`Additive.axes`)."""
 
     tensors: Tensors
-    take: Mapping[str, tuple[int, Tensor]]
+    take: Mapping[str, Tensor]
 
 
 class Additive(NamedTuple):
@@ -296,6 +299,8 @@ class Additive(NamedTuple):
     observe: Callable[[State, Place, Tensor], None] | None = None
     observing: Callable[[Now], bool] | None = None
     refresh: Callable[[State, Services], Mapping[Place, Resize]] | None = None
+    axes: Mapping[str, int] = {}
+    """The axis along which entries of a tensor come and go in a refresh, by tensor name; 0 where not named."""
     rates: Mapping[str, float] = {}
     """Multiplies the learning rate, by tensor name."""
     pair: tuple[str, str] | None = None
@@ -410,6 +415,9 @@ class Pass(Protocol):
     def loss(self) -> float:
         """The step's loss without gradients, over all micro-batches and processes."""
 
+    def write(self, trained: TrainedLike, value: Tensor) -> None:
+        """Set a trained tensor, and the live weight with it: for sources that try other values."""
+
     def apply(self, trained: TrainedLike) -> None:
         """Take the step of one tensor now and free its gradient."""
 
@@ -418,7 +426,12 @@ class Pass(Protocol):
 
 
 class Source(NamedTuple):
-    """Where do gradients come from? `gradients(work)` fills them, or applies them as they come (`gives` then lacks `all`)."""
+    """Where do gradients come from? `gradients(work)` fills them.
+
+    `gives` says what reaches the rest of the run. `gradients`: they come from `work.backward`, so each process has its own and they
+    are summed. `all`: they are all there when `gradients` returns, and the step follows. Without `all` the source applies each tensor
+    itself; with neither it sets gradients that are the same on every process.
+    """
 
     gradients: Callable[[Pass], None]
     gives: frozenset[str] = frozenset({"gradients", "all"})

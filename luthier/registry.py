@@ -142,7 +142,12 @@ def _module(kind: str, name: str, path: Path) -> ModuleType:
         raise LuthierError("this file cannot be read as a technique", where=str(path), mend="it must be a Python file")
     module = importlib.util.module_from_spec(spec)
     sys.modules[key] = module
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        # The next look-up must meet the same mistake, not half a module.
+        del sys.modules[key]
+        raise
     return module
 
 
@@ -213,7 +218,7 @@ def make(spec: object, kinds: Iterable[str], *, where: str = "") -> Part:
                 where=where,
                 mend=f"write {name}: {{option: value}}",
             )
-        return _build(str(name), dict(options or {}), kinds, where)
+        return _build(str(name), {str(key): value for key, value in (options or {}).items()}, kinds, where)
     values = spec if isinstance(spec, tuple) and not hasattr(spec, "_fields") else (spec,)
     try:
         kind = kind_of(values[0])

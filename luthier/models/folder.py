@@ -34,6 +34,11 @@ def has_tokenizer(folder: Path) -> bool:
     return any((folder / name).is_file() for name in _TOKENIZER_FILES)
 
 
+def has_code(folder: Path) -> bool:
+    """Whether the folder holds the code its configuration refers to, if it refers to any."""
+    return "auto_map" not in _read_json(folder / "config.json") or any(folder.glob("*.py"))
+
+
 def check_folder(folder: Path, *, trust_remote_code: bool = False) -> Kind:
     """The kind of model in a folder that can be loaded.
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import huggingface_hub
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
-from luthier.models.folder import has_tokenizer, has_weights
+from luthier.models.folder import has_code, has_tokenizer, has_weights
 from luthier.models.quiet import quiet
 
 _WANTED = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
@@ -37,7 +37,9 @@ def cached_snapshot(name: str, *, revision: str | None = None, remote_code: bool
     except (OSError, ValueError):
         return None
     complete = (folder / "config.json").is_file() and has_weights(folder) and has_tokenizer(folder)
-    return folder if complete else None
+    if not complete or (remote_code and not has_code(folder)):
+        return None
+    return folder
 
 
 def fetch_snapshot(name: str, *, revision: str | None = None, remote_code: bool = False) -> Path:
@@ -49,6 +51,8 @@ def fetch_snapshot(name: str, *, revision: str | None = None, remote_code: bool 
     if offline():
         raise HubUnavailableError("the hub is switched off by HF_HUB_OFFLINE")
     try:
+        # `snapshot_download` asks the same first, but would wait for ever on a hub that accepts and does not answer.
+        huggingface_hub.HfApi().model_info(name, revision=revision, timeout=_TIMEOUT_SECONDS)
         with quiet():
             return _download(name, revision, remote_code, local_files_only=False)
     except RevisionNotFoundError as error:

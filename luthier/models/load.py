@@ -105,7 +105,7 @@ def load_model(
     source = _settled(source, revision, trust_remote_code, say)
     if source.path is None:
         return tiny(source.name.removeprefix(_TINY), dtype=dtype)
-    if source.path.suffix == ".gguf":
+    if source.path.is_file():
         return load_gguf_model(source.path, dtype=dtype)
     with quiet():
         model, unexpected = load_weights(
@@ -132,12 +132,12 @@ def load_tokenizer(
     """The tokenizer of a source or a name. No token is ever added: a missing padding token is the batch's business.
 
     Raises:
-        LuthierError: as `resolve`; or there is no tokenizer beside the model.
+        LuthierError: as `resolve`; or the tokenizer beside the model is not there or damaged.
     """
     source = _settled(source, revision, trust_remote_code, say)
     if source.path is None:
         return tiny_tokenizer()
-    if source.path.suffix == ".gguf":
+    if source.path.is_file():
         return load_gguf_tokenizer(source.path)
     if not has_tokenizer(source.path):
         raise LuthierError(
@@ -145,10 +145,18 @@ def load_tokenizer(
             where=str(source.path),
             mend="save the tokenizer into the model's folder",
         )
-    with quiet():
-        tokenizer: PreTrainedTokenizerBase = transformers.AutoTokenizer.from_pretrained(
-            source.path, local_files_only=True, trust_remote_code=source.trust_remote_code
-        )
+    try:
+        with quiet():
+            tokenizer: PreTrainedTokenizerBase = transformers.AutoTokenizer.from_pretrained(
+                source.path, local_files_only=True, trust_remote_code=source.trust_remote_code
+            )
+    # As with weights: damaged files make the readers raise anything.
+    except Exception as error:
+        raise LuthierError(
+            f"the tokenizer can not be loaded: {error}",
+            where=str(source.path),
+            mend="check that its files are complete; code that comes with it needs `trust_remote_code: true`",
+        ) from error
     return tokenizer
 
 

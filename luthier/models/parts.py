@@ -241,8 +241,9 @@ def _assign_roles(model: nn.Module, parts: Parts, names: list[str]) -> list[Plac
         else:
             roles[name] = role_outside(inner[name]) if block is None else role_in_block(inner[name], siblings[block])
     for block in range(parts.blocks):
-        unknown = [name for name in names if block_of[name] == block and roles[name] is None]
-        roles.update(_roles_by_shape(model, unknown))
+        inside = [name for name in names if block_of[name] == block]
+        has_mlp = any(roles[name] in (*GROUPS["mlp"], "expert") for name in inside)
+        roles.update(_roles_by_shape(model, [name for name in inside if roles[name] is None], parts.width, has_mlp))
     unknown = [f"{name} {tuple(model.get_parameter(name).shape)}" for name in names if roles[name] is None]
     if unknown:
         raise _refusal(model, f"{len(unknown)} parameters have no known role:", unknown[:20])
@@ -264,28 +265,21 @@ def _inner_name(name: str, parts: Parts, block: int | None) -> str:
     return inside.removesuffix(".weight").removesuffix(".bias")
 
 
-def _roles_by_shape(model: nn.Module, names: list[str]) -> dict[str, str]:
-    """The roles of parameters with unknown names where class or shape leave no doubt.
+def _roles_by_shape(model: nn.Module, names: list[str], width: int, has_mlp: bool) -> dict[str, str]:
+    """The roles of a block's parameters with unknown names where class or shape leave no doubt.
 
-    A norm is known by its class. Where just two matrices are unknown, and one widens what the other narrows, they are
-    the MLP.
+    A norm is known by its class. Where a block without an MLP has just two unknown matrices, and one widens the hidden
+    states to what the other narrows again, they are the MLP.
     """
-    roles: dict[str, str] = {}
-    linears: dict[str, nn.Linear] = {}
-    for name in names:
-        module_name = name.rpartition(".")[0]
-        module = model.get_submodule(module_name)
-        if "norm" in type(module).__name__.lower():
-            roles[name] = "other_norm"
-        elif isinstance(module, nn.Linear):
-            linears[module_name] = module
-    widening = [name for name, linear in linears.items() if linear.out_features > linear.in_features]
-    narrowing = [name for name, linear in linears.items() if linear.out_features < linear.in_features]
-    if len(linears) == 2 and len(widening) == len(narrowing) == 1:
-        up, down = linears[widening[0]], linears[narrowing[0]]
-        if (up.in_features, up.out_features) == (down.out_features, down.in_features):
-            known = {widening[0]: "mlp_up", narrowing[0]: "mlp_down"}
-            roles.update({name: known[name.rpartition(".")[0]] for name in names if name.rpartition(".")[0] in known})
+    owners = {name: model.get_submodule(name.rpartition(".")[0]) for name in names}
+    roles = {name: "other_norm" for name, module in owners.items() if "norm" in type(module).__name__.lower()}
+    linears = list(dict.fromkeys(module for module in owners.values() if isinstance(module, nn.Linear)))
+    if has_mlp or len(linears) != 2:
+        return roles
+    up, down = sorted(linears, key=lambda linear: linear.out_features, reverse=True)
+    if up.in_features == down.out_features == width < up.out_features == down.in_features:
+        mlp: dict[nn.Module, str] = {up: "mlp_up", down: "mlp_down"}
+        roles |= {name: mlp[module] for name, module in owners.items() if module in mlp}
     return roles
 
 

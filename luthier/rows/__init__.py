@@ -1,1 +1,1 @@
-"""Rows: reading them, turning them into token ids with targets, and putting them into batches."""
+"""Rows: reading them, writing them as a model reads them, putting them into batches, and looking at all that."""

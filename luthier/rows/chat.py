@@ -181,9 +181,8 @@ def _prompt(row: Row) -> list[Message]:
         messages = list(fields["messages"])
         return messages[:-1] if messages[-1]["role"] == "assistant" else messages
     if row.shape == "instruction":
-        return _said(
-            "user", _EMPTY_LINE.join(part for part in (fields["instruction"], fields["input"]) if part.strip())
-        )
+        parts = [part for part in (fields["instruction"], fields["input"]) if part.strip()]
+        return _said("user", _EMPTY_LINE.join(parts))
     return _said("user", fields["text"] if row.shape == "text+label" else fields["prompt"])
 
 
@@ -291,6 +290,7 @@ def _up_to(dialogue: _Dialogue, form: Form, count: int, *, generate: bool = Fals
 
 
 def _plain(dialogue: _Dialogue, form: Form, count: int, *, generate: bool) -> str:
+    """Without a template there is no generation prompt: a prompt looks the same whether or not an answer follows."""
     text = ""
     for message in dialogue.messages[:count]:
         if dialogue.tools or message.get("tool_calls") or message["role"] == "tool":

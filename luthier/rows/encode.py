@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate, pairwise
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 from transformers import PreTrainedTokenizerBase
 
@@ -99,12 +99,11 @@ class _Limits:
     too_long: TooLong
 
     def __post_init__(self) -> None:
+        _check_choice("too_long", self.too_long, get_args(TooLong))
         if self.max_tokens is not None and self.max_tokens < 2:
             raise LuthierError(
                 f"max_tokens is {self.max_tokens}", mend="allow at least 2: one token to see and one to learn"
             )
-        if self.too_long not in ("refuse", "left", "right"):
-            raise LuthierError(f"too_long is {self.too_long!r}", mend='write "refuse", "left" or "right"')
 
 
 def encode(
@@ -260,7 +259,14 @@ def end_of_turn_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     return tuple(dict.fromkeys([*ids, *([tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else [])]))
 
 
+def _check_choice(name: str, value: str, known: Sequence[str]) -> None:
+    if value not in known:
+        raise LuthierError(f"{name} is {value!r}", mend="write one of: " + ", ".join(known))
+
+
 def _encode(row: Row, form: Form, purpose: Purpose, loss_on: LossOn, limits: _Limits) -> Encoded:
+    _check_choice("purpose", purpose, get_args(Purpose))
+    _check_choice("loss_on", loss_on, get_args(LossOn))
     if purpose == "train":
         return _limited(row, render_training(row, form, loss_on), form, limits)
     if limits.too_long == "right":

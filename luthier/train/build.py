@@ -87,9 +87,10 @@ def build_engine(
         raise LuthierError("nothing trains", where="tune", mend="name a technique, e.g. full, half or lora")
     links = [Link(slot, v) for slot, v in values if isinstance(v, Transform | Optimizer)]
     sources = [v for _, v in values if isinstance(v, Source)]
-    _refuse_impossible(sources, links, owner, keepers)
+    world = world or World.current()
+    _refuse_impossible(sources, links, owner, keepers, world)
     chain = Chain(links, owner)
-    engine = Engine(owner, goal, chain, sources[0], [], world or World.current())
+    engine = Engine(owner, goal, chain, sources[0], [], world)
     for slot, keeper in keepers:
         if keeper.start is not None:
             states[slot].update(keeper.start(RunServices(owner, slot, now)))
@@ -99,13 +100,19 @@ def build_engine(
 
 
 def _refuse_impossible(
-    sources: list[Source], links: list[Link], tune: Tune, keepers: list[tuple[str, Keeper]]
+    sources: list[Source], links: list[Link], tune: Tune, keepers: list[tuple[str, Keeper]], world: World
 ) -> None:
     if len(sources) != 1:
         raise LuthierError("a run has exactly one source of gradients", where="source", mend="name one, e.g. backprop")
     if not any(isinstance(link.part, Optimizer) for link in links):
         raise LuthierError("the step has no optimizer", where="step", mend="add one, e.g. adamw")
     gives = sources[0].gives
+    if gives == {"gradients"} and world.size > 1:
+        raise LuthierError(
+            "updates inside backward are not summed over several processes",
+            where="source",
+            mend="use source: backprop, or one process",
+        )
     need_all = [link.slot for link in links if isinstance(link.part, Transform) and link.part.scope == "all"]
     need_all += [slot for slot, keeper in keepers if "gradients" in keeper.needs]
     if "all" not in gives and need_all:

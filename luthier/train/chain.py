@@ -112,6 +112,9 @@ class Chain:
         state = self.state[link.slot][one.name]
         master = one.master.data
         own = master.dtype == gradient.dtype
+        if gradient.stride() != master.stride():
+            # Fused optimizers walk memory and would pair the wrong numbers.
+            gradient = torch.empty_like(master, dtype=gradient.dtype).copy_(gradient)
         if own and not later:
             part.step(master, gradient, state, one, now)
             self.tune.push(one)
@@ -157,8 +160,14 @@ class Chain:
     def load(self, values: dict[str, Any]) -> None:
         """Restore what `tensors` gave."""
         for path, value in values.items():
-            slot, name, key = path.split("|")
-            self.state[slot][name][key] = value
+            slot, name, key = path.split("|", 2)
+            before = self.state[slot][name].get(key)
+            if isinstance(before, Tensor) and before.shape == value.shape:
+                # In place: device and strides must stay those of the master.
+                before.copy_(value)
+            else:
+                device = self.tune.trained[name].master.device
+                self.state[slot][name][key] = value.to(device) if isinstance(value, Tensor) else value
 
 
 def _wide(one: Trained) -> Tensor:

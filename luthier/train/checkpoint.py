@@ -16,36 +16,20 @@ from torch import Tensor
 
 from luthier.errors import LuthierError
 from luthier.train.engine import Engine
-from luthier.tune import Tune
-from luthier.tune.attach import put_tap
-from luthier.tune.trained import write
+from luthier.tune.change import capture, put_back
 
 TENSORS, FACTS = "state.safetensors", "state.json"
 
 
 def _flat(engine: Engine) -> dict[str, Any]:
     """All that changes during a run, by path."""
-    values: dict[str, Any] = {}
-    for name, one in engine.tune.trained.items():
-        values[f"master|{name}"] = one.master.detach()
-        if one.changes and one.index is not None:
-            values[f"index|{name}"] = one.index
-        if one.changes and one.start is not None:
-            values[f"start|{name}"] = one.start
-    for name in left_behind(engine.tune):
-        values[f"live|{name}"] = engine.tune.model.get_parameter(name).data
+    values: dict[str, Any] = {**capture(engine.tune)}
     for name, snapshot in engine.tune.snapshots.items():
         values.update({f"snapshot|{name}|{key}": value for key, value in snapshot.items()})
     values.update({f"chain|{path}": value for path, value in engine.chain.tensors().items()})
     for slot, state in engine.states.items():
         values.update({f"state|{slot}|{key}": value for key, value in state.items()})
     return values
-
-
-def left_behind(tune: Tune) -> list[str]:
-    """Parameters in which numbers that no longer train keep what they learnt: they must be saved whole."""
-    keeping = {slot for slot, value, _ in tune.selectives if value.refresh is not None and value.leave == "keep"}
-    return sorted({one.place.parameter for one in tune.trained.values() if one.slot in keeping and one.place is not None})
 
 
 def save(folder: Path, engine: Engine, facts: Mapping[str, Any]) -> Path:
@@ -93,37 +77,21 @@ def restore(folder: Path, engine: Engine) -> dict[str, Any]:
     """Bring a freshly attached run to a checkpoint's point. Returns the facts."""
     tensors, plain, facts = read(folder)
     tune = engine.tune
-    for key, value in tensors.items():
-        kind, _, rest = key.partition("|")
-        if kind == "live":
-            tune.model.get_parameter(rest).data.copy_(value)
-    for name, one in tune.trained.items():
+    for name in tune.trained:
         if f"master|{name}" not in tensors:
             raise LuthierError(f"the checkpoint lacks `{name}`", where=str(folder), mend="resume with the recipe it was made by")
-        if f"start|{name}" in tensors and one.start is not None and one.place is not None and one.form != "whole":
-            # Numbers that left go back to the base before those of the checkpoint come in.
-            write(tune.region(one.place), one.form, one.index, one.start)
-            one.start = tensors[f"start|{name}"]
-        one.index = tensors.get(f"index|{name}", one.index)
-        master = tensors[f"master|{name}"]
-        if master.shape != one.master.shape:
-            one.master = one.leaf = master.clone().requires_grad_(True)
-            tune.register(one)
-        else:
-            one.master.data.copy_(master)
-        if one.form not in ("whole", "factor", "free"):
-            put_tap(tune, one)
-        tune.push(one)
+    put_back(tune, tensors)
+    device = next(tune.model.parameters()).device
     for key, value in {**tensors, **plain}.items():
         kind, _, rest = key.partition("|")
         if kind == "chain":
             engine.chain.load({rest: value})
         elif kind == "state":
             slot, _, name = rest.partition("|")
-            engine.states.setdefault(slot, {})[name] = value
+            engine.states.setdefault(slot, {})[name] = value.to(device) if isinstance(value, Tensor) else value
         elif kind == "snapshot":
             name, _, path = rest.partition("|")
-            tune.snapshots.setdefault(name, {})[path] = value
+            tune.snapshots.setdefault(name, {})[path] = value.to(device)
     return facts
 
 

@@ -75,7 +75,7 @@ class Engine:
         counts = self.world.sum_numbers(
             [float(sum(b.tokens for b in batches)), float(sum(b.supervised for b in batches)), float(sum(len(b.row_ids) for b in batches))]
         )
-        if not any(units):
+        if self.objective.idle(units):
             return StepResult(0.0, 0.0, {}, int(counts[0]), 0, int(counts[2]), 0.0, skipped=True)
         self.tune.start_observing(now)
         work = Work(self, batches, now, units, keeps)
@@ -180,11 +180,16 @@ class Work:
         self.nll, self.weight = sum(one.nll for one in sums), sum(one.weight for one in sums)
         return self._engine.world.sum_numbers([self.total])[0]
 
+    def write(self, trained: TrainedLike, value: torch.Tensor) -> None:
+        """Set a trained tensor, and the live weight with it."""
+        self._engine.tune.set({trained.name: value})
+
     def apply(self, trained: TrainedLike) -> None:
         """Take the step of one tensor now."""
         one = self._engine.tune.trained[trained.name]
         if one.gradient is not None:
-            self._engine.world.sum(one.gradient)
+            if "gradients" in self._engine.source.gives:
+                self._engine.world.sum(one.gradient)
             refuse_not_finite([one], self._engine.tune, self.batches)
             self._engine.chain.step(self.now, only=one)
 

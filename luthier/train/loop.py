@@ -112,7 +112,7 @@ def train(
         if kept.keeper.after_stage is not None and not progress.interrupted:
             kept.keeper.after_stage(kept.state, engine.services(kept.slot, clock.at(clock.steps - 1, epoch=0.0)))
     if plans.best is not None and "best" in engine.tune.snapshots and not progress.interrupted:
-        engine.tune.set(engine.tune.snapshots["best"])
+        engine.tune.go_back("best")
     return progress
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from luthier import draws, logprobs
 from luthier.errors import LuthierError
 from luthier.kinds import Batch, Column, Now, Services, State, Tensors, Term, TokenLoss, TokenWeight, View
-from luthier.train.services import view_of
+from luthier.train.services import evaluating, view_of
 from luthier.train.world import World
 from luthier.tune import Tune
 from luthier.tune.sites import Own
@@ -99,7 +99,7 @@ class Objective:
         wanted = logprobs.resolve([column for one in rules for column in one.weight.columns])
         tables = []
         for batch in batches:
-            with torch.no_grad():
+            with evaluating(tune.model):
                 tables.append(_table(view_of(tune, batch, wanted, now)))
         empty = {name: torch.zeros(0) for name in ("row", "position", *(column.name for column in wanted))}
         local = {name: torch.cat([t[name] for t in tables]) for name in tables[0]} if tables else empty
@@ -120,6 +120,11 @@ class Objective:
         """Each term's units in the whole step, over micro-batches and processes."""
         return world.sum_numbers([sum(self._count(one.term, batches, keeps)) for one in self.terms])
 
+    def idle(self, units: Sequence[float]) -> bool:
+        """Whether a step has nothing to learn from: penalties alone, which count 1 a step, must not move a model."""
+        data = [unit for one, unit in zip(self.terms, units, strict=True) if one.term.unit != "step"]
+        return not any(data or units)
+
     def _count(self, term: Term, batches: Sequence[Batch], keeps: list[Tensor] | None) -> list[float]:
         if term.count is not None:
             return [term.count(batch) for batch in batches]
@@ -128,8 +133,8 @@ class Objective:
         if term.unit == "row":
             return [float(len(batch.row_ids)) for batch in batches]
         counts = [one.weight.count for one in self.weights if one.weight.count is not None]
-        if len(counts) > 1:
-            slots = ", ".join(one.slot for one in self.weights if one.weight.count is not None)
+        if len(counts) + (keeps is not None) > 1:
+            slots = ", ".join(one.slot for one in self.weights if one.weight.count or one.weight.look)
             raise LuthierError(f"{slots} count tokens differently", where="token_weight", mend="use one of them")
         if counts:
             return [counts[0](batch) for batch in batches]

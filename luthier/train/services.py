@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from luthier import draws, logprobs
 from luthier.errors import LuthierError
@@ -67,13 +68,20 @@ class RunServices:
 
     def forward(self, batch: Batch, columns: Sequence[str]) -> View:
         """Columns of a batch without gradients, in evaluation mode."""
-        was_training = self._tune.model.training
-        self._tune.model.eval()
-        try:
-            with torch.no_grad():
-                return view_of(self._tune, batch, logprobs.resolve(columns), self.now)
-        finally:
-            self._tune.model.train(was_training)
+        with evaluating(self._tune.model):
+            return view_of(self._tune, batch, logprobs.resolve(columns), self.now)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Run a model without gradients and without dropout."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)
 
 
 def view_of(
@@ -84,10 +92,12 @@ def view_of(
     reference = None
     if any(column.reference for column in columns):
         # The base runs first: swapping weights under a graph that waits for backward would be wrong.
-        with tune.at("base"), torch.no_grad():
+        with tune.at("base"), evaluating(tune.model):
             reference = (hidden(tune, batch)[where.row_N, where.source_N], base_head(tune))
     hidden_BTD = hidden(tune, batch)
-    row_number = torch.tensor([draws.seed_of(row) for row in batch.row_ids], device=hidden_BTD.device)
+    row_number = torch.tensor(
+        [draws.seed_of(row) for row in batch.row_ids], dtype=torch.int64, device=hidden_BTD.device
+    )
     keys = draws.keys(now.seed, now.step, row_number[where.row_N], where.source_N)
     found = logprobs.compute(
         hidden_BTD[where.row_N, where.source_N],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
@@ -27,6 +27,9 @@ def add_selective(tune: Tune, slot: str, value: Selective, services: Services, s
     if not chosen:
         raise LuthierError(f"`{slot}` selects nothing to train", mend="widen its roles or its share")
     changes = value.refresh is not None
+    if changes and value.leave == "keep" and tune.keep_base:
+        # Numbers that leave keep what they learnt, so their own base values would be lost.
+        remember(tune, {place.parameter for place in chosen})
     for place, select in chosen.items():
         check_select(place, select, tune.region(place))
         refuse_overlap(tune, slot, place, select)
@@ -42,7 +45,7 @@ def add_selective(tune: Tune, slot: str, value: Selective, services: Services, s
 def _selected(tune: Tune, slot: str, place: Place, select: Select, changes: bool) -> Trained:
     live = tune.model.get_parameter(place.parameter)
     values = tune.region(place)
-    form, index = select.form, select.index
+    form, index = select.form, None if select.index is None else select.index.to(values.device)
     if form == "whole" and place.start is not None:
         # A whole part of a fused projection is some rows of its tensor.
         form, index = "rows", torch.arange(values.shape[0], device=values.device)
@@ -56,7 +59,9 @@ def _selected(tune: Tune, slot: str, place: Place, select: Select, changes: bool
         trained = Trained(name, slot, place, form, None, master, live, start=live.data.clone() if keep else None)
     else:
         before = read(values, form, index)
-        master = before.to(wide, copy=True).requires_grad_(True)
+        kind = wide if tune.masters == "fp32" else live.dtype
+        # Fused optimizers walk memory: a slice of a transposed weight must not keep its strides.
+        master = before.to(kind, copy=True, memory_format=torch.contiguous_format).requires_grad_(True)
         trained = Trained(name, slot, place, form, index, master, master, start=before if keep else None)
     trained.rate, trained.changes = select.rate, changes
     trained.axis = 1 if form == "cols" else 0
@@ -75,17 +80,16 @@ def put_tap(tune: Tune, trained: Trained) -> None:
 def observe_at(tune: Tune, slot: str, place: Place) -> None:
     """Collect the dense gradient at a place in the steps in which its technique observes."""
     # A leaf of its own makes the tap fire even where weight and input are frozen.
-    leaf = torch.zeros(0, requires_grad=True)
+    leaf = torch.zeros(0, device=tune.region(place).device, requires_grad=True)
     key = (slot, place)
 
     def collect(gradient_OI: Tensor) -> None:
-        if key in tune.observing:
-            wide = gradient_OI.to(torch.promote_types(gradient_OI.dtype, torch.float32))
-            tune.dense[key] = tune.dense[key] + wide if key in tune.dense else wide
+        wide = gradient_OI.to(torch.promote_types(gradient_OI.dtype, torch.float32))
+        tune.dense[key] = tune.dense[key] + wide if key in tune.dense else wide
 
     for module, spec in _taps(tune, place, "whole", None):
-        wanted = spec._replace(collect=collect)
-        tune.site(module).taps[f"{slot}/{place} observed"] = (leaf, wanted)
+        observing = spec._replace(collect=collect, wanted=lambda: key in tune.observing)
+        tune.site(module).taps[f"{slot}/{place} observed"] = (leaf, observing)
 
 
 def _taps(tune: Tune, place: Place, form: Form, index: Tensor | None) -> list[tuple[str, TapSpec]]:
@@ -97,10 +101,23 @@ def _taps(tune: Tune, place: Place, form: Form, index: Tensor | None) -> list[tu
     module = tune.model.get_submodule(place.module)
     if isinstance(module, nn.Embedding):
         tied = [(name, spec) for name, source in tune.parts.ties.items() if source == place.module]
-        return [(place.module, spec._replace(of="embedding")), *tied]
+        return [(place.module, _embedding_spec(module, spec, place)), *tied]
     if tune.model.get_parameter(place.parameter).ndim != 2:
         raise LuthierError("only whole tensors train here", where=str(place), mend="select it `whole`")
     return [(place.module, spec)]
+
+
+def _embedding_spec(module: nn.Embedding, spec: TapSpec, place: Place) -> TapSpec:
+    scale = getattr(module, "embed_scale", None)
+    if scale is None and type(module).forward is not nn.Embedding.forward:
+        raise LuthierError(
+            "this embedding is computed in a way of its own, so only the whole of it trains",
+            where=str(place),
+            mend="select it `whole`",
+        )
+    # The module multiplies in the type of its weight.
+    scale = 1.0 if scale is None else float(torch.as_tensor(scale).to(module.weight.dtype))
+    return spec._replace(of="embedding", scale=scale, padding=module.padding_idx)
 
 
 def refuse_overlap(tune: Tune, slot: str, place: Place, select: Select) -> None:
@@ -125,7 +142,7 @@ def _claim(tune: Tune, place: Place, form: Form, index: Tensor | None) -> Tensor
     claim = torch.zeros(tune.model.get_parameter(place.parameter).shape, dtype=torch.bool)
     values = claim.t() if place.module in tune.parts.transposed and claim.ndim == 2 else claim
     values = values if place.start is None else values[place.start : place.stop]
-    write(values, form, index, torch.ones((), dtype=torch.bool))
+    write(values, form, None if index is None else index.cpu(), torch.ones((), dtype=torch.bool))
     return claim
 
 
@@ -139,7 +156,7 @@ def add_additive(tune: Tune, slot: str, value: Additive, services: Services, sta
             )
         addition = Addition(slot, place, value=value)
         tensors = value.start(place, values, services)
-        own(tune, addition, tensors, f"{slot}/{place}", changes=value.refresh is not None, rates=value.rates)
+        own(tune, addition, tensors, f"{slot}/{place}", changes=value.refresh is not None, rates=value.rates, axes=value.axes)
         if value.subtract:
             _take_out(tune, place, value.delta(addition.masters()))
         tune.site(place.module).additions.append(addition)
@@ -148,10 +165,16 @@ def add_additive(tune: Tune, slot: str, value: Additive, services: Services, sta
     tune.additives.append((slot, value, state))
 
 
+def remember(tune: Tune, parameters: Iterable[str]) -> None:
+    """Keep whole parameters as they are now: their base values cannot be had from the numbers that train."""
+    for name in parameters:
+        if name not in tune.altered:
+            tune.altered[name] = tune.model.get_parameter(name).data.clone()
+
+
 def _take_out(tune: Tune, place: Place, delta_OI: Tensor) -> None:
-    parameter = tune.model.get_parameter(place.parameter)
-    if tune.keep_base and place.parameter not in tune.altered:
-        tune.altered[place.parameter] = parameter.data.clone()
+    if tune.keep_base:
+        remember(tune, [place.parameter])
     values = tune.region(place)
     values.copy_(values.to(delta_OI.dtype) - delta_OI)
 
@@ -211,14 +234,16 @@ def own(
     form: Form = "factor",
     changes: bool = False,
     rates: Mapping[str, float] | None = None,
+    axes: Mapping[str, int] | None = None,
 ) -> Owned:
     """Make a technique's tensors trained ones, in fp32, and give them to their owner."""
     device = next(tune.model.parameters()).device
     for name, values in tensors.items():
         wide = torch.promote_types(values.dtype, torch.float32)
-        master = values.detach().to(device=device, dtype=wide, copy=True).requires_grad_(True)
+        master = values.detach().to(device, wide, copy=True, memory_format=torch.contiguous_format).requires_grad_(True)
         trained = Trained(f"{prefix}.{name}", owner.slot, owner.place, form, None, master, master, changes=changes)
         trained.rate = (rates or {}).get(name, 1.0)
+        trained.axis = (axes or {}).get(name, 0)
         trained.decay = master.ndim > 1
         owner.trained[name] = trained
         tune.register(trained)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from luthier.errors import LuthierError
+from luthier.tune.change import capture, put_back
 from luthier.tune.trained import Trained, read, write
 
 if TYPE_CHECKING:
@@ -37,9 +38,12 @@ def at_base(tune: Tune) -> Iterator[None]:
         finally:
             tune.is_off = False
         return
-    changed = in_place(tune)
+    # Parameters kept whole need no second look at the numbers that train in them.
+    changed = [one for one in in_place(tune) if _name(one) not in tune.altered]
     subtracts = any(value.subtract for _, value, _ in tune.additives)
-    if any(one.start is None for one in changed) or (subtracts and not tune.altered):
+    keeps = {slot for slot, value, _ in tune.selectives if value.refresh is not None and value.leave == "keep"}
+    lost = any(one.start is None or one.slot in keeps for one in changed)
+    if lost or (subtracts and not tune.altered):
         raise LuthierError("the base's values were not kept", mend="ask for a reference in the recipe (keep_base)")
     saved: list[tuple[Trained, Tensor]] = []
     # Exchanging storage is free and leaves alone what autograd has saved for backward.
@@ -77,9 +81,16 @@ def at_snapshot(tune: Tune, name: str) -> Iterator[None]:
     if name not in tune.snapshots:
         known = ", ".join(tune.snapshots) or "none was taken"
         raise LuthierError(f"there is no snapshot `{name}`", mend=f"known: {known}")
-    now = {key: one.master.detach().clone() for key, one in tune.trained.items()}
-    tune.set(tune.snapshots[name])
+    now = capture(tune)
+    leaves = {key: (one.master, one.leaf) for key, one in tune.trained.items()}
+    put_back(tune, tune.snapshots[name])
     try:
         yield
     finally:
-        tune.set(now)
+        for key, (master, leaf) in leaves.items():
+            one = tune.trained[key]
+            if one.leaf is not leaf:
+                # A graph may wait for backward with these very tensors.
+                one.master, one.leaf = master, leaf
+                tune.register(one)
+        put_back(tune, now)

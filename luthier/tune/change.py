@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from luthier.errors import LuthierError
-from luthier.kinds import Additive, Now, Place, Refresh, Resize, Select, Selective, Services, State
+from luthier.kinds import Additive, Now, Place, Refresh, Resize, Select, Selective, Services, State, Tensors
 from luthier.tune.attach import put_tap
 from luthier.tune.sites import Addition
 from luthier.tune.trained import Trained, check_select, read, write
@@ -48,20 +48,22 @@ def observe(tune: Tune, total: Callable[[Tensor], Tensor]) -> None:
             continue
         for place in _places(tune, slot):
             if (slot, place) in tune.observing:
-                value.observe(state, place, total(_dense(tune, slot, place)))
+                value.observe(state, place, _dense(tune, slot, place, total))
     tune.dense.clear()
+    tune.observing = frozenset()
 
 
-def _dense(tune: Tune, slot: str, place: Place) -> Tensor:
+def _dense(tune: Tune, slot: str, place: Place, total: Callable[[Tensor], Tensor]) -> Tensor:
     trained = tune.trained.get(f"{slot}/{place}")
     if trained is not None and trained.form == "whole" and trained.gradient is not None:
+        # What trains was summed over the processes already.
         transposed = place.module in tune.parts.transposed and trained.gradient.ndim == 2
         return trained.gradient.t() if transposed else trained.gradient
     if (slot, place) not in tune.dense:
         raise LuthierError(
             f"`{slot}` observes a place that no gradient reached", where=str(place), mend="leave this role out of it"
         )
-    return tune.dense[slot, place]
+    return total(tune.dense[slot, place])
 
 
 def refresh(tune: Tune, services_of: Callable[[str], Services]) -> list[str]:
@@ -110,16 +112,56 @@ def _resize(tune: Tune, slot: str, place: Place, size: Resize) -> str:
     addition: Addition = additions[0]
     for name, values in size.tensors.items():
         trained = addition.trained[name]
-        axis, take = size.take[name]
-        trained.axis = axis
-        old_size = trained.master.shape[axis]
-        _replace(tune, trained, values.detach().to(trained.master.dtype), take, old_size)
+        old_size = trained.master.shape[trained.axis]
+        _replace(tune, trained, values.detach().to(trained.master.dtype), size.take[name], old_size)
     shapes = ", ".join(f"{name} {tuple(one.master.shape)}" for name, one in addition.trained.items())
     return f"{slot}: {shapes} at {place}"
 
 
 def _replace(tune: Tune, trained: Trained, master: Tensor, take: Tensor, old_size: int) -> None:
-    trained.master = trained.leaf = master.clone().requires_grad_(True)
+    trained.master = trained.leaf = master.clone(memory_format=torch.contiguous_format).requires_grad_(True)
     trained.gradient = None
     tune.register(trained)
     tune.moved(trained, take, old_size)
+
+
+def left_behind(tune: Tune) -> list[str]:
+    """Parameters in which numbers that no longer train keep what they learnt: they must be saved whole."""
+    keeping = {slot for slot, value, _ in tune.selectives if value.refresh is not None and value.leave == "keep"}
+    return sorted({one.place.parameter for one in tune.trained.values() if one.slot in keeping and one.place is not None})
+
+
+def capture(tune: Tune) -> Tensors:
+    """Copies of all trained numbers, and of which numbers they are where that may change; one flat dictionary, by path."""
+    values: Tensors = {}
+    for name, one in tune.trained.items():
+        values[f"master|{name}"] = one.master.detach().clone()
+        if one.changes and one.index is not None and one.start is not None:
+            values[f"index|{name}"], values[f"start|{name}"] = one.index, one.start
+    values.update({f"live|{name}": tune.model.get_parameter(name).data.clone() for name in left_behind(tune)})
+    return values
+
+
+def put_back(tune: Tune, values: Tensors) -> None:
+    """Bring everything that trains, and the live weights with it, to what `capture` gave.
+
+    Raises:
+        KeyError: the values lack a tensor that trains here.
+    """
+    for one in tune.trained.values():
+        if one.changes and one.index is not None and one.start is not None and one.place is not None:
+            write(tune.region(one.place), one.form, one.index, one.start)
+    for name in left_behind(tune):
+        tune.model.get_parameter(name).data.copy_(values[f"live|{name}"])
+    for name, one in tune.trained.items():
+        master = values[f"master|{name}"].to(one.master.device)
+        if f"index|{name}" in values:
+            one.index, one.start = (values[f"{what}|{name}"].to(master.device) for what in ("index", "start"))
+        if master.shape == one.master.shape:
+            one.master.data.copy_(master)
+        else:
+            one.master = one.leaf = master.clone().requires_grad_(True)
+            tune.register(one)
+        if one.form not in ("whole", "factor", "free"):
+            put_tap(tune, one)
+        tune.push(one)

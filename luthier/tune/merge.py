@@ -66,7 +66,8 @@ def _fold(tune: Tune, edit: Edit) -> None:
     _remember(tune, place.parameter)
     values = tune.region(place)
     wide = torch.promote_types(values.dtype, torch.float32)
-    old_bias = None if bias is None else bias.data.to(wide)
+    part = slice(place.start, place.stop)
+    old_bias = None if bias is None else bias.data[part].to(wide)
     weight_OI, bias_O = edit.value.fold(edit.masters(), values.to(wide), old_bias)
     values.copy_(weight_OI)
     if bias_O is not None:
@@ -75,7 +76,7 @@ def _fold(tune: Tune, edit: Edit) -> None:
                 f"`{edit.slot}` needs a bias that this model lacks", where=str(place), mend="keep it beside the model"
             )
         _remember(tune, Place(place.module, "bias", place.role, place.block).parameter)
-        bias.data.copy_(bias_O)
+        bias.data[part].copy_(bias_O)
 
 
 def _remember(tune: Tune, name: str) -> None:

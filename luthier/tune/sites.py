@@ -1,4 +1,4 @@
-"""What stands at one module: deltas added to its output, edits of it, taps behind it. One hook a module runs them in that order."""
+"""What stands at one module: deltas added to its output, taps, prompts, edits. One hook a module runs them in that order."""
 
 from __future__ import annotations
 
@@ -84,14 +84,16 @@ class Site:
         y = output[0] if isinstance(output, tuple) else output
         x = arguments[0] if self.ids is None else self.ids
         self.ids = None
-        for own, prompt in self.prompts:
-            y = prompt.apply(own.tensors(y.dtype), x, y)
         for addition in self.additions:
             y = self._add(addition, x, y)
-        for edit in self.edits:
-            y = edit.value.apply(edit.tensors(y.dtype), x, y)
+        # Taps turn the gradient of what the weight gave into the weight's: they stand before whatever changes that output.
         for leaf, spec in self.taps.values():
-            y = tap(y, x, leaf, spec)
+            if spec.wanted is None or spec.wanted():
+                y = tap(y, x, leaf, spec)
+        for own, prompt in self.prompts:
+            y = prompt.apply(own.tensors(y.dtype), x, y)
+        for edit in self.edits:
+            y = self._edit(edit, x, y)
         return (y, *output[1:]) if isinstance(output, tuple) else y
 
     def _add(self, addition: Addition, x: Tensor, y: Tensor) -> Tensor:
@@ -102,3 +104,10 @@ class Site:
         part = torch.zeros_like(y)
         part[..., place.start : place.stop] = change
         return y + part
+
+    def _edit(self, edit: Edit, x: Tensor, y: Tensor) -> Tensor:
+        tensors, place = edit.tensors(y.dtype), edit.place
+        if place is None or place.start is None:
+            return edit.value.apply(tensors, x, y)
+        new = edit.value.apply(tensors, x, y[..., place.start : place.stop])
+        return torch.cat([y[..., : place.start], new, y[..., place.stop :]], dim=-1)

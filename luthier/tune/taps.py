@@ -25,8 +25,14 @@ class TapSpec(NamedTuple):
     """linear | bias | embedding: how the module turns input and weight into output."""
     rows: int = 0
     """Rows of the table, for an embedding."""
+    scale: float = 1.0
+    """What an embedding multiplies its rows with (Gemma)."""
+    padding: int | None = None
+    """The row of an embedding that gets no gradient from it, as in PyTorch."""
     collect: Callable[[Tensor], None] | None = None
     """Gets the whole dense gradient instead of a leaf getting a slice."""
+    wanted: Callable[[], bool] | None = None
+    """Whether the tap stands in this forward pass; None: always."""
 
 
 class _Tap(torch.autograd.Function):
@@ -62,6 +68,9 @@ def _form(gy: Tensor, saved: tuple[Tensor, ...], spec: TapSpec) -> Tensor:
         return total if dense or spec.index is None else total[spec.index]
     if spec.of == "embedding":
         ids = saved[0].reshape(-1)
+        # Virtual ids are negative; their embeddings are not rows of the table.
+        ids = ids if spec.padding is None else ids.masked_fill(ids == spec.padding, -1)
+        gy = gy if spec.scale == 1.0 else gy * spec.scale
         if spec.form == "rows" and not dense and spec.index is not None:
             slot = torch.full((spec.rows,), -1, dtype=torch.int64, device=ids.device)
             slot[spec.index] = torch.arange(len(spec.index), device=ids.device)

@@ -45,7 +45,8 @@ class Tune:
         self.untouched = True
         """No trained number was written yet: what trains in place still is the base."""
         self.altered: dict[str, Tensor] = {}
-        """Base values of parameters that a start changed, by parameter name, where the base is kept."""
+        """Base values of whole parameters, by name, where the base is kept and the trained numbers do not tell it: a start changed
+        them, or numbers that leave keep what they learnt."""
         self.merged: dict[str, Tensor] | None = None
         """Values before merging, by parameter name."""
         self.snapshots: dict[str, dict[str, Tensor]] = {}
@@ -133,8 +134,12 @@ class Tune:
         return self.at("base")
 
     def snapshot(self, name: str) -> None:
-        """Remember all trained numbers as they are now, for `at(name)`."""
-        self.snapshots[name] = {key: one.master.detach().clone() for key, one in self.trained.items()}
+        """Remember all trained numbers as they are now, for `at(name)` and `go_back(name)`."""
+        self.snapshots[name] = change.capture(self)
+
+    def go_back(self, name: str) -> None:
+        """Make a snapshot's numbers the trained ones again. Optimizer state stays as it is."""
+        change.put_back(self, self.snapshots[name])
 
     def set(self, values: dict[str, Tensor]) -> None:
         """Give trained tensors new values, by name, and the live weights with them."""

@@ -149,16 +149,6 @@ def byte_level(
     return _wrapped(tokenizer, template, adds_bos, special)
 
 
-def sentence_piece_like(template: str | None = None, *, adds_bos: bool = True) -> PreTrainedTokenizerBase:
-    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always", split=False)
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
-    _trained(tokenizer, [chr(code) for code in range(32, 127)] + ["\n", "\t", "▁"])
-    return _wrapped(tokenizer, template, adds_bos, {})
-
-
 def _wrapped(
     tokenizer: Tokenizer, template: str | None, adds_bos: bool, special: dict[str, str | None]
 ) -> PreTrainedTokenizerBase:
@@ -280,22 +270,6 @@ def test_one_beginning_and_one_end_a_turn(family: str, adds_bos: bool) -> None:
     assert targets.count(end_id) == 2
 
 
-@pytest.mark.parametrize("adds_bos", [False, True])
-def test_plain_text_begins_as_the_tokenizer_begins(adds_bos: bool) -> None:
-    """Fault 10: documents and plain rows begin with a BOS exactly if the tokenizer adds one, and end with one EOS."""
-    tokenizer = byte_level(adds_bos=adds_bos)
-    begin = [tokenizer.bos_token_id] if adds_bos else []
-    document = encoded({"text": "the answer"}, tokenizer)
-    inner = tokenizer("the answer", add_special_tokens=False)["input_ids"]
-    assert list(document.token_ids) == [*begin, *inner, tokenizer.eos_token_id]
-    assert document.supervised == (False,) + (True,) * (len(document) - 1)
-    written_out = encoded({"text": "<s>the answer</s>"}, tokenizer)
-    assert list(written_out.token_ids) == [tokenizer.bos_token_id, *inner, tokenizer.eos_token_id]
-    pair = encoded({"prompt": "the answer", "completion": " yes"}, tokenizer)
-    assert list(pair.token_ids[: len(begin)]) == begin
-    assert learned(pair, tokenizer) == [" yes</s>"]
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 def test_rendering_up_to_a_turn_equals_the_whole(family: str) -> None:
     """Fault 11: the ids are those of the template's own full render, and each turn's prompt is their beginning."""
@@ -323,6 +297,17 @@ def test_a_template_that_rewrites_history_is_detected() -> None:
     assert plain.notes == ()
     found = encode_all(read([thinking, conversation("a", "b")]), tokenizer)
     assert found.notes == {REWRITES: 1}
+
+
+def test_a_template_that_adds_to_the_last_turn_only_is_detected() -> None:
+    """Fault 11: Qwen3 writes an empty thought before the last answer only; earlier answers would lack it."""
+    added = "{{ '<think></think>' if m.role == 'assistant' and loop.last else '' }}"
+    tokenizer = byte_level(
+        CHATML.replace("{{ '<|im_start|>' + m.role + '\\n' + ", "{{ '<|im_start|>' + m.role + '\\n' }}" + added + "{{ ")
+    )
+    row = encoded(conversation("hi", "yes", "and?", "no"), tokenizer)
+    assert learned(row, tokenizer) == ["<think></think>no<|im_end|>"]
+    assert row.notes == (REWRITES,)
 
 
 def test_a_system_text_that_moves_to_the_last_question_is_detected() -> None:
@@ -383,109 +368,6 @@ def test_targets_decode_to_the_text_byte_for_byte(family: str, text: str) -> Non
     assert learned(row, tokenizer) == [begin + text + end] * 2
 
 
-@pytest.mark.parametrize("text", TEXTS)
-def test_plain_targets_decode_to_the_text_byte_for_byte(text: str) -> None:
-    """Fault 12: the same without a template."""
-    tokenizer = byte_level()
-    for record in ({"prompt": "a\n", "completion": text}, {"instruction": "do", "input": "it", "output": text}):
-        assert learned(encoded(record, tokenizer), tokenizer) == [text + "</s>"]
-
-
-def test_truncation_never_loses_the_answer_silently() -> None:
-    """Fault 13: long rows are refused, or cut where the recipe says; a row without a target is dropped and counted."""
-    tokenizer = byte_level(adds_bos=True)
-    rows = read([{"id": "long", "prompt": "abcdefghij" * 3, "completion": "xyz"}, {"id": "ok", "text": "short"}])
-    whole = encode(rows[0], tokenizer)
-    limit = len(whole) - 5
-    with pytest.raises(LuthierError, match=f"{len(whole)} tokens, and at most {limit}") as refused:
-        encode_all(rows, tokenizer, max_tokens=limit)
-    assert "row long" in refused.value.where
-
-    right = encode_all(rows, tokenizer, max_tokens=limit, too_long="right")
-    assert [row.id for row in right.rows] == ["ok"]
-    (dropped,) = right.dropped
-    assert "row long" in dropped.where and "5 tokens were cut off" in dropped.reason
-
-    left = encode_all(rows, tokenizer, max_tokens=limit, too_long="left")
-    assert left.truncated == 1 and not left.dropped
-    cut = left.rows[0]
-    assert len(cut) == limit and cut.truncated == 5
-    assert cut.token_ids == (tokenizer.bos_token_id, *whole.token_ids[6:])
-    assert learned(cut, tokenizer) == ["xyz</s>"]
-
-    with pytest.raises(LuthierError, match="no token is left to learn"):
-        encode_all(rows[:1], tokenizer, max_tokens=limit, too_long="right")
-
-
-def test_the_first_token_left_by_a_cut_is_no_target() -> None:
-    """Fault 13: nothing stands before it to predict it from."""
-    tokenizer = byte_level()
-    row = encoded({"text": "the answer is yes"}, tokenizer, max_tokens=3, too_long="left")
-    assert row.supervised == (False, True, True)
-
-
-PADS = {"pad is eos": {"pad_token": "</s>"}, "no pad": {"pad_token": None}, "pad is id 0": {"pad_token": "<unk>"}}
-
-
-@pytest.mark.parametrize("pad", PADS)
-@pytest.mark.parametrize("side", ["right", "left"])
-def test_padding_never_unlabels_the_end(pad: str, side: str) -> None:
-    """Fault 8: masks come from places: the last EOS keeps its label, padding is never a label and never attended."""
-    tokenizer = byte_level(**PADS[pad])
-    rows = read([{"prompt": "a", "completion": "yes"}, {"prompt": "the answer is", "completion": " no"}])
-    batch = collate(encode_all(rows, tokenizer).rows, side=side)
-    for index, row in enumerate(encode_all(rows, tokenizer).rows):
-        real = batch.attend_BT[index]
-        assert int(real.sum()) == len(row)
-        assert batch.label_BT[index][real][-1] == tokenizer.eos_token_id
-        assert (batch.label_BT[index][~real] == NOT_A_TARGET).all()
-        assert batch.label_BT[index][real].tolist() == [
-            token if target else NOT_A_TARGET for token, target in zip(row.token_ids, row.supervised, strict=True)
-        ]
-
-
-def test_a_token_with_id_zero_can_be_a_target() -> None:
-    """Fault 8: id 0 is a token like any other."""
-    row = Encoded("a", (5, 0, 0), (False, True, True), "here", {}, 0, "text")
-    assert collate([row], pad_to_multiple=4).label_BT.tolist() == [[-100, 0, 0, -100]]
-
-
-def test_labels_are_not_shifted() -> None:
-    """Fault 7: a label stands where its token stands; the one causal shift is done elsewhere."""
-    row = Encoded("a", (5, 6, 7), (False, False, True), "here", {}, 0, "text")
-    batch = collate([row])
-    assert batch.label_BT.tolist() == [[-100, -100, 7]]
-    assert batch.supervised == 1
-
-
-def _loss(model: LlamaForCausalLM, rows: list[Encoded], side: str) -> torch.Tensor:
-    batch = collate(rows, side=side, pad_to_multiple=8)
-    logits_BTV = model(
-        input_ids=batch.token_ids_BT, attention_mask=batch.attend_BT.long(), position_ids=batch.position_BT
-    ).logits
-    return torch.nn.functional.cross_entropy(
-        logits_BTV[:, :-1].flatten(0, 1), batch.label_BT[:, 1:].flatten(), ignore_index=-100, reduction="sum"
-    )
-
-
-def test_left_and_right_padding_give_the_same_loss() -> None:
-    """Fault 14: positions follow the mask, so the side of the padding changes nothing."""
-    tokenizer = byte_level()
-    rows = read([{"prompt": "a", "completion": "yes"}, {"prompt": "the answer is", "completion": " no\n\nyes"}])
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2
-    )
-    model = LlamaForCausalLM(config).double().eval()
-    encoded_rows = list(encode_all(rows, tokenizer).rows)
-    with torch.no_grad():
-        right, left = (_loss(model, encoded_rows, side) for side in ("right", "left"))
-        alone = sum(_loss(model, [row], "right") for row in encoded_rows)
-    torch.testing.assert_close(right, left, rtol=1e-12, atol=0)
-    torch.testing.assert_close(right, alone, rtol=1e-12, atol=0)
-    assert collate(encoded_rows, side="left").position_BT[:, -1].tolist() == [len(row) - 1 for row in encoded_rows]
-
-
 def _random_text(rng: random.Random) -> str:
     return "a" + "".join(
         rng.choice(["a", " ", "\n", "\t", "é", "🎉", "yes", ".", "["]) for _ in range(rng.randrange(12))
@@ -525,29 +407,3 @@ def test_a_line_break_that_merges_over_the_border_is_cut() -> None:
     )["input_ids"]
     assert double in whole and double not in trained.token_ids
     assert learned(trained, tokenizer) == ["\nyes<|im_end|>"]
-
-
-@pytest.mark.parametrize("template", [None, PHI3, MISTRAL, LLAMA3])
-def test_tokenizers_that_put_a_space_first(template: str | None) -> None:
-    """Fault 15: the same for tokenizers that write a space before what they take for the beginning of a text."""
-    tokenizer = sentence_piece_like(template)
-    rng = random.Random(1)
-    for _ in range(40):
-        question, answer = _random_text(rng), rng.choice(["](", "yes ", "", "\n"]) + _random_text(rng)
-        (row,) = read([{"prompt": question, "completion": answer}])
-        trained, prompt = encode(row, tokenizer), encode_prompt(row, tokenizer)
-        assert trained.token_ids[: len(prompt)] == prompt
-        assert trained.supervised.index(True) == len(prompt)
-        if template is None:
-            whole = tokenizer.decode(trained.token_ids)
-            assert whole.removeprefix("<s>").lstrip(" ") == (question + answer + "</s>").lstrip(" ")
-
-
-def test_no_space_is_put_where_a_text_is_cut() -> None:
-    """Fault 15: a bracket that ends the prompt and one that begins the answer are one token together, and are cut."""
-    tokenizer = sentence_piece_like()
-    assert "](" in tokenizer.get_vocab()
-    (row,) = read([{"prompt": "[a]", "completion": "(b)"}])
-    trained, prompt = encode(row, tokenizer), encode_prompt(row, tokenizer)
-    assert trained.token_ids[: len(prompt)] == prompt and trained.supervised.index(True) == len(prompt)
-    assert "".join(tokenizer.convert_ids_to_tokens(trained.token_ids[len(prompt) :])) == "(b)</s>"

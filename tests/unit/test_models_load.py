@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import socket
+import time
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from luthier.models.tiny import tiny, tiny_tokenizer
 from luthier.models.wheel import WheelUnavailableError, wheel_folder
 
 SNAPSHOT = "0123456789abcdef0123"
+ASK_THE_HUB = huggingface_hub.HfApi.model_info
 
 
 @pytest.fixture(autouse=True)
@@ -38,6 +41,7 @@ def no_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         raise WheelUnavailableError("pip could not download it (no route to host)")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda *names, **options: None)
     monkeypatch.setattr(huggingface_hub, "is_offline_mode", lambda: False)
     monkeypatch.setattr(load, "unpack_wheel", no_wheel)
 
@@ -192,6 +196,13 @@ def test_a_model_without_tokenizer_is_said(tmp_path: Path) -> None:
         load_tokenizer(str(tmp_path))
 
 
+def test_a_damaged_tokenizer_is_refused(llama_folder: Path) -> None:
+    (llama_folder / "tokenizer.json").write_text("{")
+    with pytest.raises(LuthierError, match="the tokenizer can not be loaded") as caught:
+        load_tokenizer(str(llama_folder))
+    assert caught.value.where == str(llama_folder)
+
+
 def test_not_found_names_every_way() -> None:
     with pytest.raises(LuthierError, match=r"the hub could not be reached .*no route to host") as caught:
         resolve("smollm2-135m-instrct")
@@ -220,6 +231,18 @@ def test_the_hub_is_not_asked_when_switched_off(monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(LuthierError, match="switched off by HF_HUB_OFFLINE"):
         resolve("some/model")
     assert asked == [True]
+
+
+def test_a_hub_that_never_answers_is_left_after_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", ASK_THE_HUB)
+    monkeypatch.setattr(hub, "_TIMEOUT_SECONDS", 0.2)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    with socket.create_server(("127.0.0.1", 0)) as silent_hub:
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{silent_hub.getsockname()[1]}")
+        started = time.monotonic()
+        with pytest.raises(LuthierError, match="the hub could not be reached"):
+            resolve("some/model")
+    assert time.monotonic() - started < 5
 
 
 def test_a_model_the_hub_does_not_have_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -313,6 +336,12 @@ def test_a_known_name_prefers_what_was_converted_before(
 def test_an_incomplete_snapshot_does_not_count_as_cached(llama_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **options: str(llama_folder))
     assert hub.cached_snapshot("some/model") == llama_folder
+    config = llama_folder / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"auto_map": {"AutoModel": "own.Model"}}))
+    assert hub.cached_snapshot("some/model", remote_code=True) is None
+    assert hub.cached_snapshot("some/model") == llama_folder
+    (llama_folder / "own.py").touch()
+    assert hub.cached_snapshot("some/model", remote_code=True) == llama_folder
     (llama_folder / "tokenizer.json").unlink()
     assert hub.cached_snapshot("some/model") is None
 

@@ -11,8 +11,7 @@ import transformers
 from torch import Tensor, nn
 
 from luthier.errors import LuthierError
-from luthier.kinds import Place
-from luthier.models.parts import GROUPS, ROLES, Parts, expand_roles, map_parts
+from luthier.models.parts import Parts, map_parts
 from luthier.models.tiny import ARCHITECTURES, tiny
 
 TOKEN_IDS_BT = torch.arange(3, 23).reshape(2, 10)
@@ -298,42 +297,6 @@ def test_experts_and_routers_are_seen() -> None:
     ]
 
 
-def test_select_narrows_by_role_block_and_tensor() -> None:
-    parts = map_parts(tiny("qwen2", layers=3))
-    assert [str(place) for place in parts.select(["attention_query"], blocks=[2, 0])] == [
-        "model.layers.0.self_attn.q_proj.weight",
-        "model.layers.2.self_attn.q_proj.weight",
-    ]
-    assert {place.role for place in parts.select("attention", tensor="bias")} == {
-        "attention_query",
-        "attention_key",
-        "attention_value",
-    }
-    assert len(parts.select(tensor=None)) == len(parts.places)
-    assert parts.select("all", tensor=None) == list(parts.places)
-    assert all(place.block == 1 for place in parts.by_block(1))
-    assert sum(len(parts.by_block(block)) for block in (None, 0, 1, 2)) == len(parts.places)
-
-
-def test_select_refuses_what_is_not_there() -> None:
-    parts = map_parts(tiny("llama"))
-    with pytest.raises(LuthierError, match="no block 2, 7"):
-        parts.select(blocks=[0, 7, 2])
-    with pytest.raises(LuthierError, match="did you mean `attention_query`"):
-        parts.select("attention_qery")
-    with pytest.raises(LuthierError, match="not a kind of tensor"):
-        parts.select(tensor="weights")
-
-
-def test_roles_expand_in_order_and_once() -> None:
-    assert expand_roles("mlp") == ("mlp_up", "mlp_gate", "mlp_gate_up", "mlp_down")
-    assert expand_roles(["head", "attention_query", "attention"]) == (*GROUPS["attention"], "head")
-    assert expand_roles("linear") == GROUPS["attention"] + GROUPS["mlp"]
-    assert expand_roles("all") == ROLES
-    assert set(expand_roles("norm")) == {role for role in ROLES if role.endswith("_norm")}
-    assert expand_roles([]) == ()
-
-
 def rename(module: nn.Module, old: str, new: str) -> None:
     child = module.get_submodule(old)
     delattr(module, old)
@@ -364,6 +327,22 @@ def test_unknown_names_that_shapes_do_not_explain_are_refused_by_name() -> None:
         map_parts(ambiguous)
 
 
+def test_a_narrow_detour_is_no_mlp() -> None:
+    """Two mirrored matrices are an MLP only where they widen the hidden states and the block has no other."""
+    model = tiny("phi")
+    for block in model.model.layers:
+        rename(block.mlp, "fc1", "widen")
+        rename(block.mlp, "fc2", "narrow")
+        block.mlp.widen, block.mlp.narrow = nn.Linear(32, 8), nn.Linear(8, 32)
+    with pytest.raises(LuthierError, match="8 parameters have no known role"):
+        map_parts(model)
+    second = tiny("llama")
+    for block in second.model.layers:
+        block.widen, block.narrow = nn.Linear(32, 96), nn.Linear(96, 32)
+    with pytest.raises(LuthierError, match=r"model\.layers\.0\.widen\.weight"):
+        map_parts(second)
+
+
 def test_head_counts_that_do_not_explain_the_shapes_are_refused() -> None:
     model = tiny("llama")
     model.config.num_key_value_heads = 4
@@ -386,14 +365,3 @@ def test_a_model_without_one_list_of_blocks_is_refused() -> None:
     model.config.num_hidden_layers = 5
     with pytest.raises(LuthierError, match="not one list of 5 modules"):
         map_parts(model)
-
-
-def test_describe_names_roles_and_ties() -> None:
-    text = map_parts(tiny("gpt2")).describe()
-    assert text.startswith("gpt2: 2 blocks, width 32, 4 heads of 8 (4 key-value), vocabulary 259")
-    assert "  attention_query: weights 2, biases 2" in text.splitlines()
-    assert text.endswith("lm_head is tied to transformer.wte")
-
-
-def test_places_print_their_rows() -> None:
-    assert str(Place("a.b", "weight", "mlp_up", 0, 4, 8)) == "a.b.weight[4:8]"

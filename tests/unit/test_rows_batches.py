@@ -127,7 +127,7 @@ def test_processes_get_alike_work() -> None:
     for steps in list(zip(*plans, strict=True))[:-1]:
         work = [sum(len(rows) * max(lengths[index] for index in rows) for rows in step) for step in steps]
         ratios.append(max(work) / (sum(work) / len(work)))
-    assert sum(ratios) / len(ratios) < 1.1
+    assert sum(ratios) / len(ratios) < 1.02
 
 
 def test_sorting_leaves_little_padding() -> None:
@@ -135,7 +135,14 @@ def test_sorting_leaves_little_padding() -> None:
     plan = plan_epoch(lengths, micro_batch_tokens=4096, batch_tokens=32768, seed=0, epoch=0)
     order = _flat(plan_epoch(lengths, micro_batch_tokens=1, batch_rows=1, seed=0, epoch=0))
     unsorted = [[order[start : start + 32]] for start in range(0, len(order), 32)]
-    assert padding_share(plan, lengths) < 0.15 < 0.5 < padding_share(unsorted, lengths)
+    assert padding_share(plan, lengths) < 0.1 < 0.5 < padding_share(unsorted, lengths)
+
+
+def test_micro_batches_by_hand() -> None:
+    options = {"micro_batch_tokens": 160, "batch_rows": 7, "seed": 0, "epoch": 0}
+    lengths = [40, 38, 32, 31, 60, 60, 30]
+    # 60 and 60 leave room for 40, but padding it takes 20 tokens, and a sixteenth of 160 is 10.
+    assert plan_epoch(lengths, **options) == [[[4, 5], [0, 1, 2], [3, 6]]]
 
 
 def test_padding_share_by_hand() -> None:

@@ -185,6 +185,10 @@ def test_limits_are_checked() -> None:
         encode(row, tiny_tokenizer(), max_tokens=1)
     with pytest.raises(LuthierError, match="too_long is 'cut'"):
         encode(row, tiny_tokenizer(), too_long="cut")  # type: ignore[arg-type]
+    with pytest.raises(LuthierError, match="loss_on is 'answers'"):
+        encode(row, tiny_tokenizer(), loss_on="answers")  # type: ignore[arg-type]
+    with pytest.raises(LuthierError, match="purpose is 'test'"):
+        encode(row, tiny_tokenizer(), purpose="test")  # type: ignore[arg-type]
     with pytest.raises(LuthierError, match="cannot be cut on the right"):
         encode_prompt(row, tiny_tokenizer(), max_tokens=2, too_long="right")
     assert len(encode_prompt(row, tiny_tokenizer(), max_tokens=2, too_long="left")) == 2

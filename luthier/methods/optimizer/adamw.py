@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.optim.adamw import adamw as fused_adamw
@@ -29,7 +31,7 @@ def adamw(*, decay: float = 0.0, beta1: float = 0.9, beta2: float = 0.999, epsil
         if trained.changes:
             # Numbers that join later are younger: with one shared age their first step would be too long.
             shape[trained.axis] = values.shape[trained.axis]
-        state["age"] = torch.zeros(shape if trained.changes else (), dtype=torch.float32)
+        state["age"] = torch.zeros(shape if trained.changes else (), dtype=torch.float32, device=values.device)
         return state
 
     def step(value: Tensor, gradient: Tensor, state: State, trained: TrainedLike, now: Now) -> None:
@@ -56,8 +58,13 @@ def adamw(*, decay: float = 0.0, beta1: float = 0.9, beta2: float = 0.999, epsil
         age = state["age"].add_(1)
         state["first"].lerp_(gradient, 1 - beta1)
         state["second"].mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-        root = (state["second"] / (1 - beta2**age).to(gradient.dtype)).sqrt_().add_(epsilon)
+        root = (state["second"] / _correction(beta2, age, gradient.dtype)).sqrt_().add_(epsilon)
         value.mul_(1 - rate * weight_decay)
-        value.sub_(rate * (state["first"] / (1 - beta1**age).to(gradient.dtype)) / root)
+        value.sub_(rate * (state["first"] / _correction(beta1, age, gradient.dtype)) / root)
 
     return Optimizer(init, step)
+
+
+def _correction(beta: float, age: Tensor, dtype: torch.dtype) -> Tensor:
+    """1 - beta^age; fp32 would lose digits in the difference while the age is small."""
+    return -torch.expm1(age.to(dtype) * math.log(beta)) if beta else torch.ones_like(age, dtype=dtype)
