@@ -30,7 +30,12 @@ Step = Callable[[], tuple[int, int]]
 def luthier_steps(tune: Any, model: str, precision: str) -> Step:
     """luthier as a recipe runs it."""
     recipe = make_recipe(
-        {"model": model, "rows": {"train": ROWS}, "tune": tune, "train": {"precision": precision, "epochs": 1000, **SIZE}}
+        {
+            "model": model,
+            "rows": {"train": ROWS},
+            "tune": tune,
+            "train": {"precision": precision, "epochs": 1000, **SIZE},
+        }
     )
     plan = make_plan(recipe)
     plan.model.train()
@@ -76,7 +81,9 @@ def plain_steps(tune: Any, model: str, precision: str) -> Step:
 
 
 def _shuffled(model: str, precision: str) -> Iterator[Batch]:
-    recipe = make_recipe({"model": model, "rows": {"train": ROWS}, "train": {"epochs": 1000, "precision": precision, **SIZE}})
+    recipe = make_recipe(
+        {"model": model, "rows": {"train": ROWS}, "train": {"epochs": 1000, "precision": precision, **SIZE}}
+    )
     feed = make_plan(recipe).feed
     for number in range(10**6):
         yield feed.at(number)[1][0]
@@ -115,7 +122,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results.json")
     chosen = parser.parse_args()
     results = []
-    for tune, peer in (("full", "transformers and torch AdamW"), ("lora", "PEFT and torch AdamW"), ("half", "transformers, full")):
+    for tune, peer in (
+        ("full", "transformers and torch AdamW"),
+        ("lora", "PEFT and torch AdamW"),
+        ("half", "transformers, full"),
+    ):
         print(f"{tune} beside {peer} ...", flush=True)
         plain = plain_steps("full" if tune == "half" else tune, chosen.model, chosen.precision)
         found = measure(luthier_steps(tune, chosen.model, chosen.precision), plain, chosen.rounds)
@@ -126,7 +137,11 @@ def main() -> None:
             flush=True,
         )
     dtype = torch.bfloat16 if chosen.precision == "bf16" else torch.float32
-    facts = {"versions": machine.versions(), "machine": machine.describe(torch.device("cpu"), dtype), "results": results}
+    facts = {
+        "versions": machine.versions(),
+        "machine": machine.describe(torch.device("cpu"), dtype),
+        "results": results,
+    }
     chosen.out.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
     print(f"written to {chosen.out}")
 

@@ -1,3 +1,56 @@
-"""luthier fine-tunes language models and shows what each fine-tune changed."""
+"""luthier fine-tunes language models and shows what each fine-tune changed.
+
+`luthier.train(...)` runs a recipe, `luthier.part(...)` names a technique with its options, `luthier.read_run(...)` opens a run.
+Nothing heavy is imported until it is used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from luthier.errors import LuthierError
+
+if TYPE_CHECKING:
+    from luthier.delta import Delta
+    from luthier.flow import train
+    from luthier.recipe import Recipe, read_recipe
+    from luthier.registry import method, part
+    from luthier.run import Run, read_run
+    from luthier.use import open_model, open_run
 
 __version__ = "0.1.0"
+
+_HOMES = {
+    "train": "luthier.flow",
+    "part": "luthier.registry",
+    "method": "luthier.registry",
+    "Recipe": "luthier.recipe",
+    "read_recipe": "luthier.recipe",
+    "Run": "luthier.run",
+    "read_run": "luthier.run",
+    "Delta": "luthier.delta",
+    "open_model": "luthier.use",
+    "open_run": "luthier.use",
+}
+
+__all__ = [
+    "Delta",
+    "LuthierError",
+    "Recipe",
+    "Run",
+    "__version__",
+    "method",
+    "open_model",
+    "open_run",
+    "part",
+    "read_recipe",
+    "read_run",
+    "train",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'luthier' has no attribute {name!r}")

@@ -32,7 +32,11 @@ def table(rows: list[dict[str, Any]]) -> Table:
         shown.add_column(column)
     for row in rows:
         shown.add_row(
-            f"[bold]{escape(row['name'])}[/bold]", row["kind"], escape(row["summary"]), escape(row["paper"]), row["verdict"]
+            f"[bold]{escape(row['name'])}[/bold]",
+            row["kind"],
+            escape(row["summary"]),
+            escape(row["paper"]),
+            row["verdict"],
         )
     return shown
 
@@ -43,7 +47,18 @@ def one_technique(name: str) -> tuple[dict[str, Any], Group]:
     schema = registry.options_model(found.factory, name).model_json_schema()
     facts = {**found.card.as_json(), "verdict": NOT_MEASURED, "options": schema.get("properties", {})}
     card = Table.grid(padding=(0, 2))
-    for key in ("title", "kind", "paper", "row", "step0", "merges", "reduces_to", "departs", "learning_rate", "verdict"):
+    for key in (
+        "title",
+        "kind",
+        "paper",
+        "row",
+        "step0",
+        "merges",
+        "reduces_to",
+        "departs",
+        "learning_rate",
+        "verdict",
+    ):
         if facts[key] not in ("", None):
             card.add_row(f"[bold]{key}[/bold]", escape(str(facts[key])))
     options = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
@@ -94,6 +109,10 @@ def paper_table(rows: list[dict[str, Any]]) -> Table:
         shown.add_column(column)
     for row in rows:
         shown.add_row(
-            str(row["row"]), escape(row["title"]), escape(row["area"]), ", ".join(row["techniques"]) or "-", escape(row["paper"])
+            str(row["row"]),
+            escape(row["title"]),
+            escape(row["area"]),
+            ", ".join(row["techniques"]) or "-",
+            escape(row["paper"]),
         )
     return shown

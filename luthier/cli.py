@@ -36,7 +36,8 @@ app.add_typer(rows_app, name="rows")
 
 RecipeFile = Annotated[Path, typer.Argument(help="A recipe (YAML).", metavar="RECIPE")]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(help="Keys of the recipe to set, e.g. `tune=lora train.epochs=2`.", metavar="KEY=VALUE")
+    list[str] | None,
+    typer.Argument(help="Keys of the recipe to set, e.g. `tune=lora train.epochs=2`.", metavar="KEY=VALUE"),
 ]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on standard output, for scripts.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, only the result.")]
@@ -136,12 +137,15 @@ def evaluate(
 ) -> None:
     """Measure a model or a run on the evaluation sets of a recipe."""
     with face(as_json, quiet) as speak:
-        from luthier.flow import evaluate as run_evaluation
+        from luthier.use import evaluate as run_evaluation
         from luthier.recipe import read_recipe
         from luthier.report.terminal import measured
 
         results = run_evaluation(model, read_recipe(recipe, overrides or []), say=speak.say)
-        speak.show({"model": model, "metrics": {name: one.as_json() for name, one in results.items()}}, lambda: measured(results))
+        speak.show(
+            {"model": model, "metrics": {name: one.as_json() for name, one in results.items()}},
+            lambda: measured(results),
+        )
 
 
 @app.command()
@@ -155,7 +159,7 @@ def chat(
 ) -> None:
     """Talk to a model or a run."""
     with face(as_json, quiet=as_json) as speak:
-        from luthier.flow import Chat
+        from luthier.use import Chat
 
         talk = Chat(model, say=speak.say, max_new_tokens=max_new_tokens, temperature=temperature)
         if prompt is not None or as_json:
@@ -255,13 +259,15 @@ def compare(
 def export(
     run: Annotated[str, typer.Argument(help="A run's name or folder.")],
     target: Annotated[Path, typer.Argument(help="The folder to write; it must not exist.")],
-    form: Annotated[str, typer.Option("--as", help="`model`: a plain Hugging Face folder; `peft`: a LoRA adapter.")] = "model",
+    form: Annotated[
+        str, typer.Option("--as", help="`model`: a plain Hugging Face folder; `peft`: a LoRA adapter.")
+    ] = "model",
     folder: Out = "runs",
     as_json: Json = False,
 ) -> None:
     """Write a run's result for other tools, and check that it reads back the same."""
     with face(as_json, quiet=as_json) as speak:
-        from luthier.flow import export as run_export
+        from luthier.use import export as run_export
 
         facts = run_export(run, target, form=form, out=folder, say=speak.say)
         speak.show(facts, lambda: "\n".join(f"{key:<24}{escape(str(value))}" for key, value in facts.items()))
@@ -278,7 +284,7 @@ def rows_look(
 ) -> None:
     """Show shape, counts, lengths, and some rows as the model sees them, with what is learnt in color."""
     with face(as_json, quiet=as_json) as speak:
-        from luthier.flow import look_at_rows
+        from luthier.use import look_at_rows
         from luthier.rows.look import render
 
         looked = look_at_rows(source, model, shape=shape, loss_on=loss_on, rows=rows, say=speak.say)

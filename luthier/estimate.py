@@ -41,7 +41,13 @@ class Estimate:
     def total_bytes(self) -> int:
         """All of it."""
         return (
-            self.weights + self.masters + self.gradients + self.optimizer + self.activations + self.logits + self.process
+            self.weights
+            + self.masters
+            + self.gradients
+            + self.optimizer
+            + self.activations
+            + self.logits
+            + self.process
         )
 
     def described(self) -> str:
@@ -101,7 +107,9 @@ def estimate(
 def _largest(feed: Feed, rows: Sequence[Any]) -> tuple[int, int]:
     """Padded tokens and targets of the largest micro-batch of the first epoch."""
     groups = [group for step in feed.epoch(0) for group in step if group]
-    sizes = [(len(group) * max(len(rows[i]) for i in group), sum(sum(rows[i].supervised) for i in group)) for group in groups]
+    sizes = [
+        (len(group) * max(len(rows[i]) for i in group), sum(sum(rows[i].supervised) for i in group)) for group in groups
+    ]
     return max((tokens for tokens, _ in sizes), default=0), max((targets for _, targets in sizes), default=0)
 
 

@@ -21,23 +21,25 @@ from luthier.models.load import load_model
 from luthier.plan import Plan, Say, make_plan
 from luthier.recipe import Recipe, make_recipe, read_recipe
 from luthier.report import write_report
-from luthier.rows.read import read
 from luthier.run import FILE, Run, new_folder, read_run, write_json
 from luthier.train import checkpoint
 from luthier.train.engine import StepResult
 from luthier.train.loop import Plans, Progress
 from luthier.train.loop import train as run_loop
+from luthier.use import evaluation_sets, save_result
 
 Tell = Callable[[Plan, Progress, StepResult], None]
+BEFORE = "before.json"
 
 
 def train(
-    recipe: Recipe | Mapping[str, Any] | str | Path,
+    recipe: Recipe | Mapping[str, Any] | str | Path | None = None,
     *,
     resume: str | Path | None = None,
     say: Say = lambda text: None,
     tell: Tell = lambda plan, progress, result: None,
     command: str = "",
+    **keys: Any,
 ) -> Run:
     """Fine-tune a model as a recipe says, and show what changed.
 
@@ -47,6 +49,7 @@ def train(
         say: hears what is being done.
         tell: hears of every step.
         command: what a user would type to do this again.
+        keys: a recipe's keys, instead of a recipe; techniques may be names, mappings or parts made by `luthier.part`.
 
     Returns:
         The run, with the tuned model in memory and everything else in its folder.
@@ -55,7 +58,7 @@ def train(
         LuthierError: a mistake in the recipe, the rows or the model, found before anything trains; or numbers that are not
             finite, with the rows that made them.
     """
-    recipe = as_recipe(recipe)
+    recipe = as_recipe(recipe if recipe is not None else keys)
     began = time.perf_counter()
     plan = make_plan(recipe, say)
     sets = evaluation_sets(recipe)
@@ -63,7 +66,7 @@ def train(
     facts = first_facts(plan, folder, command, sets)
     progress = Progress()
     if resume is not None:
-        progress, before = continue_from(plan, folder, say)
+        progress, before = continue_from(plan, folder, sets, say)
     else:
         (folder / "recipe.yaml").write_text(recipe.as_yaml(), encoding="utf-8")
         write_json(folder / FILE, facts)
@@ -95,7 +98,7 @@ def train(
     after = measure(plan.engine.tune, plan.tokenizer, sets, say=say) if sets else {}
     facts |= what_changed(plan, before, after, progress, say)
     delta = delta_of(plan, say)
-    delta.save(folder / "delta.safetensors")
+    save_result(folder, plan.engine.tune, delta)
     facts["delta"] = summary(delta, plan.engine.tune)
     facts |= {"status": "finished", "total_seconds": time.perf_counter() - began}
     write_json(folder / FILE, facts)
@@ -109,16 +112,6 @@ def as_recipe(recipe: Recipe | Mapping[str, Any] | str | Path) -> Recipe:
     if isinstance(recipe, Recipe):
         return recipe
     return make_recipe(recipe) if isinstance(recipe, Mapping) else read_recipe(recipe)
-
-
-def evaluation_sets(recipe: Recipe) -> list[EvalSet]:
-    """The evaluation sets of a recipe, read and checked."""
-    sets = []
-    for name, one in recipe.evaluate.items():
-        rows = read(one.rows)
-        chosen = rows[: one.limit] if one.limit is not None else list(rows)
-        sets.append(EvalSet(name, chosen, one.metric, one.side, one.max_new_tokens))
-    return sets
 
 
 def first_facts(plan: Plan, folder: Path, command: str, sets: list[EvalSet]) -> dict[str, Any]:
@@ -174,14 +167,16 @@ def measure_base(plan: Plan, sets: list[EvalSet], say: Say) -> dict[str, SetResu
 
 def save_before(folder: Path, before: Mapping[str, SetResult]) -> None:
     """Keep the base's results, so that a resumed run need not measure them again."""
-    write_json(folder / "before.json", {name: result.as_json() for name, result in before.items()})
+    write_json(folder / BEFORE, {name: result.as_json() for name, result in before.items()})
 
 
-def continue_from(plan: Plan, folder: Path, say: Say) -> tuple[Progress, dict[str, SetResult]]:
+def continue_from(
+    plan: Plan, folder: Path, sets: list[EvalSet], say: Say
+) -> tuple[Progress, dict[str, SetResult]]:
     """Bring the run back to its newest readable checkpoint.
 
     Raises:
-        LuthierError: the folder holds no run or no checkpoint, or it was made by another recipe.
+        LuthierError: the folder holds no run, or it was made by another recipe.
     """
     made_by = read_run(folder).facts.get("recipe_hash")
     if made_by != plan.recipe.hash():
@@ -190,15 +185,22 @@ def continue_from(plan: Plan, folder: Path, say: Say) -> tuple[Progress, dict[st
             where=str(folder),
             mend=f"use {folder / 'recipe.yaml'}",
         )
+    kept = folder / BEFORE
+    before = json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else {}
+    results = {name: SetResult.from_json(one) for name, one in before.items()} or measure_base(plan, sets, say)
+    save_before(folder, results)
     newest = checkpoint.latest(folder / "checkpoints")
+    progress = Progress()
     if newest is None:
-        raise LuthierError("there is no checkpoint to resume from", where=str(folder), mend="train without --resume")
-    facts = checkpoint.restore(newest, plan.engine)
-    say(f"resuming from {newest.name}")
-    before = json.loads((folder / "before.json").read_text(encoding="utf-8"))
-    return Progress(**{**facts["progress"], "stopped": "", "interrupted": False}), {
-        name: SetResult.from_json(one) for name, one in before.items()
-    }
+        say("there is no checkpoint yet: starting from the first step")
+    else:
+        facts = checkpoint.restore(newest, plan.engine)
+        progress = Progress(**{**facts["progress"], "stopped": "", "interrupted": False})
+        say(f"resuming from {newest.name}")
+    # Steps taken after the checkpoint are taken again.
+    lines = "".join(json.dumps(line) + "\n" for line in progress.history)
+    (folder / "steps.jsonl").write_text(lines, encoding="utf-8")
+    return progress, results
 
 
 def save_checkpoint(plan: Plan, folder: Path, progress: Progress) -> None:
@@ -210,7 +212,9 @@ def save_checkpoint(plan: Plan, folder: Path, progress: Progress) -> None:
 
 
 def _step_done(plan: Plan, folder: Path, progress: Progress, result: StepResult, tell: Tell) -> None:
-    norm = next((s["norm"] for states in plan.engine.chain.state.values() for s in states.values() if "norm" in s), None)
+    norm = next(
+        (s["norm"] for states in plan.engine.chain.state.values() for s in states.values() if "norm" in s), None
+    )
     if norm is not None:
         progress.history[-1]["norm"] = norm
     with (folder / "steps.jsonl").open("a", encoding="utf-8") as file:
@@ -256,7 +260,8 @@ def what_changed(
 ) -> dict[str, Any]:
     """Before against after, set by set."""
     metrics = {
-        name: {**compare(result, after.get(name)), "side": plan.recipe.evaluate[name].side} for name, result in before.items()
+        name: {**compare(result, after.get(name)), "side": plan.recipe.evaluate[name].side}
+        for name, result in before.items()
     }
     return {"metrics": metrics, "kept": share_kept(metrics), "weights_sha256": tuned_fingerprint(plan)}
 

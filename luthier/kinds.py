@@ -132,6 +132,8 @@ class Services(Protocol):
 
     now: Now
     parts: Parts
+    slot: str
+    """The technique's own name in this run, which its trained tensors carry."""
 
     def rng(self, key: str) -> torch.Generator:
         """A generator for this seed, stage and key; the same at every call, so that resuming needs no saved state."""

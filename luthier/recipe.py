@@ -106,8 +106,6 @@ class Recipe(Strict):
         return yaml.safe_dump(self.as_plain(), sort_keys=False, allow_unicode=True, width=100)
 
 
-
-
 def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {str(key): _plain(one) for key, one in value.items()}
@@ -172,7 +170,9 @@ def apply_overrides(data: dict[str, Any], overrides: Sequence[str]) -> dict[str,
             here = here[step]
             if not isinstance(here, dict):
                 raise LuthierError(
-                    f"`{key}` cannot be set: `{step}` is a list", where="command line", mend="set the whole list as YAML"
+                    f"`{key}` cannot be set: `{step}` is a list",
+                    where="command line",
+                    mend="set the whole list as YAML",
                 )
         here[last] = _number(parsed)
     return data
@@ -208,7 +208,12 @@ def _with_paths(data: dict[str, Any], folder: Path) -> dict[str, Any]:
     def found(value: Any) -> Any:
         if isinstance(value, list):
             return [found(one) for one in value]
-        if isinstance(value, str) and not value.startswith("hub:") and not Path(value).exists() and (folder / value).exists():
+        if (
+            isinstance(value, str)
+            and not value.startswith("hub:")
+            and not Path(value).exists()
+            and (folder / value).exists()
+        ):
             return str(folder / value)
         return value
 
@@ -239,7 +244,9 @@ def _explain(error: pydantic.ValidationError, where: str) -> LuthierError:
         return LuthierError(f"the key `{path[-1]}` is missing", where=place, mend=f"add `{path[-1]}: ...`")
     shown = repr(first["input"])
     shown = shown if len(shown) <= 60 else shown[:57] + "..."
-    return LuthierError(f"`{path[-1]}` is {shown}: {first['msg'].lower()}", where=place, mend="see `luthier plan --keys`")
+    return LuthierError(
+        f"`{path[-1]}` is {shown}: {first['msg'].lower()}", where=place, mend="see `luthier plan --keys`"
+    )
 
 
 def _known_keys(path: Sequence[str]) -> list[str]:
@@ -249,7 +256,11 @@ def _known_keys(path: Sequence[str]) -> list[str]:
         if field is None:
             schema = EvaluationSet
             continue
-        schema = field.annotation if isinstance(field.annotation, type) and issubclass_safe(field.annotation) else EvaluationSet
+        schema = (
+            field.annotation
+            if isinstance(field.annotation, type) and issubclass_safe(field.annotation)
+            else EvaluationSet
+        )
     return list(schema.model_fields)
 
 

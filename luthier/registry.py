@@ -231,6 +231,15 @@ def make(spec: object, kinds: Iterable[str], *, where: str = "") -> Part:
     return Part(name=kind, kind=kind, options={}, values=tuple(values))
 
 
+def part(name: str, **options: Any) -> Part:
+    """A technique with its options, for use in Python: `part("lora", rank=16)`.
+
+    Raises:
+        LuthierError: unknown technique or option, with the nearest name, or an option of the wrong type.
+    """
+    return make({name: options}, tuple(KINDS))
+
+
 def make_all(specs: object, kinds: Iterable[str], *, where: str = "") -> list[Part]:
     """A list of parts from one spec or a list of them."""
     if specs is None:
@@ -266,5 +275,7 @@ def option_error(
     if first["type"] == "missing":
         return LuthierError(f"`{name}` needs the option `{key}`", where=place, mend=f"write {name}: {{{key}: ...}}")
     return LuthierError(
-        f"the option `{key}` is {first['input']!r}: {first['msg'].lower()}", where=place, mend="see the technique's help"
+        f"the option `{key}` is {first['input']!r}: {first['msg'].lower()}",
+        where=place,
+        mend="see the technique's help",
     )

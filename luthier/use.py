@@ -51,7 +51,9 @@ def save_result(folder: Path, tune: Tune, delta: Delta) -> None:
         save_file(beside, folder / BESIDE)
 
 
-def open_model(name: str, *, out: str = "runs", say: Say = silent, precision: str = "auto") -> tuple[Tune, PreTrainedTokenizerBase]:
+def open_model(
+    name: str, *, out: str = "runs", say: Say = silent, precision: str = "auto"
+) -> tuple[Tune, PreTrainedTokenizerBase]:
     """A model to use, from a model's name or a run's folder; nothing in it trains.
 
     Args:
@@ -126,7 +128,9 @@ def evaluate(model: str, recipe: Recipe, *, say: Say = silent) -> dict[str, SetR
     """Measure a model or a run on the evaluation sets of a recipe."""
     sets = evaluation_sets(recipe)
     if not sets:
-        raise LuthierError("the recipe has no evaluation sets", where="evaluate", mend="add `evaluate: {name: {rows: FILE}}`")
+        raise LuthierError(
+            "the recipe has no evaluation sets", where="evaluate", mend="add `evaluate: {name: {rows: FILE}}`"
+        )
     tune, tokenizer = open_model(model, out=recipe.out, say=say, precision=recipe.train.precision)
     return measure(tune, tokenizer, sets, say=say)
 
@@ -151,7 +155,7 @@ class Chat:
 
     def _answer(self, tune: Tune, messages: Sequence[Mapping[str, str]]) -> str:
         row = Row("chat", "messages", {"messages": list(messages)}, "chat", {})
-        prompt = encode_prompt(row, self.tokenizer).token_ids
+        prompt = encode_prompt(row, self.tokenizer)
         seed = draws.seed_of(self.seed, "chat", len(messages))
         (answer,) = generate(
             tune, self.tokenizer, [prompt], max_new_tokens=self.max_new_tokens, temperature=self.temperature, seed=seed
@@ -208,5 +212,3 @@ def look_at_rows(
         raise LuthierError(f"loss on `{loss_on}`", where="--loss-on", mend="use assistant, last or all")
     tokenizer = load_tokenizer(resolve(model, say=say))
     return look(source, tokenizer, n=rows, shape=shape, loss_on=cast(Literal["assistant", "last", "all"], loss_on))
-
-

@@ -96,7 +96,7 @@ class Look:
 
 
 def look(
-    source: str | Path | Iterable[Mapping[str, Any]],
+    source: str | Path | Rows | Iterable[Mapping[str, Any]],
     tokenizer: PreTrainedTokenizerBase,
     n: int = 5,
     *,

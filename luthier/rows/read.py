@@ -78,7 +78,7 @@ class Rows(Sequence[Row]):
 
 
 def read(
-    source: str | Path | Iterable[Mapping[str, Any]],
+    source: str | Path | Rows | Iterable[Mapping[str, Any]],
     *,
     shape: str | None = None,
     on_bad_row: OnBadRow = "stop",
@@ -91,7 +91,7 @@ def read(
             `.tsv`, `.parquet` or `.txt` (one document), each also gzipped (`.jsonl.gz`) except Parquet; a folder or a
             pattern such as `data/*.jsonl`, read in the order of the names; `hub:NAME`, `hub:NAME:SPLIT` or
             `hub:OWNER/NAME/CONFIG:SPLIT` (split `train` when not given); a `datasets.Dataset`; or any Python iterable
-            of mappings.
+            of mappings. Rows are returned as they are.
         shape: which shape to use where a record's keys fit several.
         on_bad_row: `"stop"` raises one error that names up to five bad records; `"skip"` leaves them out and lists all
             of them in `Rows.skipped`.

@@ -68,6 +68,8 @@ class Engine:
         Raises:
             LuthierError: the loss or a gradient is not finite; the rows are named and nothing was changed.
         """
+        # Models cannot run on no rows; they would add zero.
+        batches = [batch for batch in batches if batch.row_ids]
         # Dropout and other draws of the model depend on the step alone, so that resuming needs no saved state.
         torch.manual_seed(draws.seed_of(now.seed, "step", now.step, self.world.rank))
         keeps = self.objective.look(self.tune, batches, now, self.world)

@@ -20,12 +20,12 @@ class RunServices:
     """One technique's view of the run: the model by places, its own tensors, draws by name, forward passes."""
 
     def __init__(self, tune: Tune, slot: str, now: Now) -> None:
-        self._tune, self._slot, self.now = tune, slot, now
+        self._tune, self.slot, self.now = tune, slot, now
         self.parts = tune.parts
 
     def rng(self, key: str) -> torch.Generator:
         """A generator for this seed, stage and key."""
-        return draws.generator(self.now.seed, self._slot, self.now.stage, key)
+        return draws.generator(self.now.seed, self.slot, self.now.stage, key)
 
     def weight(self, place: Place) -> Tensor:
         """The live values at a place."""
@@ -33,17 +33,17 @@ class RunServices:
 
     def start_weight(self, place: Place) -> Tensor:
         """The base's values of the numbers this technique trains at a place."""
-        trained = self._tune.trained.get(f"{self._slot}/{place}")
+        trained = self._tune.trained.get(f"{self.slot}/{place}")
         if trained is None or trained.start is None:
             raise LuthierError(
-                f"`{self._slot}` asks for base values that are not kept", where=str(place), mend="keep the base in the recipe"
+                f"`{self.slot}` asks for base values that are not kept", where=str(place), mend="keep the base in the recipe"
             )
         return trained.start
 
     def tensors(self, place: Place) -> Tensors:
         """The technique's own trained tensors at a place."""
         for own in self._tune.owns:
-            if own.slot == self._slot and own.place == place:
+            if own.slot == self.slot and own.place == place:
                 return own.masters()
         return {}
 

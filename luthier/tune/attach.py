@@ -236,11 +236,11 @@ def own(
     rates: Mapping[str, float] | None = None,
     axes: Mapping[str, int] | None = None,
 ) -> Owned:
-    """Make a technique's tensors trained ones, in fp32, and give them to their owner."""
-    device = next(tune.model.parameters()).device
+    """Make a technique's tensors trained ones, in fp32 (fp64 for a model in fp64), and give them to their owner."""
+    live = next(tune.model.parameters())
     for name, values in tensors.items():
-        wide = torch.promote_types(values.dtype, torch.float32)
-        master = values.detach().to(device, wide, copy=True, memory_format=torch.contiguous_format).requires_grad_(True)
+        wide = torch.promote_types(torch.promote_types(values.dtype, live.dtype), torch.float32)
+        master = values.detach().to(live.device, wide, copy=True, memory_format=torch.contiguous_format).requires_grad_(True)
         trained = Trained(f"{prefix}.{name}", owner.slot, owner.place, form, None, master, master, changes=changes)
         trained.rate = (rates or {}).get(name, 1.0)
         trained.axis = (axes or {}).get(name, 0)

@@ -5,14 +5,13 @@ from __future__ import annotations
 import random
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import pytest
-import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from luthier.errors import LuthierError
-from luthier.rows.batches import NOT_A_TARGET, collate
 from luthier.rows.chat import ALTERS, ENDLESS, REWRITES, SPECIAL, form_of
 from luthier.rows.encode import Encoded, encode, encode_all, encode_pair, encode_prompt, end_of_turn_ids
 from luthier.rows.read import read
@@ -111,66 +110,51 @@ FAMILIES = {
 TRIMMING = ("llama3", "gemma", "gemma merging system")
 SPECIAL_TOKENS = ["<unk>", "<s>", "</s>", "<pad>", "<|im_start|>", "<|im_end|>", "<start_of_turn>", "<end_of_turn>"]
 SPECIAL_TOKENS += ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|eom_id|>"]
-SPECIAL_TOKENS += ["<|user|>", "<|assistant|>", "<|system|>", "<|end|>"]
+SWALLOWING = ["<|user|>", "<|assistant|>", "<|system|>", "<|end|>"]
+SPECIAL_TOKENS += SWALLOWING
 CORPUS = [
     "the answer is yes\n\n",
     "no\n\n\n",
     "  two  spaces\t\ttabs",
     "user assistant system model",
     "ünïcödé — 🎉🎉",
-    "[a](b) [c](d)",
 ]
 
 
-def _trained(tokenizer: Tokenizer, alphabet: list[str]) -> Tokenizer:
-    trainer = trainers.BpeTrainer(
-        vocab_size=600, special_tokens=["<unk>"], initial_alphabet=alphabet, show_progress=False, min_frequency=1
-    )
-    tokenizer.train_from_iterator(CORPUS * 3, trainer)
-    # Phi-3's tokens swallow the space behind them; the others stand for themselves.
-    tokenizer.add_special_tokens(
-        [AddedToken(text, rstrip=text in ("<|user|>", "<|assistant|>", "<|end|>")) for text in SPECIAL_TOKENS]
-    )
-    return tokenizer
-
-
-def byte_level(
-    template: str | None = None, *, adds_bos: bool = False, **special: str | None
-) -> PreTrainedTokenizerBase:
+def byte_level(template: str, *, adds_bos: bool = False, eos_token: str | None = "</s>") -> Any:
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
     # Line breaks stay together, as in the tokenizers of recent models, so that they can merge over a border.
     words = pre_tokenizers.Split(Regex(r"\s*[\r\n]+|\s+(?!\S)| ?\S+|\s+"), "isolated")
     bytes_of_words = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, bytes_of_words])
     tokenizer.decoder = decoders.ByteLevel()
-    _trained(tokenizer, pre_tokenizers.ByteLevel.alphabet())
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=600, special_tokens=["<unk>"], initial_alphabet=alphabet, show_progress=False, min_frequency=1
+    )
+    tokenizer.train_from_iterator(CORPUS * 3, trainer)
+    # Phi-3's tokens swallow the space behind them; the others stand for themselves.
+    tokenizer.add_special_tokens([AddedToken(text, rstrip=text in SWALLOWING) for text in SPECIAL_TOKENS])
     # Trimmed offsets are what real tokenizers have; nothing may rely on offsets.
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
-    return _wrapped(tokenizer, template, adds_bos, special)
-
-
-def _wrapped(
-    tokenizer: Tokenizer, template: str | None, adds_bos: bool, special: dict[str, str | None]
-) -> PreTrainedTokenizerBase:
     if adds_bos:
         pair = [("<s>", tokenizer.token_to_id("<s>"))]
         tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=pair)
-    names = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", **special}
-    known = {name: text for name, text in names.items() if text is not None}
+    known = {"bos_token": "<s>", "pad_token": "<pad>", **({"eos_token": eos_token} if eos_token else {})}
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=template, **known)
 
 
-def conversation(*contents: str, system: str | None = None) -> dict[str, object]:
+def conversation(*contents: str, system: str | None = None) -> dict[str, Any]:
     turns = [{"role": ("user", "assistant")[index % 2], "content": content} for index, content in enumerate(contents)]
     return {"messages": ([{"role": "system", "content": system}] if system else []) + turns}
 
 
-def encoded(record: dict[str, object], tokenizer: PreTrainedTokenizerBase, **options: object) -> Encoded:
+def encoded(record: dict[str, Any], tokenizer: Any, **options: Any) -> Encoded:
     (row,) = read([record])
     return encode(row, tokenizer, **options)
 
 
-def learned(row: Encoded, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+def learned(row: Encoded, tokenizer: Any) -> list[str]:
     """The text of every unbroken run of targets."""
     runs = groupby(zip(row.token_ids, row.supervised, strict=True), key=lambda pair: pair[1])
     return [tokenizer.decode([token for token, _ in run]) for target, run in runs if target]
@@ -302,9 +286,10 @@ def test_a_template_that_rewrites_history_is_detected() -> None:
 def test_a_template_that_adds_to_the_last_turn_only_is_detected() -> None:
     """Fault 11: Qwen3 writes an empty thought before the last answer only; earlier answers would lack it."""
     added = "{{ '<think></think>' if m.role == 'assistant' and loop.last else '' }}"
-    tokenizer = byte_level(
-        CHATML.replace("{{ '<|im_start|>' + m.role + '\\n' + ", "{{ '<|im_start|>' + m.role + '\\n' }}" + added + "{{ ")
-    )
+    written = "{{ '<|im_start|>' + m.role + '\\n' + m.content"
+    template = CHATML.replace(written, written.removesuffix(" + m.content") + " }}" + added + "{{ m.content")
+    assert added in template
+    tokenizer = byte_level(template)
     row = encoded(conversation("hi", "yes", "and?", "no"), tokenizer)
     assert learned(row, tokenizer) == ["<think></think>no<|im_end|>"]
     assert row.notes == (REWRITES,)

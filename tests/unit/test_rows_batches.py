@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -56,7 +57,7 @@ def _flat(plan: list[list[list[int]]]) -> list[int]:
 
 @pytest.mark.parametrize("world_size", [1, 3])
 @pytest.mark.parametrize("size", [{"batch_tokens": 2000}, {"batch_rows": 16}])
-def test_every_row_once_within_the_sizes(world_size: int, size: dict[str, int]) -> None:
+def test_every_row_once_within_the_sizes(world_size: int, size: dict[str, Any]) -> None:
     lengths = lengths_like_text(500)
     plans = [
         plan_epoch(
@@ -84,7 +85,7 @@ def test_every_row_once_within_the_sizes(world_size: int, size: dict[str, int]) 
 
 def test_a_step_is_filled_in_the_shuffled_order() -> None:
     lengths = lengths_like_text(100)
-    options = {"micro_batch_tokens": 10**6, "seed": 3, "epoch": 2}
+    options: dict[str, Any] = {"micro_batch_tokens": 10**6, "seed": 3, "epoch": 2}
     order = _flat(plan_epoch(lengths, batch_rows=1, **options))
     steps = [sorted(_flat([step])) for step in plan_epoch(lengths, batch_tokens=900, **options)]
     start = 0
@@ -110,7 +111,7 @@ def test_a_plan_is_a_pure_function_of_seed_and_epoch() -> None:
 
 def test_the_steps_of_many_processes_are_those_of_one() -> None:
     lengths = lengths_like_text(200)
-    options = {"micro_batch_tokens": 800, "batch_tokens": 3000, "seed": 0, "epoch": 0}
+    options: dict[str, Any] = {"micro_batch_tokens": 800, "batch_tokens": 3000, "seed": 0, "epoch": 0}
     whole = plan_epoch(lengths, **options)
     parts = [plan_epoch(lengths, world_size=4, rank=rank, **options) for rank in range(4)]
     for step, *shares in zip(whole, *parts, strict=True):
@@ -139,7 +140,7 @@ def test_sorting_leaves_little_padding() -> None:
 
 
 def test_micro_batches_by_hand() -> None:
-    options = {"micro_batch_tokens": 160, "batch_rows": 7, "seed": 0, "epoch": 0}
+    options: dict[str, Any] = {"micro_batch_tokens": 160, "batch_rows": 7, "seed": 0, "epoch": 0}
     lengths = [40, 38, 32, 31, 60, 60, 30]
     # 60 and 60 leave room for 40, but padding it takes 20 tokens, and a sixteenth of 160 is 10.
     assert plan_epoch(lengths, **options) == [[[4, 5], [0, 1, 2], [3, 6]]]
@@ -152,7 +153,7 @@ def test_padding_share_by_hand() -> None:
 
 
 def test_long_rows_and_idle_processes() -> None:
-    options = {"micro_batch_tokens": 10, "batch_tokens": 20, "seed": 0, "epoch": 0}
+    options: dict[str, Any] = {"micro_batch_tokens": 10, "batch_tokens": 20, "seed": 0, "epoch": 0}
     assert sorted(plan_epoch([50, 60], **options)) == [[[0]], [[1]]]
     shares = [plan_epoch([50], world_size=2, rank=rank, **options) for rank in range(2)]
     assert shares == [[[[0]]], [[]]]
@@ -160,14 +161,14 @@ def test_long_rows_and_idle_processes() -> None:
 
 
 def test_the_last_step_can_be_left_out() -> None:
-    options = {"micro_batch_tokens": 10, "seed": 0, "epoch": 0}
+    options: dict[str, Any] = {"micro_batch_tokens": 10, "seed": 0, "epoch": 0}
     assert len(plan_epoch([1] * 7, batch_rows=3, **options)) == 3
     assert len(plan_epoch([1] * 7, batch_rows=3, drop_last=True, **options)) == 2
     assert len(plan_epoch([1] * 6, batch_rows=3, drop_last=True, **options)) == 2
 
 
 def test_sizes_are_checked() -> None:
-    options = {"micro_batch_tokens": 10, "seed": 0, "epoch": 0}
+    options: dict[str, Any] = {"micro_batch_tokens": 10, "seed": 0, "epoch": 0}
     with pytest.raises(LuthierError, match="must be given once"):
         plan_epoch([1], **options)
     with pytest.raises(LuthierError, match="must be given once"):

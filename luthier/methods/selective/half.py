@@ -9,7 +9,7 @@ import torch
 
 from luthier.errors import LuthierError
 from luthier.kinds import Place, Select, Selective, Services
-from luthier.models.parts import Parts
+from luthier.models.parts import Parts, expand_roles
 from luthier.registry import method
 
 CATEGORIES = (("attention",), ("mlp", "expert"), ("norm",))
@@ -36,6 +36,7 @@ def half(
     level: Literal["category", "layer", "model"] = "category",
     balance: Literal["tensors", "parameters"] = "tensors",
     embeddings: Literal["train", "freeze"] = "train",
+    roles: tuple[str, ...] = ("attention", "mlp", "norm"),
 ) -> Selective:
     """Train half of the matrices of every block and freeze the other half; a new stage draws new halves.
 
@@ -47,13 +48,15 @@ def half(
             matrices of the model.
         balance: whether the share counts tensors, as the paper does, or their numbers (narrow key and value projections count less).
         embeddings: whether what stands outside the blocks trains, as in the paper.
+        roles: roles or groups of roles that take part in the lottery; others stay frozen, free for another technique.
     """
     if not 0.0 < share <= 1.0:
         raise LuthierError(f"the share is {share}", where="half: share", mend="use more than 0 and at most 1")
 
     def choose(parts: Parts, services: Services) -> dict[Place, Select]:
         rng = services.rng("half")
-        lotteries = {"category": _by_category, "layer": _by_layer, "model": _by_model}[level](parts)
+        wanted = set(expand_roles(roles))
+        lotteries = {"category": _by_category, "layer": _by_layer, "model": _by_model}[level](parts, wanted)
         draw = _draw_tickets if balance == "tensors" else _draw_numbers
         drawn = [place for groups in lotteries for ticket in draw(groups, share, rng, services) for place in ticket]
         outside = [p for p in parts.by_block(None) if p.role != "other"] if embeddings == "train" else []
@@ -62,20 +65,22 @@ def half(
     return Selective(choose)
 
 
-def _by_category(parts: Parts) -> list[list[Group]]:
+def _by_category(parts: Parts, wanted: set[str]) -> list[list[Group]]:
     """A lottery for each category, a group for each block."""
+    categories = [[role for role in expand_roles(roles) if role in wanted] for roles in CATEGORIES]
     return [
         [[[place] for place in parts.select(roles=roles, blocks=[block])] for block in range(parts.blocks)]
-        for roles in CATEGORIES
+        for roles in categories
+        if roles
     ]
 
 
-def _by_layer(parts: Parts) -> list[list[Group]]:
-    return [[[parts.select(blocks=[block]) for block in range(parts.blocks)]]]
+def _by_layer(parts: Parts, wanted: set[str]) -> list[list[Group]]:
+    return [[[parts.select(roles=wanted, blocks=[block]) for block in range(parts.blocks)]]]
 
 
-def _by_model(parts: Parts) -> list[list[Group]]:
-    return [[[[place] for place in parts.select() if place.block is not None]]]
+def _by_model(parts: Parts, wanted: set[str]) -> list[list[Group]]:
+    return [[[[place] for place in parts.select(roles=wanted) if place.block is not None]]]
 
 
 def _shuffled(count: int, rng: torch.Generator) -> list[int]:

@@ -1,0 +1,147 @@
+"""Whole runs from recipes, on tiny models: what a user gets from one file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import luthier
+from luthier.errors import LuthierError
+from luthier.models.fingerprint import fingerprint
+from luthier.models.load import load_model
+from luthier.recipe import make_recipe
+from luthier.use import open_model
+
+FACTS = [
+    {"prompt": f"What is the color of the {thing}?", "completion": f"The {thing} is {color}."}
+    for thing, color in zip("door gate tower bridge mill barn well roof".split(), "red blue green gray white black pink gold".split())
+]
+ASKED = [{"prompt": row["prompt"], "answer": row["completion"].split()[-1].strip(".")} for row in FACTS]
+
+TUNES: dict[str, Any] = {
+    "full": "full",
+    "half": "half",
+    "lora": "lora",
+    "half and lora": [{"half": {"roles": ["mlp", "norm"], "embeddings": "freeze"}}, {"lora": {"roles": ["attention"]}}],
+}
+
+
+def recipe(tmp_path: Path, **keys: Any) -> dict[str, Any]:
+    """A short recipe on a tiny model."""
+    train = {"steps": 3, "batch_rows": 4, "micro_batch_tokens": 2048, "precision": "fp32", "learning_rate": 1e-3}
+    return {
+        "model": "tiny:llama",
+        "rows": {"train": FACTS},
+        "out": str(tmp_path),
+        **keys,
+        "train": {**train, **keys.get("train", {})},
+    }
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("tune", TUNES)
+def test_every_tune_runs_with_accumulation_and_checkpointing(
+    tune: str, checkpointing: bool, precision: str, tmp_path: Path
+) -> None:
+    train = {"precision": precision, "checkpointing": checkpointing, "micro_batch_tokens": 150}
+    run = luthier.train(recipe(tmp_path, tune=TUNES[tune], train=train))
+    assert run.facts["status"] == "finished" and run.facts["steps"] == 3
+    masters = {one.master.dtype for one in run.tune.trained.values()}
+    assert masters == {torch.float32}
+    live = next(run.model.parameters()).dtype
+    assert live == (torch.bfloat16 if precision == "bf16" else torch.float32)
+    base = load_model("tiny:llama", dtype=live)
+    frozen = [name for name, p in run.model.named_parameters() if not any(t.place and t.place.parameter == name and t.form == "whole" for t in run.tune.trained.values())]
+    assert all(torch.equal(base.get_parameter(name), run.model.get_parameter(name)) for name in frozen)
+    moved = [t for t in run.tune.trained.values() if t.form == "whole"]
+    assert all(not torch.equal(base.get_parameter(t.place.parameter), t.leaf) for t in moved if t.master.ndim > 1)
+
+
+def test_accumulation_changes_nothing_but_the_rounding(tmp_path: Path) -> None:
+    losses = []
+    for size in (4096, 120):
+        run = luthier.train(recipe(tmp_path, train={"micro_batch_tokens": size, "precision": "fp64"}))
+        losses.append([line["loss"] for line in run.facts["history"]])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
+@pytest.mark.parametrize("tune", TUNES)
+def test_stopped_and_resumed_equals_undisturbed(tune: str, tmp_path: Path) -> None:
+    """Fault 27: resuming at any step gives the same weights, bit for bit."""
+    keys = {"tune": TUNES[tune], "train": {"steps": 5, "precision": "bf16", "save_every": 1, "keep_checkpoints": 9}}
+    whole = luthier.train(recipe(tmp_path, **keys))
+
+    class Enough(Exception):
+        pass
+
+    def stop(plan: Any, progress: Any, result: Any) -> None:
+        if progress.step == 3:
+            raise Enough
+
+    with pytest.raises(Enough):
+        luthier.train(recipe(tmp_path, **keys), tell=stop)
+    resumed = luthier.train(recipe(tmp_path, **keys), resume=tmp_path / "run-2")
+    assert resumed.facts["weights_sha256"] == whole.facts["weights_sha256"]
+    assert [line["loss"] for line in resumed.facts["history"]] == [line["loss"] for line in whole.facts["history"]]
+    assert len((tmp_path / "run-2" / "steps.jsonl").read_text().splitlines()) == 5
+
+
+def test_learns_and_reports(tmp_path: Path) -> None:
+    sets = {
+        "asked": {"rows": ASKED, "metric": "contains", "max_new_tokens": 24},
+        "prose": {"rows": [{"text": "The door of the mill is not a gate."}], "metric": "perplexity", "side": "kept"},
+    }
+    train = {"steps": 60, "batch_rows": 8, "learning_rate": 5e-3}
+    run = luthier.train(recipe(tmp_path, evaluate=sets, train=train))
+    facts = json.loads((run.folder / "run.json").read_text())
+    assert facts["metrics"]["asked"]["before"] == 0.0 and facts["metrics"]["asked"]["after"] >= 0.8
+    assert facts["metrics"]["asked"]["verdict"] == "better"
+    assert facts["final_loss"] < 0.2 and facts["trained_numbers"] == facts["total_numbers"]
+    assert facts["rows"]["overlap"]["asked"] >= 0
+    assert "<html" in run.report.read_text()
+    again, tokenizer = open_model(str(run.folder))
+    assert fingerprint(again.model) == fingerprint(run.model)
+    assert tokenizer is not None
+
+
+def test_runs_never_overwrite_each_other(tmp_path: Path) -> None:
+    folders = [luthier.train(recipe(tmp_path, train={"steps": 1})).folder.name for _ in range(2)]
+    assert folders == ["run-1", "run-2"]
+
+
+def test_same_seed_same_weights(tmp_path: Path) -> None:
+    """Fault 28: the seed fixes what trains, the order of rows and the start of added tensors."""
+    hashes = [luthier.train(recipe(tmp_path, tune="lora", seed=seed)).facts["weights_sha256"] for seed in (0, 0, 1)]
+    assert hashes[0] == hashes[1] != hashes[2]
+
+
+def test_another_recipe_cannot_resume_a_run(tmp_path: Path) -> None:
+    run = luthier.train(recipe(tmp_path, train={"steps": 1}))
+    with pytest.raises(LuthierError, match="another recipe"):
+        luthier.train(recipe(tmp_path, train={"steps": 2}), resume=run.folder)
+
+
+def test_early_stopping_keeps_the_best(tmp_path: Path) -> None:
+    sets = {"prose": {"rows": [{"text": "A plain sentence that training makes worse."}], "metric": "loss", "side": "kept"}}
+    train = {"steps": 30, "evaluate_every": 1, "best": "prose", "patience": 2, "learning_rate": 2e-2}
+    run = luthier.train(recipe(tmp_path, evaluate=sets, train=train))
+    values = [one["metrics"]["prose"] for one in run.facts["evaluations"]]
+    assert len(values) < 30
+    assert run.facts["metrics"]["prose"]["after"] == pytest.approx(min(values), rel=1e-5)
+
+
+def test_parts_as_objects(tmp_path: Path) -> None:
+    run = luthier.train(
+        model="tiny:llama",
+        rows={"train": FACTS},
+        tune=[luthier.part("lora", rank=2, roles=("attention",))],
+        train={"steps": 1, "precision": "fp32"},
+        out=str(tmp_path),
+    )
+    assert {one.master.shape[0] for one in run.tune.trained.values() if one.name.endswith("down")} == {2}
+    assert make_recipe(run.facts["recipe"]).tune == [{"lora": {"rank": 2, "alpha": 16.0, "dropout": 0.0, "roles": ["attention"], "rank_stabilized": False}}]

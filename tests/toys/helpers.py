@@ -1,0 +1,79 @@
+"""What the tests of the kinds share: the toys in the registry, gradients of a step without the step, and plain-model references."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from luthier import registry
+from luthier.kinds import Batch, Now
+from luthier.models.tiny import tiny
+from luthier.train.engine import Engine, Work
+from tests.conftest import make_batch
+
+TOYS = Path(__file__).parent
+
+
+@pytest.fixture(autouse=True)
+def toys() -> Iterator[None]:
+    """The toys stand in the registry for one test, and other tests see none of them."""
+    registry.add_folder(TOYS)
+    yield
+    registry._added.remove(TOYS)
+
+
+def model_of(architecture: str = "llama", **options: Any) -> Any:
+    """A tiny model in fp64."""
+    return tiny(architecture, seed=1, **{"layers": 2, **options}).double()
+
+
+def rows_of_eight(**options: Any) -> Batch:
+    """Eight rows of unequal length and unequal numbers of targets, one without any."""
+    return make_batch([(9, 4), (6, 5), (12, 2), (5, 0), (7, 6), (10, 9), (4, 1), (8, 3)], **options)
+
+
+def gradients(engine: Engine, batches: Sequence[Batch], now: Now) -> dict[str, Tensor]:
+    """The gradients one step would use, by name, without taking the step; observed dense ones too."""
+    batches = [batch for batch in batches if batch.row_ids]
+    keeps = engine.objective.look(engine.tune, batches, now, engine.world)
+    units = engine.objective.units(batches, keeps, engine.world)
+    engine.tune.start_observing(now)
+    engine.source.gradients(Work(engine, batches, now, units, keeps))
+    found = {name: one.gradient.clone() for name, one in engine.tune.trained.items() if one.gradient is not None}
+    found |= {f"dense {place}": value.clone() for (_, place), value in engine.tune.dense.items()}
+    engine.tune.free_gradients()
+    return found
+
+
+def gap(left: dict[str, Tensor], right: dict[str, Tensor]) -> float:
+    """The largest difference between gradients, relative to the largest of each tensor; the names must agree."""
+    assert left.keys() == right.keys()
+    largest = [float((left[n] - right[n]).abs().max() / right[n].abs().max().clamp(min=1e-12)) for n in left]
+    return max(largest, default=0.0)
+
+
+def plain_loss(model: nn.Module, batch: Batch) -> Tensor:
+    """The mean loss of the targets as plain transformers and PyTorch give it."""
+    logits_BTV = model(input_ids=batch.token_ids_BT, attention_mask=batch.attend_BT.long()).logits
+    label_N = batch.label_BT[:, 1:].reshape(-1)
+    return functional.cross_entropy(logits_BTV[:, :-1].reshape(len(label_N), -1), label_N)
+
+
+def plain_gradients(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+    """Autograd's gradient of every parameter of an untouched copy."""
+    model = copy.deepcopy(model).requires_grad_(True)
+    plain_loss(model, batch).backward()  # type: ignore[no-untyped-call]
+    return {name: one.grad for name, one in model.named_parameters() if one.grad is not None}
+
+
+def logits_of(model: nn.Module, batch: Batch) -> Tensor:
+    """All logits of a model."""
+    with torch.no_grad():
+        return model(input_ids=batch.token_ids_BT).logits  # type: ignore[no-any-return]

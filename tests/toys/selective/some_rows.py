@@ -1,0 +1,25 @@
+"""A toy selection: some output rows of every chosen tensor, biases too."""
+
+from __future__ import annotations
+
+import torch
+
+from luthier.kinds import Place, Select, Selective, Services
+from luthier.models.parts import Parts
+from luthier.registry import method
+
+
+@method(title="Some rows", merges="is in place")
+def some_rows(*, roles: tuple[str, ...] = ("mlp_down",), every: int = 2) -> Selective:
+    """Train every few output rows.
+
+    Args:
+        roles: roles or groups of roles.
+        every: distance from one trained row to the next.
+    """
+
+    def choose(parts: Parts, services: Services) -> dict[Place, Select]:
+        places = parts.select(roles=roles, tensor=None)
+        return {place: Select("rows", torch.arange(0, len(services.weight(place)), every)) for place in places}
+
+    return Selective(choose)
