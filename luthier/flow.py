@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from collections.abc import Callable, Mapping
@@ -10,10 +11,12 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from luthier import __version__, machine
 from luthier.delta import Delta, summary
 from luthier.errors import LuthierError
-from luthier.evaluate.compare import compare, share_kept
+from luthier.evaluate.compare import base_noise, compare, share_kept
 from luthier.evaluate.overlap import overlap
 from luthier.evaluate.sets import EvalSet, SetResult, measure
 from luthier.models.fingerprint import fingerprint
@@ -72,6 +75,7 @@ def train(
         write_json(folder / FILE, facts)
         before = measure_base(plan, sets, say)
         save_before(folder, before)
+    noise = base_noise(plan.engine.tune, plan.tokenizer, sets, before, say=say) if recipe.noise and not resume else {}
 
     machine.reset_peak(plan.device)
     say(f"training: {plan.clock.steps} steps")
@@ -96,10 +100,8 @@ def train(
         return Run(folder, {**facts, "status": "stopped"}, plan.model, plan.tokenizer, plan.engine.tune)
 
     after = measure(plan.engine.tune, plan.tokenizer, sets, say=say) if sets else {}
-    facts |= what_changed(plan, before, after, progress, say)
-    delta = delta_of(plan, say)
-    save_result(folder, plan.engine.tune, delta)
-    facts["delta"] = summary(delta, plan.engine.tune)
+    facts |= what_changed(plan, before, after, noise)
+    facts["delta"] = keep_what_changed(plan, folder, say)
     facts |= {"status": "finished", "total_seconds": time.perf_counter() - began}
     write_json(folder / FILE, facts)
     write_report(facts, folder / "report.html")
@@ -256,24 +258,32 @@ def cost(plan: Plan, progress: Progress) -> dict[str, Any]:
 
 
 def what_changed(
-    plan: Plan, before: Mapping[str, SetResult], after: Mapping[str, SetResult], progress: Progress, say: Say
+    plan: Plan, before: Mapping[str, SetResult], after: Mapping[str, SetResult], noise: Mapping[str, float]
 ) -> dict[str, Any]:
     """Before against after, set by set."""
-    metrics = {
-        name: {**compare(result, after.get(name)), "side": plan.recipe.evaluate[name].side}
-        for name, result in before.items()
+    metrics = {name: compare(result, after.get(name), noise=noise.get(name)) for name, result in before.items()}
+    return {
+        "metrics": metrics,
+        "noise": dict(noise),
+        "kept": share_kept(metrics),
+        "weights_sha256": tuned_fingerprint(plan),
     }
-    return {"metrics": metrics, "kept": share_kept(metrics), "weights_sha256": tuned_fingerprint(plan)}
 
 
 def tuned_fingerprint(plan: Plan) -> str:
     """Identifies the tuned numbers: the model's, and those that stand beside it."""
-    extra = {name: one.master for name, one in plan.engine.tune.trained.items() if one.form in ("factor", "free")}
-    return fingerprint(plan.model, extra)
+    digest = hashlib.sha256(fingerprint(plan.model).encode())
+    for name, one in sorted(plan.engine.tune.trained.items()):
+        if one.form in ("factor", "free"):
+            digest.update(name.encode())
+            digest.update(one.master.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
-def delta_of(plan: Plan, say: Say) -> Delta:
-    """What the run changed: against a second copy of the base where numbers changed in place."""
+def keep_what_changed(plan: Plan, folder: Path, say: Say) -> dict[str, Any]:
+    """Save the delta against a fresh copy of the base, and sum it up by block and role."""
     say("comparing the weights with the base")
-    base = load_model(plan.source, dtype=plan.dtype)
-    return Delta.of(plan.engine.tune, base, name=plan.source.name, fingerprint=plan.fingerprint)
+    base = load_model(plan.source, dtype=plan.dtype).to(plan.device)  # type: ignore[arg-type]
+    delta = Delta.of(plan.engine.tune, base, name=plan.source.name, fingerprint=plan.fingerprint)
+    save_result(folder, plan.engine.tune, delta)
+    return summary(delta, plan.parts, base)

@@ -424,7 +424,7 @@ class Pass(Protocol):
         """Take the step of one tensor now and free its gradient."""
 
     def when_ready(self, do: Callable[[TrainedLike], None]) -> Any:
-        """A context in which `do` is called as soon as a tensor's gradient has arrived."""
+        """A context in which `do` is called as soon as a tensor's gradient has arrived; for slices of frozen weights when it ends."""
 
 
 class Source(NamedTuple):

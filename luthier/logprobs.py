@@ -65,7 +65,7 @@ class _Nll(torch.autograd.Function):
         result_CV = torch.empty_like(logits_CV)
         for i in range(0, len(logits_CV), _SLICE):
             part = slice(i, i + _SLICE)
-            soft = logits_CV[part].to(total_C.dtype).sub_(total_C[part, None]).exp_()
+            soft = logits_CV[part].to(total_C.dtype, copy=True).sub_(total_C[part, None]).exp_()
             soft.scatter_add_(-1, label_C[part, None], soft.new_full((len(soft), 1), -1.0))
             result_CV[part] = soft.mul_(gradient_C[part, None])
         return result_CV, None

@@ -89,6 +89,7 @@ class Recipe(Strict):
     keep: Any = Field(None, description="what happens between steps")
     train: TrainRecipe = Field(default_factory=TrainRecipe)
     evaluate: Mapping[str, EvaluationSet] = Field(default_factory=dict, description="sets measured before and after")
+    noise: bool = Field(True, description="measure the base twice, to know what repeating alone changes")
     out: str = Field("runs", description="folder that holds the run folders")
     control: str | None = Field(None, description="the recipe or run this one is compared with")
 

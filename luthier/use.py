@@ -118,9 +118,7 @@ def evaluation_sets(recipe: Recipe) -> list[EvalSet]:
     """The evaluation sets of a recipe, read and checked."""
     sets = []
     for name, one in recipe.evaluate.items():
-        rows = read(one.rows)
-        chosen = list(rows)[: one.limit]
-        sets.append(EvalSet(name, chosen, one.metric, one.side, one.max_new_tokens))
+        sets.append(EvalSet(name, list(read(one.rows)), one.metric, one.side, one.max_new_tokens, one.limit))
     return sets
 
 

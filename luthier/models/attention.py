@@ -157,6 +157,9 @@ def use_attention(model: nn.Module) -> bool:
     ALL_ATTENTION_FUNCTIONS.register(NAME, attention)
     ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, sdpa_mask)
     transformer: Any = model
+    if getattr(transformer.config.get_text_config(), "attn_logit_softcapping", None):
+        # Scaled dot-product attention cannot cap its scores (Gemma 2).
+        return False
     try:
         transformer.set_attn_implementation(NAME)
     except (ValueError, TypeError, AttributeError):

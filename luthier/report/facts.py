@@ -1,13 +1,15 @@
-"""What a run's facts say: evaluation sets, samples, the headline and the four cards. The page and the terminal both read this."""
+"""What a run's facts say: evaluation sets, samples, headline, cards. The page and the terminal both read this."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import PurePath
 from typing import Any, Literal, NamedTuple
 
 from luthier.report.words import (
     NOT_MEASURED,
+    between,
     count,
     duration,
     measured,
@@ -35,6 +37,10 @@ class Estimate(NamedTuple):
     value: float | None
     low: float | None = None
     high: float | None = None
+
+    def interval(self, form: Callable[[float], str]) -> str:
+        """The interval in words; empty where there is none."""
+        return between(self.low, self.high, form) if measured(self.low) and measured(self.high) else ""
 
 
 class Sample(NamedTuple):
@@ -80,16 +86,30 @@ class SetFacts:
         """How a value reads."""
         return percent if self.is_share else number
 
+    @property
+    def difference_form(self) -> Callable[[float], str]:
+        """How a difference reads: in percentage points for shares."""
+        return points if self.is_share else signed
+
+    @property
+    def whole(self) -> tuple[float, float] | None:
+        """The range a value can have, where it has two ends."""
+        return (0.0, 1.0) if self.is_share else None
+
+    def value(self, value: float | None) -> str:
+        """A value of this set's metric in words."""
+        return shown(value, self.form)
+
     def words(self) -> str:
         """Before and after in words: `58 of 60 right, 0 before` or `perplexity 12.3, 20.1 before`."""
         if self.right is not None:
             return f"{count(self.right[1])} of {plural(len(self.samples), 'item')} right, {count(self.right[0])} before"
-        before, after = shown(self.before.value, self.form), shown(self.after.value, self.form)
+        before, after = self.value(self.before.value), self.value(self.after.value)
         return f"{spaced(self.metric)} {after}, {before} before"
 
     def difference_words(self) -> str:
-        """The difference: in percentage points for shares."""
-        return shown(self.difference.value, points if self.is_share else signed)
+        """The difference in words."""
+        return shown(self.difference.value, self.difference_form)
 
 
 class Card(NamedTuple):
@@ -121,14 +141,13 @@ def headline(run: Facts) -> str:
     if run.get("status") == "finished":
         parts = [*_learned_words(sets), *_kept_words(run, sets)]
     else:
-        parts = [_unfinished_words(run)]
+        parts = [_unfinished_words(run), "what it learned and kept is not measured"]
     trained, total = run.get("trained_numbers"), run.get("total_numbers")
     if measured(trained) and measured(total) and total:
         parts.append(f"{percent(trained / total)} of {short(total)} numbers trained")
     if measured(run.get("seconds")):
         parts.append(duration(run["seconds"]))
-    text = "; ".join(parts)
-    return f"{text[:1].upper()}{text[1:]}."
+    return f"{_capital('; '.join(parts))}."
 
 
 def cards(run: Facts) -> tuple[Card, Card, Card, Card]:
@@ -139,17 +158,28 @@ def cards(run: Facts) -> tuple[Card, Card, Card, Card]:
 
 def warnings_of(run: Facts) -> list[str]:
     """What a reader must know before believing the rest."""
-    found = [str(one) for one in run.get("warnings") or ()]
-    if run.get("status") != "finished":
-        found.insert(0, _unfinished_words(run)[0].upper() + _unfinished_words(run)[1:] + ".")
+    found = [] if run.get("status") == "finished" else [f"{_capital(_unfinished_words(run))}."]
+    found += [str(one) for one in run.get("warnings") or ()]
     for name, shared in ((run.get("rows") or {}).get("overlap") or {}).items():
         if shared:
-            found.append(f"{plural(shared, 'item')} of {name} also stand in the training rows: gains there prove nothing.")
+            found.append(
+                f"{plural(shared, 'item')} of {name} also stand in the training rows: gains there prove nothing."
+            )
     losses = [line.get("loss") for line in run.get("history") or ()]
     broken = sum(loss is not None and not measured(loss) for loss in losses)
     if broken:
-        found.append(f"the loss was not finite in {plural(broken, 'step')}.")
+        found.append(f"The loss was not finite in {plural(broken, 'step')}.")
     return found
+
+
+def are_shares(values: Iterable[float | None], higher_is_better: bool) -> bool:
+    """Whether values are scores from 0 to 1, which read best in percent."""
+    return higher_is_better and all(value is None or 0 <= value <= 1 for value in values)
+
+
+def short_name(run: Facts) -> str:
+    """The name of a run's folder, else its recipe's name."""
+    return PurePath(str(run.get("run") or run.get("name") or "unnamed")).name
 
 
 def last_step(run: Facts) -> int:
@@ -161,9 +191,13 @@ def last_step(run: Facts) -> int:
 def _set_facts(name: str, entry: Facts, noise: float | None) -> SetFacts:
     higher = bool(entry.get("higher_is_better", True))
     values = [entry.get("before"), entry.get("after")]
-    is_share = higher and all(value is None or 0 <= value <= 1 for value in values)
+    is_share = are_shares(values, higher)
     items = entry.get("items") or () if is_share else ()
-    samples = tuple(_sample(name, item) for item in items if measured(item.get("before_score")) and measured(item.get("after_score")))
+    samples = tuple(
+        _sample(name, item)
+        for item in items
+        if measured(item.get("before_score")) and measured(item.get("after_score"))
+    )
     scores = [(sample.before_score, sample.after_score) for sample in samples]
     countable = bool(scores) and all(score in (0, 1) for pair in scores for score in pair)
     return SetFacts(
@@ -211,6 +245,10 @@ def _text(value: Any) -> str:
     return "" if value is None else str(value)
 
 
+def _capital(sentence: str) -> str:
+    return sentence[:1].upper() + sentence[1:]
+
+
 def _unfinished_words(run: Facts) -> str:
     how = {"failed": "this run failed", "stopped": "this run was stopped", "running": "this run is not finished"}
     words = how.get(str(run.get("status")), f"the state of this run is {run.get('status') or 'unknown'}")
@@ -245,10 +283,14 @@ def _learned_card(sets: list[SetFacts]) -> Card:
     if not learnt:
         return Card("Learned", NOT_MEASURED, ("no set to learn was evaluated",))
     first = learnt[0]
-    value = f"{count(first.right[1])} of {count(len(first.samples))}" if first.right else shown(first.after.value, first.form)
-    before = count(first.right[0]) if first.right else shown(first.before.value, first.form)
+    value = (
+        f"{count(first.right[1])} of {count(len(first.samples))}"
+        if first.right is not None
+        else first.value(first.after.value)
+    )
+    before = count(first.right[0]) if first.right is not None else first.value(first.before.value)
     notes = (f"{first.name}, {spaced(first.metric)}", f"{before} before; {first.verdict}")
-    others = tuple(f"{one.name}: {shown(one.after.value, one.form)}, {one.verdict}" for one in learnt[1:3])
+    others = tuple(f"{one.name}: {one.value(one.after.value)}, {one.verdict}" for one in learnt[1:3])
     return Card("Learned", value, notes + others, first.verdict)
 
 
@@ -259,12 +301,12 @@ def _kept_card(run: Facts, sets: list[SetFacts]) -> Card:
     verdict = "worse" if any(one.verdict == "worse" for one in kept) else ""
     if measured(run.get("kept")):
         lost = sum(sample.change == "lost" for one in kept for sample in one.samples)
-        notes = ("of what was right before is still right", f"{plural(lost, 'item')} lost")
+        notes = ("of what was right before", f"{plural(lost, 'item')} lost")
         rest = tuple(f"{one.name}: {one.verdict}" for one in kept if not one.is_share)
         return Card("Kept", percent(run["kept"]), notes + rest[:2], verdict)
     first = kept[0]
-    words = (f"{first.name}, {spaced(first.metric)}", f"{shown(first.before.value, first.form)} before; {first.verdict}")
-    return Card("Kept", shown(first.after.value, first.form), words, verdict)
+    words = (f"{first.name}, {spaced(first.metric)}", f"{first.value(first.before.value)} before; {first.verdict}")
+    return Card("Kept", first.value(first.after.value), words, verdict)
 
 
 def _changed_card(run: Facts) -> Card:
@@ -275,7 +317,7 @@ def _changed_card(run: Facts) -> Card:
         notes.append(f"{short(trained)} of {shown(total, short)} numbers trained")
     if measured(delta.get("relative")):
         notes.append(f"moved by {percent(delta['relative'])} of the base's norm")
-    return Card("Changed", shown(delta.get("changed_share"), percent), tuple(notes) or ("the change itself",))
+    return Card("Changed", shown(delta.get("changed_share"), percent), tuple(notes))
 
 
 def _cost_card(run: Facts) -> Card:
@@ -284,4 +326,4 @@ def _cost_card(run: Facts) -> Card:
         notes.append(f"{number(run['supervised_tokens_per_second'])} supervised tokens/s")
     if measured(run.get("peak_memory_bytes")) and run["peak_memory_bytes"]:
         notes.append(f"{size(run['peak_memory_bytes'])} at the peak")
-    return Card("Cost", shown(run.get("seconds"), duration), tuple(notes) or ("time and memory",))
+    return Card("Cost", shown(run.get("seconds"), duration), tuple(notes))

@@ -197,10 +197,21 @@ class Work:
 
     @contextmanager
     def when_ready(self, do: Callable[[TrainedLike], None]) -> Iterator[None]:
-        """Call `do` as soon as a tensor's gradient has arrived."""
+        """Call `do` as soon as a tensor's gradient has arrived, or when the context ends for slices of frozen weights."""
         tune = self._engine.tune
-        tune.arrived = do
+        late: dict[str, TrainedLike] = {}
+
+        def arrived(trained: TrainedLike) -> None:
+            if trained.form in ("rows", "cols", "flat"):
+                # A tap stands behind its module, whose own backward still needs the old weight.
+                late[trained.name] = trained
+            else:
+                do(trained)
+
+        tune.arrived = arrived
         try:
             yield
         finally:
             tune.arrived = lambda trained: None
+        for trained in late.values():
+            do(trained)

@@ -176,7 +176,7 @@ def _take_out(tune: Tune, place: Place, delta_OI: Tensor) -> None:
     if tune.keep_base:
         remember(tune, [place.parameter])
     values = tune.region(place)
-    values.copy_(values.to(delta_OI.dtype) - delta_OI)
+    values.copy_(values.to(torch.promote_types(values.dtype, delta_OI.dtype)) - delta_OI)
 
 
 def add_edit(tune: Tune, slot: str, value: HiddenEdit, services: Services) -> None:

@@ -26,11 +26,13 @@ def at_base(tune: Tune) -> Iterator[None]:
     """Run the base. Free for what stands beside the weights; numbers trained in place are exchanged with kept ones.
 
     Raises:
-        LuthierError: numbers train in place and the base was not kept.
+        LuthierError: numbers train in place and the base was not kept, or the model is merged.
     """
     if tune.is_off:
         yield
         return
+    if tune.merged is not None:
+        raise LuthierError("the merged model does not hold the base", mend="call unmerge() first")
     if tune.untouched and not any(value.subtract for _, value, _ in tune.additives):
         tune.is_off = True
         try:

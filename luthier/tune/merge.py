@@ -25,13 +25,22 @@ def merge(tune: Tune) -> None:
         raise LuthierError("the model is merged already", mend="call unmerge() first")
     refuse_unmergeable(tune)
     tune.merged = {}
+    try:
+        _fold_all(tune)
+    except BaseException:
+        # Half merged, the model would be neither.
+        unmerge(tune)
+        raise
+
+
+def _fold_all(tune: Tune) -> None:
     for site in tune.sites.values():
         for addition in site.additions:
             assert addition.place is not None
             _remember(tune, addition.place.parameter)
             values = tune.region(addition.place)
             delta_OI = addition.value.delta(addition.masters())
-            values.copy_(values.to(delta_OI.dtype) + delta_OI)
+            values.copy_(values.to(torch.promote_types(values.dtype, delta_OI.dtype)) + delta_OI)
         for edit in site.edits:
             _fold(tune, edit)
 

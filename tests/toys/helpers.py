@@ -53,9 +53,12 @@ def gradients(engine: Engine, batches: Sequence[Batch], now: Now) -> dict[str, T
 
 
 def gap(left: dict[str, Tensor], right: dict[str, Tensor]) -> float:
-    """The largest difference between gradients, relative to the largest of each tensor; the names must agree."""
+    """The largest difference between gradients, relative to the largest of each tensor; the names must agree.
+
+    Some gradients are zero but for rounding, such as that of a key's bias: below 1e-6 the difference counts as it is.
+    """
     assert left.keys() == right.keys()
-    largest = [float((left[n] - right[n]).abs().max() / right[n].abs().max().clamp(min=1e-12)) for n in left]
+    largest = [float((left[n] - right[n]).abs().max() / right[n].abs().max().clamp(min=1e-6)) for n in left]
     return max(largest, default=0.0)
 
 

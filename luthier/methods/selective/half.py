@@ -36,7 +36,7 @@ def half(
     level: Literal["category", "layer", "model"] = "category",
     balance: Literal["tensors", "parameters"] = "tensors",
     embeddings: Literal["train", "freeze"] = "train",
-    roles: tuple[str, ...] = ("attention", "mlp", "norm"),
+    roles: tuple[str, ...] = ("attention", "mlp", "expert", "norm"),
 ) -> Selective:
     """Train half of the matrices of every block and freeze the other half; a new stage draws new halves.
 
@@ -96,7 +96,7 @@ def _draw_tickets(groups: list[Group], share: float, rng: torch.Generator, servi
     owed = math.floor(share * sum(map(len, groups)) + 0.5) - sum(sure)
     for lucky in _shuffled(len(groups), rng)[:owed]:
         sure[lucky] += 1
-    return [group[i] for group, count in zip(groups, sure) for i in sorted(_shuffled(len(group), rng)[:count])]
+    return [group[i] for group, count in zip(groups, sure, strict=True) for i in sorted(_shuffled(len(group), rng)[:count])]
 
 
 def _draw_numbers(groups: list[Group], share: float, rng: torch.Generator, services: Services) -> list[Ticket]:
@@ -115,5 +115,12 @@ def _draw_numbers(groups: list[Group], share: float, rng: torch.Generator, servi
 
 def _with_biases(parts: Parts, drawn: list[Place]) -> list[Place]:
     """A bias follows its own matrix or norm."""
-    wanted = {(place.module, place.start) for place in drawn}
-    return [p for p in parts.select(tensor=None) if p.block is not None and (p.module, p.start) in wanted]
+    wanted = {(place.module, place.start, place.tensor) for place in drawn}
+    return [p for p in parts.select(tensor=None) if (p.module, p.start, _matrix_of(p)) in wanted]
+
+
+def _matrix_of(place: Place) -> str:
+    """The tensor a bias belongs to: `weight`, or with several matrices in a module the one it is named after."""
+    if not place.tensor.endswith("bias"):
+        return place.tensor
+    return place.tensor.removesuffix("bias").removesuffix("_") or "weight"

@@ -11,7 +11,7 @@ from luthier.registry import method
 
 
 @method(title="Growing delta", learning_rate=1e-3)
-def growing(*, rank: int = 2, most: int = 5, every: int = 2, roles: tuple[str, ...] = ("attention",)) -> Additive:
+def growing(*, rank: int = 2, most: int = 3, every: int = 2, roles: tuple[str, ...] = ("attention",)) -> Additive:
     """Start with small deltas and let those with the larger gradients grow by one rank now and then.
 
     Args:

@@ -1,0 +1,152 @@
+"""Deltas and tunes: what a tune kept of its base, the deltas that stand beside its weights, and putting a delta back into a tune."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from luthier.delta.forms import Dense, Form, LowRank
+from luthier.delta.sources import live
+from luthier.errors import LuthierError
+from luthier.models.fingerprint import fingerprint
+
+if TYPE_CHECKING:
+    from luthier.tune import Tune
+    from luthier.tune.sites import Addition
+
+
+class Kept(NamedTuple):
+    """What a tune can tell of its base."""
+
+    base: dict[str, Tensor]
+    """The base's numbers of parameters in which numbers train or a start changed them."""
+    tuned: dict[str, Tensor]
+    """What these parameters hold now."""
+    fingerprint: str
+    """Of the base."""
+
+
+def kept_base(tune: Tune, identity: str | None) -> Kept:
+    """The base as the tune kept it, for the parameters that may differ from it.
+
+    Args:
+        tune: not merged.
+        identity: the base's fingerprint; None: computed.
+
+    Raises:
+        LuthierError: numbers changed in place, and the base was not kept.
+    """
+    inside = [
+        one.place for one in tune.trained.values() if one.place is not None and one.form not in ("factor", "free")
+    ]
+    starts = [one.place for one in _additions(tune) if one.value.subtract and one.place is not None]
+    names = dict.fromkeys(place.parameter for place in [*inside, *starts])
+    now = live(tune.model)
+    with tune.at("base"):
+        was = live(tune.model)
+        # What exchanges its storage can be kept by reference; numbers written into the live weight cannot.
+        base = {
+            name: was[name].clone() if was[name].data_ptr() == now[name].data_ptr() else was[name] for name in names
+        }
+        identity = fingerprint(tune.model) if identity is None else identity
+    return Kept(base, {name: now[name] for name in names}, identity)
+
+
+def forms_beside(tune: Tune) -> dict[str, tuple[Form, ...]]:
+    """The deltas that stand beside the weights, by parameter: low-rank where the technique is, else dense."""
+    forms: dict[str, tuple[Form, ...]] = {}
+    for one in _additions(tune):
+        assert one.place is not None
+        forms[one.place.parameter] = (*forms.get(one.place.parameter, ()), _form(tune, one))
+    return forms
+
+
+def _additions(tune: Tune) -> list[Addition]:
+    return [one for site in tune.sites.values() for one in site.additions]
+
+
+def _form(tune: Tune, one: Addition) -> Form:
+    assert one.place is not None
+    place, tensors = one.place, one.masters()
+    shape = tune.model.get_parameter(place.parameter).shape
+    transposed = place.module in tune.parts.transposed
+    if one.value.pair is not None:
+        down, up = (tensors[key].cpu().clone() for key in one.value.pair)
+        return LowRank(up, down, one.value.scale, shape, place.start, place.stop, transposed)
+    delta_OI = one.value.delta(tensors).cpu()
+    spread = delta_OI.new_zeros(shape)
+    (spread.t() if transposed else spread)[place.start : place.stop] = delta_OI
+    return Dense(spread)
+
+
+def restore(tune: Tune, changes: Mapping[str, Sequence[Form]]) -> None:
+    """Put a delta back into a tune to which the techniques that made it were attached: what was beside the weights stands
+    there again, the rest goes into the weights.
+
+    Raises:
+        LuthierError: no attached technique takes a low-rank change, one cannot be told apart from changes in place, or numbers
+            train in place.
+    """
+    inside = next((one for one in tune.trained.values() if one.form not in ("factor", "free")), None)
+    if inside is not None:
+        raise LuthierError(
+            f"`{inside.slot}` trains in place, and would not notice",
+            where=inside.name,
+            mend="attach it after restoring",
+        )
+    free = _additions(tune)
+    taken: list[tuple[Addition, LowRank]] = []
+    for name, forms in changes.items():
+        for form in forms:
+            if isinstance(form, LowRank):
+                one = next((one for one in free if _takes(one, name, form)), None)
+                if one is None:
+                    raise LuthierError(
+                        "no technique that is attached takes this low-rank change",
+                        where=name,
+                        mend="attach what the run was made with, or put the delta into the weights with apply()",
+                    )
+                free.remove(one)
+                taken.append((one, form))
+    for one in free:
+        if bool(one.value.delta(one.masters()).any()):
+            raise LuthierError(
+                f"`{one.slot}` has a delta already, and its factors cannot be had from this one",
+                where=str(one.place),
+                mend="put the delta into the weights of the base with apply()",
+            )
+    _put_in_place(tune, changes)
+    for one, form in taken:
+        _put_beside(tune, one, form)
+
+
+def _takes(one: Addition, name: str, form: LowRank) -> bool:
+    place = one.place
+    fits = place is not None and (place.parameter, place.start, place.stop) == (name, form.start, form.stop)
+    return fits and one.value.pair is not None
+
+
+def _put_in_place(tune: Tune, changes: Mapping[str, Sequence[Form]]) -> None:
+    weights = live(tune.model)
+    for name, base in tune.altered.items():
+        # A start changed these; the delta says what became of them.
+        weights[name].copy_(base)
+    for name, forms in changes.items():
+        for form in forms:
+            if not isinstance(form, LowRank):
+                form.add_to(weights[name], 1)
+
+
+def _put_beside(tune: Tune, one: Addition, form: LowRank) -> None:
+    assert one.value.pair is not None
+    down, up = one.value.pair
+    up_OR = form.up_OR if form.scale == one.value.scale else form.up_OR * (form.scale / one.value.scale)
+    for key, values in ((down, form.down_RI), (up, up_OR)):
+        trained = one.trained[key]
+        if trained.master.shape != values.shape:
+            trained.master = trained.leaf = torch.empty_like(values, device=trained.master.device).requires_grad_(True)
+            tune.register(trained)
+        tune.set({trained.name: values})

@@ -1,0 +1,207 @@
+"""Before against after on the same items: a paired test, an interval of the difference, and a verdict.
+
+`better` and `worse` need all three: a paired test below a false-positive rate of 5 %, an interval of the difference that does not
+hold 0, and a difference larger than what repeating the measurement changes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy
+from transformers import PreTrainedTokenizerBase
+
+from luthier.errors import LuthierError
+from luthier.evaluate.intervals import (
+    FALSE_POSITIVES,
+    FEWEST,
+    Interval,
+    bootstrap,
+    mcnemar,
+    newcombe,
+    sign_flip,
+)
+from luthier.evaluate.sets import EvalSet, Item, Say, SetResult, is_binary, measure, statistic_of
+from luthier.tune import Tune
+
+NOT_MEASURED = "not measured"
+
+
+class Difference(NamedTuple):
+    """After minus before."""
+
+    value: float
+    interval: Interval | None
+    p_value: float
+
+
+def compare(before: SetResult, after: SetResult | None, *, noise: float | None = None) -> dict[str, Any]:
+    """What became of one set, as the entry of `metrics` in `run.json`.
+
+    Args:
+        before: of the base.
+        after: of the tuned model; None where it was not measured.
+        noise: what repeating the measurement of the base changed, from `base_noise`; None where that was not measured.
+
+    Returns:
+        `metric`, `side`, `n`, `higher_is_better`; `before`, `after` and `difference` with their intervals; `p_value`; `verdict`,
+        which is `better`, `worse`, `no change` or `not measured`, and `note` where the reason needs words; `kept`, the share of
+        items right before that still are; `items`.
+
+    Raises:
+        LuthierError: the two were not measured on the same items, in the same way.
+    """
+    entry: dict[str, Any] = {
+        "metric": before.metric,
+        "side": before.side,
+        "higher_is_better": before.higher_is_better,
+        "n": before.n,
+        "before": before.value,
+        "before_interval": before.interval,
+    }
+    if after is None:
+        return {**entry, **_NOTHING, "note": "the tuned model was not measured"}
+    _check_pairs(before, after)
+    difference = difference_of(before, after)
+    verdict, note = verdict_of(difference, before, noise)
+    return {
+        **entry,
+        "after": after.value,
+        "after_interval": after.interval,
+        "difference": difference.value,
+        "difference_interval": difference.interval,
+        "p_value": difference.p_value,
+        "verdict": verdict,
+        "note": note,
+        "kept": _share(_still_right(before.items, after.items)) if before.higher_is_better else None,
+        "items": [_pair(old, new) for old, new in zip(before.items, after.items, strict=True)],
+    }
+
+
+_NOTHING: Mapping[str, Any] = {
+    "after": None,
+    "after_interval": None,
+    "difference": None,
+    "difference_interval": None,
+    "p_value": None,
+    "verdict": NOT_MEASURED,
+    "kept": None,
+    "items": [],
+}
+
+
+def difference_of(before: SetResult, after: SetResult) -> Difference:
+    """The paired difference: McNemar's test where items are right or wrong, a sign-flip test where they are graded."""
+    value = after.value - before.value
+    pairs = list(zip(before.items, after.items, strict=True))
+    if before.higher_is_better and is_binary(before.items) and is_binary(after.items):
+        both = sum(old.score == 1 == new.score for old, new in pairs)
+        lost = sum(old.score > new.score for old, new in pairs)
+        gained = sum(old.score < new.score for old, new in pairs)
+        interval = newcombe(both, lost, gained, len(pairs) - both - lost - gained)
+        return Difference(value, interval, mcnemar(lost, gained))
+    score_2N = numpy.array([[item.score for item in one.items] for one in (before, after)])
+    weight_N = numpy.array([item.weight for item in before.items])
+    p_value = sign_flip((score_2N[1] - score_2N[0]) * weight_N)
+    if len(pairs) < FEWEST:
+        return Difference(value, None, p_value)
+    statistic = statistic_of(before.metric)
+    return Difference(
+        value, bootstrap(score_2N, weight_N, lambda mean_2S: statistic(mean_2S[1]) - statistic(mean_2S[0])), p_value
+    )
+
+
+def verdict_of(difference: Difference, before: SetResult, noise: float | None) -> tuple[str, str]:
+    """The verdict on a difference, and why where that needs words."""
+    if before.n < FEWEST:
+        return (
+            NOT_MEASURED,
+            f"{before.n} items cannot show a change at a false-positive rate of 5 %: at least {FEWEST} can",
+        )
+    low, high = difference.interval or (-math.inf, math.inf)
+    if difference.p_value >= FALSE_POSITIVES or low <= 0 <= high:
+        return "no change", ""
+    if noise is not None and abs(difference.value) <= noise:
+        return "no change", f"repeating the measurement of the base changes as much: {noise:.3g}"
+    return ("better" if (difference.value > 0) == before.higher_is_better else "worse"), ""
+
+
+def share_kept(metrics: Mapping[str, Mapping[str, Any]]) -> float | None:
+    """Of all items of `kept` sets that were right before, the share that still is; None where there are none.
+
+    Args:
+        metrics: entries made by `compare`, by set.
+    """
+    fates = [
+        pair["after_score"] == 1
+        for entry in metrics.values()
+        if entry["side"] == "kept" and entry["kept"] is not None
+        for pair in entry["items"]
+        if pair["before_score"] == 1
+    ]
+    return _share(fates)
+
+
+def base_noise(
+    tune: Tune,
+    tokenizer: PreTrainedTokenizerBase,
+    sets: Sequence[EvalSet],
+    before: Mapping[str, SetResult],
+    *,
+    say: Say = lambda text: None,
+    batch_tokens: int = 1024,
+) -> dict[str, float]:
+    """Measure the base a second time, in other batches: the difference, by set, that rounding alone makes.
+
+    Args:
+        tune: the model.
+        tokenizer: its tokenizer.
+        sets: what to measure.
+        before: the first measurement.
+        say: hears of each set.
+        batch_tokens: the most tokens of one batch; other than in the first measurement.
+
+    Raises:
+        LuthierError: as `measure`; or the base was not kept.
+    """
+    with tune.at("base"):
+        again = measure(tune, tokenizer, sets, say=say, batch_tokens=batch_tokens)
+    return {name: abs(result.value - before[name].value) for name, result in again.items()}
+
+
+def _check_pairs(before: SetResult, after: SetResult) -> None:
+    place = f"evaluation set `{before.name}`"
+    if [item.id for item in before.items] != [item.id for item in after.items]:
+        raise LuthierError("before and after hold different items", where=place, mend="measure both on the same rows")
+    if before.metric != after.metric or before.asked != after.asked:
+        raise LuthierError(
+            "before and after were not asked in the same way: the metric, the template, the tokenizer or the decoding differs",
+            where=place,
+            mend="measure both with the same tokenizer and settings",
+        )
+    if any(old.expected != new.expected for old, new in zip(before.items, after.items, strict=True)):
+        raise LuthierError(
+            "before and after expect different answers", where=place, mend="measure both on the same rows"
+        )
+
+
+def _still_right(before: Sequence[Item], after: Sequence[Item]) -> list[bool]:
+    return [new.score == 1 for old, new in zip(before, after, strict=True) if old.score == 1]
+
+
+def _share(fates: Sequence[bool]) -> float | None:
+    return sum(fates) / len(fates) if fates else None
+
+
+def _pair(old: Item, new: Item) -> dict[str, Any]:
+    return {
+        "id": old.id,
+        "prompt": old.prompt,
+        "expected": old.expected,
+        "before": old.answer,
+        "after": new.answer,
+        "before_score": old.score,
+        "after_score": new.score,
+    }

@@ -1,0 +1,86 @@
+"""Likelihoods of given text, in batches limited by tokens; logits are never kept."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from luthier import logprobs
+from luthier.errors import LuthierError
+from luthier.kinds import Now
+from luthier.rows.batches import collate, plan_epoch
+from luthier.rows.encode import Encoded, encode_pair, end_of_turn_ids
+from luthier.rows.shapes import Row
+from luthier.train.services import evaluating, view_of
+from luthier.tune import Tune
+
+
+class Likelihood(NamedTuple):
+    """How likely a model finds one row's targets."""
+
+    nats: float
+    """The negative log-likelihood of all targets, summed."""
+    targets: int
+
+
+def likelihoods(tune: Tune, rows: Sequence[Encoded], *, batch_tokens: int = 4096) -> list[Likelihood]:
+    """The negative log-likelihood of each row's targets, in the order of the rows.
+
+    Args:
+        tune: the model, with what is attached to it.
+        rows: encoded rows.
+        batch_tokens: the most tokens of one forward pass, padding counted; a longer row is one by itself.
+
+    Raises:
+        LuthierError: the model gives numbers that are not finite.
+    """
+    found: dict[int, Likelihood] = {}
+    device = next(tune.model.parameters()).device
+    columns = logprobs.resolve(["nll"])
+    lengths = [len(row) for row in rows]
+    # All rows are one step of an epoch: sorted by length and cut so that little is padded.
+    plan = plan_epoch(lengths, micro_batch_tokens=batch_tokens, batch_rows=max(1, len(rows)), seed=0, epoch=0)
+    with evaluating(tune.model):
+        for chosen in (indices for step in plan for indices in step):
+            view = view_of(tune, collate([rows[index] for index in chosen]).to(device), columns, Now())
+            nats_B = view.sum_rows(view["nll"].double()).tolist()
+            targets_B = view.sum_rows(torch.ones_like(view["nll"])).tolist()
+            for index, nats, targets in zip(chosen, nats_B, targets_B, strict=True):
+                found[index] = Likelihood(nats, int(targets))
+    broken = [rows[index] for index, one in sorted(found.items()) if not math.isfinite(one.nats)]
+    if broken:
+        raise LuthierError(
+            f"the model gives numbers that are not finite for {len(broken)} of {len(rows)} rows",
+            where=f"{broken[0].where} (row {broken[0].id})",
+            mend="lower the learning rate, or use precision fp32",
+        )
+    return [found[index] for index in range(len(rows))]
+
+
+def encode_choices(row: Row, tokenizer: PreTrainedTokenizerBase) -> list[Encoded]:
+    """A row's prompt with each of its choices; only the choice is scored, not the token that ends a turn, so that the sums
+    are those of the LM Evaluation Harness."""
+    ends = end_of_turn_ids(tokenizer)
+    return [
+        _without_end(encode_pair(row, tokenizer, choice, id=f"{row.id}#{number}"), ends)
+        for number, choice in enumerate(row.fields["choices"])
+    ]
+
+
+def _without_end(encoded: Encoded, ends: Sequence[int]) -> Encoded:
+    last = max((index for index, is_target in enumerate(encoded.supervised) if is_target), default=-1)
+    if last < 0 or encoded.token_ids[last] not in ends:
+        return encoded
+    return replace(encoded, supervised=(*encoded.supervised[:last], False, *encoded.supervised[last + 1 :]))
+
+
+def most_likely(choices: Sequence[str], likelihood: Sequence[Likelihood], *, per_byte: bool) -> int:
+    """The index of the choice with the highest log-likelihood, summed or per UTF-8 byte; the first of equals."""
+    sizes = [len(choice.encode()) if per_byte else 1 for choice in choices]
+    cost = [one.nats / size for one, size in zip(likelihood, sizes, strict=True)]
+    return cost.index(min(cost))

@@ -1,0 +1,81 @@
+"""Overlap: which evaluation rows also stand in the training rows, so that a gain on them would prove nothing."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+
+from luthier.evaluate.metrics import contains, words_of
+from luthier.evaluate.sets import accepted_answers
+from luthier.rows.shapes import Row
+
+Words = tuple[str, ...]
+Asked = tuple[Words, list[str]]
+"""The words of a question, and the answers that go with it: none where a row has no answer."""
+
+
+def overlap(train_rows: Sequence[Row], eval_rows: Sequence[Row]) -> list[tuple[str, str]]:
+    """Evaluation rows that training has seen.
+
+    Two rows overlap where they ask the same and their answers agree, or where they are the same document. Case, punctuation and
+    spacing do not count. Answers agree where one stands in the other as whole words; a row without an answer agrees with every
+    answer. The same answer to a question in other words is no overlap: that is what a held-back phrasing is.
+
+    Returns:
+        The ids of each such evaluation row, in order, and of the first training row that it overlaps with.
+    """
+    seen: dict[Words, list[tuple[list[str], str]]] = defaultdict(list)
+    for row in train_rows:
+        for question, answers in _asked(row):
+            seen[question].append((answers, row.id))
+    found = []
+    for row in eval_rows:
+        # A conversation is one item: its last question with all that led to it.
+        question, answers = _asked(row)[-1]
+        same = (train_id for taught, train_id in seen.get(question, ()) if _agree(answers, taught))
+        first = next(same, None)
+        if first is not None:
+            found.append((row.id, first))
+    return found
+
+
+def _agree(one: Sequence[str], other: Sequence[str]) -> bool:
+    if not one or not other:
+        return True
+    return any(contains(text, one) for text in other) or any(contains(text, other) for text in one)
+
+
+def _asked(row: Row) -> list[Asked]:
+    """What a row asks and answers; a conversation asks once a turn: that turn alone, and at the end all of them together."""
+    if row.shape == "text":
+        return [(_key(row.fields["text"]), [])]
+    if row.shape == "text+label":
+        return [(_key(row.fields["text"]), accepted_answers(row))]
+    if row.shape == "instruction":
+        return [(_key(row.fields["instruction"], row.fields["input"]), accepted_answers(row))]
+    prompt = row.fields["messages" if row.shape == "messages" else "prompt"]
+    if isinstance(prompt, str):
+        return [(_key(prompt), accepted_answers(row) or _completions(row))]
+    return _turns(prompt, accepted_answers(row) or _completions(row))
+
+
+def _completions(row: Row) -> list[str]:
+    """The texts of a preference's two answers."""
+    return [row.fields[key] for key in ("chosen", "rejected") if isinstance(row.fields.get(key), str)]
+
+
+def _turns(messages: Sequence[dict[str, str]], last: list[str]) -> list[Asked]:
+    asked: list[Asked] = []
+    users: list[str] = []
+    for place, message in enumerate(messages):
+        if message["role"] == "user":
+            users.append(message["content"])
+            following = messages[place + 1 : place + 2]
+            answers = [one["content"] for one in following if one["role"] == "assistant"]
+            asked.append((_key(message["content"]), answers or last))
+    return [*asked, (_key(*users), last)]
+
+
+def _key(*texts: str) -> Words:
+    # Punctuation alone has no words, and must not make all such texts equal.
+    return tuple(word for text in texts for word in words_of(text) or (text.strip(),))

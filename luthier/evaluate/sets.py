@@ -1,0 +1,321 @@
+"""Evaluation sets: rows, a metric and a side, and what a model reaches on them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, NamedTuple, cast, get_args
+
+import numpy
+from transformers import PreTrainedTokenizerBase
+
+from luthier.errors import LuthierError, nearest
+from luthier.evaluate.generate import context_of, generate
+from luthier.evaluate.intervals import FEWEST, Interval, Numbers, bootstrap, wilson
+from luthier.evaluate.likelihood import encode_choices, likelihoods, most_likely
+from luthier.evaluate.metrics import METRICS
+from luthier.rows.encode import Encoded, encode, encode_prompt
+from luthier.rows.shapes import Row
+from luthier.tune import Tune
+
+Side = Literal["learnt", "kept"]
+Say = Callable[[str], None]
+
+_NEEDED_SHAPES = {
+    "generation": "a `prompt` and an `answer`",
+    "choice": "a `prompt`, `choices` and an `answer`",
+    "likelihood": "a `text`, `messages`, or a `prompt` and a `completion`",
+}
+
+
+@dataclass(frozen=True)
+class EvalSet:
+    """Rows to measure a model on.
+
+    Args:
+        name: what reports call it.
+        rows: read rows, all of a shape the metric can score.
+        metric: one of `METRICS`; None: what `default_metric` chooses.
+        side: `learnt`: what training should teach; `kept`: what it should leave alone.
+        max_new_tokens: the longest answer that is generated.
+        limit: use only this many rows, from the start.
+
+    Raises:
+        LuthierError: there are no rows, the metric is not known, or a row is not of the shape it needs.
+    """
+
+    name: str
+    rows: Sequence[Row]
+    metric: str | None = None
+    side: Side = "learnt"
+    max_new_tokens: int = 48
+    limit: int | None = None
+
+    def __post_init__(self) -> None:
+        place = f"evaluation set `{self.name}`"
+        if not self.used:
+            raise LuthierError("the set has no rows", where=place, mend="add rows, or remove the set")
+        if self.metric is not None and self.metric not in METRICS:
+            raise LuthierError(f"there is no metric `{self.metric}`", where=place, mend=nearest(self.metric, METRICS))
+        if self.side not in get_args(Side):
+            raise LuthierError(f"the side is `{self.side}`", where=place, mend="write learnt or kept")
+        for row in self.used:
+            _check_shape(row, self.chosen_metric, place)
+
+    @property
+    def used(self) -> Sequence[Row]:
+        """The rows within the limit."""
+        return self.rows if self.limit is None else self.rows[: self.limit]
+
+    @property
+    def chosen_metric(self) -> str:
+        """The metric, by name."""
+        return default_metric(self.used) if self.metric is None else self.metric
+
+
+class Item(NamedTuple):
+    """One row, measured."""
+
+    id: str
+    prompt: str
+    expected: str | list[str]
+    """The accepted answer or answers; empty where a likelihood is measured."""
+    answer: str
+    """What the model said or chose; empty where a likelihood is measured."""
+    score: float
+    """From 0 to 1; for loss and perplexity the mean nats of a target."""
+    weight: float = 1.0
+    """What the item counts in the mean: the targets, for loss and perplexity."""
+
+
+@dataclass(frozen=True)
+class SetResult:
+    """What a model reaches on one set.
+
+    Args:
+        name: the set's.
+        metric: one of `METRICS`.
+        side: as in `EvalSet`.
+        value: the weighted mean of the items' scores; for perplexity, e to its power.
+        interval: 95 % interval of the value; None where there are too few items to tell.
+        n: items.
+        asked: SHA-256 of the token ids and decoding settings the model was given: equal for equal questions.
+        items: every row, in the set's order.
+    """
+
+    name: str
+    metric: str
+    side: Side
+    value: float
+    interval: Interval | None
+    n: int
+    asked: str
+    items: tuple[Item, ...]
+
+    @property
+    def higher_is_better(self) -> bool:
+        """Whether more is better."""
+        return METRICS[self.metric].higher_is_better
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain data, from which `from_json` makes an equal result."""
+        plain = asdict(self)
+        return {**plain, "higher_is_better": self.higher_is_better, "items": [one._asdict() for one in self.items]}
+
+    @staticmethod
+    def from_json(plain: Mapping[str, Any]) -> SetResult:
+        """What `as_json` wrote."""
+        fields = {key: value for key, value in plain.items() if key != "higher_is_better"}
+        interval = None if plain["interval"] is None else cast(Interval, tuple(plain["interval"]))
+        items = tuple(Item(**one) for one in plain["items"])
+        return SetResult(**{**fields, "interval": interval, "items": items})
+
+
+def default_metric(rows: Sequence[Row]) -> str:
+    """The metric for rows of a shape: `choice` for multiple choice, `contains` for prompts with answers, `perplexity` for
+    documents, else `loss`."""
+    by_shape = {"prompt+choices+answer": "choice", "prompt+answer": "contains", "text": "perplexity"}
+    return by_shape.get(rows[0].shape, "loss")
+
+
+def measure(
+    tune: Tune,
+    tokenizer: PreTrainedTokenizerBase,
+    sets: Sequence[EvalSet],
+    *,
+    say: Say = lambda text: None,
+    batch_tokens: int = 4096,
+) -> dict[str, SetResult]:
+    """Measure a model on sets, by name in their order. Answers are greedy, so the same model gives the same result.
+
+    Args:
+        tune: the model, with what is attached to it; within `tune.at("base")`, the base.
+        tokenizer: its tokenizer.
+        sets: what to measure.
+        say: hears of each set.
+        batch_tokens: the most tokens of one batch.
+
+    Raises:
+        LuthierError: a row is longer than the model's context, or the model gives numbers that are not finite.
+    """
+    found = {}
+    for one in sets:
+        say(f"measuring {one.name}: {one.chosen_metric} of {len(one.used)} rows")
+        needs = METRICS[one.chosen_metric].needs
+        try:
+            items, asked = _MEASURES[needs](tune, tokenizer, one, batch_tokens)
+        except LuthierError as problem:
+            where = f"evaluation set `{one.name}`" + (f", {problem.where}" if problem.where else "")
+            raise LuthierError(problem.what, where=where, mend=problem.mend) from problem
+        found[one.name] = result_of(one, items, _hash([one.chosen_metric, asked]))
+    return found
+
+
+def result_of(one: EvalSet, items: Sequence[Item], asked: str) -> SetResult:
+    """Sum a set's items up."""
+    metric, statistic = one.chosen_metric, statistic_of(one.chosen_metric)
+    score_N = numpy.array([item.score for item in items])
+    weight_N = numpy.array([item.weight for item in items])
+    value = float(statistic(numpy.average(score_N, weights=weight_N)))
+    interval: Interval | None = None
+    if is_binary(items) and METRICS[metric].higher_is_better:
+        interval = wilson(int(score_N.sum()), len(items))
+    elif len(items) >= FEWEST:
+        interval = bootstrap(score_N[None], weight_N, lambda mean_MS: statistic(mean_MS[0]))
+    return SetResult(one.name, metric, one.side, value, interval, len(items), asked, tuple(items))
+
+
+def statistic_of(metric: str) -> Callable[[Numbers], Numbers]:
+    """From weighted mean scores to a metric's values."""
+    return cast(Callable[[Numbers], Numbers], numpy.exp) if metric == "perplexity" else lambda mean: mean
+
+
+def is_binary(items: Sequence[Item]) -> bool:
+    """Whether every item is right or wrong, with nothing between."""
+    return all(item.score in (0.0, 1.0) for item in items)
+
+
+def _generated(
+    tune: Tune, tokenizer: PreTrainedTokenizerBase, one: EvalSet, batch_tokens: int
+) -> tuple[list[Item], Any]:
+    score = METRICS[one.chosen_metric].score
+    assert score is not None
+    prompts = [encode_prompt(row, tokenizer) for row in one.used]
+    for row, prompt in zip(one.used, prompts, strict=True):
+        _check_length(tune, row, len(prompt), one.max_new_tokens)
+    answers = generate(tune, tokenizer, prompts, max_new_tokens=one.max_new_tokens, batch_tokens=batch_tokens)
+    items = []
+    for row, answer in zip(one.used, answers, strict=True):
+        accepted = accepted_answers(row)
+        shown = accepted[0] if len(accepted) == 1 else accepted
+        items.append(Item(row.id, prompt_text(row), shown, answer, score(answer, accepted)))
+    return items, [prompts, one.max_new_tokens]
+
+
+def _chosen(tune: Tune, tokenizer: PreTrainedTokenizerBase, one: EvalSet, batch_tokens: int) -> tuple[list[Item], Any]:
+    per_byte = one.chosen_metric == "choice_normalized"
+    encoded = [encode_choices(row, tokenizer) for row in one.used]
+    flat = [choice for choices in encoded for choice in choices]
+    for row, choices in zip(one.used, encoded, strict=True):
+        _check_length(tune, row, max(map(len, choices)), 0)
+    found = iter(likelihoods(tune, flat, batch_tokens=batch_tokens))
+    items = []
+    for row in one.used:
+        choices, right = row.fields["choices"], row.fields["answer"]
+        best = most_likely(choices, [next(found) for _ in choices], per_byte=per_byte)
+        items.append(Item(row.id, prompt_text(row), choices[right], choices[best], float(best == right)))
+    return items, [(choice.token_ids, choice.supervised) for choice in flat]
+
+
+def _likely(tune: Tune, tokenizer: PreTrainedTokenizerBase, one: EvalSet, batch_tokens: int) -> tuple[list[Item], Any]:
+    encoded = [encode(row, tokenizer) for row in one.used]
+    for row, ids in zip(one.used, encoded, strict=True):
+        _check_target(row, ids)
+        _check_length(tune, row, len(ids), 0)
+    items = [
+        Item(row.id, prompt_text(row), "", "", found.nats / found.targets, float(found.targets))
+        for row, found in zip(one.used, likelihoods(tune, encoded, batch_tokens=batch_tokens), strict=True)
+    ]
+    return items, [(ids.token_ids, ids.supervised) for ids in encoded]
+
+
+_MEASURES: Mapping[str, Callable[[Tune, PreTrainedTokenizerBase, EvalSet, int], tuple[list[Item], Any]]] = {
+    "generation": _generated,
+    "choice": _chosen,
+    "likelihood": _likely,
+}
+
+
+def accepted_answers(row: Row) -> list[str]:
+    """The texts that answer a row: its accepted answers, its right choice, or what it would teach; empty where there are none."""
+    fields = row.fields
+    if row.shape == "prompt+answer":
+        return list(fields["answer"])
+    if row.shape == "prompt+choices+answer":
+        return [fields["choices"][fields["answer"]]]
+    if row.shape == "messages":
+        last = fields["messages"][-1]
+        return [last["content"]] if last["role"] == "assistant" else []
+    key = {"prompt+completion": "completion", "instruction": "output", "text+label": "label"}.get(row.shape)
+    if key is None:
+        return []
+    value = fields[key]
+    return [message["content"] for message in value[-1:]] if isinstance(value, list) else [str(value)]
+
+
+def prompt_text(row: Row) -> str:
+    """What a row asks, as a person would read it."""
+    fields = row.fields
+    if row.shape == "instruction":
+        return "\n\n".join(part for part in (fields["instruction"], fields["input"]) if part.strip())
+    if row.shape in ("text", "text+label"):
+        return str(fields["text"])
+    if row.shape == "messages":
+        messages = fields["messages"][:-1] if accepted_answers(row) else fields["messages"]
+    else:
+        messages = fields["prompt"]
+    if isinstance(messages, str):
+        return messages
+    return "\n\n".join(f"{message['role']}: {message['content']}" for message in messages)
+
+
+def _check_shape(row: Row, metric: str, place: str) -> None:
+    needs = METRICS[metric].needs
+    fits = {
+        "generation": bool(accepted_answers(row)) and row.shape != "prompt+choices+answer",
+        "choice": row.shape == "prompt+choices+answer",
+        "likelihood": bool(accepted_answers(row)) or row.shape in ("text", "messages"),
+    }
+    if not fits[needs]:
+        fitting = ", ".join(name for name, known in METRICS.items() if fits[known.needs])
+        raise LuthierError(
+            f"`{metric}` needs rows with {_NEEDED_SHAPES[needs]}, and this row is `{row.shape}`",
+            where=f"{place}, {row.where} (row {row.id})",
+            mend="change the row" + (f", or use another metric: {fitting}" if fitting else ""),
+        )
+
+
+def _check_length(tune: Tune, row: Row, tokens: int, new: int) -> None:
+    limit = context_of(tune)
+    if limit is not None and tokens + new > limit:
+        answer = f" and an answer of up to {new}" if new else ""
+        raise LuthierError(
+            f"{tokens} tokens{answer} exceed the model's context of {limit}",
+            where=f"{row.where} (row {row.id})",
+            mend="shorten or split the row" + (", or lower max_new_tokens" if new else ""),
+        )
+
+
+def _check_target(row: Row, encoded: Encoded) -> None:
+    if not any(encoded.supervised):
+        reasons = "; ".join(encoded.notes) or "it is a single token"
+        raise LuthierError(
+            f"the row has no token to predict: {reasons}", where=f"{row.where} (row {row.id})", mend="change the row"
+        )
+
+
+def _hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()

@@ -1,0 +1,188 @@
+"""A tuned model as a plain Hugging Face folder, read back and compared before anyone relies on it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from luthier.delta.forms import bits
+from luthier.delta.sources import live, tied, untie
+from luthier.errors import LuthierError
+from luthier.export.folder import new_folder
+from luthier.models.quiet import quiet
+from luthier.train.services import evaluating
+from luthier.tune import Tune
+
+PROBES = (
+    "The quick brown fox jumps over the lazy dog.",
+    "def scale(x):\n\treturn 2.5 * x  # twice and a half",
+    "  Größe: 3,5 m² → naïve café, 東京, 🎻",
+    "0123456789 <html> & \\n",
+)
+"""What a saved tokenizer and model are tried on: prose, code, spaces, scripts and signs."""
+CONVERSATION = ({"role": "user", "content": "Hello, who are you?"},)
+
+
+def export_model(tune: Tune, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> dict[str, Any]:
+    """Write the merged model and its tokenizer as a folder that plain `transformers` loads, and check it by loading it.
+
+    Args:
+        tune: the tuned model; afterwards it is as it was.
+        tokenizer: saved with its exact chat template.
+        folder: must not exist; it appears when everything has been checked.
+
+    Returns:
+        `max_logit_difference` between the live merged model and the reloaded one on `PROBES` (last hidden states for an
+        encoder), `merge_kl`, the mean KL(merged, unmerged) there in nats a token (None for an encoder, or where the tune was
+        merged already), `dtype`, and whether embedding and head were `untied`, which a delta on a tied head asks for.
+
+    Raises:
+        LuthierError: the folder exists, something here is no change of a weight, or what was read back differs: weights or
+            token ids at all, logits by more than half the digits of the weights' type.
+    """
+    ids = [tokenizer(text)["input_ids"] for text in PROBES]
+    unmerged = None if tune.merged is not None else outputs(tune.model, ids)
+    with merged(tune) as untied, new_folder(Path(folder)) as beside:
+        after = outputs(tune.model, ids)
+        _save(tune.model, tokenizer, beside)
+        _check_tokenizer(tokenizer, beside)
+        difference = _check_model(tune, beside, ids, after)
+    comparable = unmerged is not None and tune.parts.head != "" and tune.parts.causal
+    return {
+        "max_logit_difference": difference,
+        "merge_kl": divergence(after, unmerged) if comparable and unmerged is not None else None,
+        "dtype": str(next(tune.model.parameters()).dtype).removeprefix("torch."),
+        "untied": untied,
+    }
+
+
+@contextmanager
+def merged(tune: Tune) -> Iterator[bool]:
+    """The merged model inside the block, the unmerged one again afterwards, bit for bit; a tune merged before stays merged.
+
+    A head that is tied to the embedding and has a delta of its own is untied for as long. Yields whether one was.
+
+    Raises:
+        LuthierError: something here is no change of a weight.
+    """
+    if tune.merged is not None:
+        yield False
+        return
+    own = {one.place.module for site in tune.sites.values() for one in site.additions if one.place is not None}
+    names = [module for module in tune.parts.ties if module in own]
+    parts = tune.parts
+    with _untied(tune.model, names):
+        tune.parts = replace(parts, ties={name: to for name, to in parts.ties.items() if name not in names})
+        try:
+            tune.merge()
+            try:
+                yield bool(names)
+            finally:
+                tune.unmerge()
+        finally:
+            tune.parts = parts
+
+
+@contextmanager
+def _untied(model: nn.Module, modules: Sequence[str]) -> Iterator[None]:
+    with tied(model):
+        for module in modules:
+            untie(model, f"{module}.weight")
+        yield
+
+
+def outputs(model: Any, token_ids: Sequence[Sequence[int]]) -> list[Tensor]:
+    """Logits (an encoder: last hidden states) of each row, [T, V], in fp32 or wider, without dropout."""
+    device = next(model.parameters()).device
+    found = []
+    with evaluating(model):
+        for row in token_ids:
+            output = model(input_ids=torch.tensor([row], device=device))
+            values = output.logits if hasattr(output, "logits") else output.last_hidden_state
+            found.append(values[0].to(torch.promote_types(values.dtype, torch.float32)))
+    return found
+
+
+def divergence(left: Sequence[Tensor], right: Sequence[Tensor]) -> float:
+    """KL(left, right) of the distributions that logits [T, V] give, in nats, averaged over all positions."""
+    total, count = 0.0, 0
+    for one, other in zip(left, right, strict=True):
+        log_p, log_q = one.double().log_softmax(-1), other.double().log_softmax(-1)
+        total += float((log_p.exp() * (log_p - log_q)).sum())
+        count += len(one)
+    return total / count
+
+
+def _save(model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    try:
+        with quiet():
+            model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+    # A generation configuration that contradicts itself is refused here, among others.
+    except ValueError as error:
+        raise LuthierError(
+            f"transformers refuses to save this model: {error}",
+            where=type(model).__name__,
+            mend="correct the model's generation configuration",
+        ) from error
+
+
+def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    with quiet():
+        reloaded = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    if _token_ids(tokenizer) != _token_ids(reloaded) or tokenizer.chat_template != reloaded.chat_template:
+        raise LuthierError(
+            "the tokenizer cuts text differently after saving",
+            where=str(folder),
+            mend="keep the tokenizer's own files beside the weights, and report which tokenizer this is",
+        )
+
+
+def _token_ids(tokenizer: Any) -> list[list[int]]:
+    ids = [tokenizer(text)["input_ids"] for text in PROBES]
+    if tokenizer.chat_template:
+        turns = [dict(turn) for turn in CONVERSATION]
+        ids.append(tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False))
+    return ids
+
+
+def _check_model(tune: Tune, folder: Path, ids: Sequence[Sequence[int]], expected: Sequence[Tensor]) -> float:
+    """Read a model back and compare it. Returns the largest difference of its outputs."""
+    auto_class: Any = transformers.AutoModelForCausalLM if tune.parts.causal else transformers.AutoModel
+    device = next(tune.model.parameters()).device
+    # Routers send close calls to other experts when another kernel rounds differently.
+    experts = getattr(tune.model.config, "_experts_implementation", None)
+    kernel = {} if experts is None else {"experts_implementation": experts}
+    with quiet():
+        reloaded = auto_class.from_pretrained(folder, dtype="auto", local_files_only=True, **kernel).to(device)
+    found, weights = live(reloaded), live(tune.model)
+    wrong = [name for name, values in weights.items() if name not in found or not _same(found[name], values)]
+    if wrong:
+        raise LuthierError(
+            f"{len(wrong)} of {len(weights)} tensors differ after saving and loading",
+            where=wrong[0],
+            mend="transformers does not write this architecture as it reads it; keep the delta instead",
+        )
+    pairs = list(zip(outputs(reloaded, ids), expected, strict=True))
+    difference = max(float((one - other).abs().max()) for one, other in pairs)
+    bound = next(tune.model.parameters()).dtype
+    allowed = torch.finfo(bound).eps ** 0.5 * max(1.0, *(float(other.abs().max()) for _, other in pairs))
+    if not difference <= allowed:
+        raise LuthierError(
+            f"the saved model gives other outputs: they differ by {difference:g}, where rounding explains {allowed:g}",
+            where=str(folder),
+            mend="compare config.json with the configuration of the base",
+        )
+    return difference
+
+
+def _same(left: Tensor, right: Tensor) -> bool:
+    return left.shape == right.shape and left.dtype == right.dtype and torch.equal(bits(left), bits(right))

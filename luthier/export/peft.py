@@ -1,0 +1,319 @@
+"""LoRA adapters in PEFT's file format, written and read without PEFT."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from luthier.errors import LuthierError, nearest
+from luthier.export.folder import new_folder
+from luthier.kinds import Additive, Place, Services, Tensors
+from luthier.machine import versions
+from luthier.methods.additive.lora import lora
+from luthier.models.fingerprint import fingerprint as fingerprint_of
+from luthier.models.known import KNOWN
+from luthier.tune import Tune
+from luthier.tune.sites import Addition
+
+CONFIG = "adapter_config.json"
+TENSORS = "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+_REFUSED = (
+    "alora_invocation_tokens", "arrow_config", "kasa_config", "layer_replication", "lora_bias", "modules_to_save",
+    "monteclora_config", "target_parameters", "trainable_token_indices", "use_bdlora", "use_dora", "use_qalora",
+    "velora_config",
+)  # fmt: skip
+"""Options of PEFT that make an adapter more, or other, than `scale * B @ A`."""
+_STARTS_CHANGING_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+
+class Factors(NamedTuple):
+    """The adapter of one module: the change of its weight is `scale * up @ down`."""
+
+    down_RI: Tensor
+    up_OR: Tensor
+    scale: float
+
+    @property
+    def rank(self) -> int:
+        """Rows of `down`."""
+        return len(self.down_RI)
+
+
+def export_peft(tune: Tune, folder: str | Path, base_name: str, *, fingerprint: str | None = None) -> dict[str, Any]:
+    """Write what trains as a PEFT LoRA adapter.
+
+    Parts of a fused projection become one adapter whose `lora_B` is zero where a part does not reach. Scales are written
+    as `lora_alpha = scale * rank`, also for rank-stabilized ones, so any version of PEFT computes the same scale.
+
+    Args:
+        tune: with low-rank deltas only, not merged.
+        folder: must not exist.
+        base_name: of the base. Short names are written as the hub's; a path on this machine is not written at all.
+        fingerprint: of the base, where it is known: weights that differ from it are refused. What is written is
+            the fingerprint of the live weights.
+
+    Returns:
+        `modules` (how many), `ranks` (modules by rank), and `base_fingerprint`.
+
+    Raises:
+        LuthierError: the folder exists, the tune holds something that PEFT's LoRA cannot, or its weights are not the base's.
+    """
+    _refuse_other_kinds(tune)
+    live = fingerprint_of(tune.model)
+    if fingerprint is not None and fingerprint != live:
+        raise LuthierError(
+            "numbers of the model itself changed, and an adapter would lose that",
+            where="export_peft",
+            mend="export the model",
+        )
+    modules = _by_module(tune)
+    config = _config(tune, modules, _public_name(base_name))
+    tensors: dict[str, Tensor] = {}
+    for module, factors in modules.items():
+        tensors[f"{_PREFIX}{module}.lora_A.weight"] = factors.down_RI.cpu().contiguous()
+        tensors[f"{_PREFIX}{module}.lora_B.weight"] = factors.up_OR.cpu().contiguous()
+    metadata = {"format": "pt", "luthier": versions()["luthier"], "base_fingerprint": live}
+    with new_folder(Path(folder)) as beside:
+        save_file(tensors, beside / TENSORS, metadata)
+        (beside / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    ranks = Counter(factors.rank for factors in modules.values())
+    return {"modules": len(modules), "ranks": dict(sorted(ranks.items())), "base_fingerprint": live}
+
+
+def load_peft(folder: str | Path, tune: Tune, *, force: bool = False) -> Additive:
+    """A PEFT LoRA adapter as a technique: `tune.add(slot, load_peft(folder, tune), services, {})` attaches it.
+
+    Where the adapter has nothing for a place of the roles it reaches, the delta has rank 0. An adapter of a fused projection
+    is cut into the parts luthier knows, which share the values of `lora_A` at the start and train on their own.
+
+    Args:
+        folder: with adapter_config.json and adapter_model.safetensors.
+        tune: on the adapter's base.
+        force: also on another base than the adapter names by fingerprint (only luthier's own adapters do).
+
+    Raises:
+        LuthierError: the folder holds no LoRA adapter, one that is more than `scale * B @ A`, a module that the model does
+            not have or has in another shape, or the base is another.
+    """
+    path = Path(folder)
+    config = _read_config(path)
+    tensors, metadata = _read_tensors(path)
+    if not force:
+        _check_base(tune, metadata.get("base_fingerprint"), config.get("base_model_name_or_path"), path)
+    modules = _factors(tensors, config, path)
+    places = {module: _places(tune, module, factors, path) for module, factors in modules.items()}
+    scale = next(iter(modules.values())).scale
+
+    def start(place: Place, weight_OI: Tensor, services: Services) -> Tensors:
+        width_out, width_in = weight_OI.shape
+        if place.module not in modules:
+            return {"down": torch.zeros(0, width_in), "up": torch.zeros(width_out, 0)}
+        factors = modules[place.module]
+        up_OR = factors.up_OR[place.start : place.stop]
+        return {"down": factors.down_RI, "up": up_OR if factors.scale == scale else up_OR * (factors.scale / scale)}
+
+    roles = tuple(dict.fromkeys(place.role for found in places.values() for place in found))
+    same = lora(rank=1, alpha=scale, dropout=float(config.get("lora_dropout") or 0.0))
+    return same._replace(start=start, roles=roles)
+
+
+def _refuse_other_kinds(tune: Tune) -> None:
+    """Raise if something that trains is no low-rank delta."""
+    if tune.merged is not None:
+        raise LuthierError("the model is merged", where="export_peft", mend="call unmerge() first")
+    additions = _additions(tune)
+    held = {one.slot for one in additions if one.value.pair is not None and not one.value.subtract}
+    others = sorted({one.slot for one in tune.trained.values() if one.slot not in held})
+    if others or not held:
+        what = (
+            f"`{others[0]}` is no low-rank delta that PEFT could add to the base"
+            if others
+            else "nothing low-rank stands here"
+        )
+        raise LuthierError(what, where="export_peft", mend="export the model, or keep the delta")
+
+
+def _additions(tune: Tune) -> list[Addition]:
+    return [one for site in tune.sites.values() for one in site.additions]
+
+
+def _by_module(tune: Tune) -> dict[str, Factors]:
+    """One pair of factors for each module that has any."""
+    groups: dict[str, list[Addition]] = {}
+    for one in _additions(tune):
+        assert one.place is not None and one.value.pair is not None
+        if len(one.masters()[one.value.pair[0]]):
+            groups.setdefault(one.place.module, []).append(one)
+    return {module: _joined(tune, group) for module, group in groups.items()}
+
+
+def _joined(tune: Tune, group: Sequence[Addition]) -> Factors:
+    """The factors of all deltas at one module side by side, each reaching its own outputs."""
+    downs, ups = [], []
+    scale = group[0].value.scale
+    for one in group:
+        assert one.place is not None and one.value.pair is not None
+        down_RI, up_OR = (one.masters()[name] for name in one.value.pair)
+        outputs = tune.region(one.place._replace(start=None, stop=None)).shape[0]
+        wide_OR = up_OR.new_zeros(outputs, len(down_RI))
+        wide_OR[one.place.start : one.place.stop] = (
+            up_OR if one.value.scale == scale else up_OR * (one.value.scale / scale)
+        )
+        downs.append(down_RI)
+        ups.append(wide_OR)
+    return Factors(torch.cat(downs), torch.cat(ups, dim=1), scale)
+
+
+def _config(tune: Tune, modules: Mapping[str, Factors], base_name: str | None) -> dict[str, Any]:
+    rank = Counter(factors.rank for factors in modules.values()).most_common(1)[0][0]
+    alpha = Counter(factors.scale * factors.rank for factors in modules.values()).most_common(1)[0][0]
+    # PEFT reads the names in these two as regular expressions.
+    ranks = {re.escape(name): factors.rank for name, factors in modules.items() if factors.rank != rank}
+    alphas = {name: factors.scale * factors.rank for name, factors in modules.items()}
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM" if tune.parts.causal else "FEATURE_EXTRACTION",
+        "base_model_name_or_path": base_name,
+        "inference_mode": True,
+        "r": rank,
+        "lora_alpha": alpha,
+        "rank_pattern": ranks,
+        "alpha_pattern": {re.escape(name): value for name, value in alphas.items() if value != alpha},
+        "use_rslora": False,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": any(name in tune.parts.transposed for name in modules),
+        "target_modules": list(modules),
+    }
+
+
+def _public_name(base_name: str) -> str | None:
+    """What others can find the base by; None for a path, which means nothing elsewhere."""
+    if base_name in KNOWN:
+        return KNOWN[base_name].hub
+    local = Path(base_name).expanduser().exists() or base_name.startswith((".", "~", "/")) or base_name.count("/") > 1
+    return None if local or "\\" in base_name or base_name.endswith(".gguf") else base_name
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / CONFIG
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise LuthierError(
+            f"the adapter cannot be read: {error}", where=str(path), mend="name a PEFT adapter's folder"
+        ) from error
+    kind = config.get("peft_type") if isinstance(config, dict) else None
+    if kind != "LORA":
+        raise LuthierError(f"this is no LoRA adapter but `{kind}`", where=str(path), mend="only LoRA adapters are read")
+    start = config.get("init_lora_weights")
+    refused = [f"{key}: {config[key]}" for key in _REFUSED if config.get(key)]
+    refused += [f"bias: {config['bias']}"] if config.get("bias", "none") != "none" else []
+    refused += [f"init_lora_weights: {start}"] if str(start).startswith(_STARTS_CHANGING_THE_BASE) else []
+    if refused:
+        raise LuthierError(
+            f"the adapter is more than two factors beside the base ({refused[0]})",
+            where=str(path),
+            mend="merge it with PEFT and name the merged model",
+        )
+    return dict(config)
+
+
+def _read_tensors(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    path = folder / TENSORS
+    if not path.is_file() and (folder / "adapter_model.bin").is_file():
+        raise LuthierError(
+            "the adapter is pickled, and unpickling runs whatever code the file holds",
+            where=str(folder),
+            mend="if you trust the file, load it with PEFT and save it again, which writes safetensors",
+        )
+    try:
+        with safe_open(path, "pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise LuthierError(f"the adapter cannot be read: {error}", where=str(path), mend="copy it again") from error
+
+
+def _check_base(tune: Tune, wanted: str | None, name: str | None, folder: Path) -> None:
+    if wanted is None:
+        return
+    with tune.at("base"):
+        found = fingerprint_of(tune.model)
+    if found != wanted:
+        raise LuthierError(
+            f"the adapter belongs to {name or 'another model'} ({wanted[:12]}), and this model is {found[:12]}",
+            where=str(folder),
+            mend="load the adapter's base in the same type, or force it if you know better",
+        )
+
+
+def _factors(tensors: Mapping[str, Tensor], config: Mapping[str, Any], folder: Path) -> dict[str, Factors]:
+    """The factors of every module of an adapter, with PEFT's scale."""
+    known = re.compile(rf"{re.escape(_PREFIX)}(.+)\.lora_([AB])\.weight")
+    found: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        match = known.fullmatch(name)
+        if match is None:
+            raise LuthierError(
+                f"`{name}` is no factor of a linear map", where=str(folder), mend="merge the adapter with PEFT"
+            )
+        found.setdefault(match[1], {})[match[2]] = tensor
+    halves = [module for module, pair in found.items() if set(pair) != {"A", "B"}]
+    if halves or not found:
+        where = halves[0] if halves else str(folder)
+        raise LuthierError("the adapter lacks a factor", where=where, mend="copy the adapter again")
+    return {
+        module: Factors(pair["A"], pair["B"], _scale(module, pair["A"].shape[0], config, folder))
+        for module, pair in found.items()
+    }
+
+
+def _scale(module: str, rank: int, config: Mapping[str, Any], folder: Path) -> float:
+    alpha = config.get("lora_alpha", 8)
+    for pattern, value in (config.get("alpha_pattern") or {}).items():
+        try:
+            matches = re.match(rf"(.*\.)?({pattern})$", module) is not None
+        except re.error as error:
+            raise LuthierError(
+                f"`{pattern}` is no pattern: {error}", where=f"{folder / CONFIG}: alpha_pattern", mend="correct it"
+            ) from error
+        if matches:
+            alpha = value
+            break
+    if not isinstance(alpha, int | float) or not rank:
+        raise LuthierError(
+            f"alpha is {alpha!r} at rank {rank}", where=module, mend="correct the adapter's configuration"
+        )
+    return float(alpha / rank**0.5 if config.get("use_rslora") else alpha / rank)
+
+
+def _places(tune: Tune, module: str, factors: Factors, folder: Path) -> list[Place]:
+    """Where an adapter's module is in the model."""
+    places = [place for place in tune.parts.places if place.module == module and place.tensor == "weight"]
+    if not places and module in tune.parts.ties and module == tune.parts.head:
+        places = [Place(module, "weight", "head", None)]
+    if not places:
+        raise LuthierError(
+            f"the adapter is for a module `{module}` that the model does not have",
+            where=str(folder),
+            mend=nearest(module, {place.module for place in tune.parts.places}) or "load the adapter's base",
+        )
+    shape = tune.region(places[0]._replace(start=None, stop=None)).shape
+    if (*factors.up_OR.shape, *factors.down_RI.shape) != (shape[0], factors.rank, factors.rank, shape[-1]):
+        found = f"{tuple(factors.up_OR.shape)} and {tuple(factors.down_RI.shape)}"
+        raise LuthierError(
+            f"factors of shape {found} do not fit a weight of shape {tuple(shape)}",
+            where=module,
+            mend="load the adapter's base",
+        )
+    return places

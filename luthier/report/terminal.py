@@ -1,0 +1,137 @@
+"""A run in the terminal: the headline, the four cards and the sets, within 80 columns and 24 lines."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from luthier.report.facts import (
+    Card,
+    Estimate,
+    Facts,
+    SetFacts,
+    are_shares,
+    cards,
+    headline,
+    sets_of,
+    short_name,
+    warnings_of,
+)
+from luthier.report.words import NOT_MEASURED, clean, duration, moment, number, percent, shown, spaced
+
+if TYPE_CHECKING:
+    from luthier.evaluate.sets import SetResult
+
+MOST_SETS = 4
+MOST_WARNINGS = 2
+LONGEST_HEADLINE = 300
+STYLES = {"better": "green", "worse": "red", NOT_MEASURED: "dim"}
+
+
+def summary(run: Facts) -> Group:
+    """A run's headline, cards, sets and warnings. Text from data is shown as it is, never read as markup."""
+    sets = sets_of(run)
+    warnings = warnings_of(run)
+    parts: list[RenderableType] = [plain(_clipped(headline(run)), "bold"), _cards(cards(run))]
+    if sets:
+        parts.append(_set_table(sets[:MOST_SETS]))
+    if len(sets) > MOST_SETS:
+        parts.append(plain(f"and {len(sets) - MOST_SETS} more sets in report.html", "dim"))
+    parts += [_one_line(f"warning: {warning}", "yellow") for warning in warnings[:MOST_WARNINGS]]
+    if len(warnings) > MOST_WARNINGS:
+        parts.append(plain(f"and {len(warnings) - MOST_WARNINGS} more warnings in report.html", "yellow"))
+    return Group(*parts)
+
+
+def run_table(runs: Iterable[Facts]) -> Table:
+    """Runs, one a line. Each stands for itself: sets of different runs need not be the same, so nothing is ranked."""
+    table = _table("run", "status", "learned", "kept", "trained", "time", "started")
+    for run in runs:
+        learned = next((one for one in sets_of(run) if one.side != "kept"), None)
+        trained, total = run.get("trained_numbers"), run.get("total_numbers")
+        table.add_row(
+            plain(short_name(run), "bold"),
+            plain(str(run.get("status") or "unknown"), "" if run.get("status") == "finished" else "yellow"),
+            plain(learned.value(learned.after.value) if learned else NOT_MEASURED),
+            plain(shown(run.get("kept"), percent)),
+            plain(percent(trained / total) if trained is not None and total else NOT_MEASURED),
+            plain(shown(run.get("seconds"), duration)),
+            plain(moment(str(run.get("started") or ""))[:10]),
+        )
+    return table
+
+
+def measured(results: Mapping[str, SetResult]) -> Table:
+    """Sets measured on one model, with 95 % intervals."""
+    table = _table("set", "metric", "items", "value", "95 % interval")
+    for name, one in results.items():
+        form = percent if are_shares([one.value], one.higher_is_better) else number
+        value = Estimate(one.value, *(one.interval or ()))
+        table.add_row(
+            plain(name, "bold"),
+            plain(spaced(one.metric)),
+            str(one.n),
+            shown(value.value, form),
+            value.interval(form) or NOT_MEASURED,
+        )
+    return table
+
+
+def plain(text: str, style: str = "") -> Text:
+    """Text that is neither markup nor able to steer the terminal."""
+    return Text(clean(text).replace("\n", " "), style=style)
+
+
+def _clipped(text: str) -> str:
+    return text if len(text) <= LONGEST_HEADLINE else f"{text[: LONGEST_HEADLINE - 1]}\u2026"
+
+
+def _cards(four: Iterable[Card]) -> Table:
+    grid = Table.grid(expand=True, padding=0)
+    panels = []
+    for card in four:
+        grid.add_column(ratio=1)
+        lines = [
+            plain(card.value, f"bold {STYLES.get(card.verdict, '')}".strip()),
+            *(plain(note, "dim") for note in card.notes),
+        ]
+        panels.append(
+            Panel(Group(*lines), title=card.title, title_align="left", box=box.ROUNDED, border_style="dim", height=7)
+        )
+    grid.add_row(*panels)
+    return grid
+
+
+def _set_table(sets: Iterable[SetFacts]) -> Table:
+    table = _table("set", "metric", "before", "after", "difference", "verdict")
+    for one in sets:
+        table.add_row(
+            _one_line(one.name, "bold"),
+            _one_line(spaced(one.metric), ""),
+            plain(one.value(one.before.value)),
+            plain(one.value(one.after.value)),
+            plain(one.difference_words()),
+            _one_line(one.verdict, STYLES.get(one.verdict, "")),
+        )
+    return table
+
+
+def _one_line(text: str, style: str) -> Text:
+    line = plain(text, style)
+    line.no_wrap, line.overflow = True, "ellipsis"
+    return line
+
+
+def _table(first: str, *others: str) -> Table:
+    table = Table(box=None, header_style="dim", padding=(0, 2, 0, 0))
+    table.add_column(first, overflow="ellipsis", no_wrap=True, max_width=28)
+    for name in others:
+        right = name in ("items", "value", "before", "after", "difference")
+        table.add_column(name, overflow="ellipsis", justify="right" if right else "left", no_wrap=name == "started")
+    return table

@@ -1,0 +1,260 @@
+"""The step: its order, its optimizers, and what cannot go together."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from luthier.errors import LuthierError
+from luthier.kinds import Keeper, Now, Place, Select, Selective, Services, Tensors, Term, View
+from luthier.methods.optimizer.adamw import _correction
+from luthier.train.world import World
+from tests.conftest import split
+from tests.toys.helpers import gradients, model_of, plain_gradients, rows_of_eight, toys  # noqa: F401
+
+
+def give(run: Any, step: int) -> dict[str, Tensor]:
+    """Put random gradients in, as a source would."""
+    given = {}
+    for i, (name, one) in enumerate(run.tune.trained.items()):
+        rng = torch.Generator().manual_seed(1000 * step + i)
+        given[name] = torch.randn(one.master.shape, generator=rng).to(one.master.dtype)
+        one.gradient = given[name].clone()
+    return given
+
+
+def masters(run: Any) -> dict[str, Tensor]:
+    return {name: one.master.detach().clone() for name, one in run.tune.trained.items()}
+
+
+@pytest.mark.parametrize(("fused", "tolerance"), [(True, 0.0), (False, 1e-7)])
+def test_adamw_equals_pytorchs_over_ten_steps(engine: Any, now: Now, fused: bool, tolerance: float) -> None:
+    run = engine("full", model=model_of(), step={"adamw": {"decay": 0.1}}, dtype=torch.float32)
+    copies = {name: one.clone().requires_grad_(True) for name, one in masters(run).items()}
+    groups = [
+        {"params": [copies[n] for n, one in run.tune.trained.items() if one.decay], "weight_decay": 0.1},
+        {"params": [copies[n] for n, one in run.tune.trained.items() if not one.decay], "weight_decay": 0.0},
+    ]
+    assert all(group["params"] for group in groups)
+    torchs = torch.optim.AdamW(groups, fused=fused)
+    for i in range(10):
+        rate = 0.01 * (i + 1)
+        for name, gradient in give(run, i).items():
+            copies[name].grad = gradient
+        for group in torchs.param_groups:
+            group["lr"] = rate
+        torchs.step()
+        run.chain.step(now._replace(step=i, learning_rate=rate))
+    for name, value in masters(run).items():
+        assert torch.allclose(value, copies[name].detach(), rtol=tolerance, atol=tolerance), name
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 3e-7), (torch.float64, 1e-13)])
+def test_an_age_for_each_entry_equals_one_age_when_nothing_changes(
+    engine: Any, now: Now, dtype: torch.dtype, tolerance: float
+) -> None:
+    def choose(parts: Any, services: Services) -> dict[Place, Select]:
+        return {place: Select("rows", torch.arange(0, 30, 3)) for place in parts.select(roles=["mlp_down"])}
+
+    runs = [
+        engine(Selective(choose, refresh=refresh), model=model_of(), step={"adamw": {"decay": 0.1}}, dtype=dtype)
+        for refresh in (None, lambda state, services: {})
+    ]
+    for i in range(10):
+        for run in runs:
+            give(run, i)
+            run.chain.step(now._replace(step=i, learning_rate=0.01))
+    aged = next(iter(runs[1].chain.state["adamw"].values()))["age"]
+    assert aged.shape == (10, 1) and (aged == 10).all()
+    for name, value in masters(runs[1]).items():
+        assert torch.allclose(value, masters(runs[0])[name], rtol=tolerance, atol=tolerance)
+
+
+def test_the_correction_of_young_moments_loses_no_digits_in_fp32() -> None:
+    age = torch.tensor([1.0, 2.0, 1000.0])
+    exact = 1 - 0.999 ** age.double()
+    assert torch.allclose(_correction(0.999, age, torch.float32).double(), exact, rtol=2e-7, atol=0)
+    assert torch.equal(_correction(0.0, age, torch.float32), torch.ones(3))
+
+
+def test_a_gradient_laid_out_otherwise_gives_the_same_step(engine: Any, now: Now) -> None:
+    """Fused optimizers walk memory: a transposed view must not pair numbers with those of other places."""
+    runs = [engine("full", model=model_of(), step="adamw") for _ in range(2)]
+    for run, turned in zip(runs, (False, True), strict=True):
+        give(run, 0)
+        for one in run.tune.trained.values():
+            if turned and one.gradient.ndim == 2:
+                one.gradient = one.gradient.t().contiguous().t()
+        run.chain.step(now)
+    assert all(torch.equal(value, masters(runs[1])[name]) for name, value in masters(runs[0]).items())
+
+
+def test_masters_of_slices_are_contiguous_however_the_weight_is_stored(engine: Any) -> None:
+    run = engine(["some_rows", {"some_cols": {"roles": ["attention_output"]}}], architecture="gpt2")
+    assert all(one.master.is_contiguous() for one in run.tune.trained.values())
+
+
+@pytest.mark.parametrize("norm", [0.0, 0.1, 1e6])
+def test_clipping_equals_pytorchs(engine: Any, now: Now, norm: float) -> None:
+    run = engine("full", model=model_of(), step=[{"clip": {"norm": norm}}, "sgd"])
+    before = masters(run)
+    copies = {name: torch.zeros_like(value, requires_grad=True) for name, value in before.items()}
+    given = give(run, 0)
+    for name, gradient in given.items():
+        copies[name].grad = gradient.clone()
+    if norm:
+        torch.nn.utils.clip_grad_norm_(list(copies.values()), norm)
+    run.chain.step(now._replace(learning_rate=1.0))
+    for name, value in masters(run).items():
+        assert torch.allclose(before[name] - value, copies[name].grad, rtol=1e-9, atol=1e-12)  # type: ignore[arg-type]
+
+
+def test_sgd_by_hand(engine: Any, now: Now) -> None:
+    run = engine({"some_cols": {"rate": 0.5}}, model=model_of(), step={"sgd": {"momentum": 0.9}})
+    (name, one), *_ = run.tune.trained.items()
+    before = one.master.detach().clone()
+    first, second = give(run, 0)[name], None
+    run.chain.step(now._replace(learning_rate=0.2))
+    assert torch.allclose(one.master, before - 0.1 * first, rtol=1e-14, atol=0)
+    second = give(run, 1)[name]
+    run.chain.step(now._replace(learning_rate=0.2))
+    assert torch.allclose(one.master, before - 0.1 * first - 0.1 * (0.9 * first + second), rtol=1e-13, atol=1e-15)
+
+
+def test_the_order_decides_whether_gradients_or_updates_are_projected(engine: Any, now: Now) -> None:
+    leaks = []
+    for step in (["clip", "adamw", "project_out"], ["project_out", "clip", "adamw"]):
+        run = engine("full", model=model_of(), step=step, dtype=torch.float32)
+        before = masters(run)
+        for i in range(5):
+            run.step(split(rows_of_eight(), (5, 3)), now._replace(step=i, learning_rate=0.01))
+        worst = 0.0
+        for name, state in run.chain.state["project_out"].items():
+            change = masters(run)[name] - before[name]
+            left_O = torch.linalg.svd(before[name], full_matrices=False)[0][:, 0]
+            assert torch.allclose(state["guard_OK"][:, 0].abs(), left_O.abs(), atol=1e-6)
+            assert float(change.norm()) > 1e-3
+            worst = max(worst, float((left_O @ change).norm() / change.norm()))
+        leaks.append(worst)
+    assert leaks[0] < 1e-6 and leaks[1] > 1e-2
+
+
+def test_every_tensor_has_exactly_one_optimizer(engine: Any, now: Now) -> None:
+    run = engine("full", model=model_of(), step=["low_rank_sgd", "adamw"])
+    matrices = {name for name, one in run.tune.trained.items() if one.master.ndim == 2}
+    assert {name for name, slot in run.chain.optimizer_of.items() if slot == "low_rank_sgd"} == matrices
+    assert set(run.chain.optimizer_of) == set(run.tune.trained)
+    run.step([rows_of_eight()], now)
+    assert set(run.chain.state["low_rank_sgd"]) == matrices
+    assert set(run.chain.state["adamw"]) == set(run.tune.trained) - matrices != set()
+
+
+def test_sign_before_sgd_by_hand(engine: Any, now: Now) -> None:
+    run = engine("full", model=model_of(), step=["sign", "sgd"])
+    before, given = masters(run), give(run, 0)
+    run.chain.step(now._replace(learning_rate=0.25))
+    assert all(torch.equal(value, before[n] - 0.25 * given[n].sign()) for n, value in masters(run).items())
+
+
+def some_rows_touch(slot_value: float = 3.0) -> Term:
+    """A term whose own number gets a gradient from the micro-batch with the first row only."""
+
+    def total(view: View, own: Tensors) -> Tensor:
+        touched = own["number"].sum() * slot_value if "row0" in view.batch.row_ids else 0.0
+        return view["nll"].sum() + touched
+
+    return Term(total, start=lambda services: {"number": torch.ones(2)})
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("tune", ["full", "lora", "some_rows"])
+@pytest.mark.parametrize("step", ["sgd", "adamw", ["adamw", "sign"]], ids=str)
+def test_updates_inside_backward_equal_updates_after_it(
+    engine: Any, now: Now, tune: str, step: Any, dtype: torch.dtype
+) -> None:
+    found = []
+    for source in ("backprop", "per_layer"):
+        run = engine(tune, model=model_of(tied=True), objective=some_rows_touch(), step=step, source=source, dtype=dtype)
+        for i in range(3):
+            run.step(split(rows_of_eight(), (3, 4, 1)), now._replace(step=i, learning_rate=0.01))
+            assert all(one.gradient is None for one in run.tune.trained.values())
+        found.append(masters(run))
+    assert found[0].keys() == found[1].keys()
+    assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())
+    (number,) = [value for name, value in found[0].items() if name.endswith("number")]
+    assert (number != 1).all()
+
+
+def test_the_zeroth_order_slope_is_the_directional_derivative(engine: Any, now: Now) -> None:
+    model = model_of()
+    full = plain_gradients(model, rows_of_eight())
+    run = engine({"full": {"roles": ["mlp_down"]}}, model=model, source={"zeroth_order": {"scale": 1e-5}})
+    before = masters(run)
+    run.step(split(rows_of_eight(), (5, 3)), now._replace(learning_rate=1.0))
+    update = {name.removeprefix("full/"): before[name] - value for name, value in masters(run).items()}
+    size = sum(float(one.square().sum()) for one in update.values()) ** 0.5
+    numbers = sum(one.numel() for one in update.values())
+    # The update is slope x noise, and the slope is gradient . noise.
+    slope_squared = sum(float((full[name] * one).sum()) for name, one in update.items())
+    assert abs(size / slope_squared**0.5 - numbers**0.5) < 0.05 * numbers**0.5
+
+
+def refused(engine: Any, message: str, **more: Any) -> None:
+    with pytest.raises(LuthierError, match=message):
+        engine(**more)
+
+
+def test_what_cannot_go_together_is_refused_by_name(engine: Any) -> None:
+    refused(engine, "the step has no optimizer", step="clip")
+    refused(engine, "no optimizer takes `full/model.layers.0.input_layernorm.weight`", step="low_rank_sgd")
+    refused(engine, r"`adamw\.2` takes none", step=["adamw", "adamw"])
+    refused(engine, "`project_out` takes none", tune="some_rows", step=["adamw", "project_out"])
+    refused(engine, "`clip` needs all gradients at once", source="per_layer", step=["clip", "adamw"])
+    refused(engine, "`clip` needs all gradients at once", source="zeroth_order", step=["clip", "adamw"])
+    refused(engine, "`some_entries` observes whole gradients", tune="some_entries", source="zeroth_order")
+    refused(engine, "`growing` observes whole gradients", tune="growing", source="per_layer")
+    keeper = Keeper(needs=frozenset({"gradients"}))
+    refused(engine, "`keeper` needs all gradients at once", keep=keeper, source="per_layer")
+    refused(engine, "not summed over several processes", source="per_layer", world=World(2, 0))
+    refused(engine, "nothing trains", tune=[])
+    refused(engine, "nothing is minimized", objective=[])
+    refused(engine, "finds no place with the roles expert", tune={"lora": {"roles": ["expert"]}})
+    empty = Selective(lambda parts, services: {})
+    refused(engine, "`selective` selects nothing", tune=empty)
+
+
+def test_two_techniques_on_the_same_numbers_are_refused_and_both_are_named(engine: Any) -> None:
+    refused(engine, r"`full\.2` and `full` both train the same numbers", tune=["full", "full"])
+    rows = {"some_rows": {"roles": ["mlp_down"], "every": 2}}
+    cols = {"some_cols": {"roles": ["mlp_down"], "every": 2}}
+    refused(engine, "`some_cols` and `some_rows` both train", tune=[rows, cols])
+    value = {"full": {"roles": ["attention_value"]}}
+    refused(engine, "`some_rows` and `full` both train", tune=[value, {"some_rows": {"roles": ["attention_value"]}}],
+            architecture="gpt2")
+
+
+def odd_rows(parts: Any, services: Services) -> dict[Place, Select]:
+    return {place: Select("rows", torch.arange(1, 32, 2)) for place in parts.select(roles=["mlp_down"])}
+
+
+@pytest.mark.parametrize(
+    "tune",
+    [
+        [{"full": {"roles": ["attention_key"]}}, {"full": {"roles": ["attention_value"]}}],
+        [{"some_rows": {"roles": ["mlp_down"], "every": 2}}, Selective(odd_rows)],
+        ["half", {"lora": {"roles": ["attention_query"]}}],
+        ["lora", "lora"],
+    ],
+    ids=["fused", "rows", "half and lora", "two loras"],
+)
+def test_disjoint_selections_and_stacked_deltas_go_together(engine: Any, now: Now, tune: Any) -> None:
+    run = engine(tune, model=model_of("gpt2"), step="adamw")
+    found = gradients(run, [rows_of_eight()], now)
+    assert set(found) == set(run.tune.trained)
+    before = masters(run)
+    for i in range(2):
+        run.step([rows_of_eight()], now._replace(step=i, learning_rate=0.01))
+    assert all(not torch.equal(value, before[name]) for name, value in masters(run).items())

@@ -1,0 +1,232 @@
+"""Half Fine-Tuning against the paper's rule: how many train, what never moves, and what it comes down to."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from luthier.kinds import Now, Place
+from luthier.models.tiny import tiny
+from luthier.registry import make
+from luthier.train.services import RunServices
+from luthier.tune import Tune
+from tests.conftest import split
+from tests.toys.helpers import rows_of_eight
+
+CATEGORIES = {"attention": "attention", "mlp": "mlp", "expert": "mlp"}
+
+
+def category(place: Place) -> str:
+    return "norm" if place.role.endswith("norm") else CATEGORIES[place.role.split("_")[0]]
+
+
+def drawn(model: Any, *, seed: int = 0, stage: int = 0, **options: Any) -> list[Place]:
+    """The places one draw frees."""
+    from luthier.models.parts import map_parts
+
+    parts = map_parts(model)
+    (value,) = make({"half": options}, ("selective",)).values
+    services = RunServices(Tune(model, parts), "half", Now(seed=seed, stage=stage, stages=2))
+    return list(value.choose(parts, services))
+
+
+def counts(places: list[Place]) -> Counter[tuple[int, str]]:
+    return Counter((p.block, category(p)) for p in places if p.block is not None and p.tensor != "bias")
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_four_blocks_train_21_of_39_tensors(seed: int) -> None:
+    model = tiny("llama", layers=4, tied=False)
+    places = drawn(model, seed=seed)
+    found = counts(places)
+    assert [found[b, "attention"] for b in range(4)] == [2, 2, 2, 2]
+    assert [found[b, "norm"] for b in range(4)] == [1, 1, 1, 1]
+    assert sorted(found[b, "mlp"] for b in range(4)) == [1, 1, 2, 2]
+    assert {str(p) for p in places if p.block is None} == {"model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"}
+    assert len(places) == 21 and len(list(model.parameters())) == 39
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_an_odd_number_of_blocks_rounds_as_the_paper_does(seed: int) -> None:
+    found = counts(drawn(tiny("llama", layers=5), seed=seed))
+    assert sum(found[b, "attention"] for b in range(5)) == 10
+    assert sorted(found[b, "mlp"] for b in range(5)) == [1, 1, 2, 2, 2]
+    assert sum(found[b, "norm"] for b in range(5)) == 5
+
+
+def test_every_tensor_is_drawn_about_half_of_the_time() -> None:
+    model = tiny("llama", layers=2)
+    seen = Counter(str(p) for seed in range(400) for p in drawn(model, seed=seed) if p.block is not None)
+    assert len(seen) == 18
+    # Five standard errors of a fair coin.
+    assert all(abs(count - 200) < 5 * 10 for count in seen.values())
+
+
+def test_frozen_weights_keep_every_bit_where_zeroed_gradients_shrink_them(engine: Any, now: Now) -> None:
+    model = tiny("llama", seed=1, layers=4, tied=False)
+    base = {name: one.detach().clone() for name, one in model.named_parameters()}
+    run = engine("half", model=model, step={"adamw": {"decay": 0.1}}, dtype=torch.float32)
+    look_alike = {name: one.clone().requires_grad_(True) for name, one in base.items()}
+    torchs = torch.optim.AdamW(list(look_alike.values()), lr=0.01, weight_decay=0.1)
+    trained = {one.place.parameter for one in run.tune.trained.values()}
+    frozen = set(base) - trained
+    assert len(trained) == 21 and len(frozen) == 18
+    for i in range(20):
+        run.step(split(rows_of_eight(seed=i), (5, 3)), now._replace(step=i, learning_rate=0.01))
+        for one in look_alike.values():
+            one.grad = torch.zeros_like(one)
+        torchs.step()
+    live = dict(model.named_parameters())
+    for name in frozen:
+        assert torch.equal(live[name], base[name])
+        ratio = look_alike[name].detach().double().norm() / base[name].double().norm()
+        assert abs(float(ratio) - 0.999**20) < 1e-5 and abs(0.999**20 - 0.98019) < 1e-5
+    assert all(not torch.equal(live[name], base[name]) for name in trained)
+    assert set(run.chain.state["adamw"]) == set(run.tune.trained) and len(run.chain.state["adamw"]) == 21
+
+
+def test_the_draw_depends_on_seed_and_stage_alone() -> None:
+    model = tiny("llama", layers=4)
+    first = drawn(model)
+    torch.manual_seed(99)
+    assert drawn(copy.deepcopy(model)) == first
+    assert drawn(model, seed=1) != first != drawn(model, stage=1)
+
+
+def test_a_share_of_one_is_full_fine_tuning_bit_for_bit(engine: Any, now: Now) -> None:
+    found = []
+    for tune in ({"half": {"share": 1.0}}, "full"):
+        model = tiny("llama", seed=1, layers=4)
+        run = engine(tune, model=model, step={"adamw": {"decay": 0.1}}, dtype=torch.float32)
+        losses = [
+            run.step(split(rows_of_eight(seed=i), (5, 3)), now._replace(step=i, learning_rate=0.01)).loss for i in range(4)
+        ]
+        found.append((losses, {name: one.detach().clone() for name, one in model.named_parameters()}))
+    assert found[0][0] == found[1][0]
+    assert all(torch.equal(value, found[1][1][name]) for name, value in found[0][1].items())
+
+
+@pytest.mark.parametrize("share", [0.3, 0.5, 0.7])
+@pytest.mark.parametrize("seed", range(4))
+def test_other_shares_round_over_the_model(seed: int, share: float) -> None:
+    found = counts(drawn(tiny("llama", layers=4), seed=seed, share=share))
+    for kind, size in (("attention", 4), ("mlp", 3), ("norm", 2)):
+        each = [found[b, kind] for b in range(4)]
+        assert sum(each) == int(share * 4 * size + 0.5)
+        assert max(each) - min(each) <= 1
+
+
+def numbers(model: Any, places: list[Place]) -> int:
+    def size(p: Place) -> int:
+        tensor = model.get_parameter(p.parameter)
+        rows = tensor.numel() if p.start is None else tensor.numel() * (p.stop - p.start) // max(tensor.shape)  # type: ignore[operator]
+        return int(rows)
+
+    return sum(size(p) for p in places)
+
+
+@pytest.mark.parametrize("share", [0.3, 0.5, 0.7])
+@pytest.mark.parametrize("seed", range(4))
+def test_balance_by_parameters_is_within_one_tensor_of_the_share(seed: int, share: float) -> None:
+    model = tiny("llama", layers=4, width=64)
+    everything = drawn(model, share=1.0)
+    chosen = drawn(model, seed=seed, share=share, balance="parameters")
+    for kind in ("attention", "mlp", "norm"):
+        of_kind = [p for p in everything if p.block is not None and category(p) == kind]
+        trained = numbers(model, [p for p in chosen if p in of_kind])
+        largest = max(numbers(model, [p]) for p in of_kind)
+        assert abs(trained - share * numbers(model, of_kind)) <= largest
+
+
+def test_half_by_tensors_is_not_half_by_parameters_with_narrow_keys() -> None:
+    """Width 64 with keys and values of 32: 2 of 4 attention matrices are a third, a half or two thirds of their numbers."""
+    model = tiny("llama", layers=2, width=64)
+    all_of = numbers(model, [p for p in drawn(model, share=1.0) if p.block == 0 and category(p) == "attention"])
+    shares = {
+        round(numbers(model, [p for p in drawn(model, seed=s) if p.block == 0 and category(p) == "attention"]) / all_of, 4)
+        for s in range(60)
+    }
+    assert shares == {0.3333, 0.5, 0.6667}
+
+
+def test_the_level_of_layers_draws_whole_blocks() -> None:
+    places = drawn(tiny("llama", layers=4), level="layer")
+    blocks = Counter(p.block for p in places if p.block is not None)
+    assert sorted(blocks.values()) == [9, 9]
+    assert drawn(tiny("llama", layers=5), level="layer", share=0.5) != []
+
+
+def test_the_level_of_the_model_draws_anywhere() -> None:
+    model = tiny("llama", layers=4)
+    spread = []
+    for seed in range(6):
+        places = [p for p in drawn(model, seed=seed, level="model") if p.block is not None]
+        assert len(places) == 18
+        spread.append(tuple(sorted(Counter(p.block for p in places).values())))
+    assert len(set(spread)) > 1
+
+
+def test_fused_projections_are_drawn_in_parts_and_biases_follow(engine: Any, now: Now) -> None:
+    model = tiny("gpt2", seed=1, layers=4)
+    places = drawn(model)
+    found = counts(places)
+    assert [found[b, "attention"] for b in range(4)] == [2] * 4 and [found[b, "mlp"] for b in range(4)] == [1] * 4
+    assert [found[b, "norm"] for b in range(4)] == [1] * 4
+    weights = {(p.module, p.start) for p in places if p.tensor == "weight" and p.block is not None}
+    biases = {(p.module, p.start) for p in places if p.tensor == "bias" and p.block is not None}
+    assert weights == biases
+    before = {name: one.detach().clone() for name, one in model.named_parameters()}
+    run = engine("half", model=model, step={"adamw": {"decay": 0.1}}, dtype=torch.float32)
+    for i in range(3):
+        run.step([rows_of_eight()], now._replace(step=i, learning_rate=0.01))
+    chosen = {(one.place.module, one.place.start) for one in run.tune.trained.values()}
+    for b in range(4):
+        name = f"transformer.h.{b}.attn.c_attn"
+        for start in (0, 32, 64):
+            same = [
+                torch.equal(model.get_parameter(f"{name}.{t}")[..., start : start + 32], before[f"{name}.{t}"][..., start : start + 32])
+                for t in ("weight", "bias")
+            ]
+            assert same == ([False, False] if (name, start) in chosen else [True, True])
+
+
+def test_interleaved_projections_count_as_one_matrix() -> None:
+    found = counts(drawn(tiny("gpt_neox", layers=4)))
+    assert [found[b, "attention"] for b in range(4)] == [1] * 4 and [found[b, "mlp"] for b in range(4)] == [1] * 4
+
+
+def test_half_of_the_experts_train() -> None:
+    model = tiny("mixtral", layers=2)
+    of_kind = [p for p in drawn(model, share=1.0) if p.role == "expert"]
+    assert len([p for p in drawn(model) if p.role == "expert"]) == len(of_kind) // 2 > 0
+
+
+@pytest.mark.parametrize("embeddings", ["train", "freeze"])
+def test_a_tied_embedding_is_one_decision(engine: Any, now: Now, embeddings: str) -> None:
+    model = tiny("llama", seed=1, layers=4, tied=True)
+    base = model.model.embed_tokens.weight.detach().clone()
+    run = engine({"half": {"embeddings": embeddings}}, model=model, step="adamw", dtype=torch.float32)
+    outside = [one.place.role for one in run.tune.trained.values() if one.place.block is None]
+    assert outside == (["embedding", "final_norm"] if embeddings == "train" else [])
+    run.step([rows_of_eight()], now)
+    assert model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()
+    assert torch.equal(model.lm_head.weight, base) == (embeddings == "freeze")
+
+
+def test_half_reset_returns_every_block_and_nothing_else(engine: Any, now: Now) -> None:
+    model = tiny("llama", seed=1, layers=4, tied=False)
+    base = {name: one.detach().clone() for name, one in model.named_parameters()}
+    run = engine("half", model=model, step="adamw", dtype=torch.float32, keep_base=True)
+    for i in range(3):
+        run.step([rows_of_eight()], now._replace(step=i, learning_rate=0.01))
+    reset: dict[str, Tensor] = {
+        name: one.start for name, one in run.tune.trained.items() if one.place.block is not None
+    }
+    run.tune.set(reset)
+    for name, one in model.named_parameters():
+        assert torch.equal(one, base[name]) == ("layers" in name)

@@ -1,0 +1,176 @@
+"""Columns against plain float64 softmax, whatever the chunks; the causal shift, done once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from luthier import draws
+from luthier.errors import LuthierError
+from luthier.kinds import Batch, Chunk, Column, Now
+from luthier.logprobs import COLUMNS, compute, nll, resolve, targets
+from luthier.train.services import view_of
+from tests.conftest import make_batch, split
+from tests.toys.helpers import model_of, rows_of_eight
+
+N, D, V = 23, 6, 11
+NAMES = ["nll", "entropy", "right", "kl", "kl_forward", "reference_nll"]
+
+
+def draw(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def columns(limit_bytes: int, dtype: torch.dtype = torch.float64, names: list[str] = NAMES) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    hidden_ND = draw(N, D).to(dtype).requires_grad_(True)
+    weight_VD, base_VD = draw(V, D, seed=1).to(dtype).requires_grad_(True), draw(V, D, seed=2).to(dtype)
+    label_N = torch.randint(0, V, (N,), generator=torch.Generator().manual_seed(3))
+    found = compute(
+        hidden_ND,
+        label_N,
+        lambda h: h @ weight_VD.T,
+        resolve(names),
+        reference=(draw(N, D, seed=4).to(dtype), lambda h: h @ base_VD.T),
+        vocabulary=V,
+        limit_bytes=limit_bytes,
+    )
+    return found, hidden_ND, weight_VD
+
+
+def test_columns_equal_plain_softmax_in_float64() -> None:
+    found, hidden_ND, weight_VD = columns(10**9)
+    label_N = torch.randint(0, V, (N,), generator=torch.Generator().manual_seed(3))
+    log_NV = (hidden_ND @ weight_VD.T).log_softmax(-1)
+    base_NV = (draw(N, D, seed=4) @ draw(V, D, seed=2).T).log_softmax(-1)
+    each = torch.arange(N)
+    expected = {
+        "nll": -log_NV[each, label_N],
+        "entropy": -(log_NV.exp() * log_NV).sum(-1),
+        "right": (log_NV.argmax(-1) == label_N).double(),
+        "kl": functional.kl_div(base_NV, log_NV, log_target=True, reduction="none").sum(-1),
+        "kl_forward": functional.kl_div(log_NV, base_NV, log_target=True, reduction="none").sum(-1),
+        "reference_nll": -base_NV[each, label_N],
+    }
+    for name, value in expected.items():
+        assert torch.allclose(found[name].double(), value, rtol=1e-12, atol=1e-12), name
+    assert not found["right"].requires_grad and not found["reference_nll"].requires_grad
+    assert 0 < found["right"].sum() < N
+
+
+@pytest.mark.parametrize("limit_bytes", [1, 8 * V * 16, 8 * V * 100])
+def test_fault_5_chunks_change_neither_values_nor_gradients(limit_bytes: int) -> None:
+    """Fault 5: the chunked loss equals the plain one, values and gradients."""
+    mixed = draw(4, seed=9)
+    results = []
+    for limit in (10**9, limit_bytes):
+        found, hidden_ND, weight_VD = columns(limit)
+        total = sum((w * found[name]).sum() for w, name in zip(mixed, ("nll", "entropy", "kl", "kl_forward"), strict=True))
+        results.append((found, torch.autograd.grad(total, (hidden_ND, weight_VD))))  # type: ignore[arg-type]
+    (plain, plain_gradients), (chunked, chunked_gradients) = results
+    assert all(torch.allclose(plain[n], chunked[n], rtol=1e-13, atol=1e-13) for n in NAMES)
+    for left, right in zip(plain_gradients, chunked_gradients, strict=True):
+        assert torch.allclose(left, right, rtol=1e-12, atol=1e-13)
+
+
+def test_gradients_equal_finite_differences() -> None:
+    label_N = torch.tensor([1, 0, 3])
+    other_NV = draw(3, 4, seed=7)
+
+    def total(logits_NV: Tensor) -> Tensor:
+        chunk = Chunk(logits_NV, label_N, label_N, other_NV)
+        return torch.stack([COLUMNS[n].value(chunk) for n in ("nll", "entropy", "kl", "kl_forward")])
+
+    assert torch.autograd.gradcheck(total, (draw(3, 4, seed=8).requires_grad_(True),), atol=1e-7)
+
+
+def test_logits_in_bf16_give_fp32_losses_close_to_float64() -> None:
+    logits_CV = (draw(200, 50) * 4).to(torch.bfloat16)
+    label_C = torch.randint(0, 50, (200,), generator=torch.Generator().manual_seed(1))
+    found = nll(logits_CV, label_C)
+    expected = functional.cross_entropy(logits_CV.double(), label_C, reduction="none")
+    assert found.dtype == torch.float32
+    assert torch.allclose(found.double(), expected, rtol=2e-6, atol=2e-6)
+    leaf = logits_CV.clone().requires_grad_(True)
+    nll(leaf, label_C).sum().backward()
+    wide = logits_CV.double().requires_grad_(True)
+    functional.cross_entropy(wide, label_C, reduction="sum").backward()
+    assert leaf.grad is not None and wide.grad is not None
+    assert torch.allclose(leaf.grad.double(), wide.grad, rtol=2**-7, atol=1e-6)
+    assert {columns(10**9, torch.bfloat16)[0][name].dtype for name in NAMES} == {torch.float32}
+
+
+def batch_of(ids: list[int], label: list[int], attend: list[bool] | None = None) -> Batch:
+    one = torch.tensor([ids])
+    attend_BT = torch.ones_like(one, dtype=torch.bool) if attend is None else torch.tensor([attend])
+    return Batch(one, attend_BT, torch.arange(len(ids))[None], torch.tensor([label]), ("row",))
+
+
+def test_fault_7_the_shift_is_done_once() -> None:
+    """Fault 7: each target is predicted from the position before; the last position's label is a target of that one only."""
+    where = targets(batch_of([10, 11, 12, 13], [10, -100, 12, 13]))
+    assert where.source_N.tolist() == [1, 2] and where.label_N.tolist() == [12, 13]
+    assert targets(batch_of([10, 11], [-100, 11])).source_N.tolist() == [0]
+    assert len(targets(batch_of([10], [10])).label_N) == 0
+
+
+def test_the_first_real_token_of_a_left_padded_row_is_no_target() -> None:
+    batch = batch_of([0, 0, 12, 13], [-100, -100, 12, 13], [False, False, True, True])
+    assert targets(batch).source_N.tolist() == [2] and batch.supervised == 1
+
+
+def test_no_targets_give_empty_columns_and_no_nan(engine: Any, now: Now) -> None:
+    run = engine(model=model_of(), keep_base=True)
+    view = view_of(run.tune, make_batch([(5, 0), (3, 0)]), resolve(NAMES), now)
+    assert all(view[name].shape == (0,) for name in NAMES)
+    assert float(view["nll"].sum()) == 0.0
+
+
+def test_draws_are_keyed_by_token_and_not_by_the_split(engine: Any, now: Now) -> None:
+    drawn = Column("drawn", lambda chunk: draws.uniform(chunk.key_C), gradient=False)
+    run = engine(model=model_of())
+    batch = rows_of_eight()
+
+    def values(batches: list[Batch], when: Now) -> dict[tuple[str, int], float]:
+        found = {}
+        for one in batches:
+            view = view_of(run.tune, one, [drawn], when)
+            for row, position, value in zip(view.row_N, view.position_N, view["drawn"], strict=True):
+                found[one.row_ids[int(row)], int(position)] = float(value)
+        return found
+
+    whole = values([batch], now)
+    assert values(split(batch, (3, 5)), now) == whole and len(set(whole.values())) == len(whole) == 30
+    assert values([batch], now._replace(step=1)) != whole != values([batch], now._replace(seed=1))
+
+
+def test_keyed_draws_are_uniform_and_streams_independent() -> None:
+    row_N, position_N = torch.arange(40000) // 200, torch.arange(40000) % 200
+    key_N = draws.keys(7, 3, row_N, position_N)
+    first, second = draws.uniform(key_N), draws.uniform(key_N, stream=1)
+    for one in (first, second):
+        assert 0.0 <= float(one.min()) and float(one.max()) < 1.0
+        # Six standard errors of mean and variance.
+        assert abs(float(one.mean()) - 0.5) < 6 * (1 / 12 / 40000) ** 0.5
+        assert abs(float(one.var()) - 1 / 12) < 6 * (1 / 180 / 40000) ** 0.5
+        counts = torch.histc(one.float(), bins=20, min=0, max=1)
+        assert float(((counts - 2000) ** 2 / 2000).sum()) < 60
+    pairs = torch.stack([first, second, first.roll(1), first.roll(200)])
+    assert float((torch.corrcoef(pairs) - torch.eye(4)).abs().max()) < 6 / 40000**0.5
+    assert len(key_N.unique()) == 40000
+
+
+def test_a_seed_of_names_is_the_same_everywhere() -> None:
+    assert draws.seed_of("half", 0) == 3159472100325578948
+    assert draws.seed_of("a", "b") != draws.seed_of("ab") and draws.seed_of(1, 11) != draws.seed_of(11, 1)
+
+
+def test_unknown_and_clashing_columns_are_errors() -> None:
+    with pytest.raises(LuthierError, match="did you mean `entropy`"):
+        resolve(["entropie"])
+    with pytest.raises(LuthierError, match="define the column `mine` differently"):
+        resolve([Column("mine", lambda c: c.label_C), Column("mine", lambda c: c.key_C)])
+    assert resolve(["nll", "nll", COLUMNS["kl"]]) == (COLUMNS["nll"], COLUMNS["kl"])
