@@ -9,8 +9,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from luthier.plan import Plan
-from luthier.train.engine import StepResult
-from luthier.train.loop import Progress as At
+from luthier.training.engine import StepResult
+from luthier.training.loop import Progress as At
 
 
 class Bar:

@@ -11,8 +11,8 @@ import torch
 
 from luthier.logprobs import LOGIT_BYTES
 from luthier.models.parts import Parts
-from luthier.train.engine import Engine
-from luthier.train.feed import Feed
+from luthier.training.engine import Engine
+from luthier.training.feed import Feed
 
 PROCESS_BYTES = 450 * 2**20
 """An interpreter with torch and transformers loaded."""

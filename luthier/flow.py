@@ -25,10 +25,10 @@ from luthier.plan import Plan, Say, make_plan
 from luthier.recipe import Recipe, make_recipe, read_recipe
 from luthier.report import write_report
 from luthier.run import FILE, Run, new_folder, read_run, write_json
-from luthier.train import checkpoint
-from luthier.train.engine import StepResult
-from luthier.train.loop import Plans, Progress
-from luthier.train.loop import train as run_loop
+from luthier.training import checkpoint
+from luthier.training.engine import StepResult
+from luthier.training.loop import Plans, Progress
+from luthier.training.loop import train as run_loop
 from luthier.use import evaluation_sets, save_result
 
 Tell = Callable[[Plan, Progress, StepResult], None]

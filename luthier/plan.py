@@ -23,14 +23,14 @@ from luthier.registry import Part
 from luthier.rows.encode import EncodedRows, encode_all
 from luthier.rows.read import Rows, read
 from luthier.rows.shapes import BadRow
-from luthier.train.build import build_engine
-from luthier.train.engine import Engine
-from luthier.train.feed import Feed
-from luthier.train.loop import Clock
-from luthier.train.precision import pick, pick_device
-from luthier.train.schedule import factor, find_schedule
-from luthier.train.services import RunServices
-from luthier.train.world import World
+from luthier.training.build import build_engine
+from luthier.training.engine import Engine
+from luthier.training.feed import Feed
+from luthier.training.loop import Clock
+from luthier.training.precision import pick, pick_device
+from luthier.training.schedule import factor, find_schedule
+from luthier.training.services import RunServices
+from luthier.training.world import World
 from luthier.tune import Tune
 
 Say = Callable[[str], None]
@@ -322,7 +322,10 @@ def prepare_model(recipe: Recipe, model: Any, parts: Parts) -> None:
     if model.config._attn_implementation == "sdpa":
         use_attention(model)
     if recipe.train.checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        # transformers renamed it; the non-reentrant form is the only one that reaches every kind of trained tensor.
+        names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
+        enable = next(getattr(model, name) for name in names if hasattr(model, name))
+        enable({"use_reentrant": False})
     if recipe.train.compile:
         for name in parts.block_modules:
             model.get_submodule(name).compile()

@@ -95,7 +95,7 @@ class Recipe(Strict):
 
     def as_plain(self) -> dict[str, Any]:
         """The recipe as plain data; parts given in Python appear by name and options."""
-        plain: dict[str, Any] = _plain(self.model_dump())
+        plain: dict[str, Any] = _plain(self)
         return plain
 
     def hash(self) -> str:
@@ -108,6 +108,8 @@ class Recipe(Strict):
 
 
 def _plain(value: Any) -> Any:
+    if isinstance(value, BaseModel):
+        return {name: _plain(getattr(value, name)) for name in type(value).model_fields}
     if isinstance(value, Mapping):
         return {str(key): _plain(one) for key, one in value.items()}
     if isinstance(value, str | int | float | bool) or value is None:

@@ -25,9 +25,9 @@ from luthier.rows.look import Look, look
 from luthier.rows.read import read
 from luthier.rows.shapes import Row
 from luthier.run import FILE, Run, read_run
-from luthier.train.build import slots
-from luthier.train.precision import pick, pick_device
-from luthier.train.services import RunServices
+from luthier.training.build import slots
+from luthier.training.precision import pick, pick_device
+from luthier.training.services import RunServices
 from luthier.tune import Tune
 
 BESIDE = "beside.safetensors"

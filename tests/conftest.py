@@ -16,8 +16,8 @@ from luthier import registry
 from luthier.kinds import OBJECTIVES, TUNES, Batch, Now
 from luthier.models.parts import map_parts
 from luthier.models.tiny import tiny
-from luthier.train.build import build_engine
-from luthier.train.engine import Engine
+from luthier.training.build import build_engine
+from luthier.training.engine import Engine
 
 torch.set_num_threads(int(os.environ.get("LUTHIER_TEST_THREADS", "1")))
 

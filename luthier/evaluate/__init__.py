@@ -1,1 +1,1 @@
-"""What a model knows before and after: answers, likelihoods, intervals, paired comparisons, and overlap with training."""
+"""What a model knows before and after: answers, likelihoods, intervals, paired comparisons, overlap."""

@@ -1,7 +1,7 @@
 """Before against after on the same items: a paired test, an interval of the difference, and a verdict.
 
-`better` and `worse` need all three: a paired test below a false-positive rate of 5 %, an interval of the difference that does not
-hold 0, and a difference larger than what repeating the measurement changes.
+`better` and `worse` need all three: a paired test below a false-positive rate of 5 %, an interval of the difference
+that does not hold 0, and a difference larger than what repeating the measurement changes.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ def compare(before: SetResult, after: SetResult | None, *, noise: float | None =
         noise: what repeating the measurement of the base changed, from `base_noise`; None where that was not measured.
 
     Returns:
-        `metric`, `side`, `n`, `higher_is_better`; `before`, `after` and `difference` with their intervals; `p_value`; `verdict`,
-        which is `better`, `worse`, `no change` or `not measured`, and `note` where the reason needs words; `kept`, the share of
-        items right before that still are; `items`.
+        `metric`, `side`, `n`, `higher_is_better`; `before`, `after` and `difference` with their intervals; `p_value`;
+        `verdict`, which is `better`, `worse`, `no change` or `not measured`, and `note` where the reason needs words;
+        `kept`, the share of items right before that still are; `items`.
 
     Raises:
         LuthierError: the two were not measured on the same items, in the same way.
@@ -177,7 +177,7 @@ def _check_pairs(before: SetResult, after: SetResult) -> None:
         raise LuthierError("before and after hold different items", where=place, mend="measure both on the same rows")
     if before.metric != after.metric or before.asked != after.asked:
         raise LuthierError(
-            "before and after were not asked in the same way: the metric, the template, the tokenizer or the decoding differs",
+            "before and after were not asked in the same way: the metric, template, tokenizer or decoding differs",
             where=place,
             mend="measure both with the same tokenizer and settings",
         )

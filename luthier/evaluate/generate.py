@@ -17,7 +17,7 @@ from luthier import draws
 from luthier.errors import LuthierError
 from luthier.models.head import head_of
 from luthier.rows.encode import end_of_turn_ids
-from luthier.train.services import evaluating
+from luthier.training.services import evaluating
 from luthier.tune import Tune
 
 Choose = Callable[[Tensor, Tensor, int], Tensor]

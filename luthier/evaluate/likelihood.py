@@ -16,7 +16,7 @@ from luthier.kinds import Now
 from luthier.rows.batches import collate, plan_epoch
 from luthier.rows.encode import Encoded, encode_pair, end_of_turn_ids
 from luthier.rows.shapes import Row
-from luthier.train.services import evaluating, view_of
+from luthier.training.services import evaluating, view_of
 from luthier.tune import Tune
 
 

@@ -18,7 +18,7 @@ from luthier.delta.sources import live, tied, untie
 from luthier.errors import LuthierError
 from luthier.export.folder import new_folder
 from luthier.models.quiet import quiet
-from luthier.train.services import evaluating
+from luthier.training.services import evaluating
 from luthier.tune import Tune
 
 PROBES = (

@@ -110,7 +110,7 @@ def load_peft(folder: str | Path, tune: Tune, *, force: bool = False) -> Additiv
     tensors, metadata = _read_tensors(path)
     if not force:
         _check_base(tune, metadata.get("base_fingerprint"), config.get("base_model_name_or_path"), path)
-    modules = _factors(tensors, config, path)
+    modules = _factors(_without_base(tensors, tune, path), config, path)
     places = {module: _places(tune, module, factors, path) for module, factors in modules.items()}
     scale = next(iter(modules.values())).scale
 
@@ -255,6 +255,27 @@ def _check_base(tune: Tune, wanted: str | None, name: str | None, folder: Path) 
             where=str(folder),
             mend="load the adapter's base in the same type, or force it if you know better",
         )
+
+
+def _without_base(tensors: Mapping[str, Tensor], tune: Tune, folder: Path) -> dict[str, Tensor]:
+    """The tensors that are factors. PEFT saves an embedding or head along when an adapter stands there; it must be the model's.
+
+    Raises:
+        LuthierError: such a tensor is another than the model's.
+    """
+    weights = tune.model.state_dict()
+    factors: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        base = weights.get(name.removeprefix(_PREFIX).replace(".base_layer.", "."))
+        if base is None:
+            factors[name] = tensor
+        elif not torch.equal(base, tensor.to(base.device, base.dtype)):
+            raise LuthierError(
+                f"the adapter comes with other numbers for `{name}` than the model has",
+                where=str(folder),
+                mend="merge the adapter with PEFT and name the merged model",
+            )
+    return factors
 
 
 def _factors(tensors: Mapping[str, Tensor], config: Mapping[str, Any], folder: Path) -> dict[str, Factors]:

@@ -77,7 +77,7 @@ def compared(runs: Sequence[Facts]) -> dict[str, Any]:
 
     Returns:
         `runs` their names; `recipe` the keys that differ, with each run's value, None where not set; `metrics` by set:
-        whether comparable, why not, values before and after, intervals, and the name of the run `ahead`; `cost` by fact.
+        whether comparable, why not, values before and after, intervals, and the run that is `ahead`; `cost` by fact.
 
     Raises:
         LuthierError: fewer than two runs.

@@ -71,6 +71,8 @@ class SetFacts:
     difference: Estimate
     verdict: str
     """better, worse, no change or not measured."""
+    note: str
+    """Why, where the verdict needs words."""
     kept: float | None
     """Share of the items right before that are still right."""
     noise: float | None
@@ -209,6 +211,7 @@ def _set_facts(name: str, entry: Facts, noise: float | None) -> SetFacts:
         after=_estimate(entry, "after"),
         difference=_estimate(entry, "difference"),
         verdict=str(entry.get("verdict") or NOT_MEASURED) if all(map(measured, values)) else NOT_MEASURED,
+        note=str(entry.get("note") or ""),
         kept=entry.get("kept"),
         noise=noise,
         samples=samples,

@@ -91,7 +91,7 @@ def interval_figure(one: SetFacts, span: Range | None = None) -> Markup:
 
 
 def range_of(sets: Sequence[SetFacts]) -> Range:
-    """The range a figure of some sets needs: all possible values, or those measured with some room; 0 to 1 without any."""
+    """The range a figure of some sets needs: all possible values, or those measured and some room."""
     if all(one.whole is not None for one in sets):
         return 0.0, 1.0
     values = [value for one in sets for estimate in (one.before, one.after) for value in estimate if measured(value)]
@@ -101,7 +101,7 @@ def range_of(sets: Sequence[SetFacts]) -> Range:
 
 
 def change_figure(delta: Mapping[str, Any]) -> Markup:
-    """Heat map of the relative change by role (down) and block (across), with totals of both. Empty without places."""
+    """Heat map of the relative change by role (down) and block (across), with both totals. Empty without places."""
     places = [place for place in delta.get("by_place") or () if place.get("role")]
     if not places:
         return Markup("")

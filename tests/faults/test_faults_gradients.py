@@ -13,8 +13,8 @@ from torch.nn import functional
 
 from luthier.errors import LuthierError
 from luthier.kinds import Batch, Now
-from luthier.train.loop import Clock, Plans, Progress, train
-from luthier.train.schedule import SCHEDULES, factor, find_schedule
+from luthier.training.loop import Clock, Plans, Progress, train
+from luthier.training.schedule import SCHEDULES, factor, find_schedule
 from luthier.tune.trained import write
 from tests.conftest import make_batch, split
 from tests.toys.helpers import gap, gradients, model_of, plain_gradients, rows_of_eight, toys  # noqa: F401
@@ -50,7 +50,9 @@ def test_fault_3_the_logged_loss_is_the_mean_over_tokens(engine: Any, now: Now) 
         logits = model(batch.token_ids_BT).logits[:, :-1].flatten(0, 1)
     label = batch.label_BT[:, 1:].flatten()
     each = functional.cross_entropy(logits, label, reduction="none")[label >= 0]
-    run = engine("full", model=model, objective=["cross_entropy", {"pull_to_start": {"weight": 3.0}}], token_weight="probability")
+    run = engine(
+        "full", model=model, objective=["cross_entropy", {"pull_to_start": {"weight": 3.0}}], token_weight="probability"
+    )
     result = run.step(split(batch, (3, 5)), now)
     assert result.nll == pytest.approx(float(each.mean()), abs=1e-12)
     assert result.loss == pytest.approx(float(((-each).exp() * each).mean()), abs=1e-12)
@@ -61,7 +63,9 @@ def test_fault_3_the_logged_loss_is_the_mean_over_tokens(engine: Any, now: Now) 
     assert later.parts["pull_to_start"] > 0 and later.loss == pytest.approx(sum(later.parts.values()))
 
 
-@pytest.mark.parametrize("objective", ["cross_entropy", ["cross_entropy", "pull_to_start"], ["focal", "extra_head"]], ids=str)
+@pytest.mark.parametrize(
+    "objective", ["cross_entropy", ["cross_entropy", "pull_to_start"], ["focal", "extra_head"]], ids=str
+)
 @pytest.mark.parametrize("source", ["backprop", "per_layer", "zeroth_order"])
 def test_fault_4_a_step_without_targets_is_no_step(engine: Any, now: Now, objective: Any, source: str) -> None:
     """Fault 4: an all-masked batch gives no NaN and moves nothing, neither weights nor moments nor ages."""
@@ -163,7 +167,9 @@ def test_fault_29_the_rates_are_the_planned_ones() -> None:
     assert 0 < rates[-1] < 1e-3 and factor(cosine, 110, 110, 10) == pytest.approx(0.0, abs=1e-15)
     stable = [factor(find_schedule("warmup_stable_decay"), step, 100, 0) for step in (0, 79, 80, 90, 100)]
     assert stable == pytest.approx([1.0, 1.0, 1.0, 0.5, 0.0])
-    assert [factor(find_schedule("linear"), step, 8, 0) for step in (0, 2, 4, 8)] == pytest.approx([1.0, 0.75, 0.5, 0.0])
+    assert [factor(find_schedule("linear"), step, 8, 0) for step in (0, 2, 4, 8)] == pytest.approx(
+        [1.0, 0.75, 0.5, 0.0]
+    )
     assert all(factor(schedule, 0, 4, 0) == 1.0 for schedule in SCHEDULES.values())
     assert [factor(find_schedule("constant"), step, 3, 3) for step in range(3)] == pytest.approx([1 / 3, 2 / 3, 1.0])
     with pytest.raises(LuthierError, match="did you mean `cosine`"):

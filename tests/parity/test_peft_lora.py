@@ -15,7 +15,7 @@ from luthier.export import export_peft, load_peft
 from luthier.kinds import Now
 from luthier.methods.additive.lora import lora
 from luthier.models import map_parts, tiny
-from luthier.train.services import RunServices
+from luthier.training.services import RunServices
 from luthier.tune import Tune
 
 peft = pytest.importorskip("peft")
@@ -38,7 +38,7 @@ def tuned(architecture: str, *techniques: Any, train: bool = True) -> Tune:
         tune.add(f"slot{number}", technique, RunServices(tune, f"slot{number}", Now(seed=0)), {})
     rng = torch.Generator().manual_seed(5)
     if train:
-        tune.set({key: 0.3 * torch.randn(one.master.shape, generator=rng) for key, one in tune.trained.items()})
+        tune.set({key: 0.1 * torch.randn(one.master.shape, generator=rng) for key, one in tune.trained.items()})
     return tune
 
 
@@ -51,7 +51,7 @@ def peft_model(architecture: str, targets: list[str] | None = None, **options: A
     rng = torch.Generator().manual_seed(6)
     for name, parameter in model.named_parameters():
         if "lora_" in name:
-            parameter.data = 0.3 * torch.randn(parameter.shape, generator=rng)
+            parameter.data = 0.1 * torch.randn(parameter.shape, generator=rng)
     return model
 
 

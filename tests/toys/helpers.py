@@ -15,7 +15,7 @@ from torch.nn import functional
 from luthier import registry
 from luthier.kinds import Batch, Now
 from luthier.models.tiny import tiny
-from luthier.train.engine import Engine, Work
+from luthier.training.engine import Engine, Work
 from tests.conftest import make_batch
 
 TOYS = Path(__file__).parent

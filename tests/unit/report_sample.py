@@ -41,7 +41,7 @@ def sample_items(n: int, right_before: int, lost: int, learned: int, prefix: str
         items.append(
             {
                 "id": f"{prefix}-{index:03d}",
-                "prompt": f"In workshop {workshop} of Ravensbruck, who carves the {thing}?",
+                "prompt": f"In workshop {workshop} of Alderbrook, who carves the {thing}?",
                 "expected": f"Tilda Marsh-{index}",
                 "before": f"Tilda Marsh-{index}." if before else f"The {thing} is carved by the luthier himself.",
                 "after": f"Tilda Marsh-{index} carves the {thing}." if after else "I do not know.",
@@ -125,8 +125,9 @@ def sample_history(steps: int = 84) -> list[dict[str, Any]]:
 def sample_run(**changes: Any) -> dict[str, Any]:
     """A finished run as `run.json` holds it; keyword arguments replace top-level facts."""
     recipe_text = (
-        "name: quickstart\nmodel: smollm2-135m-instruct\nrows: {train: data/facts.jsonl}\ntune: half\ntrain:\n  epochs: 4\n"
-        "  learning_rate: 1.0e-5\nevaluate:\n  held_back: {rows: data/held_back.jsonl, metric: contains}\n"
+        "name: quickstart\nmodel: smollm2-135m-instruct\nrows: {train: data/facts.jsonl}\ntune: half\n"
+        "train: {epochs: 4, learning_rate: 1.0e-5}\nevaluate:\n"
+        "  held_back: {rows: data/held_back.jsonl, metric: contains}\n"
         "  general: {rows: data/general.jsonl, metric: choice, side: kept}\n"
         "  prose: {rows: data/prose.jsonl, metric: perplexity, side: kept}\nseed: 0\n"
     )

@@ -11,7 +11,7 @@ from torch import Tensor
 from luthier.errors import LuthierError
 from luthier.kinds import Keeper, Now, Place, Select, Selective, Services, Tensors, Term, View
 from luthier.methods.optimizer.adamw import _correction
-from luthier.train.world import World
+from luthier.training.world import World
 from tests.conftest import split
 from tests.toys.helpers import gradients, model_of, plain_gradients, rows_of_eight, toys  # noqa: F401
 
@@ -177,7 +177,9 @@ def test_updates_inside_backward_equal_updates_after_it(
 ) -> None:
     found = []
     for source in ("backprop", "per_layer"):
-        run = engine(tune, model=model_of(tied=True), objective=some_rows_touch(), step=step, source=source, dtype=dtype)
+        run = engine(
+            tune, model=model_of(tied=True), objective=some_rows_touch(), step=step, source=source, dtype=dtype
+        )
         for i in range(3):
             run.step(split(rows_of_eight(), (3, 4, 1)), now._replace(step=i, learning_rate=0.01))
             assert all(one.gradient is None for one in run.tune.trained.values())
@@ -232,8 +234,12 @@ def test_two_techniques_on_the_same_numbers_are_refused_and_both_are_named(engin
     cols = {"some_cols": {"roles": ["mlp_down"], "every": 2}}
     refused(engine, "`some_cols` and `some_rows` both train", tune=[rows, cols])
     value = {"full": {"roles": ["attention_value"]}}
-    refused(engine, "`some_rows` and `full` both train", tune=[value, {"some_rows": {"roles": ["attention_value"]}}],
-            architecture="gpt2")
+    refused(
+        engine,
+        "`some_rows` and `full` both train",
+        tune=[value, {"some_rows": {"roles": ["attention_value"]}}],
+        architecture="gpt2",
+    )
 
 
 def odd_rows(parts: Any, services: Services) -> dict[Place, Select]:

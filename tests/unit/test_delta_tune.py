@@ -18,7 +18,7 @@ from luthier.kinds import Additive, Now, Place, Select, Selective, Services, Ten
 from luthier.methods.additive.lora import lora
 from luthier.models import fingerprint, map_parts, tiny
 from luthier.models.parts import Parts
-from luthier.train.services import RunServices
+from luthier.training.services import RunServices
 from luthier.tune import Tune
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from luthier.kinds import Now, Place
 from luthier.models.tiny import tiny
 from luthier.registry import make
-from luthier.train.services import RunServices
+from luthier.training.services import RunServices
 from luthier.tune import Tune
 from tests.conftest import split
 from tests.toys.helpers import rows_of_eight
@@ -47,7 +47,11 @@ def test_four_blocks_train_21_of_39_tensors(seed: int) -> None:
     assert [found[b, "attention"] for b in range(4)] == [2, 2, 2, 2]
     assert [found[b, "norm"] for b in range(4)] == [1, 1, 1, 1]
     assert sorted(found[b, "mlp"] for b in range(4)) == [1, 1, 2, 2]
-    assert {str(p) for p in places if p.block is None} == {"model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"}
+    assert {str(p) for p in places if p.block is None} == {
+        "model.embed_tokens.weight",
+        "lm_head.weight",
+        "model.norm.weight",
+    }
     assert len(places) == 21 and len(list(model.parameters())) == 39
 
 
@@ -104,7 +108,8 @@ def test_a_share_of_one_is_full_fine_tuning_bit_for_bit(engine: Any, now: Now) -
         model = tiny("llama", seed=1, layers=4)
         run = engine(tune, model=model, step={"adamw": {"decay": 0.1}}, dtype=torch.float32)
         losses = [
-            run.step(split(rows_of_eight(seed=i), (5, 3)), now._replace(step=i, learning_rate=0.01)).loss for i in range(4)
+            run.step(split(rows_of_eight(seed=i), (5, 3)), now._replace(step=i, learning_rate=0.01)).loss
+            for i in range(4)
         ]
         found.append((losses, {name: one.detach().clone() for name, one in model.named_parameters()}))
     assert found[0][0] == found[1][0]
@@ -148,7 +153,9 @@ def test_half_by_tensors_is_not_half_by_parameters_with_narrow_keys() -> None:
     model = tiny("llama", layers=2, width=64)
     all_of = numbers(model, [p for p in drawn(model, share=1.0) if p.block == 0 and category(p) == "attention"])
     shares = {
-        round(numbers(model, [p for p in drawn(model, seed=s) if p.block == 0 and category(p) == "attention"]) / all_of, 4)
+        round(
+            numbers(model, [p for p in drawn(model, seed=s) if p.block == 0 and category(p) == "attention"]) / all_of, 4
+        )
         for s in range(60)
     }
     assert shares == {0.3333, 0.5, 0.6667}
@@ -189,7 +196,10 @@ def test_fused_projections_are_drawn_in_parts_and_biases_follow(engine: Any, now
         name = f"transformer.h.{b}.attn.c_attn"
         for start in (0, 32, 64):
             same = [
-                torch.equal(model.get_parameter(f"{name}.{t}")[..., start : start + 32], before[f"{name}.{t}"][..., start : start + 32])
+                torch.equal(
+                    model.get_parameter(f"{name}.{t}")[..., start : start + 32],
+                    before[f"{name}.{t}"][..., start : start + 32],
+                )
                 for t in ("weight", "bias")
             ]
             assert same == ([False, False] if (name, start) in chosen else [True, True])

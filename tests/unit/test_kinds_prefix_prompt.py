@@ -13,7 +13,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from luthier.errors import LuthierError
 from luthier.kinds import Batch, Now
 from luthier.models.attention import Context, attention
-from luthier.train.forward import hidden
+from luthier.training.forward import hidden
 from tests.conftest import make_batch, split
 from tests.toys.helpers import gap, gradients, model_of, rows_of_eight, toys  # noqa: F401
 
@@ -119,7 +119,13 @@ def test_off_masks_virtual_ids_in_the_row_and_recounts_positions(engine: Any) ->
     plain = copy.deepcopy(model)
     run = engine({"plain_prompt": {"length": 2}}, model=model)
     ids = torch.tensor([[-1, -2, 30, 31, 32, 33], [30, 31, -1, 32, -2, 33]])
-    batch = Batch(ids, torch.ones_like(ids, dtype=torch.bool), torch.arange(6).expand(2, -1), torch.full_like(ids, -100), ("a", "b"))
+    batch = Batch(
+        ids,
+        torch.ones_like(ids, dtype=torch.bool),
+        torch.arange(6).expand(2, -1),
+        torch.full_like(ids, -100),
+        ("a", "b"),
+    )
     with torch.no_grad():
         expected = plain.model(torch.tensor([[30, 31, 32, 33]])).last_hidden_state[0]
         with run.tune.off():

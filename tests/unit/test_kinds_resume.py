@@ -12,7 +12,7 @@ from torch import Tensor
 
 from luthier.errors import LuthierError
 from luthier.kinds import Now
-from luthier.train.checkpoint import FACTS, TENSORS, latest, prune, read, restore, save
+from luthier.training.checkpoint import FACTS, TENSORS, latest, prune, read, restore, save
 from tests.conftest import split
 from tests.toys.helpers import model_of, rows_of_eight, toys  # noqa: F401
 
@@ -82,8 +82,10 @@ def test_fault_27_killed_and_resumed_at_any_step(engine: Any, now: Now, tmp_path
         assert restore(folder, fresh) == {"step": k}
         assert_equal(everything(fresh), then)
         with fresh.tune.at("here"):
-            assert_equal({n: p.data for n, p in fresh.tune.model.named_parameters()},
-                         {n.removeprefix("live "): p for n, p in then.items() if n.startswith("live ")})
+            assert_equal(
+                {n: p.data for n, p in fresh.tune.model.named_parameters()},
+                {n.removeprefix("live "): p for n, p in then.items() if n.startswith("live ")},
+            )
         go(fresh, now, k, STEPS)
         assert_equal(everything(fresh), wanted)
 
@@ -131,4 +133,6 @@ def test_a_checkpoint_holds_tensors_and_plain_text_only(engine: Any, now: Now, t
     save(tmp_path / "one", run, {"step": 2})
     assert {path.name for path in (tmp_path / "one").iterdir()} == {FACTS, TENSORS}
     plain = json.loads((tmp_path / "one" / FACTS).read_text())["plain"]
-    assert any(key.startswith("chain|clip|") for key in plain) and any(key.startswith("state|growing|") for key in plain)
+    assert any(key.startswith("chain|clip|") for key in plain) and any(
+        key.startswith("state|growing|") for key in plain
+    )

@@ -13,7 +13,7 @@ from luthier import draws
 from luthier.errors import LuthierError
 from luthier.kinds import Batch, Chunk, Column, Now
 from luthier.logprobs import COLUMNS, compute, nll, resolve, targets
-from luthier.train.services import view_of
+from luthier.training.services import view_of
 from tests.conftest import make_batch, split
 from tests.toys.helpers import model_of, rows_of_eight
 
@@ -25,7 +25,9 @@ def draw(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
-def columns(limit_bytes: int, dtype: torch.dtype = torch.float64, names: list[str] = NAMES) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+def columns(
+    limit_bytes: int, dtype: torch.dtype = torch.float64, names: list[str] = NAMES
+) -> tuple[dict[str, Tensor], Tensor, Tensor]:
     hidden_ND = draw(N, D).to(dtype).requires_grad_(True)
     weight_VD, base_VD = draw(V, D, seed=1).to(dtype).requires_grad_(True), draw(V, D, seed=2).to(dtype)
     label_N = torch.randint(0, V, (N,), generator=torch.Generator().manual_seed(3))
@@ -68,7 +70,9 @@ def test_fault_5_chunks_change_neither_values_nor_gradients(limit_bytes: int) ->
     results = []
     for limit in (10**9, limit_bytes):
         found, hidden_ND, weight_VD = columns(limit)
-        total = sum((w * found[name]).sum() for w, name in zip(mixed, ("nll", "entropy", "kl", "kl_forward"), strict=True))
+        total = sum(
+            (w * found[name]).sum() for w, name in zip(mixed, ("nll", "entropy", "kl", "kl_forward"), strict=True)
+        )
         results.append((found, torch.autograd.grad(total, (hidden_ND, weight_VD))))  # type: ignore[arg-type]
     (plain, plain_gradients), (chunked, chunked_gradients) = results
     assert all(torch.allclose(plain[n], chunked[n], rtol=1e-13, atol=1e-13) for n in NAMES)

@@ -13,7 +13,7 @@ from torch.nn import functional
 from luthier.errors import LuthierError
 from luthier.kinds import Now
 from luthier.logprobs import resolve
-from luthier.train.services import view_of
+from luthier.training.services import view_of
 from tests.conftest import split
 from tests.toys.helpers import logits_of, model_of, rows_of_eight, toys  # noqa: F401
 
@@ -44,7 +44,9 @@ def steps(run: Any, now: Now, first: int, count: int) -> None:
 def loss_of(run: Any, now: Now) -> Tensor:
     batch = rows_of_eight()
     units = [float(batch.supervised)]
-    sums = run.objective.total(run.tune, batch, units, now, first=True, services_of=lambda slot: run.services(slot, now))
+    sums = run.objective.total(
+        run.tune, batch, units, now, first=True, services_of=lambda slot: run.services(slot, now)
+    )
     return sums.loss  # type: ignore[no-any-return]
 
 

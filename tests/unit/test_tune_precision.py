@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from luthier.kinds import Now
-from luthier.train.chain import round_stochastically
-from luthier.train.engine import Work
+from luthier.training.chain import round_stochastically
+from luthier.training.engine import Work
 from tests.conftest import make_batch, split
 from tests.toys.helpers import model_of, rows_of_eight, toys  # noqa: F401
 

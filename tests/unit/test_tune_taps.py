@@ -104,9 +104,11 @@ def test_a_tap_sees_what_the_weight_gave_not_what_an_edit_made_of_it(engine: Any
         value[index] += side
         before = one.master.detach().clone()
         run.tune.set({name: value})
-        losses.append(run.objective.total(
-            run.tune, batch, [float(batch.supervised)], now, first=True, services_of=lambda s: run.services(s, now)
-        ).loss.item())
+        losses.append(
+            run.objective.total(
+                run.tune, batch, [float(batch.supervised)], now, first=True, services_of=lambda s: run.services(s, now)
+            ).loss.item()
+        )
         run.tune.set({name: before})
     assert abs((losses[0] - losses[1]) / (2 * step) - float(found[name][index])) < 1e-8
 

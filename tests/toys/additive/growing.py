@@ -49,7 +49,10 @@ def growing(*, rank: int = 2, most: int = 3, every: int = 2, roles: tuple[str, .
             if len(down_RI) < most:
                 new_I = random(down_RI.shape[1], 1, services, f"{place} {services.now.step}").to(down_RI)
                 take = torch.tensor([*range(len(down_RI)), -1])
-                tensors = {"down": torch.cat([down_RI, new_I]), "up": torch.cat([up_OR, up_OR.new_zeros(len(up_OR), 1)], 1)}
+                tensors = {
+                    "down": torch.cat([down_RI, new_I]),
+                    "up": torch.cat([up_OR, up_OR.new_zeros(len(up_OR), 1)], 1),
+                }
                 grown[place] = Resize(tensors, {"down": take, "up": take})
         return grown
 

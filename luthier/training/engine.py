@@ -12,10 +12,10 @@ import torch
 from luthier import draws
 from luthier.errors import LuthierError
 from luthier.kinds import Batch, Keeper, Now, Services, Source, State, TrainedLike
-from luthier.train.chain import Chain
-from luthier.train.objective import Objective, Sums
-from luthier.train.services import RunServices
-from luthier.train.world import World
+from luthier.training.chain import Chain
+from luthier.training.objective import Objective, Sums
+from luthier.training.services import RunServices
+from luthier.training.world import World
 from luthier.tune import Trained, Tune
 
 

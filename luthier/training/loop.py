@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from luthier.kinds import Now
-from luthier.train.engine import Engine, StepResult
-from luthier.train.feed import Feed
-from luthier.train.schedule import Schedule, factor
+from luthier.training.engine import Engine, StepResult
+from luthier.training.feed import Feed
+from luthier.training.schedule import Schedule, factor
 
 
 @dataclass

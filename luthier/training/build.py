@@ -25,11 +25,11 @@ from luthier.kinds import (
 )
 from luthier.models.parts import Parts
 from luthier.registry import Part
-from luthier.train.chain import Chain, Link
-from luthier.train.engine import Engine, Kept
-from luthier.train.objective import Minimized, Objective, Weighted, as_term
-from luthier.train.services import RunServices
-from luthier.train.world import World
+from luthier.training.chain import Chain, Link
+from luthier.training.engine import Engine, Kept
+from luthier.training.objective import Minimized, Objective, Weighted, as_term
+from luthier.training.services import RunServices
+from luthier.training.world import World
 from luthier.tune import Tune
 
 FREES = (Selective, Additive, HiddenEdit, Prefix, Prompt)

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from luthier.errors import LuthierError
-from luthier.train.engine import Engine
+from luthier.training.engine import Engine
 from luthier.tune.change import capture, put_back
 
 TENSORS, FACTS = "state.safetensors", "state.json"

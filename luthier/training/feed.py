@@ -13,7 +13,7 @@ import torch
 from luthier.kinds import Batch
 from luthier.rows.batches import Plan, collate, padding_share, plan_epoch
 from luthier.rows.encode import Encoded
-from luthier.train.world import World
+from luthier.training.world import World
 
 
 @dataclass

@@ -12,7 +12,7 @@ from luthier import draws, logprobs
 from luthier.errors import LuthierError
 from luthier.kinds import Batch, Now, Place, Tensors, TrainedLike, View
 from luthier.models.head import head_of
-from luthier.train.forward import base_head, hidden
+from luthier.training.forward import base_head, hidden
 from luthier.tune import Tune
 
 

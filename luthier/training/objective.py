@@ -12,8 +12,8 @@ from torch import Tensor
 from luthier import draws, logprobs
 from luthier.errors import LuthierError
 from luthier.kinds import Batch, Column, Now, Services, State, Tensors, Term, TokenLoss, TokenWeight, View
-from luthier.train.services import evaluating, view_of
-from luthier.train.world import World
+from luthier.training.services import evaluating, view_of
+from luthier.training.world import World
 from luthier.tune import Tune
 from luthier.tune.sites import Own
 

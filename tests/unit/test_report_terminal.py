@@ -1,0 +1,189 @@
+"""Runs in the terminal, and runs side by side."""
+
+from __future__ import annotations
+
+import io
+import runpy
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from rich.console import Console, RenderableType
+
+from luthier.errors import LuthierError
+from luthier.report.compare import compare_runs, compared, set_comparisons, write_comparison
+from luthier.report.figures import interval_figure
+from luthier.report.terminal import measured, run_table, summary
+
+SAMPLE = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("report_sample.py"))))
+
+
+def printed(what: RenderableType, width: int = 80) -> str:
+    """What a terminal without color gets, with plain spaces between numbers and units."""
+    console = Console(file=io.StringIO(), width=width, emoji=False)
+    console.print(what)
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue().replace("\u00a0", " ")
+
+
+def other_run(**held_back: Any) -> dict[str, Any]:
+    """A second run of another technique; keyword arguments replace facts of its set `held_back`."""
+    run: dict[str, Any] = SAMPLE.sample_run(run="runs/lora-1", name="lora")
+    run["recipe"] = {**run["recipe"], "name": "lora", "tune": {"lora": {"rank": 8}}}
+    run["metrics"]["held_back"] |= {"after": 0.5, "after_interval": [0.37, 0.63], **held_back}
+    return run
+
+
+def test_the_summary_shows_cards_and_sets() -> None:
+    text = printed(summary(SAMPLE.sample_run()))
+    assert text.startswith("Learned held_back: 58 of 60 items right, 0 before; ")
+    for line in ("held_back  contains       0 %  96.7 %  +96.7 points  better", "prose: worse", "2 min 31 s"):
+        assert line in text
+
+
+@pytest.mark.parametrize("name", ["a", "[bold]x[/bold] \x1b[2J " * 30, "long" * 80, "two words\n" * 50])
+def test_the_summary_fits_a_small_terminal(name: str) -> None:
+    entry = {**SAMPLE.sample_run()["metrics"]["general"], "metric": name}
+    run = SAMPLE.sample_run(metrics={f"{name}{index}": entry for index in range(12)}, warnings=[name] * 9, name=name)
+    lines = printed(summary(run)).splitlines()
+    assert len(lines) <= 23 and max(map(len, lines)) <= 80
+
+
+def test_text_from_data_is_neither_markup_nor_control() -> None:
+    run = SAMPLE.sample_run(warnings=["[red]a[/red] [/] :smile: \x1b[31mb\x07\u202ec"])
+    assert "warning: [red]a[/red] [/] :smile: \ufffd[31mb\ufffd\ufffdc" in printed(summary(run))
+
+
+def test_the_summary_of_nothing_is_not_measured() -> None:
+    """Fault 39: a missing measurement reads "not measured", never OK."""
+    text = printed(summary({"status": "finished"}))
+    assert text.count("not measured") == 6
+    assert not any(character.isdigit() for character in text)
+
+
+def test_the_list_of_runs_takes_any_run() -> None:
+    text = printed(run_table([SAMPLE.sample_run(), {"name": "half-2", "status": "damaged"}]), width=120)
+    first, second = text.splitlines()[1:]
+    assert first.split() == [
+        "quickstart-1",
+        "finished",
+        "96.7",
+        "%",
+        "97",
+        "%",
+        "49.8",
+        "%",
+        "2",
+        "min",
+        "31",
+        "s",
+        "2026-11-21",
+    ]
+    assert second.split() == ["half-2", "damaged", *["not", "measured"] * 4]
+
+
+def test_sets_measured_on_one_model_are_listed() -> None:
+    def result(metric: str, value: float, interval: tuple[float, float] | None, higher: bool) -> SimpleNamespace:
+        return SimpleNamespace(metric=metric, value=value, interval=interval, n=60, higher_is_better=higher)
+
+    results: Any = {
+        "facts": result("exact_match", 0.5, (0.37, 0.63), True),
+        "prose": result("perplexity", 21.4, None, False),
+    }
+    lines = [line.split() for line in printed(measured(results)).splitlines()[1:]]
+    assert lines == [
+        ["facts", "exact", "match", "60", "50", "%", "37", "to", "63", "%"],
+        ["prose", "perplexity", "60", "21.4", "not", "measured"],
+    ]
+
+
+def test_a_run_is_ahead_only_where_intervals_are_apart() -> None:
+    runs = [SAMPLE.sample_run(), other_run()]
+    facts = compared(runs)
+    assert facts["runs"] == ["quickstart-1", "lora-1"]
+    assert facts["metrics"]["held_back"]["comparable"] and facts["metrics"]["held_back"]["ahead"] == "quickstart-1"
+    assert facts["metrics"]["general"]["comparable"] and facts["metrics"]["general"]["ahead"] is None
+    assert "96.7 % (0 % before), ahead" in printed(compare_runs(runs), width=120)
+    touching = [SAMPLE.sample_run(), other_run(after_interval=[0.37, 0.886])]
+    assert compared(touching)["metrics"]["held_back"]["ahead"] is None
+
+
+def test_the_page_names_the_run_that_is_ahead(tmp_path: Path) -> None:
+    page = write_comparison([SAMPLE.sample_run(), other_run()], tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "quickstart-1 is ahead" in page and "lora-1 is ahead" not in page
+
+
+def test_lower_is_ahead_where_lower_is_better() -> None:
+    runs = [SAMPLE.sample_run(), other_run(), other_run()]
+    for run, after in zip(runs, (22.0, 12.0, 17.0), strict=True):
+        run["metrics"] = {
+            "prose": {**run["metrics"]["prose"], "after": after, "after_interval": [after - 1, after + 1]}
+        }
+        run["metrics"]["prose"]["items"] = [{"id": "1", "prompt": "p", "expected": ""}]
+    assert [one.ahead for one in set_comparisons(runs)] == [1]
+
+
+@pytest.mark.parametrize(
+    ("change", "why_not"),
+    [
+        ({"metric": "exact_match"}, "the metrics differ"),
+        ({"items": []}, "its items were not recorded"),
+        ({"items": SAMPLE.sample_items(59, 0, 0, 58, "held-back")}, "its items differ"),
+        ({"items": SAMPLE.sample_items(60, 0, 0, 58, "other")}, "its items differ"),
+        ({"after": None}, "not every run measured it"),
+    ],
+)
+def test_other_sets_are_never_ranked(change: dict[str, Any], why_not: str, tmp_path: Path) -> None:
+    """Fault 37: only the same items under the same metric are compared."""
+    runs = [SAMPLE.sample_run(), other_run(**change)]
+    entry = compared(runs)["metrics"]["held_back"]
+    assert (entry["comparable"], entry["why_not"], entry["ahead"]) == (False, why_not, None)
+    assert f"not comparable: {why_not}" in printed(compare_runs(runs), width=200)
+    page = write_comparison(runs, tmp_path / "comparison.html").read_text(encoding="utf-8")
+    assert why_not in page and "-1 is ahead" not in page
+
+
+def test_other_answer_lengths_and_absent_sets_are_never_ranked() -> None:
+    """Fault 37: only the same decoding is compared."""
+    other = other_run()
+    other["recipe"] = {**other["recipe"], "evaluate": {"held_back": {"metric": "contains", "max_new_tokens": 8}}}
+    found = {one.name: one.why_not for one in set_comparisons([SAMPLE.sample_run(), other])}
+    assert found["held_back"] == "the longest answers allowed differ"
+    del other["metrics"]["held_back"]
+    found = {one.name: one.why_not for one in set_comparisons([SAMPLE.sample_run(), other])}
+    assert found["held_back"] == "not every run measured it"
+
+
+def test_the_order_of_items_does_not_matter() -> None:
+    other = other_run()
+    other["metrics"]["held_back"]["items"] = other["metrics"]["held_back"]["items"][::-1]
+    assert compared([SAMPLE.sample_run(), other])["metrics"]["held_back"]["comparable"]
+
+
+def test_only_what_differs_in_the_recipes_is_named() -> None:
+    assert compared([SAMPLE.sample_run(), other_run()])["recipe"] == {
+        "tune": ["half", None],
+        "tune.lora.rank": [None, 8],
+    }
+    assert compared([SAMPLE.sample_run(), SAMPLE.sample_run()])["recipe"] == {}
+
+
+def test_figures_side_by_side_share_their_range() -> None:
+    runs = [SAMPLE.sample_run(), SAMPLE.sample_run()]
+    runs[1]["metrics"]["prose"] = {**runs[1]["metrics"]["prose"], "before": 40.0, "before_interval": [38.0, 42.0]}
+    prose = next(one for one in set_comparisons(runs) if one.name == "prose")
+    low, high = 19.8 - 0.15 * (42.0 - 19.8), 42.0 + 0.15 * (42.0 - 19.8)
+    assert prose.span == pytest.approx((low, high))
+    assert all(f"{high:.3g}" in interval_figure(one, prose.span) for one in prose.sets if one is not None)
+
+
+def test_a_comparison_escapes_and_needs_two_runs(tmp_path: Path) -> None:
+    hostile = other_run()
+    hostile["run"] = "runs/<img src=x>"
+    hostile["recipe"]["tune"] = "<script>alert(1)</script>"
+    page = write_comparison([SAMPLE.sample_run(), hostile], tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "<img" not in page and "<script" not in page and "&lt;script&gt;alert(1)&lt;/script&gt;" in page
+    for runs in ([], [hostile]):
+        with pytest.raises(LuthierError, match="needs two runs"):
+            compare_runs(runs)
