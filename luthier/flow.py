@@ -75,7 +75,7 @@ def train(
         write_json(folder / FILE, facts)
         before = measure_base(plan, sets, say)
         save_before(folder, before)
-    noise = base_noise(plan.engine.tune, plan.tokenizer, sets, before, say=say) if recipe.noise and not resume else {}
+    noise = base_noise(plan.engine.tune, plan.tokenizer, sets, before, say=say) if sets and recipe.noise and not resume else {}
 
     machine.reset_peak(plan.device)
     say(f"training: {plan.clock.steps} steps")

@@ -248,7 +248,7 @@ class Select(NamedTuple):
     """Which numbers of one place train: all, some output rows, some input columns, or some entries of the flattened [O, I]."""
 
     form: Literal["whole", "rows", "cols", "flat"]
-    index: Tensor | None = None
+    index: Tensor | None = None  # type: ignore[assignment]
     rate: float = 1.0
     """Multiplies the learning rate here."""
 
@@ -256,7 +256,7 @@ class Select(NamedTuple):
 class Refresh(NamedTuple):
     """A changed selection: the new index, and for each of its entries the old entry it continues, or -1."""
 
-    index: Tensor
+    index: Tensor  # type: ignore[assignment]
     take: Tensor
     seed: Tensor | None = None
     """What new entries start from, added to their live values; None: nothing."""
@@ -278,8 +278,8 @@ class Selective(NamedTuple):
 
 
 class Resize(NamedTuple):
-    """Trained tensors of another size: new values, and for each tensor which old entry each entry continues, or -1, along the
-    tensor's axis (`Additive.axes`)."""
+    """Trained tensors of another size: new values, and for each tensor which old entry each entry continues, or -1, along
+    the tensor's axis (`Additive.axes`)."""
 
     tensors: Tensors
     take: Mapping[str, Tensor]
@@ -349,7 +349,7 @@ class Term(NamedTuple):
 
     total: Callable[[View, Tensors], Tensor]
     unit: Literal["token", "row", "step"] = "token"
-    count: Callable[[Batch], float] | None = None
+    count: Callable[[Batch], float] | None = None  # type: ignore[assignment]
     start: Callable[[Services], Tensors] | None = None
     columns: tuple[str | Column, ...] = ("nll",)
     weight: float = 1.0
@@ -375,7 +375,7 @@ class TokenWeight(NamedTuple):
 
     weigh: Callable[[View], Tensor] | None = None
     columns: tuple[str | Column, ...] = ()
-    count: Callable[[Batch], float] | None = None
+    count: Callable[[Batch], float] | None = None  # type: ignore[assignment]
     look: Callable[[Mapping[str, Tensor], Now], Tensor] | None = None
 
 
@@ -408,8 +408,11 @@ class Pass(Protocol):
     """One step's work, as a source of gradients sees it."""
 
     batches: Sequence[Batch]
-    trained: Sequence[TrainedLike]
     now: Now
+
+    @property
+    def trained(self) -> Sequence[TrainedLike]:
+        """Every trained tensor."""
 
     def backward(self, batch: Batch) -> None:
         """Forward and backward of one micro-batch, divided by the units of the whole step; gradients add up in `trained`."""
@@ -424,15 +427,15 @@ class Pass(Protocol):
         """Take the step of one tensor now and free its gradient."""
 
     def when_ready(self, do: Callable[[TrainedLike], None]) -> Any:
-        """A context in which `do` is called as soon as a tensor's gradient has arrived; for slices of frozen weights when it ends."""
+        """A context in which `do` is called as soon as a tensor's gradient has arrived; for slices of frozen weights at its end."""
 
 
 class Source(NamedTuple):
     """Where do gradients come from? `gradients(work)` fills them.
 
-    `gives` says what reaches the rest of the run. `gradients`: they come from `work.backward`, so each process has its own and they
-    are summed. `all`: they are all there when `gradients` returns, and the step follows. Without `all` the source applies each tensor
-    itself; with neither it sets gradients that are the same on every process.
+    `gives` says what reaches the rest of the run. `gradients`: they come from `work.backward`, so each process has its own
+    and they are summed. `all`: they are all there when `gradients` returns, and the step follows. Without `all` the source
+    applies each tensor itself; with neither it sets gradients that are the same on every process.
     """
 
     gradients: Callable[[Pass], None]

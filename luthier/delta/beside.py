@@ -1,4 +1,4 @@
-"""Deltas and tunes: what a tune kept of its base, the deltas that stand beside its weights, and putting a delta back into a tune."""
+"""Deltas and tunes: what a tune kept of its base, what stands beside its weights, and putting a delta back."""
 
 from __future__ import annotations
 
@@ -83,12 +83,11 @@ def _form(tune: Tune, one: Addition) -> Form:
 
 
 def restore(tune: Tune, changes: Mapping[str, Sequence[Form]]) -> None:
-    """Put a delta back into a tune to which the techniques that made it were attached: what was beside the weights stands
-    there again, the rest goes into the weights.
+    """Put a delta into a tune: what was beside the weights stands there again, the rest goes into the weights.
 
     Raises:
-        LuthierError: no attached technique takes a low-rank change, one cannot be told apart from changes in place, or numbers
-            train in place.
+        LuthierError: no attached technique takes a low-rank change, one cannot be told apart from changes in place, or
+            numbers train in place.
     """
     inside = next((one for one in tune.trained.values() if one.form not in ("factor", "free")), None)
     if inside is not None:

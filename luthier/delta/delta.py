@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import torch
@@ -32,14 +33,17 @@ class Delta:
     The change of a parameter is a sum of forms (`Dense`, `Sparse`, `LowRank`), on the CPU. Tied parameters appear once,
     under their first name; a further name appears only where its tensor is no longer tied, and `apply` then unties it.
 
-    `apply` gives the tuned model bit for bit, and `remove` the base, where the delta holds dense and sparse changes made by
-    `between` or `of`: they are differences in fp32 (wider for wider weights), and the entries where a difference rounds to
-    another number are kept beside it with both values. Low-rank changes are exact up to the rounding of the sum. Adding and
-    scaling work on the differences.
+    `apply` gives the tuned model bit for bit, and `remove` the base, where the delta holds dense and sparse changes
+    made by `between` or `of`: they are differences in fp32 (wider for wider weights), and the entries where a
+    difference rounds to another number are kept beside it with both values. Low-rank changes are exact up to the
+    rounding of the sum. Adding and scaling work on the differences.
     """
 
     changes: Mapping[str, tuple[Form, ...]]
     base: Base = field(default_factory=Base)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "changes", MappingProxyType(dict(self.changes)))
 
     @classmethod
     def between(
@@ -94,8 +98,8 @@ class Delta:
     def of(cls, tune: Tune, base: Source | None = None, *, name: str = "", fingerprint: str | None = None) -> Delta:
         """The delta of a run: numbers that trained in place against the base, deltas beside the weights as they are.
 
-        Low-rank techniques stay low-rank, others become dense. What is no change of a weight (prompts, prefixes, edits of
-        hidden states) is not part of a delta.
+        Low-rank techniques stay low-rank, others become dense. What is no change of a weight (prompts, prefixes, edits
+        of hidden states) is not part of a delta.
 
         Args:
             tune: what trained, not merged.
@@ -264,7 +268,8 @@ class Delta:
         """The change of some entries only.
 
         Args:
-            keep: gets a parameter's name and its whole change, returns a boolean tensor of that shape: which entries stay.
+            keep: gets a parameter's name and its whole change, returns a boolean tensor of that shape: which entries
+                stay.
         """
         kept = {name: compress(torch.where(keep(name, change := self.spread(name)), change, 0.0)) for name in self}
         return replace(self, changes={name: (form,) for name, form in kept.items() if form is not None})
@@ -291,7 +296,7 @@ class Delta:
             raise LuthierError(
                 f"this delta belongs to {self.base}, and the model is another ({found[:12]})",
                 where="Delta",
-                mend=f"load {self.base.name or 'the base'} in {self.base.dtype or 'its type'}, or force it if you know better",
+                mend=f"load {self.base.name or 'the base'} in {self.base.dtype or 'its type'}, or force it knowingly",
             )
 
     def _check_shapes(self, model: nn.Module) -> None:

@@ -1,8 +1,9 @@
-"""How a change of one parameter is stored: dense, sparse, or low-rank. Each form can be spread out, scaled, and added to weights.
+"""How a change of one parameter is stored: dense, sparse, or low-rank. Each form can be spread out, scaled, and added.
 
-Dense and sparse changes are differences, so that deltas can be added and scaled. A difference alone is not exact: `base + (tuned -
-base)` need not round to `tuned`. For most numbers it does (always where the two are within a factor of two of each other, by
-Sterbenz' lemma); the others are found when the change is made, and kept beside it with both their values, as corrections.
+Dense and sparse changes are differences, so that deltas can be added and scaled. A difference alone is not exact:
+`base + (tuned - base)` need not round to `tuned`. For most numbers it does (always where the two are within a factor
+of two of each other, by Sterbenz' lemma); the others are found when the change is made, and kept beside it with both
+their values, as corrections.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 @dataclass(frozen=True, eq=False)
 class Corrections:
-    """Entries where adding or subtracting the difference rounds to another number than it should: both numbers, bit for bit."""
+    """Entries where adding or subtracting the difference rounds to another number than it should, with both numbers."""
 
     index: Tensor
     """Flat, [K]."""
@@ -109,13 +110,13 @@ class LowRank:
     transposed: bool = False
     """The parameter is stored [I, O]."""
 
-    def product(self) -> Tensor:
-        """The change of its own outputs, [O, I]."""
-        return self.scale * self.up_OR @ self.down_RI
+    def product(self, device: torch.device) -> Tensor:
+        """The change of its own outputs, [O, I], computed on a device."""
+        return self.scale * self.up_OR.to(device) @ self.down_RI.to(device)
 
     def spread(self) -> Tensor:
         """The change of every entry, in the layout of the stored parameter."""
-        product_OI = self.product()
+        product_OI = self.product(self.up_OR.device)
         spread = product_OI.new_zeros(self.shape)
         self._outputs(spread).copy_(product_OI)
         return spread
@@ -129,7 +130,7 @@ class LowRank:
     def add_to(self, values: Tensor, sign: int) -> None:
         """Add (1) or subtract (-1) the change in place, computed in the wider of the two types."""
         outputs = self._outputs(values)
-        product_OI = self.product().to(values.device)
+        product_OI = self.product(values.device)
         outputs.copy_(outputs.to(torch.promote_types(values.dtype, product_OI.dtype)) + sign * product_OI)
 
     def _outputs(self, values: Tensor) -> Tensor:
@@ -150,7 +151,8 @@ def difference(base: Tensor, tuned: Tensor, dtype: torch.dtype) -> Dense | Spars
     Args:
         base: the numbers before.
         tuned: the numbers after, in the same type and shape.
-        dtype: of the stored difference. The result is exact in any; one narrower than the weights needs more corrections.
+        dtype: of the stored difference. The result is exact in any; one narrower than the weights needs more
+            corrections.
 
     Returns:
         A sparse change where fewer than half of the entries changed, else a dense one.
@@ -187,7 +189,7 @@ def untouched(shape: torch.Size, dtype: torch.dtype) -> Sparse:
 
 
 def combine(forms: Iterable[Form]) -> tuple[Form, ...]:
-    """The sum of changes of one parameter in as few forms as can hold it: entries are added, low ranks stand side by side."""
+    """The sum of changes of one parameter in few forms: entries are added, low ranks stand side by side."""
     entries: list[Dense | Sparse] = []
     low: dict[tuple[int | None, int | None, bool], list[LowRank]] = {}
     for form in forms:
@@ -204,7 +206,7 @@ def combine(forms: Iterable[Form]) -> tuple[Form, ...]:
 
 
 def _beside(group: list[LowRank]) -> LowRank:
-    """One low-rank change for several: the sum of products is the product of the factors side by side, not of their sums."""
+    """One low-rank change for several: a sum of products is the product of the factors side by side, not of sums."""
     if len(group) == 1:
         return group[0]
     up_OR = torch.cat([form.scale * form.up_OR for form in group], dim=1)
@@ -231,7 +233,7 @@ def _corrections(index: Tensor, at: Tensor, base: Tensor, tuned: Tensor) -> Corr
 
 
 def _narrow(index: Tensor, numel: int) -> Tensor:
-    """Four bytes an index where they do: then a sparse change of fewer than half of the entries is smaller than a dense one."""
+    """Four bytes an index where they do: then fewer than half of the entries take less room than all of them."""
     return index.to("cpu", torch.int32 if numel <= torch.iinfo(torch.int32).max else torch.int64)
 
 

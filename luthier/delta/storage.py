@@ -61,7 +61,9 @@ def save(path: Path, changes: Mapping[str, tuple[Form, ...]], base: Base) -> Non
         save_file(_apart(tensors), beside, metadata)
         beside.replace(path)
     except (OSError, SafetensorError) as error:
-        raise LuthierError(f"the delta cannot be written: {error}", where=str(path), mend="name a place to write to") from error
+        raise LuthierError(
+            f"the delta cannot be written: {error}", where=str(path), mend="name a place to write to"
+        ) from error
     finally:
         if beside.is_file():
             beside.unlink()

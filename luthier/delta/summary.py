@@ -23,9 +23,9 @@ def summary(delta: Delta, parts: Parts, base: nn.Module) -> dict[str, Any]:
         base: the model before; its norms are what `relative` refers to.
 
     Returns:
-        `norm` and `relative` of the whole, `changed_share` (numbers whose change is not zero), and `by_place`: one entry a
-        block and role, in the model's order, with `block`, `role`, `norm`, `base_norm`, `relative`, `numbers` and `changed`.
-        `relative` is None where the base's norm is zero.
+        `norm` and `relative` of the whole, `changed_share` (numbers whose change is not zero), and `by_place`: one
+        entry a block and role, in the model's order, with `block`, `role`, `norm`, `base_norm`, `relative`, `numbers`
+        and `changed`. `relative` is None where the base's norm is zero.
 
     Raises:
         LuthierError: the delta changes a parameter that the map does not know.

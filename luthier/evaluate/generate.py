@@ -1,7 +1,7 @@
 """Answers: batched decoding with a cache, greedy unless a temperature is given.
 
-The loop is luthier's own, because it takes virtual ids of trained prompts, drops rows from the batch and from the cache as soon
-as they end, and draws by row, so that an answer does not depend on which rows share its batch.
+The loop is luthier's own, because it takes virtual ids of trained prompts, drops rows from the batch and from the cache
+as soon as they end, and draws by row, so that an answer does not depend on which rows share its batch.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def generate(
         batch_tokens: the most tokens of one batch, with padding and answers.
 
     Raises:
-        LuthierError: a prompt is empty, an option is out of range, or a prompt and its answer exceed the model's context.
+        LuthierError: a prompt is empty, an option is out of range, or a prompt and its answer exceed the context.
     """
     _check(tune, prompts, max_new_tokens, temperature, top_p)
     choose = _greedy if temperature == 0 else _nucleus(temperature, top_p, seed)
@@ -56,9 +56,8 @@ def generate(
     answers: dict[int, list[int]] = {}
     with evaluating(tune.model):
         for chosen in _batches([len(prompt) for prompt in prompts], max_new_tokens, batch_tokens):
-            decoded = _decode(
-                tune, [prompts[index] for index in chosen], torch.tensor(chosen), ends, max_new_tokens, choose
-            )
+            asked = [prompts[index] for index in chosen]
+            decoded = _decode(tune, asked, torch.tensor(chosen), ends, max_new_tokens, choose)
             answers.update(zip(chosen, decoded, strict=True))
     return [
         str(tokenizer.decode(answers[index], skip_special_tokens=True, clean_up_tokenization_spaces=False))
@@ -67,8 +66,8 @@ def generate(
 
 
 def stop_ids(tune: Tune, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """The ids that end an answer: the chat template's end of turn, the tokenizer's end of sequence, and those of the model's
-    own generation settings."""
+    """The ids that end an answer: the chat template's end of turn, the tokenizer's end of sequence, and those of the
+    model's own generation settings."""
     configured = getattr(getattr(tune.model, "generation_config", None), "eos_token_id", None)
     listed = configured if isinstance(configured, list) else [configured]
     return tuple(dict.fromkeys([*end_of_turn_ids(tokenizer), *(one for one in listed if one is not None)]))
@@ -92,16 +91,15 @@ def _check(tune: Tune, prompts: Sequence[Sequence[int]], max_new_tokens: int, te
         ("top_p", top_p, 0 < top_p <= 1),
     ):
         if not right:
-            raise LuthierError(
-                f"{name} is {value}", mend="max_new_tokens from 1, temperature from 0, top_p above 0 to 1"
-            )
+            mend = "give max_new_tokens from 1, temperature from 0, top_p above 0 and up to 1"
+            raise LuthierError(f"{name} is {value}", mend=mend)
     limit = context_of(tune)
     for index, prompt in enumerate(prompts):
         if not prompt:
             raise LuthierError("the prompt has no token", where=f"prompt {index}", mend="give at least one token")
         if limit is not None and len(prompt) + max_new_tokens > limit:
             raise LuthierError(
-                f"a prompt of {len(prompt)} tokens and an answer of {max_new_tokens} exceed the model's context of {limit}",
+                f"{len(prompt)} tokens and an answer of up to {max_new_tokens} exceed the model's context of {limit}",
                 where=f"prompt {index}",
                 mend="shorten the prompt, or lower max_new_tokens",
             )

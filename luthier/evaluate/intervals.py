@@ -1,9 +1,9 @@
 """Intervals and paired tests: how far a measured value, or the difference of two, can be trusted.
 
-Intervals cover 95 %. Scores of 0 and 1 get score intervals (Wilson; for paired differences Newcombe), which are right at
-small counts and at 0 % and 100 %, where resampling would claim certainty. Other scores get a percentile bootstrap over
-rows (Efron, 1979). Tests have a false-positive rate of at most 5 %: McNemar's exact test for scores of 0 and 1, a sign-flip
-permutation test for others; both are exact, so with fewer than six rows no difference can be shown.
+Intervals cover 95 %. Scores of 0 and 1 get score intervals (Wilson; for paired differences Newcombe), which are right
+at small counts and at 0 % and 100 %, where resampling would claim certainty. Other scores get a percentile bootstrap
+over rows (Efron, 1979). Tests have a false-positive rate of at most 5 %: McNemar's exact test for scores of 0 and 1, a
+sign-flip permutation test for others. Both are exact, so with fewer than six rows no difference can be shown.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def _phi(both: int, lost: int, gained: int, neither: int) -> float:
 def bootstrap(
     values_MN: ArrayLike, weight_N: ArrayLike, statistic: Callable[[Numbers], Numbers], *, seed: int = 0
 ) -> Interval:
-    """The percentile bootstrap interval of a statistic of weighted means; rows are resampled, all measurements together.
+    """The percentile bootstrap interval of a statistic of weighted means. Rows are resampled with all measurements.
 
     Args:
         values_MN: M measurements of each row.
@@ -114,11 +114,11 @@ def mcnemar(lost: int, gained: int) -> float:
     changed = lost + gained
     tail = sum(math.comb(changed, count) for count in range(min(lost, gained) + 1))
     # Whole numbers divide exactly where a power of one half would vanish.
-    return min(1.0, 2 * tail / 2**changed)
+    return min(1.0, 2 * tail / (1 << changed))
 
 
 def sign_flip(differences: ArrayLike, *, seed: int = 0) -> float:
-    """The two-sided p-value of a permutation test on paired differences: before and after could be exchanged in any row.
+    """The two-sided p-value of a permutation test on paired differences: before and after may be exchanged by row.
 
     Args:
         differences: of each row, after minus before, [N].

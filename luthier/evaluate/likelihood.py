@@ -63,8 +63,8 @@ def likelihoods(tune: Tune, rows: Sequence[Encoded], *, batch_tokens: int = 4096
 
 
 def encode_choices(row: Row, tokenizer: PreTrainedTokenizerBase) -> list[Encoded]:
-    """A row's prompt with each of its choices; only the choice is scored, not the token that ends a turn, so that the sums
-    are those of the LM Evaluation Harness."""
+    """A row's prompt with each of its choices. Only the choice is scored, not the token that ends a turn: the sums are
+    those of the LM Evaluation Harness."""
     ends = end_of_turn_ids(tokenizer)
     return [
         _without_end(encode_pair(row, tokenizer, choice, id=f"{row.id}#{number}"), ends)

@@ -1,6 +1,6 @@
 """Metrics: what is measured on a set of rows, and how an answer is scored against the accepted ones.
 
-An answer is compared word by word, never as raw text: case, punctuation, spacing, Unicode spellings (full-width letters,
+Answers are compared word by word, not as raw text: case, punctuation, spacing, Unicode spellings (full-width letters,
 curly quotes) and commas within numbers do not count.
 """
 
@@ -19,9 +19,9 @@ _ARTICLES = frozenset({"a", "an", "the"})
 _THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 # Thai, Lao, Myanmar, Khmer, kana, ideographs, Hangul: scripts that set no space before every word.
 _UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uac00-\ud7a3\U00020000-\U000323af"
-# In order: a number with its sign and fraction; a letter of an unspaced script; a word, with what C++, C# and A+ end in.
+# In order: a number with its sign and fraction; a letter of an unspaced script; a word, with what C++ and A+ end in.
 # `_` is punctuation here.
-_WORD = re.compile(rf"(?<!\w)-?\d+(?:\.\d+)*(?![^\W\d_{_UNSPACED}])|[{_UNSPACED}]|[^\W_{_UNSPACED}]+(?:[+#]+(?!\w))?")
+_WORD = re.compile(rf"(?<!\w)-?\d+(?:\.\d+)*(?![^\W_{_UNSPACED}])|[{_UNSPACED}]|[^\W_{_UNSPACED}]+(?:[+#]+(?!\w))?")
 
 
 def exact_match(answer: str, accepted: Sequence[str]) -> float:
@@ -69,8 +69,8 @@ METRICS: Mapping[str, Metric] = {
     "loss": Metric("likelihood", False, "mean negative log-likelihood of a target token, in nats"),
     "perplexity": Metric("likelihood", False, "e to the power of the loss"),
 }
-"""Metrics by name. `choice` and `choice_normalized` are `acc` and `acc_norm` of the LM Evaluation Harness: the log-likelihoods
-of a choice's tokens are summed, and in `choice_normalized` divided by its UTF-8 bytes."""
+"""Metrics by name. `choice` and `choice_normalized` are `acc` and `acc_norm` of the LM Evaluation Harness: the
+log-likelihoods of a choice's tokens are summed, and in `choice_normalized` divided by its UTF-8 bytes."""
 
 
 def _folded(text: str) -> str:

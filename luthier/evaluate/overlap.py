@@ -17,9 +17,10 @@ Asked = tuple[Words, list[str]]
 def overlap(train_rows: Sequence[Row], eval_rows: Sequence[Row]) -> list[tuple[str, str]]:
     """Evaluation rows that training has seen.
 
-    Two rows overlap where they ask the same and their answers agree, or where they are the same document. Case, punctuation and
-    spacing do not count. Answers agree where one stands in the other as whole words; a row without an answer agrees with every
-    answer. The same answer to a question in other words is no overlap: that is what a held-back phrasing is.
+    Two rows overlap where they ask the same and their answers agree, or where they are the same document. Case,
+    punctuation and spacing do not count. Answers agree where one stands in the other as whole words; a row without an
+    answer agrees with every answer. The same answer to a question in other words is no overlap: such are held-back
+    phrasings.
 
     Returns:
         The ids of each such evaluation row, in order, and of the first training row that it overlaps with.
@@ -46,7 +47,7 @@ def _agree(one: Sequence[str], other: Sequence[str]) -> bool:
 
 
 def _asked(row: Row) -> list[Asked]:
-    """What a row asks and answers; a conversation asks once a turn: that turn alone, and at the end all of them together."""
+    """What a row asks and answers. A conversation asks at every turn, and at the end all its turns together."""
     if row.shape == "text":
         return [(_key(row.fields["text"]), [])]
     if row.shape == "text+label":
@@ -73,9 +74,10 @@ def _turns(messages: Sequence[dict[str, str]], last: list[str]) -> list[Asked]:
             following = messages[place + 1 : place + 2]
             answers = [one["content"] for one in following if one["role"] == "assistant"]
             asked.append((_key(message["content"]), answers or last))
-    return [*asked, (_key(*users), last)]
+    # Without a user there is no question but the rest: a system message, a tool's result.
+    return [*asked, (_key(*(users or [message["content"] for message in messages])), last)]
 
 
 def _key(*texts: str) -> Words:
-    # Punctuation alone has no words, and must not make all such texts equal.
-    return tuple(word for text in texts for word in words_of(text) or (text.strip(),))
+    # A text of signs alone has no words, and all such texts must not become equal.
+    return tuple(word for text in texts for word in words_of(text) or tuple(text.split()))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, NamedTuple, cast, get_args
@@ -135,8 +134,8 @@ class SetResult:
 
 
 def default_metric(rows: Sequence[Row]) -> str:
-    """The metric for rows of a shape: `choice` for multiple choice, `contains` for prompts with answers, `perplexity` for
-    documents, else `loss`."""
+    """The metric for rows of a shape: `choice` for multiple choice, `contains` for prompts with answers, `perplexity`
+    for documents, else `loss`."""
     by_shape = {"prompt+choices+answer": "choice", "prompt+answer": "contains", "text": "perplexity"}
     return by_shape.get(rows[0].shape, "loss")
 
@@ -250,7 +249,7 @@ _MEASURES: Mapping[str, Callable[[Tune, PreTrainedTokenizerBase, EvalSet, int], 
 
 
 def accepted_answers(row: Row) -> list[str]:
-    """The texts that answer a row: its accepted answers, its right choice, or what it would teach; empty where there are none."""
+    """The texts that answer a row: its accepted answers, its right choice, or what it would teach; maybe none."""
     fields = row.fields
     if row.shape == "prompt+answer":
         return list(fields["answer"])

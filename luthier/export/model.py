@@ -41,12 +41,13 @@ def export_model(tune: Tune, tokenizer: PreTrainedTokenizerBase, folder: str | P
 
     Returns:
         `max_logit_difference` between the live merged model and the reloaded one on `PROBES` (last hidden states for an
-        encoder), `merge_kl`, the mean KL(merged, unmerged) there in nats a token (None for an encoder, or where the tune was
-        merged already), `dtype`, and whether embedding and head were `untied`, which a delta on a tied head asks for.
+        encoder), `merge_kl`, the mean KL(merged, unmerged) there in nats a token (None for an encoder, or where the
+        tune was merged already), `dtype`, and whether embedding and head were `untied`, which a delta on a tied head
+        asks for.
 
     Raises:
-        LuthierError: the folder exists, something here is no change of a weight, or what was read back differs: weights or
-            token ids at all, logits by more than half the digits of the weights' type.
+        LuthierError: the folder exists, something here is no change of a weight, or what was read back differs: weights
+            or token ids at all, logits by more than half the digits of the weights' type.
     """
     ids = [tokenizer(text)["input_ids"] for text in PROBES]
     unmerged = None if tune.merged is not None else outputs(tune.model, ids)
@@ -66,9 +67,10 @@ def export_model(tune: Tune, tokenizer: PreTrainedTokenizerBase, folder: str | P
 
 @contextmanager
 def merged(tune: Tune) -> Iterator[bool]:
-    """The merged model inside the block, the unmerged one again afterwards, bit for bit; a tune merged before stays merged.
+    """The merged model inside the block, the unmerged one again afterwards, bit for bit.
 
-    A head that is tied to the embedding and has a delta of its own is untied for as long. Yields whether one was.
+    A tune that was merged before stays merged. A head that is tied to the embedding and has a delta of its own is
+    untied for as long. Yields whether one was.
 
     Raises:
         LuthierError: something here is no change of a weight.

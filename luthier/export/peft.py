@@ -52,8 +52,9 @@ class Factors(NamedTuple):
 def export_peft(tune: Tune, folder: str | Path, base_name: str, *, fingerprint: str | None = None) -> dict[str, Any]:
     """Write what trains as a PEFT LoRA adapter.
 
-    Parts of a fused projection become one adapter whose `lora_B` is zero where a part does not reach. Scales are written
-    as `lora_alpha = scale * rank`, also for rank-stabilized ones, so any version of PEFT computes the same scale.
+    Parts of a fused projection become one adapter whose `lora_B` is zero where a part does not reach. Scales are
+    written as `lora_alpha = scale * rank`, also for rank-stabilized ones, so any version of PEFT computes the same
+    scale.
 
     Args:
         tune: with low-rank deltas only, not merged.
@@ -66,7 +67,8 @@ def export_peft(tune: Tune, folder: str | Path, base_name: str, *, fingerprint: 
         `modules` (how many), `ranks` (modules by rank), and `base_fingerprint`.
 
     Raises:
-        LuthierError: the folder exists, the tune holds something that PEFT's LoRA cannot, or its weights are not the base's.
+        LuthierError: the folder exists, the tune holds something that PEFT's LoRA cannot, or its weights are not the
+            base's.
     """
     _refuse_other_kinds(tune)
     live = fingerprint_of(tune.model)
@@ -93,8 +95,9 @@ def export_peft(tune: Tune, folder: str | Path, base_name: str, *, fingerprint: 
 def load_peft(folder: str | Path, tune: Tune, *, force: bool = False) -> Additive:
     """A PEFT LoRA adapter as a technique: `tune.add(slot, load_peft(folder, tune), services, {})` attaches it.
 
-    Where the adapter has nothing for a place of the roles it reaches, the delta has rank 0. An adapter of a fused projection
-    is cut into the parts luthier knows, which share the values of `lora_A` at the start and train on their own.
+    Where the adapter has nothing for a place of the roles it reaches, the delta has rank 0. An adapter of a fused
+    projection is cut into the parts luthier knows, which share the values of `lora_A` at the start and train on their
+    own.
 
     Args:
         folder: with adapter_config.json and adapter_model.safetensors.
@@ -102,8 +105,8 @@ def load_peft(folder: str | Path, tune: Tune, *, force: bool = False) -> Additiv
         force: also on another base than the adapter names by fingerprint (only luthier's own adapters do).
 
     Raises:
-        LuthierError: the folder holds no LoRA adapter, one that is more than `scale * B @ A`, a module that the model does
-            not have or has in another shape, or the base is another.
+        LuthierError: the folder holds no LoRA adapter, one that is more than `scale * B @ A`, a module that the model
+            does not have or has in another shape, or the base is another.
     """
     path = Path(folder)
     config = _read_config(path)
@@ -258,7 +261,7 @@ def _check_base(tune: Tune, wanted: str | None, name: str | None, folder: Path) 
 
 
 def _without_base(tensors: Mapping[str, Tensor], tune: Tune, folder: Path) -> dict[str, Tensor]:
-    """The tensors that are factors. PEFT saves an embedding or head along when an adapter stands there; it must be the model's.
+    """The tensors that are factors. PEFT saves embedding or head along where an adapter stands; it must be the model's.
 
     Raises:
         LuthierError: such a tensor is another than the model's.

@@ -16,7 +16,8 @@ from markupsafe import Markup
 from luthier.report import words
 from luthier.report.curves import training_figure
 from luthier.report.facts import Facts, cards, headline, samples_of, sets_of, warnings_of
-from luthier.report.figures import change_figure, changes_by_role, interval_figure, total_change
+from luthier.report.figures import interval_figure
+from luthier.report.heat import change_figure, changes_by_role, total_change
 
 FORMS: dict[str, Callable[[float], str]] = {
     "count": words.count,

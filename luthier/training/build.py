@@ -121,7 +121,8 @@ def _refuse_impossible(
             where="source",
             mend=f"use source: backprop, or leave `{need_all[0]}` out",
         )
-    observers = [slot for slot, value, _ in [*tune.selectives, *tune.additives] if value.observe is not None]
+    observers = [slot for slot, value, _ in tune.selectives if value.observe is not None]
+    observers += [slot for slot, value, _ in tune.additives if value.observe is not None]
     if "all" not in gives and observers:
         raise LuthierError(
             f"`{observers[0]}` observes whole gradients, and the source gives none to observe",

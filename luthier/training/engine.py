@@ -172,7 +172,7 @@ class Work:
         for name, part in sums.parts.items():
             self.parts[name] = self.parts.get(name, 0.0) + part
         if sums.loss.requires_grad:
-            sums.loss.backward()  # type: ignore[no-untyped-call]
+            sums.loss.backward()
 
     def loss(self) -> float:
         """The step's loss without gradients."""
@@ -197,7 +197,7 @@ class Work:
 
     @contextmanager
     def when_ready(self, do: Callable[[TrainedLike], None]) -> Iterator[None]:
-        """Call `do` as soon as a tensor's gradient has arrived, or when the context ends for slices of frozen weights."""
+        """Call `do` as soon as a tensor's gradient has arrived; for slices of frozen weights at the end."""
         tune = self._engine.tune
         late: dict[str, TrainedLike] = {}
 

@@ -124,7 +124,7 @@ def _log(progress: Progress, result: StepResult, now: Now, seconds: float) -> No
     progress.tokens += result.tokens
     progress.supervised += result.supervised
     progress.empty_steps += result.skipped
-    line = {
+    line: dict[str, Any] = {
         "step": progress.step,
         "epoch": round(now.epoch, 4),
         "loss": None if result.skipped else result.loss,

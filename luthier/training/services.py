@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from luthier import draws, logprobs
 from luthier.errors import LuthierError
-from luthier.kinds import Batch, Now, Place, Tensors, TrainedLike, View
+from luthier.kinds import Batch, Column, Now, Place, Tensors, TrainedLike, View
 from luthier.models.head import head_of
 from luthier.training.forward import base_head, hidden
 from luthier.tune import Tune
@@ -36,7 +36,9 @@ class RunServices:
         trained = self._tune.trained.get(f"{self.slot}/{place}")
         if trained is None or trained.start is None:
             raise LuthierError(
-                f"`{self.slot}` asks for base values that are not kept", where=str(place), mend="keep the base in the recipe"
+                f"`{self.slot}` asks for base values that are not kept",
+                where=str(place),
+                mend="keep the base in the recipe",
             )
         return trained.start
 
@@ -85,7 +87,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def view_of(
-    tune: Tune, batch: Batch, columns: Sequence[logprobs.Column], now: Now, *, keep_hidden: bool = False
+    tune: Tune, batch: Batch, columns: Sequence[Column], now: Now, *, keep_hidden: bool = False
 ) -> View:
     """Run the model on a batch and make columns of its targets."""
     where = logprobs.targets(batch)

@@ -156,7 +156,8 @@ def add_additive(tune: Tune, slot: str, value: Additive, services: Services, sta
             )
         addition = Addition(slot, place, value=value)
         tensors = value.start(place, values, services)
-        own(tune, addition, tensors, f"{slot}/{place}", changes=value.refresh is not None, rates=value.rates, axes=value.axes)
+        changes = value.refresh is not None
+        own(tune, addition, tensors, f"{slot}/{place}", changes=changes, rates=value.rates, axes=value.axes)
         if value.subtract:
             _take_out(tune, place, value.delta(addition.masters()))
         tune.site(place.module).additions.append(addition)
@@ -240,7 +241,8 @@ def own(
     live = next(tune.model.parameters())
     for name, values in tensors.items():
         wide = torch.promote_types(torch.promote_types(values.dtype, live.dtype), torch.float32)
-        master = values.detach().to(live.device, wide, copy=True, memory_format=torch.contiguous_format).requires_grad_(True)
+        master = values.detach().to(live.device, wide, copy=True, memory_format=torch.contiguous_format)
+        master.requires_grad_(True)
         trained = Trained(f"{prefix}.{name}", owner.slot, owner.place, form, None, master, master, changes=changes)
         trained.rate = (rates or {}).get(name, 1.0)
         trained.axis = (axes or {}).get(name, 0)

@@ -128,11 +128,12 @@ def _replace(tune: Tune, trained: Trained, master: Tensor, take: Tensor, old_siz
 def left_behind(tune: Tune) -> list[str]:
     """Parameters in which numbers that no longer train keep what they learnt: they must be saved whole."""
     keeping = {slot for slot, value, _ in tune.selectives if value.refresh is not None and value.leave == "keep"}
-    return sorted({one.place.parameter for one in tune.trained.values() if one.slot in keeping and one.place is not None})
+    mine = [one.place for one in tune.trained.values() if one.slot in keeping]
+    return sorted({place.parameter for place in mine if place is not None})
 
 
 def capture(tune: Tune) -> Tensors:
-    """Copies of all trained numbers, and of which numbers they are where that may change; one flat dictionary, by path."""
+    """Copies of all trained numbers, and of which numbers they are where that may change; by path."""
     values: Tensors = {}
     for name, one in tune.trained.items():
         values[f"master|{name}"] = one.master.detach().clone()

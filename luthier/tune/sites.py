@@ -1,4 +1,4 @@
-"""What stands at one module: deltas added to its output, taps, prompts, edits. One hook a module runs them in that order."""
+"""What stands at one module: deltas added to its output, taps, prompts, edits. One hook runs them in that order."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ class Site:
         self.ids = None
         for addition in self.additions:
             y = self._add(addition, x, y)
-        # Taps turn the gradient of what the weight gave into the weight's: they stand before whatever changes that output.
+        # A tap needs the gradient of what the weight gave: it stands before whatever changes that.
         for leaf, spec in self.taps.values():
             if spec.wanted is None or spec.wanted():
                 y = tap(y, x, leaf, spec)

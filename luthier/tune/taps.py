@@ -19,7 +19,7 @@ class TapSpec(NamedTuple):
     """What a tap forms. `part` limits it to these output rows of a fused projection."""
 
     form: Form
-    index: Tensor | None
+    index: Tensor | None  # type: ignore[assignment]
     part: slice | None = None
     of: str = "linear"
     """linear | bias | embedding: how the module turns input and weight into output."""

@@ -45,8 +45,8 @@ class Tune:
         self.untouched = True
         """No trained number was written yet: what trains in place still is the base."""
         self.altered: dict[str, Tensor] = {}
-        """Base values of whole parameters, by name, where the base is kept and the trained numbers do not tell it: a start changed
-        them, or numbers that leave keep what they learnt."""
+        """Base values of whole parameters, by name, where the base is kept and the trained numbers do not tell it: a start
+        changed them, or numbers that leave keep what they learnt."""
         self.merged: dict[str, Tensor] | None = None
         """Values before merging, by parameter name."""
         self.snapshots: dict[str, dict[str, Tensor]] = {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -44,7 +45,7 @@ def test_fault_1_the_last_partial_step_is_divided_by_its_own_targets(engine: Any
 
 
 def test_fault_3_the_logged_loss_is_the_mean_over_tokens(engine: Any, now: Now) -> None:
-    """Fault 3: the loss of a step is the mean over its targets, recomputed by plain PyTorch; not a mean over batches."""
+    """Fault 3: the loss of a step is the mean over its targets, recomputed by plain PyTorch, not over batches."""
     model, batch = model_of(), rows_of_eight()
     with torch.no_grad():
         logits = model(batch.token_ids_BT).logits[:, :-1].flatten(0, 1)
@@ -96,9 +97,9 @@ def test_fault_4_a_loss_that_is_not_finite_stops_before_the_step(engine: Any, no
 def test_fault_4_a_gradient_that_is_not_finite_stops_before_the_step(engine: Any, now: Now) -> None:
     """Fault 4: a finite loss with an infinite gradient is caught as well, by the tensor's name."""
     run = engine("lora", model=model_of(), step="adamw")
-    name, one = next(iter(run.tune.trained.items()))
+    one = next(iter(run.tune.trained.values()))
     one.leaf.register_hook(lambda gradient: gradient * float("inf"))
-    with pytest.raises(LuthierError, match="the gradient of lora/model.layers.0"):
+    with pytest.raises(LuthierError, match=r"the gradient of lora/model\.layers\.0"):
         run.step([rows_of_eight()], now)
     assert all(other.gradient is None for other in run.tune.trained.values())
 
@@ -134,7 +135,7 @@ def test_fault_7_a_label_at_the_last_position_is_predicted_from_the_one_before(e
 def test_fault_19_what_trains_moves_and_what_is_frozen_keeps_every_bit(
     engine: Any, now: Now, tune: str, architecture: str
 ) -> None:
-    """Fault 19: every trained tensor has a gradient by step 2; every frozen number is bit-identical, with decay and moments."""
+    """Fault 19: every trained tensor has a gradient by step 2; every frozen number keeps its bits, decay or not."""
     model = model_of(architecture)
     base = {name: one.detach().clone() for name, one in model.named_parameters()}
     run = engine(tune, model=model, step=["clip", {"adamw": {"decay": 0.5}}])
@@ -161,7 +162,7 @@ def test_fault_29_the_rates_are_the_planned_ones() -> None:
     cosine = find_schedule("cosine")
     rates = [factor(cosine, step, 110, 10) for step in range(110)]
     assert rates[:10] == [pytest.approx((i + 1) / 10) for i in range(10)] and rates[9] == 1.0 and rates[10] == 1.0
-    assert max(rates) == 1.0 and all(a >= b for a, b in zip(rates[9:], rates[10:], strict=False))
+    assert max(rates) == 1.0 and all(a >= b for a, b in pairwise(rates[9:]))
     planned = {10: 1.0, 35: 0.5 * (1 + math.cos(math.pi / 4)), 60: 0.5, 85: 0.5 * (1 - math.cos(math.pi / 4))}
     assert all(rates[step] == pytest.approx(value, abs=1e-12) for step, value in planned.items())
     assert 0 < rates[-1] < 1e-3 and factor(cosine, 110, 110, 10) == pytest.approx(0.0, abs=1e-15)
@@ -188,11 +189,16 @@ class FixedFeed:
 
 
 def test_fault_29_rates_over_real_steps_count_optimizer_steps(engine: Any, now: Now) -> None:
-    """Fault 29: the rate advances once an optimizer step, not once a micro-batch or process, and reaches the optimizer."""
+    """Fault 29: the rate advances once an optimizer step, not a micro-batch, and reaches the optimizer."""
     seen: list[Now] = []
     run = engine("some_rows", model=model_of())
     plain = run.chain.step
-    run.chain.step = lambda when, only=None: (seen.append(when), plain(when, only))
+
+    def watched(when: Now, only: Any = None) -> None:
+        seen.append(when)
+        plain(when, only)
+
+    run.chain.step = watched
     clock = Clock(steps=8, learning_rate=0.02, schedule=find_schedule("linear"), warmup=2, seed=0)
     progress = train(run, FixedFeed(8), clock, Plans(), Progress())  # type: ignore[arg-type]
     rates = [0.01, 0.02, 0.02, 0.02 * 5 / 6, 0.02 * 4 / 6, 0.02 * 3 / 6, 0.02 * 2 / 6, 0.02 / 6]

@@ -1,4 +1,4 @@
-"""What the tests of the kinds share: the toys in the registry, gradients of a step without the step, and plain-model references."""
+"""What the tests of the kinds share: the toys in the registry, a step's gradients without the step, plain-model references."""
 
 from __future__ import annotations
 
@@ -72,11 +72,12 @@ def plain_loss(model: nn.Module, batch: Batch) -> Tensor:
 def plain_gradients(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
     """Autograd's gradient of every parameter of an untouched copy."""
     model = copy.deepcopy(model).requires_grad_(True)
-    plain_loss(model, batch).backward()  # type: ignore[no-untyped-call]
+    plain_loss(model, batch).backward()
     return {name: one.grad for name, one in model.named_parameters() if one.grad is not None}
 
 
 def logits_of(model: nn.Module, batch: Batch) -> Tensor:
     """All logits of a model."""
     with torch.no_grad():
-        return model(input_ids=batch.token_ids_BT).logits  # type: ignore[no-any-return]
+        logits_BTV: Tensor = model(input_ids=batch.token_ids_BT).logits
+        return logits_BTV

@@ -59,9 +59,10 @@ def test_an_age_for_each_entry_equals_one_age_when_nothing_changes(
     def choose(parts: Any, services: Services) -> dict[Place, Select]:
         return {place: Select("rows", torch.arange(0, 30, 3)) for place in parts.select(roles=["mlp_down"])}
 
+    stays: list[Any] = [None, lambda state, services: {}]
     runs = [
         engine(Selective(choose, refresh=refresh), model=model_of(), step={"adamw": {"decay": 0.1}}, dtype=dtype)
-        for refresh in (None, lambda state, services: {})
+        for refresh in stays
     ]
     for i in range(10):
         for run in runs:

@@ -1,4 +1,6 @@
-"""Deltas between models: exact, tied tensors once, arithmetic, scaling by place, masks, and the refusal of another base."""
+"""Deltas between models: exact, tied tensors once, arithmetic, scaling by place, masks, and the refusal of another
+base.
+"""
 
 from __future__ import annotations
 
@@ -102,7 +104,7 @@ def test_another_base_is_refused_by_name() -> None:
     with pytest.raises(LuthierError, match=f"the-base.*float32, {fingerprint(base)[:12]}"):
         delta.apply(other)
     with pytest.raises(LuthierError, match="another"):
-        delta.apply(base.to(torch.bfloat16))
+        delta.apply(tiny(seed=0, dtype=torch.bfloat16))
     assert_same(weights(other), before)
     delta.apply(other, force=True)
     name = "model.norm.weight"
@@ -131,7 +133,7 @@ def test_states_of_different_models_are_refused() -> None:
 
 
 def test_a_narrower_tuned_model_fits_a_wider_base() -> None:
-    base, tuned = tiny(), tiny(seed=1).to(torch.bfloat16)
+    base, tuned = tiny(), tiny(seed=1, dtype=torch.bfloat16)
     delta = Delta.between(base, tuned)
     delta.apply(base)
     assert_same(weights(base), weights(tuned.float()))
@@ -147,6 +149,14 @@ def test_a_model_can_be_compared_with_saved_files(tmp_path: Path) -> None:
     assert all(torch.equal(from_files.spread(name), from_models.spread(name)) for name in from_models)
     with pytest.raises(LuthierError, match="no safetensors"):
         Delta.between(base, tmp_path / "nothing")
+
+
+def test_a_delta_cannot_be_changed() -> None:
+    delta = Delta.between({"a": torch.zeros(1)}, {"a": torch.ones(1)})
+    with pytest.raises(TypeError):
+        delta.changes["a"] = ()  # type: ignore[index]
+    with pytest.raises(AttributeError):
+        delta.changes = {}  # type: ignore[misc]
 
 
 def test_sum_difference_and_product_work_on_the_changes() -> None:

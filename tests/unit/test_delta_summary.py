@@ -21,7 +21,15 @@ def test_numbers_by_hand() -> None:
     found = summary(Delta.between(base, tuned), map_parts(base), base)
     # Changes of 3, -4 and 12 in a matrix of 32 times 32 twos.
     assert [one for one in found["by_place"] if one["changed"]] == [
-        {"block": 1, "role": "attention_query", "norm": 13.0, "base_norm": 64.0, "relative": 13 / 64, "numbers": 1024, "changed": 3}
+        {
+            "block": 1,
+            "role": "attention_query",
+            "norm": 13.0,
+            "base_norm": 64.0,
+            "relative": 13 / 64,
+            "numbers": 1024,
+            "changed": 3,
+        }
     ]
     total = sum(parameter.numel() for parameter in base.parameters())
     assert found["norm"] == 13.0 and found["changed_share"] == 3 / total

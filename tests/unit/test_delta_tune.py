@@ -42,7 +42,8 @@ def some_rows(role: str) -> Selective:
 
     def choose(parts: Parts, services: Services) -> dict[Place, Select]:
         return {
-            place: Select("rows", torch.arange(0, len(services.weight(place)), 3)) for place in parts.select(roles=[role])
+            place: Select("rows", torch.arange(0, len(services.weight(place)), 3))
+            for place in parts.select(roles=[role])
         }
 
     return Selective(choose)

@@ -149,7 +149,7 @@ def test_balance_by_parameters_is_within_one_tensor_of_the_share(seed: int, shar
 
 
 def test_half_by_tensors_is_not_half_by_parameters_with_narrow_keys() -> None:
-    """Width 64 with keys and values of 32: 2 of 4 attention matrices are a third, a half or two thirds of their numbers."""
+    """Width 64 with keys and values of 32: 2 of 4 attention matrices are 1/3, 1/2 or 2/3 of their numbers."""
     model = tiny("llama", layers=2, width=64)
     all_of = numbers(model, [p for p in drawn(model, share=1.0) if p.block == 0 and category(p) == "attention"])
     shares = {

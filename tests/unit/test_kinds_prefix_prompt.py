@@ -1,4 +1,4 @@
-"""Prefixes against attention worked by hand, prompts against embeddings put in front, and what padding must not change."""
+"""Prefixes against attention by hand, prompts against embeddings put in front, and what padding must not change."""
 
 from __future__ import annotations
 

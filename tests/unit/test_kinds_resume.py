@@ -1,4 +1,4 @@
-"""Killed at any step and resumed from a checkpoint in a fresh process: the same weights and the same state, bit for bit."""
+"""Killed at any step and resumed from a checkpoint by a fresh engine: the same weights and state, bit for bit."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def assert_equal(left: dict[str, Any], right: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_fault_27_killed_and_resumed_at_any_step(engine: Any, now: Now, tmp_path: Path, name: str) -> None:
-    """Fault 27: resuming at step k equals the uninterrupted run bit for bit: weights, optimizer state, draws, refreshed numbers."""
+    """Fault 27: resuming at step k equals the uninterrupted run bit for bit: weights, moments, draws."""
     run = build(engine, **SETTINGS[name])
     saved = []
     for k in range(STEPS):

@@ -73,7 +73,7 @@ def test_fault_5_chunks_change_neither_values_nor_gradients(limit_bytes: int) ->
         total = sum(
             (w * found[name]).sum() for w, name in zip(mixed, ("nll", "entropy", "kl", "kl_forward"), strict=True)
         )
-        results.append((found, torch.autograd.grad(total, (hidden_ND, weight_VD))))  # type: ignore[arg-type]
+        results.append((found, torch.autograd.grad(total, (hidden_ND, weight_VD))))
     (plain, plain_gradients), (chunked, chunked_gradients) = results
     assert all(torch.allclose(plain[n], chunked[n], rtol=1e-13, atol=1e-13) for n in NAMES)
     for left, right in zip(plain_gradients, chunked_gradients, strict=True):
@@ -114,7 +114,7 @@ def batch_of(ids: list[int], label: list[int], attend: list[bool] | None = None)
 
 
 def test_fault_7_the_shift_is_done_once() -> None:
-    """Fault 7: each target is predicted from the position before; the last position's label is a target of that one only."""
+    """Fault 7: each target is predicted from the position before it, the last one too."""
     where = targets(batch_of([10, 11, 12, 13], [10, -100, 12, 13]))
     assert where.source_N.tolist() == [1, 2] and where.label_N.tolist() == [12, 13]
     assert targets(batch_of([10, 11], [-100, 11])).source_N.tolist() == [0]
@@ -156,7 +156,7 @@ def test_keyed_draws_are_uniform_and_streams_independent() -> None:
     key_N = draws.keys(7, 3, row_N, position_N)
     first, second = draws.uniform(key_N), draws.uniform(key_N, stream=1)
     for one in (first, second):
-        assert 0.0 <= float(one.min()) and float(one.max()) < 1.0
+        assert float(one.min()) >= 0.0 and float(one.max()) < 1.0
         # Six standard errors of mean and variance.
         assert abs(float(one.mean()) - 0.5) < 6 * (1 / 12 / 40000) ** 0.5
         assert abs(float(one.var()) - 1 / 12) < 6 * (1 / 180 / 40000) ** 0.5

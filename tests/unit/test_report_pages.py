@@ -18,7 +18,8 @@ import pytest
 
 from luthier.report.curves import _smooth, _thinned, training_figure
 from luthier.report.facts import cards, headline, samples_of, sets_of, warnings_of
-from luthier.report.figures import change_figure, changes_by_role, interval_figure
+from luthier.report.figures import interval_figure
+from luthier.report.heat import change_figure, changes_by_role
 from luthier.report.html import report_page, write_report
 
 SAMPLE = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("report_sample.py"))))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from luthier.errors import LuthierError
-from luthier.kinds import Now, Place, Refresh, Select, Selective
+from luthier.kinds import Form, Now, Place, Refresh, Select, Selective
 from luthier.tune.trained import read
 from tests.conftest import split
 from tests.toys.helpers import gradients, model_of, rows_of_eight, toys  # noqa: F401
@@ -55,7 +55,7 @@ def refresh(run: Any, now: Now) -> list[str]:
 @pytest.mark.parametrize("form", ["rows", "cols", "flat"])
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 def test_what_stays_keeps_its_moments_and_what_leaves_goes_back_or_stays(
-    engine: Any, now: Now, form: str, leave: str, architecture: str
+    engine: Any, now: Now, form: Form, leave: str, architecture: str
 ) -> None:
     model = model_of(architecture)
     script = Script(form, [1, 4, 7, 9], leave)

@@ -84,7 +84,7 @@ def _by_model(parts: Parts, wanted: set[str]) -> list[list[Group]]:
 
 
 def _shuffled(count: int, rng: torch.Generator) -> list[int]:
-    return torch.randperm(count, generator=rng).tolist()  # type: ignore[no-any-return]
+    return torch.randperm(count, generator=rng).tolist()
 
 
 def _draw_tickets(groups: list[Group], share: float, rng: torch.Generator, services: Services) -> list[Ticket]:
@@ -96,7 +96,9 @@ def _draw_tickets(groups: list[Group], share: float, rng: torch.Generator, servi
     owed = math.floor(share * sum(map(len, groups)) + 0.5) - sum(sure)
     for lucky in _shuffled(len(groups), rng)[:owed]:
         sure[lucky] += 1
-    return [group[i] for group, count in zip(groups, sure, strict=True) for i in sorted(_shuffled(len(group), rng)[:count])]
+    return [
+        group[i] for group, count in zip(groups, sure, strict=True) for i in sorted(_shuffled(len(group), rng)[:count])
+    ]
 
 
 def _draw_numbers(groups: list[Group], share: float, rng: torch.Generator, services: Services) -> list[Ticket]:

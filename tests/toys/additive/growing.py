@@ -22,7 +22,7 @@ def growing(*, rank: int = 2, most: int = 3, every: int = 2, roles: tuple[str, .
     """
 
     def random(width: int, count: int, services: Services, key: str) -> Tensor:
-        return torch.randn(count, width, generator=services.rng(key)) / width**0.5
+        return torch.randn(count, width, generator=services.rng(key)).div(width**0.5)
 
     def start(place: Place, weight_OI: Tensor, services: Services) -> Tensors:
         width_out, width_in = weight_OI.shape

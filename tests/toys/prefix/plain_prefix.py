@@ -1,4 +1,4 @@
-"""A toy prefix: trained keys and values for every block (Li and Liang, 2021, section 4, without the network that makes them)."""
+"""A toy prefix: trained keys and values for every block (Li and Liang, 2021, section 4, without their network)."""
 
 from __future__ import annotations
 

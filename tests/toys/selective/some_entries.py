@@ -1,5 +1,5 @@
-"""A toy of sparse fine-tuning (Ansell et al., 2024, section 3): scattered entries; the least changed leave, others join where the
-gradient is large."""
+"""A toy of sparse fine-tuning (Ansell et al., 2024, section 3): scattered entries; the least changed leave, others join
+where the gradient is large."""
 
 from __future__ import annotations
 

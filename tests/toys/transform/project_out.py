@@ -26,7 +26,7 @@ def project_out(*, directions: int = 1) -> Transform:
         return {"guard_OK": left_OK[:, :directions].clone()}
 
     def update(value: Tensor, state: State, trained: TrainedLike, now: Now) -> Tensor:
-        guard_OK = state["guard_OK"]
+        guard_OK: Tensor = state["guard_OK"]
         return value - guard_OK @ (guard_OK.T @ value)
 
     return Transform(init, update, takes=takes)

@@ -1,0 +1,58 @@
+"""A toy technique of every kind, each one file and no edit elsewhere, runs from a recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import luthier
+from luthier import registry
+from luthier.kinds import KINDS, OBJECTIVES, STEPS, TUNES
+
+TOYS = Path(__file__).parent.parent / "toys"
+FOUND = sorted((path.parent.name, path.stem) for path in TOYS.glob("*/*.py") if not path.stem.startswith("_"))
+ROWS = [{"prompt": f"Say {word}.", "completion": f"{word}!"} for word in ("one", "two", "three", "four")]
+
+RECIPE_KEYS = {
+    **dict.fromkeys(TUNES, "tune"),
+    **dict.fromkeys(OBJECTIVES, "objective"),
+    "token_weight": "token_weight",
+    "source": "source",
+    "keeper": "keep",
+}
+
+
+@pytest.fixture(autouse=True)
+def toys(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Let the toys be found, as a user would."""
+    monkeypatch.setenv("LUTHIER_METHODS", str(TOYS))
+    yield
+
+
+def test_there_is_a_toy_of_every_kind() -> None:
+    assert {kind for kind, _ in FOUND} == KINDS.keys()
+
+
+@pytest.mark.parametrize(("kind", "name"), FOUND)
+def test_a_toy_runs_from_a_recipe(kind: str, name: str, tmp_path: Path) -> None:
+    assert name in registry.names(kind)
+    recipe: dict[str, Any] = {
+        "model": "tiny:llama",
+        "rows": {"train": ROWS},
+        "out": str(tmp_path),
+        "train": {"steps": 2, "batch_rows": 4, "micro_batch_tokens": 150, "precision": "fp32", "learning_rate": 1e-3},
+    }
+    if kind == "row_map":
+        recipe["rows"]["map"] = name
+    elif kind in STEPS:
+        rest = ["adamw"] if kind == "optimizer" else []
+        recipe["step"] = [name, *rest] if kind == "optimizer" else ["adamw", name]
+    else:
+        recipe[RECIPE_KEYS[kind]] = name
+    if kind == "source":
+        recipe["step"] = ["sgd"]
+    run = luthier.train(recipe)
+    assert run.facts["status"] == "finished" and len(run.facts["history"]) == 2
