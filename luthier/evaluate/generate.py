@@ -48,7 +48,8 @@ def generate(
         batch_tokens: the most tokens of one batch, with padding and answers.
 
     Raises:
-        LuthierError: a prompt is empty, an option is out of range, or a prompt and its answer exceed the context.
+        LuthierError: a prompt is empty, an option is out of range, or a prompt and its answer exceed the context; or
+            the model gives numbers that are not finite.
     """
     _check(tune, prompts, max_new_tokens, temperature, top_p)
     choose = _greedy if temperature == 0 else _nucleus(temperature, top_p, seed)
@@ -140,7 +141,12 @@ def _decode(
             past_key_values=cache,
             use_cache=True,
         )
-        token_B = choose(head(output.last_hidden_state[:, -1]), number_B[alive_B], step)
+        logits_BV = head(output.last_hidden_state[:, -1])
+        if not logits_BV.amax(-1).isfinite().all():
+            raise LuthierError(
+                "the model gives numbers that are not finite", mend="lower the learning rate, or use precision fp32"
+            )
+        token_B = choose(logits_BV, number_B[alive_B], step)
         goes_on_B = ~torch.isin(token_B, ends)
         for row, token, goes_on in zip(alive_B.tolist(), token_B.tolist(), goes_on_B.tolist(), strict=True):
             if goes_on:

@@ -1,4 +1,4 @@
-"""What a run's facts say: evaluation sets, samples, headline, cards. The page and the terminal both read this."""
+"""What a run's facts hold: its evaluation sets, and what became of every item. Page, terminal and comparison read this."""
 
 from __future__ import annotations
 
@@ -11,16 +11,13 @@ from luthier.report.words import (
     NOT_MEASURED,
     between,
     count,
-    duration,
     measured,
     number,
     percent,
     plural,
     points,
-    short,
     shown,
     signed,
-    size,
     spaced,
 )
 
@@ -114,16 +111,6 @@ class SetFacts:
         return shown(self.difference.value, self.difference_form)
 
 
-class Card(NamedTuple):
-    """One of the four: what was learned, kept, changed, and what it cost."""
-
-    title: str
-    value: str
-    notes: tuple[str, ...]
-    verdict: str = ""
-    """Colors the card; empty where there is nothing to judge."""
-
-
 def sets_of(run: Facts) -> list[SetFacts]:
     """The evaluation sets of a run: what it should learn first, then what it should keep."""
     noise = run.get("noise") or {}
@@ -137,43 +124,6 @@ def samples_of(sets: list[SetFacts], change: Change) -> list[Sample]:
     return [sample for one in ordered for sample in one.samples if sample.change == change]
 
 
-def headline(run: Facts) -> str:
-    """One sentence that says what happened."""
-    sets = sets_of(run)
-    if run.get("status") == "finished":
-        parts = [*_learned_words(sets), *_kept_words(run, sets)]
-    else:
-        parts = [_unfinished_words(run), "what it learned and kept is not measured"]
-    trained, total = run.get("trained_numbers"), run.get("total_numbers")
-    if measured(trained) and measured(total) and total:
-        parts.append(f"{percent(trained / total)} of {short(total)} numbers trained")
-    if measured(run.get("seconds")):
-        parts.append(duration(run["seconds"]))
-    return f"{_capital('; '.join(parts))}."
-
-
-def cards(run: Facts) -> tuple[Card, Card, Card, Card]:
-    """What was learned, what was kept, what changed, and what it cost."""
-    sets = sets_of(run)
-    return _learned_card(sets), _kept_card(run, sets), _changed_card(run), _cost_card(run)
-
-
-def warnings_of(run: Facts) -> list[str]:
-    """What a reader must know before believing the rest."""
-    found = [] if run.get("status") == "finished" else [f"{_capital(_unfinished_words(run))}."]
-    found += [str(one) for one in run.get("warnings") or ()]
-    for name, shared in ((run.get("rows") or {}).get("overlap") or {}).items():
-        if shared:
-            found.append(
-                f"{plural(shared, 'item')} of {name} also stand in the training rows: gains there prove nothing."
-            )
-    losses = [line.get("loss") for line in run.get("history") or ()]
-    broken = sum(loss is not None and not measured(loss) for loss in losses)
-    if broken:
-        found.append(f"The loss was not finite in {plural(broken, 'step')}.")
-    return found
-
-
 def are_shares(values: Iterable[float | None], higher_is_better: bool) -> bool:
     """Whether values are scores from 0 to 1, which read best in percent."""
     return higher_is_better and all(value is None or 0 <= value <= 1 for value in values)
@@ -182,12 +132,6 @@ def are_shares(values: Iterable[float | None], higher_is_better: bool) -> bool:
 def short_name(run: Facts) -> str:
     """The name of a run's folder, else its recipe's name."""
     return PurePath(str(run.get("run") or run.get("name") or "unnamed")).name
-
-
-def last_step(run: Facts) -> int:
-    """Optimizer steps that were recorded."""
-    history = run.get("history") or ()
-    return int(history[-1]["step"]) if history else 0
 
 
 def _set_facts(name: str, entry: Facts, noise: float | None) -> SetFacts:
@@ -246,87 +190,3 @@ def _sample(set_name: str, item: Facts) -> Sample:
 
 def _text(value: Any) -> str:
     return "" if value is None else str(value)
-
-
-def _capital(sentence: str) -> str:
-    return sentence[:1].upper() + sentence[1:]
-
-
-def _unfinished_words(run: Facts) -> str:
-    how = {"failed": "this run failed", "stopped": "this run was stopped", "running": "this run is not finished"}
-    words = how.get(str(run.get("status")), f"the state of this run is {run.get('status') or 'unknown'}")
-    step = last_step(run)
-    return f"{words} after {plural(step, 'step')}" if step else f"{words}; no step was recorded"
-
-
-def _learned_words(sets: list[SetFacts]) -> list[str]:
-    learnt = [one for one in sets if one.side != "kept"]
-    if not learnt:
-        return ["what it learned is not measured"]
-    said = {"better": "learned {}: {}", "worse": "got worse at {}: {}", "no change": "no change shown on {}: {}"}
-    parts = [
-        said[one.verdict].format(one.name, one.words()) if one.verdict in said else f"{one.name} is not measured"
-        for one in learnt[:2]
-    ]
-    return [*parts, f"{plural(len(learnt) - 2, 'more set')} below"] if len(learnt) > 2 else parts
-
-
-def _kept_words(run: Facts, sets: list[SetFacts]) -> list[str]:
-    kept = [one for one in sets if one.side == "kept" and one.verdict != NOT_MEASURED]
-    share = run.get("kept")
-    parts = [f"{percent(share)} of what it answered rightly before is kept"] if measured(share) else []
-    parts += [f"{one.name} got worse: {one.words()}" for one in kept if one.verdict == "worse"]
-    if not parts and kept:
-        parts = ["nothing that should be kept got measurably worse"]
-    return parts or ["what it kept is not measured"]
-
-
-def _learned_card(sets: list[SetFacts]) -> Card:
-    learnt = [one for one in sets if one.side != "kept"]
-    if not learnt:
-        return Card("Learned", NOT_MEASURED, ("no set to learn was evaluated",))
-    first = learnt[0]
-    value = (
-        f"{count(first.right[1])} of {count(len(first.samples))}"
-        if first.right is not None
-        else first.value(first.after.value)
-    )
-    before = count(first.right[0]) if first.right is not None else first.value(first.before.value)
-    notes = (f"{first.name}, {spaced(first.metric)}", f"{before} before; {first.verdict}")
-    others = tuple(f"{one.name}: {one.value(one.after.value)}, {one.verdict}" for one in learnt[1:3])
-    return Card("Learned", value, notes + others, first.verdict)
-
-
-def _kept_card(run: Facts, sets: list[SetFacts]) -> Card:
-    kept = [one for one in sets if one.side == "kept"]
-    if not kept:
-        return Card("Kept", NOT_MEASURED, ("no set to keep was evaluated",))
-    verdict = "worse" if any(one.verdict == "worse" for one in kept) else ""
-    if measured(run.get("kept")):
-        lost = sum(sample.change == "lost" for one in kept for sample in one.samples)
-        notes = ("of what was right before", f"{plural(lost, 'item')} lost")
-        rest = tuple(f"{one.name}: {one.verdict}" for one in kept if not one.is_share)
-        return Card("Kept", percent(run["kept"]), notes + rest[:2], verdict)
-    first = kept[0]
-    words = (f"{first.name}, {spaced(first.metric)}", f"{first.value(first.before.value)} before; {first.verdict}")
-    return Card("Kept", first.value(first.after.value), words, verdict)
-
-
-def _changed_card(run: Facts) -> Card:
-    delta = run.get("delta") or {}
-    trained, total = run.get("trained_numbers"), run.get("total_numbers")
-    notes = []
-    if measured(trained):
-        notes.append(f"{short(trained)} of {shown(total, short)} numbers trained")
-    if measured(delta.get("relative")):
-        notes.append(f"moved by {percent(delta['relative'])} of the base's norm")
-    return Card("Changed", shown(delta.get("changed_share"), percent), tuple(notes))
-
-
-def _cost_card(run: Facts) -> Card:
-    notes = []
-    if measured(run.get("supervised_tokens_per_second")):
-        notes.append(f"{number(run['supervised_tokens_per_second'])} supervised tokens/s")
-    if measured(run.get("peak_memory_bytes")) and run["peak_memory_bytes"]:
-        notes.append(f"{size(run['peak_memory_bytes'])} at the peak")
-    return Card("Cost", shown(run.get("seconds"), duration), tuple(notes))

@@ -15,9 +15,10 @@ from markupsafe import Markup
 
 from luthier.report import words
 from luthier.report.curves import training_figure
-from luthier.report.facts import Facts, cards, headline, samples_of, sets_of, warnings_of
+from luthier.report.facts import Facts, samples_of, sets_of
 from luthier.report.figures import interval_figure
 from luthier.report.heat import change_figure, changes_by_role, total_change
+from luthier.report.story import cards, headline, warnings_of
 
 FORMS: dict[str, Callable[[float], str]] = {
     "count": words.count,

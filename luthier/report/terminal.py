@@ -11,18 +11,8 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from luthier.report.facts import (
-    Card,
-    Estimate,
-    Facts,
-    SetFacts,
-    are_shares,
-    cards,
-    headline,
-    sets_of,
-    short_name,
-    warnings_of,
-)
+from luthier.report.facts import Estimate, Facts, SetFacts, are_shares, sets_of, short_name
+from luthier.report.story import Card, cards, headline, warnings_of
 from luthier.report.words import NOT_MEASURED, clean, duration, moment, number, percent, shown, spaced
 
 if TYPE_CHECKING:

@@ -72,7 +72,7 @@ def test_mcnemar_is_the_exact_binomial() -> None:
     assert mcnemar(1, 7) == pytest.approx(2 * (1 + 8) / 256)
     assert mcnemar(4, 4) == 1.0
     assert mcnemar(9, 2) == mcnemar(2, 9)
-    assert 0 < mcnemar(0, 5000) < 1e-300 or mcnemar(0, 5000) == 0.0
+    assert mcnemar(2000, 3000) < 1e-40
 
 
 def test_sign_flip_tries_all_flips_of_few_rows() -> None:

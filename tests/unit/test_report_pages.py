@@ -17,7 +17,7 @@ from xml.etree import ElementTree
 import pytest
 
 from luthier.report.curves import _smooth, _thinned, training_figure
-from luthier.report.facts import cards, headline, samples_of, sets_of, warnings_of
+from luthier.report.facts import samples_of, sets_of
 from luthier.report.figures import interval_figure
 from luthier.report.heat import change_figure, changes_by_role
 from luthier.report.html import report_page, write_report
@@ -83,12 +83,23 @@ def with_text(text: str) -> dict[str, Any]:
 def test_the_headline_says_what_happened() -> None:
     assert headline(SAMPLE.sample_run()).replace("\u00a0", " ") == (
         "Learned held_back: 58 of 60 items right, 0 before; 97 % of what it answered rightly before is kept; "
-        "prose got worse: perplexity 21.9, 21.4 before; 49.8 % of 134.5 M numbers trained; 2 min 31 s."
+        "got worse on prose: perplexity 21.9, 21.4 before; 49.8 % of 134.5 M numbers trained; 2 min 31 s."
     )
     assert headline(SAMPLE.sample_run(status="failed", metrics={}, seconds=None)).startswith(
-        "This run failed after 84 steps; what it learned and kept is not measured; "
+        "This run failed after 84 steps; what it learned is not measured; what it kept is not measured; "
     )
     assert headline({"status": "finished"}) == "What it learned is not measured; what it kept is not measured."
+
+
+def test_the_headline_hides_no_set() -> None:
+    run = SAMPLE.sample_run()
+    run["metrics"]["prose"] |= {"after": None, "verdict": "not measured"}
+    run["metrics"]["held_back"] |= {"verdict": "not measured", "note": "3 items cannot show a change"}
+    text = headline(run)
+    assert (
+        text.startswith("No verdict on held_back: 58 of 60 items right, 0 before; ") and "prose is not measured" in text
+    )
+    assert "3 items cannot show a change" in page_of(run).text
 
 
 def test_the_cards_count() -> None:

@@ -1,0 +1,159 @@
+"""What a run's facts say in words: the headline, the four cards, the warnings. Page and terminal tell the same story."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from luthier.report.facts import Facts, SetFacts, samples_of, sets_of
+from luthier.report.words import (
+    NOT_MEASURED,
+    count,
+    duration,
+    measured,
+    number,
+    percent,
+    plural,
+    short,
+    shown,
+    size,
+    spaced,
+)
+
+
+class Card(NamedTuple):
+    """One of the four: what was learned, kept, changed, and what it cost."""
+
+    title: str
+    value: str
+    notes: tuple[str, ...]
+    verdict: str = ""
+    """Colors the card; empty where there is nothing to judge."""
+
+
+def headline(run: Facts) -> str:
+    """One sentence that says what happened."""
+    sets = sets_of(run)
+    parts = [] if run.get("status") == "finished" else [_unfinished_words(run)]
+    parts += [*_learned_words(sets), *_kept_words(run, sets)]
+    trained, total = run.get("trained_numbers"), run.get("total_numbers")
+    if measured(trained) and measured(total) and total:
+        parts.append(f"{percent(trained / total)} of {short(total)} numbers trained")
+    if measured(run.get("seconds")):
+        parts.append(duration(run["seconds"]))
+    return f"{_capital('; '.join(parts))}."
+
+
+def cards(run: Facts) -> tuple[Card, Card, Card, Card]:
+    """What was learned, what was kept, what changed, and what it cost."""
+    sets = sets_of(run)
+    return _learned_card(sets), _kept_card(run, sets), _changed_card(run), _cost_card(run)
+
+
+def warnings_of(run: Facts) -> list[str]:
+    """What a reader must know before believing the rest."""
+    found = [] if run.get("status") == "finished" else [f"{_capital(_unfinished_words(run))}."]
+    found += [str(one) for one in run.get("warnings") or ()]
+    for name, shared in ((run.get("rows") or {}).get("overlap") or {}).items():
+        if shared:
+            found.append(
+                f"{plural(shared, 'item')} of {name} also stand in the training rows: gains there prove nothing."
+            )
+    losses = [line.get("loss") for line in run.get("history") or ()]
+    broken = sum(loss is not None and not measured(loss) for loss in losses)
+    if broken:
+        found.append(f"The loss was not finite in {plural(broken, 'step')}.")
+    return found
+
+
+def last_step(run: Facts) -> int:
+    """Optimizer steps that were recorded."""
+    history = run.get("history") or ()
+    return int(history[-1]["step"]) if history else 0
+
+
+def _capital(sentence: str) -> str:
+    return sentence[:1].upper() + sentence[1:]
+
+
+def _unfinished_words(run: Facts) -> str:
+    how = {"failed": "this run failed", "stopped": "this run was stopped", "running": "this run is not finished"}
+    words = how.get(str(run.get("status")), f"the state of this run is {run.get('status') or 'unknown'}")
+    step = last_step(run)
+    return f"{words} after {plural(step, 'step')}" if step else f"{words}; no step was recorded"
+
+
+def _learned_words(sets: list[SetFacts]) -> list[str]:
+    learnt = [one for one in sets if one.side != "kept"]
+    if not learnt:
+        return ["what it learned is not measured"]
+    parts = [_verdict_words(one) for one in learnt[:2]]
+    return [*parts, f"{plural(len(learnt) - 2, 'more set')} below"] if len(learnt) > 2 else parts
+
+
+def _verdict_words(one: SetFacts) -> str:
+    if not (measured(one.before.value) and measured(one.after.value)):
+        return f"{one.name} is not measured"
+    said = {"better": "learned", "worse": "got worse on", "no change": "no change shown on"}
+    return f"{said.get(one.verdict, 'no verdict on')} {one.name}: {one.words()}"
+
+
+def _kept_words(run: Facts, sets: list[SetFacts]) -> list[str]:
+    kept = [one for one in sets if one.side == "kept"]
+    share = run.get("kept")
+    parts = [f"{percent(share)} of what it answered rightly before is kept"] if measured(share) else []
+    # A share alone would hide a set that got worse, or one that nobody measured.
+    parts += [_verdict_words(one) for one in kept if one.verdict in ("worse", NOT_MEASURED)]
+    if not parts and kept:
+        parts = ["nothing that should be kept got measurably worse"]
+    return parts or ["what it kept is not measured"]
+
+
+def _learned_card(sets: list[SetFacts]) -> Card:
+    learnt = [one for one in sets if one.side != "kept"]
+    if not learnt:
+        return Card("Learned", NOT_MEASURED, ("no set to learn was evaluated",))
+    first = learnt[0]
+    value = (
+        f"{count(first.right[1])} of {count(len(first.samples))}"
+        if first.right is not None
+        else first.value(first.after.value)
+    )
+    before = count(first.right[0]) if first.right is not None else first.value(first.before.value)
+    notes = (f"{first.name}, {spaced(first.metric)}", f"{before} before; {first.verdict}")
+    others = tuple(f"{one.name}: {one.value(one.after.value)}, {one.verdict}" for one in learnt[1:3])
+    return Card("Learned", value, notes + others, first.verdict)
+
+
+def _kept_card(run: Facts, sets: list[SetFacts]) -> Card:
+    kept = [one for one in sets if one.side == "kept"]
+    if not kept:
+        return Card("Kept", NOT_MEASURED, ("no set to keep was evaluated",))
+    verdict = "worse" if any(one.verdict == "worse" for one in kept) else ""
+    if measured(run.get("kept")):
+        lost = len(samples_of(kept, "lost"))
+        notes = ("of what was right before", f"{plural(lost, 'item')} lost")
+        rest = tuple(f"{one.name}: {one.verdict}" for one in kept if not one.is_share)
+        return Card("Kept", percent(run["kept"]), notes + rest[:2], verdict)
+    first = kept[0]
+    words = (f"{first.name}, {spaced(first.metric)}", f"{first.value(first.before.value)} before; {first.verdict}")
+    return Card("Kept", first.value(first.after.value), words, verdict)
+
+
+def _changed_card(run: Facts) -> Card:
+    delta = run.get("delta") or {}
+    trained, total = run.get("trained_numbers"), run.get("total_numbers")
+    notes = []
+    if measured(trained):
+        notes.append(f"{short(trained)} of {shown(total, short)} numbers trained")
+    if measured(delta.get("relative")):
+        notes.append(f"moved by {percent(delta['relative'])} of the base's norm")
+    return Card("Changed", shown(delta.get("changed_share"), percent), tuple(notes))
+
+
+def _cost_card(run: Facts) -> Card:
+    notes = []
+    if measured(run.get("supervised_tokens_per_second")):
+        notes.append(f"{number(run['supervised_tokens_per_second'])} supervised tokens/s")
+    if measured(run.get("peak_memory_bytes")) and run["peak_memory_bytes"]:
+        notes.append(f"{size(run['peak_memory_bytes'])} at the peak")
+    return Card("Cost", shown(run.get("seconds"), duration), tuple(notes))
