@@ -70,6 +70,7 @@ def train(
     progress = Progress()
     if resume is not None:
         progress, before = continue_from(plan, folder, sets, say)
+        write_json(folder / FILE, facts)
     else:
         (folder / "recipe.yaml").write_text(recipe.as_yaml(), encoding="utf-8")
         write_json(folder / FILE, facts)
@@ -90,23 +91,29 @@ def train(
             save=lambda at: save_checkpoint(plan, folder, at),
             tell=lambda at, result: _step_done(plan, folder, at, result, tell),
         )
-    except LuthierError:
-        write_json(folder / FILE, {**facts, "status": "failed", "history": progress.history})
+    except LuthierError as error:
+        finish(folder, {**facts, "status": "failed", "history": progress.history, "warnings": [error.what]}, say)
         raise
     facts |= cost(plan, progress)
     if progress.interrupted:
-        write_json(folder / FILE, {**facts, "status": "stopped"})
+        facts["status"] = "stopped"
+        finish(folder, facts, say)
         say(f"stopped after step {progress.step}; `luthier train --resume {folder}` goes on")
-        return Run(folder, {**facts, "status": "stopped"}, plan.model, plan.tokenizer, plan.engine.tune)
+        return Run(folder, facts, plan.model, plan.tokenizer, plan.engine.tune)
 
     after = measure(plan.engine.tune, plan.tokenizer, sets, say=say) if sets else {}
     facts |= what_changed(plan, before, after, noise)
     facts["delta"] = keep_what_changed(plan, folder, say)
     facts |= {"status": "finished", "total_seconds": time.perf_counter() - began}
+    finish(folder, facts, say)
+    return Run(folder, facts, plan.model, plan.tokenizer, plan.engine.tune)
+
+
+def finish(folder: Path, facts: Mapping[str, Any], say: Say) -> None:
+    """Write the facts and the page, however the run ended."""
     write_json(folder / FILE, facts)
     write_report(facts, folder / "report.html")
     say(f"report: {folder / 'report.html'}")
-    return Run(folder, facts, plan.model, plan.tokenizer, plan.engine.tune)
 
 
 def as_recipe(recipe: Recipe | Mapping[str, Any] | str | Path) -> Recipe:
@@ -180,7 +187,10 @@ def continue_from(
     Raises:
         LuthierError: the folder holds no run, or it was made by another recipe.
     """
-    made_by = read_run(folder).facts.get("recipe_hash")
+    run = read_run(folder)
+    if run.facts.get("status") == "finished":
+        raise LuthierError("this run has finished", where=str(folder), mend="start a new one: luthier train RECIPE")
+    made_by = run.facts.get("recipe_hash")
     if made_by != plan.recipe.hash():
         raise LuthierError(
             f"this run was made by another recipe ({made_by}, not {plan.recipe.hash()})",

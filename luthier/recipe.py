@@ -55,7 +55,7 @@ class TrainRecipe(Strict):
     threads: int | None = Field(None, ge=1, description="processor threads; none: torch's choice")
     checkpointing: bool = Field(False, description="recompute activations in backward: less memory, more time")
     compile: bool = Field(False, description="compile the blocks with torch.compile")
-    save_every: int | None = Field(None, ge=1, description="optimizer steps between checkpoints; none: at the end")
+    save_every: int | None = Field(None, ge=1, description="optimizer steps between checkpoints; none: only when stopped")
     keep_checkpoints: int = Field(2, ge=1, description="checkpoints kept")
     evaluate_every: int | None = Field(None, ge=1, description="optimizer steps between evaluations")
     best: str | None = Field(None, description="keep the weights at which this evaluation set was best")

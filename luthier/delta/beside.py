@@ -42,8 +42,7 @@ def kept_base(tune: Tune, identity: str | None) -> Kept:
     inside = [
         one.place for one in tune.trained.values() if one.place is not None and one.form not in ("factor", "free")
     ]
-    starts = [one.place for one in _additions(tune) if one.value.subtract and one.place is not None]
-    names = dict.fromkeys(place.parameter for place in [*inside, *starts])
+    names = dict.fromkeys([*(place.parameter for place in inside), *changed_by_starts(tune)])
     now = live(tune.model)
     with tune.at("base"):
         was = live(tune.model)
@@ -53,6 +52,23 @@ def kept_base(tune: Tune, identity: str | None) -> Kept:
         }
         identity = fingerprint(tune.model) if identity is None else identity
     return Kept(base, {name: now[name] for name in names}, identity)
+
+
+def changed_by_starts(tune: Tune) -> list[str]:
+    """Parameters of the base that a technique changed when it was attached.
+
+    Raises:
+        LuthierError: the tune did not keep what they were.
+    """
+    names = [one.place.parameter for one in _additions(tune) if one.value.subtract and one.place is not None]
+    lost = next((name for name in names if name not in tune.altered), None)
+    if lost is not None:
+        raise LuthierError(
+            "a start changed the base, and what it was is not kept",
+            where=lost,
+            mend="make the tune with keep_base=True",
+        )
+    return names
 
 
 def forms_beside(tune: Tune) -> dict[str, tuple[Form, ...]]:
@@ -130,9 +146,9 @@ def _takes(one: Addition, name: str, form: LowRank) -> bool:
 
 def _put_in_place(tune: Tune, changes: Mapping[str, Sequence[Form]]) -> None:
     weights = live(tune.model)
-    for name, base in tune.altered.items():
-        # A start changed these; the delta says what became of them.
-        weights[name].copy_(base)
+    for name in changed_by_starts(tune):
+        # The delta says what became of these.
+        weights[name].copy_(tune.altered[name])
     for name, forms in changes.items():
         for form in forms:
             if not isinstance(form, LowRank):

@@ -214,6 +214,7 @@ class Delta:
         Raises:
             LuthierError: another base, or a change that no attached technique takes; nothing was changed.
         """
+        beside.changed_by_starts(tune)
         with tune.at("base"):
             if not force:
                 self._check_base(tune.model)

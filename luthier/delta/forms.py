@@ -158,7 +158,7 @@ def difference(base: Tensor, tuned: Tensor, dtype: torch.dtype) -> Dense | Spars
         A sparse change where fewer than half of the entries changed, else a dense one.
     """
     changed = bits(base) != bits(tuned)
-    count = int(changed.sum())
+    count = int(changed.count_nonzero())
     if not count:
         return None
     if 2 * count >= changed.numel():

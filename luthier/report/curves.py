@@ -10,7 +10,7 @@ from markupsafe import Markup
 
 from luthier.report.facts import Facts, SetFacts
 from luthier.report.svg import Element, Scale, add, figure, markup, ticks
-from luthier.report.words import measured, number, plural, spaced
+from luthier.report.words import measured, number, percent, plural, spaced
 
 Point = tuple[float, float | None]
 """An optimizer step and a value; None where there is none."""
@@ -37,6 +37,8 @@ class Curve(NamedTuple):
     draw: Callable[[Element, Curve, Scale, Scale], str]
     """Draws the points with the scales across and up; returns a note on how to read them."""
     form: Callable[[float], str] = number
+    tick: Callable[[float], str] = "{:,.12g}".format
+    """How a value named on the left reads: with all its digits, so that no two read the same."""
     whole: tuple[float, float] | None = None
     """The range to show whatever the values are, so that a small change looks small; None: the values' own."""
 
@@ -76,7 +78,7 @@ def _panel(svg: Element, curve: Curve, across: Scale, top: float) -> None:
     for tick in ticks(up.low, up.high, curve.ticks):
         y = up.at(tick)
         add(svg, "line", class_="grid", x1=LEFT, x2=WIDTH - RIGHT, y1=y, y2=y)
-        add(svg, "text", curve.form(tick), class_="tick", x=LEFT - 8, y=y + 3.5, text_anchor="end")
+        add(svg, "text", curve.tick(tick), class_="tick", x=LEFT - 8, y=y + 3.5, text_anchor="end")
     note = curve.draw(svg, curve, across, up)
     add(svg, "text", curve.title, class_="panel-title", x=LEFT, y=top - 8)
     add(svg, "text", note, class_="tick", x=WIDTH - RIGHT, y=top - 8, text_anchor="end")
@@ -166,12 +168,12 @@ def _evaluation_curves(run: Facts, sets: Sequence[SetFacts]) -> list[Curve]:
         for name, value in (evaluation.get("metrics") or {}).items():
             if name in points:
                 points[name][evaluation["step"]] = value
-    return [
-        Curve(
-            f"{one.name}, {spaced(one.metric)}", sorted(points[one.name].items()), 60, 3, _dotted, one.form, one.whole
-        )
-        for one in sets[:MOST_SETS]
-    ]
+    return [_evaluation_curve(one, sorted(points[one.name].items())) for one in sets[:MOST_SETS]]
+
+
+def _evaluation_curve(one: SetFacts, points: Sequence[Point]) -> Curve:
+    curve = Curve(f"{one.name}, {spaced(one.metric)}", points, 60, 3, _dotted, one.form, whole=one.whole)
+    return curve._replace(tick=percent) if one.is_share else curve
 
 
 def _column(history: Iterable[Mapping[str, Any]], key: str) -> list[Point]:

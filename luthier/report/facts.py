@@ -1,4 +1,4 @@
-"""What a run's facts hold: its evaluation sets, and what became of every item. Page, terminal and comparison read this."""
+"""What a run's facts hold: its evaluation sets, and what became of every item. All views read this."""
 
 from __future__ import annotations
 

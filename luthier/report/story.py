@@ -1,4 +1,4 @@
-"""What a run's facts say in words: the headline, the four cards, the warnings. Page and terminal tell the same story."""
+"""What a run's facts say in words: the headline, the four cards, the warnings. Page and terminal share it."""
 
 from __future__ import annotations
 

@@ -94,8 +94,12 @@ class Engine:
         )
 
     def _sum_gradients(self, batches: Sequence[Batch]) -> None:
-        for trained in self.tune.trained.values():
-            if self.world.size > 1 and "all" in self.source.gives:
+        everything = list(self.tune.trained.values())
+        several = self.world.size > 1 and "all" in self.source.gives
+        # What no process touched takes no step, as in a run of one process.
+        touched = self.world.sum_numbers([float(one.gradient is not None) for one in everything]) if several else []
+        for trained, processes in zip(everything, touched, strict=False):
+            if processes:
                 if trained.gradient is None:
                     wide = torch.promote_types(trained.master.dtype, torch.float32)
                     trained.gradient = torch.zeros_like(trained.master.detach(), dtype=wide)

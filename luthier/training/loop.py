@@ -105,7 +105,7 @@ def train(
                 _judge(engine, progress, plans, evaluate())
             if asked_to_stop():
                 progress.stopped, progress.interrupted = "asked to stop", True
-            if progress.stopped or _due(progress.step, plans.save_every, None) or progress.step == clock.steps:
+            if progress.interrupted or _due(progress.step, plans.save_every, clock.steps):
                 save(progress)
     engine.tune.model.eval()
     for kept in engine.keepers:

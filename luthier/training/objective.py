@@ -101,7 +101,8 @@ class Objective:
         for batch in batches:
             with evaluating(tune.model):
                 tables.append(_table(view_of(tune, batch, wanted, now)))
-        empty = {name: torch.zeros(0) for name in ("row", "position", *(column.name for column in wanted))}
+        whole_numbers = {name: torch.zeros(0, dtype=torch.int64) for name in ("row", "position")}
+        empty = {**whole_numbers, **{column.name: torch.zeros(0) for column in wanted}}
         local = {name: torch.cat([t[name] for t in tables]) for name in tables[0]} if tables else empty
         whole = world.gather(local)
         order = _sorted(whole)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -120,10 +121,19 @@ def test_same_seed_same_weights(tmp_path: Path) -> None:
     assert hashes[0] == hashes[1] != hashes[2]
 
 
-def test_another_recipe_cannot_resume_a_run(tmp_path: Path) -> None:
-    run = luthier.train(recipe(tmp_path, train={"steps": 1}))
+def test_an_interrupted_run_resumes_and_only_with_its_recipe(tmp_path: Path) -> None:
+    def interrupt(plan: Any, progress: Any, result: Any) -> None:
+        signal.raise_signal(signal.SIGINT)
+
+    run = luthier.train(recipe(tmp_path), tell=interrupt)
+    assert run.facts["status"] == "stopped" and run.facts["steps"] == 1, "an interrupt finishes the step and saves"
+    assert run.report.is_file()
     with pytest.raises(LuthierError, match="another recipe"):
-        luthier.train(recipe(tmp_path, train={"steps": 2}), resume=run.folder)
+        luthier.train(recipe(tmp_path, seed=1), resume=run.folder)
+    again = luthier.train(recipe(tmp_path), resume=run.folder)
+    assert again.facts["weights_sha256"] == luthier.train(recipe(tmp_path)).facts["weights_sha256"]
+    with pytest.raises(LuthierError, match="has finished"):
+        luthier.train(recipe(tmp_path), resume=run.folder)
 
 
 def test_early_stopping_keeps_the_best(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What the tests of the kinds share: the toys in the registry, a step's gradients without the step, plain-model references."""
+"""What the tests of the kinds share: the toys, a step's gradients without the step, and plain-model references."""
 
 from __future__ import annotations
 

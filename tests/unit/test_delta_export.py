@@ -96,7 +96,8 @@ def test_the_folder_says_nothing_of_this_machine(tmp_path: Path) -> None:
     tiny_tokenizer().save_pretrained(tmp_path / "base")
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     assert use_attention(model)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "base")
+    tokenizer: Any = transformers.AutoTokenizer
+    tokenizer = tokenizer.from_pretrained(tmp_path / "base")
     tune = tuned(model, lora=lora(rank=3))
     export_model(tune, tokenizer, tmp_path / "model")
     export_peft(tune, tmp_path / "adapter", str(tmp_path / "base"))

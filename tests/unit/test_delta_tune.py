@@ -223,3 +223,5 @@ def test_restore_refuses_what_it_cannot_place() -> None:
     forgetful.add("started", half_started(), RunServices(forgetful, "started", Now(seed=0)), {})
     with pytest.raises(LuthierError, match="not kept"):
         Delta.of(started).restore(forgetful)
+    with pytest.raises(LuthierError, match="not kept"):
+        Delta.of(forgetful)

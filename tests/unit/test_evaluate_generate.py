@@ -136,7 +136,7 @@ def test_batches_change_nothing() -> None:
 
 
 def forced(tune: Tune, tokens: dict[int, int]) -> Tune:
-    """Make the head say a token for each last token it sees, by hidden states that are the embedding of the last token."""
+    """A model whose next token depends on the last alone."""
 
     def say(module: Any, arguments: Any, logits: Tensor) -> Tensor:
         forced_logits = torch.zeros_like(logits)

@@ -21,6 +21,7 @@ from luthier.report.facts import samples_of, sets_of
 from luthier.report.figures import interval_figure
 from luthier.report.heat import change_figure, changes_by_role
 from luthier.report.html import report_page, write_report
+from luthier.report.story import cards, headline, warnings_of
 
 SAMPLE = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("report_sample.py"))))
 
@@ -85,7 +86,7 @@ def test_the_headline_says_what_happened() -> None:
         "Learned held_back: 58 of 60 items right, 0 before; 97 % of what it answered rightly before is kept; "
         "got worse on prose: perplexity 21.9, 21.4 before; 49.8 % of 134.5 M numbers trained; 2 min 31 s."
     )
-    assert headline(SAMPLE.sample_run(status="failed", metrics={}, seconds=None)).startswith(
+    assert headline(SAMPLE.sample_run(status="failed", metrics={}, kept=None, seconds=None)).startswith(
         "This run failed after 84 steps; what it learned is not measured; what it kept is not measured; "
     )
     assert headline({"status": "finished"}) == "What it learned is not measured; what it kept is not measured."
@@ -224,6 +225,14 @@ def test_a_curve_breaks_where_a_loss_is_missing() -> None:
     history = [{"step": step, "loss": loss} for step, loss in enumerate(losses, 1)]
     svg = ElementTree.fromstring(training_figure({"history": history}, []))
     assert [len(line.get("points", "").split()) for line in svg.iter("polyline")] == [2, 2]
+
+
+def test_every_named_value_of_a_curve_reads_differently() -> None:
+    run = SAMPLE.sample_run(evaluations=[])
+    run["metrics"] = {"prose": run["metrics"]["prose"] | {"before": 21.40, "after": 21.52}}
+    svg = ElementTree.fromstring(training_figure(run, sets_of(run)))
+    named = [(mark.get("y"), mark.text) for mark in svg.iter("text") if mark.get("text-anchor") == "end"]
+    assert [text for _, text in named if text and text.startswith("21.")] == ["21.4", "21.45", "21.5"]
 
 
 def test_smoothing_keeps_a_straight_line_and_thinning_its_mean() -> None:

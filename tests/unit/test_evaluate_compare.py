@@ -1,0 +1,166 @@
+"""Verdicts on made-up results."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+
+from luthier.errors import LuthierError
+from luthier.evaluate.compare import base_noise, compare, share_kept
+from luthier.evaluate.intervals import mcnemar, newcombe, wilson
+from luthier.evaluate.sets import EvalSet, Item, SetResult, measure, result_of
+from luthier.models.parts import map_parts
+from luthier.models.tiny import tiny, tiny_tokenizer
+from luthier.rows.read import read
+from luthier.tune import Tune
+
+
+def result(
+    scores: Sequence[float], metric: str = "contains", side: Any = "learnt", weights: Sequence[float] | None = None
+) -> SetResult:
+    record = {"text": "x"} if metric in ("loss", "perplexity") else {"prompt": "x", "answer": "y"}
+    one = EvalSet("made up", read([record]), metric, side)
+    weights = [1.0] * len(scores) if weights is None else weights
+    items = [
+        Item(f"row{i}", f"question {i}", f"answer {i}", f"said {score}", float(score), float(weight))
+        for i, (score, weight) in enumerate(zip(scores, weights, strict=True))
+    ]
+    return result_of(one, items, asked="the same")
+
+
+def test_the_entry_holds_what_reports_need() -> None:
+    before, after = result([0, 0, 0, 0, 0, 0, 0, 0, 1, 1]), result([1, 1, 1, 1, 1, 1, 1, 0, 1, 0])
+    entry = compare(before, after)
+    assert entry["before"] == 0.2 and entry["after"] == 0.8 and entry["difference"] == pytest.approx(0.6)
+    assert entry["before_interval"] == wilson(2, 10) and entry["after_interval"] == wilson(8, 10)
+    assert entry["difference_interval"] == newcombe(1, 1, 7, 1)
+    assert entry["p_value"] == mcnemar(1, 7) == pytest.approx(18 / 256)
+    assert entry["verdict"] == "no change"
+    assert entry["kept"] == 0.5
+    assert (entry["metric"], entry["side"], entry["n"], entry["higher_is_better"]) == ("contains", "learnt", 10, True)
+    assert entry["items"][9] == {
+        "id": "row9",
+        "prompt": "question 9",
+        "expected": "answer 9",
+        "before": "said 1",
+        "after": "said 0",
+        "before_score": 1.0,
+        "after_score": 0.0,
+    }
+    assert json.loads(json.dumps(entry, allow_nan=False))["difference_interval"] == list(entry["difference_interval"])
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "verdict"),
+    [
+        ([0] * 6, [1] * 6, "better"),
+        ([1] * 6, [0] * 6, "worse"),
+        ([0] * 10, [1] * 5 + [0] * 5, "no change"),
+        ([0] * 60, [1] * 6 + [0] * 54, "better"),
+        ([1] * 8, [1] * 8, "no change"),
+        ([0, 1] * 20, [1, 0] * 20, "no change"),
+        ([0] * 5, [1] * 5, "not measured"),
+    ],
+)
+def test_verdicts_on_right_and_wrong(before: list[int], after: list[int], verdict: str) -> None:
+    assert compare(result(before), result(after))["verdict"] == verdict
+
+
+@pytest.mark.parametrize("metric", ["loss", "perplexity"])
+def test_less_loss_is_better(metric: str) -> None:
+    before = [2.0 + 0.1 * i for i in range(12)]
+    lower = [value - 0.2 - 0.01 * i for i, value in enumerate(before)]
+    weights = [10 + i for i in range(12)]
+    better = compare(result(before, metric, weights=weights), result(lower, metric, weights=weights))
+    worse = compare(result(lower, metric, weights=weights), result(before, metric, weights=weights))
+    assert (better["verdict"], worse["verdict"]) == ("better", "worse")
+    assert better["difference"] == pytest.approx(-worse["difference"])
+    low, high = better["difference_interval"]
+    assert low < better["difference"] < high < 0
+    assert better["kept"] is None
+    if metric == "loss":
+        expected = sum(w * (a - b) for w, a, b in zip(weights, lower, before, strict=True)) / sum(weights)
+        assert better["difference"] == pytest.approx(expected)
+
+
+def test_the_same_loss_is_no_change() -> None:
+    entry = compare(result([2.0, 3.0] * 6, "perplexity"), result([2.0, 3.0] * 6, "perplexity"))
+    assert (entry["verdict"], entry["difference"], entry["difference_interval"]) == ("no change", 0.0, (0.0, 0.0))
+
+
+def test_one_long_row_is_not_enough() -> None:
+    """A row with nearly all tokens decides the value, and the test knows that it is a single row."""
+    weights = [10_000.0] + [1.0] * 19
+    entry = compare(result([2.0] * 20, "loss", weights=weights), result([3.0] + [2.0] * 19, "loss", weights=weights))
+    assert entry["difference"] == pytest.approx(1.0, abs=0.01)
+    assert entry["verdict"] == "no change" and entry["p_value"] == 1.0
+
+
+def test_graded_scores_take_the_graded_test() -> None:
+    before, after = [0.0, 0.5] * 10, [0.25, 0.75] * 10
+    entry = compare(result(before, "f1"), result(after, "f1"))
+    assert entry["verdict"] == "better" and entry["difference_interval"] == pytest.approx((0.25, 0.25))
+
+
+def test_noise_hides_a_difference() -> None:
+    before, after = result([2.0] * 12, "loss"), result([2.01] * 12, "loss")
+    assert compare(before, after)["verdict"] == "worse"
+    assert compare(before, after, noise=0.001)["verdict"] == "worse"
+    hidden = compare(before, after, noise=0.02)
+    assert hidden["verdict"] == "no change" and "0.02" in hidden["note"]
+
+
+def test_too_few_items_say_so() -> None:
+    entry = compare(result([2.0] * 5, "loss"), result([9.0] * 5, "loss"))
+    assert entry["verdict"] == "not measured" and "at least 6" in entry["note"]
+    assert entry["difference"] == 7.0 and entry["difference_interval"] is None
+
+
+def test_kept_counts_what_was_right() -> None:
+    metrics = {
+        "a": compare(result([1, 1, 1, 0], side="kept"), result([1, 0, 1, 1], side="kept")),
+        "b": compare(result([1, 0], side="kept"), result([1, 0], side="kept")),
+        "new": compare(result([1, 1]), result([0, 0])),
+        "prose": compare(result([2.0], "loss", "kept"), result([2.0], "loss", "kept")),
+        "nothing right": compare(result([0, 0], side="kept"), result([1, 1], side="kept")),
+        "not run": compare(result([1, 1], side="kept"), None),
+    }
+    assert [entry["kept"] for entry in metrics.values()] == [2 / 3, 1.0, 0.0, None, None, None]
+    assert share_kept(metrics) == 3 / 4
+    assert share_kept({"new": metrics["new"], "prose": metrics["prose"]}) is None
+    assert share_kept({}) is None
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"items": (Item("other", "", "", "", 0.0),)}, "different items"),
+        ({"asked": "otherwise"}, "not asked in the same way"),
+        ({"metric": "f1"}, "not asked in the same way"),
+        ({"items": (Item("row0", "", "another answer", "", 0.0),)}, "expect different answers"),
+    ],
+)
+def test_what_is_no_pair_is_refused(change: dict[str, Any], words: str) -> None:
+    before = result([0])
+    after = SetResult(**{**{name: getattr(before, name) for name in before.__dataclass_fields__}, **change})
+    with pytest.raises(LuthierError, match=words):
+        compare(before, after)
+
+
+def test_noise_is_what_other_batches_change() -> None:
+    """In bf16 sums round otherwise in other batches; in fp64 hardly. Answers of this model do not change at all."""
+    tokenizer: Any = tiny_tokenizer()
+    texts = [{"text": "The door of the mill is red. " * (1 + i % 5)} for i in range(20)]
+    sets = [EvalSet("prose", read(texts), "loss"), EvalSet("asked", read([{"prompt": "x", "answer": "y"}]))]
+    found = {}
+    for dtype in (torch.float64, torch.bfloat16):
+        model = tiny("llama", dtype=dtype)
+        tune = Tune(model, map_parts(model))
+        found[dtype] = base_noise(tune, tokenizer, sets, measure(tune, tokenizer, sets), batch_tokens=100)
+    assert found[torch.float64]["prose"] < 1e-12
+    assert found[torch.bfloat16]["prose"] < 1e-2
+    assert {noise["asked"] for noise in found.values()} == {0.0}

@@ -1,0 +1,78 @@
+"""One process and two take the same steps, also when one of them has no rows or no targets."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from torch import Tensor, multiprocessing
+
+from luthier import registry
+from luthier.kinds import OBJECTIVES, TUNES, Batch, Now
+from luthier.models.parts import map_parts
+from luthier.training.build import build_engine
+from tests.conftest import make_batch, split
+from tests.toys.helpers import TOYS, model_of, rows_of_eight
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "full": {"step": ["clip", "adamw"]},
+    "entries": {"tune": "some_entries", "step": "adamw"},
+    "growing": {"tune": "growing", "step": "adamw"},
+    "look": {"weight": "drop_easiest"},
+    "reference": {"weight": "beats_reference"},
+    "penalty": {"objective": ["cross_entropy", {"pull_to_start": {"weight": 1.0}}, "extra_head"]},
+    "zeroth order": {"source": "zeroth_order"},
+}
+
+
+def shares(step: int) -> list[list[Batch]]:
+    """The micro-batches of two processes: even, uneven, none at all, and without a target."""
+    whole = split(rows_of_eight(seed=step), (5, 3))
+    return [[whole[:1], whole[1:]], [whole[1:], whole[:1]], [whole, []], [whole, [make_batch([(4, 0)], first=50)]]][
+        step
+    ]
+
+
+def run(rank: int, size: int, folder: str) -> None:
+    """Four steps of every setting; each process writes what it ended with."""
+    torch.set_num_threads(1)
+    if size > 1:
+        dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=size)
+    registry.add_folder(TOYS)
+    found: dict[str, Tensor] = {}
+    for name, setting in SETTINGS.items():
+        model = model_of()
+        engine = build_engine(
+            model,
+            map_parts(model),
+            tune=registry.make_all(setting.get("tune", "full"), TUNES),
+            objective=registry.make_all(setting.get("objective", "cross_entropy"), OBJECTIVES),
+            token_weight=registry.make_all(setting.get("weight"), ("token_weight",)),
+            step=registry.make_all(setting.get("step", "sgd"), ("transform", "optimizer")),
+            source=registry.make(setting.get("source", "backprop"), ("source",)),
+            now=Now(steps=4),
+        )
+        for step in range(4):
+            mine = shares(step)[rank] if size > 1 else [batch for share in shares(step) for batch in share]
+            result = engine.step(mine, Now(step=step, steps=4, learning_rate=0.02))
+            found[f"{name} loss {step}"] = torch.tensor([result.loss, result.nll, result.kept, float(result.tokens)])
+        found |= {f"{name} {key}": one.master.detach().clone() for key, one in engine.tune.trained.items()}
+    registry._added.remove(TOYS)
+    save_file(found, f"{folder}/{size}-{rank}.safetensors")
+    if size > 1:
+        dist.destroy_process_group()
+
+
+def test_fault_2_two_processes_equal_one(tmp_path: Path) -> None:
+    """Fault 2: gradients, observed gradients, ranks that grow, rules over the step and losses agree with one process."""
+    multiprocessing.spawn(run, (2, str(tmp_path)), nprocs=2)
+    run(0, 1, str(tmp_path))
+    one, first, second = (load_file(tmp_path / f"{name}.safetensors") for name in ("1-0", "2-0", "2-1"))
+    assert one.keys() == first.keys() == second.keys()
+    for name, value in one.items():
+        assert torch.equal(first[name], second[name]), name
+        assert value.shape == first[name].shape, name
+        assert torch.allclose(first[name], value, rtol=1e-9, atol=1e-10), name
