@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from luthier.delta.forms import Dense, Form, LowRank
-from luthier.delta.sources import live
+from luthier.delta.sources import live, ties, untie
 from luthier.errors import LuthierError
 from luthier.models.fingerprint import fingerprint
 
@@ -80,6 +80,12 @@ def forms_beside(tune: Tune) -> dict[str, tuple[Form, ...]]:
     return forms
 
 
+def first_name(tune: Tune, name: str) -> str:
+    """The name under which a tied parameter is changed in place; the name itself for all others."""
+    module, _, tensor = name.rpartition(".")
+    return f"{tune.parts.ties[module]}.{tensor}" if module in tune.parts.ties else name
+
+
 def _additions(tune: Tune) -> list[Addition]:
     return [one for site in tune.sites.values() for one in site.additions]
 
@@ -145,14 +151,19 @@ def _takes(one: Addition, name: str, form: LowRank) -> bool:
 
 
 def _put_in_place(tune: Tune, changes: Mapping[str, Sequence[Form]]) -> None:
+    inside = {name: [form for form in forms if not isinstance(form, LowRank)] for name, forms in changes.items()}
+    for name in ties(tune.model):
+        if inside.get(name):
+            untie(tune.model, name)
     weights = live(tune.model)
     for name in changed_by_starts(tune):
         # The delta says what became of these.
         weights[name].copy_(tune.altered[name])
-    for name, forms in changes.items():
+    for name, forms in inside.items():
+        if forms and tune.keep_base:
+            tune.altered.setdefault(name, weights[name].clone())
         for form in forms:
-            if not isinstance(form, LowRank):
-                form.add_to(weights[name], 1)
+            form.add_to(weights[name], 1)
 
 
 def _put_beside(tune: Tune, one: Addition, form: LowRank) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from luthier.delta import beside, storage
-from luthier.delta.forms import Factor, Form, combine, compress, difference, untouched
+from luthier.delta.forms import Factor, Form, combine, compress, difference
 from luthier.delta.sources import Source, fits, in_words, live, ties, untie, weights_of
 from luthier.delta.storage import Base
 from luthier.errors import LuthierError, nearest
@@ -87,7 +87,8 @@ class Delta:
             wide = dtype or torch.promote_types(old.dtype, torch.float32)
             form: Form | None = difference(old, new, wide)
             if form is None and one in after.distinct and one not in before.distinct:
-                form = untouched(old.shape, wide)
+                # Nothing changed, but the base ties this tensor to one that may have.
+                form = compress(torch.zeros(old.shape, dtype=wide))
             if form is not None:
                 changes[one] = (form,)
         if fingerprint is None:
@@ -120,7 +121,8 @@ class Delta:
             inside = cls.between(base, tune.model, name=name, fingerprint=fingerprint)
         changes = dict(inside.changes)
         for one, forms in beside.forms_beside(tune).items():
-            changes[one] = (*changes.get(one, ()), *forms)
+            # What changed a tied tensor changed it under every name.
+            changes[one] = (*inside.changes.get(beside.first_name(tune, one), ()), *forms)
         return cls(changes, inside.base._replace(dtype=in_words(one.dtype for one in live(tune.model).values())))
 
     @classmethod
@@ -160,6 +162,8 @@ class Delta:
 
     def apply(self, model: nn.Module, *, force: bool = False) -> None:
         """Make the tuned model of the base, in place.
+
+        Where the delta does not know its base's fingerprint, only names and shapes are compared.
 
         Args:
             model: the base. A map of its parts made before is out of date if a tie is cut.
@@ -208,7 +212,8 @@ class Delta:
         What stood beside the weights stands there again, the rest goes into the weights.
 
         Args:
-            tune: on the base. Techniques whose start changes the base need `keep_base=True`.
+            tune: on the base. Techniques whose start changes the base need `keep_base=True`, as does running the base
+                afterwards where weights changed.
             force: also for another base, where the names and shapes fit.
 
         Raises:
@@ -238,7 +243,7 @@ class Delta:
             if len({form.shape for form in summed}) > 1:
                 raise LuthierError("these deltas have other shapes", where=name, mend="add deltas of one base")
         base = self.base if self.base.fingerprint else other.base
-        return Delta({name: combined for name, summed in forms.items() if (combined := combine(summed))}, base)
+        return Delta({name: combine(summed) for name, summed in forms.items()}, base)
 
     def __mul__(self, factor: float) -> Delta:
         """The change scaled."""
@@ -273,7 +278,7 @@ class Delta:
                 stay.
         """
         kept = {name: compress(torch.where(keep(name, change := self.spread(name)), change, 0.0)) for name in self}
-        return replace(self, changes={name: (form,) for name, form in kept.items() if form is not None})
+        return replace(self, changes={name: (form,) for name, form in kept.items()})
 
     def _times(self, factor: Callable[[str], Factor]) -> Delta:
         changes: dict[str, tuple[Form, ...]] = {}

@@ -55,6 +55,7 @@ class Dense:
 
     def add_to(self, values: Tensor, sign: int) -> None:
         """Add (1) or subtract (-1) the change in place, computed in the wider of the two types."""
+        values = torch.atleast_1d(values)
         exact = _corrected(values, self.corrections, sign)
         change = self.change.to(values.device)
         values.copy_(values.to(torch.promote_types(values.dtype, change.dtype)) + sign * change)
@@ -87,9 +88,10 @@ class Sparse:
 
     def add_to(self, values: Tensor, sign: int) -> None:
         """Add (1) or subtract (-1) the change in place, computed in the wider of the two types."""
+        values = torch.atleast_1d(values)
         exact = _corrected(values, self.corrections, sign)
         change = self.change.to(values.device)
-        at = torch.unravel_index(self.index.long().to(values.device), self.shape)
+        at = torch.unravel_index(self.index.long().to(values.device), values.shape)
         wide = torch.promote_types(values.dtype, change.dtype)
         values[at] = (values[at].to(wide) + sign * change).to(values.dtype)
         _correct(values, exact)
@@ -173,19 +175,12 @@ def difference(base: Tensor, tuned: Tensor, dtype: torch.dtype) -> Dense | Spars
     return Sparse(_narrow(index, base.numel()), change.cpu(), base.shape, corrections)
 
 
-def compress(change: Tensor) -> Dense | Sparse | None:
-    """A change in the form that takes less room, without exact zeros; None where there is nothing else."""
+def compress(change: Tensor) -> Dense | Sparse:
+    """A change in the form that takes less room; one of zeros alone is sparse and empty."""
     index = change.reshape(-1).nonzero()[:, 0]
-    if not len(index):
-        return None
     if 2 * len(index) >= change.numel():
         return Dense(change)
     return Sparse(_narrow(index, change.numel()), change.reshape(-1)[index], change.shape)
-
-
-def untouched(shape: torch.Size, dtype: torch.dtype) -> Sparse:
-    """A change of nothing, which still says that the parameter is one of its own."""
-    return Sparse(torch.empty(0, dtype=torch.int32), torch.empty(0, dtype=dtype), shape)
 
 
 def combine(forms: Iterable[Form]) -> tuple[Form, ...]:
@@ -197,12 +192,9 @@ def combine(forms: Iterable[Form]) -> tuple[Form, ...]:
             low.setdefault((form.start, form.stop, form.transposed), []).append(form)
         else:
             entries.append(form)
-    combined: list[Form] = [_beside(group) for group in low.values()]
-    if len(entries) == 1:
-        return (*entries, *combined)
-    total = sum((form.spread() for form in entries[1:]), entries[0].spread()) if entries else None
-    found = None if total is None else compress(total)
-    return tuple(combined) if found is None else (found, *combined)
+    if len(entries) > 1:
+        entries = [compress(sum((form.spread() for form in entries[1:]), entries[0].spread()))]
+    return (*entries, *(_beside(group) for group in low.values()))
 
 
 def _beside(group: list[LowRank]) -> LowRank:

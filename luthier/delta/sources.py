@@ -71,7 +71,8 @@ def untie(model: nn.Module, name: str) -> None:
 @contextmanager
 def tied(model: nn.Module) -> Iterator[None]:
     """Restore every tie that `untie` cuts inside the block."""
-    shared = {name: model.get_parameter(name) for name in ties(model)}
+    names = set(ties(model))
+    shared = {name: one for name, one in model.named_parameters(remove_duplicate=False) if name in names}
     flags = [(config, config.tie_word_embeddings) for config in _configs(model)]
     keys = dict(getattr(model, "all_tied_weights_keys", {}))
     try:

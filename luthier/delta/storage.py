@@ -94,7 +94,7 @@ def load(path: Path) -> tuple[dict[str, tuple[Form, ...]], Base]:
             name: tuple(_form(facts, tensors, f"{name}|{number}|") for number, facts in enumerate(forms))
             for name, forms in json.loads(metadata["changes"]).items()
         }
-    except (KeyError, ValueError, TypeError, AttributeError) as error:
+    except (LookupError, ValueError, TypeError, AttributeError, RuntimeError) as error:
         raise LuthierError(
             f"the delta is damaged: {type(error).__name__} {error}", where=str(path), mend="copy or make it again"
         ) from error

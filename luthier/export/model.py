@@ -10,14 +10,16 @@ from typing import Any
 
 import torch
 import transformers
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from luthier.delta.forms import bits
 from luthier.delta.sources import live, tied, untie
 from luthier.errors import LuthierError
 from luthier.export.folder import new_folder
+from luthier.models.load import load_tokenizer
 from luthier.models.quiet import quiet
+from luthier.models.weights import load_weights
 from luthier.training.services import evaluating
 from luthier.tune import Tune
 
@@ -49,17 +51,17 @@ def export_model(tune: Tune, tokenizer: PreTrainedTokenizerBase, folder: str | P
         LuthierError: the folder exists, something here is no change of a weight, or what was read back differs: weights
             or token ids at all, logits by more than half the digits of the weights' type.
     """
-    ids = [tokenizer(text)["input_ids"] for text in PROBES]
-    unmerged = None if tune.merged is not None else outputs(tune.model, ids)
-    with merged(tune) as untied, new_folder(Path(folder)) as beside:
-        after = outputs(tune.model, ids)
-        _save(tune.model, tokenizer, beside)
-        _check_tokenizer(tokenizer, beside)
-        difference = _check_model(tune, beside, ids, after)
-    comparable = unmerged is not None and tune.parts.head != "" and tune.parts.causal
+    with new_folder(Path(folder)) as beside:
+        ids = [tokenizer(text)["input_ids"] for text in PROBES]
+        unmerged = outputs(tune.model, ids) if tune.merged is None and tune.parts.causal else None
+        with merged(tune) as untied:
+            after = outputs(tune.model, ids)
+            _save(tune.model, tokenizer, beside)
+            _check_tokenizer(tokenizer, beside)
+            difference = _check_model(tune, beside, ids, after)
     return {
         "max_logit_difference": difference,
-        "merge_kl": divergence(after, unmerged) if comparable and unmerged is not None else None,
+        "merge_kl": None if unmerged is None else divergence(after, unmerged),
         "dtype": str(next(tune.model.parameters()).dtype).removeprefix("torch."),
         "untied": untied,
     }
@@ -81,7 +83,9 @@ def merged(tune: Tune) -> Iterator[bool]:
     own = {one.place.module for site in tune.sites.values() for one in site.additions if one.place is not None}
     names = [module for module in tune.parts.ties if module in own]
     parts = tune.parts
-    with _untied(tune.model, names):
+    with tied(tune.model):
+        for module in names:
+            untie(tune.model, f"{module}.weight")
         tune.parts = replace(parts, ties={name: to for name, to in parts.ties.items() if name not in names})
         try:
             tune.merge()
@@ -91,14 +95,6 @@ def merged(tune: Tune) -> Iterator[bool]:
                 tune.unmerge()
         finally:
             tune.parts = parts
-
-
-@contextmanager
-def _untied(model: nn.Module, modules: Sequence[str]) -> Iterator[None]:
-    with tied(model):
-        for module in modules:
-            untie(model, f"{module}.weight")
-        yield
 
 
 def outputs(model: Any, token_ids: Sequence[Sequence[int]]) -> list[Tensor]:
@@ -138,12 +134,11 @@ def _save(model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
 
 
 def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    with quiet():
-        reloaded = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    reloaded: Any = load_tokenizer(str(folder))
     if _token_ids(tokenizer) != _token_ids(reloaded) or tokenizer.chat_template != reloaded.chat_template:
         raise LuthierError(
             "the tokenizer cuts text differently after saving",
-            where=str(folder),
+            where=type(tokenizer).__name__,
             mend="keep the tokenizer's own files beside the weights, and report which tokenizer this is",
         )
 
@@ -164,7 +159,8 @@ def _check_model(tune: Tune, folder: Path, ids: Sequence[Sequence[int]], expecte
     experts = getattr(tune.model.config, "_experts_implementation", None)
     kernel = {} if experts is None else {"experts_implementation": experts}
     with quiet():
-        reloaded = auto_class.from_pretrained(folder, dtype="auto", local_files_only=True, **kernel).to(device)
+        model, _ = load_weights(auto_class, folder, folder, dtype="auto", local_files_only=True, **kernel)
+    reloaded = model.to(device)  # type: ignore[arg-type]
     found, weights = live(reloaded), live(tune.model)
     wrong = [name for name, values in weights.items() if name not in found or not _same(found[name], values)]
     if wrong:
@@ -175,12 +171,12 @@ def _check_model(tune: Tune, folder: Path, ids: Sequence[Sequence[int]], expecte
         )
     pairs = list(zip(outputs(reloaded, ids), expected, strict=True))
     difference = max(float((one - other).abs().max()) for one, other in pairs)
-    bound = next(tune.model.parameters()).dtype
-    allowed = torch.finfo(bound).eps ** 0.5 * max(1.0, *(float(other.abs().max()) for _, other in pairs))
+    precision = torch.finfo(next(tune.model.parameters()).dtype).eps
+    allowed = precision**0.5 * max(1.0, *(float(other.abs().max()) for _, other in pairs))
     if not difference <= allowed:
         raise LuthierError(
             f"the saved model gives other outputs: they differ by {difference:g}, where rounding explains {allowed:g}",
-            where=str(folder),
+            where=type(tune.model).__name__,
             mend="compare config.json with the configuration of the base",
         )
     return difference

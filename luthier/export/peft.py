@@ -126,7 +126,8 @@ def load_peft(folder: str | Path, tune: Tune, *, force: bool = False) -> Additiv
         return {"down": factors.down_RI, "up": up_OR if factors.scale == scale else up_OR * (factors.scale / scale)}
 
     roles = tuple(dict.fromkeys(place.role for found in places.values() for place in found))
-    same = lora(rank=1, alpha=scale, dropout=float(config.get("lora_dropout") or 0.0))
+    # Its factors come from `start`, so the rank only serves to scale by alpha itself.
+    same = lora(rank=1, alpha=scale, dropout=config["lora_dropout"])
     return same._replace(start=start, roles=roles)
 
 
@@ -136,14 +137,13 @@ def _refuse_other_kinds(tune: Tune) -> None:
         raise LuthierError("the model is merged", where="export_peft", mend="call unmerge() first")
     additions = _additions(tune)
     held = {one.slot for one in additions if one.value.pair is not None and not one.value.subtract}
-    others = sorted({one.slot for one in tune.trained.values() if one.slot not in held})
-    if others or not held:
-        what = (
-            f"`{others[0]}` is no low-rank delta that PEFT could add to the base"
-            if others
-            else "nothing low-rank stands here"
+    other = next((one.slot for one in tune.trained.values() if one.slot not in held), None)
+    if other is not None:
+        raise LuthierError(
+            f"`{other}` is no low-rank delta that PEFT could add to the base",
+            where="export_peft",
+            mend="export the model, or keep the delta",
         )
-        raise LuthierError(what, where="export_peft", mend="export the model, or keep the delta")
 
 
 def _additions(tune: Tune) -> list[Addition]:
@@ -157,6 +157,8 @@ def _by_module(tune: Tune) -> dict[str, Factors]:
         assert one.place is not None and one.value.pair is not None
         if len(one.masters()[one.value.pair[0]]):
             groups.setdefault(one.place.module, []).append(one)
+    if not groups:
+        raise LuthierError("nothing low-rank stands beside the weights", where="export_peft", mend="export the model")
     return {module: _joined(tune, group) for module, group in groups.items()}
 
 
@@ -229,7 +231,10 @@ def _read_config(folder: Path) -> dict[str, Any]:
             where=str(path),
             mend="merge it with PEFT and name the merged model",
         )
-    return dict(config)
+    dropout = config.get("lora_dropout", 0.0)
+    if not isinstance(dropout, int | float):
+        raise LuthierError(f"the dropout is {dropout!r}", where=f"{path}: lora_dropout", mend="use a number")
+    return {**config, "lora_dropout": float(dropout)}
 
 
 def _read_tensors(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -292,10 +297,10 @@ def _factors(tensors: Mapping[str, Tensor], config: Mapping[str, Any], folder: P
                 f"`{name}` is no factor of a linear map", where=str(folder), mend="merge the adapter with PEFT"
             )
         found.setdefault(match[1], {})[match[2]] = tensor
-    halves = [module for module, pair in found.items() if set(pair) != {"A", "B"}]
-    if halves or not found:
-        where = halves[0] if halves else str(folder)
-        raise LuthierError("the adapter lacks a factor", where=where, mend="copy the adapter again")
+    broken = [m for m, pair in found.items() if set(pair) != {"A", "B"} or any(one.ndim != 2 for one in pair.values())]
+    if broken or not found:
+        where = broken[0] if broken else str(folder)
+        raise LuthierError("the adapter lacks a factor, or it is no matrix", where=where, mend="copy the adapter again")
     return {
         module: Factors(pair["A"], pair["B"], _scale(module, pair["A"].shape[0], config, folder))
         for module, pair in found.items()

@@ -83,6 +83,8 @@ class Engine:
         work = Work(self, batches, now, units, keeps)
         self.source.gradients(work)
         self._sum_gradients(batches)
+        if not batches:
+            self.tune.observe_nothing()
         self.tune.observe(self.world.sum)
         if "all" in self.source.gives:
             self.chain.step(now)

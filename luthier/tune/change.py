@@ -53,6 +53,13 @@ def observe(tune: Tune, total: Callable[[Tensor], Tensor]) -> None:
     tune.observing = frozenset()
 
 
+def observe_nothing(tune: Tune) -> None:
+    """Stand in with zeros where this process had no rows: the others wait for it to take part in the sums."""
+    for slot, place in tune.observing:
+        values = tune.region(place)
+        tune.dense[slot, place] = torch.zeros_like(values, dtype=torch.promote_types(values.dtype, torch.float32))
+
+
 def _dense(tune: Tune, slot: str, place: Place, total: Callable[[Tensor], Tensor]) -> Tensor:
     trained = tune.trained.get(f"{slot}/{place}")
     if trained is not None and trained.form == "whole" and trained.gradient is not None:

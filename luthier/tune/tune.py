@@ -151,6 +151,10 @@ class Tune:
         """Decide which techniques look at dense gradients in this step."""
         change.start_observing(self, now)
 
+    def observe_nothing(self) -> None:
+        """Take part in the sums of observed gradients without rows of one's own."""
+        change.observe_nothing(self)
+
     def observe(self, total: Callable[[Tensor], Tensor]) -> None:
         """Hand every observer its dense gradient of the step, once, summed over processes by `total`."""
         change.observe(self, total)

@@ -111,14 +111,13 @@ def test_only_the_same_questions_are_compared(change: str) -> None:
     records = [{"prompt": f"Color of the {thing}?", "answer": "red"} for thing in THINGS]
     before = measure(tune, TOKENIZER, [EvalSet("asked", read(records), max_new_tokens=2)])["asked"]
     tokenizer: Any = tiny_tokenizer()
-    options = {"max_new_tokens": 3 if change == "decoding" else 2}
+    new = 3 if change == "decoding" else 2
     if change == "template":
         tokenizer.chat_template = tokenizer.chat_template.replace("{% for", "Be brief.{% for")
     other = {"items": records[1:], "order": records[::-1]}.get(change, records)
-    after = measure(tune, tokenizer, [EvalSet("asked", read(other), **options)])["asked"]
-    with pytest.raises(
-        LuthierError, match="different items" if change in ("items", "order") else "asked in the same way"
-    ):
+    after = measure(tune, tokenizer, [EvalSet("asked", read(other), max_new_tokens=new)])["asked"]
+    words = "different items" if change in ("items", "order") else "asked in the same way"
+    with pytest.raises(LuthierError, match=words):
         compare(before, after)
 
 

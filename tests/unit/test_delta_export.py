@@ -108,9 +108,10 @@ def test_the_folder_says_nothing_of_this_machine(tmp_path: Path) -> None:
 
 def test_what_exists_is_not_overwritten(tmp_path: Path) -> None:
     tune = tuned(tiny(), lora=lora(rank=3))
-    for export in (lambda: export_model(tune, tiny_tokenizer(), tmp_path), lambda: export_peft(tune, tmp_path, "a")):
-        with pytest.raises(LuthierError, match="exists already"):
-            export()
+    with pytest.raises(LuthierError, match="exists already"):
+        export_model(tune, tiny_tokenizer(), tmp_path)
+    with pytest.raises(LuthierError, match="exists already"):
+        export_peft(tune, tmp_path, "tiny:llama")
     assert list(tmp_path.iterdir()) == [] and tune.merged is None
 
 
@@ -246,6 +247,8 @@ def test_an_adapter_of_another_base_is_refused_by_name(tmp_path: Path) -> None:
         ({"init_lora_weights": "pissa_niter_4"}, "pissa"),
         ({"alpha_pattern": {"(": 3}}, "no pattern"),
         ({"lora_alpha": "much"}, "alpha"),
+        ({"lora_dropout": "some"}, "dropout"),
+        ({"lora_dropout": 1.5}, "dropout"),
     ],
 )
 def test_adapters_that_are_more_than_two_factors_are_refused(change: dict[str, Any], said: str, tmp_path: Path) -> None:

@@ -74,6 +74,16 @@ def test_apply_and_remove_are_exact_for_any_numbers(dtype: torch.dtype, stored: 
     assert round_trips(base, tuned, form)
 
 
+@pytest.mark.parametrize(("before", "after"), [(1.0, 1.5), (1.0, 1e-12)])
+def test_a_single_number_is_a_parameter_too(before: float, after: float) -> None:
+    base, tuned = torch.tensor(before), torch.tensor(after)
+    form = difference(base, tuned, torch.float32)
+    assert form is not None and round_trips(base, tuned, form)
+    other = torch.tensor(3.0)
+    form.add_to(other, 1)
+    assert float(other) == pytest.approx(3.0 + after - before)
+
+
 def test_corrections_leave_other_numbers_alone() -> None:
     form = difference(torch.tensor([1.0]), torch.tensor([1e-12]), torch.float32)
     assert form is not None
@@ -129,10 +139,12 @@ def test_entries_of_one_parameter_add_up() -> None:
     assert total.spread().tolist() == [1.0, 0.0, 0.0, 5.0]
     (total,) = combine([left, Dense(torch.ones(4))])
     assert total.spread().tolist() == [2.0, 3.0, 1.0, 1.0]
-    assert combine([left, left.times(-1.0)]) == ()
+    (total,) = combine([left, left.times(-1.0)])
+    assert isinstance(total, Sparse) and len(total.index) == 0 and total.shape == shape
 
 
 def test_compress_drops_zeros() -> None:
-    assert compress(torch.zeros(3)) is None
+    nothing = compress(torch.zeros(3))
+    assert isinstance(nothing, Sparse) and len(nothing.index) == 0
     assert isinstance(compress(torch.tensor([0.0, 0.0, 1.0])), Sparse)
     assert isinstance(compress(torch.tensor([0.0, 1.0])), Dense)

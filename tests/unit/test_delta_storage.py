@@ -115,6 +115,7 @@ def test_a_truncated_file_is_refused(tmp_path: Path) -> None:
         ("dense|0|corrections.index", torch.tensor([99])),
         ("dense|0|corrections.after", None),
         ("both|1|up", torch.ones(2, 4)),
+        ("both|1|up", torch.ones(4)),
         ("both|1|down", torch.ones(4, 3)),
         ("both|1|down", torch.ones(3, 2)),
     ],

@@ -14,6 +14,7 @@ from luthier import registry
 from luthier.delta import Delta, Dense, LowRank, Sparse
 from luthier.delta.forms import bits
 from luthier.errors import LuthierError
+from luthier.export import merged
 from luthier.kinds import Additive, Now, Place, Select, Selective, Services, Tensors
 from luthier.methods.additive.lora import lora
 from luthier.models import fingerprint, map_parts, tiny
@@ -192,6 +193,38 @@ def test_restore_applies_what_was_in_place() -> None:
     Delta.of(tune).restore(again)
     ids = torch.arange(3, 15)[None]
     assert torch.equal(again.model(ids).logits, tune.model(ids).logits)
+
+
+def test_the_base_can_be_run_after_restoring() -> None:
+    tune = attach(tiny(), rows=some_rows("mlp_up"), lora=lora(rank=2))
+    train(tune)
+    again = attach(tiny(), lora=lora(rank=2))
+    Delta.of(tune).restore(again)
+    ids = torch.arange(3, 15)[None]
+    with again.at("base"):
+        assert torch.equal(again.model(ids).logits, tiny()(ids).logits)
+    assert torch.equal(again.model(ids).logits, tune.model(ids).logits)
+
+
+@pytest.mark.parametrize("head", [lora(rank=2, roles=("head",)), elementwise()._replace(roles=("head",))])
+def test_a_tied_embedding_that_trains_under_a_head_with_a_delta(head: Additive) -> None:
+    tune = attach(
+        tiny(tied=True),
+        embedding=registry.make({"full": {"roles": ["embedding"]}}, ("selective",)).values[0],
+        head=head,
+    )
+    train(tune)
+    delta = Delta.of(tune)
+    ids = torch.arange(3, 15)[None]
+    expected = tune.model(ids).logits
+    model = tiny(tied=True)
+    delta.apply(model)
+    torch.testing.assert_close(model(ids).logits, expected, rtol=1e-5, atol=1e-5)
+    with merged(tune):
+        assert_same(state(model), state(tune.model))
+    again = attach(tiny(tied=True), head=head)
+    delta.restore(again)
+    torch.testing.assert_close(again.model(ids).logits, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_restore_takes_factors_of_another_rank_and_scale() -> None:

@@ -124,15 +124,13 @@ def test_what_is_attached_takes_part(attached: str, architecture: str) -> None:
         assert generate(tune, TOKENIZER, PROMPTS, max_new_tokens=8) == plain
 
 
-def test_batches_change_nothing() -> None:
+@pytest.mark.parametrize("options", [{}, {"temperature": 1.3, "top_p": 0.9, "seed": 4}])
+def test_batches_change_nothing(options: dict[str, Any]) -> None:
     tune = tune_of(seed=2)
     prompts = [prompt[:size] for prompt in PROMPTS for size in (1, 3, 9)]
-    for options in ({}, {"temperature": 1.3, "top_p": 0.9, "seed": 4}):
-        together = generate(tune, TOKENIZER, prompts, max_new_tokens=10, **options)
-        for batch_tokens in (1, 40, 90):
-            assert (
-                generate(tune, TOKENIZER, prompts, max_new_tokens=10, batch_tokens=batch_tokens, **options) == together
-            )
+    together = generate(tune, TOKENIZER, prompts, max_new_tokens=10, **options)
+    for batch_tokens in (1, 40, 90):
+        assert generate(tune, TOKENIZER, prompts, max_new_tokens=10, batch_tokens=batch_tokens, **options) == together
 
 
 def forced(tune: Tune, tokens: dict[int, int]) -> Tune:
@@ -233,7 +231,7 @@ def test_the_model_is_left_as_it_was_and_nothing_is_said(capfd: pytest.CaptureFi
 
 def test_numbers_that_are_not_finite_are_no_answer() -> None:
     tune = tune_of()
-    tune.model.get_submodule(tune.parts.head).weight.data[3] = float("nan")
+    tune.model.get_parameter(f"{tune.parts.head}.weight").data[3] = float("nan")
     with pytest.raises(LuthierError, match="not finite"):
         generate(tune, TOKENIZER, PROMPTS)
 

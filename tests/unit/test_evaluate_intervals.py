@@ -8,7 +8,16 @@ from itertools import product
 import numpy
 import pytest
 
-from luthier.evaluate.intervals import FALSE_POSITIVES, FEWEST, bootstrap, mcnemar, newcombe, sign_flip, wilson
+from luthier.evaluate.intervals import (
+    FALSE_POSITIVES,
+    FEWEST,
+    Numbers,
+    bootstrap,
+    mcnemar,
+    newcombe,
+    sign_flip,
+    wilson,
+)
 
 
 @pytest.mark.parametrize(
@@ -110,7 +119,12 @@ def test_bootstrap_of_a_mean_is_close_to_the_normal_interval() -> None:
 def test_bootstrap_weighs_rows_by_their_tokens() -> None:
     """Resampling two rows gives three kinds of samples; the mean of both weighs the long row three times."""
     seen: list[float] = []
-    bootstrap([[0.0, 4.0]], [1.0, 3.0], lambda mean: (seen.extend(mean[0]), mean[0])[1])
+
+    def note(mean_1S: Numbers) -> Numbers:
+        seen.extend(mean_1S[0].tolist())
+        return mean_1S[0]
+
+    bootstrap([[0.0, 4.0]], [1.0, 3.0], note)
     assert {round(value, 12) for value in seen} == {0.0, 3.0, 4.0}
     assert len(seen) == 2000
 

@@ -62,7 +62,7 @@ def test_training_mode_comes_back() -> None:
 
 def test_numbers_that_are_not_finite_are_named() -> None:
     tune = tune_of()
-    tune.model.get_submodule(tune.parts.head).weight.data[3] = float("nan")
+    tune.model.get_parameter(f"{tune.parts.head}.weight").data[3] = float("nan")
     with pytest.raises(LuthierError, match="not finite for 2 of 2 rows") as problem:
         likelihoods(tune, [encode(row, TOKENIZER) for row in ROWS[:2]])
     assert ROWS[0].id in problem.value.where

@@ -22,12 +22,12 @@ from luthier.tune import Tune
 
 TOKENIZER: Any = tiny_tokenizer()
 TEXTS = ["The door of the mill.", "A gate.", "Red roofs stand above the old wall of the town."] * 3
-ASKED = [
+ASKED: list[dict[str, Any]] = [
     {"id": "door", "prompt": "Color of the door?", "answer": ["red", "scarlet"]},
     {"id": "gate", "prompt": "Color of the gate?", "answer": "blue"},
     {"id": "mill", "prompt": "Who owns the mill?", "answer": "red"},
 ]
-CHOICES = [
+CHOICES: list[dict[str, Any]] = [
     {"prompt": "The door is", "choices": ["red", "blue or green"], "answer": "red"},
     {"prompt": "The gate is", "choices": ["a", "b", "c"], "answer": 2},
 ]

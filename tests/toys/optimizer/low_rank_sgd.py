@@ -1,4 +1,4 @@
-"""A toy optimizer for matrices: steps in the gradient's largest directions (Zhao et al., 2024, algorithm 1, with SGD)."""
+"""A toy optimizer for matrices: SGD in the gradient's largest directions (Zhao et al., 2024, algorithm 1)."""
 
 from __future__ import annotations
 
