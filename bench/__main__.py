@@ -81,9 +81,7 @@ def plain_steps(tune: Any, model: str, precision: str) -> Step:
 
 
 def _shuffled(model: str, precision: str) -> Iterator[Batch]:
-    recipe = make_recipe(
-        {"model": model, "rows": {"train": ROWS}, "train": {"epochs": 1000, "precision": precision, **SIZE}}
-    )
+    recipe = make_recipe({"model": model, "rows": {"train": ROWS}, "train": {"epochs": 1000, "precision": precision, **SIZE}})
     feed = make_plan(recipe).feed
     for number in range(10**6):
         yield feed.at(number)[1][0]

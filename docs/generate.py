@@ -146,9 +146,7 @@ def technique(found: registry.Technique) -> str:
     }
     schema = registry.options_model(found.factory).model_json_schema()
     meaning = described_arguments(found.factory)
-    options = {
-        name: {**part, "description": meaning.get(name, "")} for name, part in schema.get("properties", {}).items()
-    }
+    options = {name: {**part, "description": meaning.get(name, "")} for name, part in schema.get("properties", {}).items()}
     pieces = [
         f"### `{found.name}`: {cell(card.title)}",
         cell(card.summary),

@@ -22,9 +22,7 @@ for step in range(40):
     loss, targets = torch.zeros(()), 0
     for question, answer in ROWS:
         # The prompt is context; the answer and its end of turn are targets.
-        context = tokenizer.apply_chat_template(
-            [{"role": "user", "content": question}], add_generation_prompt=True, tokenize=False
-        )
+        context = tokenizer.apply_chat_template([{"role": "user", "content": question}], add_generation_prompt=True, tokenize=False)
         before = tokenizer(context, add_special_tokens=False)["input_ids"]
         after = tokenizer(answer + "<|im_end|>", add_special_tokens=False)["input_ids"]
         logits = model(torch.tensor([before + after])).logits[0]

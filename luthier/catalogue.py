@@ -14,7 +14,6 @@ from luthier import registry
 from luthier.kinds import KINDS
 from luthier.papers import papers
 
-
 NOT_MEASURED = "not measured"
 """The verdict of a claim that no experiment has tested yet."""
 

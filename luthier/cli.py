@@ -137,9 +137,9 @@ def evaluate(
 ) -> None:
     """Measure a model or a run on the evaluation sets of a recipe."""
     with face(as_json, quiet) as speak:
-        from luthier.use import evaluate as run_evaluation
         from luthier.recipe import read_recipe
         from luthier.report.terminal import measured
+        from luthier.use import evaluate as run_evaluation
 
         results = run_evaluation(model, read_recipe(recipe, overrides or []), say=speak.say)
         speak.show(
@@ -259,9 +259,7 @@ def compare(
 def export(
     run: Annotated[str, typer.Argument(help="A run's name or folder.")],
     target: Annotated[Path, typer.Argument(help="The folder to write; it must not exist.")],
-    form: Annotated[
-        str, typer.Option("--as", help="`model`: a plain Hugging Face folder; `peft`: a LoRA adapter.")
-    ] = "model",
+    form: Annotated[str, typer.Option("--as", help="`model`: a plain Hugging Face folder; `peft`: a LoRA adapter.")] = "model",
     folder: Out = "runs",
     as_json: Json = False,
 ) -> None:
@@ -284,8 +282,8 @@ def rows_look(
 ) -> None:
     """Show shape, counts, lengths, and some rows as the model sees them, with what is learnt in color."""
     with face(as_json, quiet=as_json) as speak:
-        from luthier.use import look_at_rows
         from luthier.rows.look import render
+        from luthier.use import look_at_rows
 
         looked = look_at_rows(source, model, shape=shape, loss_on=loss_on, rows=rows, say=speak.say)
         speak.show(looked.as_json(), lambda: render(looked))

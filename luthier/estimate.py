@@ -40,15 +40,7 @@ class Estimate:
     @property
     def total_bytes(self) -> int:
         """All of it."""
-        return (
-            self.weights
-            + self.masters
-            + self.gradients
-            + self.optimizer
-            + self.activations
-            + self.logits
-            + self.process
-        )
+        return self.weights + self.masters + self.gradients + self.optimizer + self.activations + self.logits + self.process
 
     def described(self) -> str:
         """The purposes in MiB."""
@@ -56,9 +48,7 @@ class Estimate:
         return ", ".join(f"{name} {getattr(self, name) / 2**20:,.0f}" for name in names)
 
 
-def estimate(
-    engine: Engine, parts: Parts, rows: Sequence[Any], feed: Feed, dtype: torch.dtype, *, checkpointing: bool
-) -> Estimate:
+def estimate(engine: Engine, parts: Parts, rows: Sequence[Any], feed: Feed, dtype: torch.dtype, *, checkpointing: bool) -> Estimate:
     """Estimate peak memory and training time.
 
     Args:
@@ -107,9 +97,7 @@ def estimate(
 def _largest(feed: Feed, rows: Sequence[Any]) -> tuple[int, int]:
     """Padded tokens and targets of the largest micro-batch of the first epoch."""
     groups = [group for step in feed.epoch(0) for group in step if group]
-    sizes = [
-        (len(group) * max(len(rows[i]) for i in group), sum(sum(rows[i].supervised) for i in group)) for group in groups
-    ]
+    sizes = [(len(group) * max(len(rows[i]) for i in group), sum(sum(rows[i].supervised) for i in group)) for group in groups]
     return max((tokens for tokens, _ in sizes), default=0), max((targets for _, targets in sizes), default=0)
 
 

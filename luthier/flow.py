@@ -179,9 +179,7 @@ def save_before(folder: Path, before: Mapping[str, SetResult]) -> None:
     write_json(folder / BEFORE, {name: result.as_json() for name, result in before.items()})
 
 
-def continue_from(
-    plan: Plan, folder: Path, sets: list[EvalSet], say: Say
-) -> tuple[Progress, dict[str, SetResult]]:
+def continue_from(plan: Plan, folder: Path, sets: list[EvalSet], say: Say) -> tuple[Progress, dict[str, SetResult]]:
     """Bring the run back to its newest readable checkpoint.
 
     Raises:
@@ -224,9 +222,7 @@ def save_checkpoint(plan: Plan, folder: Path, progress: Progress) -> None:
 
 
 def _step_done(plan: Plan, folder: Path, progress: Progress, result: StepResult, tell: Tell) -> None:
-    norm = next(
-        (s["norm"] for states in plan.engine.chain.state.values() for s in states.values() if "norm" in s), None
-    )
+    norm = next((s["norm"] for states in plan.engine.chain.state.values() for s in states.values() if "norm" in s), None)
     if norm is not None:
         progress.history[-1]["norm"] = norm
     with (folder / "steps.jsonl").open("a", encoding="utf-8") as file:

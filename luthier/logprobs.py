@@ -120,9 +120,7 @@ def resolve(wanted: Sequence[str | Column]) -> tuple[Column, ...]:
             raise LuthierError(f"there is no column `{item}`", mend=nearest(item, COLUMNS))
         column = COLUMNS[item] if isinstance(item, str) else item
         if found.setdefault(column.name, column) is not column:
-            raise LuthierError(
-                f"two parts define the column `{column.name}` differently", mend="rename the column in one of them"
-            )
+            raise LuthierError(f"two parts define the column `{column.name}` differently", mend="rename the column in one of them")
     return tuple(found.values())
 
 

@@ -211,12 +211,7 @@ def _with_paths(data: dict[str, Any], folder: Path) -> dict[str, Any]:
     def found(value: Any) -> Any:
         if isinstance(value, list):
             return [found(one) for one in value]
-        if (
-            isinstance(value, str)
-            and not value.startswith("hub:")
-            and not Path(value).exists()
-            and (folder / value).exists()
-        ):
+        if isinstance(value, str) and not value.startswith("hub:") and not Path(value).exists() and (folder / value).exists():
             return str(folder / value)
         return value
 
@@ -247,9 +242,7 @@ def _explain(error: pydantic.ValidationError, where: str) -> LuthierError:
         return LuthierError(f"the key `{path[-1]}` is missing", where=place, mend=f"add `{path[-1]}: ...`")
     shown = repr(first["input"])
     shown = shown if len(shown) <= 60 else shown[:57] + "..."
-    return LuthierError(
-        f"`{path[-1]}` is {shown}: {first['msg'].lower()}", where=place, mend="see `luthier plan --keys`"
-    )
+    return LuthierError(f"`{path[-1]}` is {shown}: {first['msg'].lower()}", where=place, mend="see `luthier plan --keys`")
 
 
 def _known_keys(path: Sequence[str]) -> list[str]:
@@ -259,11 +252,7 @@ def _known_keys(path: Sequence[str]) -> list[str]:
         if field is None:
             schema = EvaluationSet
             continue
-        schema = (
-            field.annotation
-            if isinstance(field.annotation, type) and issubclass_safe(field.annotation)
-            else EvaluationSet
-        )
+        schema = field.annotation if isinstance(field.annotation, type) and issubclass_safe(field.annotation) else EvaluationSet
     return list(schema.model_fields)
 
 
@@ -280,9 +269,9 @@ def reference() -> list[tuple[str, str, str]]:
         for name, field in section.model_fields.items():
             annotation = field.annotation
             if isinstance(annotation, type) and issubclass_safe(annotation):
-                walk(annotation, f"{before}{name}.")  # type: ignore[arg-type]
+                walk(annotation, f"{before}{name}.")
                 continue
-            default = field.get_default(call_default_factory=True)  # type: ignore[call-arg]
+            default = field.get_default(call_default_factory=True)
             shown = "required" if field.is_required() else json.dumps(_plain(default))
             lines.append((f"{before}{name}", shown, field.description or ""))
             if name == "evaluate":

@@ -81,9 +81,7 @@ class Part:
     card: Card = field(default_factory=lambda: Card(title=""))
 
 
-def method(
-    *, title: str, needs: Iterable[str] = (), gives: Iterable[str] = (), **facts: Any
-) -> Callable[[Factory], Factory]:
+def method(*, title: str, needs: Iterable[str] = (), gives: Iterable[str] = (), **facts: Any) -> Callable[[Factory], Factory]:
     """Put a card on a technique's function. The fields are those of `Card`."""
 
     def put(factory: Factory) -> Factory:
@@ -261,9 +259,7 @@ def _build(name: str, options: dict[str, Any], kinds: tuple[str, ...], where: st
     return Part(name=name, kind=technique.kind, options=chosen, values=values, card=technique.card)
 
 
-def option_error(
-    error: pydantic.ValidationError, name: str, where: str, factory: Callable[..., Any] | None = None
-) -> LuthierError:
+def option_error(error: pydantic.ValidationError, name: str, where: str, factory: Callable[..., Any] | None = None) -> LuthierError:
     """The first mistake pydantic found, as one sentence with its place and the nearest known name."""
     first = error.errors()[0]
     key = ".".join(str(piece) for piece in first["loc"])

@@ -52,9 +52,7 @@ def new_folder(out: str | Path, name: str) -> Path:
     """Make `out/name-1`, or the next free number."""
     root = Path(out)
     root.mkdir(parents=True, exist_ok=True)
-    numbers = [
-        int(path.name.rpartition("-")[2]) for path in root.glob(f"{name}-*") if path.name.rpartition("-")[2].isdigit()
-    ]
+    numbers = [int(path.name.rpartition("-")[2]) for path in root.glob(f"{name}-*") if path.name.rpartition("-")[2].isdigit()]
     number = max(numbers, default=0)
     while True:
         number += 1
@@ -86,9 +84,7 @@ def read_run(path: str | Path, out: str | Path = "runs") -> Run:
             except ValueError as error:
                 raise LuthierError(f"this run cannot be read: {error}", where=str(folder / FILE)) from None
     known = [run.folder.name for run in list_runs(out)]
-    raise LuthierError(
-        f"there is no run `{path}`", where=str(out), mend=nearest(str(path), known) or "see `luthier runs`"
-    )
+    raise LuthierError(f"there is no run `{path}`", where=str(out), mend=nearest(str(path), known) or "see `luthier runs`")
 
 
 def list_runs(out: str | Path = "runs") -> list[Run]:

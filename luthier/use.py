@@ -51,9 +51,7 @@ def save_result(folder: Path, tune: Tune, delta: Delta) -> None:
         save_file(beside, folder / BESIDE)
 
 
-def open_model(
-    name: str, *, out: str = "runs", say: Say = silent, precision: str = "auto"
-) -> tuple[Tune, PreTrainedTokenizerBase]:
+def open_model(name: str, *, out: str = "runs", say: Say = silent, precision: str = "auto") -> tuple[Tune, PreTrainedTokenizerBase]:
     """A model to use, from a model's name or a run's folder; nothing in it trains.
 
     Args:
@@ -126,9 +124,7 @@ def evaluate(model: str, recipe: Recipe, *, say: Say = silent) -> dict[str, SetR
     """Measure a model or a run on the evaluation sets of a recipe."""
     sets = evaluation_sets(recipe)
     if not sets:
-        raise LuthierError(
-            "the recipe has no evaluation sets", where="evaluate", mend="add `evaluate: {name: {rows: FILE}}`"
-        )
+        raise LuthierError("the recipe has no evaluation sets", where="evaluate", mend="add `evaluate: {name: {rows: FILE}}`")
     tune, tokenizer = open_model(model, out=recipe.out, say=say, precision=recipe.train.precision)
     return measure(tune, tokenizer, sets, say=say)
 

@@ -22,9 +22,7 @@ from luthier.training.engine import Engine
 torch.set_num_threads(int(os.environ.get("LUTHIER_TEST_THREADS", "1")))
 
 
-def make_batch(
-    rows: Sequence[tuple[int, int]], *, vocabulary: int = 250, seed: int = 0, first: int = 0, pad_to: int = 0
-) -> Batch:
+def make_batch(rows: Sequence[tuple[int, int]], *, vocabulary: int = 250, seed: int = 0, first: int = 0, pad_to: int = 0) -> Batch:
     """A batch of random rows: (length, targets at the end) each."""
     rng = torch.Generator().manual_seed(seed)
     time = max([length for length, _ in rows] + [pad_to])

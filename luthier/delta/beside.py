@@ -39,17 +39,13 @@ def kept_base(tune: Tune, identity: str | None) -> Kept:
     Raises:
         LuthierError: numbers changed in place, and the base was not kept.
     """
-    inside = [
-        one.place for one in tune.trained.values() if one.place is not None and one.form not in ("factor", "free")
-    ]
+    inside = [one.place for one in tune.trained.values() if one.place is not None and one.form not in ("factor", "free")]
     names = dict.fromkeys([*(place.parameter for place in inside), *changed_by_starts(tune)])
     now = live(tune.model)
     with tune.at("base"):
         was = live(tune.model)
         # What exchanges its storage can be kept by reference; numbers written into the live weight cannot.
-        base = {
-            name: was[name].clone() if was[name].data_ptr() == now[name].data_ptr() else was[name] for name in names
-        }
+        base = {name: was[name].clone() if was[name].data_ptr() == now[name].data_ptr() else was[name] for name in names}
         identity = fingerprint(tune.model) if identity is None else identity
     return Kept(base, {name: now[name] for name in names}, identity)
 

@@ -101,9 +101,7 @@ def _storage(name: str, tensor: Tensor) -> tuple[object, ...]:
 def _from_files(path: Path) -> Weights:
     files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
     if not files or not files[0].is_file():
-        raise LuthierError(
-            "there are no safetensors files", where=str(path), mend="name a folder or a file that holds some"
-        )
+        raise LuthierError("there are no safetensors files", where=str(path), mend="name a folder or a file that holds some")
     read: dict[str, Callable[[], Tensor]] = {}
     for file in files:
         try:

@@ -61,9 +61,7 @@ def save(path: Path, changes: Mapping[str, tuple[Form, ...]], base: Base) -> Non
         save_file(_apart(tensors), beside, metadata)
         beside.replace(path)
     except (OSError, SafetensorError) as error:
-        raise LuthierError(
-            f"the delta cannot be written: {error}", where=str(path), mend="name a place to write to"
-        ) from error
+        raise LuthierError(f"the delta cannot be written: {error}", where=str(path), mend="name a place to write to") from error
     finally:
         if beside.is_file():
             beside.unlink()
@@ -134,9 +132,7 @@ def _form(facts: Mapping[str, Any], tensors: Mapping[str, Tensor], prefix: str) 
     form: Form
     if facts["form"] == "low-rank":
         up_OR, down_RI = parts["up"], parts["down"]
-        form = LowRank(
-            up_OR, down_RI, float(facts["scale"]), shape, facts["start"], facts["stop"], bool(facts["transposed"])
-        )
+        form = LowRank(up_OR, down_RI, float(facts["scale"]), shape, facts["start"], facts["stop"], bool(facts["transposed"]))
         _check_low_rank(form)
         return form
     corrections = None
@@ -160,11 +156,7 @@ def _check_low_rank(form: LowRank) -> None:
 
 
 def _check_index(index: Tensor, shape: torch.Size, *values: Tensor) -> None:
-    if (
-        index.dtype not in (torch.int32, torch.int64)
-        or index.ndim != 1
-        or any(one.shape != index.shape for one in values)
-    ):
+    if index.dtype not in (torch.int32, torch.int64) or index.ndim != 1 or any(one.shape != index.shape for one in values):
         raise ValueError("an index that does not go with its values")
     if len(index) and (int(index.min()) < 0 or int(index.max()) >= shape.numel()):
         raise ValueError(f"an index outside {tuple(shape)}")

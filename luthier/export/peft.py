@@ -171,9 +171,7 @@ def _joined(tune: Tune, group: Sequence[Addition]) -> Factors:
         down_RI, up_OR = (one.masters()[name] for name in one.value.pair)
         outputs = tune.region(one.place._replace(start=None, stop=None)).shape[0]
         wide_OR = up_OR.new_zeros(outputs, len(down_RI))
-        wide_OR[one.place.start : one.place.stop] = (
-            up_OR if one.value.scale == scale else up_OR * (one.value.scale / scale)
-        )
+        wide_OR[one.place.start : one.place.stop] = up_OR if one.value.scale == scale else up_OR * (one.value.scale / scale)
         downs.append(down_RI)
         ups.append(wide_OR)
     return Factors(torch.cat(downs), torch.cat(ups, dim=1), scale)
@@ -215,9 +213,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise LuthierError(
-            f"the adapter cannot be read: {error}", where=str(path), mend="name a PEFT adapter's folder"
-        ) from error
+        raise LuthierError(f"the adapter cannot be read: {error}", where=str(path), mend="name a PEFT adapter's folder") from error
     kind = config.get("peft_type") if isinstance(config, dict) else None
     if kind != "LORA":
         raise LuthierError(f"this is no LoRA adapter but `{kind}`", where=str(path), mend="only LoRA adapters are read")
@@ -293,17 +289,14 @@ def _factors(tensors: Mapping[str, Tensor], config: Mapping[str, Any], folder: P
     for name, tensor in tensors.items():
         match = known.fullmatch(name)
         if match is None:
-            raise LuthierError(
-                f"`{name}` is no factor of a linear map", where=str(folder), mend="merge the adapter with PEFT"
-            )
+            raise LuthierError(f"`{name}` is no factor of a linear map", where=str(folder), mend="merge the adapter with PEFT")
         found.setdefault(match[1], {})[match[2]] = tensor
     broken = [m for m, pair in found.items() if set(pair) != {"A", "B"} or any(one.ndim != 2 for one in pair.values())]
     if broken or not found:
         where = broken[0] if broken else str(folder)
         raise LuthierError("the adapter lacks a factor, or it is no matrix", where=where, mend="copy the adapter again")
     return {
-        module: Factors(pair["A"], pair["B"], _scale(module, pair["A"].shape[0], config, folder))
-        for module, pair in found.items()
+        module: Factors(pair["A"], pair["B"], _scale(module, pair["A"].shape[0], config, folder)) for module, pair in found.items()
     }
 
 
@@ -320,9 +313,7 @@ def _scale(module: str, rank: int, config: Mapping[str, Any], folder: Path) -> f
             alpha = value
             break
     if not isinstance(alpha, int | float) or not rank:
-        raise LuthierError(
-            f"alpha is {alpha!r} at rank {rank}", where=module, mend="correct the adapter's configuration"
-        )
+        raise LuthierError(f"alpha is {alpha!r} at rank {rank}", where=module, mend="correct the adapter's configuration")
     return float(alpha / rank**0.5 if config.get("use_rslora") else alpha / rank)
 
 

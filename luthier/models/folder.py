@@ -71,9 +71,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 def _no_configuration(folder: Path) -> LuthierError:
     if (folder / "adapter_config.json").is_file():
         base = _read_json(folder / "adapter_config.json").get("base_model_name_or_path") or "the base model"
-        return LuthierError(
-            "the folder holds an adapter, not a model", where=str(folder), mend=f"name the model itself: {base}"
-        )
+        return LuthierError("the folder holds an adapter, not a model", where=str(folder), mend=f"name the model itself: {base}")
     files = sorted(path.name for path in folder.glob("*.gguf"))
     mend = f"name the file itself, e.g. {folder / files[0]}" if files else "name a folder that `save_pretrained` wrote"
     return LuthierError("the folder holds no model: config.json is missing", where=str(folder), mend=mend)
@@ -88,14 +86,8 @@ def _no_weights(folder: Path) -> LuthierError:
             mend="if you trust the file, convert it once with transformers: `from_pretrained(folder)`, then "
             "`save_pretrained(new_folder)`, which writes safetensors",
         )
-    missing = (
-        "some files that model.safetensors.index.json names"
-        if list(folder.glob("*.index.json"))
-        else "model.safetensors"
-    )
-    return LuthierError(
-        f"the weights are incomplete: {missing} missing", where=str(folder), mend="copy the model again"
-    )
+    missing = "some files that model.safetensors.index.json names" if list(folder.glob("*.index.json")) else "model.safetensors"
+    return LuthierError(f"the weights are incomplete: {missing} missing", where=str(folder), mend="copy the model again")
 
 
 def _check_code(folder: Path, config: dict[str, Any], trusted: bool) -> None:

@@ -58,9 +58,7 @@ def fetch_snapshot(name: str, *, revision: str | None = None, remote_code: bool 
     except RevisionNotFoundError as error:
         raise HubUnavailableError(f"`{name}` has no revision `{revision}`") from error
     except GatedRepoError as error:
-        raise HubUnavailableError(
-            f"`{name}` is gated: accept its terms on the hub and log in with `hf auth login`"
-        ) from error
+        raise HubUnavailableError(f"`{name}` is gated: accept its terms on the hub and log in with `hf auth login`") from error
     except RepositoryNotFoundError as error:
         raise HubUnavailableError(f"there is no model `{name}` on the hub, or it is private") from error
     # The client lets errors of its transport library through, and that library has changed more than once.

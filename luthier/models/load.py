@@ -45,9 +45,7 @@ class ModelSource:
     trust_remote_code: bool = False
 
 
-def resolve(
-    name: str, *, revision: str | None = None, trust_remote_code: bool = False, say: Say = _silent
-) -> ModelSource:
+def resolve(name: str, *, revision: str | None = None, trust_remote_code: bool = False, say: Say = _silent) -> ModelSource:
     """Find a model by name, and download it where it is not on this machine yet.
 
     Args:
@@ -68,9 +66,7 @@ def resolve(
     if not local:
         return _resolve_hub(name, revision, trust_remote_code, say)
     if revision is not None:
-        raise LuthierError(
-            f"`{name}` has no revisions", where="revision", mend="leave the revision out, or use a name on the hub"
-        )
+        raise LuthierError(f"`{name}` has no revisions", where="revision", mend="leave the revision out, or use a name on the hub")
     if name.startswith(_TINY):
         architecture = name.removeprefix(_TINY)
         return ModelSource(name, tiny_kind(architecture), f"random tiny {architecture}")
@@ -217,6 +213,5 @@ def _not_found(name: str, reason: str) -> LuthierError:
     return LuthierError(
         f"the model `{name}` was not found: {reason}",
         where="model",
-        mend=f"{suggestion + ' ' if suggestion.startswith('did') else ''}Name one of:"
-        + "".join(f"\n    - {way}" for way in ways),
+        mend=f"{suggestion + ' ' if suggestion.startswith('did') else ''}Name one of:" + "".join(f"\n    - {way}" for way in ways),
     )

@@ -203,9 +203,7 @@ def _find_blocks(model: nn.Module, count: int) -> tuple[str, ...]:
         if isinstance(module, nn.ModuleList) and len(module) == count and not nested:
             lists.append(name)
     if len(lists) != 1:
-        raise _refusal(
-            model, f"its blocks are not one list of {count} modules; lists of that length:", lists or ["none"]
-        )
+        raise _refusal(model, f"its blocks are not one list of {count} modules; lists of that length:", lists or ["none"])
     return tuple(f"{lists[0]}.{number}" for number in range(count))
 
 
@@ -305,10 +303,7 @@ def _split(model: nn.Module, parts: Parts, place: Place) -> list[Place]:
     if sum(sizes) != rows:
         raise _refusal(model, f"{place} has {rows} rows, but its {len(sizes)} pieces would have {sizes}")
     ends = list(accumulate(sizes))
-    return [
-        place._replace(role=role, start=end - size, stop=end)
-        for role, size, end in zip(roles, sizes, ends, strict=True)
-    ]
+    return [place._replace(role=role, start=end - size, stop=end) for role, size, end in zip(roles, sizes, ends, strict=True)]
 
 
 def _check_heads(model: nn.Module, parts: Parts, place: Place) -> None:

@@ -133,9 +133,7 @@ def tiny(
     return model
 
 
-def _config(
-    architecture: str, family: _Family, *, layers: int, width: int, vocabulary: int, tied: bool | None
-) -> PretrainedConfig:
+def _config(architecture: str, family: _Family, *, layers: int, width: int, vocabulary: int, tied: bool | None) -> PretrainedConfig:
     settings: dict[str, Any] = {
         "hidden_size": width,
         "num_hidden_layers": layers,

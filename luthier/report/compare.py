@@ -93,9 +93,7 @@ def compared(runs: Sequence[Facts]) -> dict[str, Any]:
                 "metric": one.metric,
                 "before": [None if found is None else found.before.value for found in one.sets],
                 "after": [None if found is None else found.after.value for found in one.sets],
-                "after_interval": [
-                    None if found is None else [found.after.low, found.after.high] for found in one.sets
-                ],
+                "after_interval": [None if found is None else [found.after.low, found.after.high] for found in one.sets],
                 "ahead": None if one.ahead is None else names[one.ahead],
             }
             for one in set_comparisons(runs)
@@ -155,8 +153,7 @@ def set_comparisons(runs: Sequence[Facts]) -> list[SetComparison]:
     """Every evaluation set that any run has."""
     by_name = [{one.name: one for one in sets_of(run)} for run in runs]
     return [
-        _compare_set(name, runs, [found.get(name) for found in by_name])
-        for name in dict.fromkeys(n for f in by_name for n in f)
+        _compare_set(name, runs, [found.get(name) for found in by_name]) for name in dict.fromkeys(n for f in by_name for n in f)
     ]
 
 

@@ -152,18 +152,14 @@ def _mean(values: Iterable[float | None]) -> float | None:
 def _likelihood_curves(history: Iterable[Mapping[str, Any]]) -> list[Curve]:
     """The plain negative log-likelihood, where the loss is something else."""
     loss, nll = _column(history, "loss"), _column(history, "nll")
-    same = all(
-        a is None or b is None or math.isclose(a, b, rel_tol=1e-6) for (_, a), (_, b) in zip(loss, nll, strict=True)
-    )
+    same = all(a is None or b is None or math.isclose(a, b, rel_tol=1e-6) for (_, a), (_, b) in zip(loss, nll, strict=True))
     return [] if same else [Curve("negative log-likelihood", nll, 80, 3, _smoothed)]
 
 
 def _evaluation_curves(run: Facts, sets: Sequence[SetFacts]) -> list[Curve]:
     """Each set's value before, at the evaluations between, and after."""
     last = max((line["step"] for line in run.get("history") or ()), default=0)
-    points: dict[str, dict[float, float | None]] = {
-        one.name: {0: one.before.value, last: one.after.value} for one in sets
-    }
+    points: dict[str, dict[float, float | None]] = {one.name: {0: one.before.value, last: one.after.value} for one in sets}
     for evaluation in run.get("evaluations") or ():
         for name, value in (evaluation.get("metrics") or {}).items():
             if name in points:

@@ -103,11 +103,7 @@ def _environment() -> Environment:
 
 def clip(text: str, most: int = 2000) -> str:
     """The start of a long text, with how much is left out."""
-    return (
-        text
-        if len(text) <= most
-        else f"{text[:most]} \u2026 ({words.count(len(text) - most)} more characters in run.json)"
-    )
+    return text if len(text) <= most else f"{text[:most]} \u2026 ({words.count(len(text) - most)} more characters in run.json)"
 
 
 def _shown(value: Any) -> Any:

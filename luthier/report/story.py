@@ -55,9 +55,7 @@ def warnings_of(run: Facts) -> list[str]:
     found += [str(one) for one in run.get("warnings") or ()]
     for name, shared in ((run.get("rows") or {}).get("overlap") or {}).items():
         if shared:
-            found.append(
-                f"{plural(shared, 'item')} of {name} also stand in the training rows: gains there prove nothing."
-            )
+            found.append(f"{plural(shared, 'item')} of {name} also stand in the training rows: gains there prove nothing.")
     losses = [line.get("loss") for line in run.get("history") or ()]
     broken = sum(loss is not None and not measured(loss) for loss in losses)
     if broken:
@@ -113,11 +111,7 @@ def _learned_card(sets: list[SetFacts]) -> Card:
     if not learnt:
         return Card("Learned", NOT_MEASURED, ("no set to learn was evaluated",))
     first = learnt[0]
-    value = (
-        f"{count(first.right[1])} of {count(len(first.samples))}"
-        if first.right is not None
-        else first.value(first.after.value)
-    )
+    value = f"{count(first.right[1])} of {count(len(first.samples))}" if first.right is not None else first.value(first.after.value)
     before = count(first.right[0]) if first.right is not None else first.value(first.before.value)
     notes = (f"{first.name}, {spaced(first.metric)}", f"{before} before; {first.verdict}")
     others = tuple(f"{one.name}: {one.value(one.after.value)}, {one.verdict}" for one in learnt[1:3])

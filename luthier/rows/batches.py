@@ -114,15 +114,11 @@ def padding_share(plan: Plan, lengths: Sequence[int], *, pad_to_multiple: int = 
     """The share of a plan's tokens that are padding, from 0 to 1."""
     micro_batches = [rows for step in plan for rows in step]
     real = sum(lengths[index] for rows in micro_batches for index in rows)
-    padded = sum(
-        len(rows) * _rounded_up(max(lengths[index] for index in rows), pad_to_multiple) for rows in micro_batches
-    )
+    padded = sum(len(rows) * _rounded_up(max(lengths[index] for index in rows), pad_to_multiple) for rows in micro_batches)
     return 1 - real / padded if padded else 0.0
 
 
-def _check_sizes(
-    micro_batch_tokens: int, batch_tokens: int | None, batch_rows: int | None, world_size: int, rank: int
-) -> None:
+def _check_sizes(micro_batch_tokens: int, batch_tokens: int | None, batch_rows: int | None, world_size: int, rank: int) -> None:
     if (batch_tokens is None) == (batch_rows is None):
         raise LuthierError("a step's size must be given once", mend="give either batch_tokens or batch_rows")
     sizes = {"micro_batch_tokens": micro_batch_tokens, "batch_tokens": batch_tokens, "batch_rows": batch_rows}
@@ -165,10 +161,7 @@ def _rounded_up(length: int, multiple: int) -> int:
 
 def _columns(encoded: Sequence[Encoded]) -> Mapping[str, Tensor]:
     names = {name for row in encoded for name, value in row.columns.items() if not isinstance(value, str)}
-    return {
-        name: torch.tensor([_number(row.columns.get(name)) for row in encoded], dtype=torch.float32)
-        for name in sorted(names)
-    }
+    return {name: torch.tensor([_number(row.columns.get(name)) for row in encoded], dtype=torch.float32) for name in sorted(names)}
 
 
 def _number(value: float | int | str | None) -> float:

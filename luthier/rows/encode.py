@@ -101,9 +101,7 @@ class _Limits:
     def __post_init__(self) -> None:
         _check_choice("too_long", self.too_long, get_args(TooLong))
         if self.max_tokens is not None and self.max_tokens < 2:
-            raise LuthierError(
-                f"max_tokens is {self.max_tokens}", mend="allow at least 2: one token to see and one to learn"
-            )
+            raise LuthierError(f"max_tokens is {self.max_tokens}", mend="allow at least 2: one token to see and one to learn")
 
 
 def encode(
@@ -270,9 +268,7 @@ def _encode(row: Row, form: Form, purpose: Purpose, loss_on: LossOn, limits: _Li
     if purpose == "train":
         return _limited(row, render_training(row, form, loss_on), form, limits)
     if limits.too_long == "right":
-        raise LuthierError(
-            "a prompt cannot be cut on the right, where the answer begins", where=row.where, mend='too_long="left"'
-        )
+        raise LuthierError("a prompt cannot be cut on the right, where the answer begins", where=row.where, mend='too_long="left"')
     return _limited(row, render_prompt(row, form), form, limits)
 
 

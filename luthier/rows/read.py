@@ -178,13 +178,9 @@ def _opened(source: str | Path | Iterable[Mapping[str, Any]]) -> tuple[Iterator[
         return _from_path(source)
     if isinstance(source, Mapping):
         keys = ", ".join(map(str, source))
-        raise LuthierError(
-            f"rows cannot be read from a {type(source).__name__}", mend=f"give one of its values: {keys}"
-        )
+        raise LuthierError(f"rows cannot be read from a {type(source).__name__}", mend=f"give one of its values: {keys}")
     if isinstance(source, bytes) or not isinstance(source, Iterable):
-        raise LuthierError(
-            f"rows cannot be read from a {type(source).__name__}", mend="give a path or a list of mappings"
-        )
+        raise LuthierError(f"rows cannot be read from a {type(source).__name__}", mend="give a path or a list of mappings")
     return _enumerated(source, "row"), type(source).__name__, ()
 
 
@@ -293,9 +289,7 @@ def _json(path: Path) -> Iterator[Read]:
     if isinstance(content, Mapping) and isinstance(content.get("data"), list):
         content = content["data"]
     if not isinstance(content, list):
-        raise LuthierError(
-            "the file holds neither a list of objects nor an object with one under `data`", where=str(path)
-        )
+        raise LuthierError("the file holds neither a list of objects nor an object with one under `data`", where=str(path))
     return _enumerated(content, f"{path}, item")
 
 
@@ -305,17 +299,13 @@ def _separated(path: Path, delimiter: str) -> Iterator[Read]:
     reader = csv.DictReader(io.StringIO(_decoded(_bytes(path)), newline=""), delimiter=delimiter, strict=True)
     header = list(reader.fieldnames or [])
     if len(set(header)) < len(header) or not all(header):
-        raise LuthierError(
-            "the header names a column twice, or not at all", where=f"{path}:1", mend="name every column"
-        )
+        raise LuthierError("the header names a column twice, or not at all", where=f"{path}:1", mend="name every column")
     read: list[Read] = []
     for record in reader:
         where = f"{path}:{reader.line_num}"
         if None in record or None in record.values():
             count = sum(value is not None for value in record.values()) + len(record.get(None) or [0]) - 1
-            read.append(
-                (where, BadRow(where, f"the row has {count} values, but the header names {len(header)} columns"))
-            )
+            read.append((where, BadRow(where, f"the row has {count} values, but the header names {len(header)} columns")))
         else:
             read.append((where, record))
     return iter(_with_numbers(read, header))

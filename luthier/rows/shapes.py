@@ -250,9 +250,7 @@ def _completion(value: Any, key: str, prompt: str | list[Message]) -> str | list
     if completion[: len(asked)] == asked:
         completion = completion[len(asked) :]
     if not completion or completion[0]["role"] != "assistant":
-        raise LuthierError(
-            f"`{key}` must begin with an assistant message, or with the messages of `prompt` and then one"
-        )
+        raise LuthierError(f"`{key}` must begin with an assistant message, or with the messages of `prompt` and then one")
     return completion
 
 
@@ -344,12 +342,8 @@ _SHAPES: dict[str, _Shape] = {
         "prompt+chosen+rejected",
         lambda record: _prompted(record, "chosen", "rejected"),
     ),
-    "prompt+answer": _Shape(
-        ("prompt", "answer"), ("tools",), "prompt+answer", lambda record: _answered(record, "prompt")
-    ),
-    "question+answer": _Shape(
-        ("question", "answer"), (), "prompt+answer", lambda record: _answered(record, "question")
-    ),
+    "prompt+answer": _Shape(("prompt", "answer"), ("tools",), "prompt+answer", lambda record: _answered(record, "prompt")),
+    "question+answer": _Shape(("question", "answer"), (), "prompt+answer", lambda record: _answered(record, "question")),
     "prompt+choices+answer": _Shape(
         ("prompt", "choices", "answer"), (), "prompt+choices+answer", lambda record: _multiple_choice(record, "prompt")
     ),

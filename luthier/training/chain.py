@@ -105,9 +105,7 @@ class Chain:
                     self._write(one, _wide(one) + values[one.name], now)
                 one.gradient = None
 
-    def _optimize(
-        self, link: Link, part: Optimizer, one: Trained, gradient: Tensor, now: Now, later: bool
-    ) -> Tensor | None:
+    def _optimize(self, link: Link, part: Optimizer, one: Trained, gradient: Tensor, now: Now, later: bool) -> Tensor | None:
         """Move the master; return the update instead when something behind the optimizer still works on it."""
         state = self.state[link.slot][one.name]
         master = one.master.data
@@ -131,9 +129,7 @@ class Chain:
         states = [self.state[link.slot][one.name] for one in mine]
         if part.scope == "all":
             present = [(one, state) for one, state in zip(mine, states, strict=True) if one.name in values]
-            new = part.update(
-                [values[one.name] for one, _ in present], [s for _, s in present], [o for o, _ in present], now
-            )
+            new = part.update([values[one.name] for one, _ in present], [s for _, s in present], [o for o, _ in present], now)
             values.update({one.name: value for (one, _), value in zip(present, new, strict=True)})
             return
         for one, state in zip(mine, states, strict=True):

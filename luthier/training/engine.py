@@ -75,7 +75,11 @@ class Engine:
         keeps = self.objective.look(self.tune, batches, now, self.world)
         units = self.objective.units(batches, keeps, self.world)
         counts = self.world.sum_numbers(
-            [float(sum(b.tokens for b in batches)), float(sum(b.supervised for b in batches)), float(sum(len(b.row_ids) for b in batches))]
+            [
+                float(sum(b.tokens for b in batches)),
+                float(sum(b.supervised for b in batches)),
+                float(sum(len(b.row_ids) for b in batches)),
+            ]
         )
         if self.objective.idle(units):
             return StepResult(0.0, 0.0, {}, int(counts[0]), 0, int(counts[2]), 0.0, skipped=True)

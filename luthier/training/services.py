@@ -86,9 +86,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         model.train(was_training)
 
 
-def view_of(
-    tune: Tune, batch: Batch, columns: Sequence[Column], now: Now, *, keep_hidden: bool = False
-) -> View:
+def view_of(tune: Tune, batch: Batch, columns: Sequence[Column], now: Now, *, keep_hidden: bool = False) -> View:
     """Run the model on a batch and make columns of its targets."""
     where = logprobs.targets(batch)
     reference = None
@@ -97,9 +95,7 @@ def view_of(
         with tune.at("base"), evaluating(tune.model):
             reference = (hidden(tune, batch)[where.row_N, where.source_N], base_head(tune))
     hidden_BTD = hidden(tune, batch)
-    row_number = torch.tensor(
-        [draws.seed_of(row) for row in batch.row_ids], dtype=torch.int64, device=hidden_BTD.device
-    )
+    row_number = torch.tensor([draws.seed_of(row) for row in batch.row_ids], dtype=torch.int64, device=hidden_BTD.device)
     keys = draws.keys(now.seed, now.step, row_number[where.row_N], where.source_N)
     found = logprobs.compute(
         hidden_BTD[where.row_N, where.source_N],

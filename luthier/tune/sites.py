@@ -25,8 +25,7 @@ class Own:
     def tensors(self, dtype: torch.dtype | None = None) -> Tensors:
         """The tensors by name, cast to the type of the computation they join."""
         return {
-            name: one.leaf if dtype is None or one.leaf.dtype == dtype else one.leaf.to(dtype)
-            for name, one in self.trained.items()
+            name: one.leaf if dtype is None or one.leaf.dtype == dtype else one.leaf.to(dtype) for name, one in self.trained.items()
         }
 
     def masters(self) -> Tensors:

@@ -193,4 +193,3 @@ class Tune:
         for trained in self.trained.values():
             trained.gradient = None
         self.dense.clear()
-

@@ -125,9 +125,7 @@ def test_fault_20_step_zero_is_the_base_as_the_card_says(engine: Any, kind: str,
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 @pytest.mark.parametrize(("kind", "name"), FREES)
-def test_fault_5_checkpointing_changes_no_gradient(
-    engine: Any, now: Now, kind: str, name: str, architecture: str
-) -> None:
+def test_fault_5_checkpointing_changes_no_gradient(engine: Any, now: Now, kind: str, name: str, architecture: str) -> None:
     """Fault 5: gradient checkpointing on and off give the same numbers, gap 0, also behind frozen first blocks."""
     batches = split(rows_of_eight(), (5, 3))
     found = []
@@ -215,9 +213,7 @@ def outcome(engine: Any, now: Now, kind: str, name: str, options: dict[str, Any]
 
 with _toys_listed():
     OPTIONS = [
-        (kind, name, option)
-        for kind, name in ALL
-        for option in inspect.signature(registry.find(name, (kind,)).factory).parameters
+        (kind, name, option) for kind, name in ALL for option in inspect.signature(registry.find(name, (kind,)).factory).parameters
     ]
 
 

@@ -112,9 +112,7 @@ def test_an_adapter_for_other_modules_is_an_error(tmp_path: Path) -> None:
     """Fault 18: an adapter's module that the model does not have is named, with what is close to it."""
     export_peft(tuned(tiny(), lora=lora(rank=2)), tmp_path / "adapter", "tiny:llama")
     file = tmp_path / "adapter" / "adapter_model.safetensors"
-    renamed = {
-        name.replace("layers.1.mlp.up_proj", "layers.1.mlp.up_projection"): t for name, t in load_file(file).items()
-    }
+    renamed = {name.replace("layers.1.mlp.up_proj", "layers.1.mlp.up_projection"): t for name, t in load_file(file).items()}
     save_file(renamed, file)
     with pytest.raises(LuthierError, match=r"layers\.1\.mlp\.up_projection.*does not have") as error:
         load_peft(tmp_path / "adapter", tuned(tiny()))
@@ -230,9 +228,7 @@ def test_only_the_new_rows_of_an_embedding_move(tied: bool, tmp_path: Path) -> N
 # In bf16 every weight is rounded to 8 bits, and the merged one is rounded once more.
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-10), (torch.bfloat16, 1e-3)])
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "phi3", "gemma2"])
-def test_merging_changes_the_distribution_by_rounding_alone(
-    architecture: str, dtype: torch.dtype, bound: float
-) -> None:
+def test_merging_changes_the_distribution_by_rounding_alone(architecture: str, dtype: torch.dtype, bound: float) -> None:
     """Fault 24: KL(merged, unmerged) is small where KL(merged, base) is not."""
     tune = tuned(tiny(architecture, dtype=dtype), lora=lora(rank=4))
     unmerged, base = outputs(tune.model, IDS), outputs(tiny(architecture, dtype=dtype), IDS)
@@ -247,9 +243,7 @@ def test_the_divergence_by_hand() -> None:
     half, quarter = torch.tensor([0.5, 0.5]).log(), torch.tensor([0.25, 0.75]).log()
     expected = 0.5 * torch.tensor(2.0).log() + 0.5 * torch.tensor(2 / 3).log()
     assert divergence([half[None]], [quarter[None] + 5.0]) == pytest.approx(float(expected), rel=1e-6)
-    assert divergence([half[None], half[None]], [quarter[None], half[None]]) == pytest.approx(
-        float(expected) / 2, rel=1e-6
-    )
+    assert divergence([half[None], half[None]], [quarter[None], half[None]]) == pytest.approx(float(expected) / 2, rel=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

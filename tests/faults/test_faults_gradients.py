@@ -51,9 +51,7 @@ def test_fault_3_the_logged_loss_is_the_mean_over_tokens(engine: Any, now: Now) 
         logits = model(batch.token_ids_BT).logits[:, :-1].flatten(0, 1)
     label = batch.label_BT[:, 1:].flatten()
     each = functional.cross_entropy(logits, label, reduction="none")[label >= 0]
-    run = engine(
-        "full", model=model, objective=["cross_entropy", {"pull_to_start": {"weight": 3.0}}], token_weight="probability"
-    )
+    run = engine("full", model=model, objective=["cross_entropy", {"pull_to_start": {"weight": 3.0}}], token_weight="probability")
     result = run.step(split(batch, (3, 5)), now)
     assert result.nll == pytest.approx(float(each.mean()), abs=1e-12)
     assert result.loss == pytest.approx(float(((-each).exp() * each).mean()), abs=1e-12)
@@ -64,9 +62,7 @@ def test_fault_3_the_logged_loss_is_the_mean_over_tokens(engine: Any, now: Now) 
     assert later.parts["pull_to_start"] > 0 and later.loss == pytest.approx(sum(later.parts.values()))
 
 
-@pytest.mark.parametrize(
-    "objective", ["cross_entropy", ["cross_entropy", "pull_to_start"], ["focal", "extra_head"]], ids=str
-)
+@pytest.mark.parametrize("objective", ["cross_entropy", ["cross_entropy", "pull_to_start"], ["focal", "extra_head"]], ids=str)
 @pytest.mark.parametrize("source", ["backprop", "per_layer", "zeroth_order"])
 def test_fault_4_a_step_without_targets_is_no_step(engine: Any, now: Now, objective: Any, source: str) -> None:
     """Fault 4: an all-masked batch gives no NaN and moves nothing, neither weights nor moments nor ages."""
@@ -132,9 +128,7 @@ def test_fault_7_a_label_at_the_last_position_is_predicted_from_the_one_before(e
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 @pytest.mark.parametrize("tune", TUNES)
-def test_fault_19_what_trains_moves_and_what_is_frozen_keeps_every_bit(
-    engine: Any, now: Now, tune: str, architecture: str
-) -> None:
+def test_fault_19_what_trains_moves_and_what_is_frozen_keeps_every_bit(engine: Any, now: Now, tune: str, architecture: str) -> None:
     """Fault 19: every trained tensor has a gradient by step 2; every frozen number keeps its bits, decay or not."""
     model = model_of(architecture)
     base = {name: one.detach().clone() for name, one in model.named_parameters()}
@@ -168,9 +162,7 @@ def test_fault_29_the_rates_are_the_planned_ones() -> None:
     assert 0 < rates[-1] < 1e-3 and factor(cosine, 110, 110, 10) == pytest.approx(0.0, abs=1e-15)
     stable = [factor(find_schedule("warmup_stable_decay"), step, 100, 0) for step in (0, 79, 80, 90, 100)]
     assert stable == pytest.approx([1.0, 1.0, 1.0, 0.5, 0.0])
-    assert [factor(find_schedule("linear"), step, 8, 0) for step in (0, 2, 4, 8)] == pytest.approx(
-        [1.0, 0.75, 0.5, 0.0]
-    )
+    assert [factor(find_schedule("linear"), step, 8, 0) for step in (0, 2, 4, 8)] == pytest.approx([1.0, 0.75, 0.5, 0.0])
     assert all(factor(schedule, 0, 4, 0) == 1.0 for schedule in SCHEDULES.values())
     assert [factor(find_schedule("constant"), step, 3, 3) for step in range(3)] == pytest.approx([1 / 3, 2 / 3, 1.0])
     with pytest.raises(LuthierError, match="did you mean `cosine`"):

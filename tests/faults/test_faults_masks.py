@@ -24,9 +24,7 @@ def plain_tokenizer(*, adds_bos: bool = False, **special: str | None) -> Any:
     if adds_bos:
         begin = "<|im_start|>"
         pair = [(begin, tokenizer.convert_tokens_to_ids(begin))]
-        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
-            single=begin + " $A", special_tokens=pair
-        )
+        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single=begin + " $A", special_tokens=pair)
     for name, token in special.items():
         setattr(tokenizer, name, token)
     return tokenizer
@@ -121,9 +119,7 @@ def test_labels_are_not_shifted() -> None:
 
 def _loss(model: LlamaForCausalLM, rows: list[Encoded], side: Literal["right", "left"]) -> torch.Tensor:
     batch = collate(rows, side=side, pad_to_multiple=8)
-    logits_BTV = model(
-        input_ids=batch.token_ids_BT, attention_mask=batch.attend_BT.long(), position_ids=batch.position_BT
-    ).logits
+    logits_BTV = model(input_ids=batch.token_ids_BT, attention_mask=batch.attend_BT.long(), position_ids=batch.position_BT).logits
     return torch.nn.functional.cross_entropy(
         logits_BTV[:, :-1].flatten(0, 1), batch.label_BT[:, 1:].flatten(), ignore_index=-100, reduction="sum"
     )
@@ -147,9 +143,7 @@ def test_left_and_right_padding_give_the_same_loss() -> None:
     assert collate(encoded_rows, side="left").position_BT[:, -1].tolist() == [len(row) - 1 for row in encoded_rows]
 
 
-@pytest.mark.parametrize(
-    "text", ["ünïcödé — 🎉", "\ttabs\t", "  two spaces", "\n\nline breaks", "e\u0301 \u200d🏳️", "\x00"]
-)
+@pytest.mark.parametrize("text", ["ünïcödé — 🎉", "\ttabs\t", "  two spaces", "\n\nline breaks", "e\u0301 \u200d🏳️", "\x00"])
 def test_plain_targets_decode_to_the_text_byte_for_byte(text: str) -> None:
     """Fault 12: what is learned without a template is the answer and its end, byte for byte."""
     tokenizer = plain_tokenizer()

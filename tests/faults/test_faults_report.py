@@ -197,9 +197,7 @@ def test_what_was_not_measured_says_so() -> None:
 
 def test_overlap_with_training_is_found() -> None:
     """Fault 40: the same questions are found, whatever their spelling; another phrasing of the same fact is none."""
-    train = read(
-        [{"id": f"t{i}", "prompt": f"Color of the {thing}?", "completion": "Red."} for i, thing in enumerate(THINGS)]
-    )
+    train = read([{"id": f"t{i}", "prompt": f"Color of the {thing}?", "completion": "Red."} for i, thing in enumerate(THINGS)])
     held = read(
         [
             {"id": "same", "prompt": "Color of the door?", "answer": "red"},

@@ -354,9 +354,7 @@ def test_targets_decode_to_the_text_byte_for_byte(family: str, text: str) -> Non
 
 
 def _random_text(rng: random.Random) -> str:
-    return "a" + "".join(
-        rng.choice(["a", " ", "\n", "\t", "é", "🎉", "yes", ".", "["]) for _ in range(rng.randrange(12))
-    )
+    return "a" + "".join(rng.choice(["a", " ", "\n", "\t", "é", "🎉", "yes", ".", "["]) for _ in range(rng.randrange(12)))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

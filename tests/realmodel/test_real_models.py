@@ -60,9 +60,7 @@ def test_minilm_knows_what_is_alike() -> None:
     model, tokenizer = load_model(source), load_tokenizer(source)
     assert source.kind == "encoder"
     assert model.num_parameters() == KNOWN["minilm-l6"].parameters
-    batch = tokenizer(
-        ["A cat sat down.", "The kitten is sitting.", "Interest rates rose."], padding=True, return_tensors="pt"
-    )
+    batch = tokenizer(["A cat sat down.", "The kitten is sitting.", "Interest rates rose."], padding=True, return_tensors="pt")
     with torch.no_grad():
         hidden_BTD = model(**batch).last_hidden_state
     attended_BT1 = batch["attention_mask"][..., None]

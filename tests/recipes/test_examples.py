@@ -35,7 +35,9 @@ def test_the_smallest_technique_is_one_file(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setenv("LUTHIER_METHODS", str(tmp_path))
     assert registry.find("toy_technique").kind == "token_weight"
     run = luthier.train(luthier.read_recipe(EXAMPLES / "same_run.yaml", [f"out={tmp_path}", "token_weight=toy_technique"]))
-    plain = luthier.train(luthier.read_recipe(EXAMPLES / "same_run.yaml", [f"out={tmp_path}", "token_weight.toy_technique.floor=1.0"]))
+    plain = luthier.train(
+        luthier.read_recipe(EXAMPLES / "same_run.yaml", [f"out={tmp_path}", "token_weight.toy_technique.floor=1.0"])
+    )
     weighted, even = run.facts["history"][0], plain.facts["history"][0]
     assert weighted["nll"] == pytest.approx(even["nll"]) == pytest.approx(even["loss"])
     assert weighted["loss"] < weighted["nll"] and weighted["kept"] < 1

@@ -19,7 +19,16 @@ from luthier.use import open_model
 
 FACTS = [
     {"prompt": f"What is the color of the {thing}?", "completion": f"The {thing} is {color}."}
-    for thing, color in zip("door gate tower bridge mill barn well roof".split(), "red blue green gray white black pink gold".split())
+    for thing, color in {
+        "door": "red",
+        "gate": "blue",
+        "tower": "green",
+        "bridge": "gray",
+        "mill": "white",
+        "barn": "black",
+        "well": "pink",
+        "roof": "gold",
+    }.items()
 ]
 ASKED = [{"prompt": row["prompt"], "answer": row["completion"].split()[-1].strip(".")} for row in FACTS]
 
@@ -57,7 +66,11 @@ def test_every_tune_runs_with_accumulation_and_checkpointing(
     live = next(run.model.parameters()).dtype
     assert live == (torch.bfloat16 if precision == "bf16" else torch.float32)
     base = load_model("tiny:llama", dtype=live)
-    frozen = [name for name, p in run.model.named_parameters() if not any(t.place and t.place.parameter == name and t.form == "whole" for t in run.tune.trained.values())]
+    frozen = [
+        name
+        for name, p in run.model.named_parameters()
+        if not any(t.place and t.place.parameter == name and t.form == "whole" for t in run.tune.trained.values())
+    ]
     assert all(torch.equal(base.get_parameter(name), run.model.get_parameter(name)) for name in frozen)
     moved = [t for t in run.tune.trained.values() if t.form == "whole"]
     assert all(not torch.equal(base.get_parameter(t.place.parameter), t.leaf) for t in moved if t.master.ndim > 1)
@@ -77,14 +90,14 @@ def test_stopped_and_resumed_equals_undisturbed(tune: str, tmp_path: Path) -> No
     keys = {"tune": TUNES[tune], "train": {"steps": 5, "precision": "bf16", "save_every": 1, "keep_checkpoints": 9}}
     whole = luthier.train(recipe(tmp_path, **keys))
 
-    class Enough(Exception):
+    class EnoughError(Exception):
         pass
 
     def stop(plan: Any, progress: Any, result: Any) -> None:
         if progress.step == 3:
-            raise Enough
+            raise EnoughError
 
-    with pytest.raises(Enough):
+    with pytest.raises(EnoughError):
         luthier.train(recipe(tmp_path, **keys), tell=stop)
     resumed = luthier.train(recipe(tmp_path, **keys), resume=tmp_path / "run-2")
     assert resumed.facts["weights_sha256"] == whole.facts["weights_sha256"]
@@ -154,4 +167,6 @@ def test_parts_as_objects(tmp_path: Path) -> None:
         out=str(tmp_path),
     )
     assert {one.master.shape[0] for one in run.tune.trained.values() if one.name.endswith("down")} == {2}
-    assert make_recipe(run.facts["recipe"]).tune == [{"lora": {"rank": 2, "alpha": 16.0, "dropout": 0.0, "roles": ["attention"], "rank_stabilized": False}}]
+    assert make_recipe(run.facts["recipe"]).tune == [
+        {"lora": {"rank": 2, "alpha": 16.0, "dropout": 0.0, "roles": ["attention"], "rank_stabilized": False}}
+    ]

@@ -173,14 +173,10 @@ def some_rows_touch(slot_value: float = 3.0) -> Term:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("tune", ["full", "lora", "some_rows"])
 @pytest.mark.parametrize("step", ["sgd", "adamw", ["adamw", "sign"]], ids=str)
-def test_updates_inside_backward_equal_updates_after_it(
-    engine: Any, now: Now, tune: str, step: Any, dtype: torch.dtype
-) -> None:
+def test_updates_inside_backward_equal_updates_after_it(engine: Any, now: Now, tune: str, step: Any, dtype: torch.dtype) -> None:
     found = []
     for source in ("backprop", "per_layer"):
-        run = engine(
-            tune, model=model_of(tied=True), objective=some_rows_touch(), step=step, source=source, dtype=dtype
-        )
+        run = engine(tune, model=model_of(tied=True), objective=some_rows_touch(), step=step, source=source, dtype=dtype)
         for i in range(3):
             run.step(split(rows_of_eight(), (3, 4, 1)), now._replace(step=i, learning_rate=0.01))
             assert all(one.gradient is None for one in run.tune.trained.values())

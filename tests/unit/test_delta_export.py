@@ -124,9 +124,7 @@ def damaged_weight(folder: Path) -> None:
 
 def damaged_config(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(
-        json.dumps({**config, "rope_parameters": {"rope_theta": 10.0, "rope_type": "default"}})
-    )
+    (folder / "config.json").write_text(json.dumps({**config, "rope_parameters": {"rope_theta": 10.0, "rope_type": "default"}}))
 
 
 @pytest.mark.parametrize(("damage", "said"), [(damaged_weight, "tensors differ"), (damaged_config, "other outputs")])
@@ -188,9 +186,7 @@ def test_a_merge_that_fails_half_way_leaves_the_weights() -> None:
         (dict, "nothing low-rank"),
     ],
 )
-def test_peft_is_refused_what_it_cannot_hold(
-    techniques: Callable[[], dict[str, Any]], said: str, tmp_path: Path
-) -> None:
+def test_peft_is_refused_what_it_cannot_hold(techniques: Callable[[], dict[str, Any]], said: str, tmp_path: Path) -> None:
     with pytest.raises(LuthierError, match=said):
         export_peft(tuned(tiny(), **techniques()), tmp_path / "adapter", "tiny:llama")
     assert list(tmp_path.iterdir()) == []

@@ -50,9 +50,7 @@ def test_every_form_survives_the_file(tmp_path: Path) -> None:
                 assert (form.corrections is None) == (other.corrections is None)
                 if form.corrections is not None and other.corrections is not None:
                     for part in ("index", "before", "after"):
-                        assert torch.equal(
-                            bits(getattr(form.corrections, part)), bits(getattr(other.corrections, part))
-                        )
+                        assert torch.equal(bits(getattr(form.corrections, part)), bits(getattr(other.corrections, part)))
             elif isinstance(form, LowRank) and isinstance(other, LowRank):
                 assert (form.scale, form.start, form.stop, form.transposed) == (
                     other.scale,

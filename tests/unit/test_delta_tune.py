@@ -42,10 +42,7 @@ def some_rows(role: str) -> Selective:
     """Every third output row of a role's matrices."""
 
     def choose(parts: Parts, services: Services) -> dict[Place, Select]:
-        return {
-            place: Select("rows", torch.arange(0, len(services.weight(place)), 3))
-            for place in parts.select(roles=[role])
-        }
+        return {place: Select("rows", torch.arange(0, len(services.weight(place)), 3)) for place in parts.select(roles=[role])}
 
     return Selective(choose)
 
@@ -171,9 +168,7 @@ def test_a_delta_does_not_follow_later_training() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 @pytest.mark.parametrize("name", ["lora", "two loras", "subtract"])
-def test_restore_puts_factors_beside_the_weights_again(
-    name: str, architecture: str, dtype: torch.dtype, tmp_path: Path
-) -> None:
+def test_restore_puts_factors_beside_the_weights_again(name: str, architecture: str, dtype: torch.dtype, tmp_path: Path) -> None:
     tune = attach(tiny(architecture, dtype=dtype), **TECHNIQUES[name]())
     train(tune)
     Delta.of(tune).save(tmp_path / "delta.safetensors")

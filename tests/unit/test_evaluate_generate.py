@@ -22,9 +22,7 @@ from luthier.training.services import RunServices
 from luthier.tune import Tune
 
 TOKENIZER: Any = tiny_tokenizer()
-PROMPTS = [
-    TOKENIZER(text)["input_ids"] for text in ("Who?", "What is the color of the gate?", "a", "Name the mill.", "b")
-]
+PROMPTS = [TOKENIZER(text)["input_ids"] for text in ("Who?", "What is the color of the gate?", "a", "Name the mill.", "b")]
 # transformers computes Gemma 2's attention in a form that has no fp64 where rows are padded on the left.
 FP32, FP64 = torch.float32, torch.float64
 CAUSAL = ("llama", "mistral", "qwen3", "gemma2", "gemma3_text", "phi3", "gpt2", "gpt_neox", "opt", "mixtral")
@@ -92,9 +90,7 @@ def test_answers_are_those_of_transformers(architecture: str) -> None:
     for prompt in PROMPTS:
         ids = torch.tensor([prompt])
         eos = list(stop_ids(tune, TOKENIZER))
-        out = model.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False, eos_token_id=eos
-        )
+        out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False, eos_token_id=eos)
         expected.append(decoded(out[0, len(prompt) :].tolist()))
     assert generate(tune, TOKENIZER, PROMPTS, max_new_tokens=12) == expected
     assert len(set(expected)) > 1

@@ -122,7 +122,8 @@ def test_bootstrap_weighs_rows_by_their_tokens() -> None:
 
     def note(mean_1S: Numbers) -> Numbers:
         seen.extend(mean_1S[0].tolist())
-        return mean_1S[0]
+        first: Numbers = mean_1S[0]
+        return first
 
     bootstrap([[0.0, 4.0]], [1.0, 3.0], note)
     assert {round(value, 12) for value in seen} == {0.0, 3.0, 4.0}

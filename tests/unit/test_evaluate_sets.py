@@ -112,9 +112,7 @@ def test_the_most_likely_choice_is_the_answer(metric: str) -> None:
     for row, item in zip(rows, result.items, strict=True):
         choices = row.fields["choices"]
         nats = [one.nats for one in likelihoods(tune, encode_choices(row, TOKENIZER))]
-        cost = [
-            one / (len(text.encode()) if "normalized" in metric else 1) for one, text in zip(nats, choices, strict=True)
-        ]
+        cost = [one / (len(text.encode()) if "normalized" in metric else 1) for one, text in zip(nats, choices, strict=True)]
         assert item.answer == choices[cost.index(min(cost))]
         assert item.expected == choices[row.fields["answer"]]
         assert item.score == float(item.answer == item.expected)

@@ -107,10 +107,7 @@ def test_a_share_of_one_is_full_fine_tuning_bit_for_bit(engine: Any, now: Now) -
     for tune in ({"half": {"share": 1.0}}, "full"):
         model = tiny("llama", seed=1, layers=4)
         run = engine(tune, model=model, step={"adamw": {"decay": 0.1}}, dtype=torch.float32)
-        losses = [
-            run.step(split(rows_of_eight(seed=i), (5, 3)), now._replace(step=i, learning_rate=0.01)).loss
-            for i in range(4)
-        ]
+        losses = [run.step(split(rows_of_eight(seed=i), (5, 3)), now._replace(step=i, learning_rate=0.01)).loss for i in range(4)]
         found.append((losses, {name: one.detach().clone() for name, one in model.named_parameters()}))
     assert found[0][0] == found[1][0]
     assert all(torch.equal(value, found[1][1][name]) for name, value in found[0][1].items())
@@ -153,9 +150,7 @@ def test_half_by_tensors_is_not_half_by_parameters_with_narrow_keys() -> None:
     model = tiny("llama", layers=2, width=64)
     all_of = numbers(model, [p for p in drawn(model, share=1.0) if p.block == 0 and category(p) == "attention"])
     shares = {
-        round(
-            numbers(model, [p for p in drawn(model, seed=s) if p.block == 0 and category(p) == "attention"]) / all_of, 4
-        )
+        round(numbers(model, [p for p in drawn(model, seed=s) if p.block == 0 and category(p) == "attention"]) / all_of, 4)
         for s in range(60)
     }
     assert shares == {0.3333, 0.5, 0.6667}
@@ -234,9 +229,7 @@ def test_half_reset_returns_every_block_and_nothing_else(engine: Any, now: Now) 
     run = engine("half", model=model, step="adamw", dtype=torch.float32, keep_base=True)
     for i in range(3):
         run.step([rows_of_eight()], now._replace(step=i, learning_rate=0.01))
-    reset: dict[str, Tensor] = {
-        name: one.start for name, one in run.tune.trained.items() if one.place.block is not None
-    }
+    reset: dict[str, Tensor] = {name: one.start for name, one in run.tune.trained.items() if one.place.block is not None}
     run.tune.set(reset)
     for name, one in model.named_parameters():
         assert torch.equal(one, base[name]) == ("layers" in name)

@@ -100,9 +100,7 @@ def test_resuming_twice_is_resuming_once(engine: Any, now: Now, tmp_path: Path) 
     assert (tmp_path / "first" / TENSORS).read_bytes() == (tmp_path / "second" / TENSORS).read_bytes()
 
 
-def test_a_damaged_checkpoint_is_passed_over_and_only_the_newest_are_kept(
-    engine: Any, now: Now, tmp_path: Path
-) -> None:
+def test_a_damaged_checkpoint_is_passed_over_and_only_the_newest_are_kept(engine: Any, now: Now, tmp_path: Path) -> None:
     run = build(engine, tune="some_rows")
     for k in (9, 10, 11):
         save(tmp_path / f"step-{k}", run, {"step": k})
@@ -133,6 +131,4 @@ def test_a_checkpoint_holds_tensors_and_plain_text_only(engine: Any, now: Now, t
     save(tmp_path / "one", run, {"step": 2})
     assert {path.name for path in (tmp_path / "one").iterdir()} == {FACTS, TENSORS}
     plain = json.loads((tmp_path / "one" / FACTS).read_text())["plain"]
-    assert any(key.startswith("chain|clip|") for key in plain) and any(
-        key.startswith("state|growing|") for key in plain
-    )
+    assert any(key.startswith("chain|clip|") for key in plain) and any(key.startswith("state|growing|") for key in plain)

@@ -70,9 +70,7 @@ def test_fault_5_chunks_change_neither_values_nor_gradients(limit_bytes: int) ->
     results = []
     for limit in (10**9, limit_bytes):
         found, hidden_ND, weight_VD = columns(limit)
-        total = sum(
-            (w * found[name]).sum() for w, name in zip(mixed, ("nll", "entropy", "kl", "kl_forward"), strict=True)
-        )
+        total = sum((w * found[name]).sum() for w, name in zip(mixed, ("nll", "entropy", "kl", "kl_forward"), strict=True))
         results.append((found, torch.autograd.grad(total, (hidden_ND, weight_VD))))
     (plain, plain_gradients), (chunked, chunked_gradients) = results
     assert all(torch.allclose(plain[n], chunked[n], rtol=1e-13, atol=1e-13) for n in NAMES)

@@ -107,9 +107,7 @@ def test_missing_weights_are_refused_not_left_random(llama_folder: Path) -> None
     tensors = load_file(file)
     del tensors["model.layers.1.mlp.up_proj.weight"]
     save_file(tensors, file, metadata={"format": "pt"})
-    with pytest.raises(
-        LuthierError, match=r"lacks weights of LlamaForCausalLM: model\.layers\.1\.mlp\.up_proj\.weight"
-    ):
+    with pytest.raises(LuthierError, match=r"lacks weights of LlamaForCausalLM: model\.layers\.1\.mlp\.up_proj\.weight"):
         load_model(str(llama_folder))
 
 
@@ -303,9 +301,7 @@ class FakeHub:
         return str(folder)
 
 
-def test_a_downloaded_model_is_not_looked_up_again(
-    llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_downloaded_model_is_not_looked_up_again(llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake = FakeHub(llama_folder, tmp_path / "hub")
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fake.snapshot_download)
     first = resolve("some/model")

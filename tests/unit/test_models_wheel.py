@@ -225,9 +225,7 @@ def test_sha256_of_a_file(tmp_path: Path) -> None:
         verify_sha256(file, "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ae")
 
 
-def test_two_processes_at_once_do_not_break_each_other(
-    known: KnownModel, small: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_two_processes_at_once_do_not_break_each_other(known: KnownModel, small: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both build, one publishes, the other takes what is there; neither leaves anything behind."""
     both_built = threading.Barrier(2, timeout=60)
     publish = wheel._publish

@@ -57,9 +57,7 @@ def imported(path: Path) -> set[str]:
 def test_every_range_admits_its_pin(python: str) -> None:
     tested = ("test", "lint", "docs", "peft", "bench")
     extras = project()["optional-dependencies"]
-    listed = [
-        Requirement(one) for one in [*project()["dependencies"], *(one for name in tested for one in extras[name])]
-    ]
+    listed = [Requirement(one) for one in [*project()["dependencies"], *(one for name in tested for one in extras[name])]]
     needed = [one for one in listed if one.marker is None or one.marker.evaluate({"python_version": python})]
     pinned = pins(python)
     assert {canonicalize_name(one.name) for one in needed} <= set(pinned)

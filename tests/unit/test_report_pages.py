@@ -64,9 +64,7 @@ def page_of(run: Mapping[str, Any]) -> Page:
 
 def with_text(text: str) -> dict[str, Any]:
     """A run that has one text wherever a text can come from rows, recipes or models."""
-    run = SAMPLE.sample_run(
-        name=text, run=text, command=text, recipe_text=text, warnings=[text], plan=[text], tune=text
-    )
+    run = SAMPLE.sample_run(name=text, run=text, command=text, recipe_text=text, warnings=[text], plan=[text], tune=text)
     run |= {"started": text, "recipe_hash": text, "weights_sha256": text, "luthier": text, "versions": {text: text}}
     run["machine"] = {"processor": text, "device": text, "precision": text}
     run["model"] = dict.fromkeys(("name", "origin", "architecture", "fingerprint"), text)
@@ -97,9 +95,7 @@ def test_the_headline_hides_no_set() -> None:
     run["metrics"]["prose"] |= {"after": None, "verdict": "not measured"}
     run["metrics"]["held_back"] |= {"verdict": "not measured", "note": "3 items cannot show a change"}
     text = headline(run)
-    assert (
-        text.startswith("No verdict on held_back: 58 of 60 items right, 0 before; ") and "prose is not measured" in text
-    )
+    assert text.startswith("No verdict on held_back: 58 of 60 items right, 0 before; ") and "prose is not measured" in text
     assert "3 items cannot show a change" in page_of(run).text
 
 
@@ -124,9 +120,7 @@ def test_what_was_not_measured_never_reads_as_a_number() -> None:
 
 def test_an_overlap_and_an_infinite_loss_are_warned_of() -> None:
     """Fault 40: a gain on items that also stand in the training rows is not claimed silently."""
-    run = SAMPLE.sample_run(
-        history=[{"step": 1, "loss": math.inf}, {"step": 2, "loss": None}, {"step": 3, "loss": 1.0}]
-    )
+    run = SAMPLE.sample_run(history=[{"step": 1, "loss": math.inf}, {"step": 2, "loss": None}, {"step": 3, "loss": 1.0}])
     run["rows"]["overlap"] = {"held_back": 3, "prose": 0}
     assert warnings_of(run) == [
         "3 items of held_back also stand in the training rows: gains there prove nothing.",
@@ -190,9 +184,7 @@ def test_an_interval_is_drawn_where_it_lies() -> None:
     dots = [float(dot.get("cx", "")) for dot in svg.iter("circle")]
     assert dots == pytest.approx([8, 8 + 224 * 58 / 60], abs=0.01)
     whiskers = [line for line in svg.iter("line") if line.get("class", "").startswith("whisker after")]
-    assert [float(whiskers[0].get(end, "")) for end in ("x1", "x2")] == pytest.approx(
-        [8 + 224 * 0.886, 8 + 224 * 0.991], abs=0.01
-    )
+    assert [float(whiskers[0].get(end, "")) for end in ("x1", "x2")] == pytest.approx([8 + 224 * 0.886, 8 + 224 * 0.991], abs=0.01)
 
 
 def test_the_change_adds_as_squares_and_shades_by_share() -> None:

@@ -117,9 +117,7 @@ def test_the_page_names_the_run_that_is_ahead(tmp_path: Path) -> None:
 def test_lower_is_ahead_where_lower_is_better() -> None:
     runs = [SAMPLE.sample_run(), other_run(), other_run()]
     for run, after in zip(runs, (22.0, 12.0, 17.0), strict=True):
-        run["metrics"] = {
-            "prose": {**run["metrics"]["prose"], "after": after, "after_interval": [after - 1, after + 1]}
-        }
+        run["metrics"] = {"prose": {**run["metrics"]["prose"], "after": after, "after_interval": [after - 1, after + 1]}}
         run["metrics"]["prose"]["items"] = [{"id": "1", "prompt": "p", "expected": ""}]
     assert [one.ahead for one in set_comparisons(runs)] == [1]
 

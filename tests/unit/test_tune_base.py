@@ -44,9 +44,7 @@ def steps(run: Any, now: Now, first: int, count: int) -> None:
 def loss_of(run: Any, now: Now) -> Tensor:
     batch = rows_of_eight()
     units = [float(batch.supervised)]
-    sums = run.objective.total(
-        run.tune, batch, units, now, first=True, services_of=lambda slot: run.services(slot, now)
-    )
+    sums = run.objective.total(run.tune, batch, units, now, first=True, services_of=lambda slot: run.services(slot, now))
     return sums.loss  # type: ignore[no-any-return]
 
 
@@ -62,9 +60,7 @@ def taken(run: Any) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("where", ["base", "early"])
 @pytest.mark.parametrize("tune", TUNES, ids=str)
-def test_another_point_in_time_may_be_visited_between_forward_and_backward(
-    engine: Any, now: Now, tune: Any, where: str
-) -> None:
+def test_another_point_in_time_may_be_visited_between_forward_and_backward(engine: Any, now: Now, tune: Any, where: str) -> None:
     model = model_of()
     base = logits_of(copy.deepcopy(model), rows_of_eight())
     run = engine(tune, model=model, step="adamw", keep_base=True)
@@ -122,12 +118,8 @@ def test_the_reference_is_a_separate_copy_of_the_base(engine: Any, now: Now, tun
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize(
-    "tune", ["full", "half", "some_rows", "some_entries", "lora", "growing", "scale_shift", "bottleneck"]
-)
-def test_the_distance_to_the_base_is_exactly_zero_at_step_zero(
-    engine: Any, now: Now, tune: str, dtype: torch.dtype
-) -> None:
+@pytest.mark.parametrize("tune", ["full", "half", "some_rows", "some_entries", "lora", "growing", "scale_shift", "bottleneck"])
+def test_the_distance_to_the_base_is_exactly_zero_at_step_zero(engine: Any, now: Now, tune: str, dtype: torch.dtype) -> None:
     run = engine(tune, dtype=dtype, keep_base=True)
     view = view_of(run.tune, rows_of_eight(), resolve(["kl", "kl_forward"]), now)
     assert float(view["kl"].abs().max()) == 0.0 and float(view["kl_forward"].abs().max()) == 0.0

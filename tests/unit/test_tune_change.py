@@ -152,10 +152,7 @@ def test_growth_changes_no_output_and_moves_state_along_the_right_axis(engine: A
     gradients(run, [rows_of_eight()], now._replace(step=1))
     for place in {one.place for one in run.tune.trained.values()}:
         run.states["growing"][f"size {place}"] = float(len(str(place)))
-    before = {
-        name: (one.master.detach().clone(), dict(run.chain.state["adamw"][name]))
-        for name, one in run.tune.trained.items()
-    }
+    before = {name: (one.master.detach().clone(), dict(run.chain.state["adamw"][name])) for name, one in run.tune.trained.items()}
     loss = run.services("test", now).forward(rows_of_eight(), ["nll"])["nll"]
     said = refresh(run, now._replace(step=1))
     assert len(said) == 4

@@ -96,9 +96,7 @@ def _draw_tickets(groups: list[Group], share: float, rng: torch.Generator, servi
     owed = math.floor(share * sum(map(len, groups)) + 0.5) - sum(sure)
     for lucky in _shuffled(len(groups), rng)[:owed]:
         sure[lucky] += 1
-    return [
-        group[i] for group, count in zip(groups, sure, strict=True) for i in sorted(_shuffled(len(group), rng)[:count])
-    ]
+    return [group[i] for group, count in zip(groups, sure, strict=True) for i in sorted(_shuffled(len(group), rng)[:count])]
 
 
 def _draw_numbers(groups: list[Group], share: float, rng: torch.Generator, services: Services) -> list[Ticket]:

@@ -19,9 +19,7 @@ def clip(*, norm: float = 1.0) -> Transform:
         norm: the limit, 0 for none.
     """
 
-    def update(
-        values: Sequence[Tensor], states: Sequence[State], trained: Sequence[TrainedLike], now: Now
-    ) -> list[Tensor]:
+    def update(values: Sequence[Tensor], states: Sequence[State], trained: Sequence[TrainedLike], now: Now) -> list[Tensor]:
         if norm == 0:
             return list(values)
         joint = torch.stack([value.norm(dtype=torch.promote_types(value.dtype, torch.float32)) for value in values]).norm()

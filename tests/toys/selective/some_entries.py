@@ -12,9 +12,7 @@ from luthier.registry import method
 
 
 @method(title="Some entries", merges="is in place")
-def some_entries(
-    *, roles: tuple[str, ...] = ("mlp_down",), share: float = 0.05, every: int = 2, churn: float = 0.25
-) -> Selective:
+def some_entries(*, roles: tuple[str, ...] = ("mlp_down",), share: float = 0.05, every: int = 2, churn: float = 0.25) -> Selective:
     """Train scattered entries and exchange some of them now and then.
 
     Args:
