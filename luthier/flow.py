@@ -29,6 +29,7 @@ from luthier.training import checkpoint
 from luthier.training.engine import StepResult
 from luthier.training.loop import Plans, Progress
 from luthier.training.loop import train as run_loop
+from luthier.training.world import World
 from luthier.use import evaluation_sets, save_result
 
 Tell = Callable[[Plan, Progress, StepResult], None]
@@ -63,6 +64,12 @@ def train(
     """
     recipe = as_recipe(recipe if recipe is not None else keys)
     began = time.perf_counter()
+    if World.current().size > 1:
+        raise LuthierError(
+            "whole runs on several processes are not there yet",
+            where="WORLD_SIZE",
+            mend="use one process; the step itself (luthier.training) runs on several",
+        )
     plan = make_plan(recipe, say)
     sets = evaluation_sets(recipe)
     folder = Path(resume) if resume is not None else new_folder(recipe.out, recipe.name)

@@ -156,7 +156,8 @@ def _put_in_place(tune: Tune, changes: Mapping[str, Sequence[Form]]) -> None:
         # The delta says what became of these.
         weights[name].copy_(tune.altered[name])
     for name, forms in inside.items():
-        if forms and tune.keep_base:
+        if forms:
+            # Nothing that trains here tells what these were.
             tune.altered.setdefault(name, weights[name].clone())
         for form in forms:
             form.add_to(weights[name], 1)

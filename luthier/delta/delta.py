@@ -212,8 +212,8 @@ class Delta:
         What stood beside the weights stands there again, the rest goes into the weights.
 
         Args:
-            tune: on the base. Techniques whose start changes the base need `keep_base=True`, as does running the base
-                afterwards where weights changed.
+            tune: on the base, which `at("base")` still runs afterwards. Techniques whose start changes the base need
+                `keep_base=True`.
             force: also for another base, where the names and shapes fit.
 
         Raises:

@@ -60,8 +60,8 @@ def export_peft(tune: Tune, folder: str | Path, base_name: str, *, fingerprint: 
         tune: with low-rank deltas only, not merged.
         folder: must not exist.
         base_name: of the base. Short names are written as the hub's; a path on this machine is not written at all.
-        fingerprint: of the base, where it is known: weights that differ from it are refused. What is written is
-            the fingerprint of the live weights.
+        fingerprint: of the base, where it is known, to be compared with the weights. What is written is that of the
+            weights.
 
     Returns:
         `modules` (how many), `ranks` (modules by rank), and `base_fingerprint`.
@@ -71,8 +71,10 @@ def export_peft(tune: Tune, folder: str | Path, base_name: str, *, fingerprint: 
             base's.
     """
     _refuse_other_kinds(tune)
+    with tune.at("base"):
+        base = fingerprint_of(tune.model)
     live = fingerprint_of(tune.model)
-    if fingerprint is not None and fingerprint != live:
+    if live != base or fingerprint not in (None, live):
         raise LuthierError(
             "numbers of the model itself changed, and an adapter would lose that",
             where="export_peft",

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from accelerate import PartialState
 from torch import Tensor
 
 
@@ -18,7 +20,9 @@ class World:
 
     @classmethod
     def current(cls) -> World:
-        """The process group that a launcher has set up, if any."""
+        """The processes that a launcher (`accelerate launch`, torchrun) started; their group is set up by accelerate."""
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+            PartialState(cpu=not torch.cuda.is_available())
         if dist.is_available() and dist.is_initialized():
             return cls(dist.get_world_size(), dist.get_rank())
         return cls()

@@ -186,6 +186,7 @@ def test_tied_embeddings_survive_merge_save_and_reload(architecture: str, techni
     model: Any = tune.model
     assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
     assert model.config.tie_word_embeddings is True and different(state(model), before) == []
+    assert len(model.all_tied_weights_keys) == 1
     assert all(torch.equal(one, other) for one, other in zip(outputs(tune.model, IDS), live, strict=True))
 
 
@@ -198,7 +199,7 @@ def test_a_delta_on_a_tied_head_leaves_the_embedding_alone() -> None:
     model = tiny(tied=True)
     Delta.of(tune).apply(model)
     assert torch.equal(model.model.embed_tokens.weight, tiny(tied=True).model.embed_tokens.weight)
-    assert model.config.tie_word_embeddings is False
+    assert model.config.tie_word_embeddings is False and model.all_tied_weights_keys == {}
     for one, other in zip(outputs(model, IDS), live, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
 

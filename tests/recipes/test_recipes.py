@@ -76,6 +76,15 @@ def test_every_tune_runs_with_accumulation_and_checkpointing(
     assert all(not torch.equal(base.get_parameter(t.place.parameter), t.leaf) for t in moved if t.master.ndim > 1)
 
 
+def test_compiling_changes_nothing_but_the_rounding(tmp_path: Path) -> None:
+    """Fault 5: compiled blocks give the same losses to 1e-4 in fp32."""
+    losses = []
+    for compiled in (False, True):
+        run = luthier.train(recipe(tmp_path, tune="lora", train={"steps": 2, "compile": compiled}))
+        losses.append([line["loss"] for line in run.facts["history"]])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
 def test_accumulation_changes_nothing_but_the_rounding(tmp_path: Path) -> None:
     losses = []
     for size in (4096, 120):

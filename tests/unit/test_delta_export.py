@@ -14,6 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from luthier.delta import Delta
 from luthier.errors import LuthierError
 from luthier.export import export_model, export_peft, load_peft
 from luthier.export.model import PROBES, outputs
@@ -199,6 +200,15 @@ def test_a_base_that_changed_in_place_is_refused(tmp_path: Path) -> None:
     tune.model.get_parameter("model.norm.weight").data[0] += 1.0
     with pytest.raises(LuthierError, match="changed"):
         export_peft(tune, tmp_path / "bad", "tiny:llama", fingerprint=known)
+
+
+def test_restored_changes_in_place_are_not_lost_in_an_adapter(tmp_path: Path) -> None:
+    tune = tuned(tiny(), lora=lora(rank=2), norms=full(roles=("norm",)))
+    delta, again = Delta.of(tune, tiny()), tuned(tiny(), lora=lora(rank=2))
+    delta.restore(again)
+    with pytest.raises(LuthierError, match="changed"):
+        export_peft(again, tmp_path / "adapter", "tiny:llama")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(

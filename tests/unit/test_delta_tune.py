@@ -193,7 +193,9 @@ def test_restore_applies_what_was_in_place() -> None:
 def test_the_base_can_be_run_after_restoring() -> None:
     tune = attach(tiny(), rows=some_rows("mlp_up"), lora=lora(rank=2))
     train(tune)
-    again = attach(tiny(), lora=lora(rank=2))
+    model = tiny()
+    again = Tune(model, map_parts(model), keep_base=False)
+    again.add("lora", lora(rank=2), RunServices(again, "lora", Now(seed=0)), {})
     Delta.of(tune).restore(again)
     ids = torch.arange(3, 15)[None]
     with again.at("base"):
