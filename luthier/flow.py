@@ -168,7 +168,7 @@ def first_facts(plan: Plan, folder: Path, command: str, sets: list[EvalSet]) -> 
         "tune": ", ".join(part.name for part in plan.chosen["tune"]),
         "trained_numbers": plan.trained_numbers,
         "total_numbers": plan.total_numbers,
-        "warnings": [],
+        "warnings": plan.warnings(),
     }
 
 
@@ -250,7 +250,7 @@ def mid_run(plan: Plan, sets: list[EvalSet]) -> Callable[[], Mapping[str, tuple[
 def cost(plan: Plan, progress: Progress) -> dict[str, Any]:
     """What training took."""
     losses = [line["loss"] for line in progress.history if line["loss"] is not None]
-    warnings = []
+    warnings = plan.warnings()
     if progress.empty_steps:
         warnings.append(f"{progress.empty_steps} steps had no target and were not taken")
     if progress.stopped:

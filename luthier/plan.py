@@ -17,7 +17,7 @@ from luthier.kinds import OBJECTIVES, STEPS, TUNES, Now, Optimizer
 from luthier.models.attention import use_attention
 from luthier.models.fingerprint import fingerprint
 from luthier.models.load import ModelSource, load_model, load_tokenizer, resolve
-from luthier.models.parts import Parts, map_parts
+from luthier.models.parts import GROUPS, Parts, map_parts
 from luthier.recipe import Recipe
 from luthier.registry import Part
 from luthier.rows.encode import EncodedRows, encode_all
@@ -99,8 +99,22 @@ class Plan:
             f"evaluates  {', '.join(recipe.evaluate) or 'nothing'}, before and after",
             f"memory     about {self.estimate.total_bytes / 2**20:,.0f} MiB at the peak ({self.estimate.described()})",
             f"time       about {_minutes(self.estimate.seconds)} of training, from the speed of this machine's matrix products",
+            *(f"warning    {text}" for text in self.warnings()),
         ]
         return lines
+
+    def warnings(self) -> list[str]:
+        """What is allowed but seldom wanted."""
+        warnings = []
+        attention = set(GROUPS["attention"])
+        for slot, _, _ in self.engine.tune.additives:
+            roles = {one.place.role for one in self.engine.tune.trained.values() if one.slot == slot and one.place is not None}
+            if roles <= attention:
+                warnings.append(
+                    f"`{slot}` stands at attention alone: with the MLP's matrices as well, low-rank deltas learn more like full "
+                    "fine-tuning (roles: [linear])"
+                )
+        return warnings
 
     def _moments(self) -> list[int]:
         return [round(share * (self.clock.steps - 1)) for share in (0.0, 0.25, 0.5, 0.75, 1.0)]
@@ -152,6 +166,7 @@ class Plan:
             "precision": self.precision,
             "estimated_peak_memory_bytes": self.estimate.total_bytes,
             "estimated_seconds": self.estimate.seconds,
+            "warnings": self.warnings(),
             "lines": self.lines(),
         }
 
