@@ -147,18 +147,35 @@ def test_a_model_that_reads_back_differently_is_not_kept(
     assert torch.equal(tune.model.state_dict()["model.layers.0.mlp.up_proj.weight"], before)
 
 
-def test_a_tokenizer_that_reads_back_differently_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def other_template(folder: Path) -> None:
+    """The same tokens from a template of other text."""
+    file = folder / "chat_template.jinja"
+    file.write_text(file.read_text() + "{# changed #}")
+
+
+def other_cuts(folder: Path) -> None:
+    """The same template, and a tokenizer that puts a space before every text."""
+    file = folder / "tokenizer.json"
+    tokenizer = json.loads(file.read_text())
+    file.write_text(json.dumps({**tokenizer, "pre_tokenizer": {**tokenizer["pre_tokenizer"], "add_prefix_space": True}}))
+
+
+@pytest.mark.parametrize("damage", [other_template, other_cuts])
+def test_a_tokenizer_that_reads_back_differently_is_not_kept(
+    damage: Callable[[Path], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     tokenizer = tiny_tokenizer()
     save = tokenizer.save_pretrained
 
     def save_and_damage(folder: Path) -> None:
         save(folder)
-        (folder / "chat_template.jinja").write_text("{{ messages }}")
+        damage(folder)
 
     monkeypatch.setattr(tokenizer, "save_pretrained", save_and_damage)
-    with pytest.raises(LuthierError, match="tokenizer"):
-        export_model(tuned(tiny(), lora=lora(rank=3)), tokenizer, tmp_path / "model")
-    assert list(tmp_path.iterdir()) == []
+    tune = tuned(tiny(), lora=lora(rank=3))
+    with pytest.raises(LuthierError, match="cuts text differently"):
+        export_model(tune, tokenizer, tmp_path / "model")
+    assert list(tmp_path.iterdir()) == [] and tune.merged is None
 
 
 def test_what_is_no_change_of_a_weight_is_not_merged(tmp_path: Path) -> None:
