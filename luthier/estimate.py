@@ -17,7 +17,7 @@ from luthier.training.feed import Feed
 PROCESS_BYTES = 450 * 2**20
 """An interpreter with torch and transformers loaded."""
 
-ACTIVATIONS_PER_TOKEN = 34
+ACTIVATIONS_PER_TOKEN = 60
 """Numbers kept for backward a token and block, in widths of the model, beside the MLP's inner ones: projections, norms, residuals."""
 
 EFFICIENCY = 0.4

@@ -90,7 +90,7 @@ def open_run(run: Run, *, say: Say = silent, merged: bool = True) -> tuple[Tune,
     source = resolve(recipe.model, revision=recipe.revision, trust_remote_code=recipe.trust_remote_code, say=say)
     model = load_model(source, dtype=pick(recipe.train.precision, device)[0])
     delta = Delta.load(run.folder / "delta.safetensors")
-    tune = Tune(model, map_parts(model))
+    tune = Tune(model, map_parts(model), keep_base=not merged)
     if merged:
         delta.apply(model)
     else:
@@ -194,7 +194,7 @@ def export(name: str, target: Path, *, form: str = "model", out: str = "runs", s
         return {"folder": str(target), "as": form, **export_model(tune, tokenizer, target)}
     if form == "peft":
         tune, _ = open_run(run, say=say, merged=False)
-        return {"folder": str(target), "as": form, **export_peft(tune, target, base_name=run.facts["model"]["name"])}
+        return {"folder": str(target), "as": form, **export_peft(tune, target, run.facts["model"]["name"], fingerprint=run.facts["model"]["fingerprint"])}
     raise LuthierError(f"`{form}` is no form of export", where="--as", mend="use model or peft")
 
 
