@@ -194,7 +194,11 @@ def export(name: str, target: Path, *, form: str = "model", out: str = "runs", s
         return {"folder": str(target), "as": form, **export_model(tune, tokenizer, target)}
     if form == "peft":
         tune, _ = open_run(run, say=say, merged=False)
-        return {"folder": str(target), "as": form, **export_peft(tune, target, run.facts["model"]["name"], fingerprint=run.facts["model"]["fingerprint"])}
+        return {
+            "folder": str(target),
+            "as": form,
+            **export_peft(tune, target, run.facts["model"]["name"], fingerprint=run.facts["model"]["fingerprint"]),
+        }
     raise LuthierError(f"`{form}` is no form of export", where="--as", mend="use model or peft")
 
 
