@@ -20,7 +20,7 @@ PROCESS_BYTES = 450 * 2**20
 ACTIVATIONS_PER_TOKEN = 60
 """Numbers kept for backward a token and block, in widths of the model, beside the MLP's inner ones: projections, norms, residuals."""
 
-EFFICIENCY = 0.4
+EFFICIENCY = 0.25
 """Share of the speed of one large matrix product that training reaches, seen on processors."""
 
 
