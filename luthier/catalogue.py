@@ -24,11 +24,16 @@ def as_rows(kind: str | None = None) -> list[dict[str, Any]]:
     return [{**card.as_json(), "verdict": NOT_MEASURED} for card in registry.cards(kinds)]
 
 
+def _with_columns(*columns: str) -> Table:
+    shown = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
+    for column in columns:
+        shown.add_column(column)
+    return shown
+
+
 def table(rows: list[dict[str, Any]]) -> Table:
     """Techniques by kind."""
-    shown = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
-    for column in ("technique", "kind", "what it does", "paper", "claim"):
-        shown.add_column(column)
+    shown = _with_columns("technique", "kind", "what it does", "paper", "claim")
     for row in rows:
         shown.add_row(
             f"[bold]{escape(row['name'])}[/bold]",
@@ -60,9 +65,7 @@ def one_technique(name: str) -> tuple[dict[str, Any], Group]:
     ):
         if facts[key] not in ("", None):
             card.add_row(f"[bold]{key}[/bold]", escape(str(facts[key])))
-    options = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
-    for column in ("option", "default", "type"):
-        options.add_column(column)
+    options = _with_columns("option", "default", "type")
     for key, option in facts["options"].items():
         options.add_row(key, escape(json.dumps(option.get("default", "required"))), escape(_type(option)))
     text = Text((found.factory.__doc__ or "").strip())
@@ -103,9 +106,7 @@ def paper_rows(area: str | None = None, done: bool = False) -> list[dict[str, An
 
 def paper_table(rows: list[dict[str, Any]]) -> Table:
     """Papers with what stands for them."""
-    shown = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
-    for column in ("row", "title", "area", "technique", "paper"):
-        shown.add_column(column)
+    shown = _with_columns("row", "title", "area", "technique", "paper")
     for row in rows:
         shown.add_row(
             str(row["row"]),
