@@ -19,6 +19,9 @@ from rich.table import Table
 
 from luthier.errors import LuthierError
 
+INTERRUPTED = 130
+"""The exit code of a run that was stopped on request and can be resumed: what shells report of Ctrl-C."""
+
 out = Console(emoji=False)
 err = Console(stderr=True, emoji=False)
 
@@ -44,11 +47,16 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, only th
 Out = Annotated[str, typer.Option(help="The folder that holds the run folders.")]
 
 
+def is_first() -> bool:
+    """Whether this process speaks: of those that a launcher started, one."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 class Face:
     """How a command speaks: to people, or to scripts."""
 
     def __init__(self, as_json: bool, quiet: bool = False) -> None:
-        self.as_json, self.quiet = as_json, quiet
+        self.as_json, self.quiet = as_json, quiet or not is_first()
 
     def say(self, text: str) -> None:
         """What is being done, on standard error."""
@@ -57,10 +65,19 @@ class Face:
 
     def show(self, facts: Any, render: Callable[[], Any]) -> None:
         """The result: JSON for scripts, else what `render` makes."""
+        if not is_first():
+            return
         if self.as_json:
-            sys.stdout.write(json.dumps(facts, ensure_ascii=False, default=str) + "\n")
+            sys.stdout.write(document(facts))
         else:
             out.print(render())
+
+
+def document(facts: Any) -> str:
+    """Facts as one line of JSON."""
+    text = json.dumps(facts, ensure_ascii=False, default=str)
+    # Half a character, which UTF-8 cannot hold, is escaped the same way in JSON and in Python.
+    return text.encode("utf-8", "backslashreplace").decode("utf-8") + "\n"
 
 
 @contextmanager
@@ -70,8 +87,10 @@ def face(as_json: bool, quiet: bool = False) -> Iterator[Face]:
     try:
         yield speaker
     except LuthierError as error:
-        if as_json:
-            sys.stdout.write(json.dumps(error.as_json(), ensure_ascii=False) + "\n")
+        if not is_first():
+            sys.stderr.write(f"process {os.environ['RANK']}: {error.what}\n")
+        elif as_json:
+            sys.stdout.write(document(error.as_json()))
         else:
             text = escape(error.what)
             text += f"\n[dim]where[/dim]  {escape(error.where)}" if error.where else ""
@@ -90,7 +109,8 @@ def train(
 ) -> None:
     """Fine-tune a model, measure it before and after, and write a report.
 
-    Interrupt once (Ctrl-C) to finish the step, save and stop; `luthier train --resume RUN` goes on.
+    Interrupt once (Ctrl-C) to finish the step, save and stop (exit code 130); `luthier train --resume RUN` goes on. A second
+    interrupt stops at once.
     """
     with face(as_json, quiet) as speak:
         from luthier.cli_progress import Bar
@@ -102,45 +122,75 @@ def train(
             if resume is None:
                 raise LuthierError("a recipe is missing", where="luthier train", mend="give a recipe, or --resume RUN")
             recipe = resume / "recipe.yaml"
+            if not recipe.is_file():
+                raise LuthierError("this is no run's folder", where=str(resume), mend="name a folder that `luthier runs` lists")
         read = read_recipe(recipe, overrides or [])
-        with Bar(err, quiet=quiet or as_json) as bar:
+        with Bar(err, quiet=speak.quiet) as bar:
             run = run_training(read, resume=resume, say=bar.say, tell=bar.step, command=_command(recipe, overrides))
         speak.show(run.as_json(), lambda: summary(run.facts))
+        if run.facts["status"] == "stopped":
+            raise typer.Exit(INTERRUPTED)
 
 
 @app.command()
-def plan(recipe: RecipeFile, overrides: Overrides = None, as_json: Json = False, quiet: Quiet = False) -> None:
-    """Show a run in order, with what trains, steps, memory and time. Trains nothing."""
+def plan(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Take two steps, thrown away, and tell their memory and time.")
+    ] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Show a run in order, with what trains, steps, memory and time. Trains nothing that is kept."""
     with face(as_json, quiet) as speak:
-        from luthier.plan import make_plan
+        from luthier.plan import make_plan, measure_plan
         from luthier.recipe import read_recipe
 
         made = make_plan(read_recipe(recipe, overrides or []), speak.say)
+        facts, lines = made.as_json(), made.lines()
+        if measure:
+            measured = measure_plan(made)
+            facts["measured"] = measured.as_json()
+            lines.append(f"measured   {measured.described()}")
 
         def render() -> Table:
             table = Table.grid(padding=(0, 2))
-            for line in made.lines():
+            for line in lines:
                 key, text = line[:10].rstrip(), line[10:].strip()
                 table.add_row(f"[bold]{escape(key)}[/bold]", escape(text))
             return table
 
-        speak.show(made.as_json(), render)
+        speak.show(facts, render)
 
 
 @app.command(name="eval")
 def evaluate(
     model: Annotated[str, typer.Argument(help="A model's name or folder, or a run's folder.")],
-    recipe: RecipeFile,
+    recipe: Annotated[Path | None, typer.Argument(help="A recipe (YAML).", metavar="RECIPE")] = None,
     overrides: Overrides = None,
+    tasks: Annotated[str, typer.Option("--harness", help="Instead of a recipe: tasks of lm-eval, with commas between.")] = "",
+    tasks_folder: Annotated[Path, typer.Option(help="The folder with the tasks' YAML files.")] = Path("tasks"),
+    limit: Annotated[int | None, typer.Option(help="Most rows of each task of lm-eval.", min=1)] = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Measure a model or a run on the evaluation sets of a recipe."""
+    """Measure a model or a run on the evaluation sets of a recipe, or on tasks of the evaluation harness."""
     with face(as_json, quiet) as speak:
+        from luthier.evaluate.harness import plain_scores
         from luthier.recipe import read_recipe
-        from luthier.report.terminal import measured
+        from luthier.report.terminal import measured, scored
         from luthier.use import evaluate as run_evaluation
+        from luthier.use import evaluate_harness
 
+        if tasks and recipe is not None:
+            raise LuthierError("a recipe and --harness", where="luthier eval", mend="give one of them")
+        if tasks:
+            found = evaluate_harness(model, [one.strip() for one in tasks.split(",")], tasks_folder, limit=limit, say=speak.say)
+            speak.show({"model": model, **plain_scores(found)}, lambda: scored(found))
+            return
+        if recipe is None:
+            raise LuthierError("a recipe is missing", where="luthier eval", mend="give a recipe, or --harness TASKS")
         results = run_evaluation(model, read_recipe(recipe, overrides or []), say=speak.say)
         speak.show(
             {"model": model, "metrics": {name: one.as_json() for name, one in results.items()}},
@@ -258,8 +308,11 @@ def compare(
 @app.command()
 def export(
     run: Annotated[str, typer.Argument(help="A run's name or folder.")],
-    target: Annotated[Path, typer.Argument(help="The folder to write; it must not exist.")],
-    form: Annotated[str, typer.Option("--as", help="`model`: a plain Hugging Face folder; `peft`: a LoRA adapter.")] = "model",
+    target: Annotated[Path, typer.Argument(help="The folder, or the GGUF file, to write; it must not exist.")],
+    form: Annotated[
+        str, typer.Option("--as", help="`model`: a plain Hugging Face folder; `gguf`: one file; `peft`: a LoRA adapter.")
+    ] = "model",
+    weights: Annotated[str, typer.Option(help="Of a GGUF file: f32, f16, bf16, q8_0, or auto for the model's.")] = "auto",
     folder: Out = "runs",
     as_json: Json = False,
 ) -> None:
@@ -267,7 +320,7 @@ def export(
     with face(as_json, quiet=as_json) as speak:
         from luthier.use import export as run_export
 
-        facts = run_export(run, target, form=form, out=folder, say=speak.say)
+        facts = run_export(run, target, form=form, weights=weights, out=folder, say=speak.say)
         speak.show(facts, lambda: "\n".join(f"{key:<24}{escape(str(value))}" for key, value in facts.items()))
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any, get_args
 
 
 class LuthierError(Exception):
@@ -38,3 +40,58 @@ def nearest(name: str, known: Iterable[str]) -> str:
     if names and len(names) <= 30:
         return "known: " + ", ".join(names)
     return ""
+
+
+def refuse_truth(value: object, annotation: Any) -> None:
+    """Refuse `true` and `false` where a number is asked for: Python itself would read them as 1 and 0.
+
+    Raises:
+        ValueError: as a validator of pydantic raises it.
+    """
+    kinds = (annotation, *get_args(annotation))
+    if isinstance(value, bool) and (int in kinds or float in kinds) and bool not in kinds:
+        raise ValueError("true and false are no numbers")
+
+
+_BOUNDS = {
+    "ge": "at least",
+    "gt": "more than",
+    "le": "at most",
+    "lt": "less than",
+    "min_length": "of a length of at least",
+    "max_length": "of a length of at most",
+}
+_WRITE = {
+    "int": "write a whole number",
+    "float": "write a number",
+    "finite": "write a finite number",
+    "greater": "write a number",
+    "less": "write a number",
+    "bool": "write true or false",
+    "string": "write text, in quotes where it looks like a number",
+    "dict": "write a mapping, one `key: value` a line",
+    "mapping": "write a mapping, one `key: value` a line",
+    "model": "write a mapping, one `key: value` a line",
+    "list": "write a list: [one, two]",
+    "tuple": "write a list: [one, two]",
+}
+
+
+def explain(problem: Mapping[str, Any]) -> tuple[str, str]:
+    """What is wrong with a value and what to write instead, from one of pydantic's error details."""
+    shown = repr(problem["input"])
+    shown = shown if len(shown) <= 60 else shown[:57] + "..."
+    message = str(problem["msg"]).removeprefix("Value error, ")
+    kind, limits = str(problem["type"]), problem.get("ctx", {})
+    if kind.startswith(("dict", "mapping", "model")):
+        message = "a mapping of keys belongs here"
+    what = f"{shown}: {message[:1].lower()}{message[1:]}"
+    if kind == "literal_error":
+        return what, nearest(str(problem["input"]), re.findall("'([^']*)'", limits["expected"]))
+    if kind == "value_error":
+        return what, "write a number" if isinstance(problem["input"], bool) else "write what belongs here"
+    if kind == "string_pattern_mismatch":
+        return what, f"write text of the form {limits['pattern']}"
+    bound = next((f"{words} {limits[name]:g}" for name, words in _BOUNDS.items() if name in limits), "")
+    mend = _WRITE.get(kind.split("_")[0], "write another value")
+    return what, f"{mend}, {bound}" if bound else mend

@@ -6,34 +6,44 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from luthier import __version__, machine
+from luthier import __version__, disk, machine
 from luthier.delta import Delta, summary
 from luthier.errors import LuthierError
 from luthier.evaluate.compare import base_noise, compare, share_kept
-from luthier.evaluate.overlap import overlap
+from luthier.evaluate.overlap import overlaps
 from luthier.evaluate.sets import EvalSet, SetResult, measure
 from luthier.models.fingerprint import fingerprint
 from luthier.models.load import load_model
+from luthier.models.sharding import whole
 from luthier.plan import Plan, Say, make_plan
 from luthier.recipe import Recipe, make_recipe, read_recipe
 from luthier.report import write_report
-from luthier.run import FILE, Run, new_folder, read_run, write_json
-from luthier.training import checkpoint
+from luthier.report.compare import compared, write_comparison
+from luthier.resume import (
+    CHECKPOINTS,
+    Before,
+    check_resumable,
+    continue_from,
+    read_before,
+    save_before,
+    save_checkpoint,
+    write_recipe,
+)
+from luthier.run import FILE, Run, new_folder, write_json
+from luthier.trackers import Trackers, check_trackers, run_numbers, start_trackers
 from luthier.training.engine import StepResult
 from luthier.training.loop import Plans, Progress
 from luthier.training.loop import train as run_loop
 from luthier.training.world import World
-from luthier.use import evaluation_sets, save_result
+from luthier.use import save_result
 
 Tell = Callable[[Plan, Progress, StepResult], None]
-BEFORE = "before.json"
 
 
 def train(
@@ -64,63 +74,86 @@ def train(
     """
     recipe = as_recipe(recipe if recipe is not None else keys)
     began = time.perf_counter()
-    if World.current().size > 1:
-        raise LuthierError(
-            "whole runs on several processes are not there yet",
-            where="WORLD_SIZE",
-            mend="use one process; the step itself (luthier.training) runs on several",
-        )
+    world = World.current()
+    if not world.is_first:
+        # All processes take every step and measure alike; the first one speaks and writes.
+        say, tell = _nothing, _nothing
+    check_trackers(recipe.track)
     plan = make_plan(recipe, say)
-    sets = evaluation_sets(recipe)
-    folder = Path(resume) if resume is not None else new_folder(recipe.out, recipe.name)
+    sets = plan.sets
+    folder = Path(resume) if resume is not None else shared_folder(world, recipe)
     facts = first_facts(plan, folder, command, sets)
     progress = Progress()
-    if resume is not None:
-        progress, before = continue_from(plan, folder, sets, say)
+    cut_anew = resume is not None and check_resumable(plan, folder)
+    if world.is_first:
+        if resume is None or cut_anew:
+            write_recipe(folder, recipe)
         write_json(folder / FILE, facts)
-    else:
-        (folder / "recipe.yaml").write_text(recipe.as_yaml(), encoding="utf-8")
-        write_json(folder / FILE, facts)
-        before = measure_base(plan, sets, say)
-        save_before(folder, before)
-    noise = base_noise(plan.engine.tune, plan.tokenizer, sets, before, say=say) if sets and recipe.noise and not resume else {}
-
-    machine.reset_peak(plan.device)
-    say(f"training: {plan.clock.steps} steps")
+    trackers = start_trackers(recipe.track if world.is_first else None, folder, recipe.name, recipe.as_plain())
     try:
+        before = (read_before(folder, say) if resume is not None else None) or measure_base(plan, say)
+        save_before(plan, folder, before)
+        if resume is not None:
+            progress = continue_from(plan, folder, say, cut_anew=cut_anew)
+        machine.reset_peak(plan.device)
+        say(f"training: {plan.clock.steps} steps")
         progress = run_loop(
             plan.engine,
             plan.feed,
             plan.clock,
             Plans(recipe.train.save_every, recipe.train.evaluate_every, recipe.train.patience, recipe.train.best),
             progress,
-            evaluate=mid_run(plan, sets) if sets else None,
-            save=lambda at: save_checkpoint(plan, folder, at),
-            tell=lambda at, result: _step_done(plan, folder, at, result, tell),
+            evaluate=mid_run(plan, sets, lambda found: trackers.log(progress.step, found)) if sets else None,
+            save=lambda at: save_checkpoint(plan, folder, at, say),
+            tell=lambda at, result: _step_done(plan, folder, at, result, tell, trackers),
+            say=say,
         )
+        facts |= cost(plan, progress)
+        if progress.interrupted:
+            facts["status"] = "stopped"
+            say(f"stopped after step {progress.step}; `luthier train --resume {folder}` goes on")
+        else:
+            after = measured(plan, sets, say) if sets else {}
+            facts |= what_changed(plan, before, after)
+            facts["delta"] = keep_what_changed(plan, folder, say)
+            facts |= {"status": "finished", "total_seconds": time.perf_counter() - began}
+            if plan.control is not None and world.is_first:
+                facts["control"] = compare_with(plan.control, folder, facts, say)
     except LuthierError as error:
-        finish(folder, {**facts, "status": "failed", "history": progress.history, "warnings": [error.what]}, say)
+        facts |= {"status": "failed", "history": progress.history, "warnings": [*progress.notes, error.what]}
+        leave_failed(plan, folder, tracked(trackers, facts), say)
         raise
-    facts |= cost(plan, progress)
-    if progress.interrupted:
-        facts["status"] = "stopped"
-        finish(folder, facts, say)
-        say(f"stopped after step {progress.step}; `luthier train --resume {folder}` goes on")
-        return Run(folder, facts, plan.model, plan.tokenizer, plan.engine.tune)
-
-    after = measure(plan.engine.tune, plan.tokenizer, sets, say=say) if sets else {}
-    facts |= what_changed(plan, before, after, noise)
-    facts["delta"] = keep_what_changed(plan, folder, say)
-    facts |= {"status": "finished", "total_seconds": time.perf_counter() - began}
-    finish(folder, facts, say)
+    facts = tracked(trackers, facts)
+    finish(plan, folder, facts, say)
+    if facts["status"] == "finished" and recipe.train.save_every is None and world.is_first:
+        disk.remove(folder / CHECKPOINTS)
     return Run(folder, facts, plan.model, plan.tokenizer, plan.engine.tune)
 
 
-def finish(folder: Path, facts: Mapping[str, Any], say: Say) -> None:
-    """Write the facts and the page, however the run ended."""
-    write_json(folder / FILE, facts)
+def _nothing(*heard: Any) -> None:
+    """Neither speaks nor shows."""
+
+
+def shared_folder(world: World, recipe: Recipe) -> Path:
+    """A new folder, made by the first process and known to all."""
+    return world.from_first(new_folder(recipe.out, recipe.name) if world.is_first else Path())
+
+
+def finish(plan: Plan, folder: Path, facts: Mapping[str, Any], say: Say) -> None:
+    """Write the page and the facts, however the run ended; the facts last, since a run that calls itself finished is whole."""
+    if not plan.engine.world.is_first:
+        return
     write_report(facts, folder / "report.html")
+    write_json(folder / FILE, facts)
     say(f"report: {folder / 'report.html'}")
+
+
+def leave_failed(plan: Plan, folder: Path, facts: Mapping[str, Any], say: Say) -> None:
+    """Note that a run failed, where that can still be written: a full disk must not hide why it failed."""
+    try:
+        finish(plan, folder, facts, say)
+    except LuthierError as error:
+        say(f"that the run failed could not be noted: {error.what}")
 
 
 def as_recipe(recipe: Recipe | Mapping[str, Any] | str | Path) -> Recipe:
@@ -146,6 +179,7 @@ def first_facts(plan: Plan, folder: Path, command: str, sets: list[EvalSet]) -> 
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "versions": machine.versions(),
         "machine": machine.describe(plan.device, plan.dtype),
+        "processes": plan.engine.world.size,
         "model": {
             "name": plan.source.name,
             "origin": plan.source.origin,
@@ -162,7 +196,9 @@ def first_facts(plan: Plan, folder: Path, command: str, sets: list[EvalSet]) -> 
             "dropped": [list(pair) for pair in plan.rows.dropped],
             "skipped": [list(bad) for bad in plan.skipped],
             "padding_share": plan.feed.padding(),
-            "overlap": {one.name: len(overlap(plan.raw, one.rows)) for one in sets},
+            "mixture": plan.feed.shares(),
+            "cache": list(plan.cache),
+            "overlap": {name: len(found) for name, found in overlaps(plan.raw, {one.name: one.rows for one in sets}).items()},
         },
         "plan": plan.lines(),
         "tune": ", ".join(part.name for part in plan.chosen["tune"]),
@@ -172,77 +208,54 @@ def first_facts(plan: Plan, folder: Path, command: str, sets: list[EvalSet]) -> 
     }
 
 
-def measure_base(plan: Plan, sets: list[EvalSet], say: Say) -> dict[str, SetResult]:
-    """The evaluation sets on the untouched model."""
+def measure_base(plan: Plan, say: Say) -> Before:
+    """The evaluation sets on the untouched model, and what measuring it again changes by itself."""
+    sets, tune = plan.sets, plan.engine.tune
     if not sets:
-        return {}
+        return Before({}, {})
     say("measuring the base: " + ", ".join(one.name for one in sets))
-    with plan.engine.tune.at("base"):
-        return measure(plan.engine.tune, plan.tokenizer, sets, say=say)
+    with tune.at("base"):
+        results = measured(plan, sets, say)
+    if not plan.recipe.noise:
+        return Before(results, {})
+    return Before(results, tune.run(lambda: base_noise(tune, plan.tokenizer, sets, results, say=say)))
 
 
-def save_before(folder: Path, before: Mapping[str, SetResult]) -> None:
-    """Keep the base's results, so that a resumed run need not measure them again."""
-    write_json(folder / BEFORE, {name: result.as_json() for name, result in before.items()})
+def measured(plan: Plan, sets: list[EvalSet], say: Say = _nothing) -> dict[str, SetResult]:
+    """The evaluation sets on the model as it is."""
+    with torch.no_grad():
+        return plan.engine.tune.run(lambda: measure(plan.engine.tune, plan.tokenizer, sets, say=say))
 
 
-def continue_from(plan: Plan, folder: Path, sets: list[EvalSet], say: Say) -> tuple[Progress, dict[str, SetResult]]:
-    """Bring the run back to its newest readable checkpoint.
-
-    Raises:
-        LuthierError: the folder holds no run, or it was made by another recipe.
-    """
-    run = read_run(folder)
-    if run.facts.get("status") == "finished":
-        raise LuthierError("this run has finished", where=str(folder), mend="start a new one: luthier train RECIPE")
-    made_by = run.facts.get("recipe_hash")
-    if made_by != plan.recipe.hash():
-        raise LuthierError(
-            f"this run was made by another recipe ({made_by}, not {plan.recipe.hash()})",
-            where=str(folder),
-            mend=f"use {folder / 'recipe.yaml'}",
-        )
-    kept = folder / BEFORE
-    before = json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else {}
-    results = {name: SetResult.from_json(one) for name, one in before.items()} or measure_base(plan, sets, say)
-    save_before(folder, results)
-    newest = checkpoint.latest(folder / "checkpoints")
-    progress = Progress()
-    if newest is None:
-        say("there is no checkpoint yet: starting from the first step")
-    else:
-        facts = checkpoint.restore(newest, plan.engine)
-        progress = Progress(**{**facts["progress"], "stopped": "", "interrupted": False})
-        say(f"resuming from {newest.name}")
-    # Steps taken after the checkpoint are taken again.
-    lines = "".join(json.dumps(line) + "\n" for line in progress.history)
-    (folder / "steps.jsonl").write_text(lines, encoding="utf-8")
-    return progress, results
+def tracked(trackers: Trackers, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """End the tracking of a run. Returns its facts with what went wrong with trackers among the warnings."""
+    trackers.finish(run_numbers(facts))
+    return {**facts, "warnings": [*facts["warnings"], *trackers.warnings]}
 
 
-def save_checkpoint(plan: Plan, folder: Path, progress: Progress) -> None:
-    """Write a checkpoint and drop the oldest."""
-    root = folder / "checkpoints"
-    facts = {"progress": asdict(progress), "recipe_hash": plan.recipe.hash(), "steps": plan.clock.steps}
-    checkpoint.save(root / f"step-{progress.step}", plan.engine, facts)
-    checkpoint.prune(root, plan.recipe.train.keep_checkpoints)
-
-
-def _step_done(plan: Plan, folder: Path, progress: Progress, result: StepResult, tell: Tell) -> None:
+def _step_done(plan: Plan, folder: Path, progress: Progress, result: StepResult, tell: Tell, trackers: Trackers) -> None:
     norm = next((s["norm"] for states in plan.engine.chain.state.values() for s in states.values() if "norm" in s), None)
     if norm is not None:
         progress.history[-1]["norm"] = norm
-    with (folder / "steps.jsonl").open("a", encoding="utf-8") as file:
+    if not plan.engine.world.is_first:
+        return
+    steps = folder / "steps.jsonl"
+    with disk.explained(steps), steps.open("a", encoding="utf-8") as file:
         file.write(json.dumps(progress.history[-1]) + "\n")
+    trackers.log(progress.step, {key: value for key, value in progress.history[-1].items() if key != "step"})
     tell(plan, progress, result)
 
 
-def mid_run(plan: Plan, sets: list[EvalSet]) -> Callable[[], Mapping[str, tuple[float, bool]]]:
-    """Measure the sets in the middle of a run."""
+def mid_run(
+    plan: Plan, sets: list[EvalSet], tell: Callable[[Mapping[str, float]], None]
+) -> Callable[[], Mapping[str, tuple[float, bool]]]:
+    """Measure the sets in the middle of a run, and tell the values."""
 
     def evaluate() -> dict[str, tuple[float, bool]]:
-        found = measure(plan.engine.tune, plan.tokenizer, sets)
-        return {name: (result.value, result.higher_is_better) for name, result in found.items()}
+        found = {name: (one.value, one.higher_is_better) for name, one in measured(plan, sets).items()}
+        tell({name: value for name, (value, _) in found.items()})
+        # Rounding must not make one process stop early and the others go on.
+        return plan.engine.world.from_first(found)
 
     return evaluate
 
@@ -251,6 +264,7 @@ def cost(plan: Plan, progress: Progress) -> dict[str, Any]:
     """What training took."""
     losses = [line["loss"] for line in progress.history if line["loss"] is not None]
     warnings = plan.warnings()
+    warnings += progress.notes
     if progress.empty_steps:
         warnings.append(f"{progress.empty_steps} steps had no target and were not taken")
     if progress.stopped:
@@ -262,7 +276,7 @@ def cost(plan: Plan, progress: Progress) -> dict[str, Any]:
         "supervised_tokens": progress.supervised,
         "tokens_per_second": progress.tokens / progress.seconds if progress.seconds else None,
         "supervised_tokens_per_second": progress.supervised / progress.seconds if progress.seconds else None,
-        "peak_memory_bytes": machine.peak_bytes(plan.device),
+        "peak_memory_bytes": plan.engine.world.max(machine.peak_bytes(plan.device)),
         "final_loss": losses[-1] if losses else None,
         "history": progress.history,
         "evaluations": progress.evaluations,
@@ -270,11 +284,10 @@ def cost(plan: Plan, progress: Progress) -> dict[str, Any]:
     }
 
 
-def what_changed(
-    plan: Plan, before: Mapping[str, SetResult], after: Mapping[str, SetResult], noise: Mapping[str, float]
-) -> dict[str, Any]:
+def what_changed(plan: Plan, before: Before, after: Mapping[str, SetResult]) -> dict[str, Any]:
     """Before against after, set by set."""
-    metrics = {name: compare(result, after.get(name), noise=noise.get(name)) for name, result in before.items()}
+    noise = before.noise
+    metrics = {name: compare(result, after.get(name), noise=noise.get(name)) for name, result in before.results.items()}
     return {
         "metrics": metrics,
         "noise": dict(noise),
@@ -283,20 +296,34 @@ def what_changed(
     }
 
 
+def compare_with(control: Run, folder: Path, facts: Mapping[str, Any], say: Say) -> dict[str, Any]:
+    """This run beside its control: a page, and its facts for `run.json`."""
+    runs = [control.facts, facts]
+    page = write_comparison(runs, folder / "compare.html")
+    say(f"comparison with {control.folder}: {page}")
+    return {"run": str(control.folder), **compared(runs)}
+
+
 def tuned_fingerprint(plan: Plan) -> str:
     """Identifies the tuned numbers: the model's, and those that stand beside it."""
     digest = hashlib.sha256(fingerprint(plan.model).encode())
     for name, one in sorted(plan.engine.tune.trained.items()):
         if one.form in ("factor", "free"):
             digest.update(name.encode())
-            digest.update(one.master.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+            digest.update(whole(one.master.detach()).cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
 def keep_what_changed(plan: Plan, folder: Path, say: Say) -> dict[str, Any]:
     """Save the delta against a fresh copy of the base, and sum it up by block and role."""
+    tune, is_first = plan.engine.tune, plan.engine.world.is_first
+    if tune.root is None and not is_first:
+        # Only a model that is spread over the processes needs all of them to be put together.
+        return {}
     say("comparing the weights with the base")
     base = load_model(plan.source, dtype=plan.dtype).to(plan.device)  # type: ignore[arg-type]
-    delta = Delta.of(plan.engine.tune, base, name=plan.source.name, fingerprint=plan.fingerprint)
-    save_result(folder, plan.engine.tune, delta)
+    delta = Delta.of(tune, base, name=plan.source.name, fingerprint=plan.fingerprint)
+    if not is_first:
+        return {}
+    save_result(folder, tune, delta)
     return summary(delta, plan.parts, base)

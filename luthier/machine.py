@@ -11,6 +11,9 @@ from pathlib import Path
 
 import torch
 
+KERNELS = 64
+"""Compiled products that oneDNN may keep: more than one micro-batch needs."""
+
 PACKAGES = ("torch", "transformers", "accelerate", "tokenizers", "safetensors", "datasets", "numpy")
 
 
@@ -60,6 +63,15 @@ def _memory() -> int:
         return 0
 
 
+def bound_kernels() -> None:
+    """Let oneDNN, and torch's interface to it, keep few compiled products; has no effect once bf16 was multiplied in this process.
+
+    Every micro-batch has a size of its own, and each size compiles its products anew: a thousand of them, as is usual, take over 2 GB.
+    """
+    for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+        os.environ.setdefault(name, str(KERNELS))
+
+
 def reset_peak(device: torch.device) -> None:
     """Begin to measure peak memory anew, where the system allows it."""
     if device.type == "cuda":
@@ -75,11 +87,39 @@ def peak_bytes(device: torch.device) -> int:
     """Peak memory since `reset_peak`: of the device on a GPU, else of this process."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
+    peak = _told("/proc/self/status", "VmHWM")
+    if peak:
+        return peak
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def wait_for(device: torch.device) -> None:
+    """Wait until a GPU has done what it was given, so that a clock tells the truth."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def resident_bytes() -> int:
+    """Memory of this process now; 0 where the system does not tell."""
+    return _told("/proc/self/status", "VmRSS")
+
+
+def available_bytes(device: torch.device) -> int | None:
+    """Memory that could still be had: of the device on a GPU, else of the system; None where it does not tell."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        # What torch has reserved and does not use is free for its next tensors.
+        return int(free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))
+    return _told("/proc/meminfo", "MemAvailable") or None
+
+
+def _told(file: str, key: str) -> int:
+    """Bytes that Linux states under a key of a file; 0 elsewhere."""
     try:
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM"):
+        for line in Path(file).read_text().splitlines():
+            if line.startswith(f"{key}:"):
                 return int(line.split()[1]) * 1024
     except OSError:
         pass
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return 0

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,26 +11,36 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from luthier import draws, registry
+from luthier import draws, machine, registry
+from luthier.control import find_control
+from luthier.cuts import too_much
 from luthier.errors import LuthierError
 from luthier.estimate import Estimate, estimate
+from luthier.evaluate.planned import evaluation_sets
+from luthier.evaluate.sets import EvalSet, check
 from luthier.kinds import OBJECTIVES, STEPS, TUNES, Now, Optimizer
 from luthier.models.attention import use_attention
 from luthier.models.fingerprint import fingerprint
 from luthier.models.load import ModelSource, load_model, load_tokenizer, resolve
 from luthier.models.parts import GROUPS, Parts, map_parts
+from luthier.models.sharding import shard
 from luthier.recipe import Recipe
 from luthier.registry import Part
-from luthier.rows.encode import EncodedRows, encode_all
-from luthier.rows.read import Rows, read
+from luthier.rows.encode import EncodedRows
+from luthier.rows.gather import encode_rows, mixture_of
+from luthier.rows.mixture import Mixture, described_share
 from luthier.rows.shapes import BadRow
+from luthier.rows.sources import Joined, read_rows
+from luthier.run import Run
 from luthier.training.build import build_engine
 from luthier.training.engine import Engine
 from luthier.training.feed import Feed
 from luthier.training.loop import Clock
+from luthier.training.packing import obstacle
 from luthier.training.precision import pick, pick_device
-from luthier.training.schedule import factor, find_schedule
+from luthier.training.schedule import factor, find_schedule, warmup_steps
 from luthier.training.services import RunServices
+from luthier.training.trial import Measured, measure
 from luthier.training.world import World
 from luthier.tune import Tune
 
@@ -49,9 +60,9 @@ class Plan:
     sources: list[str]
     """Where the training rows come from."""
     rows: EncodedRows
-    raw: list[Any]
-    """The training rows as read."""
-    skipped: list[BadRow]
+    raw: Iterable[Any]
+    """The training rows as read; when streaming they are read again each time."""
+    skipped: Sequence[BadRow]
     engine: Engine
     feed: Feed
     clock: Clock
@@ -63,6 +74,16 @@ class Plan:
     estimate: Estimate
     fingerprint: str
     """Of the base."""
+    sets: list[EvalSet]
+    """What is measured before and after."""
+    control: Run | None = None
+    """The finished run this one will be compared with."""
+    cache: Sequence[str] = ()
+    """When streaming, whether each source's encoded rows were in the cache."""
+    padded: str = ""
+    """Why rows run with padding; empty where they are packed."""
+    too_large: str = ""
+    """What to change, where memory will not do."""
 
     @property
     def total_numbers(self) -> int:
@@ -84,19 +105,22 @@ class Plan:
             f"model      {self.source.name}: {self.parts.architecture}, {self.total_numbers:,} numbers, from {self.source.origin}",
             f"rows       {len(self.rows.rows):,} rows, {self.rows.tokens:,} tokens, {self.rows.supervised_tokens:,} of them targets"
             + self._losses(),
-            f"           {100 * self.feed.padding():.1f} % padding; longest row {max(len(r) for r in self.rows.rows):,} tokens",
+            f"           {self._padding()}; longest row {max(self.rows.sizes.tokens):,} tokens",
         ]
+        lines += [f"           {said}" for said in (*self.cache, *map(described_share, self.feed.shares()))]
         lines += [f"{key:<10} {_described(parts)}" for key, parts in self.chosen.items() if parts]
         lines += [
             f"trains     {self.trained_numbers:,} numbers, {share:.2f} % of the model's",
             *self._roles(),
+            *(f"           {slot} adds its deltas times {one.scale:g}" for slot, one, _ in self.engine.tune.additives),
             *self._optimizers(),
             f"precision  {self.precision}; fp32 copies of trained numbers: {'yes' if recipe.train.masters == 'fp32' else 'no'}",
-            f"steps      {clock.steps:,} steps, {tokens:,} tokens, {supervised:,} targets; device {self.device}",
+            f"steps      {clock.steps:,} steps, {tokens:,} tokens, {supervised:,} targets; device {self.device}{self._processes()}",
             f"rate       {clock.learning_rate:g} ({self.rate_from}), {recipe.train.schedule}, warm-up {clock.warmup} steps: "
             + ", ".join(f"{rate:.2g}" for rate in rates)
             + " at 0, 25, 50, 75, 100 %",
             f"evaluates  {', '.join(recipe.evaluate) or 'nothing'}, before and after",
+            *([f"compares   with {self.control.folder}"] if self.control is not None else []),
             f"memory     about {self.estimate.total_bytes / 2**20:,.0f} MiB at the peak ({self.estimate.described()})",
             f"time       about {_minutes(self.estimate.seconds)} of training, from the speed of this machine's matrix products",
             *(f"warning    {text}" for text in self.warnings()),
@@ -105,7 +129,8 @@ class Plan:
 
     def warnings(self) -> list[str]:
         """What is allowed but seldom wanted."""
-        warnings = []
+        warnings = [f"{note} ({count} rows)" for note, count in self.rows.notes.items()]
+        warnings += [self.too_large] if self.too_large else []
         attention = set(GROUPS["attention"])
         for slot, _, _ in self.engine.tune.additives:
             roles = {one.place.role for one in self.engine.tune.trained.values() if one.slot == slot and one.place is not None}
@@ -115,6 +140,16 @@ class Plan:
                     "fine-tuning (roles: [linear])"
                 )
         return warnings
+
+    def _processes(self) -> str:
+        world = self.engine.world
+        spread = ", the model spread over them" if self.engine.tune.root is not None else ""
+        return f", {world.size} processes{spread}" if world.size > 1 else ""
+
+    def _padding(self) -> str:
+        if self.engine.tune.packs:
+            return "packed, without padding"
+        return f"{100 * self.feed.padding():.1f} % padding: {self.padded}"
 
     def _moments(self) -> list[int]:
         return [round(share * (self.clock.steps - 1)) for share in (0.0, 0.25, 0.5, 0.75, 1.0)]
@@ -165,6 +200,8 @@ class Plan:
             "learning_rate": self.clock.learning_rate,
             "precision": self.precision,
             "estimated_peak_memory_bytes": self.estimate.total_bytes,
+            "mixture": self.feed.shares(),
+            "rows_cache": list(self.cache),
             "estimated_seconds": self.estimate.seconds,
             "warnings": self.warnings(),
             "lines": self.lines(),
@@ -188,35 +225,18 @@ def _minutes(seconds: float) -> str:
 
 def choose_parts(recipe: Recipe) -> dict[str, list[Part]]:
     """All techniques a recipe names, looked up and checked, by key."""
+    sources = registry.make_all(recipe.source, ("source",), where="source")
+    if len(sources) != 1:
+        raise LuthierError("a run has exactly one source of gradients", where="source", mend="name one, e.g. backprop")
     return {
         "maps": registry.make_all(recipe.rows.map, ("row_map",), where="rows.map"),
         "tune": registry.make_all(recipe.tune, TUNES, where="tune"),
         "objective": registry.make_all(recipe.objective, OBJECTIVES, where="objective"),
         "weight": registry.make_all(recipe.token_weight, ("token_weight",), where="token_weight"),
         "chain": registry.make_all(recipe.step, STEPS, where="step"),
-        "source": registry.make_all(recipe.source, ("source",), where="source"),
+        "source": sources,
         "keep": registry.make_all(recipe.keep, ("keeper",), where="keep"),
     }
-
-
-def read_rows(recipe: Recipe) -> tuple[list[Any], list[str], list[BadRow]]:
-    """The training rows of all sources, where they come from, and what was skipped.
-
-    Raises:
-        LuthierError: a row cannot be read, or two rows of different sources share an id.
-    """
-    train = recipe.rows.train
-    many = train if isinstance(train, list) and train and not isinstance(train[0], Mapping) else [train]
-    sources: list[Rows] = [read(one, shape=recipe.rows.shape, on_bad_row=recipe.rows.on_bad_row) for one in many]
-    rows = [row for source in sources for row in source]
-    seen: dict[str, str] = {}
-    for row in rows:
-        if row.id in seen:
-            raise LuthierError(
-                f"two rows have the id `{row.id}`", where=f"{seen[row.id]} and {row.where}", mend="make the ids differ"
-            )
-        seen[row.id] = row.where
-    return rows, [source.name for source in sources], [bad for source in sources for bad in source.skipped]
 
 
 def advised_rate(recipe: Recipe, tune: Sequence[Part]) -> tuple[float, str]:
@@ -241,15 +261,15 @@ def make_plan(recipe: Recipe, say: Say = lambda text: None) -> Plan:
         LuthierError: anything in the recipe, the rows or the model that would stop or spoil the run.
     """
     chosen = choose_parts(recipe)
+    machine.bound_kernels()
     if recipe.train.threads is not None:
         torch.set_num_threads(recipe.train.threads)
-    if recipe.train.best is not None and recipe.train.best not in recipe.evaluate:
-        raise LuthierError(
-            f"`best` names `{recipe.train.best}`, which is no evaluation set",
-            where="train.best",
-            mend="known sets: " + (", ".join(recipe.evaluate) or "none"),
-        )
-    raw, names, skipped = read_rows(recipe)
+    sets = evaluation_sets(recipe)
+    schedule = find_schedule(recipe.train.schedule)
+    control = find_control(recipe)
+    world = World.current()
+    check_processes(recipe, world)
+    sources = read_rows(recipe.rows)
     device = pick_device(recipe.train.device)
     dtype, precision = pick(recipe.train.precision, device)
     # Before the model exists: nothing in it may depend on what ran earlier.
@@ -257,21 +277,23 @@ def make_plan(recipe: Recipe, say: Say = lambda text: None) -> Plan:
     source = resolve(recipe.model, revision=recipe.revision, trust_remote_code=recipe.trust_remote_code, say=say)
     say(f"loading {source.name} ({source.origin})")
     tokenizer = load_tokenizer(source)
-    model = load_model(source, dtype=dtype).to(device)  # type: ignore[arg-type]
+    model = load_model(source, dtype=dtype)
     parts = map_parts(model)
     identity = fingerprint(model)
-    now = Now(seed=recipe.seed)
+    root = None
+    if recipe.train.sharding == "full":
+        root = shard(model, parts.block_modules, device, world.size)
+    else:
+        model.to(device)  # type: ignore[arg-type]
+    raw: Iterable[Any] = Joined(sources)
     for slot, part in ((part.name, part) for part in chosen["maps"]):
         for value in part.values:
-            raw = value.map(raw, RunServices(Tune(model, parts), slot, now))
-    rows = encode_rows(recipe, raw, tokenizer, parts, model)
-    world = World.current()
+            raw = value.map(list(raw), RunServices(Tune(model, parts), slot, Now(seed=recipe.seed)))
+    rows, places, skipped, cache = encode_rows(recipe.rows, sources, raw, tokenizer, context_of(model), say)
     rate, rate_from = advised_rate(recipe, chosen["tune"])
-    feed = make_feed(recipe, rows, world, device)
+    feed = make_feed(recipe, rows, world, device, mixture_of(recipe.rows, recipe.seed, sources, rows, places))
     steps = feed.total()
-    warmup = recipe.train.warmup
-    warm_steps = round(warmup * steps) if warmup < 1 else int(warmup)
-    clock = Clock(steps, rate, find_schedule(recipe.train.schedule), min(warm_steps, steps), recipe.seed)
+    clock = Clock(steps, rate, schedule, warmup_steps(recipe.train.warmup, steps), recipe.seed)
     engine = build_engine(
         model,
         parts,
@@ -284,43 +306,84 @@ def make_plan(recipe: Recipe, say: Say = lambda text: None) -> Plan:
         now=clock.at(0, 0.0),
         masters=recipe.train.masters,
         world=world,
+        root=root,
     )
-    prepare_model(recipe, model, parts)
-    cost = estimate(engine, parts, rows.rows, feed, dtype, checkpointing=recipe.train.checkpointing)
+    check(engine.tune, tokenizer, sets)
+    padded = prepare_model(recipe, engine.tune)
+    if engine.tune.packs:
+        feed.pack()
+    cost = estimate(engine, parts, feed, dtype, checkpointing=recipe.train.checkpointing)
+    too_large = too_much(recipe, engine, parts, feed, dtype, cost, machine.available_bytes(device))
     return Plan(
-        recipe, source, model, parts, tokenizer, names, rows, raw, skipped, engine, feed, clock, device, dtype, precision,
-        rate_from, chosen, cost, identity,
-    )  # fmt: skip
-
-
-def encode_rows(
-    recipe: Recipe, raw: Sequence[Any], tokenizer: PreTrainedTokenizerBase, parts: Parts, model: nn.Module
-) -> EncodedRows:
-    """Training rows as tokens and targets, none longer than the model can read."""
-    config: Any = model.config
-    context = getattr(config.get_text_config(), "max_position_embeddings", None)
-    limit = recipe.rows.max_tokens
-    if limit is not None and context is not None and limit > context:
-        raise LuthierError(
-            f"rows of {limit} tokens are longer than this model reads ({context})",
-            where="rows.max_tokens",
-            mend=f"use at most {context}",
-        )
-    return encode_all(
-        raw,
-        tokenizer,
-        loss_on=recipe.rows.loss_on,
-        max_tokens=limit or context,
-        too_long=recipe.rows.too_long,
-        on_bad_row=recipe.rows.on_bad_row,
+        recipe=recipe,
+        source=source,
+        model=model,
+        parts=parts,
+        tokenizer=tokenizer,
+        sources=[one.name for one in sources],
+        rows=rows,
+        raw=raw,
+        skipped=skipped,
+        engine=engine,
+        feed=feed,
+        clock=clock,
+        device=device,
+        dtype=dtype,
+        precision=precision,
+        rate_from=rate_from,
+        chosen=chosen,
+        estimate=cost,
+        fingerprint=identity,
+        sets=sets,
+        control=control,
+        cache=cache,
+        padded=padded,
+        too_large=too_large,
     )
 
 
-def make_feed(recipe: Recipe, rows: EncodedRows, world: World, device: torch.device) -> Feed:
+def measure_plan(plan: Plan) -> Measured:
+    """Take two steps and throw them away: peak memory and time as they are here. The plan cannot be trained afterwards."""
+    return measure(plan.engine, plan.feed, plan.clock)
+
+
+def check_processes(recipe: Recipe, world: World) -> None:
+    """Refuse what the launcher and the recipe ask for differently.
+
+    Raises:
+        LuthierError: a model can be spread over several processes only, or the launcher wants FSDP or DeepSpeed on its own account.
+    """
+    sharding = recipe.train.sharding
+    if sharding == "full" and world.size == 1:
+        raise LuthierError(
+            "there is one process, and a model is spread over several",
+            where="train.sharding",
+            mend="start with `accelerate launch --num_processes N -m luthier train RECIPE`, or use sharding: none",
+        )
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() in ("1", "true"):
+        raise LuthierError(
+            "DeepSpeed is not used by luthier",
+            where="ACCELERATE_USE_DEEPSPEED",
+            mend="launch without it; `train.sharding: full` spreads weights, gradients and optimizer state as ZeRO-3 does",
+        )
+    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true") and sharding != "full":
+        raise LuthierError(
+            "the launcher asks for FSDP and the recipe does not", where="train.sharding", mend="set train.sharding=full"
+        )
+
+
+def context_of(model: nn.Module) -> int | None:
+    """The most tokens a model reads; None where it does not say."""
+    config: Any = model.config
+    context: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return context
+
+
+def make_feed(recipe: Recipe, rows: EncodedRows, world: World, device: torch.device, mixture: Mixture | None) -> Feed:
     """The order in which rows are seen."""
     train = recipe.train
     return Feed(
-        rows.rows,
+        rows,
         recipe.seed,
         train.micro_batch_tokens,
         epochs=train.epochs,
@@ -329,18 +392,37 @@ def make_feed(recipe: Recipe, rows: EncodedRows, world: World, device: torch.dev
         batch_rows=train.batch_rows,
         world=world,
         device=device,
+        mixture=mixture,
     )
 
 
-def prepare_model(recipe: Recipe, model: Any, parts: Parts) -> None:
-    """Attention, checkpointing and compilation, block by block."""
+def prepare_model(recipe: Recipe, tune: Tune) -> str:
+    """Attention, packing, checkpointing and compilation, block by block. Returns why rows are padded, if they are."""
+    model: Any = tune.model
     if model.config._attn_implementation == "sdpa":
         use_attention(model)
+    padded = why_padded(recipe, tune)
+    tune.packs = not padded
     if recipe.train.checkpointing:
         # transformers renamed it; the non-reentrant form is the only one that reaches every kind of trained tensor.
         names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
         enable = next(getattr(model, name) for name in names if hasattr(model, name))
         enable({"use_reentrant": False})
     if recipe.train.compile:
-        for name in parts.block_modules:
+        for name in tune.parts.block_modules:
             model.get_submodule(name).compile()
+    return padded
+
+
+def why_padded(recipe: Recipe, tune: Tune) -> str:
+    """Why rows run with padding; nothing where they are packed.
+
+    Raises:
+        LuthierError: the recipe insists on packing, and it cannot be.
+    """
+    if recipe.train.packing is False:
+        return "as the recipe asks"
+    reason = "blocks would be compiled anew for every micro-batch" if recipe.train.compile else obstacle(tune)
+    if reason and recipe.train.packing is True:
+        raise LuthierError(f"rows cannot be packed: {reason}", where="train.packing", mend="use packing: auto or false")
+    return reason

@@ -9,33 +9,120 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import pydantic
 import yaml
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
-from luthier.errors import LuthierError, nearest
+from luthier.errors import LuthierError, explain, nearest, refuse_truth
+from luthier.yaml_text import parse, read_yaml
+
+TECHNIQUES = ("rows.map", "tune", "objective", "token_weight", "step", "source", "keep")
+"""Keys that hold techniques."""
 
 
 class Strict(BaseModel):
     """Frozen, with no keys but its own."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, arbitrary_types_allowed=True, protected_namespaces=(), allow_inf_nan=False
+    )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _check_truth(cls, value: Any, info: ValidationInfo) -> Any:
+        refuse_truth(value, cls.model_fields[str(info.field_name)].annotation)
+        return value
+
+
+def _source_of_rows(value: Any) -> Any:
+    """Refuse at its key what rows can never be read from; everything else is told when it is read."""
+    several = value if isinstance(value, list | tuple) and value else [value]
+    for one in several:
+        nothing = isinstance(one, str | list | tuple) and not one
+        if nothing or isinstance(one, bytes) or not isinstance(one, str | Path | Iterable):
+            raise ValueError("rows are read from a file, a folder, `hub:name`, or a list of these")
+    return value
+
+
+class SourceRecipe(Strict):
+    """One of several sources of rows."""
+
+    rows: Any = Field(description="a file, a folder, `hub:name`, or rows in Python")
+    weight: float | None = Field(None, gt=0, description="what its share is proportional to; none: 1 where another has one")
+
+    _check_rows = field_validator("rows", mode="before")(_source_of_rows)
+
+
+def _weighted(value: Any) -> Any:
+    """A list in which anything has the form `{rows: ..., weight: ...}` is one of sources."""
+    keys = set(SourceRecipe.model_fields)
+    if not isinstance(value, list | tuple) or not any(
+        isinstance(one, Mapping) and "rows" in one and set(one) <= keys for one in value
+    ):
+        return value
+    return [_source(one, f"rows.train, source {number}") for number, one in enumerate(value, start=1)]
+
+
+def _source(value: Any, where: str) -> SourceRecipe:
+    data = value if isinstance(value, Mapping) else {"rows": value}
+    for key in data:
+        if key not in SourceRecipe.model_fields:
+            mend = nearest(str(key), SourceRecipe.model_fields)
+            raise LuthierError(f"there is no key `{key}` here", where=where, mend=mend)
+    try:
+        return SourceRecipe.model_validate(data)
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        what, mend = explain(first)
+        raise LuthierError(f"`{first['loc'][0]}` is {what}", where=where, mend=mend) from None
 
 
 class RowsRecipe(Strict):
     """What to train on."""
 
-    train: Any = Field(description="a file, a folder, `hub:name`, a list of these, or rows in Python")
+    train: Any = Field(description="a file, a folder, `hub:name`, a list of these or of `{rows, weight}`, or rows in Python")
+    temperature: float = Field(1.0, gt=0, description="T: without weights, a source's share is proportional to size^(1/T)")
+    share: Literal["rows", "tokens"] = Field("rows", description="what shares of sources count")
+    streaming: bool = Field(False, description="keep encoded rows in a file instead of in memory")
+    workers: int = Field(0, ge=0, description="processes that encode rows when streaming; 0: the run's own")
     shape: str | None = Field(None, description="the rows' shape, where it cannot be recognized")
     map: Any = Field(None, description="row maps: what else to learn from")
     loss_on: Literal["assistant", "last", "all"] = Field("assistant", description="which turns are targets")
     max_tokens: int | None = Field(None, ge=2, description="longest row; none: the model's context")
     too_long: Literal["refuse", "left", "right"] = Field("refuse", description="refuse long rows, or cut this side")
     on_bad_row: Literal["stop", "skip"] = Field("stop", description="stop at a bad row, or skip and count it")
+
+    _check_train = field_validator("train", mode="before")(_source_of_rows)
+    _check_weights = field_validator("train", mode="after")(_weighted)
+
+    @model_validator(mode="after")
+    def _check_together(self) -> RowsRecipe:
+        if self.temperature != 1.0 and any(source.weight is not None for source in self.sources()):
+            raise LuthierError(
+                "the sources have weights, and a temperature makes others",
+                where="rows.temperature",
+                mend="leave out one of the two",
+            )
+        if self.streaming and self.map is not None:
+            raise LuthierError(
+                "a row map needs all rows in memory", where="rows.map", mend="leave out streaming, or map the rows beforehand"
+            )
+        if self.workers and not self.streaming:
+            raise LuthierError(
+                "workers encode rows into a file, and nothing is streamed", where="rows.workers", mend="set rows.streaming: true"
+            )
+        return self
+
+    def sources(self) -> list[SourceRecipe]:
+        """The sources one by one."""
+        several = isinstance(self.train, list) and self.train and not isinstance(self.train[0], Mapping)
+        return [
+            one if isinstance(one, SourceRecipe) else SourceRecipe(rows=one) for one in (self.train if several else [self.train])
+        ]
 
 
 class TrainRecipe(Strict):
@@ -45,7 +132,7 @@ class TrainRecipe(Strict):
     steps: int | None = Field(None, ge=1, description="optimizer steps")
     batch_tokens: int = Field(2048, ge=1, description="most real tokens of one optimizer step, over all processes")
     batch_rows: int | None = Field(None, ge=1, description="rows of one optimizer step, instead of batch_tokens")
-    micro_batch_tokens: int = Field(2048, ge=1, description="most tokens, with padding, of one forward pass")
+    micro_batch_tokens: int = Field(2048, ge=1, description="most tokens of one forward pass, with padding if any")
     learning_rate: float | None = Field(None, gt=0, description="none: what the technique under `tune` recommends")
     schedule: str = Field("cosine", description="constant, linear, cosine or warmup_stable_decay")
     warmup: float = Field(0.03, ge=0, description="warm-up: a share of the steps below 1, or a number of steps")
@@ -53,6 +140,8 @@ class TrainRecipe(Strict):
     masters: Literal["fp32", "none"] = Field("fp32", description="fp32 copies of trained numbers, or none")
     device: str = Field("auto", description="cuda, mps, cpu or auto")
     threads: int | None = Field(None, ge=1, description="processor threads; none: torch's choice")
+    sharding: Literal["none", "full"] = Field("none", description="spread the model over the processes (FSDP2), or not")
+    packing: bool | Literal["auto"] = Field("auto", description="run rows without padding; auto: where the model can")
     checkpointing: bool = Field(False, description="recompute activations in backward: less memory, more time")
     compile: bool = Field(False, description="compile the blocks with torch.compile")
     save_every: int | None = Field(None, ge=1, description="optimizer steps between checkpoints; none: only when stopped")
@@ -71,12 +160,14 @@ class EvaluationSet(Strict):
     max_new_tokens: int = Field(48, ge=1, description="longest answer generated")
     limit: int | None = Field(None, ge=1, description="most rows used, from the start")
 
+    _check_rows = field_validator("rows", mode="before")(_source_of_rows)
+
 
 class Recipe(Strict):
     """A whole run."""
 
     name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", description="names the run's folder")
-    model: str = Field(description="a hub name, a folder, a GGUF file or a short name")
+    model: str = Field(min_length=1, description="a hub name, a folder, a GGUF file or a short name")
     revision: str | None = Field(None, description="a revision of a hub model")
     trust_remote_code: bool = Field(False, description="run code that comes with the model")
     seed: int = Field(0, ge=0, description="every random draw of the run follows from it")
@@ -90,8 +181,9 @@ class Recipe(Strict):
     train: TrainRecipe = Field(default_factory=TrainRecipe)
     evaluate: Mapping[str, EvaluationSet] = Field(default_factory=dict, description="sets measured before and after")
     noise: bool = Field(True, description="measure the base twice, to know what repeating alone changes")
-    out: str = Field("runs", description="folder that holds the run folders")
-    control: str | None = Field(None, description="the recipe or run this one is compared with")
+    track: list[str] | str | None = Field(None, description="also show the run in tensorboard, trackio or wandb")
+    out: str = Field("runs", min_length=1, description="folder that holds the run folders")
+    control: str | None = Field(None, description="a run to compare this one with, or a recipe: its newest finished run")
 
     def as_plain(self) -> dict[str, Any]:
         """The recipe as plain data; parts given in Python appear by name and options."""
@@ -136,21 +228,23 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         LuthierError: no such file, broken YAML (with its line), an unknown key (with the nearest name) or a wrong type.
     """
     path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise LuthierError(f"the recipe cannot be read: {error}", where=str(path), mend="give a YAML file") from None
-    try:
-        data = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"{path}:{mark.line + 1}" if mark else str(path)
-        problem = getattr(error, "problem", None) or str(error)
-        raise LuthierError(f"this is not YAML: {problem}", where=where, mend="check indentation and quotes") from None
+    data = read_yaml(path)
     if not isinstance(data, dict):
         raise LuthierError("a recipe is a mapping of keys", where=str(path), mend="begin with `model: ...`")
     data.setdefault("name", path.stem)
-    return make_recipe(apply_overrides(data, overrides), where=str(path), folder=path.parent)
+    where = f"{path} and the command line" if overrides else str(path)
+    return make_recipe(apply_overrides(data, overrides), where=where, folder=path.parent)
+
+
+def same_steps(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two recipes, as plain data, ask for the same steps: into which micro-batches a step is cut changes the rounding alone."""
+
+    def steps(plain: Mapping[str, Any]) -> str:
+        train = {key: value for key, value in (plain.get("train") or {}).items() if key != "micro_batch_tokens"}
+        # Runs from before there were trackers say nothing of them, and a tracker changes no step.
+        return json.dumps({**plain, "train": train, "track": None}, sort_keys=True)
+
+    return steps(one) == steps(other)
 
 
 def apply_overrides(data: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
@@ -158,25 +252,30 @@ def apply_overrides(data: dict[str, Any], overrides: Sequence[str]) -> dict[str,
     data = json.loads(json.dumps(data, default=str)) if overrides else data
     for word in overrides:
         key, sign, value = word.partition("=")
-        if not sign or not key:
+        *path, last = key.split(".")
+        if not sign or not all([*path, last]):
             raise LuthierError(f"`{word}` is not key=value", where="command line", mend="write e.g. train.epochs=2")
         try:
-            parsed = yaml.safe_load(value)
-        except yaml.YAMLError:
+            parsed = parse(value)
+        # Patterns such as `*.jsonl` are no YAML, and dates such as 2026-99-99 none that YAML can hold: both are text.
+        except (yaml.YAMLError, ValueError, RecursionError):
             parsed = value
-        *path, last = key.split(".")
         here = data
-        for step in path:
-            if isinstance(here.get(step), str) or here.get(step) is None:
+        for depth, step in enumerate(path):
+            found = here.get(step)
+            if isinstance(found, str) and ".".join(path[: depth + 1]) in TECHNIQUES:
                 # `tune.lora.rank=16` on `tune: lora` turns the name into a mapping.
-                here[step] = {here[step]: {}} if isinstance(here.get(step), str) else {}
-            here = here[step]
-            if not isinstance(here, dict):
+                here[step] = {found: {}}
+            elif found is None:
+                here[step] = {}
+            elif not isinstance(found, dict):
+                what = "a list" if isinstance(found, list) else f"`{found}`"
                 raise LuthierError(
-                    f"`{key}` cannot be set: `{step}` is a list",
+                    f"`{key}` cannot be set: `{step}` is {what}, which has no keys",
                     where="command line",
-                    mend="set the whole list as YAML",
+                    mend="set all of it as YAML: " + ".".join(path[: depth + 1]) + "=...",
                 )
+            here = here[step]
         here[last] = _number(parsed)
     return data
 
@@ -202,7 +301,7 @@ def make_recipe(data: Mapping[str, Any], *, where: str = "recipe", folder: Path 
     if folder is not None:
         data = _with_paths(data, folder)
     try:
-        return Recipe(**data)
+        return Recipe.model_validate(data)
     except pydantic.ValidationError as error:
         raise _explain(error, where) from None
 
@@ -211,7 +310,9 @@ def _with_paths(data: dict[str, Any], folder: Path) -> dict[str, Any]:
     def found(value: Any) -> Any:
         if isinstance(value, list):
             return [found(one) for one in value]
-        if isinstance(value, str) and not value.startswith("hub:") and not Path(value).exists() and (folder / value).exists():
+        if isinstance(value, dict) and "rows" in value:
+            return {**value, "rows": found(value["rows"])}
+        if isinstance(value, str) and not value.startswith("hub:") and not _is_there(Path(value)) and _is_there(folder / value):
             return str(folder / value)
         return value
 
@@ -225,10 +326,19 @@ def _with_paths(data: dict[str, Any], folder: Path) -> dict[str, Any]:
             name: {**one, "rows": found(one["rows"])} if isinstance(one, dict) and "rows" in one else one
             for name, one in sets.items()
         }
-    model = data.get("model")
-    if isinstance(model, str) and not Path(model).exists() and (folder / model).exists():
-        data["model"] = str(folder / model)
+    if isinstance(data.get("model"), str):
+        data["model"] = found(data["model"])
+    if isinstance(data.get("control"), str):
+        data["control"] = found(data["control"])
     return data
+
+
+def _is_there(path: Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError):
+        # No file can have such a name; whoever opens it will say so.
+        return False
 
 
 def _explain(error: pydantic.ValidationError, where: str) -> LuthierError:
@@ -240,9 +350,10 @@ def _explain(error: pydantic.ValidationError, where: str) -> LuthierError:
         return LuthierError(f"there is no key `{path[-1]}` here", where=place, mend=nearest(path[-1], known))
     if first["type"] == "missing":
         return LuthierError(f"the key `{path[-1]}` is missing", where=place, mend=f"add `{path[-1]}: ...`")
-    shown = repr(first["input"])
-    shown = shown if len(shown) <= 60 else shown[:57] + "..."
-    return LuthierError(f"`{path[-1]}` is {shown}: {first['msg'].lower()}", where=place, mend="see `luthier plan --keys`")
+    what, mend = explain(first)
+    key = ".".join(["evaluate", "NAME", *path[2:]] if path[:1] == ["evaluate"] and len(path) > 2 else path)
+    meaning = {known: meaning for known, _, meaning in reference()}.get(key)
+    return LuthierError(f"`{path[-1]}` is {what}", where=place, mend=f"{mend} ({meaning})" if meaning else mend)
 
 
 def _known_keys(path: Sequence[str]) -> list[str]:

@@ -20,10 +20,21 @@ from typing import Any, TypeVar, get_type_hints
 
 import pydantic
 
-from luthier.errors import LuthierError, nearest
-from luthier.kinds import KINDS, kind_of
+from luthier.errors import LuthierError, explain, nearest, refuse_truth
+from luthier.kinds import KINDS, OBJECTIVES, STEPS, TUNES, kind_of
 
 Factory = TypeVar("Factory", bound=Callable[..., Any])
+
+KEYS: Mapping[str, str] = {
+    "row_map": "rows.map",
+    **dict.fromkeys(TUNES, "tune"),
+    **dict.fromkeys(OBJECTIVES, "objective"),
+    "token_weight": "token_weight",
+    **dict.fromkeys(STEPS, "step"),
+    "source": "source",
+    "keeper": "keep",
+}
+"""The recipe key under which each kind goes."""
 
 _added: list[Path] = []
 
@@ -171,7 +182,9 @@ def find(name: str, kinds: Iterable[str] = tuple(KINDS), *, where: str = "") -> 
         return Technique(name, kind, factory, replace(card, name=name, kind=kind))
     known = [other for kind in kinds for other in names(kind)]
     elsewhere = [kind for kind in KINDS if kind not in kinds and name in _files(kind)]
-    mend = f"it is a {elsewhere[0]}: put it under that key" if elsewhere else nearest(name, known)
+    mend = nearest(name, known) or f"known: {', '.join(known) or 'none yet'}"
+    if elsewhere:
+        mend = f"its kind is {elsewhere[0]}: put it under `{KEYS[elsewhere[0]]}`"
     raise LuthierError(f"there is no technique `{name}` among {', '.join(kinds)}", where=where, mend=mend)
 
 
@@ -187,8 +200,15 @@ def options_model(factory: Callable[..., Any], name: str = "") -> type[pydantic.
     for option, parameter in inspect.signature(factory).parameters.items():
         default = ... if parameter.default is inspect.Parameter.empty else parameter.default
         fields[option] = (hints.get(option, Any), default)
-    config = pydantic.ConfigDict(extra="forbid", arbitrary_types_allowed=True, frozen=True)
-    return pydantic.create_model(name or getattr(factory, "__name__", "options"), __config__=config, **fields)
+
+    def check(cls: type[pydantic.BaseModel], value: Any, info: pydantic.ValidationInfo) -> Any:
+        refuse_truth(value, hints.get(str(info.field_name), Any))
+        return value
+
+    config = pydantic.ConfigDict(extra="forbid", arbitrary_types_allowed=True, frozen=True, allow_inf_nan=False)
+    checks: dict[str, Any] = {"check": pydantic.field_validator("*", mode="before")(check)} if fields else {}
+    name = name or getattr(factory, "__name__", "options")
+    return pydantic.create_model(name, __config__=config, __validators__=checks, **fields)
 
 
 def make(spec: object, kinds: Iterable[str], *, where: str = "") -> Part:
@@ -270,8 +290,5 @@ def option_error(error: pydantic.ValidationError, name: str, where: str, factory
         return LuthierError(f"`{name}` has no option `{key}`", where=place, mend=mend)
     if first["type"] == "missing":
         return LuthierError(f"`{name}` needs the option `{key}`", where=place, mend=f"write {name}: {{{key}: ...}}")
-    return LuthierError(
-        f"the option `{key}` is {first['input']!r}: {first['msg'].lower()}",
-        where=place,
-        mend="see the technique's help",
-    )
+    what, mend = explain(first)
+    return LuthierError(f"the option `{key}` is {what}", where=place, mend=f"{mend}; see `luthier techniques {name}`")

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from luthier.errors import LuthierError, nearest
+import pydantic
+from pydantic import BaseModel, ConfigDict, Field
+
+from luthier import disk
+from luthier.errors import LuthierError, explain, nearest
 
 FILE = "run.json"
+_AGAIN = "copy the run's folder again, or train again"
 
 
 @dataclass
@@ -31,19 +35,32 @@ class Run:
     @property
     def metrics(self) -> dict[str, Any]:
         """Before and after, by evaluation set."""
-        return dict(self.facts.get("metrics", {}))
+        return dict(self.facts.get("metrics") or {})
 
     @property
     def report(self) -> Path:
         """The page."""
         return self.folder / "report.html"
 
+    def fact(self, *keys: str) -> Any:
+        """One of the facts, by its path of keys.
+
+        Raises:
+            LuthierError: the run does not hold it.
+        """
+        found: Any = self.facts
+        for key in keys:
+            found = found.get(key) if isinstance(found, Mapping) else None
+        if found is None:
+            raise LuthierError(f"this run does not hold its `{'.'.join(keys)}`", where=str(self.folder / FILE), mend=_AGAIN)
+        return found
+
     def as_json(self) -> dict[str, Any]:
         """What scripts get: all facts but the long ones."""
         long = ("history", "plan", "recipe_text", "delta")
         facts = {key: value for key, value in self.facts.items() if key not in long}
         facts["metrics"] = {
-            name: {key: value for key, value in one.items() if key != "items"} for name, one in self.metrics.items()
+            name: {key: value for key, value in (one or {}).items() if key != "items"} for name, one in self.metrics.items()
         }
         return facts
 
@@ -51,7 +68,12 @@ class Run:
 def new_folder(out: str | Path, name: str) -> Path:
     """Make `out/name-1`, or the next free number."""
     root = Path(out)
-    root.mkdir(parents=True, exist_ok=True)
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise LuthierError(
+            f"the folder of the runs cannot be made: {error}", where=f"out: {root}", mend="name a folder that can be written to"
+        ) from None
     numbers = [int(path.name.rpartition("-")[2]) for path in root.glob(f"{name}-*") if path.name.rpartition("-")[2].isdigit()]
     number = max(numbers, default=0)
     while True:
@@ -62,13 +84,20 @@ def new_folder(out: str | Path, name: str) -> Path:
             return folder
         except FileExistsError:
             continue
+        except OSError as error:
+            raise LuthierError(
+                f"no run folder can be made here: {error}", where=f"out: {root}", mend="name a folder that can be written to"
+            ) from None
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Write beside and rename, so that a reader never sees half a file."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.write_text(json.dumps(value, indent=1, ensure_ascii=False, default=str), encoding="utf-8")
-    beside.replace(path)
+    """Write beside and rename, so that a reader never sees half a file.
+
+    Raises:
+        LuthierError: the disk is full or cannot be written to; the file is as it was.
+    """
+    with disk.written(path) as beside:
+        beside.write_text(json.dumps(value, indent=1, ensure_ascii=False, default=str), encoding="utf-8")
 
 
 def read_run(path: str | Path, out: str | Path = "runs") -> Run:
@@ -78,12 +107,11 @@ def read_run(path: str | Path, out: str | Path = "runs") -> Run:
         LuthierError: there is no such run, or its file is damaged.
     """
     for folder in (Path(path), Path(out) / path):
-        if (folder / FILE).is_file():
-            try:
-                return Run(folder, json.loads((folder / FILE).read_text(encoding="utf-8")))
-            except ValueError as error:
-                raise LuthierError(f"this run cannot be read: {error}", where=str(folder / FILE)) from None
+        if _true((folder / FILE).is_file):
+            return Run(folder, _read_facts(folder / FILE))
     known = [run.folder.name for run in list_runs(out)]
+    if _true(Path(path).exists):
+        raise LuthierError(f"this is no run's folder: it holds no {FILE}", where=str(path), mend="name a folder that a run made")
     raise LuthierError(f"there is no run `{path}`", where=str(out), mend=nearest(str(path), known) or "see `luthier runs`")
 
 
@@ -92,7 +120,103 @@ def list_runs(out: str | Path = "runs") -> list[Run]:
     found = []
     for path in sorted(Path(out).glob(f"*/{FILE}"), key=lambda path: path.stat().st_mtime):
         try:
-            found.append(Run(path.parent, json.loads(path.read_text(encoding="utf-8"))))
-        except ValueError:
+            found.append(Run(path.parent, _read_facts(path)))
+        except LuthierError:
             found.append(Run(path.parent, {"name": path.parent.name, "status": "damaged"}))
     return found
+
+
+def _true(question: Callable[[], bool]) -> bool:
+    try:
+        return question()
+    except (OSError, ValueError):
+        # No file can have such a name.
+        return False
+
+
+def _read_facts(path: Path) -> dict[str, Any]:
+    """What a `run.json` holds, checked: a file may come from anywhere, and every view takes its facts on trust.
+
+    Raises:
+        LuthierError: the file cannot be read, or holds what no run writes.
+    """
+    try:
+        facts = json.loads(path.read_text(encoding="utf-8"))
+        _Facts.model_validate(facts)
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(piece) for piece in first["loc"])
+        what, _ = explain(first)
+        raise LuthierError(f"this run is damaged: {what}", where=f"{path}: {place}" if place else str(path), mend=_AGAIN) from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise LuthierError(f"this run cannot be read: {error}", where=str(path), mend=_AGAIN) from None
+    checked: dict[str, Any] = facts
+    return checked
+
+
+class _Checked(BaseModel):
+    """A part of `run.json` as every view expects it; keys that no view reads may hold anything."""
+
+    model_config = ConfigDict(strict=True, protected_namespaces=())
+
+
+_Interval = Annotated[list[float | None], Field(min_length=2, max_length=2)] | None
+
+
+class _Item(_Checked):
+    before_score: float | None = None
+    after_score: float | None = None
+
+
+class _Metric(_Checked):
+    metric: str | None = None
+    n: int | None = None
+    before: float | None = None
+    before_interval: _Interval = None
+    after: float | None = None
+    after_interval: _Interval = None
+    difference: float | None = None
+    difference_interval: _Interval = None
+    kept: float | None = None
+    items: list[_Item] | None = None
+
+
+class _Line(_Checked):
+    step: int
+    loss: float | None = None
+
+
+class _Evaluated(_Checked):
+    max_new_tokens: int | None = None
+
+
+class _Recipe(_Checked):
+    evaluate: dict[str, _Evaluated | None] | None = None
+    train: dict[str, Any] | None = None
+
+
+class _Rows(_Checked):
+    overlap: dict[str, int] | None = None
+
+
+class _Delta(_Checked):
+    relative: float | None = None
+    changed_share: float | None = None
+
+
+class _Facts(_Checked):
+    recipe: _Recipe | None = None
+    rows: _Rows | None = None
+    metrics: dict[str, _Metric | None] | None = None
+    noise: dict[str, float | None] | None = None
+    history: list[_Line] | None = None
+    delta: _Delta | None = None
+    warnings: list[str] | None = None
+    kept: float | None = None
+    trained_numbers: int | None = None
+    total_numbers: int | None = None
+    seconds: float | None = None
+    supervised_tokens: int | None = None
+    supervised_tokens_per_second: float | None = None
+    peak_memory_bytes: int | None = None
+    final_loss: float | None = None

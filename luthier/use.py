@@ -6,23 +6,25 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
 
+import torch
 from safetensors.torch import load_file, save_file
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from luthier import draws, registry
+from luthier import disk, draws, registry
 from luthier.delta import Delta
 from luthier.errors import LuthierError
 from luthier.evaluate.generate import generate
-from luthier.evaluate.sets import EvalSet, SetResult, measure
-from luthier.export import export_model, export_peft
+from luthier.evaluate.harness import Scores, harness
+from luthier.evaluate.planned import evaluation_sets
+from luthier.evaluate.sets import SetResult, measure
+from luthier.export import export_gguf, export_model, export_peft
 from luthier.kinds import TUNES, Additive, HiddenEdit, Now, Prefix, Prompt, Selective
-from luthier.models.load import load_model, load_tokenizer, resolve
+from luthier.models.load import ModelSource, load_model, load_tokenizer, resolve
 from luthier.models.parts import map_parts
 from luthier.plan import Say
 from luthier.recipe import Recipe, make_recipe
 from luthier.rows.encode import encode_prompt
 from luthier.rows.look import Look, look
-from luthier.rows.read import read
 from luthier.rows.shapes import Row
 from luthier.run import FILE, Run, read_run
 from luthier.training.build import slots
@@ -48,7 +50,8 @@ def save_result(folder: Path, tune: Tune, delta: Delta) -> None:
         if one.form in ("factor", "free") and one.slot not in additive
     }
     if beside:
-        save_file(beside, folder / BESIDE)
+        with disk.written(folder / BESIDE) as place:
+            save_file(beside, place)
 
 
 def open_model(name: str, *, out: str = "runs", say: Say = silent, precision: str = "auto") -> tuple[Tune, PreTrainedTokenizerBase]:
@@ -63,12 +66,16 @@ def open_model(name: str, *, out: str = "runs", say: Say = silent, precision: st
     Raises:
         LuthierError: there is no such model or run, or the run has not finished.
     """
-    if (Path(name) / FILE).is_file() or (Path(out) / name / FILE).is_file():
+    if _is_run(name, out):
         return open_run(read_run(name, out), say=say)
     device = pick_device("auto")
     source = resolve(name, say=say)
     model = load_model(source, dtype=pick(precision, device)[0]).to(device)  # type: ignore[arg-type]
     return Tune(model, map_parts(model)), load_tokenizer(source)
+
+
+def _is_run(name: str, out: str) -> bool:
+    return (Path(name) / FILE).is_file() or (Path(out) / name / FILE).is_file()
 
 
 def open_run(run: Run, *, say: Say = silent, merged: bool = True) -> tuple[Tune, PreTrainedTokenizerBase]:
@@ -85,10 +92,8 @@ def open_run(run: Run, *, say: Say = silent, merged: bool = True) -> tuple[Tune,
             where=str(run.folder),
             mend=f"luthier train --resume {run.folder}",
         )
-    recipe = make_recipe(run.facts["recipe"])
-    device = pick_device(recipe.train.device)
-    source = resolve(recipe.model, revision=recipe.revision, trust_remote_code=recipe.trust_remote_code, say=say)
-    model = load_model(source, dtype=pick(recipe.train.precision, device)[0])
+    recipe = make_recipe(run.fact("recipe"), where=str(run.folder / FILE))
+    source, model, device = _load_base(recipe, say)
     delta = Delta.load(run.folder / "delta.safetensors")
     tune = Tune(model, map_parts(model), keep_base=not merged)
     if merged:
@@ -104,20 +109,19 @@ def open_run(run: Run, *, say: Say = silent, merged: bool = True) -> tuple[Tune,
     return tune, load_tokenizer(source)
 
 
+def _load_base(recipe: Recipe, say: Say) -> tuple[ModelSource, PreTrainedModel, torch.device]:
+    """A recipe's untouched model, still on the processor, and the device it belongs on."""
+    device = pick_device(recipe.train.device)
+    source = resolve(recipe.model, revision=recipe.revision, trust_remote_code=recipe.trust_remote_code, say=say)
+    return source, load_model(source, dtype=pick(recipe.train.precision, device)[0]), device
+
+
 def _attach(tune: Tune, recipe: Recipe, kinds: tuple[type, ...]) -> None:
     now = Now(seed=recipe.seed)
     for slot, part in slots(registry.make_all(recipe.tune, TUNES, where="tune")):
         for value in part.values:
             if isinstance(value, kinds) and not isinstance(value, Selective):
                 tune.add(slot, value, RunServices(tune, slot, now), {})
-
-
-def evaluation_sets(recipe: Recipe) -> list[EvalSet]:
-    """The evaluation sets of a recipe, read and checked."""
-    sets = []
-    for name, one in recipe.evaluate.items():
-        sets.append(EvalSet(name, list(read(one.rows)), one.metric, one.side, one.max_new_tokens, one.limit))
-    return sets
 
 
 def evaluate(model: str, recipe: Recipe, *, say: Say = silent) -> dict[str, SetResult]:
@@ -148,6 +152,8 @@ class Chat:
         self._base: Tune | None = None
 
     def _answer(self, tune: Tune, messages: Sequence[Mapping[str, str]]) -> str:
+        if any("\ud800" <= letter <= "\udfff" for letter in messages[-1]["content"]):
+            raise LuthierError("the question is not valid UTF-8", where="the question", mend="type or paste it as UTF-8 text")
         row = Row("chat", "messages", {"messages": list(messages)}, "chat", {})
         prompt = encode_prompt(row, self.tokenizer)
         seed = draws.seed_of(self.seed, "chat", len(messages))
@@ -164,7 +170,7 @@ class Chat:
         """The same question to the base of a run."""
         if self._base is None:
             run = read_run(self.name)
-            self._base, _ = open_model(run.facts["recipe"]["model"])
+            self._base, _ = open_model(run.fact("recipe", "model"))
         return self._answer(self._base, [{"role": "user", "content": prompt}])
 
     def say_turn(self, text: str) -> str:
@@ -175,31 +181,73 @@ class Chat:
         return answer
 
 
-def export(name: str, target: Path, *, form: str = "model", out: str = "runs", say: Say = silent) -> dict[str, Any]:
+def evaluate_harness(
+    name: str, tasks: Sequence[str], folder: Path, *, out: str = "runs", limit: int | None = None, say: Say = silent
+) -> dict[str, Scores]:
+    """Measure a model or a run on tasks of the language model evaluation harness.
+
+    Args:
+        name: a model's name, or a run's folder or name.
+        tasks: names of tasks.
+        folder: holds the tasks' YAML files.
+        out: the folder that holds the run folders.
+        limit: most rows of each task; None for all.
+
+    Returns:
+        `after`: what it scores now; for a run also `before`: what its base scores.
+
+    Raises:
+        LuthierError: as `harness`; or there is no such model or run.
+    """
+    if not _is_run(name, out):
+        tune, tokenizer = open_model(name, out=out, say=say)
+        return {"after": harness(tune, tokenizer, tasks, folder, limit=limit)}
+    run = read_run(name, out)
+    tune, tokenizer = open_run(run, say=say, merged=False)
+    say("measuring the tuned model")
+    after = harness(tune, tokenizer, tasks, folder, limit=limit)
+    # A run's changes in place cannot be taken back: the base is loaded anew, and only now, so that one model is held.
+    del tune
+    _, model, device = _load_base(make_recipe(run.fact("recipe")), say)
+    model.to(device)  # type: ignore[arg-type]
+    say("measuring the base")
+    return {"before": harness(Tune(model, map_parts(model)), tokenizer, tasks, folder, limit=limit), "after": after}
+
+
+def export(
+    name: str, target: Path, *, form: str = "model", weights: str = "auto", out: str = "runs", say: Say = silent
+) -> dict[str, Any]:
     """Write a run's result for other tools.
 
     Args:
         name: the run.
-        target: the folder to write; it must not exist.
-        form: `model`, a plain Hugging Face folder with everything merged, or `peft`, an adapter.
+        target: what to write; it must not exist.
+        form: `model`, a plain Hugging Face folder with everything merged, `gguf`, one file of the same, or `peft`, a
+            folder with an adapter.
+        weights: the type of a GGUF file's matrices: f32, f16, bf16, q8_0 or auto, which keeps the model's.
 
     Raises:
         LuthierError: the target exists, or the result cannot be held in this form.
     """
     if target.exists():
-        raise LuthierError("the folder exists already", where=str(target), mend="name another, or remove it")
+        raise LuthierError("this exists already", where=str(target), mend="name another, or remove it")
+    if form != "gguf" and weights != "auto":
+        raise LuthierError(f"weights `{weights}` are for GGUF files", where="--weights", mend="leave it out, or use --as gguf")
     run = read_run(name, out)
     if form == "model":
         tune, tokenizer = open_run(run, say=say, merged=False)
         return {"folder": str(target), "as": form, **export_model(tune, tokenizer, target)}
+    if form == "gguf":
+        tune, tokenizer = open_run(run, say=say, merged=False)
+        return {"file": str(target), "as": form, **export_gguf(tune, tokenizer, target, weights=weights)}
     if form == "peft":
         tune, _ = open_run(run, say=say, merged=False)
         return {
             "folder": str(target),
             "as": form,
-            **export_peft(tune, target, run.facts["model"]["name"], fingerprint=run.facts["model"]["fingerprint"]),
+            **export_peft(tune, target, run.fact("model", "name"), fingerprint=run.fact("model", "fingerprint")),
         }
-    raise LuthierError(f"`{form}` is no form of export", where="--as", mend="use model or peft")
+    raise LuthierError(f"`{form}` is no form of export", where="--as", mend="use model, gguf or peft")
 
 
 def look_at_rows(

@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from luthier.errors import LuthierError
+from luthier.models.sharding import is_sharded, local, whole
 
 Source: TypeAlias = "nn.Module | Mapping[str, Tensor] | str | Path"
 
@@ -38,7 +39,11 @@ def weights_of(source: Source) -> Weights:
     for name, tensor in tensors.items():
         first.setdefault(_storage(name, tensor), name)
     distinct = tuple(first.values())
-    return Weights(distinct, {name: tensor.detach for name, tensor in tensors.items()})
+    return Weights(distinct, {name: _whole(tensor) for name, tensor in tensors.items()})
+
+
+def _whole(tensor: Tensor) -> Callable[[], Tensor]:
+    return lambda: whole(tensor.detach())
 
 
 def live(model: nn.Module) -> dict[str, Tensor]:
@@ -93,6 +98,8 @@ def _configs(model: nn.Module) -> list[Any]:
 
 
 def _storage(name: str, tensor: Tensor) -> tuple[object, ...]:
+    if is_sharded(tensor):
+        return tensor.shape, *_storage(name, local(tensor))
     if not tensor.numel() or tensor.device.type == "meta":
         return (name,)
     return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, str(tensor.device)

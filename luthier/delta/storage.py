@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from luthier import disk
 from luthier.delta.forms import Corrections, Dense, Form, LowRank, Sparse
 from luthier.errors import LuthierError
 from luthier.machine import versions
@@ -39,7 +39,7 @@ def save(path: Path, changes: Mapping[str, tuple[Form, ...]], base: Base) -> Non
     """Write a delta beside its place and rename it, so that a reader never sees half a file.
 
     Raises:
-        LuthierError: the folder cannot be written.
+        LuthierError: the disk is full, or the folder cannot be written to.
     """
     tensors: dict[str, Tensor] = {}
     described: dict[str, list[dict[str, Any]]] = {}
@@ -55,16 +55,22 @@ def save(path: Path, changes: Mapping[str, tuple[Form, ...]], base: Base) -> Non
         "base": json.dumps(base._asdict()),
         "changes": json.dumps(described),
     }
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with disk.written(path) as beside:
         save_file(_apart(tensors), beside, metadata)
-        beside.replace(path)
-    except (OSError, SafetensorError) as error:
-        raise LuthierError(f"the delta cannot be written: {error}", where=str(path), mend="name a place to write to") from error
-    finally:
-        if beside.is_file():
-            beside.unlink()
+        _sort_metadata(beside)
+
+
+def _sort_metadata(path: Path) -> None:
+    """Equal deltas shall be equal bytes, and safetensors writes metadata in random order."""
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+        if len(text) > size:
+            raise ValueError(f"a header of {len(text)} bytes does not fit into {size}")
+        file.seek(8)
+        file.write(text.ljust(size))
 
 
 def load(path: Path) -> tuple[dict[str, tuple[Form, ...]], Base]:

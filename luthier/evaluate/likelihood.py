@@ -48,7 +48,7 @@ def likelihoods(tune: Tune, rows: Sequence[Encoded], *, batch_tokens: int = BATC
     plan = plan_epoch(lengths, micro_batch_tokens=batch_tokens, batch_rows=max(1, len(rows)), seed=0, epoch=0)
     with evaluating(tune.model):
         for chosen in (indices for step in plan for indices in step):
-            view = view_of(tune, collate([rows[index] for index in chosen]).to(device), columns, Now())
+            view = view_of(tune, collate([rows[index] for index in chosen]).to(device), columns, Now(), pack=False)
             nats_B = view.sum_rows(view["nll"].double()).tolist()
             targets_B = view.sum_rows(torch.ones_like(view["nll"])).tolist()
             for index, nats, targets in zip(chosen, nats_B, targets_B, strict=True):

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from luthier.evaluate.metrics import contains, words_of
 from luthier.evaluate.sets import accepted_answers
@@ -14,7 +13,7 @@ Asked = tuple[Words, list[str]]
 """The words of a question, and the answers that go with it: none where a row has no answer."""
 
 
-def overlap(train_rows: Sequence[Row], eval_rows: Sequence[Row]) -> list[tuple[str, str]]:
+def overlap(train_rows: Iterable[Row], eval_rows: Sequence[Row]) -> list[tuple[str, str]]:
     """Evaluation rows that training has seen.
 
     Two rows overlap where they ask the same and their answers agree, or where they are the same document. Case,
@@ -25,19 +24,27 @@ def overlap(train_rows: Sequence[Row], eval_rows: Sequence[Row]) -> list[tuple[s
     Returns:
         The ids of each such evaluation row, in order, and of the first training row that it overlaps with.
     """
-    seen: dict[Words, list[tuple[list[str], str]]] = defaultdict(list)
-    for row in train_rows:
-        for question, answers in _asked(row):
-            seen[question].append((answers, row.id))
-    found = []
-    for row in eval_rows:
-        # A conversation is one item: its last question with all that led to it.
-        question, answers = _asked(row)[-1]
-        same = (train_id for taught, train_id in seen.get(question, ()) if _agree(answers, taught))
-        first = next(same, None)
-        if first is not None:
-            found.append((row.id, first))
-    return found
+    return overlaps(train_rows, {"": eval_rows})[""]
+
+
+def overlaps(train_rows: Iterable[Row], sets: Mapping[str, Sequence[Row]]) -> dict[str, list[tuple[str, str]]]:
+    """`overlap` for several sets, in one pass over training rows that may be larger than memory."""
+    # A conversation is one item: its last question with all that led to it.
+    items = {name: [(row.id, *_asked(row)[-1]) for row in rows] for name, rows in sets.items()}
+    seen: dict[Words, list[tuple[list[str], str]]] = {question: [] for rows in items.values() for _, question, _ in rows}
+    if seen:
+        for row in train_rows:
+            for question, answers in _asked(row):
+                if question in seen:
+                    seen[question].append((answers, row.id))
+
+    def first(question: Words, answers: list[str]) -> str | None:
+        return next((train_id for taught, train_id in seen[question] if _agree(answers, taught)), None)
+
+    return {
+        name: [(id, found) for id, question, answers in rows if (found := first(question, answers)) is not None]
+        for name, rows in items.items()
+    }
 
 
 def _agree(one: Sequence[str], other: Sequence[str]) -> bool:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, NamedTuple, cast, get_args
 
@@ -16,6 +17,7 @@ from luthier.evaluate.generate import BATCH_TOKENS, context_of, generate
 from luthier.evaluate.intervals import FEWEST, Interval, Numbers, bootstrap, wilson
 from luthier.evaluate.likelihood import encode_choices, likelihoods, most_likely
 from luthier.evaluate.metrics import METRICS
+from luthier.models.head import head_of
 from luthier.rows.encode import Encoded, encode, encode_prompt
 from luthier.rows.shapes import Row
 from luthier.tune import Tune
@@ -163,14 +165,32 @@ def measure(
     found = {}
     for one in sets:
         say(f"measuring {one.name}: {one.chosen_metric} of {len(one.used)} rows")
-        needs = METRICS[one.chosen_metric].needs
-        try:
-            items, asked = _MEASURES[needs](tune, tokenizer, one, batch_tokens)
-        except LuthierError as problem:
-            where = f"evaluation set `{one.name}`" + (f", {problem.where}" if problem.where else "")
-            raise LuthierError(problem.what, where=where, mend=problem.mend) from problem
+        with _placed(one):
+            items, asked = _MEASURES[METRICS[one.chosen_metric].needs](tune, tokenizer, one, batch_tokens)
         found[one.name] = result_of(one, items, _hash([one.chosen_metric, asked]))
     return found
+
+
+def check(tune: Tune, tokenizer: PreTrainedTokenizerBase, sets: Sequence[EvalSet]) -> None:
+    """Find what would stop `measure`, without running the model: a run should stop before it trains, not behind it.
+
+    Raises:
+        LuthierError: a row cannot be written as the model reads it, is too long, or the model predicts no tokens.
+    """
+    for one in sets:
+        with _placed(one):
+            head_of(tune.model, tune.parts)
+            _ASKED[METRICS[one.chosen_metric].needs](tune, tokenizer, one)
+
+
+@contextmanager
+def _placed(one: EvalSet) -> Iterator[None]:
+    """Name the set in errors about its rows."""
+    try:
+        yield
+    except LuthierError as problem:
+        where = f"evaluation set `{one.name}`" + (f", {problem.where}" if problem.where else "")
+        raise LuthierError(problem.what, where=where, mend=problem.mend) from problem
 
 
 def result_of(one: EvalSet, items: Sequence[Item], asked: str) -> SetResult:
@@ -200,9 +220,7 @@ def is_binary(items: Sequence[Item]) -> bool:
 def _generated(tune: Tune, tokenizer: PreTrainedTokenizerBase, one: EvalSet, batch_tokens: int) -> tuple[list[Item], Any]:
     score = METRICS[one.chosen_metric].score
     assert score is not None
-    prompts = [encode_prompt(row, tokenizer) for row in one.used]
-    for row, prompt in zip(one.used, prompts, strict=True):
-        _check_length(tune, row, len(prompt), one.max_new_tokens)
+    prompts = _prompts(tune, tokenizer, one)
     answers = generate(tune, tokenizer, prompts, max_new_tokens=one.max_new_tokens, batch_tokens=batch_tokens)
     items = []
     for row, answer in zip(one.used, answers, strict=True):
@@ -214,10 +232,7 @@ def _generated(tune: Tune, tokenizer: PreTrainedTokenizerBase, one: EvalSet, bat
 
 def _chosen(tune: Tune, tokenizer: PreTrainedTokenizerBase, one: EvalSet, batch_tokens: int) -> tuple[list[Item], Any]:
     per_byte = one.chosen_metric == "choice_normalized"
-    encoded = [encode_choices(row, tokenizer) for row in one.used]
-    flat = [choice for choices in encoded for choice in choices]
-    for row, choices in zip(one.used, encoded, strict=True):
-        _check_length(tune, row, max(map(len, choices)), 0)
+    flat = [choice for choices in _choices(tune, tokenizer, one) for choice in choices]
     found = iter(likelihoods(tune, flat, batch_tokens=batch_tokens))
     items = []
     for row in one.used:
@@ -228,10 +243,7 @@ def _chosen(tune: Tune, tokenizer: PreTrainedTokenizerBase, one: EvalSet, batch_
 
 
 def _likely(tune: Tune, tokenizer: PreTrainedTokenizerBase, one: EvalSet, batch_tokens: int) -> tuple[list[Item], Any]:
-    encoded = [encode(row, tokenizer) for row in one.used]
-    for row, ids in zip(one.used, encoded, strict=True):
-        _check_target(row, ids)
-        _check_length(tune, row, len(ids), 0)
+    encoded = _texts(tune, tokenizer, one)
     items = [
         Item(row.id, prompt_text(row), "", "", found.nats / found.targets, float(found.targets))
         for row, found in zip(one.used, likelihoods(tune, encoded, batch_tokens=batch_tokens), strict=True)
@@ -239,6 +251,33 @@ def _likely(tune: Tune, tokenizer: PreTrainedTokenizerBase, one: EvalSet, batch_
     return items, [(ids.token_ids, ids.supervised) for ids in encoded]
 
 
+def _prompts(tune: Tune, tokenizer: PreTrainedTokenizerBase, one: EvalSet) -> list[tuple[int, ...]]:
+    prompts = [encode_prompt(row, tokenizer) for row in one.used]
+    for row, prompt in zip(one.used, prompts, strict=True):
+        _check_length(tune, row, len(prompt), one.max_new_tokens)
+    return prompts
+
+
+def _choices(tune: Tune, tokenizer: PreTrainedTokenizerBase, one: EvalSet) -> list[list[Encoded]]:
+    encoded = [encode_choices(row, tokenizer) for row in one.used]
+    for row, choices in zip(one.used, encoded, strict=True):
+        _check_length(tune, row, max(map(len, choices)), 0)
+    return encoded
+
+
+def _texts(tune: Tune, tokenizer: PreTrainedTokenizerBase, one: EvalSet) -> list[Encoded]:
+    encoded = [encode(row, tokenizer) for row in one.used]
+    for row, ids in zip(one.used, encoded, strict=True):
+        _check_target(row, ids)
+        _check_length(tune, row, len(ids), 0)
+    return encoded
+
+
+_ASKED: Mapping[str, Callable[[Tune, PreTrainedTokenizerBase, EvalSet], object]] = {
+    "generation": _prompts,
+    "choice": _choices,
+    "likelihood": _texts,
+}
 _MEASURES: Mapping[str, Callable[[Tune, PreTrainedTokenizerBase, EvalSet, int], tuple[list[Item], Any]]] = {
     "generation": _generated,
     "choice": _chosen,

@@ -1,4 +1,4 @@
-"""Folders that appear whole or not at all."""
+"""Folders and files that appear whole or not at all."""
 
 from __future__ import annotations
 
@@ -29,3 +29,23 @@ def new_folder(folder: Path) -> Iterator[Path]:
         raise LuthierError(f"the folder cannot be written: {error}", where=str(folder), mend="name a place to write to") from error
     finally:
         shutil.rmtree(beside, ignore_errors=True)
+
+
+@contextmanager
+def new_file(file: Path) -> Iterator[Path]:
+    """A file to write, beside its place; it takes its place when the block ends, and is deleted when it fails.
+
+    Raises:
+        LuthierError: something stands there already, or the place cannot be written.
+    """
+    if file.exists():
+        raise LuthierError("the file exists already", where=str(file), mend="name another, or remove it")
+    beside = file.with_name(f".{os.getpid()}.{file.name}")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        yield beside
+        beside.rename(file)
+    except OSError as error:
+        raise LuthierError(f"the file cannot be written: {error}", where=str(file), mend="name a place to write to") from error
+    finally:
+        beside.unlink(missing_ok=True)

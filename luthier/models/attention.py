@@ -1,4 +1,5 @@
-"""The owner of attention: trained keys and values join here, and short rows get a form that is quick to differentiate.
+"""The owner of attention: trained keys and values join here, packed rows are kept apart, and short rows get a form that is quick to
+differentiate.
 
 A prefix through `past_key_values` is lost under gradient checkpointing, so luthier has an attention function of its own, on top of
 scaled dot-product attention. What it needs travels as an argument of the forward pass: state on modules would be read by the
@@ -8,10 +9,12 @@ recomputation of another micro-batch, and would make compiled models recompile.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from itertools import accumulate
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.varlen import varlen_attn
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -32,6 +35,8 @@ class Context(NamedTuple):
 
     prefixes: tuple[tuple[dict[str, Tensor], Callable[[dict[str, Tensor], int], tuple[Tensor, Tensor]]], ...] = ()
     """Trained tensors and the function that makes a block's keys and values of them, [H, P, width of a head] each."""
+    lengths: tuple[int, ...] = ()
+    """Tokens of each of the rows that stand one behind the other; empty where every row of the batch is one row."""
 
 
 class Handle:
@@ -69,11 +74,62 @@ def attention(
     Returns:
         The output [B, T, H, W], and None for the weights, which are not kept.
     """
+    if luthier is not None and luthier.lengths:
+        return _row_by_row(module, query, key, value, luthier, **options), None
     if luthier is not None and luthier.prefixes:
         key, value, attention_mask = _with_prefixes(module, luthier, query, key, value, attention_mask)
     if _is_short(query, key, options):
         return _plain(module, query, key, value, attention_mask, **options), None
     return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, attention_mask, **options)  # type: ignore[no-any-return]
+
+
+def _row_by_row(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, context: Context, **options: Any) -> Tensor:
+    """Attention of packed rows, [1, N, H, W]: what one row cannot be given, it cannot see."""
+    if _has_varlen(query, context, options):
+        return _varlen(query, key, value, context.lengths, **options)
+    window = options.get("sliding_window")
+    pieces, start = [], 0
+    for length in context.lengths:
+        row = slice(start, start + length)
+        mask = _causal(length, length, query.device, window) if window and length > window else None
+        alone = context._replace(lengths=())
+        output, _ = attention(module, query[:, :, row], key[:, :, row], value[:, :, row], mask, alone, **options)
+        pieces.append(output)
+        start += length
+    return torch.cat(pieces, dim=1)
+
+
+def _has_varlen(query: Tensor, context: Context, options: dict[str, Any]) -> bool:
+    narrow = query.dtype in (torch.float16, torch.bfloat16)
+    return query.is_cuda and narrow and not context.prefixes and not options.get("dropout")
+
+
+def _varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    lengths: tuple[int, ...],
+    *,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    **ignored: Any,
+) -> Tensor:
+    """All rows in one kernel that takes rows of any length."""
+    starts = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=query.device)
+    query_NHW, key_NHW, value_NHW = (part[0].transpose(0, 1) for part in (query, key, value))
+    output_NHW = varlen_attn(
+        query_NHW,
+        key_NHW,
+        value_NHW,
+        starts,
+        starts,
+        max(lengths),
+        max(lengths),
+        scale=scaling,
+        window_size=(sliding_window - 1 if sliding_window else -1, 0),
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    return cast(Tensor, output_NHW)[None]
 
 
 def _with_prefixes(
@@ -127,9 +183,11 @@ def _plain(
     return (weight @ value).transpose(1, 2).contiguous()
 
 
-def _causal(queries: int, keys: int, device: torch.device) -> Tensor:
-    here = torch.arange(keys - queries, keys, device=device)
-    return (torch.arange(keys, device=device)[None, :] <= here[:, None])[None, None]
+def _causal(queries: int, keys: int, device: torch.device, window: int | None = None) -> Tensor:
+    here = torch.arange(keys - queries, keys, device=device)[:, None]
+    there = torch.arange(keys, device=device)[None, :]
+    seen = there <= here
+    return (seen & (there > here - window) if window else seen)[None, None]
 
 
 def use_context(model: nn.Module, parts: Parts, context: Callable[[], Context]) -> Handle:
@@ -146,7 +204,7 @@ def use_context(model: nn.Module, parts: Parts, context: Callable[[], Context]) 
         )
 
     def give(module: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        return arguments, {**options, "luthier": context()}
+        return arguments, {**options, "luthier": context()._replace(lengths=options.get("luthier", Context()).lengths)}
 
     backbone = model.get_submodule(parts.backbone)
     return Handle(model, backbone.register_forward_pre_hook(give, with_kwargs=True), before)

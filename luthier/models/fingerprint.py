@@ -7,6 +7,8 @@ import hashlib
 import torch
 from torch import Tensor, nn
 
+from luthier.models.sharding import whole
+
 
 def fingerprint(model: nn.Module) -> str:
     """The SHA-256 of everything `model.state_dict()` would save: names, dtypes, shapes and bytes, sorted by name.
@@ -31,5 +33,5 @@ def fingerprint(model: nn.Module) -> str:
 
 def _bytes_of(tensor: Tensor) -> memoryview:
     # Bytes, because NumPy has no bfloat16.
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    flat = whole(tensor.detach()).cpu().contiguous().reshape(-1)
     return flat.view(torch.uint8).numpy().data

@@ -17,6 +17,8 @@ from luthier.models.known import Kind
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json", "spiece.model")
+_KINDS = (("model_type", str, "text"), ("architectures", list, "a list"), ("weight_map", dict, "an object"))
+"""What is read from the files of a model, and what it must be."""
 _CAUSAL_CLASSES = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 
 
@@ -24,7 +26,8 @@ def has_weights(folder: Path) -> bool:
     """Whether the folder holds all safetensors files of its model."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        shards = set(_read_json(index).get("weight_map", {}).values())
+        by_tensor = _read_json(index).get("weight_map")
+        shards = set(map(str, by_tensor.values())) if isinstance(by_tensor, dict) else set()
         return bool(shards) and all((folder / shard).is_file() for shard in shards)
     return (folder / "model.safetensors").is_file()
 
@@ -65,6 +68,9 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise LuthierError("the file is not JSON", where=str(path), mend=f"copy the model again ({error})") from error
     if not isinstance(content, dict):
         raise LuthierError("the file does not hold a JSON object", where=str(path), mend="copy the model again")
+    for key, kind, words in _KINDS:
+        if not isinstance(content.get(key) or kind(), kind):
+            raise LuthierError(f"`{key}` is {content[key]!r}, not {words}", where=str(path), mend="copy the model again")
     return content
 
 

@@ -61,8 +61,8 @@ def resolve(name: str, *, revision: str | None = None, trust_remote_code: bool =
     """
     if name in KNOWN:
         return _resolve_known(KNOWN[name], revision, trust_remote_code, say)
-    path = Path(name).expanduser()
-    local = name.startswith(_TINY) or path.exists() or path.suffix == ".gguf" or not _HUB_NAME.fullmatch(name)
+    path, exists = _on_disk(name)
+    local = name.startswith(_TINY) or exists or path.suffix == ".gguf" or not _HUB_NAME.fullmatch(name)
     if not local:
         return _resolve_hub(name, revision, trust_remote_code, say)
     if revision is not None:
@@ -76,6 +76,15 @@ def resolve(name: str, *, revision: str | None = None, trust_remote_code: bool =
     if path.is_file() and path.suffix == ".gguf":
         return ModelSource(name, "causal", f"GGUF file {path}", path.resolve())
     raise _not_found(name, "the file is no GGUF file" if path.is_file() else "there is no such folder or file")
+
+
+def _on_disk(name: str) -> tuple[Path, bool]:
+    try:
+        path = Path(name).expanduser()
+        return path, path.exists()
+    # Too long for a file's name, or the home of a user that is not there.
+    except (OSError, RuntimeError) as error:
+        raise _not_found(name, str(error)) from error
 
 
 def load_model(

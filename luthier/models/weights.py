@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
 from luthier.errors import LuthierError
@@ -24,7 +26,7 @@ def load_weights(auto_class: Any, path: Path, folder: Path, **options: Any) -> t
         without its pooler comes without one.
 
     Raises:
-        LuthierError: the files can not be read, or they lack weights of the model.
+        LuthierError: the files can not be read, or they lack weights of the model or hold some that are not finite.
     """
     try:
         loaded: Any = auto_class.from_pretrained(folder, output_loading_info=True, **options)
@@ -45,4 +47,16 @@ def load_weights(auto_class: Any, path: Path, folder: Path, **options: Any) -> t
             where=str(path),
             mend="use a checkpoint of this class of model; missing weights would be random",
         )
+    broken = [name for name, values in model.named_parameters() if not _finite(values)]
+    if broken:
+        raise LuthierError(
+            f"weights are not finite numbers: {', '.join(broken[:5])}", where=str(path), mend="copy the model again, or use another"
+        )
     return model.eval(), sorted(report["unexpected_keys"])
+
+
+def _finite(values: torch.Tensor) -> bool:
+    # The ends of the range tell it in one pass and without a mask of the same size; not-a-number wins both ends.
+    if not values.numel() or not values.is_floating_point() or values.is_meta:
+        return True
+    return all(math.isfinite(float(end)) for end in torch.aminmax(values.detach()))

@@ -18,8 +18,8 @@ from luthier.report.terminal import plain
 from luthier.report.words import NOT_MEASURED, count, duration, measured, number, percent, shown, size, spaced
 
 NOT_SET = "not set"
-OWN_KEYS = ("name", "out")
-"""Keys of a recipe that say where a run lies, not what it does."""
+OWN_KEYS = ("name", "out", "control")
+"""Keys of a recipe that say where a run lies and what it is compared with, not what it does."""
 
 COSTS: dict[str, tuple[str, Callable[[float], str]]] = {
     "kept": ("Kept of what was right", percent),

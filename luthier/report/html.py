@@ -13,6 +13,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from luthier.errors import LuthierError
 from luthier.report import words
 from luthier.report.curves import training_figure
 from luthier.report.facts import Facts, samples_of, sets_of
@@ -78,10 +79,14 @@ def render_page(template: str, **facts: Any) -> str:
 def write_page(path: Path, page: str) -> Path:
     """Write beside and rename, so that a reader never sees half a page."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.write_text(page, encoding="utf-8", newline="\n")
-    beside.replace(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside.write_text(page, encoding="utf-8", newline="\n")
+        beside.replace(path)
+    except OSError as error:
+        beside.unlink(missing_ok=True)
+        raise LuthierError(f"the page cannot be written: {error}", where=str(path), mend="name a file to write to") from error
     return path
 
 

@@ -16,6 +16,7 @@ from luthier.report.story import Card, cards, headline, warnings_of
 from luthier.report.words import NOT_MEASURED, clean, duration, moment, number, percent, shown, spaced
 
 if TYPE_CHECKING:
+    from luthier.evaluate.harness import Scores
     from luthier.evaluate.sets import SetResult
 
 MOST_SETS = 4
@@ -70,6 +71,20 @@ def measured(results: Mapping[str, SetResult]) -> Table:
             shown(value.value, form),
             value.interval(form) or NOT_MEASURED,
         )
+    return table
+
+
+def scored(found: Mapping[str, Scores]) -> Table:
+    """Tasks of the evaluation harness, before and after where both were measured, each with its standard error."""
+    table = _table("task", "metric", *found)
+    for task, metrics in found["after"].items():
+        for name in metrics:
+            scores = [scores[task][name] for scores in found.values()]
+            cells = [
+                number(score.value) if score.stderr is None else f"{number(score.value)} ± {number(score.stderr)}"
+                for score in scores
+            ]
+            table.add_row(plain(task, "bold"), plain(name), *cells)
     return table
 
 

@@ -65,13 +65,14 @@ def plan_epoch(
     rank: int = 0,
     pad_to_multiple: int = 1,
     drop_last: bool = False,
+    packed: bool = False,
 ) -> Plan:
     """Which rows make up which step and micro-batch of one epoch, for one process.
 
     Rows are shuffled, then filled into steps in that order, so which rows share a step does not depend on their length.
     Within a step they are dealt to the processes so that each has about as many tokens, and each process sorts its own
-    by length and cuts them into micro-batches, ending one before its padding exceeds a sixteenth of
-    `micro_batch_tokens`. Every row comes once an epoch.
+    by length and cuts them into micro-batches: of as many rows as fit where they run without padding, else ending one
+    before its padding exceeds a sixteenth of `micro_batch_tokens`. Every row comes once an epoch.
 
     Args:
         lengths: tokens of each row.
@@ -85,6 +86,7 @@ def plan_epoch(
         rank: this process.
         pad_to_multiple: what `collate` will be given.
         drop_last: leave out the last step if it is not full.
+        packed: micro-batches will run without padding.
 
     Returns:
         The plan. All processes have equally many steps; a step is an empty list where a process has no row in it.
@@ -107,7 +109,8 @@ def plan_epoch(
     if drop_last and steps and filled < budget:
         steps.pop()
     padded = [_rounded_up(length, pad_to_multiple) for length in lengths]
-    return [_micro_batches(_dealt(step, padded, world_size)[rank], padded, micro_batch_tokens) for step in steps]
+    cut = _without_padding if packed else _micro_batches
+    return [cut(_dealt(step, padded, world_size)[rank], padded, micro_batch_tokens) for step in steps]
 
 
 def padding_share(plan: Plan, lengths: Sequence[int], *, pad_to_multiple: int = 1) -> float:
@@ -152,6 +155,19 @@ def _micro_batches(rows: Sequence[int], lengths: Sequence[int], limit: int) -> l
         else:
             cut.append([index])
             padding = 0
+    return cut
+
+
+def _without_padding(rows: Sequence[int], lengths: Sequence[int], limit: int) -> list[list[int]]:
+    """Cut rows into micro-batches of at most so many real tokens."""
+    cut: list[list[int]] = []
+    filled = limit
+    for index in rows:
+        if filled + lengths[index] > limit:
+            cut.append([])
+            filled = 0
+        cut[-1].append(index)
+        filled += lengths[index]
     return cut
 
 

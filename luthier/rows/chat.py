@@ -220,7 +220,11 @@ def _render(dialogue: _Dialogue, form: Form, loss_on: LossOn) -> Rendered:
     turns = [index for index, message in enumerate(dialogue.messages) if message["role"] == "assistant"]
     turns = [index for index in turns if index >= dialogue.given]
     if not turns and loss_on != "all":
-        raise LuthierError("the conversation has no assistant turn to learn", where=dialogue.where)
+        raise LuthierError(
+            "the conversation has no assistant turn to learn",
+            where=dialogue.where,
+            mend="add the assistant's answer, or learn every turn with loss_on: all",
+        )
     if loss_on == "last":
         turns = turns[-1:]
     notes = [] if form.templated else [PLAIN]

@@ -63,34 +63,47 @@ class Encoded:
         return len(self.token_ids)
 
 
+class Sizes(NamedTuple):
+    """How large each row is: all that steps are planned from."""
+
+    tokens: Sequence[int]
+    targets: Sequence[int]
+
+
 @dataclass(frozen=True)
 class EncodedRows:
     """Encoded rows, and what became of the others.
 
     Args:
         rows: the rows that can be used, in order.
+        sizes: their sizes.
+        truncated: rows that lost tokens.
         dropped: the rows that cannot, with the reason.
         notes: warnings, and how many rows each concerns.
     """
 
-    rows: tuple[Encoded, ...]
+    rows: Sequence[Encoded]
+    sizes: Sizes
+    truncated: int = 0
     dropped: tuple[BadRow, ...] = ()
     notes: Mapping[str, int] = field(default_factory=dict)
 
     @property
-    def truncated(self) -> int:
-        """Rows that lost tokens."""
-        return sum(row.truncated > 0 for row in self.rows)
-
-    @property
     def tokens(self) -> int:
         """All tokens."""
-        return sum(map(len, self.rows))
+        return sum(self.sizes.tokens)
 
     @property
     def supervised_tokens(self) -> int:
         """Targets."""
-        return sum(sum(row.supervised) for row in self.rows)
+        return sum(self.sizes.targets)
+
+    @classmethod
+    def of(cls, rows: Iterable[Encoded], dropped: Iterable[BadRow] = (), notes: Mapping[str, int] | None = None) -> EncodedRows:
+        """Rows that are all in memory, measured."""
+        kept = tuple(rows)
+        sizes = Sizes([len(row) for row in kept], [sum(row.supervised) for row in kept])
+        return cls(kept, sizes, sum(row.truncated > 0 for row in kept), tuple(dropped), dict(notes or {}))
 
 
 @dataclass(frozen=True)
@@ -228,9 +241,14 @@ def encode_each(
     max_tokens: int | None = None,
     too_long: TooLong = "refuse",
     template_options: Mapping[str, Any] | None = None,
+    form: Form | None = None,
 ) -> tuple[EncodedRows, list[BadRow]]:
-    """`encode_all` without its verdict, for looking at data: what can be encoded, and the rows that cannot."""
-    form, limits = form_of(tokenizer, template_options), _Limits(max_tokens, too_long)
+    """`encode_all` without its verdict: what can be encoded, and the rows that cannot.
+
+    Args:
+        form: what `form_of` gave for the tokenizer, where it is known already.
+    """
+    form, limits = form or form_of(tokenizer, template_options), _Limits(max_tokens, too_long)
     encoded: list[Encoded] = []
     dropped: list[BadRow] = []
     bad: list[BadRow] = []
@@ -247,7 +265,7 @@ def encode_each(
             dropped.append(BadRow(where, _why_nothing_to_learn(one)))
         else:
             encoded.append(one)
-    return EncodedRows(tuple(encoded), tuple(dropped), dict(notes)), bad
+    return EncodedRows.of(encoded, dropped, notes), bad
 
 
 def end_of_turn_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:

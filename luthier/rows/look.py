@@ -137,7 +137,7 @@ def look(
         template_options=template_options,
     )
     asked, unasked = encode_each(questions, tokenizer, purpose="prompt", template_options=template_options)
-    kept = EncodedRows((*(row for row in whole.rows if row.id not in long), *cut.rows, *asked.rows))
+    kept = EncodedRows.of((*(row for row in whole.rows if row.id not in long), *cut.rows, *asked.rows))
     order = {part.id: place for place, part in enumerate([*answered, *questions])}
     shown = sorted(kept.rows, key=lambda row: order[row.id])[:n]
     return Look(

@@ -16,17 +16,15 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import date, time, timedelta
-from decimal import Decimal
 from pathlib import Path
-from typing import Any, Literal, overload
-from uuid import UUID
+from typing import Any, BinaryIO, Literal, NamedTuple, cast, overload
 
 import pyarrow
 import pyarrow.parquet
 
 from luthier.errors import LuthierError
-from luthier.rows.shapes import BadRow, Row, bad_rows_error, row_of, text_keys
+from luthier.rows.ids import Digests, Ids, Places, canonical
+from luthier.rows.shapes import BadRow, Row, bad_rows_error, named_shape, row_of, text_keys
 
 OnBadRow = Literal["stop", "skip"]
 Read = tuple[str, Mapping[str, Any] | BadRow]
@@ -34,7 +32,8 @@ Read = tuple[str, Mapping[str, Any] | BadRow]
 
 _LONGEST_CSV_VALUE = 2**31 - 1
 # `007` is a name, not the number 7: a number must begin as it would be written back.
-_WHOLE = re.compile(r"-?(0|[1-9][0-9]*)")
+# One with more digits than 64 bits hold is a name too.
+_WHOLE = re.compile(r"-?(0|[1-9][0-9]{0,17})")
 _NUMBER = re.compile(r"-?(0|[1-9][0-9]*)([.][0-9]+)?([eE][+-]?[0-9]+)?")
 
 
@@ -73,7 +72,7 @@ class Rows(Sequence[Row]):
         """SHA-256 over the ids and contents in their order, as 64 hexadecimal digits; names and places do not count."""
         digest = hashlib.sha256()
         for row in self.rows:
-            digest.update(_canonical([row.id, row.shape, row.fields, row.columns]).encode() + b"\n")
+            digest.update(canonical([row.id, row.shape, row.fields, row.columns]).encode() + b"\n")
         return digest.hexdigest()
 
 
@@ -104,78 +103,75 @@ def read(
         raise LuthierError(f"on_bad_row is {on_bad_row!r}", mend='write "stop" or "skip"')
     if isinstance(source, Rows):
         return source
+    if shape is not None:
+        named_shape(shape)
     records, found_name, ignored = _opened(source)
     name = name or found_name
-    ids = _Ids()
     rows: list[Row] = []
     bad: list[BadRow] = []
-    for where, record in records:
-        if isinstance(record, BadRow):
-            bad.append(record)
-            continue
-        try:
-            rows.append(row_of(record, id=ids.of(record, where), where=where, shape=shape))
-        except LuthierError as problem:
-            bad.append(BadRow(where, problem.what, problem.mend))
+    for one in _checked(records, Ids(Places()), shape):
+        if isinstance(one, BadRow):
+            bad.append(one)
+        else:
+            rows.append(one)
     if bad and (on_bad_row == "stop" or not rows):
         raise bad_rows_error(bad, len(rows) + len(bad))
     if not rows:
-        raise LuthierError("there are no rows", where=name, mend="check that this is the right file")
+        where = str(source) if isinstance(source, str | Path) else name
+        raise LuthierError("there are no rows", where=where, mend="check that this is the right file")
     return Rows(name, tuple(rows), tuple(bad), ignored)
 
 
-class _Ids:
-    """Hands out ids that depend on a record's content, so that shuffling or extending a file renames nothing."""
+def stream(source: str | Path, *, shape: str | None = None) -> Iterator[Row | BadRow]:
+    """Read and check rows one after the other, keeping only digests of their ids; the arguments are those of `read`.
 
-    def __init__(self) -> None:
-        self._seen: dict[str, str] = {}
+    Raises:
+        LuthierError: the source cannot be opened.
+    """
+    if shape is not None:
+        named_shape(shape)
+    return _checked(_opened(source)[0], Ids(Digests()), shape)
 
-    def of(self, record: Mapping[str, Any], where: str) -> str:
-        content = _canonical({key: value for key, value in record.items() if key != "id"})
+
+def name_of(source: str | Path) -> str:
+    """What reports call a source that has no other name."""
+    hub = isinstance(source, str) and source.startswith("hub:")
+    return str(source).removeprefix("hub:") if hub else _found(source).name
+
+
+def files_of(source: str | Path) -> tuple[Path, ...]:
+    """The files that rows are read from, in order; of a data set of the hub, those it was downloaded to.
+
+    Raises:
+        LuthierError: the source cannot be opened.
+    """
+    if isinstance(source, str) and source.startswith("hub:"):
+        files = tuple(Path(one["filename"]) for one in _from_hub(source).cache_files)
+        if not files:
+            raise LuthierError("the data set lies in no files", where=source, mend="download it and give the path")
+        return files
+    return _found(source).files
+
+
+def _checked(records: Iterable[Read], ids: Ids, shape: str | None) -> Iterator[Row | BadRow]:
+    for where, record in records:
+        if isinstance(record, BadRow):
+            yield record
+            continue
         try:
-            encoded = content.encode()
-        except UnicodeEncodeError as problem:
-            broken = content[max(0, problem.start - 20) : problem.start]
-            raise LuthierError(f"the text after {broken!r} is not valid UTF-8", mend="save the file as UTF-8") from None
-        own = record.get("id")
-        if own is None:
-            return self._derived(hashlib.sha1(encoded, usedforsecurity=False).hexdigest()[:12], where)
-        if isinstance(own, bool) or not isinstance(own, str | int) or own == "":
-            raise LuthierError(f"`id` must be text or a whole number, not {own!r}")
-        if str(own) in self._seen:
-            raise LuthierError(
-                f"the id `{own}` is already that of {self._seen[str(own)]}",
-                mend="give every row its own id, or remove the key `id` to have ids derived from the content",
-            )
-        self._seen[str(own)] = where
-        return str(own)
-
-    def _derived(self, content: str, where: str) -> str:
-        derived, occurrence = content, 1
-        while derived in self._seen:
-            occurrence += 1
-            derived = f"{content}-{occurrence}"
-        self._seen[derived] = where
-        return derived
-
-
-def _canonical(value: Any) -> str:
-    return json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"), default=_plain)
-
-
-def _plain(value: Any) -> Any:
-    if hasattr(value, "tolist"):
-        return value.tolist()
-    if isinstance(value, date | time | timedelta | Decimal | bytes | UUID):
-        return str(value)
-    raise LuthierError(f"a row cannot hold a value of the type {type(value).__name__}", mend="make it text or a number")
+            row = row_of(record, id=ids.of(record, where), where=where, shape=shape)
+        except LuthierError as problem:
+            yield BadRow(where, problem.what, problem.mend)
+        else:
+            yield row
 
 
 def _opened(source: str | Path | Iterable[Mapping[str, Any]]) -> tuple[Iterator[Read], str, tuple[str, ...]]:
     if isinstance(source, str) and source.startswith("hub:"):
         return _enumerated(_from_hub(source), source), source.removeprefix("hub:"), ()
     if isinstance(source, str | Path):
-        return _from_path(source)
+        found = _found(source)
+        return _from_files(found.files), found.name, found.ignored
     if isinstance(source, Mapping):
         keys = ", ".join(map(str, source))
         raise LuthierError(f"rows cannot be read from a {type(source).__name__}", mend=f"give one of its values: {keys}")
@@ -200,27 +196,37 @@ def _from_hub(source: str) -> Any:
         ) from problem
 
 
-def _from_path(source: str | Path) -> tuple[Iterator[Read], str, tuple[str, ...]]:
-    path = Path(source).expanduser()
+class _Found(NamedTuple):
+    files: tuple[Path, ...]
+    name: str
+    ignored: tuple[str, ...] = ()
+
+
+def _found(source: str | Path) -> _Found:
+    try:
+        path = Path(source).expanduser()
+        path.exists()
+    # Too long for a file's name, or the home of a user that is not there.
+    except (OSError, RuntimeError) as problem:
+        raise LuthierError(f"this is no path: {problem}", where=str(source), mend="check the path") from None
     if path.is_dir():
         files = [file for file in sorted(path.rglob("*")) if file.is_file() and not _hidden(file.relative_to(path))]
-        usable = [file for file in files if _format_of(file) is not None]
+        usable = tuple(file for file in files if _format_of(file) is not None)
         if not usable:
             raise LuthierError("the folder holds no file that can be read", where=str(path), mend=_formats_known())
-        ignored = tuple(str(file) for file in files if _format_of(file) is None)
-        return _from_files(usable), path.name, ignored
+        return _Found(usable, path.name, tuple(str(file) for file in files if _format_of(file) is None))
     if not path.exists() and glob.has_magic(str(path)):
         files = [Path(file) for file in sorted(glob.glob(str(path), recursive=True)) if Path(file).is_file()]
         if not files:
             raise LuthierError("no file fits this pattern", where=str(source), mend="check the pattern")
-        return _from_files(files), str(source), ()
+        return _Found(tuple(files), str(source))
     if not path.exists():
         raise LuthierError(
             "there is no such file or folder",
             where=str(source),
             mend=f"check the path; a data set of the Hugging Face hub is written `hub:{source}`",
         )
-    return _from_files([path]), Path(path.name.removesuffix(".gz")).stem, ()
+    return _Found((path,), Path(path.name.removesuffix(".gz")).stem)
 
 
 def _hidden(path: Path) -> bool:
@@ -253,11 +259,13 @@ def _formats_known() -> str:
     return f"formats that can be read: {', '.join(_FORMATS)} (each also with .gz), .parquet"
 
 
+def _open(path: Path) -> BinaryIO:
+    return cast("BinaryIO", gzip.open(path)) if path.suffix.lower() == ".gz" else path.open("rb")
+
+
 def _bytes(path: Path) -> bytes:
-    if path.suffix.lower() == ".gz":
-        with gzip.open(path) as file:
-            return file.read()
-    return path.read_bytes()
+    with _open(path) as file:
+        return file.read()
 
 
 def _decoded(raw: bytes) -> str:
@@ -267,14 +275,18 @@ def _decoded(raw: bytes) -> str:
 
 
 def _json_lines(path: Path) -> Iterator[Read]:
-    for number, raw in enumerate(_bytes(path).split(b"\n"), start=1):
-        line, where = _decoded(raw).strip(), f"{path}:{number}"
-        if not line:
-            continue
-        try:
-            yield where, _object(json.loads(line), where)
-        except json.JSONDecodeError as problem:
-            yield where, BadRow(where, f"broken JSON: {problem.msg} at column {problem.colno}")
+    with _open(path) as file:
+        for number, raw in enumerate(file, start=1):
+            line, where = _decoded(raw).strip(), f"{path}:{number}"
+            if not line:
+                continue
+            try:
+                yield where, _object(json.loads(line), where)
+            except json.JSONDecodeError as problem:
+                yield where, BadRow(where, f"broken JSON: {problem.msg} at column {problem.colno}", "mend this line")
+            # A number of thousands of digits, or brackets a thousand deep.
+            except (ValueError, RecursionError) as problem:
+                yield where, BadRow(where, f"JSON that cannot be read: {problem}", "mend this line")
 
 
 def _json(path: Path) -> Iterator[Read]:
@@ -286,49 +298,54 @@ def _json(path: Path) -> Iterator[Read]:
             where=f"{path}:{problem.lineno}",
             mend="mend the file; a file with one object a line should be named .jsonl",
         ) from None
+    except (ValueError, RecursionError) as problem:
+        raise LuthierError(f"JSON that cannot be read: {problem}", where=str(path), mend="mend the file") from None
     if isinstance(content, Mapping) and isinstance(content.get("data"), list):
         content = content["data"]
     if not isinstance(content, list):
-        raise LuthierError("the file holds neither a list of objects nor an object with one under `data`", where=str(path))
+        raise LuthierError(
+            "the file holds neither a list of objects nor an object with one under `data`",
+            where=str(path),
+            mend="write [{...}, {...}], or name a file with one object a line .jsonl",
+        )
     return _enumerated(content, f"{path}, item")
 
 
 def _separated(path: Path, delimiter: str) -> Iterator[Read]:
+    """Free columns become numbers where every value of the column is one; text of a shape never does."""
+    header: list[str] = []
+    whole, number = set(), set()
+    for _, record in _table(path, delimiter):
+        if isinstance(record, BadRow):
+            continue
+        if not header:
+            header = list(record)
+            whole = number = set(header) - set(text_keys())
+        whole = {key for key in whole if _WHOLE.fullmatch(record[key])}
+        number = {key for key in number if key in whole or _NUMBER.fullmatch(record[key])}
+    makers: dict[str, Callable[[str], float | int | str]] = {**dict.fromkeys(number, float), **dict.fromkeys(whole, int)}
+    for where, record in _table(path, delimiter):
+        if isinstance(record, BadRow):
+            yield where, record
+        else:
+            yield where, {key: makers.get(key, str)(value) for key, value in record.items()}
+
+
+def _table(path: Path, delimiter: str) -> Iterator[Read]:
     # The csv module refuses values over 128 KiB unless told otherwise, and documents are longer than that.
     csv.field_size_limit(_LONGEST_CSV_VALUE)
-    reader = csv.DictReader(io.StringIO(_decoded(_bytes(path)), newline=""), delimiter=delimiter, strict=True)
-    header = list(reader.fieldnames or [])
-    if len(set(header)) < len(header) or not all(header):
-        raise LuthierError("the header names a column twice, or not at all", where=f"{path}:1", mend="name every column")
-    read: list[Read] = []
-    for record in reader:
-        where = f"{path}:{reader.line_num}"
-        if None in record or None in record.values():
-            count = sum(value is not None for value in record.values()) + len(record.get(None) or [0]) - 1
-            read.append((where, BadRow(where, f"the row has {count} values, but the header names {len(header)} columns")))
-        else:
-            read.append((where, record))
-    return iter(_with_numbers(read, header))
-
-
-def _with_numbers(read: list[Read], header: Sequence[str]) -> list[Read]:
-    """Free columns become numbers where every value of the column is one; text of a shape never does."""
-    records = [record for _, record in read if not isinstance(record, BadRow)]
-    makers = {key: _maker([record[key] for record in records]) for key in header if key not in text_keys()}
-    return [
-        (where, record)
-        if isinstance(record, BadRow)
-        else (where, {key: makers.get(key, str)(value) for key, value in record.items()})
-        for where, record in read
-    ]
-
-
-def _maker(values: Sequence[str]) -> Callable[[str], float | int | str]:
-    if values and all(_WHOLE.fullmatch(value) for value in values):
-        return int
-    if values and all(_NUMBER.fullmatch(value) for value in values):
-        return float
-    return str
+    with _open(path) as raw, io.TextIOWrapper(raw, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+        reader = csv.DictReader(file, delimiter=delimiter, strict=True)
+        header = list(reader.fieldnames or [])
+        if len(set(header)) < len(header) or not all(header):
+            raise LuthierError("the header names a column twice, or not at all", where=f"{path}:1", mend="name every column")
+        for record in reader:
+            where = f"{path}:{reader.line_num}"
+            if None in record or None in record.values():
+                count = sum(value is not None for value in record.values()) + len(record.get(None) or [0]) - 1
+                yield where, BadRow(where, f"the row has {count} values, but the header names {len(header)} columns")
+            else:
+                yield where, record
 
 
 def _parquet(path: Path) -> Iterator[Read]:

@@ -22,6 +22,7 @@ travel with the row into its batch, everything else stays in `fields`.
 from __future__ import annotations
 
 import json
+import math
 import numbers
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -91,7 +92,7 @@ def row_of(record: Mapping[str, Any], *, id: str, where: str, shape: str | None 
         LuthierError: the keys fit no shape or several, or a value is missing, empty or of the wrong type.
     """
     try:
-        chosen = _SHAPES[_named(shape) if shape is not None else _recognized(record)]
+        chosen = _SHAPES[named_shape(shape) if shape is not None else _recognized(record)]
         missing = [key for key in chosen.needs if key not in record]
         if missing:
             raise LuthierError(f"the row has no {_listed(missing)}; it has {_listed(record)}")
@@ -139,18 +140,25 @@ def bad_rows_error(bad: Sequence[BadRow], total: int) -> LuthierError:
     skip = 'or leave such rows out, counted, with on_bad_row="skip"'
     mends = list(dict.fromkeys(row.mend for row in bad[:5] if row.mend))
     if len(bad) == 1:
-        return LuthierError(bad[0].reason, where=bad[0].where, mend="; ".join([*mends, skip]))
+        return LuthierError(bad[0].reason, where=bad[0].where, mend="; ".join([*(mends or ["mend this row"]), skip]))
     what = f"{len(bad)} of {total} rows cannot be used:\n    " + "\n    ".join(shown)
     return LuthierError(what, where=bad[0].where, mend="; ".join([*(mends or ["mend these rows"]), skip]))
 
 
-def _named(shape: str) -> str:
+def named_shape(shape: str) -> str:
+    """The name of a shape that was given by its name or its keys.
+
+    Raises:
+        LuthierError: there is no such shape.
+    """
     for name, known in _SHAPES.items():
         if shape == name or set(shape.split("+")) == set(known.needs):
             return name
     if shape == "instruction":
         return "instruction+output"
-    raise LuthierError(f"unknown row shape `{shape}`", mend=nearest(shape, _SHAPES) or "known: " + ", ".join(_SHAPES))
+    raise LuthierError(
+        f"unknown row shape `{shape}`", where="rows.shape", mend=nearest(shape, _SHAPES) or "known: " + ", ".join(_SHAPES)
+    )
 
 
 def _recognized(record: Mapping[str, Any]) -> str:
@@ -208,7 +216,10 @@ def _message(value: Any, key: str) -> Message:
         offer = nearest(str(role), ROLES)
         raise LuthierError(f"`{key}` has the unknown role {role!r}", mend=offer or "known: " + ", ".join(ROLES))
     content = message.get("content")
-    if role == "assistant" and message.get("tool_calls") and content in (None, ""):
+    calls = message.get("tool_calls") or []
+    if not isinstance(calls, list | tuple) or not all(isinstance(call, Mapping) for call in calls):
+        raise LuthierError(f"`{key}.tool_calls` must be a list of objects")
+    if role == "assistant" and calls and content in (None, ""):
         return {**message, "content": ""}
     if "content" not in value:
         raise LuthierError(f"`{key}` has no `content`")
@@ -299,6 +310,8 @@ def _labelled(record: Mapping[str, Any]) -> dict[str, Any]:
         label = int(label)
     elif not isinstance(label, int | float):
         label = _text(label, "label")
+    elif not math.isfinite(label):
+        raise LuthierError(f"`label` is {label}, which is no number to learn")
     return {"text": _text(record["text"], "text"), "label": label}
 
 

@@ -24,6 +24,7 @@ from luthier.kinds import (
     Transform,
 )
 from luthier.models.parts import Parts
+from luthier.models.sharding import Root
 from luthier.registry import Part
 from luthier.training.chain import Chain, Link
 from luthier.training.engine import Engine, Kept
@@ -59,6 +60,7 @@ def build_engine(
     masters: str = "fp32",
     keep_base: bool = False,
     world: World | None = None,
+    root: Root | None = None,
 ) -> Engine:
     """Attach every part of a run to a model.
 
@@ -78,7 +80,7 @@ def build_engine(
         raise LuthierError("nothing is minimized", where="objective", mend="name one, e.g. cross_entropy")
     keepers = [(slot, v) for slot, v in values if isinstance(v, Keeper)]
     keep_base = keep_base or goal.needs_base() or any("base" in v.needs for _, v in keepers)
-    owner = Tune(model, parts, masters=masters, keep_base=keep_base)
+    owner = Tune(model, parts, masters=masters, keep_base=keep_base, root=root)
     for slot, value in values:
         if isinstance(value, FREES):
             owner.add(slot, value, RunServices(owner, slot, now), states[slot])
@@ -88,7 +90,7 @@ def build_engine(
     links = [Link(slot, v) for slot, v in values if isinstance(v, Transform | Optimizer)]
     sources = [v for _, v in values if isinstance(v, Source)]
     world = world or World.current()
-    _refuse_impossible(sources, links, owner, keepers, world)
+    _refuse_impossible(source.name, sources, links, owner, keepers, world)
     chain = Chain(links, owner)
     engine = Engine(owner, goal, chain, sources[0], [], world)
     for slot, keeper in keepers:
@@ -100,7 +102,7 @@ def build_engine(
 
 
 def _refuse_impossible(
-    sources: list[Source], links: list[Link], tune: Tune, keepers: list[tuple[str, Keeper]], world: World
+    name: str, sources: list[Source], links: list[Link], tune: Tune, keepers: list[tuple[str, Keeper]], world: World
 ) -> None:
     if len(sources) != 1:
         raise LuthierError("a run has exactly one source of gradients", where="source", mend="name one, e.g. backprop")
@@ -117,7 +119,7 @@ def _refuse_impossible(
     need_all += [slot for slot, keeper in keepers if "gradients" in keeper.needs]
     if "all" not in gives and need_all:
         raise LuthierError(
-            f"`{need_all[0]}` needs all gradients at once, and the source gives them one at a time",
+            f"`{need_all[0]}` needs all gradients at once, and `{name}` gives them one at a time",
             where="source",
             mend=f"use source: backprop, or leave `{need_all[0]}` out",
         )
@@ -125,7 +127,7 @@ def _refuse_impossible(
     observers += [slot for slot, value, _ in tune.additives if value.observe is not None]
     if "all" not in gives and observers:
         raise LuthierError(
-            f"`{observers[0]}` observes whole gradients, and the source gives none to observe",
+            f"`{observers[0]}` observes whole gradients, and `{name}` gives none to observe",
             where="source",
             mend="use source: backprop",
         )

@@ -12,6 +12,7 @@ from torch import Tensor
 from luthier import draws
 from luthier.errors import LuthierError
 from luthier.kinds import Now, Optimizer, State, Transform
+from luthier.models.sharding import put
 from luthier.tune import Trained, Tune
 from luthier.tune.trained import migrate
 
@@ -160,7 +161,7 @@ class Chain:
             before = self.state[slot][name].get(key)
             if isinstance(before, Tensor) and before.shape == value.shape:
                 # In place: device and strides must stay those of the master.
-                before.copy_(value)
+                put(before, value)
             else:
                 device = self.tune.trained[name].master.device
                 self.state[slot][name][key] = value.to(device) if isinstance(value, Tensor) else value

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from luthier import disk
 from luthier.errors import LuthierError
+from luthier.models.sharding import whole
 from luthier.training.engine import Engine
 from luthier.tune.change import capture, put_back
 
@@ -32,27 +33,52 @@ def _flat(engine: Engine) -> dict[str, Any]:
     return values
 
 
-def save(folder: Path, engine: Engine, facts: Mapping[str, Any]) -> Path:
+def save(folder: Path, engine: Engine, facts: Mapping[str, Any], *, moments: bool = True) -> Path:
     """Write a checkpoint.
 
     Args:
-        folder: where it shall stand; it appears there only when complete.
-        engine: the run.
+        folder: where it shall stand; it appears there only when complete, and one that stood there stays until then.
+        engine: the run; its first process writes, with all numbers of a model that is spread over several.
         facts: plain facts: the step, the recipe's hash, the history.
+        moments: with the optimizer's state, without which no further step can be taken.
+
+    Raises:
+        LuthierError: the disk is full or cannot be written to; nothing half-written is left, and earlier checkpoints stand.
     """
-    values = _flat(engine)
-    tensors = {key: value for key, value in values.items() if isinstance(value, Tensor)}
+    values = {key: value for key, value in _flat(engine).items() if moments or not key.startswith("chain|")}
+    tensors = {key: whole(value.detach()) for key, value in values.items() if isinstance(value, Tensor)}
+    if not engine.world.is_first:
+        return folder
     plain = {key: value for key, value in values.items() if not isinstance(value, Tensor)}
-    beside = folder.with_name(f".{folder.name}.{os.getpid()}")
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
-    save_file({key: value.detach().contiguous().cpu().clone() for key, value in tensors.items()}, beside / TENSORS)
-    digest = hashlib.sha256((beside / TENSORS).read_bytes()).hexdigest()
-    (beside / FACTS).write_text(json.dumps({"facts": dict(facts), "plain": plain, "sha256": digest}, indent=1))
-    if folder.exists():
-        shutil.rmtree(folder)
-    beside.rename(folder)
+    run = folder.parent.parent
+    mend = f"keep fewer checkpoints (train.keep_checkpoints), or save more seldom (train.save_every); then train on: --resume {run}"
+    with disk.written(folder, mend) as beside:
+        beside.mkdir()
+        save_file({key: value.contiguous().cpu().clone() for key, value in tensors.items()}, beside / TENSORS)
+        told = {"facts": dict(facts), "plain": plain, "sha256": disk.sha256(beside / TENSORS)}
+        (beside / FACTS).write_text(json.dumps({**told, "own_sha256": _own_sha256(told)}, indent=1), encoding="utf-8")
     return folder
+
+
+def _own_sha256(told: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(told).encode()).hexdigest()
+
+
+def check(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The plain values and facts of a checkpoint whose files are as they were written.
+
+    Raises:
+        LuthierError: the folder is no checkpoint, or it is damaged.
+    """
+    try:
+        told = json.loads((folder / FACTS).read_text(encoding="utf-8"))
+        if told.pop("own_sha256") != _own_sha256(told):
+            raise ValueError(f"the checksum differs ({FACTS})")
+        if told["sha256"] != disk.sha256(folder / TENSORS):
+            raise ValueError(f"the checksum differs ({TENSORS})")
+        return told["plain"], told["facts"]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise _unreadable(folder, error) from error
 
 
 def read(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]]:
@@ -61,16 +87,16 @@ def read(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any
     Raises:
         LuthierError: the folder is no checkpoint, or it is damaged.
     """
+    plain, facts = check(folder)
     try:
-        written = json.loads((folder / FACTS).read_text())
-        digest = hashlib.sha256((folder / TENSORS).read_bytes()).hexdigest()
-        if digest != written["sha256"]:
-            raise ValueError("the checksum differs")
-        return load_file(folder / TENSORS), written["plain"], written["facts"]
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise LuthierError(
-            f"this checkpoint cannot be read: {error}", where=str(folder), mend="resume from an earlier one"
-        ) from error
+        return load_file(folder / TENSORS), plain, facts
+    except (OSError, SafetensorError) as error:
+        raise _unreadable(folder, error) from error
+
+
+def _unreadable(folder: Path, error: Exception) -> LuthierError:
+    reason = f"{type(error).__name__} {error}" if isinstance(error, LookupError | TypeError | AttributeError) else str(error)
+    return LuthierError(f"this checkpoint cannot be read: {reason}", where=str(folder), mend="resume from an earlier one")
 
 
 def restore(folder: Path, engine: Engine) -> dict[str, Any]:
@@ -95,20 +121,51 @@ def restore(folder: Path, engine: Engine) -> dict[str, Any]:
     return facts
 
 
-def latest(folder: Path) -> Path | None:
-    """The newest checkpoint in a run's folder that can be read."""
-    found = sorted(folder.glob("step-*"), key=lambda path: int(path.name.split("-")[1]), reverse=True)
-    for path in found:
+def stored(folder: Path) -> list[Path]:
+    """The checkpoints in a folder, readable or not, the newest first."""
+    found = [path for path in folder.glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")), reverse=True)
+
+
+def latest(folder: Path, say: Callable[[str], None] = lambda text: None) -> Path | None:
+    """The newest checkpoint in a run's folder that can be read; none where there is none at all.
+
+    Args:
+        folder: holds the checkpoints.
+        say: hears of each that was passed over, and why.
+
+    Raises:
+        LuthierError: there are checkpoints, and none can be read: what they held would be lost without a word.
+    """
+    passed: list[str] = []
+    for path in stored(folder):
         try:
-            read(path)
-        except LuthierError:
+            check(path)
+        except LuthierError as error:
+            passed.append(f"{path.name}: {error.what}")
+            say(f"passed over {passed[-1]}")
             continue
         return path
+    if passed:
+        raise LuthierError(
+            "none of this run's checkpoints can be read: " + "; ".join(passed),
+            where=str(folder),
+            mend="bring one back from a copy, or delete them all to begin again at the first step",
+        )
     return None
 
 
 def prune(folder: Path, keep: int) -> None:
-    """Delete all but the newest checkpoints."""
-    found = sorted(folder.glob("step-*"), key=lambda path: int(path.name.split("-")[1]))
-    for path in found[: max(0, len(found) - keep)]:
-        shutil.rmtree(path)
+    """Delete all but the newest checkpoints, and nothing before one of those that stay was read and found whole."""
+    found = stored(folder)
+    if len(found) > keep and any(_whole(path) for path in found[:keep]):
+        for path in found[keep:]:
+            disk.remove(path)
+
+
+def _whole(folder: Path) -> bool:
+    try:
+        check(folder)
+    except LuthierError:
+        return False
+    return True

@@ -12,6 +12,7 @@ import torch
 from luthier import draws
 from luthier.errors import LuthierError
 from luthier.kinds import Batch, Keeper, Now, Services, Source, State, TrainedLike
+from luthier.models.sharding import is_sharded
 from luthier.training.chain import Chain
 from luthier.training.objective import Objective, Sums
 from luthier.training.services import RunServices
@@ -57,6 +58,8 @@ class Engine:
     world: World = field(default_factory=World)
     states: dict[str, State] = field(default_factory=dict)
     """What every technique remembers, by slot."""
+    committed: bool = False
+    """The step in progress has begun to change numbers: a failure from here on cannot be taken back."""
 
     def services(self, slot: str, now: Now) -> Services:
         """What a technique under this slot may ask."""
@@ -68,11 +71,13 @@ class Engine:
         Raises:
             LuthierError: the loss or a gradient is not finite; the rows are named and nothing was changed.
         """
+        self.committed = False
         # Models cannot run on no rows; they would add zero.
         batches = [batch for batch in batches if batch.row_ids]
+        passes = [*batches, *self._idle_passes(len(batches))]
         # Dropout and other draws of the model depend on the step alone, so that resuming needs no saved state.
         torch.manual_seed(draws.seed_of(now.seed, "step", now.step, self.world.rank))
-        keeps = self.objective.look(self.tune, batches, now, self.world)
+        keeps = self.objective.look(self.tune, passes, now, self.world)
         units = self.objective.units(batches, keeps, self.world)
         counts = self.world.sum_numbers(
             [
@@ -84,11 +89,13 @@ class Engine:
         if self.objective.idle(units):
             return StepResult(0.0, 0.0, {}, int(counts[0]), 0, int(counts[2]), 0.0, skipped=True)
         self.tune.start_observing(now)
-        work = Work(self, batches, now, units, keeps)
+        work = Work(self, passes, now, units, keeps, idle=len(passes) - len(batches))
         self.source.gradients(work)
+        self._refuse_together(work.broken)
         self._sum_gradients(batches)
-        if not batches:
+        if not passes:
             self.tune.observe_nothing()
+        self.committed = True
         self.tune.observe(self.world.sum)
         if "all" in self.source.gives:
             self.chain.step(now)
@@ -98,6 +105,23 @@ class Engine:
         return StepResult(
             loss, nll / targets, work.parts, int(counts[0]), int(counts[1]), int(counts[2]), weight / targets, tuple(said)
         )
+
+    def _idle_passes(self, own: int) -> list[Batch]:
+        """Passes that add nothing: where a pass gathers a model that is spread, all processes must make equally many."""
+        if self.tune.root is None:
+            return []
+        device = next(self.tune.model.parameters()).device
+        return [idle_batch().to(device) for _ in range(self.world.max(own) - own)]
+
+    def _refuse_together(self, broken: Sequence[Batch]) -> None:
+        """Stop in all processes when the loss was not finite in one: a lone error would leave the others waiting."""
+        if self.world.size > 1 and self.world.any(bool(broken)):
+            self.tune.free_gradients()
+            raise not_finite("the loss", self._everyones(broken))
+
+    def _everyones(self, batches: Sequence[Batch]) -> list[str]:
+        everyone = self.world.gather_plain([row for batch in batches for row in batch.row_ids])
+        return [row for rows in everyone for row in rows]
 
     def _sum_gradients(self, batches: Sequence[Batch]) -> None:
         everything = list(self.tune.trained.values())
@@ -109,8 +133,13 @@ class Engine:
                 if trained.gradient is None:
                     wide = torch.promote_types(trained.master.dtype, torch.float32)
                     trained.gradient = torch.zeros_like(trained.master.detach(), dtype=wide)
-                self.world.sum(trained.gradient)
-        refuse_not_finite(list(self.tune.trained.values()), self.tune, batches)
+                if not is_sharded(trained.gradient):
+                    self.world.sum(trained.gradient)
+        # Summed over the processes, the gradient tells all of them the same.
+        name = first_not_finite(everything)
+        if name is not None:
+            self.tune.free_gradients()
+            raise not_finite(f"the gradient of {name}", self._everyones(batches))
 
     def _afterwards(self, now: Now) -> list[str]:
         for kept in self.keepers:
@@ -119,19 +148,21 @@ class Engine:
         return self.tune.refresh(lambda slot: self.services(slot, now))
 
 
-def refuse_not_finite(trained: Sequence[Trained], tune: Tune, batches: Sequence[Batch]) -> None:
-    """Raise before a step if a gradient overflowed. Norms tell it in one pass over the numbers."""
+def idle_batch() -> Batch:
+    """Two tokens without a target."""
+    ids_BT = torch.zeros(1, 2, dtype=torch.long)
+    return Batch(ids_BT, ids_BT == 0, torch.arange(2)[None], ids_BT - 100, ("",))
+
+
+def first_not_finite(trained: Sequence[Trained]) -> str | None:
+    """The first tensor whose gradient overflowed. Norms tell it in one pass over the numbers."""
     named = [(one.name, one.gradient) for one in trained if one.gradient is not None]
     norms = torch.tensor([float(gradient.norm()) for _, gradient in named])
-    if not bool(norms.isfinite().all()):
-        name = named[int((~norms.isfinite()).nonzero()[0])][0]
-        tune.free_gradients()
-        raise not_finite(f"the gradient of {name}", batches)
+    return None if bool(norms.isfinite().all()) else named[int((~norms.isfinite()).nonzero()[0])][0]
 
 
-def not_finite(what: str, batches: Sequence[Batch]) -> LuthierError:
+def not_finite(what: str, rows: Sequence[str]) -> LuthierError:
     """The error for numbers that overflowed; it names the rows."""
-    rows = [row for batch in batches for row in batch.row_ids]
     shown = ", ".join(rows[:8]) + (f" and {len(rows) - 8} more" if len(rows) > 8 else "")
     return LuthierError(
         f"{what} is not a finite number; training stopped before the step, and nothing was saved from it",
@@ -144,10 +175,18 @@ class Work:
     """One step's work as a source of gradients sees it."""
 
     def __init__(
-        self, engine: Engine, batches: Sequence[Batch], now: Now, units: Sequence[float], keeps: list[torch.Tensor] | None
+        self,
+        engine: Engine,
+        batches: Sequence[Batch],
+        now: Now,
+        units: Sequence[float],
+        keeps: list[torch.Tensor] | None,
+        idle: int = 0,
     ) -> None:
         self._engine, self.batches, self.now, self._units = engine, batches, now, units
-        self._keeps = keeps
+        self._keeps, self._real = keeps, len(batches) - idle
+        self.broken: list[Batch] = []
+        """Micro-batches of this process whose loss was not finite."""
         self.total = self.nll = self.weight = 0.0
         self.parts: dict[str, float] = {}
 
@@ -159,7 +198,7 @@ class Work:
     def _sums(self, batch: Batch) -> Sums:
         i = next(i for i, one in enumerate(self.batches) if one is batch)
         engine = self._engine
-        return engine.objective.total(
+        sums = engine.objective.total(
             engine.tune,
             batch,
             self._units,
@@ -168,14 +207,18 @@ class Work:
             keep_N=None if self._keeps is None else self._keeps[i],
             services_of=lambda slot: engine.services(slot, self.now),
         )
+        return sums if i < self._real else Sums(sums.loss * 0.0, {}, 0.0, 0.0)
 
     def backward(self, batch: Batch) -> None:
         """Forward and backward of one micro-batch."""
         sums = self._sums(batch)
         value = float(sums.loss.detach())
         if value != value or value in (float("inf"), float("-inf")):
-            self._engine.tune.free_gradients()
-            raise not_finite("the loss", [batch])
+            if self._engine.world.size == 1:
+                self._engine.tune.free_gradients()
+                raise not_finite("the loss", batch.row_ids)
+            # The others are waiting in backward or after it.
+            self.broken.append(batch)
         self.total += value
         self.nll += sums.nll
         self.weight += sums.weight
@@ -194,6 +237,7 @@ class Work:
 
     def write(self, trained: TrainedLike, value: torch.Tensor) -> None:
         """Set a trained tensor, and the live weight with it."""
+        self._engine.committed = True
         self._engine.tune.set({trained.name: value})
 
     def apply(self, trained: TrainedLike) -> None:
@@ -202,7 +246,10 @@ class Work:
         if one.gradient is not None:
             if "gradients" in self._engine.source.gives:
                 self._engine.world.sum(one.gradient)
-            refuse_not_finite([one], self._engine.tune, self.batches)
+            if first_not_finite([one]) is not None:
+                self._engine.tune.free_gradients()
+                raise not_finite(f"the gradient of {one.name}", [row for batch in self.batches for row in batch.row_ids])
+            self._engine.committed = True
             self._engine.chain.step(self.now, only=one)
 
     @contextmanager

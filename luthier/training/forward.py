@@ -4,22 +4,50 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from luthier.kinds import Batch
+from luthier.models.attention import Context
 from luthier.models.head import finish
 from luthier.tune import Tune
 from luthier.tune.trained import read, write
 
 
-def hidden(tune: Tune, batch: Batch) -> Tensor:
-    """Last hidden states [B, T, D] of a batch; what trained prompts put before the rows is cut off again.
+class Hidden(NamedTuple):
+    """Last hidden states of a batch, without what trained prompts put before the rows."""
+
+    values: Tensor
+    """[B, T, D], or [N, D] where the rows were packed."""
+    place_BT: Tensor | None = None
+    """Where each real token of a packed batch stands in `values`."""
+
+    def at(self, row_N: Tensor, time_N: Tensor) -> Tensor:
+        """The states [N, D] at these tokens."""
+        if self.place_BT is None:
+            return self.values[row_N, time_N]
+        return self.values[self.place_BT[row_N, time_N]]
+
+    def padded(self, attend_BT: Tensor) -> Tensor:
+        """All of them [B, T, D], zero where a packed batch has no token."""
+        if self.place_BT is None:
+            return self.values
+        spread = self.values[self.place_BT.clamp(min=0)]
+        return torch.where(attend_BT[..., None], spread, torch.zeros((), dtype=spread.dtype, device=spread.device))
+
+
+def hidden(tune: Tune, batch: Batch, *, pack: bool = False) -> Hidden:
+    """Run the model's body on a batch.
 
     A causal model with padding on the right needs no mask: no real token can see the padding behind it.
+
+    Args:
+        tune: the model, with what is attached to it.
+        batch: the rows.
+        pack: leave the padding out and run the real tokens one behind the other.
     """
     ids_BT, attend_BT = batch.token_ids_BT, batch.attend_BT
     length = 0 if tune.is_off else tune.prompt_length
@@ -31,15 +59,33 @@ def hidden(tune: Tune, batch: Batch) -> Tensor:
         before = -1 - torch.arange(length, device=ids_BT.device)
         ids_BT = torch.cat([before.expand(len(ids_BT), -1), ids_BT], dim=1)
         attend_BT = torch.cat([attend_BT.new_ones(len(attend_BT), length), attend_BT], dim=1)
+    backbone = tune.model.get_submodule(tune.parts.backbone)
+    if pack and not bool(attend_BT.all()):
+        place_BT = (attend_BT.flatten().cumsum(0) - 1).view_as(attend_BT)
+        return Hidden(_packed(backbone, ids_BT, attend_BT), place_BT[:, length:])
     arguments: dict[str, Any] = {"input_ids": ids_BT, "attention_mask": None, "use_cache": False}
     padded_left = bool((attend_BT[:, 1:] & ~attend_BT[:, :-1]).any())
     if padded_left or not tune.parts.causal:
         arguments["attention_mask"] = attend_BT.long()
         arguments["position_ids"] = (attend_BT.long().cumsum(-1) - 1).clamp(min=0)
-    backbone = tune.model.get_submodule(tune.parts.backbone)
     output = backbone(**_accepted(backbone, arguments))
     hidden_BTD: Tensor = output.last_hidden_state
-    return hidden_BTD[:, length:]
+    return Hidden(hidden_BTD[:, length:] if length else hidden_BTD)
+
+
+def _packed(backbone: torch.nn.Module, ids_BT: Tensor, attend_BT: Tensor) -> Tensor:
+    """Last hidden states [N, D] of the real tokens alone."""
+    position_BT = attend_BT.long().cumsum(-1) - 1
+    output = backbone(
+        input_ids=ids_BT[attend_BT][None],
+        position_ids=position_BT[attend_BT][None],
+        # One that is ready made, so that none is made; attention is told the lengths and looks at no mask.
+        attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=ids_BT.device),
+        use_cache=False,
+        luthier=Context(lengths=tuple(attend_BT.sum(-1).tolist())),
+    )
+    hidden_ND: Tensor = output.last_hidden_state[0]
+    return hidden_ND
 
 
 def _accepted(module: torch.nn.Module, arguments: dict[str, Any]) -> dict[str, Any]:

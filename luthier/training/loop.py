@@ -5,12 +5,13 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from luthier.kinds import Now
+from luthier.kinds import Batch, Now
+from luthier.training import memory
 from luthier.training.engine import Engine, StepResult
 from luthier.training.feed import Feed
 from luthier.training.schedule import Schedule, factor
@@ -44,6 +45,9 @@ class Plans:
     best: str | None = None
 
 
+ASKED = "asked to stop"
+
+
 @dataclass
 class Progress:
     """Where the loop is; all of it goes into checkpoints."""
@@ -61,6 +65,16 @@ class Progress:
     """Why the run ended before its last step."""
     interrupted: bool = False
     """It ended because someone asked, and can be resumed."""
+    micro_batch_tokens: int | None = None
+    """The most tokens of a micro-batch since memory ran out; none: as the recipe says."""
+    notes: list[str] = field(default_factory=list)
+    """What happened that a reader of the report should know."""
+
+    @classmethod
+    def resumed(cls, saved: Mapping[str, Any]) -> Progress:
+        """From what a checkpoint holds: a stop that was asked for is over, one that the run came to by itself stands."""
+        stopped = "" if saved["stopped"] == ASKED else saved["stopped"]
+        return cls(**{**saved, "stopped": stopped, "interrupted": False})
 
 
 Evaluate = Callable[[], Mapping[str, tuple[float, bool]]]
@@ -77,6 +91,7 @@ def train(
     evaluate: Evaluate | None = None,
     save: Callable[[Progress], None] = lambda progress: None,
     tell: Callable[[Progress, StepResult], None] = lambda progress, result: None,
+    say: Callable[[str], None] = lambda text: None,
 ) -> Progress:
     """Train from `progress.step` to the end, or until a stop is asked for.
 
@@ -87,25 +102,35 @@ def train(
         plans: when to evaluate, save and stop.
         progress: where to begin; changed as the run goes on.
         evaluate: measures the evaluation sets in mid-run.
-        save: writes a checkpoint.
+        save: writes a checkpoint; also when training has ended, before anything else is done with its result.
         tell: hears of every step.
+        say: hears what is done differently from what the recipe says.
+
+    Raises:
+        LuthierError: the loss or a gradient is not finite, or memory ran out and smaller micro-batches cannot help; nothing of
+            the failed step was saved.
     """
     engine.tune.model.train()
+    if progress.micro_batch_tokens is not None:
+        feed.limit(min(progress.micro_batch_tokens, feed.micro_batch_tokens))
     with stop_politely() as asked_to_stop:
         while progress.step < clock.steps and not progress.stopped:
             began = time.perf_counter()
             epoch, batches = feed.at(progress.step)
             now = clock.at(progress.step, epoch)
-            result = engine.step(batches, now)
+            while (result := memory.attempt(engine, batches, now)) is None:
+                _shrink(feed, batches, progress, say)
+                _, batches = feed.at(progress.step)
             progress.step += 1
             progress.seconds += time.perf_counter() - began
             _log(progress, result, now, time.perf_counter() - began)
             tell(progress, result)
             if evaluate is not None and _due(progress.step, plans.evaluate_every, clock.steps):
                 _judge(engine, progress, plans, evaluate())
-            if asked_to_stop():
-                progress.stopped, progress.interrupted = "asked to stop", True
-            if progress.interrupted or _due(progress.step, plans.save_every, clock.steps):
+            if engine.world.any(asked_to_stop()):
+                progress.stopped, progress.interrupted = progress.stopped or ASKED, True
+            ended = progress.stopped or progress.step == clock.steps
+            if ended or _due(progress.step, plans.save_every, clock.steps):
                 save(progress)
     engine.tune.model.eval()
     for kept in engine.keepers:
@@ -118,6 +143,14 @@ def train(
 
 def _due(step: int, every: int | None, last: int | None) -> bool:
     return every is not None and (step % every == 0 or step == last)
+
+
+def _shrink(feed: Feed, batches: Sequence[Batch], progress: Progress, say: Callable[[str], None]) -> None:
+    tokens = memory.smaller(batches, feed.micro_batch_tokens)
+    feed.limit(tokens)
+    progress.micro_batch_tokens = tokens
+    progress.notes.append(f"micro-batches halved to {tokens} tokens after step {progress.step + 1} ran out of memory")
+    say(progress.notes[-1])
 
 
 def _log(progress: Progress, result: StepResult, now: Now, seconds: float) -> None:
@@ -164,9 +197,13 @@ def stop_politely() -> Iterator[Callable[[], bool]]:
         yield asked.is_set
         return
 
+    heard: set[int] = set()
+
     def note(number: int, frame: Any) -> None:
-        if asked.is_set():
+        # A launcher that was interrupted itself passes on another signal: only the same one twice means "at once".
+        if number in heard:
             raise KeyboardInterrupt
+        heard.add(number)
         asked.set()
 
     before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}

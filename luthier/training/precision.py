@@ -31,14 +31,29 @@ def pick(name: str, device: torch.device) -> tuple[torch.dtype, str]:
             return torch.bfloat16, "bf16: this hardware computes in it"
         return torch.float32, "fp32: this hardware has no bf16 of its own"
     if name not in TYPES:
-        raise LuthierError(f"there is no precision `{name}`", where="train: precision", mend="use auto, bf16, fp32 or fp64")
+        raise LuthierError(f"there is no precision `{name}`", where="train.precision", mend="use auto, bf16, fp32 or fp64")
     return TYPES[name], f"{name}: the recipe asks for it"
 
 
 def pick_device(name: str) -> torch.device:
-    """The device: a name, or the best there is for `auto`."""
+    """The device: a name, or the best there is for `auto`.
+
+    Raises:
+        LuthierError: this machine has no such device.
+    """
     if name != "auto":
-        return torch.device(name)
+        return _named(name)
     if torch.cuda.is_available():
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def _named(name: str) -> torch.device:
+    kind, _, number = name.partition(":")
+    counts = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
+    known = [f"{one}:{i}" if one == "cuda" else one for one, count in counts.items() for i in range(count)]
+    if not (name in known or (kind in counts and not number and counts[kind])):
+        raise LuthierError(
+            f"there is no device `{name}` on this machine", where="train.device", mend=f"use auto, or one of: {', '.join(known)}"
+        )
+    return torch.device(name)

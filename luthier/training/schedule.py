@@ -42,7 +42,7 @@ SCHEDULES: Mapping[str, Schedule] = {
 def find_schedule(name: str) -> Schedule:
     """A schedule by name."""
     if name not in SCHEDULES:
-        raise LuthierError(f"there is no schedule `{name}`", where="train: schedule", mend=nearest(name, SCHEDULES))
+        raise LuthierError(f"there is no schedule `{name}`", where="train.schedule", mend=nearest(name, SCHEDULES))
     return SCHEDULES[name]
 
 
@@ -58,3 +58,19 @@ def factor(schedule: Schedule, step: int, steps: int, warmup: int) -> float:
     if step < warmup:
         return (step + 1) / warmup
     return schedule(min(1.0, (step - warmup) / max(1, steps - warmup)))
+
+
+def warmup_steps(warmup: float, steps: int) -> int:
+    """The optimizer steps of a recipe's warm-up, which is a share of all steps below 1, else a number of steps.
+
+    Raises:
+        LuthierError: the run is shorter.
+    """
+    found = round(warmup * steps) if warmup < 1 else int(warmup)
+    if found > steps:
+        raise LuthierError(
+            f"a warm-up of {found} steps is longer than the run, which has {steps}",
+            where="train.warmup",
+            mend=f"use at most {steps}, or a share below 1, e.g. 0.03",
+        )
+    return found

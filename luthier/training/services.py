@@ -12,6 +12,7 @@ from luthier import draws, logprobs
 from luthier.errors import LuthierError
 from luthier.kinds import Batch, Column, Now, Place, Tensors, TrainedLike, View
 from luthier.models.head import head_of
+from luthier.models.sharding import whole
 from luthier.training.forward import base_head, hidden
 from luthier.tune import Tune
 
@@ -29,7 +30,7 @@ class RunServices:
 
     def weight(self, place: Place) -> Tensor:
         """The live values at a place."""
-        return self._tune.region(place).detach()
+        return whole(self._tune.region(place).detach())
 
     def start_weight(self, place: Place) -> Tensor:
         """The base's values of the numbers this technique trains at a place."""
@@ -86,32 +87,49 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         model.train(was_training)
 
 
-def view_of(tune: Tune, batch: Batch, columns: Sequence[Column], now: Now, *, keep_hidden: bool = False) -> View:
-    """Run the model on a batch and make columns of its targets."""
+def view_of(
+    tune: Tune, batch: Batch, columns: Sequence[Column], now: Now, *, keep_hidden: bool = False, pack: bool | None = None
+) -> View:
+    """Run the model on a batch and make columns of its targets.
+
+    Args:
+        tune: the model, with what is attached to it.
+        batch: the rows.
+        columns: what to make.
+        now: the clock.
+        keep_hidden: keep the last hidden states.
+        pack: run the rows without padding; None: as the run does.
+    """
+    pack = tune.packs if pack is None else pack
     where = logprobs.targets(batch)
-    reference = None
-    if any(column.reference for column in columns):
-        # The base runs first: swapping weights under a graph that waits for backward would be wrong.
-        with tune.at("base"), evaluating(tune.model):
-            reference = (hidden(tune, batch)[where.row_N, where.source_N], base_head(tune))
-    hidden_BTD = hidden(tune, batch)
-    row_number = torch.tensor([draws.seed_of(row) for row in batch.row_ids], dtype=torch.int64, device=hidden_BTD.device)
+    row_number = torch.tensor([draws.seed_of(row) for row in batch.row_ids], dtype=torch.int64, device=where.row_N.device)
     keys = draws.keys(now.seed, now.step, row_number[where.row_N], where.source_N)
-    found = logprobs.compute(
-        hidden_BTD[where.row_N, where.source_N],
-        where.label_N,
-        head_of(tune.model, tune.parts),
-        columns,
-        key_N=keys,
-        reference=reference,
-        vocabulary=tune.parts.vocabulary,
-    )
+
+    def make() -> tuple[Tensor | None, dict[str, Tensor]]:
+        reference = None
+        if any(column.reference for column in columns):
+            # The base runs first: swapping weights under a graph that waits for backward would be wrong.
+            with tune.at("base"), evaluating(tune.model):
+                reference = (hidden(tune, batch, pack=pack).at(where.row_N, where.source_N), base_head(tune))
+        states = hidden(tune, batch, pack=pack)
+        found = logprobs.compute(
+            states.at(where.row_N, where.source_N),
+            where.label_N,
+            head_of(tune.model, tune.parts),
+            columns,
+            key_N=keys,
+            reference=reference,
+            vocabulary=tune.parts.vocabulary,
+        )
+        return states.padded(batch.attend_BT) if keep_hidden else None, found
+
+    hidden_BTD, found = tune.run(make)
     return View(
         batch,
         found,
         label_N=where.label_N,
         row_N=where.row_N,
         position_N=where.source_N + 1,
-        hidden_BTD=hidden_BTD if keep_hidden else None,
+        hidden_BTD=hidden_BTD,
         now=now,
     )

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
 from torch import Tensor
+
+Plain = TypeVar("Plain")
 
 
 @dataclass(frozen=True)
@@ -37,8 +40,43 @@ class World:
         """Sum plain numbers over the processes, in fp64."""
         if self.size == 1:
             return values
-        total: list[float] = self.sum(torch.tensor(values, dtype=torch.float64)).tolist()
+        # NCCL alone sums nothing that lies in the processor's memory.
+        device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+        total: list[float] = self.sum(torch.tensor(values, dtype=torch.float64, device=device)).tolist()
         return total
+
+    def any(self, flag: bool) -> bool:
+        """Whether it holds in any process."""
+        return self.sum_numbers([float(flag)])[0] > 0
+
+    def max(self, number: int) -> int:
+        """The largest of the processes' numbers."""
+        return max(self.gather_plain(number))
+
+    def gather_plain(self, value: Plain) -> list[Plain]:
+        """Everyone's plain value, in the order of the processes."""
+        if self.size == 1:
+            return [value]
+        everyone: list[Any] = [None] * self.size
+        dist.all_gather_object(everyone, value)
+        return everyone
+
+    def from_first(self, value: Plain) -> Plain:
+        """The first process's plain value, in all of them."""
+        if self.size == 1:
+            return value
+        held: list[Any] = [value]
+        dist.broadcast_object_list(held, src=0)
+        return held[0]  # type: ignore[no-any-return]
+
+    def wait(self) -> None:
+        """Go on when all processes have come here."""
+        self.gather_plain(None)
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process is the one that writes and speaks."""
+        return self.rank == 0
 
     def gather(self, value: dict[str, Tensor]) -> dict[str, Tensor]:
         """Concatenate tensors of unequal length over the processes, by name."""

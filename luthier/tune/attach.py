@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from luthier.errors import LuthierError
 from luthier.kinds import Additive, Form, HiddenEdit, Place, Prefix, Prompt, Select, Selective, Services, State, Tensors
 from luthier.models.attention import use_context
+from luthier.models.sharding import whole
 from luthier.tune.sites import Addition, Edit, Own
 from luthier.tune.taps import TapSpec
 from luthier.tune.trained import Trained, check_select, decays, read, write
@@ -52,6 +53,8 @@ def _selected(tune: Tune, slot: str, place: Place, select: Select, changes: bool
     keep = tune.keep_base or changes
     wide = torch.promote_types(live.dtype, torch.float32)
     name = f"{slot}/{place}"
+    if form != "whole" or keep:
+        _refuse_sharded(tune, slot, place, "trains a part of a tensor" if form != "whole" else "needs the base's values")
     if form == "whole":
         live.requires_grad_(True)
         copies = live.dtype != wide and tune.masters == "fp32"
@@ -67,6 +70,15 @@ def _selected(tune: Tune, slot: str, place: Place, select: Select, changes: bool
     trained.axis = 1 if form == "cols" else 0
     trained.decay = decays(place, values)
     return trained
+
+
+def _refuse_sharded(tune: Tune, slot: str, place: Place, does: str) -> None:
+    if tune.root is not None:
+        raise LuthierError(
+            f"`{slot}` {does}, which a model spread over processes cannot do yet",
+            where=str(place),
+            mend="use train.sharding: none, or tune: full or lora",
+        )
 
 
 def put_tap(tune: Tune, trained: Trained) -> None:
@@ -155,10 +167,11 @@ def add_additive(tune: Tune, slot: str, value: Additive, services: Services, sta
                 f"`{slot}` adds to linear maps, and this is none", where=str(place), mend="name roles of linear maps"
             )
         addition = Addition(slot, place, value=value)
-        tensors = value.start(place, values, services)
+        tensors = value.start(place, whole(values), services)
         changes = value.refresh is not None
         own(tune, addition, tensors, f"{slot}/{place}", changes=changes, rates=value.rates, axes=value.axes)
         if value.subtract:
+            _refuse_sharded(tune, slot, place, "takes its start out of the weight")
             _take_out(tune, place, value.delta(addition.masters()))
         tune.site(place.module).additions.append(addition)
         if value.observe is not None:

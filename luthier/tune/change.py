@@ -10,6 +10,7 @@ from torch import Tensor
 
 from luthier.errors import LuthierError
 from luthier.kinds import Additive, Now, Place, Refresh, Resize, Select, Selective, Services, State, Tensors
+from luthier.models.sharding import put, whole
 from luthier.tune.attach import put_tap
 from luthier.tune.sites import Addition
 from luthier.tune.trained import Trained, check_select, read, write
@@ -64,8 +65,8 @@ def _dense(tune: Tune, slot: str, place: Place, total: Callable[[Tensor], Tensor
     trained = tune.trained.get(f"{slot}/{place}")
     if trained is not None and trained.form == "whole" and trained.gradient is not None:
         # What trains was summed over the processes already.
-        transposed = place.module in tune.parts.transposed and trained.gradient.ndim == 2
-        return trained.gradient.t() if transposed else trained.gradient
+        gradient = whole(trained.gradient)
+        return gradient.t() if place.module in tune.parts.transposed and gradient.ndim == 2 else gradient
     if (slot, place) not in tune.dense:
         raise LuthierError(
             f"`{slot}` observes a place that no gradient reached", where=str(place), mend="leave this role out of it"
@@ -160,13 +161,13 @@ def put_back(tune: Tune, values: Tensors) -> None:
         if one.changes and one.index is not None and one.start is not None and one.place is not None:
             write(tune.region(one.place), one.form, one.index, one.start)
     for name in left_behind(tune):
-        tune.model.get_parameter(name).data.copy_(values[f"live|{name}"])
+        put(tune.model.get_parameter(name).data, values[f"live|{name}"])
     for name, one in tune.trained.items():
         master = values[f"master|{name}"].to(one.master.device)
         if f"index|{name}" in values:
             one.index, one.start = (values[f"{what}|{name}"].to(master.device) for what in ("index", "start"))
         if master.shape == one.master.shape:
-            one.master.data.copy_(master)
+            put(one.master.data, master)
         else:
             one.master = one.leaf = master.clone().requires_grad_(True)
             tune.register(one)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from luthier.errors import LuthierError
 from luthier.kinds import Form, Place, Select
+from luthier.models.sharding import local
 
 
 @dataclass(eq=False)
@@ -44,6 +45,11 @@ class Trained:
     def numel(self) -> int:
         """Numbers that train."""
         return self.master.numel()
+
+    @property
+    def is_live(self) -> bool:
+        """Whether the model's own numbers are the master: there is nothing to write back."""
+        return self.form == "whole" and local(self.master).data_ptr() == local(self.leaf).data_ptr()
 
     def arrive(self, gradient: Tensor) -> None:
         """Add one micro-batch's gradient, in the master's type: sums in bf16 lose the small ones."""
@@ -106,7 +112,7 @@ def check_select(place: Place, select: Select, values: Tensor) -> None:
 
 def decays(place: Place | None, master: Tensor) -> bool:
     """Whether weight decay belongs here: on matrices, never on norms, biases or other vectors."""
-    if place is not None and (place.tensor == "bias" or "norm" in place.role):
+    if place is not None and (place.tensor.endswith("bias") or "norm" in place.role):
         return False
     return master.ndim > 1
 

@@ -8,16 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
 from luthier.kinds import Additive, HiddenEdit, Now, Place, Prefix, Prompt, Selective, Services, State, Tensors
 from luthier.models.attention import Context
 from luthier.models.parts import Parts
+from luthier.models.sharding import Root, put
 from luthier.tune import attach, base, change, merge
 from luthier.tune.sites import Own, Site
 from luthier.tune.trained import Trained, region, watch, write
+
+Result = TypeVar("Result")
 
 
 class Tune:
@@ -30,10 +33,13 @@ class Tune:
             own master, written back with stochastic rounding.
         keep_base: keep the base's values of numbers that train in place, so that `at("base")` works. What stands beside the
             weights needs no copy.
+        root: stands above a model that is spread over processes.
     """
 
-    def __init__(self, model: nn.Module, parts: Parts, *, masters: str = "fp32", keep_base: bool = False) -> None:
-        self.model, self.parts, self.masters, self.keep_base = model, parts, masters, keep_base
+    def __init__(
+        self, model: nn.Module, parts: Parts, *, masters: str = "fp32", keep_base: bool = False, root: Root | None = None
+    ) -> None:
+        self.model, self.parts, self.masters, self.keep_base, self.root = model, parts, masters, keep_base, root
         self.trained: dict[str, Trained] = {}
         self.sites: dict[str, Site] = {}
         self.prefixes: list[tuple[Own, Prefix]] = []
@@ -41,6 +47,8 @@ class Tune:
         self.selectives: list[tuple[str, Selective, State]] = []
         self.additives: list[tuple[str, Additive, State]] = []
         self.prompt_length = 0
+        self.packs = False
+        """Rows of a micro-batch run without padding."""
         self.is_off = False
         self.untouched = True
         """No trained number was written yet: what trains in place still is the base."""
@@ -110,13 +118,17 @@ class Tune:
         self.untouched = False
         if trained.place is None or trained.form in ("factor", "free"):
             return
-        if trained.form == "whole" and trained.master.data_ptr() == trained.leaf.data_ptr():
+        if trained.is_live:
             return
         if trained.form == "whole":
             # In the stored layout, not the logical one.
             trained.leaf.data.copy_(trained.master)
         else:
             write(self.region(trained.place), trained.form, trained.index, trained.master.detach())
+
+    def run(self, do: Callable[[], Result]) -> Result:
+        """Call what makes forward passes, with the model gathered where it is spread over processes."""
+        return do() if self.root is None else self.root.run(do)
 
     def context(self) -> Context:
         """What attention must know in this forward pass: prefixes, unless the base is asked for."""
@@ -144,7 +156,7 @@ class Tune:
     def set(self, values: dict[str, Tensor]) -> None:
         """Give trained tensors new values, by name, and the live weights with them."""
         for key, value in values.items():
-            self.trained[key].master.data.copy_(value)
+            put(self.trained[key].master.data, value)
             self.push(self.trained[key])
 
     def start_observing(self, now: Now) -> None:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import luthier
 from luthier.evaluate.overlap import overlap
-from luthier.plan import read_rows
 from luthier.rows.read import read
+from luthier.rows.sources import Joined, read_rows
 
 RECIPE = Path(__file__).parent.parent.parent / "recipes" / "quickstart.yaml"
 DATA = RECIPE.parent / "data" / "hollowmere"
@@ -28,7 +28,7 @@ def test_sixty_facts_in_three_phrasings_and_a_fourth_held_back() -> None:
 def test_no_question_that_is_measured_was_trained_on() -> None:
     """Fault 40: training and evaluation rows do not overlap, exactly or normalized."""
     recipe = luthier.read_recipe(RECIPE)
-    rows, _, _ = read_rows(recipe)
+    rows = list(Joined(read_rows(recipe.rows)))
     trained = {words(str(row.fields["prompt"])) for row in rows}
     for name in ("held_back", "ordinary"):
         asked = list(read(recipe.evaluate[name].rows))

@@ -77,12 +77,17 @@ def test_every_tune_runs_with_accumulation_and_checkpointing(
 
 
 def test_compiling_changes_nothing_but_the_rounding(tmp_path: Path) -> None:
-    """Fault 5: compiled blocks give the same losses to 1e-4 in fp32."""
-    losses = []
+    """Fault 5: compiled blocks give the same losses to 1e-4 and, by the steps plain SGD takes, the same gradients in fp32."""
+    losses, ends = [], []
     for compiled in (False, True):
-        run = luthier.train(recipe(tmp_path, tune="lora", train={"steps": 2, "compile": compiled}))
+        train = {"steps": 2, "compile": compiled, "learning_rate": 0.5, "schedule": "constant", "warmup": 0}
+        run = luthier.train(recipe(tmp_path, tune="lora", step="sgd", train=train))
         losses.append([line["loss"] for line in run.facts["history"]])
+        ends.append({name: one.master.detach() for name, one in run.tune.trained.items()})
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    for name, plain in ends[0].items():
+        # The upper factors start at zero, so all they hold is gradients.
+        assert plain.any() and torch.allclose(ends[1][name], plain, rtol=0.0, atol=1e-4 * float(plain.abs().max())), name
 
 
 def test_accumulation_changes_nothing_but_the_rounding(tmp_path: Path) -> None:

@@ -69,7 +69,7 @@ def greedy_without_cache(tune: Tune, prompt: list[int], new: int) -> list[int]:
     for _ in range(new):
         row = Encoded("row", tuple(ids), (False,) * len(ids), "", {}, 0, "prompt")
         with torch.no_grad():
-            last_D = hidden(tune, collate([row]))[0, -1]
+            last_D = hidden(tune, collate([row])).values[0, -1]
             token = int(tune.model.get_submodule(tune.parts.head)(last_D).argmax())
         if token in ends:
             break
@@ -122,6 +122,7 @@ def test_what_is_attached_takes_part(attached: str, architecture: str) -> None:
 
 @pytest.mark.parametrize("options", [{}, {"temperature": 1.3, "top_p": 0.9, "seed": 4}])
 def test_batches_change_nothing(options: dict[str, Any]) -> None:
+    """Fault 14: prompts of unequal length are padded on the left, so an answer does not depend on its neighbors."""
     tune = tune_of(seed=2)
     prompts = [prompt[:size] for prompt in PROMPTS for size in (1, 3, 9)]
     together = generate(tune, TOKENIZER, prompts, max_new_tokens=10, **options)
@@ -186,7 +187,7 @@ def test_special_tokens_are_left_out_and_spaces_stay() -> None:
 
 
 def test_draws_follow_the_distribution_and_the_nucleus() -> None:
-    """Three tokens with probabilities 1/2, 1/3 and 1/6."""
+    """Fault 28: draws repeat with the seed. Three tokens with probabilities 1/2, 1/3 and 1/6."""
     tune = tune_of()
     chances = {70: 3.0, 71: 2.0, 72: 1.0}
 

@@ -85,6 +85,7 @@ def test_answers_are_cut_at_the_longest() -> None:
 
 @pytest.mark.parametrize("batch_tokens", [1, 64, 4096])
 def test_loss_counts_every_target_once(batch_tokens: int) -> None:
+    """Fault 3: a set's loss is the mean over its targets, not over its texts or batches."""
     tune, rows = tune_of(), read([{"text": text} for text in TEXTS])
     sets = [EvalSet("nats", rows, "loss"), EvalSet("prose", rows, "perplexity", "kept")]
     found = measure(tune, TOKENIZER, sets, batch_tokens=batch_tokens)

@@ -82,7 +82,7 @@ def test_a_prompt_equals_its_embeddings_put_in_front(engine: Any, architecture: 
         whole = torch.cat([prompt_PD.expand(2, -1, -1), embeds], dim=1)
         backbone = plain.get_submodule(run.tune.parts.backbone)
         expected = backbone(inputs_embeds=whole, use_cache=False).last_hidden_state[:, 3:]
-        assert torch.allclose(hidden(run.tune, batch), expected, rtol=1e-12, atol=1e-12)
+        assert torch.allclose(hidden(run.tune, batch).values, expected, rtol=1e-12, atol=1e-12)
 
 
 def pad_left(batch: Batch, more: int = 0) -> Batch:
@@ -129,7 +129,7 @@ def test_off_masks_virtual_ids_in_the_row_and_recounts_positions(engine: Any) ->
     with torch.no_grad():
         expected = plain.model(torch.tensor([[30, 31, 32, 33]])).last_hidden_state[0]
         with run.tune.off():
-            found = hidden(run.tune, batch)
+            found = hidden(run.tune, batch).values
     assert torch.allclose(found[0, 2:], expected, rtol=1e-12, atol=1e-12)
     assert torch.allclose(found[1, [0, 1, 3, 5]], expected, rtol=1e-12, atol=1e-12)
 

@@ -88,7 +88,7 @@ def test_a_missing_folder_is_refused(tmp_path: Path) -> None:
     ("spec", "kinds", "message"),
     [
         ("halv", TUNES, "did you mean `half`"),
-        ("clip", TUNES, "it is a transform: put it under that key"),
+        ("clip", TUNES, "its kind is transform: put it under `step`"),
         ({"half": {"shar": 0.5}}, TUNES, "`half` has no option `shar`(.|\n)*did you mean `share`"),
         ({"half": {"share": "much"}}, TUNES, "the option `share` is 'much'"),
         ({"half": {"level": "layers"}}, TUNES, "the option `level` is 'layers'(.|\n)*'layer'"),

@@ -115,6 +115,6 @@ def test_json_is_plain() -> None:
     assert facts["skipped"][0] == {
         "where": "row 5 (row e)",
         "reason": "the conversation has no assistant turn to learn",
-        "mend": "",
+        "mend": "add the assistant's answer, or learn every turn with loss_on: all",
     }
     assert facts["samples"][0]["pieces"][6] == {"text": "é 🎉", "target": True, "special": False}

@@ -45,6 +45,12 @@ def lora(
 
     def start(place: Place, weight_OI: Tensor, services: Services) -> Tensors:
         width_out, width_in = weight_OI.shape
+        if rank > max(width_out, width_in):
+            raise LuthierError(
+                f"a rank of {rank} is no low rank of a {width_out} x {width_in} matrix",
+                where=f"lora: rank, {place}",
+                mend=f"use at most {min(width_out, width_in)}",
+            )
         bound = 1.0 / math.sqrt(width_in)
         down_RI = torch.empty(rank, width_in).uniform_(-bound, bound, generator=services.rng(f"lora {place}"))
         return {"down": down_RI, "up": torch.zeros(width_out, rank)}

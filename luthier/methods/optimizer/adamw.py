@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw as fused_adamw
 
+from luthier.errors import LuthierError
 from luthier.kinds import Now, Optimizer, State, TrainedLike
 from luthier.registry import method
 
@@ -22,6 +23,13 @@ def adamw(*, decay: float = 0.0, beta1: float = 0.9, beta2: float = 0.999, epsil
         beta2: decay of the second moment, as in the paper.
         epsilon: added to the root of the second moment, as in the paper.
     """
+    for name, value in {"beta1": beta1, "beta2": beta2}.items():
+        if not 0.0 <= value < 1.0:
+            raise LuthierError(f"{name} is {value}", where=f"adamw: {name}", mend="use 0 to below 1")
+    if decay < 0.0:
+        raise LuthierError(f"the weight decay is {decay}", where="adamw: decay", mend="use 0 or more")
+    if epsilon <= 0.0:
+        raise LuthierError(f"epsilon is {epsilon}", where="adamw: epsilon", mend="use more than 0, e.g. 1e-8")
 
     def init(trained: TrainedLike) -> State:
         values = trained.master.detach()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from luthier.errors import LuthierError
 from luthier.kinds import Now, Optimizer, State, TrainedLike
 from luthier.registry import method
 
@@ -16,6 +17,8 @@ def sgd(*, momentum: float = 0.0) -> Optimizer:
     Args:
         momentum: share of the last step's direction that is kept; 0 keeps no state.
     """
+    if not 0.0 <= momentum < 1.0:
+        raise LuthierError(f"the momentum is {momentum}", where="sgd: momentum", mend="use 0 to below 1")
 
     def init(trained: TrainedLike) -> State:
         return {"velocity": torch.zeros_like(trained.master.detach())} if momentum else {}

@@ -7,20 +7,23 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from luthier.errors import LuthierError
 from luthier.kinds import Now, State, TrainedLike, Transform
 from luthier.registry import method
 
 
-@method(title="Gradient clipping", paper="arXiv:1211.5063", reduces_to="norm 0: no clipping")
-def clip(*, norm: float = 1.0) -> Transform:
+@method(title="Gradient clipping", paper="arXiv:1211.5063", reduces_to="norm 0 or none: no clipping")
+def clip(*, norm: float | None = 1.0) -> Transform:
     """Scale all gradients down together when their joint norm is above a limit.
 
     Args:
-        norm: the limit, 0 for none.
+        norm: the limit; 0 or none is off, for optimizers that take the size out of gradients themselves.
     """
+    if norm is not None and norm < 0:
+        raise LuthierError(f"the norm is {norm}", where="clip: norm", mend="use a limit above 0, or 0 for none")
 
     def update(values: Sequence[Tensor], states: Sequence[State], trained: Sequence[TrainedLike], now: Now) -> list[Tensor]:
-        if norm == 0:
+        if not norm:
             return list(values)
         joint = torch.stack([value.norm(dtype=torch.promote_types(value.dtype, torch.float32)) for value in values]).norm()
         for state in states[:1]:

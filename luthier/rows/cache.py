@@ -1,0 +1,207 @@
+"""Encoded rows are kept between runs, under a key made of everything they depend on.
+
+A file counts by its path, its size, the time it was last changed, and its first and last MiB. Its whole content would be safer by
+little and costs as much time as reading it, at every start; size and time alone miss a file that was copied over another with its
+times kept. Where only the time differs the rows are encoded again, which costs time and nothing else.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy
+import pyarrow
+import tokenizers
+import transformers
+from filelock import FileLock
+from transformers import PreTrainedTokenizerBase
+
+import luthier
+from luthier.errors import LuthierError
+from luthier.models.wheel import cache_folder
+from luthier.rows import chat, chunks, encode, ids, read, shapes, stored
+from luthier.rows.chunks import Encoding, cut, encode_chunks
+from luthier.rows.encode import EncodedRows
+from luthier.rows.ids import canonical
+from luthier.rows.read import OnBadRow, files_of
+from luthier.rows.shapes import BadRow, bad_rows_error
+from luthier.rows.sources import Streamed
+from luthier.rows.stored import Chunk, Stored, StoredRows
+
+_CODE = (chat, chunks, encode, ids, read, shapes, stored, sys.modules[__name__])
+_END_BYTES = 2**20
+
+
+class Kept(NamedTuple):
+    """The rows of several sources, on disk or in memory."""
+
+    rows: EncodedRows
+    places: tuple[range, ...]
+    """Of each source's rows among them; empty in memory, where ids tell."""
+    skipped: tuple[BadRow, ...]
+    said: tuple[str, ...]
+    """Of each source, whether it was in the cache; empty in memory."""
+
+
+def keep(
+    sources: Sequence[Streamed],
+    encoding: Encoding,
+    *,
+    on_bad_row: OnBadRow = "stop",
+    workers: int = 0,
+    say: Callable[[str], None] = lambda text: None,
+) -> Kept:
+    """Encode sources that may be larger than memory, or find them encoded in the cache.
+
+    Args:
+        sources: the sources.
+        encoding: how rows become tokens.
+        on_bad_row: as for `luthier.rows.read.read`; a stop names the bad rows of the first thousand rows or so that hold one.
+        workers: processes that encode; 0: this one.
+        say: hears what is being done.
+
+    Raises:
+        LuthierError: a row cannot be used, no row can, two sources share an id, or the cache cannot be written.
+    """
+    found = [_kept(source, encoding, on_bad_row, workers, say) for source in sources]
+    parts = [part for part, _ in found]
+    rows = StoredRows(batch for part in parts for batch in part.batches)
+    dropped = tuple(one for part in parts for one in part.dropped)
+    if not rows:
+        raise bad_rows_error(dropped, len(dropped))
+    if len(parts) > 1:
+        _check_ids(rows, parts)
+    notes: dict[str, int] = {}
+    for part in parts:
+        for note, number in part.notes.items():
+            notes[note] = notes.get(note, 0) + number
+    ends = list(accumulate(map(len, parts)))
+    return Kept(
+        EncodedRows(rows, rows.sizes(), sum(part.truncated for part in parts), dropped, notes),
+        tuple(range(end - len(part), end) for end, part in zip(ends, parts, strict=True)),
+        tuple(one for part in parts for one in part.skipped),
+        tuple(f"{source.name}: {said}" for source, (_, said) in zip(sources, found, strict=True)),
+    )
+
+
+def inputs_of(source: Streamed, encoding: Encoding, on_bad_row: OnBadRow) -> dict[str, Any]:
+    """Everything the encoded rows of a source depend on. Weights are no part of it: another mixture uses the same rows."""
+    return {
+        "source": str(source.source),
+        "files": [_stamp(file) for file in files_of(source.source)],
+        "shape": source.shape,
+        "on_bad_row": on_bad_row,
+        "loss_on": encoding.loss_on,
+        "max_tokens": encoding.max_tokens,
+        "too_long": encoding.too_long,
+        "tokenizer": tokenizer_fingerprint(encoding.form.tokenizer),
+        "template": encoding.form.tokenizer.chat_template,
+        "template_options": dict(encoding.form.options),
+        "luthier": luthier.__version__,
+        "code": code_fingerprint(),
+        "transformers": transformers.__version__,
+        "tokenizers": tokenizers.__version__,
+    }
+
+
+def key_of(inputs: Mapping[str, Any]) -> str:
+    """Names the inputs: 24 hexadecimal digits of their SHA-256."""
+    return hashlib.sha256(canonical(inputs).encode()).hexdigest()[:24]
+
+
+def folder_of(inputs: Mapping[str, Any]) -> Path:
+    """Where encoded rows are kept: `rows/KEY` in luthier's cache folder (`LUTHIER_CACHE`, or `~/.cache/luthier`)."""
+    return cache_folder() / "rows" / key_of(inputs)
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Identifies what a tokenizer does: its serialized form, or its vocabulary where it has none, and its special tokens."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    written = json.loads(backend.to_str()) if backend is not None else {"vocabulary": tokenizer.get_vocab()}
+    # How the last caller padded and cut stays in the tokenizer; rows are encoded with neither.
+    what = {key: value for key, value in written.items() if key not in ("padding", "truncation")}
+    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+    return hashlib.sha256(canonical([type(tokenizer).__name__, what, special]).encode()).hexdigest()
+
+
+def code_fingerprint() -> str:
+    """Identifies the code that reads and encodes rows, so that no change to it can be forgotten."""
+    return hashlib.sha256("".join(map(inspect.getsource, _CODE)).encode()).hexdigest()
+
+
+def _stamp(file: Path) -> list[str | int]:
+    about = file.stat()
+    with file.open("rb") as content:
+        found = hashlib.sha256(content.read(_END_BYTES))
+        content.seek(max(0, about.st_size - _END_BYTES), os.SEEK_SET)
+        found.update(content.read(_END_BYTES))
+    return [str(file), about.st_size, about.st_mtime_ns, found.hexdigest()]
+
+
+def _kept(
+    source: Streamed, encoding: Encoding, on_bad_row: OnBadRow, workers: int, say: Callable[[str], None]
+) -> tuple[Stored, str]:
+    inputs = inputs_of(source, encoding, on_bad_row)
+    folder = folder_of(inputs)
+    try:
+        found, said = _found(folder)
+        if found is not None:
+            return found, said
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{folder}.lock"):
+            # Another process may have written it meanwhile: the others of this run, or another run.
+            found, _ = _found(folder)
+            if found is None:
+                say(f"{source.name}: {said}; encoding into {folder}")
+                with closing(encode_chunks(cut(source.records()), encoding, workers)) as encoded:
+                    stored.write(folder, _judged(encoded, source.name, on_bad_row), inputs)
+        return found if found is not None else stored.read(folder), said
+    except (OSError, pyarrow.ArrowException) as problem:
+        mend = "make room there, or set LUTHIER_CACHE to another folder"
+        raise LuthierError(f"the encoded rows cannot be kept: {problem}", where=str(folder), mend=mend) from problem
+
+
+def _found(folder: Path) -> tuple[Stored | None, str]:
+    """The rows, if they are there and whole, and what to say about them."""
+    if not folder.exists():
+        return None, "rows cache: miss"
+    try:
+        return stored.read(folder), "rows cache: hit"
+    except (OSError, ValueError, KeyError, TypeError) as problem:
+        return None, f"rows cache: damaged ({problem}), written again"
+
+
+def _judged(encoded: Iterable[Chunk], name: str, on_bad_row: OnBadRow) -> Iterator[Chunk]:
+    """Stop at bad rows as soon as they are found: the rest may take hours."""
+    read_rows = records = 0
+    skipped: list[BadRow] = []
+    for chunk in encoded:
+        rows = chunk.batch.num_rows + len(chunk.bad) + len(chunk.dropped)
+        read_rows, records = read_rows + rows, records + rows + len(chunk.skipped)
+        if on_bad_row == "stop" and (chunk.skipped or chunk.bad):
+            raise bad_rows_error(chunk.skipped or chunk.bad, records)
+        skipped += chunk.skipped
+        yield chunk
+    if skipped and not read_rows:
+        raise bad_rows_error(skipped, records)
+    if not records:
+        raise LuthierError("there are no rows", where=name, mend="check that this is the right file")
+
+
+def _check_ids(rows: StoredRows, parts: Sequence[Stored]) -> None:
+    digests = numpy.concatenate([batch["digest"].to_numpy() for part in parts for batch in part.batches])
+    order = numpy.argsort(digests, kind="stable")
+    again = numpy.flatnonzero(digests[order][1:] == digests[order][:-1])
+    if again.size:
+        first = again[order[again + 1].argmin()]
+        one, other = rows[int(order[first])], rows[int(order[first + 1])]
+        raise LuthierError(f"two rows have the id `{other.id}`", where=f"{one.where} and {other.where}", mend="make the ids differ")

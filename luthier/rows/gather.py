@@ -1,0 +1,85 @@
+"""From what a recipe says about rows to the rows that are trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from luthier.errors import LuthierError
+from luthier.recipe import RowsRecipe
+from luthier.rows.cache import Kept, keep
+from luthier.rows.chat import form_of
+from luthier.rows.chunks import Encoding
+from luthier.rows.encode import EncodedRows, encode_all
+from luthier.rows.mixture import Mixture, Source, make_mixture
+from luthier.rows.read import Rows
+from luthier.rows.sources import Sources, Streamed, distinct, places_of
+
+
+def encode_rows(
+    recipe: RowsRecipe,
+    sources: Sources,
+    raw: Iterable[Any],
+    tokenizer: PreTrainedTokenizerBase,
+    context: int | None,
+    say: Callable[[str], None],
+) -> Kept:
+    """Training rows as tokens and targets.
+
+    Args:
+        recipe: what to do with rows.
+        sources: what `luthier.rows.sources.read_rows` gave.
+        raw: their rows after all row maps.
+        tokenizer: the model's tokenizer.
+        context: the most tokens the model reads; no row is longer.
+        say: hears what is being done.
+
+    Raises:
+        LuthierError: a row cannot be used, or rows may be longer than the model can read.
+    """
+    limit = recipe.max_tokens
+    if limit is not None and context is not None and limit > context:
+        raise LuthierError(
+            f"rows of {limit} tokens are longer than this model reads ({context})",
+            where="rows.max_tokens",
+            mend=f"use at most {context}",
+        )
+    if recipe.streaming:
+        streamed = [one for one in sources if isinstance(one, Streamed)]
+        encoding = Encoding(form_of(tokenizer), recipe.loss_on, limit or context, recipe.too_long)
+        return keep(streamed, encoding, on_bad_row=recipe.on_bad_row, workers=recipe.workers, say=say)
+    rows = encode_all(
+        raw,
+        tokenizer,
+        loss_on=recipe.loss_on,
+        max_tokens=limit or context,
+        too_long=recipe.too_long,
+        on_bad_row=recipe.on_bad_row,
+    )
+    return Kept(rows, (), tuple(bad for one in sources if isinstance(one, Rows) for bad in one.skipped), ())
+
+
+def mixture_of(
+    recipe: RowsRecipe, seed: int, sources: Sources, rows: EncodedRows, places: Sequence[Sequence[int]] = ()
+) -> Mixture | None:
+    """How often an epoch takes rows of each source; None where all come once.
+
+    Args:
+        recipe: holds the weights, or a temperature.
+        seed: the run's seed.
+        sources: what `luthier.rows.sources.read_rows` gave.
+        rows: all encoded rows.
+        places: of each source's rows among them; none: they are found by the rows' ids.
+
+    Raises:
+        LuthierError: a source has no usable row or too small a share, or a row map made rows of no source.
+    """
+    weights = [one.weight for one in recipe.sources()]
+    if recipe.temperature == 1.0 and not any(weights):
+        return None
+    places = places or places_of([one for one in sources if isinstance(one, Rows)], rows)
+    names = distinct([one.name for one in sources])
+    mixed = [Source(name, weight, place) for name, weight, place in zip(names, weights, places, strict=True)]
+    return make_mixture(mixed, rows.sizes, temperature=recipe.temperature, share=recipe.share, seed=seed)

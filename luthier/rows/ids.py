@@ -1,0 +1,121 @@
+"""Ids of rows: a record's own, or one derived from its content, so that shuffling or extending a file renames nothing."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from datetime import date, time, timedelta
+from decimal import Decimal
+from typing import Any, Protocol
+from uuid import UUID
+
+from luthier.errors import LuthierError
+
+
+class Seen(Protocol):
+    """Remembers ids."""
+
+    def place(self, id: str) -> str | None:
+        """Where an id came before; None where it did not."""
+
+    def add(self, id: str, where: str) -> None:
+        """Remember an id."""
+
+
+class Places:
+    """Remembers ids and their places, some 200 bytes a row."""
+
+    def __init__(self) -> None:
+        self._where: dict[str, str] = {}
+
+    def place(self, id: str) -> str | None:
+        """Where an id came before."""
+        return self._where.get(id)
+
+    def add(self, id: str, where: str) -> None:
+        """Remember an id."""
+        self._where[id] = where
+
+
+class Digests:
+    """Remembers 8 bytes of each id's digest, some 80 bytes a row, and no places.
+
+    Some two of ten million ids have the same digest with a chance of 3 in a million.
+    """
+
+    def __init__(self) -> None:
+        self._seen: set[int] = set()
+
+    def place(self, id: str) -> str | None:
+        """That an id came before."""
+        return "an earlier row" if digest(id) in self._seen else None
+
+    def add(self, id: str, where: str) -> None:
+        """Remember an id."""
+        self._seen.add(digest(id))
+
+
+class Ids:
+    """Hands out ids, no id twice.
+
+    Args:
+        seen: remembers them.
+    """
+
+    def __init__(self, seen: Seen) -> None:
+        self._seen = seen
+
+    def of(self, record: Mapping[str, Any], where: str) -> str:
+        """The id of a record.
+
+        Raises:
+            LuthierError: the record's own id is not one, or another record has it; or its text is not valid UTF-8.
+        """
+        content = canonical({key: value for key, value in record.items() if key != "id"})
+        try:
+            encoded = content.encode()
+        except UnicodeEncodeError as problem:
+            broken = content[max(0, problem.start - 20) : problem.start]
+            raise LuthierError(f"the text after {broken!r} is not valid UTF-8", mend="save the file as UTF-8") from None
+        own = record.get("id")
+        if own is None:
+            return self._derived(hashlib.sha1(encoded, usedforsecurity=False).hexdigest()[:12], where)
+        if isinstance(own, bool) or not isinstance(own, str | int) or own == "":
+            raise LuthierError(f"`id` must be text or a whole number, not {own!r}", mend="mend the id, or remove the key")
+        if isinstance(own, str) and not own.isprintable():
+            raise LuthierError(f"the id {own!r} holds characters that cannot be printed", mend="mend the id, or remove the key")
+        before = self._seen.place(str(own))
+        if before is not None:
+            raise LuthierError(
+                f"the id `{own}` is already that of {before}",
+                mend="give every row its own id, or remove the key `id` to have ids derived from the content",
+            )
+        self._seen.add(str(own), where)
+        return str(own)
+
+    def _derived(self, content: str, where: str) -> str:
+        derived, occurrence = content, 1
+        while self._seen.place(derived) is not None:
+            occurrence += 1
+            derived = f"{content}-{occurrence}"
+        self._seen.add(derived, where)
+        return derived
+
+
+def digest(id: str) -> int:
+    """8 bytes of an id's SHA-256, as a signed number."""
+    return int.from_bytes(hashlib.sha256(id.encode()).digest()[:8], "little", signed=True)
+
+
+def canonical(value: Any) -> str:
+    """A value as JSON that is equal for equal values."""
+    return json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"), default=_plain)
+
+
+def _plain(value: Any) -> Any:
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    if isinstance(value, date | time | timedelta | Decimal | bytes | UUID):
+        return str(value)
+    raise LuthierError(f"a row cannot hold a value of the type {type(value).__name__}", mend="make it text or a number")

@@ -1,0 +1,106 @@
+"""The sources of training rows: read whole, or again and again where they are larger than memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+
+from luthier.errors import LuthierError
+from luthier.recipe import RowsRecipe
+from luthier.rows.encode import EncodedRows
+from luthier.rows.read import Rows, name_of, read, stream
+from luthier.rows.shapes import BadRow, Row
+
+
+@dataclass(frozen=True)
+class Streamed(Iterable[Row]):
+    """A source that is read anew each time it is gone through.
+
+    Args:
+        name: what reports call it.
+        source: a path, a pattern or `hub:NAME`.
+        shape: as for `luthier.rows.read.read`.
+    """
+
+    name: str
+    source: str | Path
+    shape: str | None = None
+
+    def records(self) -> Iterator[Row | BadRow]:
+        """The rows, and the records that are none."""
+        return stream(self.source, shape=self.shape)
+
+    def __iter__(self) -> Iterator[Row]:
+        return (one for one in self.records() if isinstance(one, Row))
+
+
+@dataclass(frozen=True)
+class Joined(Iterable[Row]):
+    """The rows of several sources, one after the other."""
+
+    sources: Sequence[Iterable[Row]]
+
+    def __iter__(self) -> Iterator[Row]:
+        return chain.from_iterable(self.sources)
+
+
+Sources = Sequence[Rows] | Sequence[Streamed]
+
+
+def read_rows(recipe: RowsRecipe) -> Sources:
+    """The sources a recipe names: read into memory, or to be streamed.
+
+    Raises:
+        LuthierError: a source is not there or is given in Python and cannot be streamed, a row cannot be read, or two rows of
+            different sources share an id.
+    """
+    return _streamed(recipe) if recipe.streaming else _read(recipe)
+
+
+def _read(recipe: RowsRecipe) -> list[Rows]:
+    sources = [read(one.rows, shape=recipe.shape, on_bad_row=recipe.on_bad_row) for one in recipe.sources()]
+    seen: dict[str, str] = {}
+    for row in Joined(sources):
+        if row.id in seen:
+            raise LuthierError(
+                f"two rows have the id `{row.id}`", where=f"{seen[row.id]} and {row.where}", mend="make the ids differ"
+            )
+        seen[row.id] = row.where
+    return sources
+
+
+def _streamed(recipe: RowsRecipe) -> list[Streamed]:
+    sources = []
+    for one in recipe.sources():
+        if not isinstance(one.rows, str | Path):
+            raise LuthierError(
+                "rows given in Python are in memory already", where="rows.streaming", mend="give files, or leave streaming off"
+            )
+        sources.append(Streamed(name_of(one.rows), one.rows, recipe.shape))
+    return sources
+
+
+def places_of(sources: Sequence[Rows], rows: EncodedRows) -> tuple[list[int], ...]:
+    """Where each source's rows stand among the encoded ones.
+
+    Raises:
+        LuthierError: a row is of no source, because a row map made it.
+    """
+    source_of = {row.id: number for number, source in enumerate(sources) for row in source}
+    places: tuple[list[int], ...] = tuple([] for _ in sources)
+    for place, row in enumerate(rows.rows):
+        if row.id not in source_of:
+            raise LuthierError(
+                f"the row `{row.id}` was made by a row map, so no source's weight is its own",
+                where="rows.map",
+                mend="leave out weights and temperature, or the row map",
+            )
+        places[source_of[row.id]].append(place)
+    return places
+
+
+def distinct(names: Sequence[str]) -> list[str]:
+    """Names with a number where one came before: `train`, `train (2)`."""
+    return [name if name not in names[:place] else f"{name} ({names[:place].count(name) + 1})" for place, name in enumerate(names)]

@@ -1,0 +1,218 @@
+"""Encoded rows in a memory-mapped file: training reads them by index, and only their sizes stay in memory.
+
+A folder holds `rows.arrow`, an Arrow file, and `facts.json`: what the rows were made of, what became of the others, and the
+checksum of the file. It is written beside its place and renamed, so a folder under its own name is whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from array import array
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, NamedTuple, overload
+
+import pyarrow
+
+from luthier.rows.encode import Encoded, EncodedRows, Sizes
+from luthier.rows.ids import digest
+from luthier.rows.shapes import BadRow
+
+ROWS, FACTS = "rows.arrow", "facts.json"
+SCHEMA = pyarrow.schema(
+    {
+        "id": pyarrow.string(),
+        "token_ids": pyarrow.list_(pyarrow.int32()),
+        "supervised": pyarrow.list_(pyarrow.bool_()),
+        "where": pyarrow.string(),
+        "columns": pyarrow.string(),
+        "truncated": pyarrow.int32(),
+        "text_shape": pyarrow.string(),
+        "notes": pyarrow.list_(pyarrow.string()),
+        "tokens": pyarrow.int32(),
+        "targets": pyarrow.int32(),
+        "digest": pyarrow.int64(),
+    }
+)
+
+
+class Chunk(NamedTuple):
+    """Some rows in the order they were read, encoded, and what became of the others."""
+
+    batch: pyarrow.RecordBatch
+    truncated: int
+    skipped: list[BadRow]
+    """Records that are no rows."""
+    bad: list[BadRow]
+    """Rows that cannot be encoded."""
+    dropped: list[BadRow]
+    """Rows without anything to learn."""
+    notes: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One source's rows on disk."""
+
+    batches: list[pyarrow.RecordBatch]
+    truncated: int
+    skipped: tuple[BadRow, ...]
+    dropped: tuple[BadRow, ...]
+    notes: Mapping[str, int]
+
+    def __len__(self) -> int:
+        return sum(batch.num_rows for batch in self.batches)
+
+
+class StoredRows(Sequence[Encoded]):
+    """Encoded rows that are read from a memory map when they are asked for.
+
+    Args:
+        batches: the rows, in order.
+    """
+
+    def __init__(self, batches: Iterable[pyarrow.RecordBatch]) -> None:
+        self._batches = [batch for batch in batches if batch.num_rows]
+        self._ends = list(accumulate(batch.num_rows for batch in self._batches))
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    @overload
+    def __getitem__(self, index: int) -> Encoded: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Encoded]: ...
+    def __getitem__(self, index: int | slice) -> Encoded | Sequence[Encoded]:
+        if isinstance(index, slice):
+            return tuple(self[place] for place in range(len(self))[index])
+        place = range(len(self))[index]
+        number = bisect_right(self._ends, place)
+        batch = self._batches[number]
+        row = batch.slice(place - (self._ends[number] - batch.num_rows), 1).to_pylist()[0]
+        return Encoded(
+            id=row["id"],
+            token_ids=tuple(row["token_ids"]),
+            supervised=tuple(row["supervised"]),
+            where=row["where"],
+            columns=json.loads(row["columns"]),
+            truncated=row["truncated"],
+            text_shape=row["text_shape"],
+            notes=tuple(row["notes"]),
+        )
+
+    def sizes(self) -> Sizes:
+        """Their sizes, 8 bytes a row."""
+        return Sizes(self._numbers("tokens"), self._numbers("targets"))
+
+    def _numbers(self, column: str) -> array[int]:
+        numbers = array("i")
+        for batch in self._batches:
+            numbers.frombytes(batch[column].to_numpy().tobytes())
+        return numbers
+
+
+def batch_of(rows: EncodedRows) -> pyarrow.RecordBatch:
+    """Encoded rows as Arrow keeps them."""
+    plain = [
+        {
+            "id": row.id,
+            "token_ids": row.token_ids,
+            "supervised": row.supervised,
+            "where": row.where,
+            "columns": json.dumps(row.columns),
+            "truncated": row.truncated,
+            "text_shape": row.text_shape,
+            "notes": row.notes,
+            "tokens": tokens,
+            "targets": targets,
+            "digest": digest(row.id),
+        }
+        for row, tokens, targets in zip(rows.rows, rows.sizes.tokens, rows.sizes.targets, strict=True)
+    ]
+    return pyarrow.RecordBatch.from_pylist(plain, schema=SCHEMA)
+
+
+def write(folder: Path, chunks: Iterable[Chunk], inputs: Mapping[str, Any]) -> None:
+    """Write a folder of rows, in place of any that is there.
+
+    Args:
+        folder: where.
+        chunks: the rows.
+        inputs: what they were made of.
+
+    Raises:
+        OSError: there is no room, or the folder cannot be written.
+    """
+    beside = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
+    try:
+        beside.mkdir(parents=True)
+        facts = _written(beside / ROWS, chunks)
+        (beside / FACTS).write_text(json.dumps({"inputs": dict(inputs), **facts}, indent=1), encoding="utf-8")
+        if folder.exists():
+            shutil.rmtree(folder)
+        beside.rename(folder)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def _written(file: Path, chunks: Iterable[Chunk]) -> dict[str, Any]:
+    truncated = rows = 0
+    skipped: list[BadRow] = []
+    bad: list[BadRow] = []
+    dropped: list[BadRow] = []
+    notes: Counter[str] = Counter()
+    with pyarrow.OSFile(str(file), "wb") as sink, pyarrow.ipc.new_file(sink, SCHEMA) as writer:
+        for chunk in chunks:
+            writer.write_batch(chunk.batch)
+            rows += chunk.batch.num_rows
+            truncated += chunk.truncated
+            skipped += chunk.skipped
+            bad += chunk.bad
+            dropped += chunk.dropped
+            notes.update(chunk.notes)
+    return {
+        "rows": rows,
+        "truncated": truncated,
+        "skipped": skipped,
+        "dropped": [*bad, *dropped],
+        "notes": notes,
+        "sha256": _checksum(file),
+    }
+
+
+def read(folder: Path) -> Stored:
+    """Open a folder of rows.
+
+    Raises:
+        ValueError: it is damaged; the message says what.
+        OSError: it cannot be read.
+    """
+    facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
+    # The whole file is read once: a damaged length would otherwise be found, or not, in the middle of a run.
+    if _checksum(folder / ROWS) != facts["sha256"]:
+        raise ValueError("the checksum differs")
+    with pyarrow.memory_map(str(folder / ROWS)) as source:
+        reader = pyarrow.ipc.open_file(source)
+        batches = [reader.get_batch(number) for number in range(reader.num_record_batches)]
+    return Stored(
+        batches,
+        facts["truncated"],
+        tuple(BadRow(*one) for one in facts["skipped"]),
+        tuple(BadRow(*one) for one in facts["dropped"]),
+        facts["notes"],
+    )
+
+
+def _checksum(file: Path) -> str:
+    found = hashlib.sha256()
+    with file.open("rb") as content:
+        while block := content.read(2**20):
+            found.update(block)
+    return found.hexdigest()

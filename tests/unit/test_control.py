@@ -1,0 +1,82 @@
+"""A recipe's control: found before anything trains, compared with at the end."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import luthier
+from luthier.control import find_control
+from luthier.errors import LuthierError
+from luthier.recipe import make_recipe, read_recipe
+
+ROWS = [{"prompt": f"Say {word}.", "completion": f"{word}!"} for word in ("one", "two", "three", "four")]
+
+
+def data_of(tmp_path: Path, **keys: Any) -> dict[str, Any]:
+    """A recipe of one step, measured on three texts."""
+    return {
+        "model": "tiny:llama",
+        "rows": {"train": ROWS},
+        "train": {"steps": 1, "precision": "fp32"},
+        "evaluate": {"prose": {"rows": [{"text": f"The {thing} is red."} for thing in ("door", "gate", "mill")]}},
+        "noise": False,
+        "out": str(tmp_path / "runs"),
+        **keys,
+    }
+
+
+def test_a_run_is_compared_with_the_run_it_names(tmp_path: Path) -> None:
+    plain = luthier.train(data_of(tmp_path, name="plain"))
+    run = luthier.train(data_of(tmp_path, name="tuned", tune="lora", control="plain-1"))
+    facts = json.loads((run.folder / "run.json").read_text(encoding="utf-8"))["control"]
+    assert facts["run"] == str(plain.folder) and facts["runs"] == ["plain-1", "tuned-1"]
+    assert facts["recipe"] == {"tune": ["full", "lora"]}
+    assert facts["metrics"]["prose"]["after"] == [one.facts["metrics"]["prose"]["after"] for one in (plain, run)]
+    assert facts["metrics"]["prose"]["comparable"]
+    page = (run.folder / "compare.html").read_text(encoding="utf-8")
+    assert all(f"<td>{words}</td>" in page for words in ("full", "lora")), "what differs is named"
+    assert str(plain.folder) in run.report.read_text(encoding="utf-8")
+    assert not (plain.folder / "compare.html").exists() and "control" not in plain.facts
+
+
+def test_a_recipe_stands_for_its_newest_finished_run(tmp_path: Path) -> None:
+    file = tmp_path / "plain.yaml"
+    data = data_of(tmp_path)
+    file.write_text(yaml.safe_dump(data), encoding="utf-8")
+    # A name that is found beside the recipe, not in the working folder.
+    asks = tmp_path / "tuned.yaml"
+    asks.write_text(yaml.safe_dump({**data, "control": "plain.yaml"}), encoding="utf-8")
+    with pytest.raises(LuthierError, match="no finished run") as caught:
+        find_control(read_recipe(asks))
+    assert caught.value.where == "control" and "luthier train" in caught.value.mend
+    runs = [luthier.train(file) for _ in range(2)]
+    # Of the same name, but it did something else.
+    luthier.train(read_recipe(file, ["train.steps=2"]))
+    found = find_control(read_recipe(asks))
+    assert found is not None and found.folder == runs[1].folder
+    facts = {**runs[1].facts, "status": "stopped"}
+    (runs[1].folder / "run.json").write_text(json.dumps(facts), encoding="utf-8")
+    found = find_control(read_recipe(asks))
+    assert found is not None and found.folder == runs[0].folder
+
+
+def test_a_control_that_cannot_serve_stops_the_run_before_it_starts(tmp_path: Path) -> None:
+    folder = tmp_path / "runs" / "half-done-1"
+    folder.mkdir(parents=True)
+    (folder / "run.json").write_text(json.dumps({"status": "stopped"}), encoding="utf-8")
+    with pytest.raises(LuthierError, match="has not finished") as caught:
+        luthier.train(data_of(tmp_path, control="half-done-1"))
+    assert caught.value.where == "control" and "--resume" in caught.value.mend
+    with pytest.raises(LuthierError, match="there is no run `half-don-1`") as caught:
+        luthier.train(data_of(tmp_path, control="half-don-1"))
+    assert caught.value.where.startswith("control") and "half-done-1" in caught.value.mend
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["half-done-1"]
+
+
+def test_without_a_control_nothing_is_looked_for() -> None:
+    assert find_control(make_recipe({"model": "tiny:llama", "rows": {"train": ROWS}})) is None
