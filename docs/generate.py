@@ -19,6 +19,7 @@ from luthier import registry
 from luthier.kinds import KINDS, TUNES
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "toy_technique.py"
+RESULTS = Path(__file__).parent.parent / "bench" / "results.json"
 MARKER = re.compile(r"^<!-- generated: (\w+) -->$", re.MULTILINE)
 Schema = Mapping[str, Any]
 
@@ -179,4 +180,41 @@ def example() -> str:
     return f"```python\n{EXAMPLE.read_text(encoding='utf-8').rstrip()}\n```"
 
 
-WRITERS: dict[str, Callable[[], str]] = {"recipe": recipe, "techniques": techniques, "example": example}
+def bench() -> str:
+    """What `make bench` measured last, as it was committed."""
+    if not RESULTS.exists():
+        return "No results are stored."
+    facts = json.loads(RESULTS.read_text(encoding="utf-8"))
+    rows = [
+        (
+            f"{one['tune']}, {one['precision']}",
+            f"{one['luthier']['tokens_per_second']:,.0f}",
+            f"{one['peer']['tokens_per_second']:,.0f}",
+            f"**{one['ratio']:.2f}** ({one['ratio_spread'][0]:.2f} to {one['ratio_spread'][1]:.2f})",
+            f"{one['luthier']['supervised_tokens_per_second']:,.0f}",
+            f"{one['peer']['supervised_tokens_per_second']:,.0f}",
+            f"{one['luthier']['peak_bytes'] / 2**30:.2f} GiB",
+            f"{one['peer']['peak_bytes'] / 2**30:.2f} GiB",
+        )
+        for one in facts["results"]
+    ]
+    header = (
+        "trains",
+        "luthier, tokens/s",
+        "TRL, tokens/s",
+        "ratio",
+        "luthier, targets/s",
+        "TRL, targets/s",
+        "luthier, peak",
+        "TRL, peak",
+    )
+    first, machine = facts["results"][0], facts["machine"]
+    versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
+    setting = (
+        f"{first['model']} on {first['rows']}, {first['rows_a_step']} rows a step of at most {first['max_tokens']} tokens; LoRA of "
+        f"rank 8 on all linear layers of the blocks. {machine['processor']}, {machine['cores']} cores. {versions}."
+    )
+    return f"{table(header, rows)}\n\n{cell(setting)}"
+
+
+WRITERS: dict[str, Callable[[], str]] = {"recipe": recipe, "techniques": techniques, "example": example, "bench": bench}
