@@ -1,0 +1,56 @@
+"""luthier's side: the loop that `luthier train` runs, without evaluation and saving."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from bench.turns import Turn
+from luthier.plan import make_plan
+from luthier.recipe import make_recipe
+from luthier.training.engine import StepResult
+from luthier.training.loop import Plans, Progress, train
+
+
+def main(setting: dict[str, Any]) -> None:
+    """Write the rows of every step for the other side, then train when told to."""
+    turn = Turn()
+    plan = make_plan(
+        make_recipe(
+            {
+                "model": setting["model"],
+                "rows": {"train": setting["rows"], "max_tokens": setting["max_tokens"], "too_long": "right"},
+                "tune": {"lora": {"rank": 8, "alpha": 16.0}} if setting["tune"] == "lora" else setting["tune"],
+                "train": {
+                    "precision": setting["precision"],
+                    "batch_rows": setting["rows_a_step"],
+                    "micro_batch_tokens": setting["micro_batch_tokens"],
+                    "epochs": 1,
+                },
+            }
+        )
+    )
+    rows = plan.rows.rows
+    steps = [[rows[i] for group in step for i in group] for step in plan.feed.epoch(0)]
+    ids = [
+        {
+            "input_ids": list(row.token_ids),
+            "labels": [one if target else -100 for one, target in zip(row.token_ids, row.supervised, strict=True)],
+        }
+        for step in steps
+        for row in step
+    ]
+    Path(setting["encoded"]).write_text(json.dumps(ids))
+    turn.wait()
+
+    def told(progress: Progress, result: StepResult) -> None:
+        turn.done(result.tokens, result.supervised)
+        turn.wait()
+
+    train(plan.engine, plan.feed, plan.clock, Plans(), Progress(), tell=told)
+
+
+if __name__ == "__main__":
+    main(json.loads(Path(sys.argv[1]).read_text()))
