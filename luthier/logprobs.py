@@ -46,6 +46,11 @@ def targets(batch: Batch) -> Targets:
     return Targets(row_N, source_N, batch.label_BT[row_N, source_N + 1])
 
 
+def _scratch(logits_CV: Tensor, dtype: torch.dtype) -> Tensor:
+    """Room for one slice in fp32, used again and again: fresh memory costs more than what is computed in it."""
+    return torch.empty(min(_SLICE, len(logits_CV)), logits_CV.shape[1], dtype=dtype, device=logits_CV.device)
+
+
 class _Nll(torch.autograd.Function):
     """Negative log-likelihood in fp32 from logits of any type, keeping nothing for backward but the logits themselves."""
 
@@ -53,8 +58,12 @@ class _Nll(torch.autograd.Function):
     def forward(ctx: Any, logits_CV: Tensor, label_C: Tensor) -> Tensor:
         wide = torch.promote_types(logits_CV.dtype, torch.float32)
         total_C = torch.empty(len(logits_CV), dtype=wide, device=logits_CV.device)
+        scratch = _scratch(logits_CV, wide)
         for i in range(0, len(logits_CV), _SLICE):
-            total_C[i : i + _SLICE] = logits_CV[i : i + _SLICE].to(wide).logsumexp(-1)
+            soft = scratch[: len(logits_CV) - i].copy_(logits_CV[i : i + _SLICE])
+            top = soft.amax(-1, keepdim=True)
+            top = top.masked_fill(top.isinf(), 0.0)
+            total_C[i : i + _SLICE] = soft.sub_(top).exp_().sum(-1).log_().add_(top[:, 0])
         ctx.save_for_backward(logits_CV, label_C, total_C)
         return total_C - logits_CV.gather(-1, label_C[:, None])[:, 0].to(wide)
 
@@ -63,9 +72,10 @@ class _Nll(torch.autograd.Function):
         (gradient_C,) = gradients
         logits_CV, label_C, total_C = ctx.saved_tensors
         result_CV = torch.empty_like(logits_CV)
+        scratch = _scratch(logits_CV, total_C.dtype)
         for i in range(0, len(logits_CV), _SLICE):
             part = slice(i, i + _SLICE)
-            soft = logits_CV[part].to(total_C.dtype, copy=True).sub_(total_C[part, None]).exp_()
+            soft = scratch[: len(logits_CV) - i].copy_(logits_CV[part]).sub_(total_C[part, None]).exp_()
             soft.scatter_add_(-1, label_C[part, None], soft.new_full((len(soft), 1), -1.0))
             result_CV[part] = soft.mul_(gradient_C[part, None])
         return result_CV, None

@@ -103,8 +103,21 @@ class Engine:
         loss, nll, weight = self.world.sum_numbers([work.total, work.nll, work.weight])
         targets = max(counts[1], 1.0)
         return StepResult(
-            loss, nll / targets, work.parts, int(counts[0]), int(counts[1]), int(counts[2]), weight / targets, tuple(said)
+            loss,
+            nll / targets,
+            self._parts(work.parts),
+            int(counts[0]),
+            int(counts[1]),
+            int(counts[2]),
+            weight / targets,
+            tuple(said),
         )
+
+    def _parts(self, own: dict[str, float]) -> dict[str, float]:
+        if len(self.objective.terms) == 1:
+            return own
+        everyone = self.world.gather_plain(own)
+        return {name: sum(parts.get(name, 0.0) for parts in everyone) for parts in everyone for name in parts}
 
     def _idle_passes(self, own: int) -> list[Batch]:
         """Passes that add nothing: where a pass gathers a model that is spread, all processes must make equally many."""

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from luthier import registry
+from luthier.errors import LuthierError
 from luthier.kinds import OBJECTIVES, TUNES, Batch, Now
 from luthier.models.parts import map_parts
 from luthier.training.build import build_engine
@@ -76,3 +77,43 @@ def test_fault_2_two_processes_equal_one(tmp_path: Path) -> None:
         assert torch.equal(first[name], second[name]), name
         assert value.shape == first[name].shape, name
         assert torch.allclose(first[name], value, rtol=1e-9, atol=1e-10), name
+
+
+def break_one(rank: int, folder: str) -> None:
+    """The loss of one row of the second process is no number."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    model = model_of()
+    engine = build_engine(
+        model,
+        map_parts(model),
+        tune=registry.make_all("full", TUNES),
+        objective=registry.make_all("cross_entropy", OBJECTIVES),
+        step=registry.make_all("sgd", ("transform", "optimizer")),
+        source=registry.make("backprop", ("source",)),
+        now=Now(steps=1),
+    )
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    sound = engine.objective.total
+
+    def total(*arguments: Any, **options: Any) -> Any:
+        sums = sound(*arguments, **options)
+        return sums._replace(loss=sums.loss * float("nan")) if rank == 1 else sums
+
+    engine.objective.total = total  # type: ignore[method-assign]
+    try:
+        engine.step(shares(0)[rank], Now(steps=1, learning_rate=1.0))
+    except LuthierError as error:
+        Path(folder, f"said-{rank}").write_text(f"{error.what}\n{error.where}")
+    assert all(torch.equal(now, then) for now, then in zip(model.parameters(), before, strict=True))
+    dist.destroy_process_group()
+
+
+def test_fault_4_a_loss_that_is_no_number_stops_all_processes(tmp_path: Path) -> None:
+    """Fault 4: no process is left waiting, each names the rows of the one whose loss overflowed, and nothing moved."""
+    processes.spawn(break_one, (str(tmp_path),), nprocs=2)  # type: ignore[attr-defined,no-untyped-call]
+    rows = [row for batch in shares(0)[1] for row in batch.row_ids]
+    for rank in (0, 1):
+        what, where = (tmp_path / f"said-{rank}").read_text().split("\n")
+        assert what.startswith("the loss is not a finite number")
+        assert where == f"rows {', '.join(rows)}"

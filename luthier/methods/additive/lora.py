@@ -58,7 +58,8 @@ def lora(
     def apply(tensors: Tensors, x: Tensor) -> Tensor:
         if dropout and torch.is_grad_enabled():
             x = functional.dropout(x, dropout)
-        return functional.linear(functional.linear(x, tensors["down"]), tensors["up"]) * scale
+        # Scaled where it is narrow.
+        return functional.linear(functional.linear(x, tensors["down"]) * scale, tensors["up"])
 
     def delta(tensors: Tensors) -> Tensor:
         return scale * tensors["up"] @ tensors["down"]
