@@ -335,7 +335,7 @@ def test_workers_end_when_nobody_wants_more_and_a_killed_one_is_named() -> None:
 
 
 ENDLESS = """
-import sys
+import signal
 from luthier.models.tiny import tiny_tokenizer
 from luthier.rows.chat import form_of
 from luthier.rows.chunks import Encoding, cut, encode_chunks
@@ -346,6 +346,8 @@ def endless():
         yield from cut(read([{"prompt": "a", "completion": "b"}]))
 
 if __name__ == "__main__":
+    # Whoever runs the tests in the background may have interrupts ignored, and processes inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     for _ in encode_chunks(endless(), Encoding(form_of(tiny_tokenizer()), "assistant", None, "refuse"), 1):
         print("encoded", flush=True)
 """
