@@ -46,7 +46,7 @@ def chat_rows(data: Path) -> tuple[str, list[dict[str, Any]]]:
 
 
 def measure(setting: dict[str, Any], rounds: int, folder: Path) -> dict[str, Any]:
-    """Steps of both in turn, after one that does not count. Speeds, peak memory, and the ratio of each pair of steps."""
+    """Steps of both in turn, after one that does not count: speeds over all of them, their ratio, that of single pairs, peak memory."""
     file = folder / "setting.json"
     file.write_text(json.dumps({**setting, "encoded": str(folder / "encoded.json")}))
     ours = Player("bench.ours", file, folder / "ours.log")
@@ -61,11 +61,13 @@ def measure(setting: dict[str, Any], rounds: int, folder: Path) -> dict[str, Any
             raise RuntimeError(f"the two sides trained on different tokens: {mine} and {theirs}")
     counted = pairs[1:]
     ratios = [theirs["seconds"] / mine["seconds"] for mine, theirs in counted]
+    ours_speed, peer_speed = _speeds([mine for mine, _ in counted]), _speeds([theirs for _, theirs in counted])
     return {
-        "luthier": _speeds([mine for mine, _ in counted]),
-        "peer": _speeds([theirs for _, theirs in counted]),
-        "ratio": statistics.median(ratios),
+        "luthier": ours_speed,
+        "peer": peer_speed,
+        "ratio": ours_speed["tokens_per_second"] / peer_speed["tokens_per_second"],
         "ratio_spread": [min(ratios), max(ratios)],
+        "ratio_median": statistics.median(ratios),
         "processor_ratio": sum(t["processor_seconds"] for _, t in counted) / sum(m["processor_seconds"] for m, _ in counted),
         "memory_ratio": counted[-1][1]["peak_bytes"] / counted[-1][0]["peak_bytes"],
         "rounds": rounds,
