@@ -46,6 +46,9 @@ from luthier.tune import Tune
 
 Say = Callable[[str], None]
 RATE_WITHOUT_ADVICE = 1e-4
+SHORT_ROWS = 128
+"""Mean tokens of rows below which processors are quicker with rows of like length side by side than with attention row by row: seen at
+40 tokens (a quarter quicker), not at 270."""
 
 
 @dataclass
@@ -309,7 +312,7 @@ def make_plan(recipe: Recipe, say: Say = lambda text: None) -> Plan:
         root=root,
     )
     check(engine.tune, tokenizer, sets)
-    padded = prepare_model(recipe, engine.tune)
+    padded = prepare_model(recipe, engine.tune, feed)
     if engine.tune.packs:
         feed.pack()
     cost = estimate(engine, parts, feed, dtype, checkpointing=recipe.train.checkpointing)
@@ -396,12 +399,12 @@ def make_feed(recipe: Recipe, rows: EncodedRows, world: World, device: torch.dev
     )
 
 
-def prepare_model(recipe: Recipe, tune: Tune) -> str:
+def prepare_model(recipe: Recipe, tune: Tune, feed: Feed) -> str:
     """Attention, packing, checkpointing and compilation, block by block. Returns why rows are padded, if they are."""
     model: Any = tune.model
     if model.config._attn_implementation == "sdpa":
         use_attention(model)
-    padded = why_padded(recipe, tune)
+    padded = why_padded(recipe, tune, feed)
     tune.packs = not padded
     if recipe.train.checkpointing:
         # transformers renamed it; the non-reentrant form is the only one that reaches every kind of trained tensor.
@@ -414,7 +417,7 @@ def prepare_model(recipe: Recipe, tune: Tune) -> str:
     return padded
 
 
-def why_padded(recipe: Recipe, tune: Tune) -> str:
+def why_padded(recipe: Recipe, tune: Tune, feed: Feed) -> str:
     """Why rows run with padding; nothing where they are packed.
 
     Raises:
@@ -422,6 +425,9 @@ def why_padded(recipe: Recipe, tune: Tune) -> str:
     """
     if recipe.train.packing is False:
         return "as the recipe asks"
+    mean = feed.rows.tokens / max(1, len(feed.rows.rows))
+    if recipe.train.packing == "auto" and feed.device.type == "cpu" and mean < SHORT_ROWS:
+        return "rows this short are quicker side by side"
     reason = "blocks would be compiled anew for every micro-batch" if recipe.train.compile else obstacle(tune)
     if reason and recipe.train.packing is True:
         raise LuthierError(f"rows cannot be packed: {reason}", where="train.packing", mend="use packing: auto or false")

@@ -17,6 +17,8 @@ from luthier.models import attention
 from luthier.models.attention import Context, use_attention
 from luthier.models.parts import map_parts
 from luthier.models.tiny import ARCHITECTURES, tiny, tiny_kind
+from luthier.plan import make_plan
+from luthier.recipe import make_recipe
 from luthier.rows.batches import padding_share, plan_epoch
 from luthier.training.build import build_engine
 from luthier.training.forward import hidden
@@ -217,3 +219,17 @@ def test_packed_micro_batches_count_real_tokens() -> None:
                 assert filled + lengths[other[i + 1][0]] > 10
     assert sorted(row for step in plans[1] for group in step for row in group) == list(range(8))
     assert padding_share(plans[1], lengths) > 0
+
+
+@pytest.mark.parametrize(
+    ("packing", "words", "packs"), [("auto", 3, False), ("auto", 60, True), (True, 3, True), (False, 60, False)]
+)
+def test_short_rows_run_side_by_side_unless_asked_otherwise(packing: bool | str, words: int, packs: bool) -> None:
+    """On processors rows of a few words are quicker padded; the plan says so."""
+    rows = [{"prompt": "word " * (words + i), "completion": " word"} for i in range(4)]
+    recipe = {"model": "tiny:llama", "rows": {"train": rows}, "train": {"packing": packing, "device": "cpu", "steps": 1}}
+    plan = make_plan(make_recipe(recipe))
+    assert (plan.engine.tune.packs, plan.feed.packed) == (packs, packs)
+    said = " ".join(plan.lines())
+    assert ("packed, without padding" in said) == packs
+    assert ("quicker side by side" in said) == (packing == "auto" and not packs)
