@@ -361,7 +361,7 @@ def check_processes(recipe: Recipe, world: World) -> None:
         raise LuthierError(
             "there is one process, and a model is spread over several",
             where="train.sharding",
-            mend="start with `accelerate launch --num_processes N -m luthier train RECIPE`, or use sharding: none",
+            mend="start with `torchrun --nproc-per-node N -m luthier train RECIPE`, or use sharding: none",
         )
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() in ("1", "true"):
         raise LuthierError(

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from luthier import disk
 from luthier.errors import LuthierError
 
 
@@ -18,17 +18,9 @@ def new_folder(folder: Path) -> Iterator[Path]:
     Raises:
         LuthierError: something stands there already, or the place cannot be written.
     """
-    if folder.exists():
-        raise LuthierError("the folder exists already", where=str(folder), mend="name another, or remove it")
-    beside = folder.with_name(f".{folder.name}.{os.getpid()}")
-    try:
-        beside.mkdir(parents=True)
+    with _new(folder, "folder") as beside:
+        beside.mkdir()
         yield beside
-        beside.rename(folder)
-    except OSError as error:
-        raise LuthierError(f"the folder cannot be written: {error}", where=str(folder), mend="name a place to write to") from error
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
 
 
 @contextmanager
@@ -38,14 +30,22 @@ def new_file(file: Path) -> Iterator[Path]:
     Raises:
         LuthierError: something stands there already, or the place cannot be written.
     """
-    if file.exists():
-        raise LuthierError("the file exists already", where=str(file), mend="name another, or remove it")
-    beside = file.with_name(f".{os.getpid()}.{file.name}")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
+    with _new(file, "file") as beside:
         yield beside
-        beside.rename(file)
+
+
+@contextmanager
+def _new(path: Path, kind: str) -> Iterator[Path]:
+    if path.exists():
+        raise LuthierError(f"the {kind} exists already", where=str(path), mend="name another, or remove it")
+    # Its ending stays: readers go by it.
+    beside = path.with_name(f".{os.getpid()}.{path.name}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield beside
+        beside.rename(path)
     except OSError as error:
-        raise LuthierError(f"the file cannot be written: {error}", where=str(file), mend="name a place to write to") from error
+        raise LuthierError(f"the {kind} cannot be written: {error}", where=str(path), mend="name a place to write to") from error
     finally:
-        beside.unlink(missing_ok=True)
+        with suppress(OSError):
+            disk.remove(beside)

@@ -6,7 +6,6 @@ checksum of the file. It is written beside its place and renamed, so a folder un
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -21,6 +20,7 @@ from typing import Any, NamedTuple, overload
 
 import pyarrow
 
+from luthier import disk
 from luthier.rows.encode import Encoded, EncodedRows, Sizes
 from luthier.rows.ids import digest
 from luthier.rows.shapes import BadRow
@@ -183,7 +183,7 @@ def _written(file: Path, chunks: Iterable[Chunk]) -> dict[str, Any]:
         "skipped": skipped,
         "dropped": [*bad, *dropped],
         "notes": notes,
-        "sha256": _checksum(file),
+        "sha256": disk.sha256(file),
     }
 
 
@@ -196,7 +196,7 @@ def read(folder: Path) -> Stored:
     """
     facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
     # The whole file is read once: a damaged length would otherwise be found, or not, in the middle of a run.
-    if _checksum(folder / ROWS) != facts["sha256"]:
+    if disk.sha256(folder / ROWS) != facts["sha256"]:
         raise ValueError("the checksum differs")
     with pyarrow.memory_map(str(folder / ROWS)) as source:
         reader = pyarrow.ipc.open_file(source)
@@ -208,11 +208,3 @@ def read(folder: Path) -> Stored:
         tuple(BadRow(*one) for one in facts["dropped"]),
         facts["notes"],
     )
-
-
-def _checksum(file: Path) -> str:
-    found = hashlib.sha256()
-    with file.open("rb") as content:
-        while block := content.read(2**20):
-            found.update(block)
-    return found.hexdigest()
