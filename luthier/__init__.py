@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from luthier.recipe import Recipe, read_recipe
     from luthier.registry import method, part
     from luthier.run import Run, read_run
-    from luthier.use import open_model, open_run
+    from luthier.use import open_model, open_run, probe
 
 __version__ = "0.1.0"
 
@@ -32,6 +32,7 @@ _HOMES = {
     "Delta": "luthier.delta",
     "open_model": "luthier.use",
     "open_run": "luthier.use",
+    "probe": "luthier.use",
 }
 
 __all__ = [
@@ -44,6 +45,7 @@ __all__ = [
     "open_model",
     "open_run",
     "part",
+    "probe",
     "read_recipe",
     "read_run",
     "train",

@@ -12,11 +12,11 @@ import torch
 from luthier import registry
 from luthier.errors import LuthierError
 from luthier.estimate import Estimate, estimate, standing, waiting
-from luthier.kinds import OBJECTIVES, STEPS, TUNES, Now
+from luthier.kinds import STEPS, TUNES, Now
 from luthier.models.parts import Parts, map_parts
 from luthier.recipe import Recipe
 from luthier.rows.encode import EncodedRows
-from luthier.training.build import build_engine
+from luthier.training.build import build_engine, objectives
 from luthier.training.engine import Engine
 from luthier.training.feed import Feed
 
@@ -149,10 +149,11 @@ def _standing(recipe: Recipe, engine: Engine, dtype: torch.dtype, tune: Any = No
         bare,
         map_parts(bare),
         tune=registry.make_all(tune or recipe.tune, TUNES, where="tune"),
-        objective=registry.make_all(recipe.objective, OBJECTIVES, where="objective"),
+        objective=objectives(recipe.objective),
         step=registry.make_all(recipe.step, STEPS, where="step"),
         source=registry.make_all(recipe.source, ("source",), where="source")[0],
         now=Now(seed=recipe.seed),
+        vocabulary=engine.inputs.vocabulary,
         masters=masters or recipe.train.masters,
         world=engine.world,
     )

@@ -18,7 +18,7 @@ from luthier.errors import LuthierError
 from luthier.estimate import Estimate, estimate
 from luthier.evaluate.planned import evaluation_sets
 from luthier.evaluate.sets import EvalSet, check
-from luthier.kinds import OBJECTIVES, STEPS, TUNES, Now, Optimizer
+from luthier.kinds import STEPS, TUNES, Now, Optimizer
 from luthier.models.attention import use_attention
 from luthier.models.fingerprint import fingerprint
 from luthier.models.load import ModelSource, load_model, load_tokenizer, resolve
@@ -32,9 +32,10 @@ from luthier.rows.mixture import Mixture, described_share
 from luthier.rows.shapes import BadRow
 from luthier.rows.sources import Joined, read_rows
 from luthier.run import Run
-from luthier.training.build import build_engine
+from luthier.training.build import build_engine, objectives
 from luthier.training.engine import Engine
 from luthier.training.feed import Feed
+from luthier.training.inputs import vocabulary_of
 from luthier.training.loop import Clock
 from luthier.training.packing import obstacle
 from luthier.training.precision import pick, pick_device
@@ -219,6 +220,8 @@ def _described(parts: Sequence[Part]) -> str:
 
 
 def _short(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:g}"
     return "+".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
@@ -234,7 +237,7 @@ def choose_parts(recipe: Recipe) -> dict[str, list[Part]]:
     return {
         "maps": registry.make_all(recipe.rows.map, ("row_map",), where="rows.map"),
         "tune": registry.make_all(recipe.tune, TUNES, where="tune"),
-        "objective": registry.make_all(recipe.objective, OBJECTIVES, where="objective"),
+        "objective": objectives(recipe.objective),
         "weight": registry.make_all(recipe.token_weight, ("token_weight",), where="token_weight"),
         "chain": registry.make_all(recipe.step, STEPS, where="step"),
         "source": sources,
@@ -307,6 +310,7 @@ def make_plan(recipe: Recipe, say: Say = lambda text: None) -> Plan:
         source=chosen["source"][0],
         keep=chosen["keep"],
         now=clock.at(0, 0.0),
+        vocabulary=vocabulary_of(tokenizer, parts.vocabulary),
         masters=recipe.train.masters,
         world=world,
         root=root,

@@ -173,7 +173,10 @@ class Recipe(Strict):
     seed: int = Field(0, ge=0, description="every random draw of the run follows from it")
     rows: RowsRecipe
     tune: Any = Field("full", description="which numbers may change")
-    objective: Any = Field("cross_entropy", description="what is minimized")
+    objective: Any = Field(
+        "cross_entropy",
+        description="what is minimized, and what the model reads meanwhile; cross_entropy where nothing is minimized",
+    )
     token_weight: Any = Field(None, description="how much each token counts")
     step: Any = Field(default_factory=lambda: ["clip", "adamw"], description="transforms and optimizers, in order")
     source: Any = Field("backprop", description="where gradients come from")

@@ -36,6 +36,9 @@ KEYS: Mapping[str, str] = {
 }
 """The recipe key under which each kind goes."""
 
+COMMANDS: Mapping[str, str] = {"probe": "luthier probe", "row_score": "luthier rows select --by"}
+"""The command that uses a kind which no recipe holds."""
+
 _added: list[Path] = []
 
 
@@ -184,8 +187,15 @@ def find(name: str, kinds: Iterable[str] = tuple(KINDS), *, where: str = "") -> 
     elsewhere = [kind for kind in KINDS if kind not in kinds and name in _files(kind)]
     mend = nearest(name, known) or f"known: {', '.join(known) or 'none yet'}"
     if elsewhere:
-        mend = f"its kind is {elsewhere[0]}: put it under `{KEYS[elsewhere[0]]}`"
+        mend = f"its kind is {elsewhere[0]}: {_place_of(elsewhere[0], name)}"
     raise LuthierError(f"there is no technique `{name}` among {', '.join(kinds)}", where=where, mend=mend)
+
+
+def _place_of(kind: str, name: str) -> str:
+    """Where a technique of a kind belongs, as an instruction."""
+    if kind in COMMANDS:
+        return f"it takes no part in training; use `{COMMANDS[kind]} {name}`"
+    return f"put it under `{KEYS[kind]}`"
 
 
 def cards(kinds: Iterable[str] = tuple(KINDS)) -> list[Card]:

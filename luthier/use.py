@@ -12,23 +12,27 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from luthier import disk, draws, registry
 from luthier.delta import Delta
+from luthier.delta.sources import in_words
 from luthier.errors import LuthierError
 from luthier.evaluate.generate import generate
 from luthier.evaluate.harness import Scores, harness
 from luthier.evaluate.planned import evaluation_sets
 from luthier.evaluate.sets import SetResult, measure
 from luthier.export import export_gguf, export_model, export_peft
-from luthier.kinds import TUNES, Additive, HiddenEdit, Now, Prefix, Prompt, Selective
+from luthier.export.peft import CONFIG, load_peft
+from luthier.kinds import TUNES, Additive, Finding, HiddenEdit, Now, Prefix, Prompt, Selective
+from luthier.models.fingerprint import fingerprint
 from luthier.models.load import ModelSource, load_model, load_tokenizer, resolve
 from luthier.models.parts import map_parts
 from luthier.plan import Say
+from luthier.probing import Weights, of_delta, of_models
 from luthier.recipe import Recipe, make_recipe
 from luthier.rows.encode import encode_prompt
 from luthier.rows.look import Look, look
 from luthier.rows.shapes import Row
 from luthier.run import FILE, Run, read_run
 from luthier.training.build import slots
-from luthier.training.precision import pick, pick_device
+from luthier.training.precision import TYPES, pick, pick_device
 from luthier.training.services import RunServices
 from luthier.tune import Tune
 
@@ -66,7 +70,7 @@ def open_model(name: str, *, out: str = "runs", say: Say = silent, precision: st
     Raises:
         LuthierError: there is no such model or run, or the run has not finished.
     """
-    if _is_run(name, out):
+    if is_run(name, out):
         return open_run(read_run(name, out), say=say)
     device = pick_device("auto")
     source = resolve(name, say=say)
@@ -74,7 +78,8 @@ def open_model(name: str, *, out: str = "runs", say: Say = silent, precision: st
     return Tune(model, map_parts(model)), load_tokenizer(source)
 
 
-def _is_run(name: str, out: str) -> bool:
+def is_run(name: str, out: str) -> bool:
+    """Whether a name is that of a run, in the folder `out` or as a folder of its own."""
     return (Path(name) / FILE).is_file() or (Path(out) / name / FILE).is_file()
 
 
@@ -86,13 +91,7 @@ def open_run(run: Run, *, say: Say = silent, merged: bool = True) -> tuple[Tune,
         say: hears what is being done.
         merged: put low-rank deltas into the weights; False attaches them beside, as in training.
     """
-    if run.facts.get("status") != "finished":
-        raise LuthierError(
-            f"this run has not finished ({run.facts.get('status', 'unknown')})",
-            where=str(run.folder),
-            mend=f"luthier train --resume {run.folder}",
-        )
-    recipe = make_recipe(run.fact("recipe"), where=str(run.folder / FILE))
+    recipe = _recipe_of(run)
     source, model, device = _load_base(recipe, say)
     delta = Delta.load(run.folder / "delta.safetensors")
     tune = Tune(model, map_parts(model), keep_base=not merged)
@@ -107,6 +106,24 @@ def open_run(run: Run, *, say: Say = silent, merged: bool = True) -> tuple[Tune,
         tune.set(load_file(beside))
     model.to(device)  # type: ignore[arg-type]
     return tune, load_tokenizer(source)
+
+
+def open_base(run: Run, *, say: Say = silent) -> tuple[Tune, PreTrainedTokenizerBase]:
+    """The model a run started from, loaded anew."""
+    source, model, device = _load_base(make_recipe(run.fact("recipe")), say)
+    model.to(device)  # type: ignore[arg-type]
+    return Tune(model, map_parts(model)), load_tokenizer(source)
+
+
+def _recipe_of(run: Run) -> Recipe:
+    """A finished run's recipe."""
+    if run.facts.get("status") != "finished":
+        raise LuthierError(
+            f"this run has not finished ({run.facts.get('status', 'unknown')})",
+            where=str(run.folder),
+            mend=f"luthier train --resume {run.folder}",
+        )
+    return make_recipe(run.fact("recipe"), where=str(run.folder / FILE))
 
 
 def _load_base(recipe: Recipe, say: Say) -> tuple[ModelSource, PreTrainedModel, torch.device]:
@@ -199,7 +216,7 @@ def evaluate_harness(
     Raises:
         LuthierError: as `harness`; or there is no such model or run.
     """
-    if not _is_run(name, out):
+    if not is_run(name, out):
         tune, tokenizer = open_model(name, out=out, say=say)
         return {"after": harness(tune, tokenizer, tasks, folder, limit=limit)}
     run = read_run(name, out)
@@ -208,10 +225,9 @@ def evaluate_harness(
     after = harness(tune, tokenizer, tasks, folder, limit=limit)
     # A run's changes in place cannot be taken back: the base is loaded anew, and only now, so that one model is held.
     del tune
-    _, model, device = _load_base(make_recipe(run.fact("recipe")), say)
-    model.to(device)  # type: ignore[arg-type]
+    base, tokenizer = open_base(run, say=say)
     say("measuring the base")
-    return {"before": harness(Tune(model, map_parts(model)), tokenizer, tasks, folder, limit=limit), "after": after}
+    return {"before": harness(base, tokenizer, tasks, folder, limit=limit), "after": after}
 
 
 def export(
@@ -248,6 +264,105 @@ def export(
             **export_peft(tune, target, run.fact("model", "name"), fingerprint=run.fact("model", "fingerprint")),
         }
     raise LuthierError(f"`{form}` is no form of export", where="--as", mend="use model, gguf or peft")
+
+
+def probe(
+    name: str, base: str, tuned: str = "", *, out: str = "runs", precision: str = "fp32", say: Say = silent, **options: Any
+) -> Finding:
+    """Look at what tuning changed inside a model.
+
+    Args:
+        name: the probe's, e.g. `intruder_dimensions`.
+        base: a model's name, or a run's folder or name. Where it stands alone, a run, which is compared with its own base.
+        tuned: a run's folder or name, a model's name, or the folder of a LoRA adapter of PEFT.
+        out: the folder that holds the run folders.
+        precision: of models: fp32 holds every number of their files. A run brings its own.
+        say: hears what is being done.
+        options: of the probe.
+
+    Raises:
+        LuthierError: there is no such probe, option, model or run, or the two are of different architectures or shapes.
+    """
+    return look_inside({name: options}, base, tuned, out=out, precision=precision, say=say)
+
+
+def look_inside(
+    spec: Mapping[str, Mapping[str, Any]],
+    base: str,
+    tuned: str = "",
+    *,
+    out: str = "runs",
+    precision: str = "fp32",
+    say: Say = silent,
+) -> Finding:
+    """`probe`, with the probe as a recipe would spell it: `{name: {option: value}}`."""
+    named = {name.replace("-", "_"): options for name, options in spec.items()}
+    part = registry.make(named, ("probe",), where="luthier probe")
+    weights = compare_weights(base, tuned, out=out, precision=precision, say=say)
+    say(f"{part.name}: looking at {len(weights.changed)} changed places")
+    finding: Finding = part.values[0].look(weights)
+    return finding._replace(notes=[*finding.notes, *_beside_notes(tuned or base, out)])
+
+
+def compare_weights(base: str, tuned: str = "", *, out: str = "runs", precision: str = "fp32", say: Say = silent) -> Weights:
+    """What a probe gets. Runs and adapters need the base and their change; only other models are loaded twice.
+
+    Args and errors are those of `probe`.
+    """
+    # On other devices singular values are computed on the processor anyway.
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if not tuned:
+        if not is_run(base, out):
+            raise LuthierError(f"`{base}` is no run, so its base is not known", where="luthier probe", mend="give BASE and TUNED")
+        base, tuned = "", base
+    if is_run(tuned, out):
+        found = _beside_base(read_run(tuned, out), base, out, say)
+        if found is not None:
+            model, delta = found
+            return Weights(model, map_parts(model), of_delta(delta), device=device)
+    model = _whole_model(base, out, precision, say)
+    parts = map_parts(model)
+    if (Path(tuned) / CONFIG).is_file():
+        tune = Tune(model, parts)
+        tune.add("adapter", load_peft(tuned, tune), RunServices(tune, "adapter", Now()), {})
+        return Weights(model, parts, of_delta(Delta.of(tune)), device=device)
+    other = _whole_model(tuned, out, precision, say)
+    return Weights(model, parts, of_models(model, parts, other, map_parts(other)), device=device)
+
+
+def _beside_base(run: Run, base: str, out: str, say: Say) -> tuple[PreTrainedModel, Delta] | None:
+    """A run's base and its delta; None where `base` names another model than the run trained."""
+    recipe = _recipe_of(run)
+    if base and is_run(base, out):
+        return None
+    if base:
+        source = resolve(base, say=say)
+    else:
+        source = resolve(recipe.model, revision=recipe.revision, trust_remote_code=recipe.trust_remote_code, say=say)
+    delta = Delta.load(run.folder / "delta.safetensors")
+    model = load_model(source, dtype=next((one for one in TYPES.values() if in_words([one]) == delta.base.dtype), torch.float32))
+    if fingerprint(model) == delta.base.fingerprint:
+        return model, delta
+    if base:
+        return None
+    raise LuthierError(
+        "the base of this run is no longer the model that it trained",
+        where=recipe.model,
+        mend="name the base itself: luthier probe NAME BASE RUN",
+    )
+
+
+def _whole_model(name: str, out: str, precision: str, say: Say) -> PreTrainedModel:
+    """A model, or a run's model with its delta in the weights."""
+    if is_run(name, out):
+        return cast(PreTrainedModel, open_run(read_run(name, out), say=say)[0].model)
+    return load_model(resolve(name, say=say), dtype=pick(precision, torch.device("cpu"))[0])
+
+
+def _beside_notes(tuned: str, out: str) -> list[str]:
+    if is_run(tuned, out) and (read_run(tuned, out).folder / BESIDE).is_file():
+        return ["prompts, prefixes or edits of hidden states stand beside the weights and were not compared"]
+    return []
 
 
 def look_at_rows(

@@ -23,6 +23,7 @@ from luthier.evaluate.intervals import (
     newcombe,
     sign_flip,
 )
+from luthier.evaluate.metrics import METRICS
 from luthier.evaluate.sets import EvalSet, Item, Say, SetResult, is_binary, measure, statistic_of
 from luthier.tune import Tune
 
@@ -75,7 +76,7 @@ def compare(before: SetResult, after: SetResult | None, *, noise: float | None =
         "p_value": difference.p_value,
         "verdict": verdict,
         "note": note,
-        "kept": _share(_still_right(before.items, after.items)) if before.higher_is_better else None,
+        "kept": _share(_still_right(before.items, after.items)) if _can_be_right(before) else None,
         "items": [_pair(old, new) for old, new in zip(before.items, after.items, strict=True)],
     }
 
@@ -181,6 +182,11 @@ def _check_pairs(before: SetResult, after: SetResult) -> None:
         )
     if any(old.expected != new.expected for old, new in zip(before.items, after.items, strict=True)):
         raise LuthierError("before and after expect different answers", where=place, mend="measure both on the same rows")
+
+
+def _can_be_right(one: SetResult) -> bool:
+    metric = METRICS[one.metric]
+    return metric.higher_is_better and metric.compares
 
 
 def _still_right(before: Sequence[Item], after: Sequence[Item]) -> list[bool]:

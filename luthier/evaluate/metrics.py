@@ -1,24 +1,35 @@
 """Metrics: what is measured on a set of rows, and how an answer is scored against the accepted ones.
 
 Answers are compared word by word, not as raw text: case, punctuation, spacing, Unicode spellings (full-width letters,
-curly quotes) and commas within numbers do not count.
+curly quotes) and commas within numbers do not count. `equal` and `tool_call` are the exceptions: there every letter does.
+
+`type_token_ratio` and `repetition` look at the answer alone and need no accepted ones.
 """
 
 from __future__ import annotations
 
+import json
 import re
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal, NamedTuple
+from decimal import Decimal
+from typing import Any, Literal, NamedTuple
 
 Score = Callable[[str, Sequence[str]], float]
 """An answer and the accepted answers, to a score from 0 to 1."""
+
+WINDOW = 96
+"""Words at the start of an answer that `type_token_ratio` looks at, as hyperfitting does (Carlsson et al., 2024)."""
+RUN = 4
+"""Words in a row that `repetition` compares."""
 
 _ARTICLES = frozenset({"a", "an", "the"})
 _THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 # Thai, Lao, Myanmar, Khmer, kana, ideographs, Hangul: scripts that set no space before every word.
 _UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uac00-\ud7a3\U00020000-\U000323af"
+# A sign counts only where nothing stands before it: `5-3` ends in 3, `x = -3` in -3.
+_NUMBER = re.compile(r"(?:(?<![\w)])[-+])?(?:\d+(?:\.\d+)?|(?<!\w)\.\d+)")
 # In order: a number with its sign and fraction; a letter of an unspaced script; a word, with what C++ and A+ end in.
 # `_` is punctuation here.
 _WORD = re.compile(rf"(?<!\w)-?\d+(?:\.\d+)*(?![^\W_{_UNSPACED}])|[{_UNSPACED}]|[^\W_{_UNSPACED}]+(?:[+#]+(?!\w))?")
@@ -44,6 +55,62 @@ def contains(answer: str, accepted: Sequence[str]) -> float:
     return float(any(_stands_in(one, words, answer) for one in accepted))
 
 
+def equal(answer: str, accepted: Sequence[str]) -> float:
+    """1 where the answer is letter for letter an accepted one, but for white space around either, else 0."""
+    return float(any(answer.strip() == one.strip() for one in accepted))
+
+
+def last_number(answer: str, accepted: Sequence[str]) -> float:
+    """1 where the last number in the answer equals the last number in an accepted one, else 0.
+
+    Numbers are compared by value: `1,347`, `1347` and `+1347.0` are one, `\u22125` is -5 and `.5` is 0.5. A comma counts as one
+    between thousands where exactly three digits follow it. What stands around a number is ignored, such as `$12`, `12%` or
+    `12th`; powers of ten (`1e5`) and fractions (`3/4`) are not read: their last digits are.
+    """
+    found = _last_number(answer)
+    return float(found is not None and any(found == _last_number(one) for one in accepted))
+
+
+def tool_call(answer: str, accepted: Sequence[str]) -> float:
+    """1 where the answer is a tool call that equals an accepted one, else 0.
+
+    A call is JSON and nothing beside it: an object of a `name`, which is text, and `arguments`, an object. Keys may come in any
+    order, lists may not. Types count: 3 is neither "3" nor true, while 3 and 3.0 are the same number.
+    """
+    call = _call(answer)
+    return float(call is not None and any(_same(call, _call(one)) for one in accepted))
+
+
+def type_token_ratio(answer: str, accepted: Sequence[str] = (), *, window: int = WINDOW) -> float:
+    """Distinct words among the first words of an answer, as a share of them; 0 where it has no words.
+
+    An answer that ends early has fewer words, and so a larger share of distinct ones: compare answers of about one length, with
+    room for `window` words in `max_new_tokens`.
+
+    Args:
+        answer: what the model said.
+        accepted: not looked at.
+        window: the most words that are counted, from the start.
+    """
+    words = words_of(answer)[:window]
+    return len(set(words)) / len(words) if words else 0.0
+
+
+def repetition(answer: str, accepted: Sequence[str] = (), *, run: int = RUN) -> float:
+    """The share of the runs of words in an answer that stood in it before; 0 where it is shorter than one run.
+
+    An answer that ends early has had less room to repeat itself.
+
+    Args:
+        answer: what the model said.
+        accepted: not looked at.
+        run: words in a row that are compared; runs overlap.
+    """
+    words = words_of(answer)
+    runs = [words[start : start + run] for start in range(len(words) - run + 1)]
+    return 1 - len(set(runs)) / len(runs) if runs else 0.0
+
+
 def words_of(text: str) -> tuple[str, ...]:
     """The words of a text as `contains` compares them."""
     return tuple(_WORD.findall(_THOUSANDS.sub("", _folded(text))))
@@ -58,12 +125,33 @@ class Metric(NamedTuple):
     meaning: str
     score: Score | None = None
     """How a generated answer is scored."""
+    compares: bool = True
+    """Whether there must be an accepted answer to compare with."""
+    readable: Callable[[str], bool] = lambda text: True
+    """Whether an answer can be an accepted one: one that cannot would count every answer as wrong."""
 
 
 METRICS: Mapping[str, Metric] = {
     "exact_match": Metric("generation", True, "share of answers that are an accepted one", exact_match),
     "f1": Metric("generation", True, "mean overlap of words with an accepted answer", token_f1),
     "contains": Metric("generation", True, "share of answers in which an accepted one stands", contains),
+    "equal": Metric("generation", True, "share of answers that are an accepted one letter for letter", equal),
+    "last_number": Metric(
+        "generation",
+        True,
+        "share of answers whose last number is right",
+        last_number,
+        readable=lambda one: _last_number(one) is not None,
+    ),
+    "tool_call": Metric(
+        "generation", True, "share of answers that are the right tool call", tool_call, readable=lambda one: _call(one) is not None
+    ),
+    "type_token_ratio": Metric(
+        "generation", True, f"mean share of distinct words among an answer's first {WINDOW}", type_token_ratio, compares=False
+    ),
+    "repetition": Metric(
+        "generation", False, f"mean share of an answer's runs of {RUN} words that came before", repetition, compares=False
+    ),
     "choice": Metric("choice", True, "share of items whose most likely choice is right"),
     "choice_normalized": Metric("choice", True, "share of items whose most likely choice, per byte, is right"),
     "loss": Metric("likelihood", False, "mean negative log-likelihood of a target token, in nats"),
@@ -76,6 +164,41 @@ log-likelihoods of a choice's tokens are summed, and in `choice_normalized` divi
 def _folded(text: str) -> str:
     plain = unicodedata.normalize("NFKC", text).replace("\u2212", "-")
     return plain.casefold()
+
+
+def _last_number(text: str) -> Decimal | None:
+    found: list[str] = _NUMBER.findall(_THOUSANDS.sub("", _folded(text)))
+    return Decimal(found[-1]) if found else None
+
+
+def _call(text: str) -> dict[str, Any] | None:
+    """A tool call as data; None where the text is none."""
+    try:
+        call = json.loads(text, object_pairs_hook=_distinct, parse_constant=_refuse)
+    # Also a number of thousands of digits, or brackets a thousand deep.
+    except (ValueError, RecursionError):
+        return None
+    whole = isinstance(call, dict) and set(call) == {"name", "arguments"}
+    return call if whole and isinstance(call["name"], str) and isinstance(call["arguments"], dict) else None
+
+
+def _distinct(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError("a key comes twice")
+    return dict(pairs)
+
+
+def _refuse(constant: str) -> Any:
+    raise ValueError(f"{constant} is no JSON")
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether two values of JSON are equal, where true is not 1."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        return set(one) == set(other) and all(_same(one[key], other[key]) for key in one)
+    if isinstance(one, list) and isinstance(other, list):
+        return len(one) == len(other) and all(map(_same, one, other))
+    return isinstance(one, bool) == isinstance(other, bool) and bool(one == other)
 
 
 def _stands_in(accepted: str, words: tuple[str, ...], answer: str) -> bool:

@@ -16,7 +16,7 @@ from luthier.errors import LuthierError, nearest
 from luthier.evaluate.generate import BATCH_TOKENS, context_of, generate
 from luthier.evaluate.intervals import FEWEST, Interval, Numbers, bootstrap, wilson
 from luthier.evaluate.likelihood import encode_choices, likelihoods, most_likely
-from luthier.evaluate.metrics import METRICS
+from luthier.evaluate.metrics import METRICS, Metric
 from luthier.models.head import head_of
 from luthier.rows.encode import Encoded, encode, encode_prompt
 from luthier.rows.shapes import Row
@@ -30,6 +30,7 @@ _NEEDED_SHAPES = {
     "choice": "a `prompt`, `choices` and an `answer`",
     "likelihood": "a `text`, `messages`, or a `prompt` and a `completion`",
 }
+_NEEDED_WITHOUT_ANSWER = "a `prompt`"
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ class Item(NamedTuple):
     id: str
     prompt: str
     expected: str | list[str]
-    """The accepted answer or answers; empty where a likelihood is measured."""
+    """The accepted answer or answers; empty where a likelihood is measured, or the answer alone."""
     answer: str
     """What the model said or chose; empty where a likelihood is measured."""
     score: float
@@ -218,7 +219,8 @@ def is_binary(items: Sequence[Item]) -> bool:
 
 
 def _generated(tune: Tune, tokenizer: PreTrainedTokenizerBase, one: EvalSet, batch_tokens: int) -> tuple[list[Item], Any]:
-    score = METRICS[one.chosen_metric].score
+    metric = METRICS[one.chosen_metric]
+    score = metric.score
     assert score is not None
     prompts = _prompts(tune, tokenizer, one)
     answers = generate(tune, tokenizer, prompts, max_new_tokens=one.max_new_tokens, batch_tokens=batch_tokens)
@@ -226,7 +228,7 @@ def _generated(tune: Tune, tokenizer: PreTrainedTokenizerBase, one: EvalSet, bat
     for row, answer in zip(one.used, answers, strict=True):
         accepted = accepted_answers(row)
         shown = accepted[0] if len(accepted) == 1 else accepted
-        items.append(Item(row.id, prompt_text(row), shown, answer, score(answer, accepted)))
+        items.append(Item(row.id, prompt_text(row), shown if metric.compares else "", answer, score(answer, accepted)))
     return items, [prompts, one.max_new_tokens]
 
 
@@ -319,19 +321,33 @@ def prompt_text(row: Row) -> str:
 
 
 def _check_shape(row: Row, metric: str, place: str) -> None:
-    needs = METRICS[metric].needs
-    fits = {
-        "generation": bool(accepted_answers(row)) and row.shape != "prompt+choices+answer",
-        "choice": row.shape == "prompt+choices+answer",
-        "likelihood": bool(accepted_answers(row)) or row.shape in ("text", "messages"),
-    }
-    if not fits[needs]:
-        fitting = ", ".join(name for name, known in METRICS.items() if fits[known.needs])
+    place = f"{place}, {row.where} (row {row.id})"
+    known = METRICS[metric]
+    if not _fits(row, known):
+        needed = _NEEDED_SHAPES[known.needs] if known.compares else _NEEDED_WITHOUT_ANSWER
+        fitting = ", ".join(name for name, one in METRICS.items() if _fits(row, one))
         raise LuthierError(
-            f"`{metric}` needs rows with {_NEEDED_SHAPES[needs]}, and this row is `{row.shape}`",
-            where=f"{place}, {row.where} (row {row.id})",
+            f"`{metric}` needs rows with {needed}, and this row is `{row.shape}`",
+            where=place,
             mend="change the row" + (f", or use another metric: {fitting}" if fitting else ""),
         )
+    if known.needs == "generation" and known.compares:
+        unreadable = next((one for one in accepted_answers(row) if not known.readable(one)), None)
+        if unreadable is not None:
+            raise LuthierError(
+                f"no answer could ever equal `{unreadable}`: `{metric}` measures the {known.meaning}",
+                where=place,
+                mend="change the accepted answer, or use another metric",
+            )
+
+
+def _fits(row: Row, metric: Metric) -> bool:
+    answered = bool(accepted_answers(row))
+    if metric.needs == "choice":
+        return row.shape == "prompt+choices+answer"
+    if metric.needs == "likelihood":
+        return answered or row.shape in ("text", "messages")
+    return row.shape != "prompt+choices+answer" and (answered or (not metric.compares and row.shape in ("prompt", "messages")))
 
 
 def _check_length(tune: Tune, row: Row, tokens: int, new: int) -> None:

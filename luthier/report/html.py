@@ -19,6 +19,7 @@ from luthier.report.curves import training_figure
 from luthier.report.facts import Facts, samples_of, sets_of
 from luthier.report.figures import interval_figure
 from luthier.report.heat import change_figure, changes_by_role, total_change
+from luthier.report.radar import world_figure
 from luthier.report.story import cards, headline, warnings_of
 
 FORMS: dict[str, Callable[[float], str]] = {
@@ -57,6 +58,7 @@ def report_page(run: Facts) -> str:
         cards=cards(run),
         warnings=warnings_of(run),
         sets=sets,
+        world=world_figure(sets),
         lost=samples_of(sets, "lost"),
         learned=samples_of(sets, "learned"),
         wrong=samples_of(sets, "wrong"),

@@ -100,7 +100,10 @@ def _kept_words(run: Facts, sets: list[SetFacts]) -> list[str]:
     share = run.get("kept")
     parts = [f"{percent(share)} of what it answered rightly before is kept"] if measured(share) else []
     # A share alone would hide a set that got worse, or one that nobody measured.
-    parts += [_verdict_words(one) for one in kept if one.verdict in ("worse", NOT_MEASURED)]
+    for verdict, words in (("worse", "got worse on {}"), (NOT_MEASURED, "{} not measured")):
+        such = [one for one in kept if one.verdict == verdict]
+        parts += [_verdict_words(one) for one in such[:2]]
+        parts += [words.format(plural(len(such) - 2, "more set") + " below")] if len(such) > 2 else []
     if not parts and kept:
         parts = ["nothing that should be kept got measurably worse"]
     return parts or ["what it kept is not measured"]

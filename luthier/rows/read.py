@@ -133,6 +133,15 @@ def stream(source: str | Path, *, shape: str | None = None) -> Iterator[Row | Ba
     return _checked(_opened(source)[0], Ids(Digests()), shape)
 
 
+def records(source: str | Path | Iterable[Mapping[str, Any]]) -> Iterator[Read]:
+    """What stands in a source, as it was read and not checked; the places are those of the rows that `read` makes.
+
+    Raises:
+        LuthierError: the source cannot be opened.
+    """
+    return _opened(source)[0]
+
+
 def name_of(source: str | Path) -> str:
     """What reports call a source that has no other name."""
     hub = isinstance(source, str) and source.startswith("hub:")

@@ -6,10 +6,13 @@ from collections.abc import Sequence
 
 from torch import nn
 
+from luthier import registry
 from luthier.errors import LuthierError
 from luthier.kinds import (
+    OBJECTIVES,
     Additive,
     HiddenEdit,
+    InputMap,
     Keeper,
     Now,
     Optimizer,
@@ -22,12 +25,14 @@ from luthier.kinds import (
     TokenLoss,
     TokenWeight,
     Transform,
+    Vocabulary,
 )
 from luthier.models.parts import Parts
 from luthier.models.sharding import Root
 from luthier.registry import Part
 from luthier.training.chain import Chain, Link
 from luthier.training.engine import Engine, Kept
+from luthier.training.inputs import Inputs, Mapped, bare_vocabulary
 from luthier.training.objective import Minimized, Objective, Weighted, as_term
 from luthier.training.services import RunServices
 from luthier.training.world import World
@@ -46,6 +51,18 @@ def slots(parts: Sequence[Part]) -> list[tuple[str, Part]]:
     return named
 
 
+def objectives(spec: object) -> list[Part]:
+    """The parts under `objective`: where they change what the model reads but minimize nothing, cross-entropy joins them.
+
+    Raises:
+        LuthierError: unknown technique or option, with the nearest name, or an option of the wrong type.
+    """
+    parts = registry.make_all(spec, OBJECTIVES, where="objective")
+    if any(isinstance(value, Term | TokenLoss) for part in parts for value in part.values) or not parts:
+        return parts
+    return [*parts, registry.part("cross_entropy")]
+
+
 def build_engine(
     model: nn.Module,
     parts: Parts,
@@ -57,6 +74,7 @@ def build_engine(
     token_weight: Sequence[Part] = (),
     keep: Sequence[Part] = (),
     now: Now,
+    vocabulary: Vocabulary | None = None,
     masters: str = "fp32",
     keep_base: bool = False,
     world: World | None = None,
@@ -64,7 +82,8 @@ def build_engine(
 ) -> Engine:
     """Attach every part of a run to a model.
 
-    A technique may give values of several kinds; wherever it is named, each goes to its place, and all share one state.
+    A technique may give values of several kinds; wherever it is named, each goes to its place, and all share one state. Without a
+    `vocabulary`, input maps know no special tokens and no mask.
 
     Raises:
         LuthierError: nothing trains, nothing is minimized, a part takes nothing, or two parts cannot be combined.
@@ -78,6 +97,8 @@ def build_engine(
     )
     if not goal.terms:
         raise LuthierError("nothing is minimized", where="objective", mend="name one, e.g. cross_entropy")
+    maps = [Mapped(slot, v) for slot, v in values if isinstance(v, InputMap)]
+    inputs = Inputs(vocabulary or bare_vocabulary(parts.vocabulary), maps)
     keepers = [(slot, v) for slot, v in values if isinstance(v, Keeper)]
     keep_base = keep_base or goal.needs_base() or any("base" in v.needs for _, v in keepers)
     owner = Tune(model, parts, masters=masters, keep_base=keep_base, root=root)
@@ -92,7 +113,7 @@ def build_engine(
     world = world or World.current()
     _refuse_impossible(source.name, sources, links, owner, keepers, world)
     chain = Chain(links, owner)
-    engine = Engine(owner, goal, chain, sources[0], [], world)
+    engine = Engine(owner, goal, inputs, chain, sources[0], [], world)
     for slot, keeper in keepers:
         if keeper.start is not None:
             states[slot].update(keeper.start(RunServices(owner, slot, now)))

@@ -14,6 +14,7 @@ from luthier.errors import LuthierError
 from luthier.kinds import Batch, Keeper, Now, Services, Source, State, TrainedLike
 from luthier.models.sharding import is_sharded
 from luthier.training.chain import Chain
+from luthier.training.inputs import Inputs
 from luthier.training.objective import Objective, Sums
 from luthier.training.services import RunServices
 from luthier.training.world import World
@@ -52,6 +53,7 @@ class Engine:
 
     tune: Tune
     objective: Objective
+    inputs: Inputs
     chain: Chain
     source: Source
     keepers: list[Kept] = field(default_factory=list)
@@ -217,6 +219,7 @@ class Work:
             self._units,
             self.now,
             first=i == 0,
+            read=engine.inputs.read(batch, self.now),
             keep_N=None if self._keeps is None else self._keeps[i],
             services_of=lambda slot: engine.services(slot, self.now),
         )

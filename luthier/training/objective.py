@@ -151,12 +151,13 @@ class Objective:
         now: Now,
         *,
         first: bool,
+        read: Batch | None = None,
         keep_N: Tensor | None = None,
         services_of: Callable[[str], Services],
     ) -> Sums:
-        """One micro-batch's part of the step's loss, divided by the units of the whole step."""
+        """One micro-batch's part of the step's loss, divided by the units of the whole step. The model reads `read`, if given."""
         hidden_wanted = any(one.term.hidden for one in self.terms)
-        view = view_of(tune, batch, self.columns(), now, keep_hidden=hidden_wanted)
+        view = view_of(tune, batch, self.columns(), now, read=read, keep_hidden=hidden_wanted)
         weight_N = torch.ones_like(view["nll"].detach()) if keep_N is None else keep_N.to(view["nll"])
         with torch.no_grad():
             for one in self.weights:

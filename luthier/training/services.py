@@ -88,7 +88,14 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def view_of(
-    tune: Tune, batch: Batch, columns: Sequence[Column], now: Now, *, keep_hidden: bool = False, pack: bool | None = None
+    tune: Tune,
+    batch: Batch,
+    columns: Sequence[Column],
+    now: Now,
+    *,
+    read: Batch | None = None,
+    keep_hidden: bool = False,
+    pack: bool | None = None,
 ) -> View:
     """Run the model on a batch and make columns of its targets.
 
@@ -97,6 +104,7 @@ def view_of(
         batch: the rows.
         columns: what to make.
         now: the clock.
+        read: what the model reads instead of the batch; the base reads the batch.
         keep_hidden: keep the last hidden states.
         pack: run the rows without padding; None: as the run does.
     """
@@ -111,7 +119,7 @@ def view_of(
             # The base runs first: swapping weights under a graph that waits for backward would be wrong.
             with tune.at("base"), evaluating(tune.model):
                 reference = (hidden(tune, batch, pack=pack).at(where.row_N, where.source_N), base_head(tune))
-        states = hidden(tune, batch, pack=pack)
+        states = hidden(tune, batch if read is None else read, pack=pack)
         found = logprobs.compute(
             states.at(where.row_N, where.source_N),
             where.label_N,

@@ -15,6 +15,11 @@ from luthier import registry
 from luthier.errors import LuthierError
 from luthier.kinds import KINDS, OBJECTIVES, TUNES, Now
 from luthier.models.attention import use_attention
+from luthier.models.parts import map_parts
+from luthier.models.tiny import tiny
+from luthier.probing import Weights, of_models
+from luthier.rows.embed import HASH, embedder
+from luthier.rows.select import ScoringServices
 from luthier.rows.shapes import Row
 from tests.conftest import split
 from tests.toys.helpers import TOYS, gap, gradients, logits_of, model_of, rows_of_eight, toys  # noqa: F401
@@ -30,13 +35,20 @@ def _toys_listed() -> Iterator[None]:
 with _toys_listed():
     ALL = [(kind, name) for kind in KINDS for name in registry.names(kind)]
 FREES = [(kind, name) for kind, name in ALL if kind in TUNES]
-RUNS = [(kind, name) for kind, name in ALL if kind != "row_map"]
+OUTSIDE = ("row_score", "row_map", "probe")
+"""Kinds that take no part in the steps of a run."""
+RUNS = [(kind, name) for kind, name in ALL if kind not in OUTSIDE]
 BY_STEP = ("transform", "optimizer", "source", "keeper")
 # The gradient of GPT-2's key biases is rounding alone, and some steps go by its sign.
 PACKED = [(kind, name, a) for kind, name in RUNS for a in ("llama", "gpt2") if kind not in BY_STEP or a == "llama"]
-GIVEN: dict[str, dict[str, Any]] = {}
-"""Options of techniques that have options without a default."""
-OTHERS: dict[tuple[str, str], list[Any]] = {}
+GIVEN: dict[str, dict[str, Any]] = {
+    "masked_thought": {"warmup": 0.05, "random_share": 0.5, "mask_id": 3},
+}
+"""Options of techniques that have options without a default, or whose defaults do nothing in the first steps."""
+OTHERS: dict[tuple[str, str], list[Any]] = {
+    ("got_d", "chunk"): [4],
+    ("got_d", "tolerance"): [10.0],
+}
 """Other values of options for which the type does not tell them, by technique and option."""
 SAME_BY_DESIGN = {frozenset({"backprop", "per_layer"})}
 
@@ -227,6 +239,16 @@ def outcome(engine: Any, now: Now, kind: str, name: str, options: dict[str, Any]
         part = registry.make({name: options}, (kind,))
         rows = [Row(id=f"row{i}", shape="text", fields={"text": "abc" * i}, where="") for i in range(4)]
         return [repr(row) for row in part.values[0].map(rows, None)]
+    if kind == "row_score":
+        texts = [*["a red fox"] * 6, "a red fox runs", "a blue whale", "the tide comes", "the tide", "no fox", "a tall grey bird"]
+        rows = [Row(id=f"row{i}", shape="text", fields={"text": text}, where="") for i, text in enumerate(texts)]
+        services = ScoringServices([rows[0], rows[7], rows[9]], embedder(HASH), name, seed=0)
+        return registry.make({name: options}, (kind,)).values[0].score(rows, services)
+    if kind == "probe":
+        base, tuned = model_of(), tiny("llama", seed=2).double()
+        parts = map_parts(base)
+        weights = Weights(base, parts, of_models(base, parts, tuned, parts))
+        return repr(registry.make({name: options}, (kind,)).values[0].look(weights))
     run = run_of(engine, kind, name, options)
     losses = take_steps(run, split(rows_of_eight(), (5, 3)), now._replace(learning_rate=0.01), 4)
     live = [one.data.sum().item() for one in run.tune.model.parameters()]

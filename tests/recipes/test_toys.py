@@ -11,6 +11,7 @@ import pytest
 import luthier
 from luthier import registry
 from luthier.kinds import KINDS, OBJECTIVES, STEPS, TUNES
+from luthier.rows.select import select_rows
 
 TOYS = Path(__file__).parent.parent / "toys"
 FOUND = sorted((path.parent.name, path.stem) for path in TOYS.glob("*/*.py") if not path.stem.startswith("_"))
@@ -45,6 +46,14 @@ def test_a_toy_runs_from_a_recipe(kind: str, name: str, tmp_path: Path) -> None:
         "out": str(tmp_path),
         "train": {"steps": 2, "batch_rows": 4, "micro_batch_tokens": 150, "precision": "fp32", "learning_rate": 1e-3},
     }
+    if kind == "row_score":
+        recipe["rows"]["train"] = list(select_rows(ROWS, name, count=2).records)
+        assert len(luthier.train(recipe).facts["history"]) == 2
+        return
+    if kind == "probe":
+        run = luthier.train(recipe)
+        assert luthier.probe(name, str(run.folder)).numbers["changed"] > 0
+        return
     if kind == "row_map":
         recipe["rows"]["map"] = name
     elif kind in STEPS:

@@ -4,7 +4,18 @@ from __future__ import annotations
 
 import pytest
 
-from luthier.evaluate.metrics import METRICS, contains, exact_match, token_f1, words_of
+from luthier.evaluate.metrics import (
+    METRICS,
+    contains,
+    equal,
+    exact_match,
+    last_number,
+    repetition,
+    token_f1,
+    tool_call,
+    type_token_ratio,
+    words_of,
+)
 
 
 @pytest.mark.parametrize(
@@ -93,6 +104,156 @@ def test_f1_is_the_harmonic_mean_of_precision_and_recall(answer: str, accepted: 
 
 
 def test_every_metric_says_what_it_needs() -> None:
-    assert {name for name, one in METRICS.items() if one.needs == "generation"} == {"exact_match", "f1", "contains"}
+    scored = {"exact_match", "f1", "contains", "equal", "last_number", "tool_call", "type_token_ratio", "repetition"}
+    assert {name for name, one in METRICS.items() if one.needs == "generation"} == scored
     assert all((one.score is not None) == (one.needs == "generation") for one in METRICS.values())
-    assert {name for name, one in METRICS.items() if not one.higher_is_better} == {"loss", "perplexity"}
+    assert {name for name, one in METRICS.items() if not one.higher_is_better} == {"loss", "perplexity", "repetition"}
+
+
+@pytest.mark.parametrize(
+    ("answer", "accepted", "right"),
+    [
+        (" k r v z\n", ["k r v z"], True),
+        ("k r v z", ["z", "k r v z "], True),
+        ("K r v z", ["k r v z"], False),
+        ("k  r v z", ["k r v z"], False),
+        ("k r v z.", ["k r v z"], False),
+        ("caf\u00e9", ["cafe\u0301"], False),
+        ("", ["a"], False),
+        ("a", [], False),
+    ],
+)
+def test_equal_is_letter_for_letter(answer: str, accepted: list[str], right: bool) -> None:
+    assert equal(answer, accepted) == float(right)
+
+
+@pytest.mark.parametrize(
+    ("answer", "accepted", "right"),
+    [
+        ("1,347", ["1347"], True),
+        ("1347", ["1347.0"], True),
+        ("It is 12 and then 13.", ["13"], True),
+        ("It is 13 and then 12.", ["13"], False),
+        ("4 + 2 = 6; 6 + 3 = 9", ["9"], True),
+        ("x = -3", ["-3"], True),
+        ("x = -3", ["3"], False),
+        ("x = \u22123", ["-3"], True),
+        ("+3", ["3"], True),
+        ("5-3", ["3"], True),
+        ("(5)-3", ["3"], True),
+        ("-0", ["0"], True),
+        ("1,234,567.50 in all", ["1234567.5"], True),
+        # Two digits after a comma: two numbers, the last of them 34.
+        ("12,34", ["34"], True),
+        (".5", ["0.5"], True),
+        ("-.5", ["-0.5"], True),
+        ("0.1", ["0.10000000000000001"], False),
+        ("$12%", ["12"], True),
+        ("the 12th", ["12"], True),
+        ("version 1.2.3", ["3"], True),
+        ("3/4", ["4"], True),
+        ("1e5", ["5"], True),
+        ("\uff11\uff12", ["12"], True),
+        ("\u0663", ["3"], True),
+        ("9" * 5000, ["9" * 5000], True),
+        ("12", ["about 12 or so"], True),
+        ("none", ["none"], False),
+        ("", ["1"], False),
+        ("1", [], False),
+    ],
+)
+def test_last_numbers_compare_by_value(answer: str, accepted: list[str], right: bool) -> None:
+    assert last_number(answer, accepted) == float(right)
+
+
+CALL = '{"name": "weather", "arguments": {"city": "Uldra", "days": 3, "now": true, "at": [1, {"a": null}]}}'
+
+
+@pytest.mark.parametrize(
+    ("answer", "right"),
+    [
+        (CALL, True),
+        (f"\n {CALL} ", True),
+        ('{"arguments": {"at": [1.0, {"a": null}], "now": true, "days": 3.0, "city": "Uldra"}, "name": "weather"}', True),
+        (CALL.replace("3", '"3"'), False),
+        (CALL.replace("true", "1"), False),
+        (CALL.replace("[1,", "[true,"), False),
+        (CALL.replace("null", "0"), False),
+        (CALL.replace("Uldra", "uldra"), False),
+        (CALL.replace('[1, {"a": null}]', '[{"a": null}, 1]'), False),
+        (CALL.replace('[1, {"a": null}]', "[1]"), False),
+        (CALL.replace('"days": 3, ', ""), False),
+        (CALL.replace('"days": 3', '"days": 3, "days": 3'), False),
+        (CALL[:-1] + ', "id": 1}', False),
+        (f"Sure: {CALL}", False),
+        (CALL + CALL, False),
+        (CALL[:-1], False),
+        ('{"name": "weather"}', False),
+        ('{"name": 3, "arguments": {}}', False),
+        ('{"name": "weather", "arguments": []}', False),
+        ("[" * 5000 + "]" * 5000, False),
+        ('{"name": "weather", "arguments": {"days": ' + "9" * 5000 + "}}", False),
+        (CALL.replace("3", "NaN"), False),
+        ("null", False),
+        ("", False),
+    ],
+)
+def test_a_tool_call_counts_whole_and_with_types(answer: str, right: bool) -> None:
+    assert tool_call(answer, ["no call", CALL]) == float(right)
+    assert tool_call(answer, []) == 0.0
+
+
+def test_a_call_that_is_none_equals_nothing() -> None:
+    assert tool_call("no call", ["no call"]) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("text", "window", "ratio"),
+    [
+        ("a b a b", 4, 0.5),
+        ("a b c d", 4, 1.0),
+        ("A a, a!", 96, 1 / 3),
+        # Only the first four words count: a, b, a, c.
+        ("a b a c a a a a", 4, 0.75),
+        ("a b", 4, 1.0),
+        ("?!", 4, 0.0),
+        ("", 4, 0.0),
+        # 60 words, then 60 others: 96 within the window, all distinct until the repetition begins.
+        (" ".join(f"w{i % 60}" for i in range(120)), 96, 60 / 96),
+    ],
+)
+def test_type_token_ratio(text: str, window: int, ratio: float) -> None:
+    assert type_token_ratio(text, window=window) == pytest.approx(ratio, abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("text", "share"),
+    [
+        ("a b c", 0.0),
+        ("a b c d", 0.0),
+        # abcd, bcda, cdab, dabc, abcd: the last of five came before.
+        ("a b c d a b c d", 1 / 5),
+        # One run, seven times: six of seven came before.
+        ("go " * 10, 6 / 7),
+        ("Go, go! GO go - go", 0.5),
+        ("", 0.0),
+    ],
+)
+def test_repetition(text: str, share: float) -> None:
+    assert repetition(text) == pytest.approx(share, abs=1e-12)
+
+
+def test_some_metrics_look_at_the_answer_alone() -> None:
+    alone = {name for name, one in METRICS.items() if not one.compares}
+    assert alone == {"type_token_ratio", "repetition"}
+    for name in alone:
+        score = METRICS[name].score
+        assert score is not None and score("a a a a a", []) == score("a a a a a", ["anything"])
+
+
+def test_metrics_know_what_can_be_accepted() -> None:
+    texts = {"no number": set[str](), "about 3": {"last_number"}, CALL: {"last_number", "tool_call"}}
+    for text, readable in texts.items():
+        found = {name for name in ("last_number", "tool_call") if METRICS[name].readable(text)}
+        assert found == readable
+        assert METRICS["contains"].readable(text)

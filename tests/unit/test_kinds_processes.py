@@ -26,6 +26,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "look": {"weight": "drop_easiest"},
     "reference": {"weight": "beats_reference"},
     "penalty": {"objective": ["cross_entropy", {"pull_to_start": {"weight": 1.0}}, "extra_head"]},
+    "masked inputs": {"objective": ["cross_entropy", {"masked_thought": {"warmup": 0.5}}, "drop_tokens"]},
     "zeroth order": {"source": "zeroth_order"},
 }
 

@@ -1,0 +1,50 @@
+"""The command line: a thin face over the library. `--json` prints one JSON document on standard output and nothing else there."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+import typer
+
+from luthier.cli.knowledge import lab, papers, techniques
+from luthier.cli.results import chat, compare, evaluate, export, probe, runs
+from luthier.cli.rows import rows_look, rows_score, rows_select, rows_world
+from luthier.cli.training import plan, train
+
+app = typer.Typer(
+    name="luthier",
+    help="Fine-tune language models, and see what each fine-tune changed.\n\n"
+    "Start with a recipe: `luthier plan recipe.yaml` shows what would happen, `luthier train recipe.yaml` does it, and the run's "
+    "folder holds report.html. Any key can be set on the command line: `luthier train recipe.yaml tune=lora train.epochs=2`.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+rows_app = typer.Typer(help="Look at training rows before using them.", no_args_is_help=True)
+app.add_typer(rows_app, name="rows")
+
+COMMANDS: dict[str, Callable[..., None]] = {
+    "train": train,
+    "plan": plan,
+    "eval": evaluate,
+    "chat": chat,
+    "runs": runs,
+    "compare": compare,
+    "probe": probe,
+    "export": export,
+    "lab": lab,
+    "techniques": techniques,
+    "papers": papers,
+}
+ROWS_COMMANDS: dict[str, Callable[..., None]] = {"look": rows_look, "score": rows_score, "select": rows_select, "world": rows_world}
+for _name, _command in COMMANDS.items():
+    app.command(name=_name)(_command)
+for _name, _command in ROWS_COMMANDS.items():
+    rows_app.command(name=_name)(_command)
+
+
+def main() -> None:
+    """Entry point of the command `luthier`."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    app()

@@ -1,0 +1,195 @@
+"""Commands for models and finished runs."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.markup import escape
+
+from luthier.cli.face import (
+    Items,
+    Json,
+    Out,
+    Overrides,
+    Quiet,
+    Skills,
+    face,
+    out,
+)
+from luthier.errors import LuthierError
+
+
+def evaluate(
+    model: Annotated[str, typer.Argument(help="A model's name or folder, or a run's folder.")],
+    recipe: Annotated[Path | None, typer.Argument(help="A recipe (YAML).", metavar="RECIPE")] = None,
+    overrides: Overrides = None,
+    tasks: Annotated[str, typer.Option("--harness", help="Instead of a recipe: tasks of lm-eval, with commas between.")] = "",
+    tasks_folder: Annotated[Path, typer.Option(help="The folder with the tasks' YAML files.")] = Path("tasks"),
+    limit: Annotated[int | None, typer.Option(help="Most rows of each task of lm-eval.", min=1)] = None,
+    world: Annotated[bool, typer.Option("--world", help="Instead of a recipe: the skills of the small world.")] = False,
+    skills: Skills = "",
+    count: Items = None,
+    page: Annotated[Path | None, typer.Option(help="With --world: also write an HTML page with a radar chart.")] = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Measure a model or a run on the evaluation sets of a recipe, on tasks of the evaluation harness, or skill by skill."""
+    with face(as_json, quiet) as speak:
+        from luthier.evaluate.harness import plain_scores
+        from luthier.recipe import read_recipe
+        from luthier.report.terminal import measured, scored
+        from luthier.use import evaluate as run_evaluation
+        from luthier.use import evaluate_harness
+
+        if (tasks != "") + (recipe is not None) + world > 1:
+            raise LuthierError("more than one of a recipe, --harness and --world", where="luthier eval", mend="give one of them")
+        if world:
+            from luthier.lab.profile import COUNT, profile
+            from luthier.lab.profile_page import profile_table, write_profile
+            from luthier.lab.world_sets import named
+
+            profiled = profile(model, skills=named(skills), count=count or COUNT, say=speak.say)
+            if page is not None:
+                speak.say(f"page: {write_profile(profiled, page)}")
+            speak.show(profiled, lambda: profile_table(profiled))
+            return
+        if skills or count is not None or page is not None:
+            raise LuthierError("--skills, --count and --page are of the small world", where="luthier eval", mend="add --world")
+        if tasks:
+            found = evaluate_harness(model, [one.strip() for one in tasks.split(",")], tasks_folder, limit=limit, say=speak.say)
+            speak.show({"model": model, **plain_scores(found)}, lambda: scored(found))
+            return
+        if recipe is None:
+            raise LuthierError("a recipe is missing", where="luthier eval", mend="give a recipe, --harness TASKS or --world")
+        results = run_evaluation(model, read_recipe(recipe, overrides or []), say=speak.say)
+        speak.show(
+            {"model": model, "metrics": {name: one.as_json() for name, one in results.items()}},
+            lambda: measured(results),
+        )
+
+
+def chat(
+    model: Annotated[str, typer.Argument(help="A model's name or folder, or a run's folder.")],
+    prompt: Annotated[str | None, typer.Option(help="Ask one question and stop.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 128,
+    temperature: Annotated[float, typer.Option(help="0: always the most likely token.")] = 0.0,
+    base: Annotated[bool, typer.Option("--base", help="Show the base's answer beside it (for a run).")] = False,
+    as_json: Json = False,
+) -> None:
+    """Talk to a model or a run."""
+    with face(as_json, quiet=as_json) as speak:
+        from luthier.use import Chat
+
+        talk = Chat(model, say=speak.say, max_new_tokens=max_new_tokens, temperature=temperature)
+        if prompt is not None or as_json:
+            if prompt is None:
+                raise LuthierError("a question is missing", where="luthier chat --json", mend="give --prompt")
+            answer = talk.ask(prompt)
+            facts: dict[str, Any] = {"model": model, "prompt": prompt, "answer": answer}
+            if base:
+                facts["base"] = talk.ask_base(prompt)
+            speak.show(facts, lambda: escape(answer) + (f"\n[dim]base: {escape(facts['base'])}[/dim]" if base else ""))
+            return
+        out.print("[dim]An empty line ends the conversation.[/dim]")
+        while True:
+            try:
+                asked = input("> ").strip()
+            except (EOFError, KeyboardInterrupt):
+                break
+            if not asked:
+                break
+            if base:
+                out.print(f"[dim]base: {escape(talk.ask_base(asked))}[/dim]")
+            out.print(escape(talk.say_turn(asked)))
+
+
+def runs(
+    name: Annotated[str | None, typer.Argument(help="Show one run's summary.")] = None,
+    folder: Out = "runs",
+    as_json: Json = False,
+) -> None:
+    """List the runs, or show one."""
+    with face(as_json) as speak:
+        from luthier.report.terminal import run_table, summary
+        from luthier.run import list_runs, read_run
+
+        if name is not None:
+            run = read_run(name, folder)
+            speak.show(run.as_json(), lambda: summary(run.facts))
+            return
+        found = list_runs(folder)
+        speak.show([run.as_json() for run in found], lambda: run_table([run.facts for run in found]))
+
+
+def compare(
+    first: Annotated[str, typer.Argument(help="A run's name or folder.")],
+    others: Annotated[list[str], typer.Argument(help="More runs.")],
+    page: Annotated[Path | None, typer.Option(help="Also write the comparison as an HTML page.")] = None,
+    folder: Out = "runs",
+    as_json: Json = False,
+) -> None:
+    """Put runs side by side: what differs in their recipes, and what came of it."""
+    with face(as_json) as speak:
+        from luthier.report.compare import compare_runs, compared, write_comparison
+        from luthier.run import read_run
+
+        facts = [read_run(one, folder).facts for one in [first, *others]]
+        if page is not None:
+            write_comparison(facts, page)
+            speak.say(f"page: {page}")
+        speak.show(compared(facts), lambda: compare_runs(facts))
+
+
+def probe(
+    name: Annotated[str, typer.Argument(help="A probe: `luthier techniques --kind probe` lists them.", metavar="PROBE")],
+    words: Annotated[
+        list[str],
+        typer.Argument(
+            help="A base, then a run, a model or a PEFT adapter's folder (a run alone stands beside its own base), then options.",
+            metavar="[BASE] TUNED [KEY=VALUE]...",
+        ),
+    ],
+    figure: Annotated[Path | None, typer.Option(help="Also write the figure as an SVG file.")] = None,
+    precision: Annotated[str, typer.Option(help="What models are loaded in; a run brings its own.")] = "fp32",
+    folder: Out = "runs",
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """See what tuning changed inside a model: a table, a figure, one sentence."""
+    with face(as_json, quiet) as speak:
+        from luthier.recipe import apply_overrides
+        from luthier.report.probe import found, write_figure
+        from luthier.use import look_inside
+
+        options = [word for word in words if "=" in word and not os.path.exists(word)]
+        models = [word for word in words if word not in options]
+        if len(models) not in (1, 2):
+            mend = "give a base and what was tuned, or a run alone"
+            raise LuthierError(f"{len(models)} models", where="luthier probe", mend=mend)
+        spec = {name: apply_overrides({}, options)}
+        finding = look_inside(spec, *models, out=folder, precision=precision, say=speak.say)
+        if figure is not None:
+            write_figure(finding, figure)
+            speak.say(f"figure: {figure}")
+        speak.show(finding.as_json(), lambda: found(finding))
+
+
+def export(
+    run: Annotated[str, typer.Argument(help="A run's name or folder.")],
+    target: Annotated[Path, typer.Argument(help="The folder, or the GGUF file, to write; it must not exist.")],
+    form: Annotated[
+        str, typer.Option("--as", help="`model`: a plain Hugging Face folder; `gguf`: one file; `peft`: a LoRA adapter.")
+    ] = "model",
+    weights: Annotated[str, typer.Option(help="Of a GGUF file: f32, f16, bf16, q8_0, or auto for the model's.")] = "auto",
+    folder: Out = "runs",
+    as_json: Json = False,
+) -> None:
+    """Write a run's result for other tools, and check that it reads back the same."""
+    with face(as_json, quiet=as_json) as speak:
+        from luthier.use import export as run_export
+
+        facts = run_export(run, target, form=form, weights=weights, out=folder, say=speak.say)
+        speak.show(facts, lambda: "\n".join(f"{key:<24}{escape(str(value))}" for key, value in facts.items()))

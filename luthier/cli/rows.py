@@ -1,0 +1,112 @@
+"""Commands for training rows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+
+from luthier.cli.face import (
+    Json,
+    face,
+    listed,
+)
+
+RowSource = Annotated[str, typer.Argument(help="The rows to choose from: a file, a folder, or `hub:name`.", metavar="SOURCE")]
+ScoreOptions = Annotated[list[str] | None, typer.Argument(help="Options of the score, e.g. `epsilon=0.02`.", metavar="KEY=VALUE")]
+By = Annotated[str, typer.Option(help="A row score: see `luthier techniques --kind row_score`.")]
+Target = Annotated[str | None, typer.Option(help="Rows of the task the choice is for; none of those that will measure it.")]
+Embedder = Annotated[str, typer.Option(help="What makes embeddings: a model's name, or `hash`, which needs none.")]
+RowShape = Annotated[str | None, typer.Option(help="The rows' shape, where it cannot be recognized.")]
+Seed = Annotated[int, typer.Option(help="Of all draws.")]
+
+
+def rows_look(
+    source: Annotated[str, typer.Argument(help="A file of rows, a folder, or `hub:name`.")],
+    model: Annotated[str, typer.Option(help="Whose tokenizer and chat template to use.")] = "smollm2-135m-instruct",
+    shape: Annotated[str | None, typer.Option(help="The rows' shape, where it cannot be recognized.")] = None,
+    loss_on: Annotated[str, typer.Option(help="assistant, last or all.")] = "assistant",
+    rows: Annotated[int, typer.Option("--rows", "-n", help="Rows shown.")] = 5,
+    as_json: Json = False,
+) -> None:
+    """Show shape, counts, lengths, and some rows as the model sees them, with what is learnt in color."""
+    with face(as_json, quiet=as_json) as speak:
+        from luthier.rows.look import render
+        from luthier.use import look_at_rows
+
+        looked = look_at_rows(source, model, shape=shape, loss_on=loss_on, rows=rows, say=speak.say)
+        speak.show(looked.as_json(), lambda: render(looked))
+
+
+def rows_world(
+    skill: Annotated[str, typer.Argument(help="A skill of the small world.")],
+    target: Annotated[Path, typer.Option("--out", help="The JSONL file to write; it must not exist.")],
+    count: Annotated[int, typer.Option("--count", "-n", help="Rows.", min=1)] = 100,
+    split: Annotated[str, typer.Option(help="train: prompts with completions; validation, held_back: with answers.")] = "train",
+    seed: Annotated[int, typer.Option(help="Other rows of the same world.", min=0)] = 0,
+    difficulty: Annotated[int, typer.Option(help="1 is the easiest.", min=1)] = 1,
+    as_json: Json = False,
+) -> None:
+    """Write rows of a skill of the small world, for recipes to use."""
+    with face(as_json, quiet=as_json) as speak:
+        from luthier.lab.world_sets import write_rows
+
+        facts = write_rows(skill, target, split=split, count=count, seed=seed, difficulty=difficulty)
+        speak.show(facts, lambda: escape(f"{facts['rows']} rows of {skill}, {split}: {target}"))
+
+
+def rows_score(
+    source: RowSource,
+    by: By,
+    out: Annotated[Path, typer.Option(help="The file to write, one `{id, score}` a line; it must not exist.")],
+    options: ScoreOptions = None,
+    target: Target = None,
+    embedder: Embedder = "minilm-l6",
+    shape: RowShape = None,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Give every row a number: the higher, the sooner it should be chosen. Written in the order of the rows."""
+    with face(as_json, quiet=as_json) as speak:
+        from luthier.recipe import apply_overrides
+        from luthier.rows.select import score_rows
+
+        spec = {by: apply_overrides({}, options or [])}
+        scored = score_rows(source, spec, target=target, embedder=embedder, shape=shape, seed=seed, out=out, say=speak.say)
+        speak.show({**scored.facts, "out": str(out)}, lambda: listed({**scored.facts, "out": str(out)}))
+
+
+def rows_select(
+    source: RowSource,
+    by: By,
+    out: Annotated[Path, typer.Option(help="The file to write, one row a line, the best first; it must not exist.")],
+    options: ScoreOptions = None,
+    count: Annotated[int | None, typer.Option(help="How many rows.")] = None,
+    share: Annotated[float | None, typer.Option(help="Which share of the rows instead, above 0 and at most 1.")] = None,
+    target: Target = None,
+    embedder: Embedder = "minilm-l6",
+    shape: RowShape = None,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Write the rows with the highest scores, unchanged and the best first. Rows that are equal are taken once."""
+    with face(as_json, quiet=as_json) as speak:
+        from luthier.recipe import apply_overrides
+        from luthier.rows.select import select_rows
+
+        spec = {by: apply_overrides({}, options or [])}
+        chosen = select_rows(
+            source,
+            spec,
+            count=count,
+            share=share,
+            target=target,
+            embedder=embedder,
+            shape=shape,
+            seed=seed,
+            out=out,
+            say=speak.say,
+        )
+        speak.show({**chosen.facts, "out": str(out)}, lambda: listed({**chosen.facts, "out": str(out)}))

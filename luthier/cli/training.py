@@ -1,0 +1,113 @@
+"""Commands that run recipes."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from luthier.cli.face import (
+    INTERRUPTED,
+    Items,
+    Json,
+    Overrides,
+    Quiet,
+    RecipeFile,
+    Skills,
+    World,
+    err,
+    face,
+)
+from luthier.errors import LuthierError
+
+if TYPE_CHECKING:
+    from luthier.recipe import Recipe
+
+
+def train(
+    recipe: Annotated[Path | None, typer.Argument(help="A recipe (YAML).", metavar="RECIPE")] = None,
+    overrides: Overrides = None,
+    resume: Annotated[Path | None, typer.Option(help="Continue this run's folder; ends in the same weights.")] = None,
+    world: World = False,
+    skills: Skills = "",
+    count: Items = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Fine-tune a model, measure it before and after, and write a report.
+
+    Interrupt once (Ctrl-C) to finish the step, save and stop (exit code 130); `luthier train --resume RUN` goes on. A second
+    interrupt stops at once.
+    """
+    with face(as_json, quiet) as speak:
+        from luthier.cli_progress import Bar
+        from luthier.flow import train as run_training
+        from luthier.recipe import read_recipe
+        from luthier.report.terminal import summary
+
+        if recipe is None:
+            if resume is None:
+                raise LuthierError("a recipe is missing", where="luthier train", mend="give a recipe, or --resume RUN")
+            recipe = resume / "recipe.yaml"
+            if not recipe.is_file():
+                raise LuthierError("this is no run's folder", where=str(resume), mend="name a folder that `luthier runs` lists")
+        read = _measuring_world(read_recipe(recipe, overrides or []), world, skills, count)
+        command = _command(recipe, overrides, world, skills, count)
+        with Bar(err, quiet=speak.quiet) as bar:
+            run = run_training(read, resume=resume, say=bar.say, tell=bar.step, command=command)
+        speak.show(run.as_json(), lambda: summary(run.facts))
+        if run.facts["status"] == "stopped":
+            raise typer.Exit(INTERRUPTED)
+
+
+def plan(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Take two steps, thrown away, and tell their memory and time.")
+    ] = False,
+    world: World = False,
+    skills: Skills = "",
+    count: Items = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Show a run in order, with what trains, steps, memory and time. Trains nothing that is kept."""
+    with face(as_json, quiet) as speak:
+        from luthier.plan import make_plan, measure_plan
+        from luthier.recipe import read_recipe
+
+        made = make_plan(_measuring_world(read_recipe(recipe, overrides or []), world, skills, count), speak.say)
+        facts, lines = made.as_json(), made.lines()
+        if measure:
+            measured = measure_plan(made)
+            facts["measured"] = measured.as_json()
+            lines.append(f"measured   {measured.described()}")
+
+        def render() -> Table:
+            table = Table.grid(padding=(0, 2))
+            for line in lines:
+                key, text = line[:10].rstrip(), line[10:].strip()
+                table.add_row(f"[bold]{escape(key)}[/bold]", escape(text))
+            return table
+
+        speak.show(facts, render)
+
+
+def _measuring_world(recipe: Recipe, world: bool, skills: str, count: int | None) -> Recipe:
+    if not world:
+        if skills or count is not None:
+            raise LuthierError("--skills and --count are of the small world", where="command line", mend="add --world")
+        return recipe
+    from luthier.lab.world_sets import COUNT, named, with_world
+
+    return with_world(recipe, skills=named(skills), count=count or COUNT)
+
+
+def _command(recipe: Path, overrides: list[str] | None, world: bool, skills: str, count: int | None) -> str:
+    measured = ["--world"] * world + ["--skills", skills] * bool(skills) + ["--count", str(count)] * (count is not None)
+    return shlex.join(["luthier", "train", str(recipe), *(overrides or []), *measured])

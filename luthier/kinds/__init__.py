@@ -1,0 +1,100 @@
+"""The kinds: what a technique can be. Each is a small immutable value of functions; together they are one fine-tuning run.
+
+A run takes rows, lowers its objectives to terms that sum over a batch, lets a step move the few numbers that a tune has
+freed, and leaves a delta behind. Every kind answers one question in that sentence.
+
+Shapes are part of the names: B rows, T time, N labelled positions, C labelled positions of one chunk, V vocabulary, D width,
+L layers, R rank, H heads, P prompt or prefix length, I and O a linear's input and output width. `logits_NV` has shape [N, V].
+
+A value holds no state: what a technique must remember is in the `state` it is handed, a flat dictionary that the run owns,
+saves in checkpoints and shares among the values one technique returns. Every function can read the clock (`Now`).
+"""
+
+from __future__ import annotations
+
+from luthier.kinds.base import Batch, Chunk, Column, Form, Now, Place, Services, State, Tensors, TrainedLike, View
+from luthier.kinds.objective import InputMap, Reading, Term, TokenLoss, TokenWeight, Vocabulary
+from luthier.kinds.probe import Cell, Comparison, Drawing, Finding, Line, Probe, Table
+from luthier.kinds.rows import RowMap, RowScore, RowServices
+from luthier.kinds.step import Keeper, Optimizer, Pass, Source, Transform
+from luthier.kinds.tune import Additive, HiddenEdit, Prefix, Prompt, Refresh, Resize, Select, Selective
+
+__all__ = [
+    "KINDS",
+    "OBJECTIVES",
+    "STEPS",
+    "TUNES",
+    "Additive",
+    "Batch",
+    "Cell",
+    "Chunk",
+    "Column",
+    "Comparison",
+    "Drawing",
+    "Finding",
+    "Form",
+    "HiddenEdit",
+    "InputMap",
+    "Keeper",
+    "Line",
+    "Now",
+    "Optimizer",
+    "Pass",
+    "Place",
+    "Prefix",
+    "Probe",
+    "Prompt",
+    "Reading",
+    "Refresh",
+    "Resize",
+    "RowMap",
+    "RowScore",
+    "RowServices",
+    "Select",
+    "Selective",
+    "Services",
+    "Source",
+    "State",
+    "Table",
+    "Tensors",
+    "Term",
+    "TokenLoss",
+    "TokenWeight",
+    "TrainedLike",
+    "Transform",
+    "View",
+    "Vocabulary",
+    "kind_of",
+]
+
+KINDS: dict[str, type] = {
+    "row_score": RowScore,
+    "row_map": RowMap,
+    "selective": Selective,
+    "additive": Additive,
+    "hidden_edit": HiddenEdit,
+    "prefix": Prefix,
+    "prompt": Prompt,
+    "input_map": InputMap,
+    "term": Term,
+    "token_loss": TokenLoss,
+    "token_weight": TokenWeight,
+    "transform": Transform,
+    "optimizer": Optimizer,
+    "source": Source,
+    "keeper": Keeper,
+    "probe": Probe,
+}
+"""Folder under `luthier/methods/` to kind."""
+
+TUNES = ("selective", "additive", "hidden_edit", "prefix", "prompt")
+OBJECTIVES = ("input_map", "term", "token_loss")
+STEPS = ("transform", "optimizer")
+
+
+def kind_of(value: object) -> str:
+    """The folder name of a value's kind."""
+    for name, kind in KINDS.items():
+        if isinstance(value, kind):
+            return name
+    raise TypeError(f"{type(value).__name__} is no kind of luthier")

@@ -1,0 +1,223 @@
+"""What every kind meets: the clock, places, batches, columns, and the services of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from luthier.models.parts import Parts
+
+
+State = dict[str, Any]
+"""Tensors, numbers and strings a technique remembers; flat, so that a checkpoint can hold it."""
+
+Tensors = dict[str, Tensor]
+"""A technique's own trained tensors, by name."""
+
+Form = Literal["whole", "rows", "cols", "flat", "factor", "free"]
+
+
+class Now(NamedTuple):
+    """The clock: every technique gets it, so that no option repeats what the run already knows."""
+
+    step: int = 0
+    """Optimizer steps taken before this one, from 0."""
+    steps: int = 1
+    """Optimizer steps of the whole stage."""
+    epoch: float = 0.0
+    """Passes over the rows so far, with a fraction."""
+    stage: int = 0
+    stages: int = 1
+    factor: float = 1.0
+    """What the schedule multiplies the learning rate with now."""
+    learning_rate: float = 0.0
+    """The run's learning rate times `factor`."""
+    seed: int = 0
+
+
+class Place(NamedTuple):
+    """Where one tensor of a model lives: enough to find it again, never the tensor itself."""
+
+    module: str
+    """Dotted name of the module, e.g. `model.layers.3.self_attn.q_proj`."""
+    tensor: str
+    """`weight`, `bias` or another parameter's name."""
+    role: str
+    """What it does: `attention_query`, `mlp_down`, `embedding` ..., see `luthier.models.parts`."""
+    block: int | None
+    """The transformer block, None outside the blocks."""
+    start: int | None = None
+    """First output row of this place in a fused projection; None: the whole tensor."""
+    stop: int | None = None
+
+    @property
+    def parameter(self) -> str:
+        """Dotted name of the parameter."""
+        return f"{self.module}.{self.tensor}" if self.module else self.tensor
+
+    def __str__(self) -> str:
+        return self.parameter if self.start is None else f"{self.parameter}[{self.start}:{self.stop}]"
+
+
+class Batch(NamedTuple):
+    """One micro-batch, padded on one side. The causal shift is not done here but once, where hidden states become columns."""
+
+    token_ids_BT: Tensor
+    """Token ids; virtual ids -1 to -P stand for prompt embeddings; 0 where padded."""
+    attend_BT: Tensor
+    """True at real tokens."""
+    position_BT: Tensor
+    """0, 1, ... along each row's real tokens."""
+    label_BT: Tensor
+    """The token id where that token is a target, -100 elsewhere."""
+    row_ids: tuple[str, ...]
+    columns: Mapping[str, Tensor] = {}
+    """Free numeric columns of the rows, shape [B]."""
+
+    @property
+    def tokens(self) -> int:
+        """Real tokens."""
+        return int(self.attend_BT.sum())
+
+    @property
+    def supervised(self) -> int:
+        """Targets that directly follow an attended token, which can predict them."""
+        return int(((self.label_BT[:, 1:] >= 0) & self.attend_BT[:, :-1]).sum())
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch on another device."""
+        return Batch(
+            self.token_ids_BT.to(device),
+            self.attend_BT.to(device),
+            self.position_BT.to(device),
+            self.label_BT.to(device),
+            self.row_ids,
+            {name: column.to(device) for name, column in self.columns.items()},
+        )
+
+
+class TrainedLike(Protocol):
+    """What optimizers and transforms see of one trained tensor (the owner is `luthier.tune`)."""
+
+    name: str
+    slot: str
+    place: Place | None
+    form: Form
+    index: Tensor | None
+    rate: float
+    decay: bool
+    changes: bool
+    axis: int
+    master: Tensor
+    leaf: Tensor
+    """What autograd sees: read it to put a trained number into a loss."""
+    gradient: Tensor | None
+
+
+class Services(Protocol):
+    """All that a technique may ask of the run."""
+
+    now: Now
+    parts: Parts
+    slot: str
+    """The technique's own name in this run, which its trained tensors carry."""
+
+    def rng(self, key: str) -> torch.Generator:
+        """A generator for this seed, stage and key; the same at every call, so that resuming needs no saved state."""
+
+    def weight(self, place: Place) -> Tensor:
+        """The live values at a place, [O, I] for a linear however it is stored; detached."""
+
+    def start_weight(self, place: Place) -> Tensor:
+        """The values at a place before training; needs `keeps the base`."""
+
+    def tensors(self, place: Place) -> Tensors:
+        """The technique's own trained tensors at a place."""
+
+    def trained(self) -> Sequence[TrainedLike]:
+        """Every trained tensor of the run."""
+
+    def write(self, trained: TrainedLike, value: Tensor) -> None:
+        """Set a trained tensor, and the live weight with it."""
+
+    def nll(self, hidden_ND: Tensor, label_N: Tensor) -> Tensor:
+        """Negative log-likelihood of labels under the language-model head, for any hidden states. Returns loss_N."""
+
+    def forward(self, batch: Batch, columns: Sequence[str]) -> View:
+        """Columns of a batch without gradients, in evaluation mode."""
+
+
+class Chunk(NamedTuple):
+    """Some labelled positions with their whole distributions: the only place where logits exist."""
+
+    logits_CV: Tensor
+    """In fp32."""
+    label_C: Tensor
+    key_C: Tensor
+    """One integer a position, from (seed, step, row, position): draws made with it do not depend on how a batch is split."""
+    reference_logits_CV: Tensor | None = None
+    """The base model's logits, where a column asked for them."""
+
+
+class Column(NamedTuple):
+    """A value for each labelled position, made where the logits are. `value(chunk)` returns [C]."""
+
+    name: str
+    value: Callable[[Chunk], Tensor]
+    reference: bool = False
+    """Ask for the base model's logits."""
+    gradient: bool = True
+    """False: computed without a graph, which saves memory."""
+
+
+class View:
+    """The labelled positions of one micro-batch: columns by name (`view["nll"]`, shape [N]) and where each belongs.
+
+    `label_N`, `row_N` (the row's place in the batch), `position_N` (the target's place in its row), `weight_N` (the product of
+    all token weights), `hidden_BTD` (last hidden states, with their graph) and the batch itself.
+    """
+
+    def __init__(
+        self,
+        batch: Batch,
+        columns: Mapping[str, Tensor],
+        *,
+        label_N: Tensor,
+        row_N: Tensor,
+        position_N: Tensor,
+        hidden_BTD: Tensor | None = None,
+        weight_N: Tensor | None = None,
+        now: Now = Now(),
+        services: Services | None = None,
+        state: State | None = None,
+    ) -> None:
+        self.batch, self.columns, self.hidden_BTD = batch, dict(columns), hidden_BTD
+        self.label_N, self.row_N, self.position_N = label_N, row_N, position_N
+        self.weight_N = torch.ones(len(label_N), device=label_N.device) if weight_N is None else weight_N
+        self.now, self.services, self.state = now, services, {} if state is None else state
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.columns[name]
+
+    def for_technique(self, state: State, weight_N: Tensor | None = None) -> View:
+        """The same view with another technique's state, and weights when given."""
+        return View(
+            self.batch,
+            self.columns,
+            label_N=self.label_N,
+            row_N=self.row_N,
+            position_N=self.position_N,
+            hidden_BTD=self.hidden_BTD,
+            weight_N=self.weight_N if weight_N is None else weight_N,
+            now=self.now,
+            services=self.services,
+            state=state,
+        )
+
+    def sum_rows(self, value_N: Tensor) -> Tensor:
+        """Sum a column within each row: [N] to [B]."""
+        return value_N.new_zeros(len(self.batch.row_ids)).index_add(0, self.row_N, value_N)

@@ -1,0 +1,80 @@
+"""What the model reads while it learns, and what is minimized."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Literal, NamedTuple
+
+from torch import Tensor
+
+from luthier.kinds.base import Batch, Column, Now, Services, Tensors, View
+
+
+class Vocabulary(NamedTuple):
+    """What an input map may know of token ids."""
+
+    text_V: Tensor
+    """True at ids that stand for text; False at special tokens, at those a chat template writes, and where the tokenizer has none."""
+    mask: int | None = None
+    """The id that says that a token is missing; None where the tokenizer has no such token."""
+
+
+class Reading(NamedTuple):
+    """What an input map gets beside the batch."""
+
+    now: Now
+    vocabulary: Vocabulary
+    uniform_BT: Callable[[int], Tensor]
+    """`uniform_BT(stream)` draws a number from [0, 1) for each token, in fp64, by seed, step, row and position: whatever is made of it
+    does not depend on how a step is split. Streams are independent of each other and of other input maps' streams."""
+
+
+class InputMap(NamedTuple):
+    """What does the model read while it learns?
+
+    `map(batch, reading)` returns the token ids [B, T] that the model reads instead, anew in every step, on the processor. Labels,
+    padding, positions and virtual ids stay what they are, and so do evaluation, the base's passes and rules over the whole step.
+    `check(vocabulary)` refuses a tokenizer the map cannot work with, before anything trains.
+    """
+
+    map: Callable[[Batch, Reading], Tensor]
+    check: Callable[[Vocabulary], None] | None = None
+
+
+class Term(NamedTuple):
+    """What is minimized? Every objective is lowered to this.
+
+    `total(view, own)` returns a *sum* over the unit; the loop alone divides, by the units of the whole step. `count(batch)` counts
+    units where the default (kept targets, rows, or 1 a step) is wrong. `start(services)` makes trained tensors of its own.
+    """
+
+    total: Callable[[View, Tensors], Tensor]
+    unit: Literal["token", "row", "step"] = "token"
+    count: Callable[[Batch], float] | None = None  # type: ignore[assignment]
+    start: Callable[[Services], Tensors] | None = None
+    columns: tuple[str | Column, ...] = ("nll",)
+    weight: float = 1.0
+    hidden: bool = False
+    """Ask for `view.hidden_BTD`."""
+
+
+class TokenLoss(NamedTuple):
+    """A loss for each target: `loss(view)` returns [N]. The spelling of a Term that most objectives need."""
+
+    loss: Callable[[View], Tensor]
+    columns: tuple[str | Column, ...] = ("nll",)
+    weight: float = 1.0
+
+
+class TokenWeight(NamedTuple):
+    """How much does a token count?
+
+    `weigh(view)` returns [N], from columns of whole rows, without gradient. `count(batch)` gives the units where they are known
+    beforehand and differ from the targets. `look(table)` is a rule over the whole step: it gets the columns of every target of the
+    step, over micro-batches and processes, sorted by row id and position, and returns keep weights [M]; then the kept are counted.
+    """
+
+    weigh: Callable[[View], Tensor] | None = None
+    columns: tuple[str | Column, ...] = ()
+    count: Callable[[Batch], float] | None = None  # type: ignore[assignment]
+    look: Callable[[Mapping[str, Tensor], Now], Tensor] | None = None

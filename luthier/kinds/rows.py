@@ -1,0 +1,36 @@
+"""Which rows, and what else to learn from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from luthier.kinds.base import Services
+
+
+class RowServices(Protocol):
+    """All that a row score may ask for. It works before a run: there is no clock yet, and nothing trains."""
+
+    target: Sequence[Any]
+    """Rows (`luthier.rows.shapes.Row`) of the task the choice is for; there are some where the card needs `target`."""
+
+    def rng(self, key: str) -> torch.Generator:
+        """A generator for this seed and key; the same at every call."""
+
+    def embed(self, texts: Sequence[str]) -> Tensor:
+        """What texts are about: embedding_BD in fp32, each of length 1; texts that are alike lie close."""
+
+
+class RowScore(NamedTuple):
+    """Which rows, before training? `score(rows, services)` returns one finite number for each row; the highest is chosen first."""
+
+    score: Callable[[Sequence[Any], RowServices], Sequence[float]]
+
+
+class RowMap(NamedTuple):
+    """Rows in, rows out, before training. `map(rows, services)` returns a list of `luthier.rows.Row`."""
+
+    map: Callable[[Sequence[Any], Services], list[Any]]

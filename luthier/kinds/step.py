@@ -1,0 +1,80 @@
+"""From gradients to a step, and what happens between steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple, Protocol
+
+from torch import Tensor
+
+from luthier.kinds.base import Batch, Now, Services, State, TrainedLike
+
+
+class Transform(NamedTuple):
+    """What happens to a gradient, or, behind the optimizer in the chain, to an update?
+
+    `init(trained)` makes the state of one tensor, `update(value, state, trained, now)` returns the new value. With scope `all` the
+    functions get lists over all tensors. `takes(trained)` says which tensors it is for.
+    """
+
+    init: Callable[[TrainedLike], State]
+    update: Callable[..., Any]
+    scope: Literal["tensor", "all"] = "tensor"
+    takes: Callable[[TrainedLike], bool] | None = None
+
+
+class Optimizer(NamedTuple):
+    """How does a gradient become a step? `step(value, gradient, state, trained, now)` moves `value` in place. `now.learning_rate` is
+    already scheduled; `trained.rate` multiplies it."""
+
+    init: Callable[[TrainedLike], State]
+    step: Callable[[Tensor, Tensor, State, TrainedLike, Now], None]
+    takes: Callable[[TrainedLike], bool] | None = None
+
+
+class Pass(Protocol):
+    """One step's work, as a source of gradients sees it."""
+
+    batches: Sequence[Batch]
+    now: Now
+
+    @property
+    def trained(self) -> Sequence[TrainedLike]:
+        """Every trained tensor."""
+
+    def backward(self, batch: Batch) -> None:
+        """Forward and backward of one micro-batch, divided by the units of the whole step; gradients add up in `trained`."""
+
+    def loss(self) -> float:
+        """The step's loss without gradients, over all micro-batches and processes."""
+
+    def write(self, trained: TrainedLike, value: Tensor) -> None:
+        """Set a trained tensor, and the live weight with it: for sources that try other values."""
+
+    def apply(self, trained: TrainedLike) -> None:
+        """Take the step of one tensor now and free its gradient."""
+
+    def when_ready(self, do: Callable[[TrainedLike], None]) -> Any:
+        """A context in which `do` is called as soon as a tensor's gradient has arrived; for slices of frozen weights at its end."""
+
+
+class Source(NamedTuple):
+    """Where do gradients come from? `gradients(work)` fills them.
+
+    `gives` says what reaches the rest of the run. `gradients`: they come from `work.backward`, so each process has its own
+    and they are summed. `all`: they are all there when `gradients` returns, and the step follows. Without `all` the source
+    applies each tensor itself; with neither it sets gradients that are the same on every process.
+    """
+
+    gradients: Callable[[Pass], None]
+    gives: frozenset[str] = frozenset({"gradients", "all"})
+
+
+class Keeper(NamedTuple):
+    """What happens between steps? `start(services)` gives the first state, `after_step(state, services)` and
+    `after_stage(state, services)` may rewrite trained tensors through `services.write`."""
+
+    after_step: Callable[[State, Services], None] | None = None
+    after_stage: Callable[[State, Services], None] | None = None
+    start: Callable[[Services], State] | None = None
+    needs: frozenset[str] = frozenset()

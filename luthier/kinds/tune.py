@@ -1,0 +1,106 @@
+"""Which numbers may change."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+from torch import Tensor
+
+from luthier.kinds.base import Now, Place, Services, State, Tensors
+
+if TYPE_CHECKING:
+    from luthier.models.parts import Parts
+
+
+class Select(NamedTuple):
+    """Which numbers of one place train: all, some output rows, some input columns, or some entries of the flattened [O, I]."""
+
+    form: Literal["whole", "rows", "cols", "flat"]
+    index: Tensor | None = None  # type: ignore[assignment]
+    rate: float = 1.0
+    """Multiplies the learning rate here."""
+
+
+class Refresh(NamedTuple):
+    """A changed selection: the new index, and for each of its entries the old entry it continues, or -1."""
+
+    index: Tensor  # type: ignore[assignment]
+    take: Tensor
+    seed: Tensor | None = None
+    """What new entries start from, added to their live values; None: nothing."""
+
+
+class Selective(NamedTuple):
+    """Which existing numbers train?
+
+    `choose(parts, services)` gives the selection by place. `observe(state, place, gradient_OI)` gets the whole dense gradient of
+    each selected place once a step while `observing(now)`, summed over micro-batches and processes. `refresh(state, services)`
+    may change selections after a step. Numbers that leave go back to the base (`revert`) or keep what they learnt (`keep`).
+    """
+
+    choose: Callable[[Parts, Services], Mapping[Place, Select]]
+    observe: Callable[[State, Place, Tensor], None] | None = None
+    observing: Callable[[Now], bool] | None = None
+    refresh: Callable[[State, Services], Mapping[Place, Refresh]] | None = None
+    leave: Literal["revert", "keep"] = "revert"
+
+
+class Resize(NamedTuple):
+    """Trained tensors of another size: new values, and for each tensor which old entry each entry continues, or -1, along
+    the tensor's axis (`Additive.axes`)."""
+
+    tensors: Tensors
+    take: Mapping[str, Tensor]
+
+
+class Additive(NamedTuple):
+    """Which delta is added to a weight?
+
+    `start(place, weight_OI, services)` makes the tensors, `apply(tensors, x)` the change of the linear's output, `delta(tensors)`
+    the same change as a weight [O, I]. `subtract` takes the starting delta out of the frozen weight, so that training starts at
+    the base. `observe` and `refresh` as in Selective, for deltas that grow or shrink.
+    """
+
+    start: Callable[[Place, Tensor, Services], Tensors]
+    apply: Callable[[Tensors, Tensor], Tensor]
+    delta: Callable[[Tensors], Tensor]
+    roles: tuple[str, ...] = ("linear",)
+    subtract: bool = False
+    observe: Callable[[State, Place, Tensor], None] | None = None
+    observing: Callable[[Now], bool] | None = None
+    refresh: Callable[[State, Services], Mapping[Place, Resize]] | None = None
+    axes: Mapping[str, int] = {}
+    """The axis along which entries of a tensor come and go in a refresh, by tensor name; 0 where not named."""
+    rates: Mapping[str, float] = {}
+    """Multiplies the learning rate, by tensor name."""
+    pair: tuple[str, str] | None = None
+    """Names of the factors (down [R, I], up [O, R]) when the delta is `scale * up @ down`: then PEFT can hold it."""
+    scale: float = 1.0
+
+
+class HiddenEdit(NamedTuple):
+    """What changes a hidden state? `start(place, width_in, width_out, services)`, then `apply(tensors, x, y)` gives the new output of
+    the module at each place of `roles`; `fold(tensors, weight_OI, bias_O)` gives the merged weight and bias where that is possible."""
+
+    start: Callable[[Place, int, int, Services], Tensors]
+    apply: Callable[[Tensors, Tensor, Tensor], Tensor]
+    roles: tuple[str, ...]
+    fold: Callable[[Tensors, Tensor, Tensor | None], tuple[Tensor, Tensor | None]] | None = None
+
+
+class Prefix(NamedTuple):
+    """What joins keys and values? `start(parts, services)`, then `keyvalue(tensors, block)` gives keys and values [H, P, width of a
+    head] with H the model's key/value heads; every query of every row may attend to them."""
+
+    start: Callable[[Parts, Services], Tensors]
+    keyvalue: Callable[[Tensors, int], tuple[Tensor, Tensor]]
+
+
+class Prompt(NamedTuple):
+    """What stands before the input? `start(table_VD, services)`; virtual ids -1 to -`length` stand before each row, and
+    `apply(tensors, token_ids_BT, embeds_BTD)` puts their embeddings in."""
+
+    start: Callable[[Tensor, Services], Tensors]
+    apply: Callable[[Tensors, Tensor, Tensor], Tensor]
+    length: int

@@ -1,0 +1,1 @@
+"""The lab: papers' claims, run again as small experiments."""

@@ -1,0 +1,201 @@
+"""What the lab keeps between calls, under keys made of everything a result depends on.
+
+    CACHE/lab/stages/KEY/      one stage: its run's folder, and its merged model once a later stage needed it
+    CACHE/lab/measures/KEY.json  the numbers that a claim took from a chain of stages
+
+A stage's key holds its recipe with the content of its rows, the fingerprint of the model it starts from (or the key of the stage
+before), the device, the versions of what computes, and the sources of luthier that it can reach: all but the lab, the reports and
+the command line, and of the techniques those that the recipe names. It knows nothing of claims, so that two claims with one
+baseline train it once. A measure's key holds the stages' keys, the claim's source and the sources that measuring can reach.
+CACHE is `LUTHIER_CACHE`, or `~/.cache/luthier`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import luthier
+from luthier import disk, machine, registry
+from luthier.errors import LuthierError
+from luthier.kinds import KINDS
+from luthier.models.wheel import cache_folder
+from luthier.recipe import TECHNIQUES, Recipe
+from luthier.rows.ids import canonical
+from luthier.run import write_json
+
+PACKAGE = Path(luthier.__file__).parent
+_COMPUTES_NOTHING = ("report", "cli", "cli_progress", "catalogue", "papers", "__main__")
+"""Modules of luthier that no number depends on."""
+_LAB_COMPUTES_NOTHING = ("claims", "verdict", "results", "figure", "command")
+_KEY_DIGITS = 24
+
+
+def lab_folder() -> Path:
+    """Where the lab keeps what it has run."""
+    return cache_folder() / "lab"
+
+
+def forget() -> Path:
+    """Remove all that the lab has kept, and nothing else. Returns where it was."""
+    folder = lab_folder()
+    disk.remove(folder)
+    return folder
+
+
+def key_of(facts: Any) -> str:
+    """Names some facts: the first digits of their SHA-256."""
+    return hashlib.sha256(canonical(facts).encode()).hexdigest()[:_KEY_DIGITS]
+
+
+def stage_key(recipe: Recipe, start: str, device: str) -> str:
+    """Names one stage.
+
+    Args:
+        recipe: with the seed; model, name and folder do not count.
+        start: the fingerprint of the model, or the key of the stage before.
+        device: what it is computed on.
+    """
+    facts = {
+        name: content(getattr(recipe, name), name) for name in type(recipe).model_fields if name not in ("model", "name", "out")
+    }
+    sources = [core_sources(), technique_sources(technique_names(recipe))]
+    return key_of({"recipe": facts, "start": start, "device": device, "versions": machine.versions(), "sources": sources})
+
+
+def content(value: Any, where: str) -> Any:
+    """A recipe's value as data that is equal for equal content: rows whole, files by their checksum, parts by name and options.
+
+    Raises:
+        LuthierError: a value that has no content to compare, such as a function.
+    """
+    if isinstance(value, str | int | float | bool) or value is None:
+        return {"file": disk.sha256(Path(value))} if isinstance(value, str) and _names_file(value, where) else value
+    if isinstance(value, Path):
+        return {"file": disk.sha256(value)}
+    if isinstance(value, registry.Part) and value.name in registry.names(value.kind):
+        return {value.name: content(value.options, where)}
+    if isinstance(value, Mapping):
+        return {str(key): content(one, f"{where}.{key}") for key, one in value.items()}
+    if isinstance(value, list | tuple) and not hasattr(value, "_fields"):
+        return [content(one, where) for one in value]
+    if hasattr(type(value), "model_fields"):
+        return {key: content(getattr(value, key), f"{where}.{key}") for key in type(value).model_fields}
+    raise LuthierError(
+        f"the lab cannot tell one {type(value).__name__} from another",
+        where=where,
+        mend="give rows as a list or a file, and techniques by name",
+    )
+
+
+def _names_file(value: str, where: str) -> bool:
+    if not where.endswith(("rows", "train")):
+        return False
+    try:
+        return Path(value).is_file()
+    except (OSError, ValueError):
+        # No file can have such a name.
+        return False
+
+
+def technique_names(recipe: Recipe) -> frozenset[str]:
+    """Every word under a recipe's technique keys that could name a technique."""
+    found: set[str] = set()
+    for key in TECHNIQUES:
+        value: Any = recipe
+        for step in key.split("."):
+            value = getattr(value, step)
+        found.update(_words(content(value, key)))
+    return frozenset(found)
+
+
+def _words(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for key, one in value.items():
+            yield str(key)
+            yield from _words(one)
+    elif isinstance(value, list):
+        for one in value:
+            yield from _words(one)
+
+
+@cache
+def core_sources() -> str:
+    """Identifies the code that every stage runs."""
+    skipped = {"lab", "methods", *_COMPUTES_NOTHING}
+    return _digest(path for path in PACKAGE.rglob("*.py") if path.relative_to(PACKAGE).parts[0].removesuffix(".py") not in skipped)
+
+
+@cache
+def technique_sources(names: frozenset[str]) -> str:
+    """Identifies the code of some techniques, with what they import from each other's files."""
+    files: dict[str, list[Path]] = {}
+    for path in (PACKAGE / "methods").rglob("*.py"):
+        files.setdefault(path.stem, []).append(path)
+    for kind in KINDS:
+        for name in names.intersection(registry.names(kind)):
+            # A technique's file may lie outside the package.
+            own = Path(inspect.getfile(registry.find(name, (kind,)).factory))
+            files[name] = [*files.get(name, []), own]
+    return _digest(_reached(names, files, r"luthier\.methods"))
+
+
+def claim_source(path: Path) -> str:
+    """Identifies a claim's code: its file, the other claims' files that it imports, and the files beside it that it names."""
+    files = {other.stem: [other] for other in path.parent.glob("*.py")}
+    reached = _reached([path.stem], files, r"luthier\.lab\.claims")
+    text = "".join(one.read_text(encoding="utf-8") for one in reached)
+    data = {other for other in path.parent.iterdir() if other.is_file() and other.suffix != ".py" and other.name in text}
+    return _digest(reached | data)
+
+
+@cache
+def measure_sources() -> str:
+    """Identifies the code that measuring runs, beside the claim's own and that of the techniques."""
+    lab = PACKAGE / "lab"
+    skipped = set(_LAB_COMPUTES_NOTHING)
+    mine = (path for path in lab.rglob("*.py") if path.relative_to(lab).parts[0].removesuffix(".py") not in skipped)
+    return core_sources() + _digest(mine)
+
+
+def _reached(names: Iterable[str], files: Mapping[str, list[Path]], package: str) -> set[Path]:
+    """The files of some names, and those whose names stand in their imports from `package`."""
+    reached: set[Path] = set()
+    waiting = list(names)
+    while waiting:
+        for path in files.get(waiting.pop(), ()):
+            if path not in reached:
+                reached.add(path)
+                for line in re.findall(rf"^\s*(?:from|import) ({package}.*)$", path.read_text(encoding="utf-8"), re.MULTILINE):
+                    waiting += re.findall(r"\w+", line)
+    return reached
+
+
+def _digest(paths: Iterable[Path]) -> str:
+    # Two files of one name in two folders must not pass for one another, and a copy of the package elsewhere is the same package.
+    found = sorted((path.parent.name, path.name, disk.sha256(path)) for path in paths)
+    return hashlib.sha256(json.dumps(found).encode()).hexdigest()
+
+
+def read(path: Path) -> dict[str, Any] | None:
+    """Facts that were kept; None where there are none. Half a file cannot be: it is written beside and renamed."""
+    if not path.is_file():
+        return None
+    try:
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise LuthierError(f"the lab's cache is damaged: {error}", where=str(path), mend="luthier lab --forget") from None
+    return found
+
+
+def keep(path: Path, facts: Mapping[str, Any]) -> None:
+    """Keep facts, whole or not at all."""
+    write_json(path, facts)

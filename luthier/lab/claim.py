@@ -1,0 +1,138 @@
+"""A claim: code that runs a paper's claim again as a small experiment. Plain values; `luthier.lab.runner` runs them.
+
+A claim is a file `luthier/lab/claims/NAME.py` that exports `CLAIM`. A claim about a technique bears the technique's name, a
+study its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, Literal, NamedTuple, get_args
+
+from luthier.errors import LuthierError, nearest
+from luthier.run import Run
+
+CHOOSING_SEED = 10_000
+"""Seed of the runs that choose learning rates: a claim makes its rows from the seed, so these see other rows than the measured."""
+
+Recipe = dict[str, Any]
+"""What `luthier.recipe.make_recipe` takes, without `model`, `seed`, `out` and `name`, which the lab sets."""
+
+Direction = Literal["more", "less", "not_less", "not_more"]
+
+
+class Setting(NamedTuple):
+    """One repetition."""
+
+    model: str
+    """What `model:` takes in a recipe: the model that the first stage starts from."""
+    seed: int
+    """Of the training of the first stage, from which those of later stages follow, and of the rows, which a claim makes from it."""
+
+
+class Arm(NamedTuple):
+    """One side of a comparison."""
+
+    name: str
+    change: Mapping[str, Any] | Callable[[Recipe, int, Setting], Recipe] = MappingProxyType({})
+    """What differs from the stages as the claim gives them: keys that are merged into every stage's recipe, mapping by
+    mapping, or a function of a recipe, the number of its stage from 0, and the setting, which gives the recipe to run.
+    The value of a technique's key (`tune`, `objective`, `rows.map` ...) is replaced as a whole."""
+    meaning: str = ""
+    """A few words for the table."""
+    rates: Sequence[float] | None = None
+    """Learning rates to choose from, where the technique needs others than the claim's; just as many."""
+    like: str | None = None
+    """Takes the learning rate chosen for the arm of this name instead of choosing its own: for controls."""
+    rate_factor: float = 1.0
+    """With `like`: multiplies the rate that is taken over."""
+
+
+class Expectation(NamedTuple):
+    """What the paper leads us to expect: one measure of one arm against that of another."""
+
+    measure: str
+    arm: str
+    versus: str
+    direction: Direction
+    """Of `arm - versus`: by `margin` more, by `margin` less, at most `margin` less, at most `margin` more.
+    `luthier.lab.verdict` holds the rule."""
+    margin: float = 0.0
+    """In units of the measure; at least 0."""
+    says: str = ""
+    """One short sentence for the table."""
+
+
+class Finished(NamedTuple):
+    """One finished repetition of one arm: what `measure` and `choose` see."""
+
+    setting: Setting
+    arm: Arm
+    runs: Sequence[Run]
+    """One run a stage, in order. `run.facts` is its `run.json`; `luthier.use.open_run(run)` opens the tuned model."""
+
+
+class Claim(NamedTuple):
+    """A paper's claim and the experiment that tests it."""
+
+    name: str
+    """Of the claim's file."""
+    title: str
+    papers: Sequence[str]
+    """arXiv ids."""
+    rows: Sequence[int]
+    """The papers' numbers in `luthier/papers.tsv`."""
+    says: str
+    """The paper's claim in one sentence, in our words."""
+    stages: Callable[[Setting], Sequence[Recipe]]
+    """Recipes of the stages, one after another: each starts from the merged result of the one before."""
+    arms: Sequence[Arm]
+    """The baseline first."""
+    expects: Sequence[Expectation]
+    measure: Callable[[Finished], Mapping[str, float]]
+    """The numbers of one finished repetition, the same names for every arm."""
+    choose: Callable[[Finished], float]
+    """Judges a learning rate, larger is better, from a repetition with the seed `CHOOSING_SEED` and `choose_stages` runs."""
+    minutes: float
+    """Rough cost with three seeds on two processor cores."""
+    rates: Sequence[float] = (3e-4, 1e-3, 3e-3)
+    """Learning rates to choose from. A stage that names its own `train.learning_rate` keeps it."""
+    choose_stages: int = 1
+    """How many stages are run to judge a learning rate."""
+    model: str = "workshop"
+    notes: str = ""
+    """Where and why the experiment differs from the paper's."""
+
+
+def check(claim: Claim) -> None:
+    """Refuse a claim that contradicts itself, before anything runs.
+
+    Raises:
+        LuthierError: two arms of one name, an unknown arm, grids of different lengths, a negative margin or an unknown direction.
+    """
+    names = [arm.name for arm in claim.arms]
+    searching = [arm.name for arm in claim.arms if arm.like is None]
+    _demand(len(set(names)) == len(names) > 0, claim, "arms", "arms need names that differ", "name each arm once")
+    _demand(claim.choose_stages >= 1, claim, "choose_stages", "a learning rate is judged after a stage", "use 1 or more")
+    _demand(len(claim.rates) > 0, claim, "rates", "there is no learning rate to choose from", "give one or more")
+    for arm in claim.arms:
+        rates = claim.rates if arm.rates is None else arm.rates
+        alike = len(set(rates)) == len(set(claim.rates)) == len(rates)
+        _demand(alike, claim, f"arm {arm.name}", "arms choose among unlike numbers of rates", "give each as many as the claim has")
+        known = arm.like is None or arm.like in searching
+        _demand(known, claim, f"arm {arm.name}", f"no arm `{arm.like}` chooses a rate", nearest(str(arm.like), searching))
+    _demand(len(claim.expects) > 0, claim, "expects", "nothing is expected", "say what would support the claim")
+    for one in claim.expects:
+        for name in (one.arm, one.versus):
+            _demand(name in names, claim, "expects", f"there is no arm `{name}`", nearest(name, names))
+        directions = get_args(Direction)
+        _demand(
+            one.direction in directions, claim, "expects", f"`{one.direction}` is no direction", nearest(one.direction, directions)
+        )
+        _demand(one.margin >= 0, claim, "expects", f"the margin {one.margin:g} is below 0", "turn the direction around instead")
+
+
+def _demand(holds: bool, claim: Claim, part: str, what: str, mend: str) -> None:
+    if not holds:
+        raise LuthierError(what, where=f"claim {claim.name}, {part}", mend=mend)

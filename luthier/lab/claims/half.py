@@ -1,0 +1,59 @@
+"""Half Fine-Tuning (arXiv:2404.18466): a stream of four skills, and what is left of the old ones."""
+
+from __future__ import annotations
+
+from luthier.lab.claim import Arm, Claim, Expectation, Finished, Recipe, Setting
+from luthier.lab.costs import backward_share, seconds
+from luthier.lab.tasks import TAUGHT, mean, teach, validation
+
+STREAM = ("tools", "traces", "sort", "new_facts")
+
+
+def stages(setting: Setting) -> list[Recipe]:
+    """Four new skills, one after the other."""
+    return [
+        teach("tools", setting, count=500, epochs=3),
+        teach("traces", setting, count=500, epochs=3),
+        teach("sort", setting, count=1200, epochs=4),
+        teach("new_facts", setting, count=1600, epochs=4),
+    ]
+
+
+def measure(finished: Finished) -> dict[str, float]:
+    """The skill of the first stage and the old ones behind it; all of them behind the last stage; the cost."""
+    first, last = finished.runs[0], finished.runs[-1]
+    return {
+        "learnt": mean(first, STREAM[:1]),
+        "kept": mean(first, TAUGHT),
+        "learnt, stream": mean(last, STREAM),
+        "kept, stream": mean(last, TAUGHT),
+        "seconds per 1000 tokens": seconds(finished.runs),
+        "backward per forward": backward_share(finished),
+    }
+
+
+CLAIM = Claim(
+    name="half",
+    title="Half Fine-Tuning keeps more of what was known",
+    papers=["2404.18466"],
+    rows=[8],
+    says="Training a random half of every block's matrices learns as much as training all, forgets less, and takes about 30 % less time.",
+    stages=stages,
+    arms=[
+        Arm("full", {"tune": {"full": {}}}, "every matrix trains"),
+        Arm("half", {"tune": {"half": {}}}, "half of every block's matrices train; another half each stage"),
+        Arm("full, half the rate", {"tune": {"full": {}}}, "control: as far, but everywhere", like="full", rate_factor=0.5),
+    ],
+    expects=[
+        Expectation("learnt", "half", "full", "not_less", 0.05, "half learns a new skill as well"),
+        Expectation("kept", "half", "full", "more", 0.02, "half keeps more after one skill"),
+        Expectation("kept, stream", "half", "full", "more", 0.02, "half keeps more after four skills"),
+        Expectation("learnt, stream", "half", "full", "not_less", 0.05, "half holds the four new skills as well"),
+        Expectation("backward per forward", "half", "full", "less", 0.2, "half's backward pass is cheaper"),
+        Expectation("seconds per 1000 tokens", "half", "full", "less", 0.0, "half's steps are quicker"),
+    ],
+    measure=measure,
+    choose=validation(STREAM[0]),
+    minutes=14,
+    notes="The paper fine-tunes Llama 2 7B on instructions and on eight tasks of TRACE. Embeddings train in both arms, as in the paper.",
+)

@@ -1,0 +1,51 @@
+"""Repeated data (arXiv:2205.10487, 2305.13230, 2305.15099): as many steps on fewer rows."""
+
+from __future__ import annotations
+
+from luthier.lab import world
+from luthier.lab.claim import Arm, Claim, Expectation, Finished, Recipe, Setting
+from luthier.lab.tasks import TAUGHT, mean, stage, validation
+
+SKILL, ROWS = "compose", 2048
+
+
+def stages(setting: Setting) -> list[Recipe]:
+    """Every row once."""
+    return [stage(world.rows(SKILL, "train", ROWS, seed=setting.seed), epochs=1)]
+
+
+def repeated(times: int) -> Arm:
+    """The first rows of the same draw, so often that there are as many steps."""
+
+    def change(recipe: Recipe, number: int, setting: Setting) -> Recipe:
+        rows = recipe["rows"]["train"][: ROWS // times]
+        return {**recipe, "rows": {"train": rows}, "train": {**recipe["train"], "epochs": times}}
+
+    return Arm(f"{times} times", change, f"{ROWS // times} rows, {times} epochs")
+
+
+def measure(finished: Finished) -> dict[str, float]:
+    """The new skill on held-back items, and the old ones."""
+    run = finished.runs[0]
+    return {"learnt": mean(run, [SKILL], count=150), "kept": mean(run, TAUGHT)}
+
+
+CLAIM = Claim(
+    name="repeated_data",
+    title="Many epochs on few rows against one epoch on many",
+    papers=["2205.10487", "2305.13230", "2305.15099"],
+    rows=[162, 187, 196],
+    says="A few epochs are nearly as good as fresh rows; many epochs on few rows overfit.",
+    stages=stages,
+    arms=[Arm("once", {}, f"{ROWS} rows, 1 epoch"), repeated(4), repeated(16), repeated(64)],
+    expects=[
+        Expectation("learnt", "4 times", "once", "not_less", 0.05, "four epochs are as good as fresh rows"),
+        Expectation("learnt", "16 times", "once", "less", 0.05, "sixteen are worse"),
+        Expectation("learnt", "64 times", "once", "less", 0.1, "sixty-four much worse"),
+    ],
+    measure=measure,
+    choose=validation(SKILL),
+    minutes=9,
+    notes="The papers pretrain; here a skill is fine-tuned, at equal steps and tokens. Dropout, the one remedy of the second paper, is "
+    "not tried: the model has none.",
+)

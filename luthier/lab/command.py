@@ -1,0 +1,176 @@
+"""What `luthier lab` does: list the claims, run one or all, forget what was kept."""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rich.console import Group, RenderableType
+from rich.markup import escape
+from rich.table import Table
+
+from luthier.errors import LuthierError
+from luthier.lab import claims
+from luthier.lab.cache import forget, lab_folder
+from luthier.lab.claim import Claim
+from luthier.lab.pool import workers
+from luthier.lab.results import Result, colored, file_stem, load, result_of, save, shown
+from luthier.lab.runner import Lab, run_claim
+from luthier.plan import Say
+
+_UNITS = {"s": 1 / 60, "m": 1.0, "h": 60.0}
+
+
+class Asked(NamedTuple):
+    """The command's options."""
+
+    name: str | None = None
+    seeds: int = 3
+    model: str | None = None
+    every: bool = False
+    listed: bool = False
+    forgotten: bool = False
+    budget: str | None = None
+    """`90s`, `60m` or `2h`."""
+    jobs: int | None = None
+    """None: one for each processor core."""
+    device: str = "cpu"
+    out: Path = Path("lab-results")
+
+
+class Answer(NamedTuple):
+    """For scripts, and for people."""
+
+    facts: Any
+    render: Callable[[], RenderableType]
+
+
+def answer(asked: Asked, say: Say) -> Answer:
+    """Do what was asked.
+
+    Raises:
+        LuthierError: an unknown claim, options that make no sense, or a claim that could not be run.
+    """
+    wanted = [asked.name is not None, asked.every, asked.listed, asked.forgotten]
+    if sum(wanted) != 1:
+        raise LuthierError(
+            "a claim is missing" if not any(wanted) else "only one thing can be done at a time",
+            where="luthier lab",
+            mend="give a claim's name, --all, --list or --forget",
+        )
+    if asked.forgotten:
+        folder = forget()
+        return Answer({"forgotten": str(folder)}, lambda: f"removed {escape(str(folder))}")
+    if asked.listed:
+        found = listed(asked.out)
+        return Answer(found, lambda: _table(found))
+    if asked.seeds < 1:
+        raise LuthierError(f"{asked.seeds} seeds", where="--seeds", mend="use 1 or more; an interval needs 2")
+    budget = minutes_of(asked.budget)
+    if asked.name is not None:
+        if budget is not None:
+            raise LuthierError("a budget is for all claims", where="--budget", mend="use it with --all")
+        claim = claims.find(asked.name)
+        with _lab(asked, say) as lab:
+            result = _run(claim, asked, lab)
+        return Answer(result, lambda: shown(result))
+    return run_all(asked, budget, say)
+
+
+def minutes_of(budget: str | None) -> float | None:
+    """`90s`, `60m` or `2h` in minutes.
+
+    Raises:
+        LuthierError: it is none of these.
+    """
+    if budget is None:
+        return None
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([smh])", budget.strip())
+    if found is None:
+        raise LuthierError(f"`{budget}` is no length of time", where="--budget", mend="write e.g. 90s, 60m or 2h")
+    return float(found[1]) * _UNITS[found[2]]
+
+
+def listed(out: Path) -> list[dict[str, Any]]:
+    """Every claim, with its verdict where a result lies in the folder, and its rough cost."""
+    found = []
+    for name in claims.names():
+        claim = claims.find(name)
+        result = load(out, name)
+        verdict = None if result is None else result["verdict"]
+        found.append({"name": name, "title": claim.title, "verdict": verdict, "minutes": claim.minutes})
+    return found
+
+
+def run_all(asked: Asked, budget: float | None, say: Say) -> Answer:
+    """Run the claims one by one, the quickest first, and none that would take longer than what is left of the budget.
+
+    Raises:
+        LuthierError: some claims could not be run; those after them were, and all results are written.
+    """
+    began = time.monotonic()
+    results: list[Result] = []
+    left_out: list[dict[str, Any]] = []
+    failed: list[tuple[str, LuthierError]] = []
+    with _lab(asked, say) as lab:
+        for claim in sorted(map(claims.find, claims.names()), key=lambda claim: (claim.minutes, claim.name)):
+            left = None if budget is None else budget - (time.monotonic() - began) / 60
+            if left is not None and claim.minutes > left:
+                left_out.append({"name": claim.name, "minutes": claim.minutes})
+                say(f"{claim.name} is left out: it takes about {claim.minutes:g} minutes, and {max(left, 0):.0f} are left")
+                continue
+            try:
+                results.append(_run(claim, asked, lab))
+            except LuthierError as error:
+                failed.append((claim.name, error))
+                say(f"{claim.name} stopped: {error.what}")
+    if failed:
+        (_, first), names = failed[0], ", ".join(name for name, _ in failed)
+        raise LuthierError(f"these claims stopped: {names}; the first because {first.what}", where=first.where, mend=first.mend)
+    return Answer({"results": results, "left_out": left_out}, lambda: _summary(results, left_out))
+
+
+def _run(claim: Claim, asked: Asked, lab: Lab) -> Result:
+    ran = run_claim(claim, lab, seeds=asked.seeds, model=asked.model)
+    result = result_of(ran)
+    for path in save(result, asked.out, file_stem(claim, asked.model)):
+        lab.say(f"written: {path}")
+    return result
+
+
+@contextmanager
+def _lab(asked: Asked, say: Say) -> Iterator[Lab]:
+    jobs = _cores() if asked.jobs is None else asked.jobs
+    if jobs < 1:
+        raise LuthierError(f"{jobs} jobs at a time", where="--jobs", mend="use 1 or more")
+    with workers(jobs) as do_all:
+        yield Lab(lab_folder(), do_all, asked.device, say)
+
+
+def _cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _table(found: list[dict[str, Any]]) -> RenderableType:
+    if not found:
+        return "no claims"
+    made = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
+    for column in ("claim", "title", "verdict", "minutes"):
+        made.add_column(column)
+    for one in found:
+        verdict = "[dim]not measured[/dim]" if one["verdict"] is None else colored(one["verdict"])
+        made.add_row(f"[bold]{escape(one['name'])}[/bold]", escape(one["title"]), verdict, f"{one['minutes']:g}")
+    return made
+
+
+def _summary(results: list[Result], left_out: list[dict[str, Any]]) -> Group:
+    lines: list[RenderableType] = [f"[bold]{escape(one['claim'])}[/bold]: {colored(one['verdict'])}" for one in results]
+    lines += [f"[dim]left out: {escape(one['name'])}, about {one['minutes']:g} minutes[/dim]" for one in left_out]
+    return Group(*lines)

@@ -1,0 +1,215 @@
+"""Runs a claim: learning rates are chosen first, each arm's alike; then every arm runs at every seed.
+
+Work is cut into jobs, one stage or one measurement each, which leave their results in the lab's cache. A lab that was killed goes on
+where it was when it is called again, and ends in the same numbers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+from luthier.errors import LuthierError
+from luthier.lab.cache import read
+from luthier.lab.claim import CHOOSING_SEED, Arm, Claim, Setting
+from luthier.lab.jobs import (
+    SCORE,
+    Do,
+    Job,
+    Question,
+    RunAll,
+    answer_of,
+    answer_path,
+    arm_recipes,
+    chain_keys,
+    content_of,
+    measure_chain,
+    stage_path,
+    train_stage,
+)
+from luthier.models.fingerprint import fingerprint
+from luthier.models.load import load_model
+from luthier.plan import Say
+
+
+class Lab(NamedTuple):
+    """Where and how jobs are done."""
+
+    root: Path
+    """The cache."""
+    run_all: RunAll
+    device: str = "cpu"
+    say: Say = lambda text: None
+
+
+class Chain(NamedTuple):
+    """One repetition of one arm at one learning rate."""
+
+    arm: Arm
+    rate: float | None
+    """None: every stage names its own."""
+    setting: Setting
+    keys: tuple[str, ...]
+    """Names the stages in the cache."""
+    content: str
+    """Identifies the recipes."""
+
+
+class Tried(NamedTuple):
+    """A learning rate and how it was judged; no score where training broke off."""
+
+    rate: float
+    score: float | None
+
+
+class Choice(NamedTuple):
+    """The learning rate of an arm, and how it was found."""
+
+    rate: float | None
+    tried: tuple[Tried, ...] = ()
+    note: str = ""
+
+
+class Ran(NamedTuple):
+    """All that a claim's runs gave."""
+
+    claim: Claim
+    model: str
+    fingerprint: str
+    seeds: int
+    choices: Mapping[str, Choice]
+    """By arm."""
+    numbers: Mapping[str, tuple[Mapping[str, float | None], ...]]
+    """By arm, of each seed; empty where training broke off."""
+    seconds: float
+    """Training time of all stages, those from the cache included."""
+    stages: int
+    """Stages that were asked for, equal ones once."""
+    jobs: int
+    """What had to be done now, because the cache did not hold it."""
+
+
+def run_claim(claim: Claim, lab: Lab, *, seeds: int = 3, model: str | None = None) -> Ran:
+    """Run every arm of a claim.
+
+    Args:
+        claim: from `luthier.lab.claims.find`.
+        lab: where and how.
+        seeds: repetitions, with the seeds 0, 1, ...
+        model: instead of the claim's.
+
+    Raises:
+        LuthierError: a recipe is wrong, or a run stopped for another reason than numbers that are not finite.
+    """
+    model = model or claim.model
+    work = Work(claim, lab, model, fingerprint(load_model(model)))
+    choices = choose_rates(work)
+    chains = [work.chain(arm, choices[arm.name].rate, seed) for arm in claim.arms for seed in range(seeds)]
+    answers = iter(work.ask(chains, "measure"))
+    numbers = {arm.name: tuple(next(answers) for _ in range(seeds)) for arm in claim.arms}
+    return Ran(claim, model, work.start, seeds, choices, numbers, work.seconds(), len(work.stages), work.jobs)
+
+
+class Work:
+    """The jobs of one claim on one model, and what they have come to."""
+
+    def __init__(self, claim: Claim, lab: Lab, model: str, start: str) -> None:
+        self.claim, self.lab, self.model, self.start = claim, lab, model, start
+        self.stages: set[str] = set()
+        self.jobs = 0
+        self.bases = cache(lambda setting: tuple(claim.stages(setting)))
+
+    def chain(self, arm: Arm, rate: float | None, seed: int, stages: int | None = None) -> Chain:
+        """One repetition, or its first stages."""
+        setting = Setting(self.model, seed)
+        recipes = arm_recipes(arm, rate, setting, self.bases(setting)[:stages])
+        return Chain(arm, rate, setting, chain_keys(recipes, self.start, self.lab.device), content_of(recipes))
+
+    def ask(self, chains: Sequence[Chain], question: Question) -> list[Mapping[str, float | None]]:
+        """Train what has not been trained, stage by stage, and put a question to each chain. Empty answers: training broke off."""
+        stages = [(key, chain, number) for chain in chains for number, key in enumerate(chain.keys)]
+        self.stages.update(key for key, _, _ in stages)
+        for depth in range(max((len(chain.keys) for chain in chains), default=0)):
+            # Equal stages of several arms are trained once.
+            todo = {key: self.job(chain, number) for key, chain, number in stages if number == depth and not self.known(key)}
+            self.do(train_stage, list(todo.values()), f"training, stage {depth + 1}")
+        asked = [self.job(chain)._replace(question=question) for chain in chains]
+        asked = [job._replace(answer=str(answer_path(job))) for job in asked]
+        todo = {job.answer: job for job in asked if read(Path(job.answer)) is None}
+        self.do(measure_chain, list(todo.values()), "measuring" if question == "measure" else "judging learning rates")
+        return [answer_of(Path(job.answer)) for job in asked]
+
+    def job(self, chain: Chain, number: int = 0) -> Job:
+        """What a process needs to know."""
+        names = (str(self.lab.root), self.claim.name, chain.arm.name, chain.rate, chain.setting, self.lab.device)
+        return Job(*names, chain.keys, chain.content, number)
+
+    def known(self, key: str) -> bool:
+        """Whether a stage is in the cache."""
+        return read(stage_path(self.lab.root, key)) is not None
+
+    def do(self, do: Do, jobs: Sequence[Job], words: str) -> None:
+        """Do some jobs, and say how far they are."""
+        for number, error in enumerate(self.lab.run_all(do, jobs), start=1):
+            if error is not None:
+                raise error
+            self.jobs += 1
+            self.lab.say(f"{self.claim.name}: {words}: {number} of {len(jobs)}")
+
+    def seconds(self) -> float:
+        """Training time of all stages."""
+        return math.fsum((read(stage_path(self.lab.root, key)) or {}).get("seconds") or 0.0 for key in self.stages)
+
+
+def choose_rates(work: Work) -> dict[str, Choice]:
+    """The learning rate of each arm: the best of its grid at `CHOOSING_SEED`, or what another arm's gives."""
+    claim = work.claim
+    searching = [arm for arm in claim.arms if arm.like is None]
+    grids = {arm.name: _grid(work, arm) for arm in searching}
+    chains = [work.chain(arm, rate, CHOOSING_SEED, claim.choose_stages) for arm in searching for rate in grids[arm.name]]
+    answers = iter(work.ask(chains, "choose"))
+    choices: dict[str, Choice] = {}
+    for arm in searching:
+        tried = [Tried(rate, next(answers).get(SCORE)) for rate in grids[arm.name]]
+        choices[arm.name] = best(tried) if tried else Choice(None, note="its stages name their own learning rates")
+    for arm in claim.arms:
+        if arm.like is not None:
+            rate = choices[arm.like].rate
+            choices[arm.name] = Choice(rate and rate * arm.rate_factor, note=f"{arm.rate_factor:g} times that of {arm.like}")
+    return {arm.name: choices[arm.name] for arm in claim.arms}
+
+
+def _grid(work: Work, arm: Arm) -> list[float]:
+    """The rates to choose from; none for an arm whose recipes are the same at all of them, since they name their own.
+
+    Raises:
+        LuthierError: the stages that are judged are the same at all rates, and later ones are not.
+    """
+    rates = sorted(work.claim.rates if arm.rates is None else arm.rates)
+    whole = {work.chain(arm, rate, CHOOSING_SEED).keys for rate in rates}
+    if len(whole) == 1 < len(rates):
+        return []
+    if len({keys[: work.claim.choose_stages] for keys in whole}) == 1 < len(rates):
+        where = f"claim {work.claim.name}, arm {arm.name}"
+        raise LuthierError("the stages that judge a learning rate do not use it", where=where, mend="raise choose_stages")
+    return rates
+
+
+def best(tried: Sequence[Tried]) -> Choice:
+    """The rate with the largest score, of equal ones the smallest; a rate at which training broke off is worse than any."""
+    tried = sorted(tried)
+    chosen = max(tried, key=lambda one: -math.inf if one.score is None else one.score)
+    note = ""
+    if chosen.score is None:
+        note = "training broke off at every rate"
+    elif len(tried) > 1 and chosen in (tried[0], tried[-1]):
+        note = f"the chosen rate {chosen.rate:g} is the {'smallest' if chosen is tried[0] else 'largest'} that was tried"
+    return Choice(chosen.rate, tuple(tried), note)
+
+
+def here(do: Do, jobs: Sequence[Job]) -> Iterator[LuthierError | None]:
+    """Does jobs in this process, one after another."""
+    return map(do, jobs)

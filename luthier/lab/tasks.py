@@ -1,0 +1,71 @@
+"""What claims have in common: stages that teach skills of the small world, and what is measured of a finished run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from statistics import fmean
+from typing import Any
+
+from luthier.evaluate.generate import BATCH_TOKENS
+from luthier.evaluate.sets import EvalSet, SetResult, measure
+from luthier.lab import world
+from luthier.lab.claim import Finished, Recipe, Setting
+from luthier.lab.skill import Split
+from luthier.rows.read import read
+from luthier.run import Run
+from luthier.use import open_run
+
+TAUGHT = tuple(name for name, skill in world.SKILLS.items() if skill.pretrained and skill.metric == "equal")
+"""What the built-in model knows and a fine-tune should leave alone."""
+ITEMS = 60
+"""Held-back items of a skill."""
+
+
+def teach(skill: str, setting: Setting, *, count: int, epochs: float, **options: Any) -> Recipe:
+    """A stage that teaches one skill from rows drawn by the setting's seed.
+
+    Args:
+        skill: of the small world.
+        setting: the repetition.
+        count: rows.
+        epochs: passes over them.
+        options: difficulty and noise, as for `luthier.lab.world.rows`.
+    """
+    return stage(world.rows(skill, "train", count, seed=setting.seed, **options), epochs)
+
+
+def stage(rows: Sequence[dict[str, Any]], epochs: float) -> Recipe:
+    """A stage on given rows."""
+    train = {"epochs": epochs, "batch_tokens": 1024, "micro_batch_tokens": 2048, "precision": "fp32", "warmup": 0.05}
+    return {"rows": {"train": list(rows)}, "train": train}
+
+
+def accuracies(
+    run: Run, skills: Sequence[str], *, split: Split = "held_back", count: int = ITEMS, difficulty: int = 1
+) -> dict[str, float]:
+    """The share of items a run's model answers rightly, by skill; for running text the loss."""
+    return {name: result.value for name, result in results(run, skills, split=split, count=count, difficulty=difficulty).items()}
+
+
+def results(run: Run, skills: Sequence[str], *, split: Split, count: int, difficulty: int) -> dict[str, SetResult]:
+    """What a run's model reaches on items of skills."""
+    sets = [
+        EvalSet(name, read(one.pop("rows")).rows, **one)
+        for name, one in world.sets(skills, split=split, count=count, difficulty=difficulty).items()
+    ]
+    tune, tokenizer = open_run(run)
+    return measure(tune, tokenizer, sets, batch_tokens=BATCH_TOKENS)
+
+
+def mean(run: Run, skills: Sequence[str], *, split: Split = "held_back", count: int = ITEMS, difficulty: int = 1) -> float:
+    """The mean accuracy over skills."""
+    return fmean(accuracies(run, skills, split=split, count=count, difficulty=difficulty).values())
+
+
+def validation(skill: str) -> Any:
+    """Judges a learning rate by a skill's validation items."""
+
+    def choose(finished: Finished) -> float:
+        return mean(finished.runs[0], [skill], split="validation")
+
+    return choose

@@ -1,0 +1,182 @@
+"""A small world with skills that can be measured apart, and rows that teach them.
+
+Everything is drawn from seeds, equal on every platform. Training rows and held-back items differ by construction: most skills
+send an item to one side by a hash of its prompt's words; facts are held back by phrasing or by person.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, get_args
+
+from luthier.errors import LuthierError, nearest
+from luthier.evaluate.metrics import METRICS, words_of
+from luthier.lab.dice import Dice
+from luthier.lab.skill import Item, Prompt, Skill, Split
+from luthier.lab.skills import arithmetic, boxes, facts, labels, language, prompted, strings
+
+_ALL = (
+    *(facts.FACTS, facts.TWO_HOP, arithmetic.ARITHMETIC, boxes.BOXES),
+    *(strings.COPY, strings.REVERSE, strings.COUNT, strings.CASE),
+    *(labels.SENTIMENT, labels.TOPIC, labels.PAIRS),
+    *(prompted.REFUSALS, language.TRANSLATE, prompted.IN_CONTEXT, language.STORIES),
+    *(arithmetic.TRACES, strings.SORT, strings.COMPOSE, prompted.TOOLS),
+    *(facts.NEW_FACTS, facts.UPDATED_FACTS, facts.SECOND_LANGUAGE),
+)
+SKILLS: Mapping[str, Skill] = {skill.name: skill for skill in _ALL}
+"""Every skill by name: first those the built-in model was taught, then those left to teach."""
+
+_HELD_BACK, _VALIDATION = 8, 4
+"""One prompt in so many is kept from training; of these, one in so many is for validation."""
+_TRIES = 200
+"""Draws for one new held-back item before the skill counts as exhausted."""
+
+
+def find(name: str) -> Skill:
+    """A skill by name.
+
+    Raises:
+        LuthierError: there is none, with the nearest name.
+    """
+    if name not in SKILLS:
+        raise LuthierError(f"there is no skill `{name}`", where="the small world", mend=nearest(name, SKILLS))
+    return SKILLS[name]
+
+
+def rows(
+    skill: str, split: Split, count: int, *, seed: int = 0, difficulty: int = 1, noise: float = 0.0, **options: Any
+) -> list[dict[str, Any]]:
+    """Rows of one skill, as recipes take them.
+
+    Args:
+        skill: one of `SKILLS`.
+        split: `train` gives prompts with completions, which may repeat; `validation` and `held_back` prompts with answers, each
+            once. Settings are chosen by `validation`, results told of `held_back`.
+        count: rows.
+        seed: of the draws; another seed gives other rows of the same world.
+        difficulty: 1 is the easiest.
+        noise: share of training rows that teach a wrong thing, exactly round(noise * count) of them.
+        options: what the skill's noise takes, such as `kind="dynamic", intensity=0.1` for `traces`.
+
+    Raises:
+        LuthierError: there is no such skill or option, or not so many held-back items.
+    """
+    chosen = find(skill)
+    _check(chosen, split, count, difficulty, noise, options)
+    items = _items(chosen, split, count, seed, difficulty)
+    if len(items) < count:
+        raise LuthierError(
+            f"`{skill}` has no {count} different {split} items at difficulty {difficulty}",
+            where="the small world",
+            mend=f"ask for {len(items)} or fewer, or for a higher difficulty",
+        )
+    for number in Dice("world", skill, "noise", seed).some(range(count), round(noise * count)):
+        assert chosen.spoil is not None
+        items[number] = chosen.spoil(items[number], Dice("world", skill, "noise", seed, number), **options)
+    return _records(chosen, items, split, seed)
+
+
+def sets(
+    names: Sequence[str] | None = None,
+    *,
+    count: int = 100,
+    side: Literal["learnt", "kept"] = "kept",
+    seed: int = 0,
+    difficulty: int = 1,
+    split: Split = "held_back",
+) -> dict[str, dict[str, Any]]:
+    """Evaluation sets, as a recipe's `evaluate` takes them; without names, one for every skill.
+
+    Args:
+        names: of skills.
+        count: items of each; a skill that has fewer gives all.
+        side: what training should teach, or should leave alone.
+        seed, difficulty, split: as for `rows`.
+    """
+    chosen = [find(name) for name in (SKILLS if names is None else names)]
+    return {
+        skill.name: {
+            "rows": _records(skill, _items(skill, split, count, seed, difficulty), split, seed),
+            "metric": skill.metric,
+            "side": side,
+            "max_new_tokens": skill.max_new_tokens,
+        }
+        for skill in chosen
+    }
+
+
+def check(skill: str, answer: str, row: Mapping[str, Any]) -> bool:
+    """Whether an answer to a held-back row is right."""
+    score = METRICS[find(skill).metric].score
+    if score is None:
+        raise LuthierError(f"`{skill}` is running text, which has no right answer", where="the small world")
+    return score(answer, [row["answer"]]) == 1.0
+
+
+def draw(skill: Skill, dice: Dice, difficulty: int, split: Split) -> Item:
+    """One item on its side of the split."""
+    while True:
+        item = skill.make(dice, difficulty, split)
+        if skill.splits != "by prompt" or side_of(item) == split:
+            return item
+
+
+def side_of(item: Item) -> Split:
+    """Where an item's prompt, or text, belongs by the hash of its words."""
+    digest = hashlib.sha256(words(item.prompt or item.answer).encode()).digest()
+    if digest[0] % _HELD_BACK:
+        return "train"
+    return "held_back" if digest[1] % _VALIDATION else "validation"
+
+
+def words(prompt: Prompt) -> str:
+    """A prompt's words alone: lower case, no punctuation."""
+    text = prompt if isinstance(prompt, str) else "\n".join(turn["content"] for turn in prompt)
+    return " ".join(words_of(text))
+
+
+def _items(skill: Skill, split: Split, count: int, seed: int, difficulty: int) -> list[Item]:
+    """So many items; outside training, each once, and no more than there are."""
+    dice = Dice("world", skill.name, split, difficulty, seed)
+    if split == "train":
+        return [draw(skill, dice, difficulty, split) for _ in range(count)]
+    found: dict[str, Item] = {}
+    tries = 0
+    while len(found) < count and tries < _TRIES:
+        item = draw(skill, dice, difficulty, split)
+        known = len(found)
+        found.setdefault(words(item.prompt or item.answer), item)
+        tries = 0 if len(found) > known else tries + 1
+    return list(found.values())
+
+
+def _records(skill: Skill, items: Sequence[Item], split: Split, seed: int) -> list[dict[str, Any]]:
+    return [{"id": f"{skill.name}-{split}-{seed}-{number}", **_record(item, split)} for number, item in enumerate(items)]
+
+
+def _record(item: Item, split: Split) -> dict[str, Any]:
+    if not item.prompt:
+        return {"text": item.answer}
+    return (
+        {"prompt": item.prompt, "completion": item.target} if split == "train" else {"prompt": item.prompt, "answer": item.answer}
+    )
+
+
+def _check(skill: Skill, split: str, count: int, difficulty: int, noise: float, options: Mapping[str, Any]) -> None:
+    where = f"the small world, skill `{skill.name}`"
+    if split not in get_args(Split):
+        raise LuthierError(f"there is no split `{split}`", where=where, mend="write " + ", ".join(get_args(Split)))
+    if count < 1 or difficulty < 1:
+        raise LuthierError("count and difficulty begin at 1", where=where)
+    if not 0 <= noise <= 1:
+        raise LuthierError(f"noise is a share of the rows, not {noise}", where=where, mend="write a number from 0 to 1")
+    if noise and (skill.spoil is None or split != "train"):
+        raise LuthierError("there is no noise here", where=where, mend="noise is for training rows of: " + ", ".join(_spoilable()))
+    for name in options:
+        if name not in skill.options:
+            raise LuthierError(f"there is no option `{name}`", where=where, mend=nearest(name, skill.options))
+
+
+def _spoilable() -> list[str]:
+    return [skill.name for skill in SKILLS.values() if skill.spoil is not None]

@@ -1,0 +1,275 @@
+"""`luthier lab`: what people and scripts see, the files it writes, and the page made from them."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import json
+import os
+import runpy
+import signal
+import threading
+import time
+from collections.abc import Callable
+from multiprocessing import active_children
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+from rich.console import Console
+from typer.testing import CliRunner, Result
+
+from luthier.cli import app
+from luthier.errors import LuthierError
+from luthier.lab import command
+from luthier.lab.command import minutes_of
+from luthier.lab.figure import draw
+from luthier.lab.pool import workers
+from luthier.lab.results import expected, file_stem, save, shown, spread
+from luthier.lab.runner import here
+
+TOY = runpy.run_path(str(Path(__file__).with_name("lab_toys.py")))["TOY"]
+RESULT: dict[str, Any] = {
+    "claim": "toy",
+    "title": "A <toy> | one",
+    "papers": ["2404.18466"],
+    "rows": [8],
+    "says": "Half is as good as [all].",
+    "verdict": "inconclusive",
+    "expectations": [
+        {
+            "measure": "held_back",
+            "arm": "half",
+            "versus": "full",
+            "direction": "not_less",
+            "margin": 0.05,
+            "says": "",
+            "differences": [0.1, 0.2, 0.3],
+            "mean": 0.2,
+            "interval": [-0.0484, 0.448],
+            "verdict": "supported",
+            "note": "",
+        }
+    ],
+    "measures": ["held_back", "nothing"],
+    "arms": [
+        {
+            "name": "full",
+            "meaning": "all numbers",
+            "rate": 0.001,
+            "rate_note": "the chosen rate 0.001 is the largest that was tried",
+            "tried": [{"rate": 0.0003, "score": None}, {"rate": 0.001, "score": 0.5}],
+            "numbers": {"held_back": [0.5, 0.25, 0.75], "nothing": [None, None, None]},
+        },
+        {
+            "name": "half",
+            "meaning": "",
+            "rate": None,
+            "rate_note": "its stages name their own learning rates",
+            "tried": [],
+            "numbers": {"held_back": [0.6, None, 1.05], "nothing": [None, None, None]},
+        },
+    ],
+    "notes": "Smaller.",
+    "edge": ["full: the chosen rate 0.001 is the largest that was tried"],
+    "seeds": [0, 1, 2],
+    "model": {"name": "tiny:llama", "fingerprint": "0"},
+    "versions": {"luthier": "0.1", "torch": "2", "transformers": "5", "python": "3"},
+    "machine": "a processor, 2 cores, 8 GiB",
+    "runs": 8,
+    "seconds": 120.0,
+}
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of claims, beside a cache of their own; jobs are done in this process."""
+    monkeypatch.setenv("LUTHIER_CLAIMS", str(tmp_path))
+    monkeypatch.setenv("LUTHIER_CACHE", str(tmp_path / "cache"))
+    own = Path(command.claims.__file__).parent
+    monkeypatch.setattr(command.claims, "names", lambda: sorted(path.stem for path in tmp_path.glob("*.py") if path.parent != own))
+    (tmp_path / "toy.py").write_text(TOY)
+    return tmp_path
+
+
+@pytest.fixture
+def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Jobs are done in this process, which has loaded everything already."""
+
+    class Here:
+        def __init__(self, count: int) -> None:
+            assert count >= 1
+
+        def __enter__(self) -> Callable[..., Any]:
+            return here
+
+        def __exit__(self, *error: object) -> None:
+            pass
+
+    monkeypatch.setattr(command, "workers", Here)
+
+
+def call(*words: object) -> Result:
+    return CliRunner().invoke(app, ["lab", *map(str, words)])
+
+
+def facts(result: Result, code: int = 0) -> Any:
+    assert result.exit_code == code, result.output
+    return json.loads(result.stdout)
+
+
+def test_a_claim_from_the_command_line_in_processes_of_its_own(folder: Path) -> None:
+    out = folder / "out"
+    found = facts(call("toy", "--seeds", 2, "--jobs", 1, "--out", out, "--json"))
+    assert found["claim"] == "toy" and found["seeds"] == [0, 1] and found["runs"] == 6
+    assert found == json.loads((out / "toy.json").read_text())
+    assert found["arms"][0]["rate"] == 1e-3 and len(found["arms"][0]["numbers"]["loss"]) == 2
+    ElementTree.fromstring((out / "toy.svg").read_text())
+    listed = facts(call("--list", "--out", out, "--json"))
+    assert listed == [{"name": "toy", "title": "A toy", "verdict": found["verdict"], "minutes": 1}]
+    assert "not measured" in call("--list", "--out", folder / "elsewhere").output
+    assert (folder / "cache" / "lab" / "stages").is_dir()
+    assert facts(call("--forget", "--json")) == {"forgotten": str(folder / "cache" / "lab")}
+    assert not (folder / "cache" / "lab").exists() and (folder / "cache").exists()
+
+
+@pytest.mark.usefixtures("in_process")
+def test_all_claims_within_a_budget(folder: Path) -> None:
+    long = TOY.replace('name="toy"', 'name="long"').replace("minutes=1,", "minutes=50,")
+    (folder / "long.py").write_text(long)
+    out = folder / "out"
+    found = facts(call("--all", "--seeds", 1, "--budget", "30m", "--out", out, "--json"))
+    assert [one["claim"] for one in found["results"]] == ["toy"]
+    assert found["left_out"] == [{"name": "long", "minutes": 50}]
+    assert found["results"][0]["verdict"] == "inconclusive", "one seed has no interval"
+    everything = facts(call("--all", "--seeds", 1, "--out", out, "--json"))
+    assert [one["claim"] for one in everything["results"]] == ["toy", "long"] and not everything["left_out"]
+
+
+@pytest.mark.usefixtures("in_process")
+def test_a_claim_that_stops_does_not_keep_the_others_from_running(folder: Path) -> None:
+    (folder / "broken.py").write_text(TOY.replace('name="toy"', 'name="broken"').replace('"tune": "half"', '"tune": "hlaf"'))
+    found = facts(call("--all", "--seeds", 1, "--out", folder / "out", "--json"), code=2)
+    assert "these claims stopped: broken" in found["error"] and "hlaf" in found["error"]
+    assert (folder / "out" / "toy.json").is_file() and not (folder / "out" / "broken.json").exists()
+
+
+@pytest.mark.usefixtures("in_process")
+def test_another_model_has_a_result_of_its_own(folder: Path) -> None:
+    found = facts(call("toy", "--seeds", 1, "--model", "tiny:qwen3", "--out", folder, "--json"))
+    assert found["model"]["name"] == "tiny:qwen3"
+    assert (folder / "toy.tiny-qwen3.json").is_file() and not (folder / "toy.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "what", "mend"),
+    [
+        (["toyy"], "there is no claim `toyy`", "did you mean `toy`?"),
+        (["toy", "--seeds", 0], "0 seeds", "use 1 or more"),
+        (["toy", "--jobs", 0], "0 jobs", "use 1 or more"),
+        (["--all", "--budget", "soon"], "`soon` is no length of time", "90s, 60m or 2h"),
+        (["toy", "--budget", "1h"], "a budget is for all claims", "--all"),
+        ([], "a claim is missing", "--list"),
+        (["toy", "--list"], "only one thing", "--list"),
+    ],
+)
+def test_mistakes(folder: Path, words: list[object], what: str, mend: str) -> None:
+    found = facts(call(*words, "--json"), code=2)
+    assert what in found["error"] and mend in found["mend"]
+    assert call(*words).exit_code == 2
+
+
+def test_budgets() -> None:
+    assert (minutes_of("90s"), minutes_of("60m"), minutes_of("1.5h"), minutes_of(None)) == (1.5, 60, 90, None)
+
+
+def test_a_worker_that_dies_is_an_error_and_not_a_wait() -> None:
+    with pytest.raises(LuthierError, match="ended before its work was done"), workers(1) as run_all:
+        # A worker does to itself what the system does when memory runs out.
+        list(run_all(signal.raise_signal, [signal.SIGKILL]))  # type: ignore[arg-type, list-item]
+
+
+def test_an_interrupt_ends_workers_at_once() -> None:
+    others, began = set(active_children()), time.monotonic()
+    timer = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt), workers(1) as run_all:
+        timer.start()
+        list(run_all(time.sleep, [600]))  # type: ignore[arg-type, list-item]
+    assert time.monotonic() - began < 100 and set(active_children()) <= others
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, ()), "interrupts are heard again"
+
+
+def test_words_of_a_result() -> None:
+    one = RESULT["expectations"][0]
+    assert expected(one) == "held_back: half not less than full, within 0.05"
+    assert expected({**one, "direction": "more", "margin": 0}) == "held_back: half more than full"
+    assert expected({**one, "direction": "less"}) == "held_back: half less than full, by 0.05"
+    assert spread([0.5, 0.25, 0.75]) == "0.5 ± 0.25" and spread([0.5]) == "0.5" and spread([None]) == "none"
+
+
+def test_the_terminal_shows_every_number() -> None:
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(shown(RESULT))
+    text = console.export_text()
+    for part in ("0.5 ± 0.25", "by the recipes", "0.2 (-0.0484 to 0.448)", "supported", "[all]", "largest that was tried"):
+        assert part in text
+
+
+def test_the_figure_places_every_number() -> None:
+    svg = ElementTree.fromstring(draw(RESULT))
+    space = "{http://www.w3.org/2000/svg}"
+    points = [float(one.get("cx", "")) for one in svg.iter(f"{space}circle")]
+    means = [float(one.get("x1", "")) for one in svg.iter(f"{space}line") if one.get("class") == "mean"]
+    assert len(points) == 5 and len(means) == 2
+    # full: 0.5, 0.25, 0.75 with the mean at its first; half: 0.6 and 1.05.
+    assert means[0] == points[0] and points[1] < points[0] < points[3] < points[2] < points[4]
+    assert means[1] == pytest.approx((points[3] + points[4]) / 2, abs=0.02)
+    empty = draw({**RESULT, "measures": ["nothing"]})
+    assert "no arm has a number" in empty and "<circle" not in empty
+
+
+@pytest.fixture
+def generate(tmp_path: Path) -> ModuleType:
+    """The maker of the docs' pages, with a folder of results of its own."""
+    path = Path(__file__).parents[2] / "docs" / "generate.py"
+    spec = importlib.util.spec_from_file_location("docs_generate_claims", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.CLAIMS = tmp_path / "claims"  # type: ignore[attr-defined]
+    return module
+
+
+def test_the_page_of_claims(generate: ModuleType) -> None:
+    assert generate.on_page_markdown("<!-- generated: claims -->") == "No results are stored."
+    save(RESULT, generate.CLAIMS, "toy")
+    page = generate.on_page_markdown("<!-- generated: claims -->")
+    assert "| [`toy`](#claim-toy) | [arXiv:2404.18466](https://arxiv.org/abs/2404.18466) | **inconclusive** |" in page
+    assert "## `toy`: A &lt;toy&gt; \\| one { #claim-toy }" in page
+    assert "| held_back | 0.5 ± 0.25 | 0.825 ± 0.32 |" in page and "| nothing | none | none |" in page
+    assert "0.2 (-0.0484 to 0.448) | supported" in page and "0.0003: none, 0.001: 0.5" in page
+    assert "(claims/toy.svg)" in page and "Smaller." in page and "2 minutes of training" in page
+    (generate.CLAIMS / "toy.svg").unlink()
+    assert "toy.svg" not in generate.on_page_markdown("<!-- generated: claims -->")
+
+
+def test_a_technique_links_to_its_claim(generate: ModuleType) -> None:
+    assert generate.tested_by("") == "" and generate.tested_by("toy") == "`toy`"
+    save(RESULT, generate.CLAIMS, "toy")
+    assert generate.tested_by("toy") == "[`toy`](claims.md#claim-toy): inconclusive"
+
+
+def test_the_rule_on_the_page_is_the_one_in_the_code(generate: ModuleType) -> None:
+    page = generate.on_page_markdown("<!-- generated: claim_rule -->")
+    for direction in ("more", "less", "not_less", "not_more"):
+        assert f"| {direction} |" in page
+
+
+def test_names_of_files() -> None:
+    class Named:
+        name, model = "toy", "workshop"
+
+    assert file_stem(Named, None) == file_stem(Named, "workshop") == "toy"  # type: ignore[arg-type]
+    assert file_stem(Named, "../some model:x") == "toy.some-model-x"  # type: ignore[arg-type]
