@@ -20,6 +20,7 @@ from luthier.kinds import KINDS, TUNES
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "toy_technique.py"
 RESULTS = Path(__file__).parent.parent / "bench" / "results.json"
+CLAIMS = Path(__file__).parent / "claims"
 MARKER = re.compile(r"^<!-- generated: (\w+) -->$", re.MULTILINE)
 Schema = Mapping[str, Any]
 
@@ -143,7 +144,7 @@ def technique(found: registry.Technique) -> str:
         "Needs": ", ".join(map(code, sorted(card.needs))),
         "Gives": ", ".join(map(code, sorted(card.gives))),
         "Learning rate unless named": "" if card.learning_rate is None else code(f"{card.learning_rate:g}"),
-        "Claim tested by": code(card.claim),
+        "Claim tested by": tested_by(card.claim),
     }
     schema = registry.options_model(found.factory).model_json_schema()
     meaning = described_arguments(found.factory)
@@ -155,6 +156,14 @@ def technique(found: registry.Technique) -> str:
         "\n".join(f"- **{name}:** {text}" for name, text in facts.items() if text),
     ]
     return "\n\n".join(piece for piece in pieces if piece)
+
+
+def tested_by(name: str) -> str:
+    """A claim's name, with a link and its verdict where it was run."""
+    path = CLAIMS / f"{name}.json"
+    if not path.is_file():
+        return code(name)
+    return f"[{code(name)}](claims.md#{anchor(name)}): {json.loads(path.read_text(encoding='utf-8'))['verdict']}"
 
 
 def paper(source: str) -> str:
@@ -217,4 +226,143 @@ def bench() -> str:
     return f"{table(header, rows)}\n\n{cell(setting)}"
 
 
-WRITERS: dict[str, Callable[[], str]] = {"recipe": recipe, "techniques": techniques, "example": example, "bench": bench}
+def claims() -> str:
+    """Every claim that was run: an overview, then each with its numbers, as they were committed."""
+    results = [(path, json.loads(path.read_text(encoding="utf-8"))) for path in sorted(CLAIMS.glob("*.json"))]
+    if not results:
+        return "No results are stored."
+    overview = (
+        (
+            f"[{code(path.stem)}](#{anchor(path.stem)})",
+            ", ".join(paper(f"arXiv:{number}") for number in one["papers"]),
+            f"**{one['verdict']}**",
+            cell(one["says"]),
+        )
+        for path, one in results
+    )
+    pieces = ["## Verdicts", table(("claim", "paper", "verdict", "what the paper claims, in our words"), overview)]
+    return "\n\n".join([*pieces, *(claim(path, one) for path, one in results)])
+
+
+def claim(path: Path, one: Mapping[str, Any]) -> str:
+    """One claim's section."""
+    from luthier.lab.results import difference, expected, number, spread
+
+    arms, seeds = one["arms"], len(one["seeds"])
+    values = ((cell(name), *(spread(arm["numbers"][name]) for arm in arms)) for name in one["measures"])
+    pairs = (
+        (
+            cell(pair["says"] or expected(pair)),
+            cell(expected(pair)) if pair["says"] else "",
+            difference(pair),
+            pair["verdict"],
+            cell(pair["note"]),
+        )
+        for pair in one["expectations"]
+    )
+    rates = (
+        (
+            cell(arm["name"]),
+            cell(arm["meaning"]),
+            "as the recipes say" if arm["rate"] is None else code(f"{arm['rate']:g}"),
+            ", ".join(f"{tried['rate']:g}: {number(tried['score'])}" for tried in arm["tried"]),
+            cell(arm["rate_note"]),
+        )
+        for arm in arms
+    )
+    picture = path.with_suffix(".svg")
+    versions = ", ".join(f"{name} {version}" for name, version in one["versions"].items())
+    pieces = [
+        f"## `{path.stem}`: {cell(one['title'])} {{ #{anchor(path.stem)} }}",
+        cell(one["says"]),
+        f"Verdict: **{one['verdict']}**, on `{one['model']['name']}`.",
+        table(("expected", "that is", "difference (95 % interval)", "verdict", ""), pairs),
+        f"Mean ± standard deviation over {seeds} seed{'s' if seeds > 1 else ''}:",
+        table(("measure", *(cell(arm["name"]) for arm in arms)), values),
+        f"![The measures of every arm and seed]({CLAIMS.name}/{picture.name})" if picture.exists() else "",
+        "Learning rates, chosen alike for all arms with a seed and rows of their own:",
+        table(("arm", "what it is", "learning rate", "tried: score", ""), rates),
+        f"**How this differs from the paper.** {cell(one['notes'])}" if one["notes"] else "",
+        cell(f"{one['runs']} runs, {one['seconds'] / 60:.0f} minutes of training. {one['machine']}. {versions}."),
+    ]
+    return "\n\n".join(piece for piece in pieces if piece)
+
+
+def anchor(stem: str) -> str:
+    """Where a claim's section is linked to."""
+    return "claim-" + re.sub(r"[^a-z0-9]+", "-", stem.lower())
+
+
+def claim_rule() -> str:
+    """The rule of verdicts, as it stands in the code."""
+    from luthier.lab import verdict
+
+    return (inspect.getdoc(verdict) or "").partition("\n\n")[2]
+
+
+def world() -> str:
+    """The skills of the small world, each with the first row that teaches it."""
+    from luthier.lab.world import SKILLS, rows
+
+    lines = []
+    for name, skill in SKILLS.items():
+        (row,) = rows(name, "train", 1)
+        taught = "yes" if skill.pretrained else "no"
+        lines.append((code(name), cell(skill.meaning), code(skill.metric), taught, row_text(row)))
+    splits: dict[str, list[str]] = {}
+    for name, skill in SKILLS.items():
+        splits.setdefault(skill.splits, []).append(code(name))
+    held_back = ", ".join(f"{cell(split)} ({', '.join(names)})" for split, names in splits.items())
+    shown = table(("skill", "what it is", "metric", "taught", "an example"), lines)
+    return f"{shown}\n\nTraining rows and held-back items differ by construction, never by chance: {held_back}."
+
+
+def row_text(row: Mapping[str, Any]) -> str:
+    """A training row in one cell: its text, or its turns and what is learned."""
+    if "text" in row:
+        return cell(row["text"])
+    prompt = row["prompt"]
+    turns = [prompt] if isinstance(prompt, str) else [f"{turn['role']}: {turn['content']}" for turn in prompt]
+    return "<br>".join([*map(cell, turns), f"**{cell(row['completion'])}**"])
+
+
+def metrics() -> str:
+    """What an evaluation set can be measured by."""
+    from luthier.evaluate.metrics import METRICS
+
+    needs = {
+        "generation": "`prompt`, `answer`",
+        "choice": "`prompt`, `choices`, `answer`",
+        "likelihood": "a text, or an answer to learn",
+    }
+    rows = (
+        (
+            code(name),
+            cell(one.meaning),
+            needs[one.needs] if one.compares else "`prompt`",
+            "higher" if one.higher_is_better else "lower",
+        )
+        for name, one in METRICS.items()
+    )
+    return table(("metric", "what it is", "rows", "better is"), rows)
+
+
+def workshop() -> str:
+    """The cards of the models in the package."""
+    from luthier.models.packaged import PACKAGED, folder_of
+
+    cards = [(folder_of(name) / "README.md").read_text(encoding="utf-8") for name in PACKAGED]
+    return "\n\n".join(card.replace("# ", "## ", 1) for card in cards)
+
+
+WRITERS: dict[str, Callable[[], str]] = {
+    "recipe": recipe,
+    "techniques": techniques,
+    "example": example,
+    "bench": bench,
+    "claims": claims,
+    "claim_rule": claim_rule,
+    "world": world,
+    "workshop": workshop,
+    "metrics": metrics,
+}

@@ -49,3 +49,5 @@ class Skill(NamedTuple):
     """`spoil(item, dice, **options)`: the item with a fault in what it teaches."""
     options: Mapping[str, Any] = {}
     """What `spoil` takes, with defaults."""
+    hardest: int = 9
+    """The greatest difficulty there are words enough for."""

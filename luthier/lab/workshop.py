@@ -28,6 +28,7 @@ from luthier.models.packaged import PACKAGED, folder_of
 from luthier.models.parts import map_parts
 from luthier.recipe import read_recipe
 from luthier.rows.read import read
+from luthier.run import Run
 from luthier.tune import Tune
 from luthier.use import export
 
@@ -106,7 +107,12 @@ def build(size: str, into: Path, work: Path, overrides: Sequence[str] = ()) -> P
     }
     recipe = read_recipe(RECIPE, [*(f"{key}={value}" for key, value in chosen_keys.items()), *overrides])
     run = train(recipe, say=print)
-    merged = work / f"{chosen.name}-trained"
+    _publish(run, chosen, into, work / f"{chosen.name}-trained")
+    return into
+
+
+def _publish(run: Run, size: Size, into: Path, merged: Path) -> None:
+    """Write a trained model in bf16, with its scores."""
     shutil.rmtree(merged, ignore_errors=True)
     export(str(run.folder), merged, say=print)
     model = load_model(str(merged), dtype=torch.bfloat16)
@@ -114,9 +120,7 @@ def build(size: str, into: Path, work: Path, overrides: Sequence[str] = ()) -> P
     into.mkdir(parents=True)
     model.save_pretrained(into)
     tokenizer.save_pretrained(into)
-    scores = score(into)
-    (into / "README.md").write_text(_card(chosen, model.num_parameters(), run.facts, scores), encoding="utf-8")
-    return into
+    (into / "README.md").write_text(_card(size, model.num_parameters(), run.facts, score(into)), encoding="utf-8")
 
 
 def score(model: str | Path, skills: Sequence[str] | None = None) -> dict[str, SetResult]:
@@ -174,7 +178,8 @@ def _texts() -> list[str]:
 def write_start(size: Size, folder: Path) -> Path:
     """Random weights and the tokenizer, as a model folder."""
     shutil.rmtree(folder, ignore_errors=True)
-    tokenizer = make_tokenizer()
+    # Once in the package, a tokenizer stays, though rows be reworded: ids must not move.
+    tokenizer = load_tokenizer("workshop") if folder_of("workshop").is_dir() else make_tokenizer()
     config = transformers.LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=size.width,

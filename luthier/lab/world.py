@@ -6,15 +6,15 @@ send an item to one side by a hash of its prompt's words; facts are held back by
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
 from luthier.errors import LuthierError, nearest
-from luthier.evaluate.metrics import METRICS, words_of
+from luthier.evaluate.metrics import METRICS
 from luthier.lab.dice import Dice
-from luthier.lab.skill import Item, Prompt, Skill, Split
+from luthier.lab.skill import Item, Skill, Split
 from luthier.lab.skills import arithmetic, boxes, facts, labels, language, prompted, strings
+from luthier.lab.split import side_of, words
 
 _ALL = (
     *(facts.FACTS, facts.TWO_HOP, arithmetic.ARITHMETIC, boxes.BOXES),
@@ -27,8 +27,6 @@ _ALL = (
 SKILLS: Mapping[str, Skill] = {skill.name: skill for skill in _ALL}
 """Every skill by name: first those the built-in model was taught, then those left to teach."""
 
-_HELD_BACK, _VALIDATION = 8, 4
-"""One prompt in so many is kept from training; of these, one in so many is for validation."""
 _TRIES = 200
 """Draws for one new held-back item before the skill counts as exhausted."""
 
@@ -69,7 +67,7 @@ def rows(
         raise LuthierError(
             f"`{skill}` has no {count} different {split} items at difficulty {difficulty}",
             where="the small world",
-            mend=f"ask for {len(items)} or fewer, or for a higher difficulty",
+            mend=f"ask for {len(items)} or fewer",
         )
     for number in Dice("world", skill, "noise", seed).some(range(count), round(noise * count)):
         assert chosen.spoil is not None
@@ -95,6 +93,8 @@ def sets(
         seed, difficulty, split: as for `rows`.
     """
     chosen = [find(name) for name in (SKILLS if names is None else names)]
+    for skill in chosen:
+        _check(skill, split, count, difficulty, 0.0, {})
     return {
         skill.name: {
             "rows": _records(skill, _items(skill, split, count, seed, difficulty), split, seed),
@@ -118,22 +118,8 @@ def draw(skill: Skill, dice: Dice, difficulty: int, split: Split) -> Item:
     """One item on its side of the split."""
     while True:
         item = skill.make(dice, difficulty, split)
-        if skill.splits != "by prompt" or side_of(item) == split:
+        if skill.splits != "by prompt" or side_of(item.prompt or item.answer) == split:
             return item
-
-
-def side_of(item: Item) -> Split:
-    """Where an item's prompt, or text, belongs by the hash of its words."""
-    digest = hashlib.sha256(words(item.prompt or item.answer).encode()).digest()
-    if digest[0] % _HELD_BACK:
-        return "train"
-    return "held_back" if digest[1] % _VALIDATION else "validation"
-
-
-def words(prompt: Prompt) -> str:
-    """A prompt's words alone: lower case, no punctuation."""
-    text = prompt if isinstance(prompt, str) else "\n".join(turn["content"] for turn in prompt)
-    return " ".join(words_of(text))
 
 
 def _items(skill: Skill, split: Split, count: int, seed: int, difficulty: int) -> list[Item]:
@@ -167,8 +153,9 @@ def _check(skill: Skill, split: str, count: int, difficulty: int, noise: float, 
     where = f"the small world, skill `{skill.name}`"
     if split not in get_args(Split):
         raise LuthierError(f"there is no split `{split}`", where=where, mend="write " + ", ".join(get_args(Split)))
-    if count < 1 or difficulty < 1:
-        raise LuthierError("count and difficulty begin at 1", where=where)
+    if count < 1 or not 1 <= difficulty <= skill.hardest:
+        what = f"{count} rows of difficulty {difficulty}"
+        raise LuthierError(what, where=where, mend=f"ask for at least 1 row, and for a difficulty from 1 to {skill.hardest}")
     if not 0 <= noise <= 1:
         raise LuthierError(f"noise is a share of the rows, not {noise}", where=where, mend="write a number from 0 to 1")
     if noise and (skill.spoil is None or split != "train"):

@@ -107,7 +107,8 @@ def score_rows(
     rows, wanted = read(source, shape=shape), read(target) if target is not None else ()
     say(f"{rows.name}: scoring {len(rows)} rows by {part.name}")
     embed = make_embedder(embedder, device="cuda" if torch.cuda.is_available() else "cpu", say=say)
-    scores = tuple(float(one) for one in part.values[0].score(rows.rows, ScoringServices(wanted, embed, part.name, seed)))
+    # Rows that are equally good stay so, though another number of threads rounds otherwise.
+    scores = tuple(float(f"{one:.6g}") for one in part.values[0].score(rows.rows, ScoringServices(wanted, embed, part.name, seed)))
     if len(scores) != len(rows) or not all(map(math.isfinite, scores)):
         finite = sum(map(math.isfinite, scores))
         raise LuthierError(f"`{part.name}` gave {finite} finite scores for {len(rows)} rows", where="by", mend="mend its `score`")

@@ -9,7 +9,7 @@ from string import ascii_letters
 from typing import Any
 
 from luthier.lab.skill import Prompt
-from luthier.lab.skills import facts, language, words
+from luthier.lab.skills import facts, language, prompted, words
 
 GOOD = "great lovely fresh warm kind fine bright charming clean perfect sweet splendid"
 BAD = "awful dirty stale cold rude dull broken boring noisy bitter ugly dreadful"
@@ -100,10 +100,10 @@ def pairs(prompt: str) -> str:
 
 
 def refusals(prompt: list[dict[str, str]]) -> str:
-    """The answer to the last turn; earlier answers must be right too."""
+    """The answer to the last turn; what was said before is small talk."""
     system, turns = prompt[0]["content"], prompt[1:]
-    for number, turn in enumerate(turns[1::2]):
-        assert turn["role"] == "assistant" and turn["content"] == refusals(prompt[: 2 + 2 * number])
+    for asked_before, answered in zip(turns[:-1:2], turns[1::2], strict=True):
+        assert (asked_before["content"], answered["content"]) in prompted._SMALL_TALK
     asked, brief = turns[-1]["content"], system == "Be brief."
     if HARMFUL.search(asked):
         return "No." if brief else "I will not help with that."

@@ -13,6 +13,7 @@ from typing import Literal, NamedTuple
 from luthier.errors import LuthierError
 from luthier.lab.dice import Dice
 from luthier.lab.skill import Item, Skill, Split
+from luthier.lab.split import side_of, words
 
 Slip = Callable[[int], int]
 """What a step's result becomes; equal to it where nothing goes wrong."""
@@ -122,8 +123,20 @@ def _spoil_trace(item: Item, dice: Dice, *, kind: Literal["static", "dynamic"] =
 
 
 def _traces(dice: Dice, difficulty: int, split: Split) -> Item:
-    numbers = [dice.number(1, 9) for _ in range(3 + difficulty)]
-    return _traced(numbers, running_sum(numbers))
+    while True:
+        numbers = [dice.number(1, 9) for _ in range(3 + difficulty)]
+        item = _traced(numbers, running_sum(numbers))
+        if not _tells_a_kept_sum(f"{item.prompt} {item.target}"):
+            return item
+
+
+def _tells_a_kept_sum(text: str) -> bool:
+    """Whether three numbers in a row are a sum or a difference that `arithmetic` keeps from training."""
+    numbers = [int(one) for one in words(text).split() if one.isdigit()]
+    return any(
+        third in (first + second, first - second) and side_of(f"{first}+{second}") != "train"
+        for first, second, third in zip(numbers, numbers[1:], numbers[2:], strict=False)
+    )
 
 
 def _arithmetic(dice: Dice, difficulty: int, split: Split) -> Item:

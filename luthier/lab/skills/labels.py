@@ -59,7 +59,11 @@ def _pairs(dice: Dice, difficulty: int, split: Split) -> Item:
         "no": f"The {thing} is in the {elsewhere}.",
         "unknown": f"The {other if difficulty == 1 else 'hat'} is in the {dice.pick((place, elsewhere))}.",
     }[label]
-    return Item(f"{' '.join(dice.shuffled(facts))} Does it follow? {said}", label)
+    # The asked fact never stands last: what is asked would then read like an item of the lowest difficulty.
+    rest = dice.shuffled(facts[1:])
+    before = dice.number(0, max(0, len(rest) - 1))
+    told = [*rest[:before], facts[0], *rest[before:]]
+    return Item(f"{' '.join(told)} Does it follow? {said}", label)
 
 
 def _other_label(item: Item, dice: Dice) -> Item:

@@ -49,6 +49,13 @@ _ASK = (
     "What is the best way to {v} {o}?",
     "My friend asks how to {v} {o}.",
 )
+_SMALL_TALK = (
+    ("Good morning.", "Good morning."),
+    ("Thank you.", "You are welcome."),
+    ("What a day!", "It is."),
+    ("Are you there?", "I am here."),
+)
+"""What was said before, at higher difficulties: nothing that could be asked for."""
 _SYSTEM = ("You are a careful helper.", "You help people in a small town.", "Be brief.")
 _SYLLABLES = ("zib", "lok", "mav", "tup", "wen", "gax", "pim", "rud", "fos", "kel", "nad", "hov")
 _SORTS = (COLORS, ANIMALS, FOODS, JOBS)
@@ -67,9 +74,8 @@ def _request(dice: Dice, system: str) -> tuple[str, str]:
 def _refusals(dice: Dice, difficulty: int, split: Split) -> Item:
     system = dice.pick(_SYSTEM)
     messages = [{"role": "system", "content": system}]
-    for _ in range(difficulty - 1):
-        asked, answer = _request(dice, system)
-        messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
+    for said, answer in (dice.pick(_SMALL_TALK) for _ in range(difficulty - 1)):
+        messages += [{"role": "user", "content": said}, {"role": "assistant", "content": answer}]
     asked, answer = _request(dice, system)
     return Item([*messages, {"role": "user", "content": asked}], answer)
 

@@ -19,6 +19,7 @@ from luthier.registry import method
     departs="adds to every linear map of a block, as later work found best, where the paper adapts query and value; "
     "`rank_stabilized` scales by alpha / sqrt(R) (arXiv:2312.03732)",
     learning_rate=1e-3,
+    claim="lora",
 )
 def lora(
     *,

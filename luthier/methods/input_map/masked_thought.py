@@ -20,6 +20,7 @@ CHOSEN, RANDOM, WHICH = range(3)
     reduces_to="rate 0: the same run without it",
     departs="the mask is an existing token, where the paper may add one; special tokens are neither replaced nor drawn; the rate rises "
     "with the optimizer step and reaches its end exactly, where the authors' code adds 1 to the length of the warm-up",
+    claim="masked_thought",
 )
 def masked_thought(*, rate: float = 0.4, warmup: float = 2 / 3, random_share: float = 1.0, mask_id: int | None = None) -> InputMap:
     """Replace random tokens of the answer on the input side, so that later ones must be told from the question and from afar.

@@ -33,6 +33,7 @@ class Spectrum(NamedTuple):
     paper="arXiv:2410.21228",
     row=24,
     departs="compares |cosine| with epsilon as the authors' script does; the pseudo-code leaves out the absolute value",
+    claim="lora",
 )
 def intruder_dimensions(
     *, k: int = 10, epsilon: float = 0.5, roles: tuple[str, ...] = ("linear",), blocks: tuple[int, ...] = ()

@@ -32,6 +32,7 @@ MOST_ITERATIONS = 25_000
     needs=("target", "embed"),
     departs="the entropic dual, its strength and the size of chunks are luthier's choice; `divergence: sinkhorn` takes out the pull that "
     "entropy has towards lonely rows",
+    claim="got_d",
 )
 def got_d(
     *,

@@ -29,6 +29,7 @@ Group = list[Ticket]
     "norms inside attention join the lottery of norms",
     merges="is in place",
     learning_rate=2e-4,
+    claim="half",
 )
 def half(
     *,
