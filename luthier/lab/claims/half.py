@@ -6,16 +6,16 @@ from luthier.lab.claim import Arm, Claim, Expectation, Finished, Recipe, Setting
 from luthier.lab.costs import backward_share, seconds
 from luthier.lab.tasks import TAUGHT, mean, teach, validation
 
-STREAM = ("tools", "traces", "sort", "new_facts")
+STREAM = ("second_language", "sort", "updated_facts", "traces")
 
 
 def stages(setting: Setting) -> list[Recipe]:
     """Four new skills, one after the other."""
     return [
-        teach("tools", setting, count=500, epochs=3),
-        teach("traces", setting, count=500, epochs=3),
-        teach("sort", setting, count=1200, epochs=4),
-        teach("new_facts", setting, count=1600, epochs=4),
+        teach("second_language", setting, count=600, epochs=6),
+        teach("sort", setting, count=800, epochs=6),
+        teach("updated_facts", setting, count=900, epochs=4),
+        teach("traces", setting, count=250, epochs=4),
     ]
 
 

@@ -6,14 +6,14 @@ from luthier.lab.claim import Arm, Claim, Expectation, Finished, Recipe, Setting
 from luthier.lab.tasks import TAUGHT, mean, teach, validation
 from luthier.use import probe
 
-SKILL = "tools"
+SKILL = "second_language"
 FASTER = (1e-3, 3e-3, 1e-2)
 """What trains less takes larger steps: LoRA's grid is the other's, moved up by one."""
 
 
 def stages(setting: Setting) -> list[Recipe]:
     """One new skill."""
-    return [teach(SKILL, setting, count=500, epochs=3)]
+    return [teach(SKILL, setting, count=600, epochs=6)]
 
 
 def measure(finished: Finished) -> dict[str, float]:

@@ -31,7 +31,6 @@ CLAIM = Claim(
     arms=[
         Arm("plain", {"objective": "cross_entropy"}, "cross-entropy on the whole trace"),
         Arm("masked, 0.4", {"objective": [{"masked_thought": {"rate": 0.4}}]}, "up to 40 % of the trace replaced"),
-        Arm("masked, 0.2", {"objective": [{"masked_thought": {"rate": 0.2}}]}, "up to 20 %"),
     ],
     expects=[
         Expectation("as long", "masked, 0.4", "plain", "more", 0.03, "better on sums as long as those trained on"),
@@ -39,6 +38,7 @@ CLAIM = Claim(
     ],
     measure=measure,
     choose=validation("traces"),
+    rates=(1e-3, 2e-3, 4e-3),
     minutes=10,
     notes="The paper fine-tunes 7B models on GSM8K for ten epochs, with a rate of 0.4. Each step of our traces writes both operands "
     "again, so there is little a model could copy from afar.",

@@ -9,7 +9,7 @@ from luthier.lab.dice import Dice
 from luthier.lab.skills.arithmetic import dynamic, running_sum, static, written
 from luthier.lab.tasks import TAUGHT, mean, teach, validation
 
-COUNT, EPOCHS, LENGTH = 800, 4, 4
+COUNT, EPOCHS, LENGTH = 600, 4, 4
 DYNAMIC = 0.15
 """Chance that a step's result is wrong."""
 
@@ -72,6 +72,7 @@ CLAIM = Claim(
     ],
     measure=measure,
     choose=validation("traces"),
+    rates=(1e-3, 2e-3, 4e-3),
     minutes=8,
     notes="Sums of four numbers. The two noises are matched by the expected number of wrong numbers in a trace, which the paper does "
     "not do: a fault in the computation spoils all that follows, so at one intensity more of the trace is wrong.",
