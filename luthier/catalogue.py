@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 from rich.console import Group
@@ -16,12 +17,20 @@ from luthier.papers import papers
 
 NOT_MEASURED = "not measured"
 """The verdict of a claim that no experiment has tested yet."""
+VERDICTS = Path(__file__).parent / "lab" / "verdicts.json"
+"""What came of the claims that were run, by claim; the documentation has the numbers."""
 
 
 def as_rows(kind: str | None = None) -> list[dict[str, Any]]:
     """Every technique's card and verdict."""
     kinds = tuple(KINDS) if kind is None else (kind,)
-    return [{**card.as_json(), "verdict": NOT_MEASURED} for card in registry.cards(kinds)]
+    return [{**card.as_json(), "verdict": verdict(card.claim)} for card in registry.cards(kinds)]
+
+
+def verdict(claim: str) -> str:
+    """What came of a claim."""
+    found: dict[str, str] = json.loads(VERDICTS.read_text(encoding="utf-8"))
+    return found.get(claim, NOT_MEASURED)
 
 
 def _with_columns(*columns: str) -> Table:
@@ -49,7 +58,7 @@ def one_technique(name: str) -> tuple[dict[str, Any], Group]:
     """One technique whole: its card and its options."""
     found = registry.find(name)
     schema = registry.options_model(found.factory, name).model_json_schema()
-    facts = {**found.card.as_json(), "verdict": NOT_MEASURED, "options": schema.get("properties", {})}
+    facts = {**found.card.as_json(), "verdict": verdict(found.card.claim), "options": schema.get("properties", {})}
     card = Table.grid(padding=(0, 2))
     for key in (
         "title",

@@ -15,6 +15,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from luthier import draws
 from luthier.errors import LuthierError
+from luthier.models import context
 from luthier.models.head import head_of
 from luthier.rows.encode import end_of_turn_ids
 from luthier.training.services import evaluating
@@ -79,9 +80,8 @@ def stop_ids(tune: Tune, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
 
 def context_of(tune: Tune) -> int | None:
     """The most tokens the model reads beside its trained prompt; None where it states no limit."""
-    config = cast(PreTrainedModel, tune.model).config.get_text_config()
-    limit = getattr(config, "max_position_embeddings", None)
-    return None if limit is None else int(limit) - _prompt_length(tune)
+    limit = context.context_of(cast(PreTrainedModel, tune.model).config)
+    return None if limit is None else limit - _prompt_length(tune)
 
 
 def _prompt_length(tune: Tune) -> int:

@@ -15,7 +15,7 @@ from luthier.lab.workshop import COUNTS
 from luthier.rows.select import select_rows
 
 RARE = "second_language"
-POOL, SHARE_OF_RARE, PICKED, LABELLED = 2000, 0.05, 100, 60
+POOL, SHARE_OF_RARE, PICKED, LABELLED = 2000, 0.05, 200, 60
 
 
 def mixture(count: int, seed: int) -> list[dict[str, Any]]:
@@ -43,7 +43,7 @@ def target(seed: int) -> list[dict[str, Any]]:
 
 def stages(setting: Setting) -> list[Recipe]:
     """The picked rows, then the few rows of the task."""
-    return [stage(pool(setting.seed)[:PICKED], epochs=8), stage(target(setting.seed), epochs=8)]
+    return [stage(pool(setting.seed)[:PICKED], epochs=10), stage(target(setting.seed), epochs=10)]
 
 
 def picked(by: str, meaning: str) -> Arm:

@@ -18,7 +18,7 @@ from luthier.rows.read import read
 from luthier.use import open_run
 
 PASSAGES = Path(__file__).with_name("passages.jsonl")
-ROWS, EPOCHS, NEW_TOKENS = 16, 14, 96
+ROWS, EPOCHS, NEW_TOKENS = 12, 12, 96
 OPENINGS = (
     "The lighthouse keeper had not spoken to anyone for eleven days when the small boat",
     "My grandmother kept a wooden box under her bed, and every winter she would",
@@ -78,6 +78,6 @@ CLAIM = Claim(
     choose=lambda finished: 0.0,
     model="smollm2-135m-instruct",
     minutes=25,
-    notes="The paper trains models of 1.1B to 70B parameters on 2,000 sequences of 256 tokens for 20 epochs at 1e-6; here 16 passages of "
+    notes="The paper trains models of 1.1B to 70B parameters on 2,000 sequences of 256 tokens for 20 epochs at 1e-6; here 12 passages of "
     "about 120 tokens at 1e-4, and continuations of 96 tokens instead of 256.",
 )

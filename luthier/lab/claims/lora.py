@@ -13,7 +13,7 @@ FASTER = (1e-3, 3e-3, 1e-2)
 
 def stages(setting: Setting) -> list[Recipe]:
     """One new skill."""
-    return [teach(SKILL, setting, count=600, epochs=6)]
+    return [teach(SKILL, setting, count=600, epochs=15)]
 
 
 def measure(finished: Finished) -> dict[str, float]:

@@ -1,0 +1,99 @@
+"""Bringing a model and its rows into the form in which they run: processes, packing, checkpointing, compilation."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+
+from luthier.errors import LuthierError
+from luthier.models.attention import use_attention
+from luthier.recipe import Recipe
+from luthier.rows.encode import EncodedRows
+from luthier.rows.mixture import Mixture
+from luthier.training.feed import Feed
+from luthier.training.packing import obstacle
+from luthier.training.world import World
+from luthier.tune import Tune
+
+SHORT_ROWS = 128
+"""Mean tokens of rows below which processors are quicker with rows of like length side by side than with attention row by row: seen at
+40 tokens (a quarter quicker), not at 270."""
+
+
+def check_processes(recipe: Recipe, world: World) -> None:
+    """Refuse what the launcher and the recipe ask for differently.
+
+    Raises:
+        LuthierError: a model can be spread over several processes only, or the launcher wants FSDP or DeepSpeed on its own account.
+    """
+    sharding = recipe.train.sharding
+    if sharding == "full" and world.size == 1:
+        raise LuthierError(
+            "there is one process, and a model is spread over several",
+            where="train.sharding",
+            mend="start with `torchrun --nproc-per-node N -m luthier train RECIPE`, or use sharding: none",
+        )
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() in ("1", "true"):
+        raise LuthierError(
+            "DeepSpeed is not used by luthier",
+            where="ACCELERATE_USE_DEEPSPEED",
+            mend="launch without it; `train.sharding: full` spreads weights, gradients and optimizer state as ZeRO-3 does",
+        )
+    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true") and sharding != "full":
+        raise LuthierError(
+            "the launcher asks for FSDP and the recipe does not", where="train.sharding", mend="set train.sharding=full"
+        )
+
+
+def make_feed(recipe: Recipe, rows: EncodedRows, world: World, device: torch.device, mixture: Mixture | None) -> Feed:
+    """The order in which rows are seen."""
+    train = recipe.train
+    return Feed(
+        rows,
+        recipe.seed,
+        train.micro_batch_tokens,
+        epochs=train.epochs,
+        steps=train.steps,
+        batch_tokens=train.batch_tokens,
+        batch_rows=train.batch_rows,
+        world=world,
+        device=device,
+        mixture=mixture,
+    )
+
+
+def prepare_model(recipe: Recipe, tune: Tune, feed: Feed) -> str:
+    """Attention, packing, checkpointing and compilation, block by block. Returns why rows are padded, if they are."""
+    model: Any = tune.model
+    if model.config._attn_implementation == "sdpa":
+        use_attention(model)
+    padded = why_padded(recipe, tune, feed)
+    tune.packs = not padded
+    if recipe.train.checkpointing:
+        # transformers renamed it; the non-reentrant form is the only one that reaches every kind of trained tensor.
+        names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
+        enable = next(getattr(model, name) for name in names if hasattr(model, name))
+        enable({"use_reentrant": False})
+    if recipe.train.compile:
+        for name in tune.parts.block_modules:
+            model.get_submodule(name).compile()
+    return padded
+
+
+def why_padded(recipe: Recipe, tune: Tune, feed: Feed) -> str:
+    """Why rows run with padding; nothing where they are packed.
+
+    Raises:
+        LuthierError: the recipe insists on packing, and it cannot be.
+    """
+    if recipe.train.packing is False:
+        return "as the recipe asks"
+    mean = feed.rows.tokens / max(1, len(feed.rows.rows))
+    if recipe.train.packing == "auto" and feed.device.type == "cpu" and mean < SHORT_ROWS:
+        return "rows this short are quicker side by side"
+    reason = "blocks would be compiled anew for every micro-batch" if recipe.train.compile else obstacle(tune)
+    if reason and recipe.train.packing is True:
+        raise LuthierError(f"rows cannot be packed: {reason}", where="train.packing", mend="use packing: auto or false")
+    return reason
