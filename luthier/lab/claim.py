@@ -101,6 +101,8 @@ class Claim(NamedTuple):
     choose_stages: int = 1
     """How many stages are run to judge a learning rate."""
     model: str = "workshop"
+    floor: Mapping[str, float] = MappingProxyType({})
+    """Measures and the least mean the baseline must reach: an experiment whose baseline did not learn can neither support nor refute."""
     notes: str = ""
     """Where and why the experiment differs from the paper's."""
 

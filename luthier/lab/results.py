@@ -45,6 +45,7 @@ def result_of(ran: Ran) -> Result:
     measures = list(dict.fromkeys(name for seeds in ran.numbers.values() for numbers in seeds for name in numbers))
     values = {arm: {name: [numbers.get(name) for numbers in seeds] for name in measures} for arm, seeds in ran.numbers.items()}
     expectations = [_expectation(claim, one, values, measures, ran.seeds) for one in claim.expects]
+    short = _short_of(claim, values[claim.arms[0].name])
     versions = machine.versions()
     return {
         "claim": claim.name,
@@ -52,7 +53,8 @@ def result_of(ran: Ran) -> Result:
         "papers": list(claim.papers),
         "rows": list(claim.rows),
         "says": claim.says,
-        "verdict": together([one["verdict"] for one in expectations]),
+        "verdict": "inconclusive" if short else together([one["verdict"] for one in expectations]),
+        "short": short,
         "expectations": expectations,
         "measures": measures,
         "arms": [_arm(arm, ran.choices[arm.name], values[arm.name]) for arm in claim.arms],
@@ -65,6 +67,17 @@ def result_of(ran: Ran) -> Result:
         "runs": ran.stages,
         "seconds": ran.seconds,
     }
+
+
+def _short_of(claim: Claim, baseline: Values) -> list[str]:
+    """Where the baseline did not reach what the claim needs of it, in words."""
+    found = []
+    for name, least in claim.floor.items():
+        known = [one for one in baseline[name] if one is not None]
+        mean = fmean(known) if known else 0.0
+        if mean < least:
+            found.append(f"the baseline reaches {mean:.2g} in `{name}` and needs {least:g}: this experiment can tell nothing")
+    return found
 
 
 def _expectation(claim: Claim, one: Expectation, values: Mapping[str, Values], measures: Sequence[str], seeds: int) -> Result:
@@ -168,7 +181,7 @@ def shown(result: Result) -> Group:
     pairs = _table("expected", "difference (95 % interval)", "verdict")
     for one in result["expectations"]:
         pairs.add_row(escape(one["says"] or expected(one)), difference(one), colored(one["verdict"]))
-    remarks = [*result["edge"], *dict.fromkeys(one["note"] for one in result["expectations"] if one["note"])]
+    remarks = [*result["short"], *result["edge"], *dict.fromkeys(one["note"] for one in result["expectations"] if one["note"])]
     seeds = len(result["seeds"])
     return Group(
         f"[bold]{escape(result['title'])}[/bold]",

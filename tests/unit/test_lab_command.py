@@ -73,6 +73,7 @@ RESULT: dict[str, Any] = {
         },
     ],
     "notes": "Smaller.",
+    "short": [],
     "edge": ["full: the chosen rate 0.001 is the largest that was tried"],
     "seeds": [0, 1, 2],
     "model": {"name": "tiny:llama", "fingerprint": "0"},

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from luthier.lab.claim import Arm, Claim, Expectation
+from luthier.lab.results import result_of
+from luthier.lab.runner import Choice, Ran
 from luthier.lab.verdict import judge, rule, t_interval, t_quantile, together
 
 
@@ -99,3 +102,27 @@ def test_a_claim_is_its_expectations_together() -> None:
     assert together(["supported", "inconclusive"]) == "inconclusive"
     assert together(["inconclusive", "refuted", "supported"]) == "refuted"
     assert together([]) == "inconclusive"
+
+
+def test_a_baseline_that_did_not_learn_can_tell_nothing() -> None:
+    claim = Claim(
+        name="toy",
+        title="A toy",
+        papers=["2404.18466"],
+        rows=[8],
+        says="More.",
+        stages=lambda setting: [],
+        arms=[Arm("full"), Arm("half")],
+        expects=[Expectation("learnt", "half", "full", "more", 0.1)],
+        measure=lambda finished: {},
+        choose=lambda finished: 0.0,
+        minutes=1,
+        floor={"learnt": 0.5},
+    )
+    for base, verdict in ((0.5, "supported"), (0.4, "inconclusive")):
+        numbers = {"full": ({"learnt": base}, {"learnt": base}), "half": ({"learnt": base + 0.3}, {"learnt": base + 0.3})}
+        ran = Ran(claim, "tiny:llama", "0", 2, {"full": Choice(1e-3), "half": Choice(1e-3)}, numbers, 1.0, 4, 0)
+        result = result_of(ran)
+        assert result["expectations"][0]["verdict"] == "supported"
+        assert result["verdict"] == verdict
+        assert bool(result["short"]) == (verdict == "inconclusive")

@@ -8,7 +8,7 @@ from luthier.lab.tasks import TAUGHT, mean, teach, validation
 
 def stages(setting: Setting) -> list[Recipe]:
     """Few traces, many times: where plain training learns them by heart."""
-    return [teach("traces", setting, count=200, epochs=12)]
+    return [teach("traces", setting, count=100, epochs=12)]
 
 
 def measure(finished: Finished) -> dict[str, float]:
@@ -39,6 +39,7 @@ CLAIM = Claim(
     measure=measure,
     choose=validation("traces"),
     rates=(1e-3, 2e-3, 4e-3),
+    floor={"as long": 0.5},
     minutes=10,
     notes="The paper fine-tunes 7B models on GSM8K for ten epochs, with a rate of 0.4. Each step of our traces writes both operands "
     "again, so there is little a model could copy from afar.",

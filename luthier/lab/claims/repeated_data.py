@@ -46,6 +46,7 @@ CLAIM = Claim(
     measure=measure,
     choose=validation(SKILL),
     rates=(5e-4, 1e-3, 2e-3),
+    floor={"learnt": 0.4},
     minutes=9,
     notes="The papers pretrain; here a skill is fine-tuned, at equal steps and tokens. Dropout, the one remedy of the second paper, is "
     "not tried: the model has none.",

@@ -73,6 +73,7 @@ CLAIM = Claim(
     measure=measure,
     choose=validation("traces"),
     rates=(1e-3, 2e-3, 4e-3),
+    floor={"right": 0.5},
     minutes=8,
     notes="Sums of four numbers. The two noises are matched by the expected number of wrong numbers in a trace, which the paper does "
     "not do: a fault in the computation spoils all that follows, so at one intensity more of the trace is wrong.",
