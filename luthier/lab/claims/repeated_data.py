@@ -1,4 +1,4 @@
-"""Repeated data (arXiv:2205.10487, 2305.13230, 2305.15099): as many steps on fewer rows."""
+"""Repeated data (arXiv:2205.10487, 2305.13230, 1906.06669): as many steps on fewer rows."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def measure(finished: Finished) -> dict[str, float]:
 CLAIM = Claim(
     name="repeated_data",
     title="Many epochs on few rows against one epoch on many",
-    papers=["2205.10487", "2305.13230", "2305.15099"],
+    papers=["2205.10487", "2305.13230", "1906.06669"],
     rows=[162, 187, 196],
     says="A few epochs are nearly as good as fresh rows; many epochs on few rows overfit.",
     stages=stages,
