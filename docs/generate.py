@@ -275,7 +275,8 @@ def claim(path: Path, one: Mapping[str, Any]) -> str:
     pieces = [
         f"## `{path.stem}`: {cell(one['title'])} {{ #{anchor(path.stem)} }}",
         cell(one["says"]),
-        f"Verdict: **{one['verdict']}**, on `{one['model']['name']}`." + "".join(f" Note: {cell(short)}." for short in one["short"]),
+        f"Verdict: **{one['verdict']}**, on `{one['model']['name']}`."
+        + "".join(f" Note: {cell(short)}." for short in one["short"]),
         table(("expected", "that is", "difference (95 % interval)", "verdict", ""), pairs),
         f"Mean ± standard deviation over {seeds} seed{'s' if seeds > 1 else ''}:",
         table(("measure", *(cell(arm["name"]) for arm in arms)), values),

@@ -90,7 +90,9 @@ def test_committed_results_follow_from_their_numbers(name: str) -> None:
         found = judge(numbers[one["arm"]][one["measure"]], numbers[one["versus"]][one["measure"]], one["direction"], one["margin"])
         assert found.verdict == one["verdict"]
         assert found.mean == pytest.approx(one["mean"])
-    assert result["verdict"] == ("inconclusive" if result["short"] else together([one["verdict"] for one in result["expectations"]]))
+    assert result["verdict"] == (
+        "inconclusive" if result["short"] else together([one["verdict"] for one in result["expectations"]])
+    )
     baseline = next(iter(numbers.values()))
     assert bool(result["short"]) == any(sum(baseline[name]) / len(baseline[name]) < least for name, least in claim.floor.items())
     assert (RESULTS / f"{name}.svg").read_text(encoding="utf-8").startswith("<svg")
