@@ -6,7 +6,9 @@ import os
 import platform
 import resource
 import sys
+import threading
 from importlib.metadata import PackageNotFoundError, version
+from multiprocessing import parent_process
 from pathlib import Path
 
 import torch
@@ -123,3 +125,15 @@ def _told(file: str, key: str) -> int:
     except OSError:
         pass
     return 0
+
+
+def end_with_parent() -> None:
+    """End this worker when the process that began it ends: one that was killed cannot end its workers, which would wait for ever."""
+    threading.Thread(target=_await_parent, daemon=True).start()
+
+
+def _await_parent() -> None:
+    parent = parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)

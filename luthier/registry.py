@@ -145,13 +145,26 @@ def names(kind: str) -> list[str]:
 def _module(kind: str, name: str, path: Path) -> ModuleType:
     if path.parent.parent == Path(__file__).parent / "methods":
         return importlib.import_module(f"luthier.methods.{kind}.{name}")
-    key = f"luthier_methods.{kind}.{name}"
+    return module_at(path, f"luthier_methods.{kind}.{name}", "a technique")
+
+
+def module_at(path: Path, key: str, what: str) -> ModuleType:
+    """The module in a file outside the package, which is run when it is first asked for.
+
+    Args:
+        path: the file.
+        key: its name in `sys.modules`.
+        what: what the file should hold, for errors.
+
+    Raises:
+        LuthierError: the file is no Python file.
+    """
     known = sys.modules.get(key)
     if known is not None and getattr(known, "__file__", None) == str(path):
         return known
     spec = importlib.util.spec_from_file_location(key, path)
     if spec is None or spec.loader is None:
-        raise LuthierError("this file cannot be read as a technique", where=str(path), mend="it must be a Python file")
+        raise LuthierError(f"this file cannot be read as {what}", where=str(path), mend="it must be a Python file")
     module = importlib.util.module_from_spec(spec)
     sys.modules[key] = module
     try:

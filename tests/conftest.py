@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -18,6 +18,7 @@ from luthier.models.parts import map_parts
 from luthier.models.tiny import tiny
 from luthier.training.build import build_engine
 from luthier.training.engine import Engine
+from tests.unit.browser import Browser, find_browser, running
 
 torch.set_num_threads(int(os.environ.get("LUTHIER_TEST_THREADS", "1")))
 
@@ -98,3 +99,13 @@ def engine() -> Callable[..., Engine]:
 def now() -> Now:
     """A clock at the first of 20 steps, with a learning rate of 0.1."""
     return Now(step=0, steps=20, learning_rate=0.1, factor=1.0)
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    """One browser for all tests of a file."""
+    program = find_browser()
+    if program is None:
+        pytest.skip("there is no Chromium on this machine: looked for chromium, chromium-browser, google-chrome, chrome")
+    with running(program, tmp_path_factory.mktemp("browser") / "profile") as found:
+        yield found

@@ -75,7 +75,8 @@ def rows_score(
 
         spec = {by: apply_overrides({}, options or [])}
         scored = score_rows(source, spec, target=target, embedder=embedder, shape=shape, seed=seed, out=out, say=speak.say)
-        speak.show({**scored.facts, "out": str(out)}, lambda: listed({**scored.facts, "out": str(out)}))
+        facts = {**scored.facts, "out": str(out)}
+        speak.show(facts, lambda: listed(facts))
 
 
 def rows_select(
@@ -109,4 +110,5 @@ def rows_select(
             out=out,
             say=speak.say,
         )
-        speak.show({**chosen.facts, "out": str(out)}, lambda: listed({**chosen.facts, "out": str(out)}))
+        facts = {**chosen.facts, "out": str(out)}
+        speak.show(facts, lambda: listed(facts))

@@ -12,7 +12,7 @@ from luthier.errors import LuthierError
 from luthier.evaluate.compare import NOT_MEASURED, compare
 from luthier.evaluate.sets import EvalSet, Say, SetResult, measure
 from luthier.lab import world
-from luthier.rows.read import read
+from luthier.lab.world_sets import sets_of
 from luthier.run import read_run
 from luthier.tune import Tune
 from luthier.use import is_run, open_base, open_model, silent
@@ -55,7 +55,7 @@ def profile(
     Raises:
         LuthierError: there is no such model, run or skill, or no skill could be measured.
     """
-    sets = _sets(skills, count, seed)
+    sets = sets_of(skills, count=count, seed=seed)
     tune, tokenizer = open_model(model, out=out, say=say)
     after, before = _measure_each(tune, tokenizer, sets, say), None
     if is_run(model, out):
@@ -83,14 +83,6 @@ def headline(facts: Mapping[str, Any]) -> str:
     scored = [entry["after"] for entry in entries if entry["after"] is not None and entry["higher_is_better"]]
     half = sum(value >= 0.5 for value in scored)
     return f"At least half right in {half} of {len(scored)} skills with answers."
-
-
-def _sets(skills: Sequence[str] | None, count: int, seed: int) -> list[EvalSet]:
-    found = world.sets(skills, count=count, seed=seed)
-    return [
-        EvalSet(name, list(read(one["rows"], name=name)), one["metric"], one["side"], one["max_new_tokens"])
-        for name, one in found.items()
-    ]
 
 
 def _measure_each(tune: Tune, tokenizer: PreTrainedTokenizerBase, sets: Sequence[EvalSet], say: Say) -> _Found:

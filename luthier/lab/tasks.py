@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from statistics import fmean
 from typing import Any
 
-from luthier.evaluate.sets import EvalSet, SetResult, measure
+from luthier.evaluate.sets import measure
 from luthier.lab import world
 from luthier.lab.claim import Finished, Recipe, Setting
 from luthier.lab.skill import Split
-from luthier.rows.read import read
+from luthier.lab.world_sets import sets_of
 from luthier.run import Run
 from luthier.use import open_run
 
@@ -51,17 +51,9 @@ def accuracies(
     run: Run, skills: Sequence[str], *, split: Split = "held_back", count: int = ITEMS, difficulty: int = 1
 ) -> dict[str, float]:
     """The share of items a run's model answers rightly, by skill; for running text the loss."""
-    return {name: result.value for name, result in results(run, skills, split=split, count=count, difficulty=difficulty).items()}
-
-
-def results(run: Run, skills: Sequence[str], *, split: Split, count: int, difficulty: int) -> dict[str, SetResult]:
-    """What a run's model reaches on items of skills."""
-    sets = [
-        EvalSet(name, read(one.pop("rows")).rows, **one)
-        for name, one in world.sets(skills, split=split, count=count, difficulty=difficulty).items()
-    ]
     tune, tokenizer = open_run(run)
-    return measure(tune, tokenizer, sets)
+    found = measure(tune, tokenizer, sets_of(skills, split=split, count=count, difficulty=difficulty))
+    return {name: result.value for name, result in found.items()}
 
 
 def mean(run: Run, skills: Sequence[str], *, split: Split = "held_back", count: int = ITEMS, difficulty: int = 1) -> float:

@@ -20,14 +20,14 @@ from transformers import PreTrainedTokenizerFast
 
 from luthier import disk, draws
 from luthier.errors import LuthierError
-from luthier.evaluate.sets import EvalSet, SetResult, measure
+from luthier.evaluate.sets import SetResult, measure
 from luthier.flow import train
 from luthier.lab import world
+from luthier.lab.world_sets import sets_of
 from luthier.models.load import load_model, load_tokenizer
 from luthier.models.packaged import PACKAGED, folder_of
 from luthier.models.parts import map_parts
 from luthier.recipe import read_recipe
-from luthier.rows.read import read
 from luthier.run import Run
 from luthier.tune import Tune
 from luthier.use import export
@@ -126,8 +126,7 @@ def _publish(run: Run, size: Size, into: Path, merged: Path) -> None:
 def score(model: str | Path, skills: Sequence[str] | None = None) -> dict[str, SetResult]:
     """A model's result on held-back items of skills; without names, of every skill."""
     loaded = load_model(str(model))
-    sets = [EvalSet(name, read(one.pop("rows")).rows, **one) for name, one in world.sets(skills, count=ITEMS).items()]
-    return measure(Tune(loaded, map_parts(loaded)), load_tokenizer(str(model)), sets)
+    return measure(Tune(loaded, map_parts(loaded)), load_tokenizer(str(model)), sets_of(skills, count=ITEMS))
 
 
 def _write_rows(folder: Path) -> None:

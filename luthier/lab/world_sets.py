@@ -10,11 +10,13 @@ from typing import Any, cast
 
 from luthier import disk
 from luthier.errors import LuthierError
+from luthier.evaluate.sets import EvalSet
 from luthier.lab import world
 from luthier.lab.skill import Split
 from luthier.models.wheel import cache_folder
 from luthier.recipe import EvaluationSet, Recipe
 from luthier.report.radar import WORLD
+from luthier.rows.read import read
 
 COUNT = 50
 """Items of a skill in a run's evaluation sets."""
@@ -32,6 +34,14 @@ def named(skills: str) -> list[str] | None:
         if names.count(name) > 1:
             raise LuthierError(f"the skill `{name}` is written twice", where="--skills", mend="write it once")
     return names or None
+
+
+def sets_of(skills: Sequence[str] | None = None, **choice: Any) -> list[EvalSet]:
+    """Sets of the small world that can be measured; `choice` is what `luthier.lab.world.sets` takes."""
+    return [
+        EvalSet(name, list(read(one["rows"], name=name)), one["metric"], one["side"], one["max_new_tokens"])
+        for name, one in world.sets(skills, **choice).items()
+    ]
 
 
 def with_world(recipe: Recipe, *, skills: Sequence[str] | None = None, count: int = COUNT) -> Recipe:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import os
 import signal
-import threading
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from multiprocessing import get_context, parent_process
+from multiprocessing import get_context
 from typing import NamedTuple
 
+from luthier import machine
 from luthier.errors import LuthierError
 from luthier.rows.chat import Form, LossOn
 from luthier.rows.encode import TooLong, encode_each
@@ -119,15 +119,7 @@ def _begin(encoding: Encoding) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     # An interrupt reaches every process of a terminal; the one that began the others ends them.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    """A process that was killed cannot end its workers, and they would wait for work for ever."""
-    parent = parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
+    machine.end_with_parent()
 
 
 def _encode_here(chunk: Records) -> Chunk:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -14,7 +14,7 @@ import pytest
 from luthier.report.compare import write_comparison
 from luthier.report.html import write_report
 from luthier.report.story import headline
-from tests.unit.browser import Browser, Page, find_browser, running
+from tests.unit.browser import Browser, Page
 from tests.unit.test_report_pages import SAMPLE, with_text
 
 HOSTILE = (
@@ -31,16 +31,6 @@ ELEMENTS = "[...document.querySelectorAll('*')].map(one => one.tagName + ' ' + o
 FIGURES = "[...document.querySelectorAll('svg')].map(one => one.getBoundingClientRect()).map(box => [box.width, box.height])"
 MARKS = "[...document.querySelectorAll('svg')].map(one => one.getBBox()).map(box => [box.width, box.height])"
 OVERFLOW = "document.documentElement.scrollWidth - document.documentElement.clientWidth"
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    """One browser for all tests of this file."""
-    program = find_browser()
-    if program is None:
-        pytest.skip("there is no Chromium on this machine: looked for chromium, chromium-browser, google-chrome, chrome")
-    with running(program, tmp_path_factory.mktemp("browser") / "profile") as found:
-        yield found
 
 
 def report(run: Mapping[str, Any], folder: Path) -> Path:

@@ -9,7 +9,7 @@ import os
 import re
 import runpy
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -36,7 +36,7 @@ from luthier.report.html import report_page
 from luthier.report.radar import Axis, axes_of, radar_figure, world_figure
 from luthier.report.story import headline as story
 from luthier.rows.read import read
-from tests.unit.browser import Browser, find_browser, running
+from tests.unit.browser import Browser
 from tests.unit.test_evaluate_sets import TOKENIZER, saying
 
 SKILLS = ("boxes", "sort", "traces", "stories")
@@ -48,16 +48,6 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Files of rows go into a cache of the test's own."""
     monkeypatch.setenv("LUTHIER_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    """One browser for all tests of this file."""
-    program = find_browser()
-    if program is None:
-        pytest.skip("there is no Chromium on this machine")
-    with running(program, tmp_path_factory.mktemp("browser") / "profile") as found:
-        yield found
 
 
 def recipe_data(folder: Path, **changes: Any) -> dict[str, Any]:

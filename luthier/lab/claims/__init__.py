@@ -6,14 +6,13 @@ Folders of one's own join through `LUTHIER_CLAIMS` (paths separated like PATH); 
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import os
-import sys
 from pathlib import Path
 from types import ModuleType
 
 from luthier.errors import LuthierError, nearest
 from luthier.lab.claim import Claim, check
+from luthier.registry import module_at
 
 
 def names() -> list[str]:
@@ -66,19 +65,4 @@ def _files() -> dict[str, Path]:
 def _module(name: str, path: Path) -> ModuleType:
     if path.parent == Path(__file__).parent:
         return importlib.import_module(f"luthier.lab.claims.{name}")
-    key = f"luthier_claims.{name}"
-    known = sys.modules.get(key)
-    if known is not None and getattr(known, "__file__", None) == str(path):
-        return known
-    spec = importlib.util.spec_from_file_location(key, path)
-    if spec is None or spec.loader is None:
-        raise LuthierError("this file cannot be read as a claim", where=str(path), mend="it must be a Python file")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[key] = module
-    try:
-        spec.loader.exec_module(module)
-    except BaseException:
-        # The next look-up must meet the same mistake, not half a module.
-        del sys.modules[key]
-        raise
-    return module
+    return module_at(path, f"luthier_claims.{name}", "a claim")
