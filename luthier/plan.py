@@ -23,7 +23,7 @@ from luthier.models.fingerprint import fingerprint
 from luthier.models.load import ModelSource, load_model, load_tokenizer, resolve
 from luthier.models.parts import GROUPS, Parts, map_parts
 from luthier.models.sharding import shard
-from luthier.prepare import check_processes, make_feed, prepare_model
+from luthier.prepare import check_processes, make_calibration, make_feed, prepare_model
 from luthier.recipe import Recipe
 from luthier.registry import Part
 from luthier.rows.encode import EncodedRows
@@ -38,7 +38,7 @@ from luthier.training.feed import Feed
 from luthier.training.inputs import vocabulary_of
 from luthier.training.loop import Clock
 from luthier.training.precision import pick, pick_device
-from luthier.training.schedule import factor, find_schedule, warmup_steps
+from luthier.training.schedule import find_schedule, warmup_steps
 from luthier.training.services import RunServices
 from luthier.training.trial import Measured, measure
 from luthier.training.world import World
@@ -100,7 +100,7 @@ class Plan:
         recipe, clock = self.recipe, self.clock
         share = 100 * self.trained_numbers / self.total_numbers
         tokens, supervised = self.feed.tokens()
-        rates = [clock.learning_rate * factor(clock.schedule, s, clock.steps, clock.warmup) for s in self._moments()]
+        rates = [clock.learning_rate * clock.factor(s) for s in self._moments()]
         lines = [
             f"model      {self.source.name}: {self.parts.architecture}, {self.total_numbers:,} numbers, from {self.source.origin}",
             f"rows       {len(self.rows.rows):,} rows, {self.rows.tokens:,} tokens, {self.rows.supervised_tokens:,} of them targets"
@@ -112,7 +112,7 @@ class Plan:
         lines += [
             f"trains     {self.trained_numbers:,} numbers, {share:.2f} % of the model's",
             *self._roles(),
-            *(f"           {slot} adds its deltas times {one.scale:g}" for slot, one, _ in self.engine.tune.additives),
+            *(f"           {slot} adds its deltas times {one.scale:g}" for slot, one, _ in self.engine.tune.additives if one.pair),
             *self._optimizers(),
             f"precision  {self.precision}; fp32 copies of trained numbers: {'yes' if recipe.train.masters == 'fp32' else 'no'}",
             f"steps      {clock.steps:,} steps, {tokens:,} tokens, {supervised:,} targets; device {self.device}{self._processes()}",
@@ -238,6 +238,7 @@ def choose_parts(recipe: Recipe) -> dict[str, list[Part]]:
         "chain": registry.make_all(recipe.step, STEPS, where="step"),
         "source": sources,
         "keep": registry.make_all(recipe.keep, ("keeper",), where="keep"),
+        "freeze": registry.make_all(recipe.freeze, ("freezing",), where="freeze"),
     }
 
 
@@ -305,12 +306,15 @@ def make_plan(recipe: Recipe, say: Say = lambda text: None) -> Plan:
         step=chosen["chain"],
         source=chosen["source"][0],
         keep=chosen["keep"],
+        freeze=chosen["freeze"],
+        calibration=make_calibration(recipe, rows, tokenizer, context_of(model.config)),
         now=clock.at(0, 0.0),
         vocabulary=vocabulary_of(tokenizer, parts.vocabulary),
         masters=recipe.train.masters,
         world=world,
         root=root,
     )
+    clock.restarts = tuple(sorted({share for _, one, _ in engine.tune.freezings for share in one.restarts}))
     check(engine.tune, tokenizer, sets)
     padded = prepare_model(recipe, engine.tune, feed)
     if engine.tune.packs:

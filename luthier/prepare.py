@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
+from luthier import draws
 from luthier.errors import LuthierError
+from luthier.kinds import Batch
 from luthier.models.attention import use_attention
-from luthier.recipe import Recipe
+from luthier.recipe import Recipe, RowsRecipe
+from luthier.rows.batches import collate, plan_epoch
 from luthier.rows.encode import EncodedRows
+from luthier.rows.gather import encode_rows
 from luthier.rows.mixture import Mixture
+from luthier.rows.sources import Joined, read_rows
 from luthier.training.feed import Feed
 from luthier.training.packing import obstacle
 from luthier.training.world import World
@@ -62,6 +69,32 @@ def make_feed(recipe: Recipe, rows: EncodedRows, world: World, device: torch.dev
         device=device,
         mixture=mixture,
     )
+
+
+def make_calibration(
+    recipe: Recipe, rows: EncodedRows, tokenizer: PreTrainedTokenizerBase, context: int | None
+) -> Callable[[int, str], list[Batch]]:
+    """Gives batches for techniques that look at rows before they train: rows of the run, drawn by its seed, or of another source."""
+
+    def calibration(count: int, source: str) -> list[Batch]:
+        if not source:
+            order = torch.randperm(len(rows.rows), generator=draws.generator(recipe.seed, "calibration"))
+            chosen = [rows.rows[i] for i in order[:count].tolist()]
+        else:
+            given = recipe.rows
+            other = RowsRecipe(train=source, loss_on=given.loss_on, max_tokens=given.max_tokens, too_long=given.too_long)
+            sources = read_rows(other)
+            chosen = list(encode_rows(other, sources, Joined(sources), tokenizer, context, lambda text: None).rows.rows[:count])
+        plan = plan_epoch(
+            [len(row.token_ids) for row in chosen],
+            micro_batch_tokens=recipe.train.micro_batch_tokens,
+            batch_rows=len(chosen),
+            seed=recipe.seed,
+            epoch=0,
+        )
+        return [collate([chosen[i] for i in group]) for step in plan for group in step]
+
+    return calibration
 
 
 def prepare_model(recipe: Recipe, tune: Tune, feed: Feed) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -181,6 +181,7 @@ class Recipe(Strict):
     step: Any = Field(default_factory=lambda: ["clip", "adamw"], description="transforms and optimizers, in order")
     source: Any = Field("backprop", description="where gradients come from")
     keep: Any = Field(None, description="what happens between steps")
+    freeze: Any = Field(None, description="what stands still, and when")
     train: TrainRecipe = Field(default_factory=TrainRecipe)
     evaluate: Mapping[str, EvaluationSet] = Field(default_factory=dict, description="sets measured before and after")
     noise: bool = Field(True, description="measure the base twice, to know what repeating alone changes")
@@ -333,7 +334,23 @@ def _with_paths(data: dict[str, Any], folder: Path) -> dict[str, Any]:
         data["model"] = found(data["model"])
     if isinstance(data.get("control"), str):
         data["control"] = found(data["control"])
+    if "tune" in data:
+        data["tune"] = _with_sources(data["tune"], found)
     return data
+
+
+def _with_sources(spec: Any, found: Callable[[Any], Any]) -> Any:
+    """The rows that techniques calibrate on are named from the recipe's folder, too."""
+    if isinstance(spec, list):
+        return [_with_sources(one, found) for one in spec]
+    if isinstance(spec, dict):
+        return {
+            name: {key: found(value) if key == "calibration_source" else value for key, value in options.items()}
+            if isinstance(options, dict)
+            else options
+            for name, options in spec.items()
+        }
+    return spec
 
 
 def _is_there(path: Path) -> bool:

@@ -33,6 +33,7 @@ KEYS: Mapping[str, str] = {
     **dict.fromkeys(STEPS, "step"),
     "source": "source",
     "keeper": "keep",
+    "freezing": "freeze",
 }
 """The recipe key under which each kind goes."""
 

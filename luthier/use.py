@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from luthier import disk, draws, registry
@@ -19,8 +21,8 @@ from luthier.evaluate.harness import Scores, harness
 from luthier.evaluate.planned import evaluation_sets
 from luthier.evaluate.sets import SetResult, measure
 from luthier.export import export_gguf, export_model, export_peft
-from luthier.export.peft import CONFIG, load_peft
-from luthier.kinds import TUNES, Additive, Finding, HiddenEdit, Now, Prefix, Prompt, Selective
+from luthier.export.peft import CONFIG, load_peft, parted
+from luthier.kinds import TUNES, Additive, Finding, HiddenEdit, Now, Prefix, Prompt, Tensors
 from luthier.models.fingerprint import fingerprint
 from luthier.models.load import ModelSource, load_model, load_tokenizer, resolve
 from luthier.models.parts import map_parts
@@ -35,9 +37,11 @@ from luthier.training.build import slots
 from luthier.training.precision import TYPES, pick, pick_device
 from luthier.training.services import RunServices
 from luthier.tune import Tune
+from luthier.tune.sites import Addition
 
 BESIDE = "beside.safetensors"
-"""Trained tensors that no delta of the weights can hold: prompts, prefixes, edits."""
+"""What no delta of the weights can hold: the tensors of prompts, prefixes and edits."""
+PROMPT_LENGTH = "prompt_length"
 
 
 def silent(text: str) -> None:
@@ -47,15 +51,17 @@ def silent(text: str) -> None:
 def save_result(folder: Path, tune: Tune, delta: Delta) -> None:
     """Keep what a run learnt: the delta of the weights, and what stands beside them."""
     delta.save(folder / "delta.safetensors")
-    additive = {slot for slot, _, _ in tune.additives}
+    additions = [owner for owner in tune.owns if isinstance(owner, Addition)]
+    held = [*additions, *(one.shared for one in additions)]
     beside = {
-        name: one.master.detach().cpu().contiguous()
-        for name, one in tune.trained.items()
-        if one.form in ("factor", "free") and one.slot not in additive
+        f"{owner.name}.{name}": values.detach().cpu().contiguous()
+        for owner in tune.owns
+        if owner not in held and not any(one.form == "free" for one in owner.trained.values())
+        for name, values in owner.masters().items()
     }
     if beside:
         with disk.written(folder / BESIDE) as place:
-            save_file(beside, place)
+            save_file(beside, place, {PROMPT_LENGTH: str(tune.prompt_length)})
 
 
 def open_model(name: str, *, out: str = "runs", say: Say = silent, precision: str = "auto") -> tuple[Tune, PreTrainedTokenizerBase]:
@@ -98,12 +104,10 @@ def open_run(run: Run, *, say: Say = silent, merged: bool = True) -> tuple[Tune,
     if merged:
         delta.apply(model)
     else:
-        _attach(tune, recipe, (Additive,))
-        delta.restore(tune)
+        _put_beside(tune, recipe, delta)
     beside = run.folder / BESIDE
     if beside.is_file():
-        _attach(tune, recipe, (HiddenEdit, Prefix, Prompt))
-        tune.set(load_file(beside))
+        _attach_stored(tune, recipe, beside)
     model.to(device)  # type: ignore[arg-type]
     return tune, load_tokenizer(source)
 
@@ -133,12 +137,50 @@ def _load_base(recipe: Recipe, say: Say) -> tuple[ModelSource, PreTrainedModel, 
     return source, load_model(source, dtype=pick(recipe.train.precision, device)[0]), device
 
 
-def _attach(tune: Tune, recipe: Recipe, kinds: tuple[type, ...]) -> None:
+def _values(recipe: Recipe) -> list[tuple[str, Any]]:
+    """What a recipe tunes with, by slot."""
+    named = slots(registry.make_all(recipe.tune, TUNES, where="tune"))
+    return [(slot, value) for slot, part in named for value in part.values]
+
+
+def _put_beside(tune: Tune, recipe: Recipe, delta: Delta) -> None:
+    """Let low-rank deltas stand beside the weights as in training."""
     now = Now(seed=recipe.seed)
-    for slot, part in slots(registry.make_all(recipe.tune, TUNES, where="tune")):
-        for value in part.values:
-            if isinstance(value, kinds) and not isinstance(value, Selective):
-                tune.add(slot, value, RunServices(tune, slot, now), {})
+    additives = [(slot, value) for slot, value in _values(recipe) if isinstance(value, Additive)]
+    if all(value.pair is not None for _, value in additives):
+        for slot, value in additives:
+            tune.add(slot, value, RunServices(tune, slot, now), {})
+        delta.restore(tune)
+        return
+    # Starts may need rows that are gone: the factors that were stored are all that is needed.
+    inside, beside = parted(delta, tune.parts)
+    inside.restore(tune)
+    if beside is not None:
+        tune.add("delta", beside, RunServices(tune, "delta", now), {})
+
+
+def _attach_stored(tune: Tune, recipe: Recipe, path: Path) -> None:
+    """Let prompts, prefixes and edits stand beside the weights, as they were stored."""
+    with safe_open(path, "pt") as file:
+        stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        length = int((file.metadata() or {}).get(PROMPT_LENGTH, 0))
+
+    def held(owner: str) -> Tensors:
+        found = {name.removeprefix(f"{owner}."): values for name, values in stored.items() if name.startswith(f"{owner}.")}
+        return {name: values for name, values in found.items() if name.isidentifier()}
+
+    now = Now(seed=recipe.seed)
+    for slot, value in _values(recipe):
+        of_slot = partial(held, slot)
+        if isinstance(value, HiddenEdit):
+            value = value._replace(start=lambda place, *_, slot=slot: held(f"{slot}/{place}"))
+        elif isinstance(value, Prefix):
+            value = value._replace(start=lambda *_, of_slot=of_slot: of_slot())
+        elif isinstance(value, Prompt):
+            value = value._replace(start=lambda *_, of_slot=of_slot: of_slot(), labels=None, length=length)
+        else:
+            continue
+        tune.add(slot, value, RunServices(tune, slot, now), {})
 
 
 def evaluate(model: str, recipe: Recipe, *, say: Say = silent) -> dict[str, SetResult]:

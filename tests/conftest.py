@@ -60,6 +60,17 @@ def split(batch: Batch, sizes: Sequence[int]) -> list[Batch]:
     return parts
 
 
+CALIBRATION = ((9, 4), (5, 2), (12, 6), (7, 1), (3, 1), (10, 5), (6, 0), (8, 3))
+"""Length and targets of the rows that `calibration` gives."""
+
+
+def calibration(rows: int, source: str) -> list[Batch]:
+    """A few rows in micro-batches of three; others for another source."""
+    whole = make_batch(CALIBRATION[:rows], seed=len(source), first=100)
+    sizes = [min(3, len(whole.row_ids) - first) for first in range(0, len(whole.row_ids), 3)]
+    return split(whole, sizes)
+
+
 @pytest.fixture
 def engine() -> Callable[..., Engine]:
     """Make an engine on a tiny model: `engine(tune="half", dtype=torch.float64, ...)`."""
@@ -74,6 +85,7 @@ def engine() -> Callable[..., Engine]:
         step: Any = "sgd",
         source: Any = "backprop",
         keep: Any = None,
+        freeze: Any = None,
         dtype: torch.dtype = torch.float64,
         seed: int = 0,
         **options: Any,
@@ -88,8 +100,9 @@ def engine() -> Callable[..., Engine]:
             step=registry.make_all(step, ("transform", "optimizer")),
             source=registry.make(source, ("source",)),
             keep=registry.make_all(keep, ("keeper",)),
+            freeze=registry.make_all(freeze, ("freezing",)),
             now=Now(steps=20, learning_rate=0.1, seed=seed),
-            **options,
+            **{"calibration": calibration, **options},
         )
 
     return make

@@ -94,6 +94,9 @@ def _form(tune: Tune, one: Addition) -> Form:
     if one.value.pair is not None:
         down, up = (tensors[key].cpu().clone() for key in one.value.pair)
         return LowRank(up, down, one.value.scale, shape, place.start, place.stop, transposed)
+    if one.value.factors is not None:
+        down, up = (values.cpu().clone() for values in one.value.factors(tensors))
+        return LowRank(up, down, 1.0, shape, place.start, place.stop, transposed)
     delta_OI = one.value.delta(tensors).cpu()
     spread = delta_OI.new_zeros(shape)
     (spread.t() if transposed else spread)[place.start : place.stop] = delta_OI

@@ -6,6 +6,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +15,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from luthier.delta import Delta
+from luthier.delta.forms import LowRank, combine
 from luthier.errors import LuthierError, nearest
 from luthier.export.folder import new_folder
 from luthier.kinds import Additive, Place, Services, Tensors
@@ -21,6 +24,7 @@ from luthier.machine import versions
 from luthier.methods.additive.lora import lora
 from luthier.models.fingerprint import fingerprint as fingerprint_of
 from luthier.models.known import KNOWN
+from luthier.models.parts import Parts
 from luthier.tune import Tune
 from luthier.tune.sites import Addition
 
@@ -54,7 +58,7 @@ def export_peft(tune: Tune, folder: str | Path, base_name: str, *, fingerprint: 
 
     Parts of a fused projection become one adapter whose `lora_B` is zero where a part does not reach. Scales are
     written as `lora_alpha = scale * rank`, also for rank-stabilized ones, so any version of PEFT computes the same
-    scale.
+    scale. Deltas that are low-rank in another way than LoRA's are written by the factors their technique makes of them.
 
     Args:
         tune: with low-rank deltas only, not merged.
@@ -133,13 +137,41 @@ def load_peft(folder: str | Path, tune: Tune, *, force: bool = False) -> Additiv
     return same._replace(start=start, roles=roles)
 
 
+def parted(delta: Delta, parts: Parts) -> tuple[Delta, Additive | None]:
+    """A delta's changes of single numbers, and its low-rank ones as a technique that can stand beside the weights.
+
+    Args:
+        delta: of a run.
+        parts: the base's map.
+    """
+    inside = {name: tuple(form for form in forms if not isinstance(form, LowRank)) for name, forms in delta.changes.items()}
+    low: dict[tuple[str, int | None, int | None], LowRank] = {}
+    for name, forms in delta.changes.items():
+        for form in combine(form for form in forms if isinstance(form, LowRank)):
+            assert isinstance(form, LowRank)
+            low[name, form.start, form.stop] = form
+    rest = replace(delta, changes={name: forms for name, forms in inside.items() if forms})
+    places = [place for place in parts.places if (place.parameter, place.start, place.stop) in low]
+    if not places:
+        return rest, None
+
+    def start(place: Place, weight_OI: Tensor, services: Services) -> Tensors:
+        form = low.get((place.parameter, place.start, place.stop))
+        if form is None:
+            return {"down": weight_OI.new_zeros(0, weight_OI.shape[1]), "up": weight_OI.new_zeros(len(weight_OI), 0)}
+        return {"down": form.down_RI, "up": form.scale * form.up_OR}
+
+    roles = tuple(dict.fromkeys(place.role for place in places))
+    return rest, lora(rank=1, alpha=1.0)._replace(start=start, roles=roles)
+
+
 def _refuse_other_kinds(tune: Tune) -> None:
     """Raise if something that trains is no low-rank delta."""
     if tune.merged is not None:
         raise LuthierError("the model is merged", where="export_peft", mend="call unmerge() first")
-    additions = _additions(tune)
-    held = {one.slot for one in additions if one.value.pair is not None and not one.value.subtract}
-    other = next((one.slot for one in tune.trained.values() if one.slot not in held), None)
+    low_rank = [one for one in _additions(tune) if _has_factors(one.value) and not one.value.subtract]
+    held = {trained.name for one in low_rank for trained in one.trained.values()}
+    other = next((one.slot for one in tune.trained.values() if one.name not in held), None)
     if other is not None:
         raise LuthierError(
             f"`{other}` is no low-rank delta that PEFT could add to the base",
@@ -152,29 +184,42 @@ def _additions(tune: Tune) -> list[Addition]:
     return [one for site in tune.sites.values() for one in site.additions]
 
 
+def _has_factors(value: Additive) -> bool:
+    return value.pair is not None or value.factors is not None
+
+
+def _factors_at(one: Addition) -> Factors:
+    """The factors of one delta: its own tensors, or what its technique makes of them."""
+    tensors = one.masters()
+    if one.value.factors is not None:
+        return Factors(*one.value.factors(tensors), 1.0)
+    assert one.value.pair is not None
+    down, up = one.value.pair
+    return Factors(tensors[down], tensors[up], one.value.scale)
+
+
 def _by_module(tune: Tune) -> dict[str, Factors]:
     """One pair of factors for each module that has any."""
-    groups: dict[str, list[Addition]] = {}
+    groups: dict[str, list[tuple[Place, Factors]]] = {}
     for one in _additions(tune):
-        assert one.place is not None and one.value.pair is not None
-        if len(one.masters()[one.value.pair[0]]):
-            groups.setdefault(one.place.module, []).append(one)
+        assert one.place is not None
+        factors = _factors_at(one)
+        if factors.rank:
+            groups.setdefault(one.place.module, []).append((one.place, factors))
     if not groups:
         raise LuthierError("nothing low-rank stands beside the weights", where="export_peft", mend="export the model")
     return {module: _joined(tune, group) for module, group in groups.items()}
 
 
-def _joined(tune: Tune, group: Sequence[Addition]) -> Factors:
+def _joined(tune: Tune, group: Sequence[tuple[Place, Factors]]) -> Factors:
     """The factors of all deltas at one module side by side, each reaching its own outputs."""
     downs, ups = [], []
-    scale = group[0].value.scale
-    for one in group:
-        assert one.place is not None and one.value.pair is not None
-        down_RI, up_OR = (one.masters()[name] for name in one.value.pair)
-        outputs = tune.region(one.place._replace(start=None, stop=None)).shape[0]
-        wide_OR = up_OR.new_zeros(outputs, len(down_RI))
-        wide_OR[one.place.start : one.place.stop] = up_OR if one.value.scale == scale else up_OR * (one.value.scale / scale)
-        downs.append(down_RI)
+    scale = group[0][1].scale
+    for place, factors in group:
+        outputs = tune.region(place._replace(start=None, stop=None)).shape[0]
+        wide_OR = factors.up_OR.new_zeros(outputs, factors.rank)
+        wide_OR[place.start : place.stop] = factors.up_OR if factors.scale == scale else factors.up_OR * (factors.scale / scale)
+        downs.append(factors.down_RI)
         ups.append(wide_OR)
     return Factors(torch.cat(downs), torch.cat(ups, dim=1), scale)
 

@@ -16,8 +16,8 @@ from luthier.kinds.base import Batch, Chunk, Column, Form, Now, Place, Services,
 from luthier.kinds.objective import InputMap, Reading, Term, TokenLoss, TokenWeight, Vocabulary
 from luthier.kinds.probe import Cell, Comparison, Drawing, Finding, Line, Probe, Table
 from luthier.kinds.rows import RowMap, RowScore, RowServices
-from luthier.kinds.step import Keeper, Optimizer, Pass, Source, Transform
-from luthier.kinds.tune import Additive, HiddenEdit, Prefix, Prompt, Refresh, Resize, Select, Selective
+from luthier.kinds.step import Freezing, Keeper, Optimizer, Pass, Source, Transform
+from luthier.kinds.tune import Additive, HiddenEdit, Prefix, Prompt, Refresh, Resize, Seen, Select, Selective
 
 __all__ = [
     "KINDS",
@@ -33,6 +33,7 @@ __all__ = [
     "Drawing",
     "Finding",
     "Form",
+    "Freezing",
     "HiddenEdit",
     "InputMap",
     "Keeper",
@@ -50,6 +51,7 @@ __all__ = [
     "RowMap",
     "RowScore",
     "RowServices",
+    "Seen",
     "Select",
     "Selective",
     "Services",
@@ -83,6 +85,7 @@ KINDS: dict[str, type] = {
     "optimizer": Optimizer,
     "source": Source,
     "keeper": Keeper,
+    "freezing": Freezing,
     "probe": Probe,
 }
 """Folder under `luthier/methods/` to kind."""

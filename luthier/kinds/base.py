@@ -38,6 +38,10 @@ class Now(NamedTuple):
     """The run's learning rate times `factor`."""
     seed: int = 0
 
+    def phase(self, ends: Sequence[float]) -> int:
+        """Which phase of the run this step is in, from 0, where phases end at these shares of all steps."""
+        return sum(self.step >= round(end * self.steps) for end in ends)
+
 
 class Place(NamedTuple):
     """Where one tensor of a model lives: enough to find it again, never the tensor itself."""
@@ -116,6 +120,11 @@ class TrainedLike(Protocol):
     leaf: Tensor
     """What autograd sees: read it to put a trained number into a loss."""
     gradient: Tensor | None
+    """In a keeper that needs gradients: what the optimizer received in this step."""
+
+    @property
+    def anchor(self) -> Tensor | None:
+        """What weight decay pulls towards; None: zero."""
 
 
 class Services(Protocol):
@@ -149,6 +158,20 @@ class Services(Protocol):
 
     def forward(self, batch: Batch, columns: Sequence[str]) -> View:
         """Columns of a batch without gradients, in evaluation mode."""
+
+    def batches(self, rows: int, source: str = "") -> Sequence[Batch]:
+        """Batches for calibration, the same at every call and on every process: some of the run's training rows, drawn by the seed,
+        or the first rows of another source, named as under `rows` in a recipe."""
+
+    def inputs(self, batches: Sequence[Batch], places: Sequence[Place], take: Callable[[Place, Tensor], None]) -> None:
+        """Run the model on batches, and hand over what each linear map reads: `take(place, x_NI)` once a batch and place, without
+        padding, detached."""
+
+    def gradients(
+        self, batches: Sequence[Batch], places: Sequence[Place], moved: Mapping[Place, Tensor] | None = None
+    ) -> dict[Place, Tensor]:
+        """Dense gradients of the mean cross-entropy over the batches' targets, by place, in fp32 or wider, [O, I] for linear maps.
+        With `moved`, as if the weights at these places were changed by it; afterwards they are as before, bit for bit."""
 
 
 class Chunk(NamedTuple):

@@ -8,13 +8,15 @@ from typing import Any, Literal, NamedTuple, Protocol
 from torch import Tensor
 
 from luthier.kinds.base import Batch, Now, Services, State, TrainedLike
+from luthier.kinds.tune import Seen
 
 
 class Transform(NamedTuple):
     """What happens to a gradient, or, behind the optimizer in the chain, to an update?
 
     `init(trained)` makes the state of one tensor, `update(value, state, trained, now)` returns the new value. With scope `all` the
-    functions get lists over all tensors. `takes(trained)` says which tensors it is for.
+    functions get lists over all tensors. `takes(trained)` says which tensors it is for; one that a technique returns beside what it
+    trains is for its own tensors alone.
     """
 
     init: Callable[[TrainedLike], State]
@@ -25,11 +27,27 @@ class Transform(NamedTuple):
 
 class Optimizer(NamedTuple):
     """How does a gradient become a step? `step(value, gradient, state, trained, now)` moves `value` in place. `now.learning_rate` is
-    already scheduled; `trained.rate` multiplies it."""
+    already scheduled; `trained.rate` multiplies it. `seed(state, is_new, seen)` begins the moments of entries that joined (a boolean
+    mask in the master's shape) from what was seen of their gradients."""
 
     init: Callable[[TrainedLike], State]
     step: Callable[[Tensor, Tensor, State, TrainedLike, Now], None]
     takes: Callable[[TrainedLike], bool] | None = None
+    seed: Callable[[State, Tensor, Seen], None] | None = None
+
+
+class Freezing(NamedTuple):
+    """What stands still in this step?
+
+    `frozen(trained, state, now)` is asked before every step for each tensor of its own technique, or `everywhere` of the whole run. A
+    frozen tensor gets no gradient and takes no step, weight decay included. `forget` drops its optimizer state; once it moves again
+    that starts anew. At `restarts`, shares of all steps, the learning rate schedule begins again.
+    """
+
+    frozen: Callable[[TrainedLike, State, Now], bool]
+    everywhere: bool = False
+    forget: bool = False
+    restarts: tuple[float, ...] = ()
 
 
 class Pass(Protocol):
@@ -72,7 +90,8 @@ class Source(NamedTuple):
 
 class Keeper(NamedTuple):
     """What happens between steps? `start(services)` gives the first state, `after_step(state, services)` and
-    `after_stage(state, services)` may rewrite trained tensors through `services.write`."""
+    `after_stage(state, services)` may rewrite trained tensors through `services.write`. Who needs `gradients` finds them in
+    `services.trained()` after the step, as the optimizer received them; `base` keeps the base's values."""
 
     after_step: Callable[[State, Services], None] | None = None
     after_stage: Callable[[State, Services], None] | None = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from torch import Tensor
@@ -20,6 +20,20 @@ class Select(NamedTuple):
     index: Tensor | None = None  # type: ignore[assignment]
     rate: float = 1.0
     """Multiplies the learning rate here."""
+    start: Tensor | None = None
+    """Values to begin with instead of the base's, in the shape of what trains."""
+    decay: Literal["zero", "start"] = "zero"
+    """What weight decay pulls towards: zero, or the values before training."""
+
+
+class Seen(NamedTuple):
+    """What is known of the gradients of new entries from before they joined; read only where an entry is new."""
+
+    mean: Tensor
+    square: Tensor
+    """The mean of their squares."""
+    steps: float
+    """How many steps were looked at."""
 
 
 class Refresh(NamedTuple):
@@ -29,6 +43,10 @@ class Refresh(NamedTuple):
     take: Tensor
     seed: Tensor | None = None
     """What new entries start from, added to their live values; None: nothing."""
+    form: Literal["rows", "cols", "flat"] | None = None
+    """The form of the new selection where it is another one; then every entry is new (`take` is -1 throughout)."""
+    seen: Seen | None = None
+    """Optimizers that can begin with moments (`Optimizer.seed`) take them from here; None: they begin at zero."""
 
 
 class Selective(NamedTuple):
@@ -47,11 +65,14 @@ class Selective(NamedTuple):
 
 
 class Resize(NamedTuple):
-    """Trained tensors of another size: new values, and for each tensor which old entry each entry continues, or -1, along
-    the tensor's axis (`Additive.axes`)."""
+    """The tensors that stand at a place from now on. Names that are missing leave, others are new or have new values.
+
+    `take` says for a tensor which old entry each entry continues, or -1, along the tensor's axis (`axes`); a tensor that is not
+    named there is new throughout.
+    """
 
     tensors: Tensors
-    take: Mapping[str, Tensor]
+    take: Mapping[str, Tensor] = {}
 
 
 class Additive(NamedTuple):
@@ -60,6 +81,9 @@ class Additive(NamedTuple):
     `start(place, weight_OI, services)` makes the tensors, `apply(tensors, x)` the change of the linear's output, `delta(tensors)`
     the same change as a weight [O, I]. `subtract` takes the starting delta out of the frozen weight, so that training starts at
     the base. `observe` and `refresh` as in Selective, for deltas that grow or shrink.
+
+    Tensors named in `frozen` do not train; they belong to the technique and keep their type. `shared(places, services)` makes trained
+    tensors that all places have in common; `apply` and `delta` get them among their own.
     """
 
     start: Callable[[Place, Tensor, Services], Tensors]
@@ -75,18 +99,33 @@ class Additive(NamedTuple):
     rates: Mapping[str, float] = {}
     """Multiplies the learning rate, by tensor name."""
     pair: tuple[str, str] | None = None
-    """Names of the factors (down [R, I], up [O, R]) when the delta is `scale * up @ down`: then PEFT can hold it."""
+    """Names of the factors (down [R, I], up [O, R]) when the delta is `scale * up @ down`: then PEFT can hold it, and they can be had
+    back from it."""
     scale: float = 1.0
+    factors: Callable[[Tensors], tuple[Tensor, Tensor]] | None = None
+    """Makes factors (down [R, I], up [O, R]) of a delta `up @ down` that is low-rank in another way: it is stored by them, and PEFT can
+    hold it."""
+    frozen: frozenset[str] = frozenset()
+    shared: Callable[[Sequence[Place], Services], Tensors] | None = None
 
 
 class HiddenEdit(NamedTuple):
     """What changes a hidden state? `start(place, width_in, width_out, services)`, then `apply(tensors, x, y)` gives the new output of
-    the module at each place of `roles`; `fold(tensors, weight_OI, bias_O)` gives the merged weight and bias where that is possible."""
+    the module at each place of `roles`; `fold(tensors, weight_OI, bias_O)` gives the merged weight and bias where that is possible.
+
+    Roles are those of weights, `block` for whole blocks, `attention_layer` and `mlp_layer` for whole sub-layers, whose input `x` is
+    what enters them. With `of` `input` the edit is made before the module, with `y` its input as well, and its result is what the
+    module reads. `frozen` and `refresh` as in Additive.
+    """
 
     start: Callable[[Place, int, int, Services], Tensors]
     apply: Callable[[Tensors, Tensor, Tensor], Tensor]
     roles: tuple[str, ...]
     fold: Callable[[Tensors, Tensor, Tensor | None], tuple[Tensor, Tensor | None]] | None = None
+    of: Literal["output", "input"] = "output"
+    frozen: frozenset[str] = frozenset()
+    rates: Mapping[str, float] = {}
+    refresh: Callable[[State, Services], Mapping[Place, Resize]] | None = None
 
 
 class Prefix(NamedTuple):
@@ -95,12 +134,21 @@ class Prefix(NamedTuple):
 
     start: Callable[[Parts, Services], Tensors]
     keyvalue: Callable[[Tensors, int], tuple[Tensor, Tensor]]
+    frozen: frozenset[str] = frozenset()
+    rates: Mapping[str, float] = {}
 
 
 class Prompt(NamedTuple):
     """What stands before the input? `start(table_VD, services)`; virtual ids -1 to -`length` stand before each row, and
-    `apply(tensors, token_ids_BT, embeds_BTD)` puts their embeddings in."""
+    `apply(tensors, token_ids_BT, embeds_BTD)` puts their embeddings in.
+
+    Where `labels(services)` is given, it returns a target for each virtual token [P], -100 where there is none; they are then learnt
+    with those of the row, at positions 0 to P - 1 in front of it, and the length is theirs.
+    """
 
     start: Callable[[Tensor, Services], Tensors]
     apply: Callable[[Tensors, Tensor, Tensor], Tensor]
-    length: int
+    length: int = 0
+    labels: Callable[[Services], Tensor] | None = None
+    frozen: frozenset[str] = frozenset()
+    rates: Mapping[str, float] = {}

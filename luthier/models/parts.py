@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import reduce
 from itertools import accumulate
 from typing import Any
 
@@ -89,6 +90,23 @@ class Parts:
         if block is None:
             return [place for place in self.places if place.block is None]
         return self.select(blocks=[block], tensor=None)
+
+    def sublayer(self, group: str, block: int) -> str:
+        """Dotted name of the module of a block that is its `attention` or its `mlp`.
+
+        Raises:
+            LuthierError: the block's matrices of this group have no module of their own.
+        """
+        roles = (*GROUPS[group], *(("expert", "router") if group == "mlp" else ()))
+        modules = {place.module for place in self.select(roles=roles, blocks=[block])}
+        owner = reduce(_common_module, [module.rpartition(".")[0] for module in modules]) if modules else ""
+        if not owner.startswith(f"{self.block_modules[block]}."):
+            raise LuthierError(
+                f"the {group} of a block is no module of its own in this model",
+                where=f"{self.architecture}, block {block}",
+                mend="edit its matrices instead, or the whole block",
+            )
+        return owner
 
     def module(self, model: nn.Module, place: Place) -> nn.Module:
         """The module that owns the place's tensor."""

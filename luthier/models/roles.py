@@ -57,6 +57,9 @@ GROUPS: dict[str, tuple[str, ...]] = {
 GROUPS["linear"] = GROUPS["attention"] + GROUPS["mlp"]
 GROUPS["all"] = ROLES
 
+SUBLAYERS: dict[str, str] = {"attention_layer": "attention", "mlp_layer": "mlp"}
+"""Roles of whole sub-layers of a block, which edits of hidden states can name, and the groups of their matrices."""
+
 
 def expand_roles(names: str | Iterable[str]) -> tuple[str, ...]:
     """Roles and groups of roles as roles, each once, in the order of `ROLES`.

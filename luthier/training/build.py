@@ -11,6 +11,7 @@ from luthier.errors import LuthierError
 from luthier.kinds import (
     OBJECTIVES,
     Additive,
+    Freezing,
     HiddenEdit,
     InputMap,
     Keeper,
@@ -34,7 +35,7 @@ from luthier.training.chain import Chain, Link
 from luthier.training.engine import Engine, Kept
 from luthier.training.inputs import Inputs, Mapped, bare_vocabulary
 from luthier.training.objective import Minimized, Objective, Weighted, as_term
-from luthier.training.services import RunServices
+from luthier.training.services import Calibration, RunServices
 from luthier.training.world import World
 from luthier.tune import Tune
 
@@ -73,6 +74,8 @@ def build_engine(
     source: Part,
     token_weight: Sequence[Part] = (),
     keep: Sequence[Part] = (),
+    freeze: Sequence[Part] = (),
+    calibration: Calibration | None = None,
     now: Now,
     vocabulary: Vocabulary | None = None,
     masters: str = "fp32",
@@ -80,7 +83,7 @@ def build_engine(
     world: World | None = None,
     root: Root | None = None,
 ) -> Engine:
-    """Attach every part of a run to a model.
+    """Attach every part of a run to a model. `calibration` gives the rows that some techniques look at before they start.
 
     A technique may give values of several kinds; wherever it is named, each goes to its place, and all share one state. Without a
     `vocabulary`, input maps know no special tokens and no mask.
@@ -88,7 +91,7 @@ def build_engine(
     Raises:
         LuthierError: nothing trains, nothing is minimized, a part takes nothing, or two parts cannot be combined.
     """
-    named = slots([*tune, *objective, *token_weight, *step, source, *keep])
+    named = slots([*tune, *objective, *token_weight, *step, source, *keep, *freeze])
     values = [(slot, value) for slot, part in named for value in part.values]
     states: dict[str, State] = {slot: {} for slot, _ in named}
     goal = Objective(
@@ -104,22 +107,40 @@ def build_engine(
     owner = Tune(model, parts, masters=masters, keep_base=keep_base, root=root)
     for slot, value in values:
         if isinstance(value, FREES):
-            owner.add(slot, value, RunServices(owner, slot, now), states[slot])
-    goal.start(owner, lambda slot: RunServices(owner, slot, now))
+            owner.add(slot, value, RunServices(owner, slot, now, calibration), states[slot])
+    goal.start(owner, lambda slot: RunServices(owner, slot, now, calibration))
     if not owner.trained:
         raise LuthierError("nothing trains", where="tune", mend="name a technique, e.g. full, half or lora")
-    links = [Link(slot, v) for slot, v in values if isinstance(v, Transform | Optimizer)]
+    from_tune = {slot for slot, _ in named[: len(tune)]}
+    links = [Link(slot, v, own=slot in from_tune) for slot, v in values if isinstance(v, Transform | Optimizer)]
     sources = [v for _, v in values if isinstance(v, Source)]
     world = world or World.current()
     _refuse_impossible(source.name, sources, links, owner, keepers, world)
     chain = Chain(links, owner)
-    engine = Engine(owner, goal, inputs, chain, sources[0], [], world)
+    chain.watching = _watched(owner, keepers)
+    engine = Engine(owner, goal, inputs, chain, sources[0], [], world, states, calibration=calibration)
     for slot, keeper in keepers:
         if keeper.start is not None:
-            states[slot].update(keeper.start(RunServices(owner, slot, now)))
+            states[slot].update(keeper.start(engine.services(slot, now)))
         engine.keepers.append(Kept(slot, keeper, states[slot]))
-    engine.states = states
+    owner.freezings = [(slot, v, states[slot]) for slot, v in values if isinstance(v, Freezing)]
+    if owner.freezings and root is not None:
+        raise LuthierError(
+            f"`{owner.freezings[0][0]}` freezes what trains in mid-run, which a model spread over processes cannot do",
+            where="train.sharding",
+            mend="use train.sharding: none",
+        )
     return engine
+
+
+def _watched(tune: Tune, keepers: list[tuple[str, Keeper]]) -> frozenset[str]:
+    """The tensors whose gradients keepers look at: those of their own technique, else all."""
+    watched: set[str] = set()
+    for slot, keeper in keepers:
+        if "gradients" in keeper.needs:
+            mine = {name for name, one in tune.trained.items() if one.slot == slot}
+            watched |= mine or set(tune.trained)
+    return frozenset(watched)
 
 
 def _refuse_impossible(

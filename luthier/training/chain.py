@@ -11,7 +11,7 @@ from torch import Tensor
 
 from luthier import draws
 from luthier.errors import LuthierError
-from luthier.kinds import Now, Optimizer, State, Transform
+from luthier.kinds import Now, Optimizer, Seen, State, Transform
 from luthier.models.sharding import put
 from luthier.tune import Trained, Tune
 from luthier.tune.trained import migrate
@@ -23,10 +23,12 @@ class Link:
 
     slot: str
     part: Transform | Optimizer
+    own: bool = False
+    """It came with a technique that trains, and is for that technique's tensors alone."""
 
     def takes(self, trained: Trained) -> bool:
         """Whether this part is for a tensor."""
-        return self.part.takes is None or self.part.takes(trained)
+        return (not self.own or trained.slot == self.slot) and (self.part.takes is None or self.part.takes(trained))
 
 
 class Chain:
@@ -44,7 +46,11 @@ class Chain:
         self.links, self.tune = tuple(links), tune
         self.state: dict[str, dict[str, State]] = {link.slot: {} for link in links}
         self.optimizer_of: dict[str, str] = {}
-        tune.moved = self.move
+        self.watching: frozenset[str] = frozenset()
+        """Names of tensors whose gradients are kept until the step's end, for those who look at them."""
+        self.received: dict[str, Tensor] = {}
+        """What the optimizers received in this step."""
+        tune.moved, tune.renewed, tune.left, tune.seeded = self.move, self.renew, self.leave, self.seed
         for trained in tune.trained.values():
             self._assign(trained)
         for link in links:
@@ -64,9 +70,8 @@ class Chain:
     def _assign(self, trained: Trained) -> None:
         for link in self.links:
             if isinstance(link.part, Optimizer):
-                if trained.name in self.optimizer_of or not link.takes(trained):
+                if not link.takes(trained) or self.optimizer_of.setdefault(trained.name, link.slot) != link.slot:
                     continue
-                self.optimizer_of[trained.name] = link.slot
             elif not link.takes(trained):
                 continue
             self.state[link.slot][trained.name] = link.part.init(trained)
@@ -83,6 +88,23 @@ class Chain:
                 if isinstance(value, Tensor) and value.ndim == trained.master.ndim:
                     state[key] = migrate(value, trained.axis, take, old_size)
 
+    def renew(self, trained: Trained) -> None:
+        """Begin the state of a tensor anew."""
+        self._assign(trained)
+
+    def leave(self, trained: Trained) -> None:
+        """Drop the state of a tensor."""
+        for states in self.state.values():
+            states.pop(trained.name, None)
+        self.optimizer_of.pop(trained.name, None)
+
+    def seed(self, trained: Trained, is_new: Tensor, seen: Seen) -> None:
+        """Tell a tensor's optimizer what is known of the gradients of new entries."""
+        slot = self.optimizer_of[trained.name]
+        for link in self.links:
+            if link.slot == slot and isinstance(link.part, Optimizer) and link.part.seed is not None:
+                link.part.seed(self.state[slot][trained.name], is_new, seen)
+
     def step(self, now: Now, only: Trained | None = None) -> None:
         """Move every tensor that has a gradient, or one of them, and free the gradients."""
         todo = [only] if only is not None else [one for one in self.tune.trained.values() if one.gradient is not None]
@@ -90,9 +112,11 @@ class Chain:
         moved: set[str] = set()
         with torch.no_grad():
             for i, link in enumerate(self.links):
-                mine = [one for one in todo if one.name in self.state[link.slot]]
+                mine = [one for one in todo if one.name in values and one.name in self.state[link.slot]]
                 if isinstance(link.part, Optimizer):
                     for one in mine:
+                        if one.name in self.watching:
+                            self.received[one.name] = values[one.name].clone()
                         later = any(one.name in self.state[after.slot] for after in self.links[i + 1 :])
                         update = self._optimize(link, link.part, one, values.pop(one.name), now, later)
                         one.gradient = None
@@ -135,7 +159,9 @@ class Chain:
             return
         for one, state in zip(mine, states, strict=True):
             if one.name in values:
-                values[one.name] = part.update(values[one.name], state, one, now)
+                value = part.update(values.pop(one.name), state, one, now)
+                if value is not None:
+                    values[one.name] = value
 
     def _write(self, one: Trained, value: Tensor, now: Now) -> None:
         if one.master.dtype == value.dtype:

@@ -17,7 +17,7 @@ from luthier import disk
 from luthier.errors import LuthierError
 from luthier.models.sharding import whole
 from luthier.training.engine import Engine
-from luthier.tune.change import capture, put_back
+from luthier.tune.change import capture, hold_still, put_back
 
 TENSORS, FACTS = "state.safetensors", "state.json"
 
@@ -27,6 +27,7 @@ def _flat(engine: Engine) -> dict[str, Any]:
     values: dict[str, Any] = {**capture(engine.tune)}
     for name, snapshot in engine.tune.snapshots.items():
         values.update({f"snapshot|{name}|{key}": value for key, value in snapshot.items()})
+    values.update({f"still|{name}": one.forgotten for name, one in engine.tune.trained.items() if one.still})
     values.update({f"chain|{path}": value for path, value in engine.chain.tensors().items()})
     for slot, state in engine.states.items():
         values.update({f"state|{slot}|{key}": value for key, value in state.items()})
@@ -103,11 +104,14 @@ def restore(folder: Path, engine: Engine) -> dict[str, Any]:
     """Bring a freshly attached run to a checkpoint's point. Returns the facts."""
     tensors, plain, facts = read(folder)
     tune = engine.tune
-    for name in tune.trained:
-        if f"master|{name}" not in tensors:
+    for name, one in tune.trained.items():
+        if f"master|{name}" not in tensors and not one.changes:
             raise LuthierError(f"the checkpoint lacks `{name}`", where=str(folder), mend="resume with the recipe it was made by")
     put_back(tune, tensors)
     device = next(tune.model.parameters()).device
+    for key, forgotten in plain.items():
+        if key.startswith("still|"):
+            hold_still(tune, key.removeprefix("still|"), forget=forgotten)
     for key, value in {**tensors, **plain}.items():
         kind, _, rest = key.partition("|")
         if kind == "chain":

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from luthier import draws
 from luthier.errors import LuthierError
@@ -16,7 +17,7 @@ from luthier.models.sharding import is_sharded
 from luthier.training.chain import Chain
 from luthier.training.inputs import Inputs
 from luthier.training.objective import Objective, Sums
-from luthier.training.services import RunServices
+from luthier.training.services import Calibration, RunServices
 from luthier.training.world import World
 from luthier.tune import Trained, Tune
 
@@ -60,12 +61,13 @@ class Engine:
     world: World = field(default_factory=World)
     states: dict[str, State] = field(default_factory=dict)
     """What every technique remembers, by slot."""
+    calibration: Calibration | None = None
     committed: bool = False
     """The step in progress has begun to change numbers: a failure from here on cannot be taken back."""
 
     def services(self, slot: str, now: Now) -> Services:
         """What a technique under this slot may ask."""
-        return RunServices(self.tune, slot, now)
+        return RunServices(self.tune, slot, now, self.calibration)
 
     def step(self, batches: Sequence[Batch], now: Now) -> StepResult:
         """Take one optimizer step over the micro-batches of this process.
@@ -75,8 +77,9 @@ class Engine:
         """
         self.committed = False
         # Models cannot run on no rows; they would add zero.
-        batches = [batch for batch in batches if batch.row_ids]
+        batches = [with_context(batch, self.tune.prompt_labels) for batch in batches if batch.row_ids]
         passes = [*batches, *self._idle_passes(len(batches))]
+        self.tune.freeze(now)
         # Dropout and other draws of the model depend on the step alone, so that resuming needs no saved state.
         torch.manual_seed(draws.seed_of(now.seed, "step", now.step, self.world.rank))
         keeps = self.objective.look(self.tune, passes, now, self.world)
@@ -157,10 +160,30 @@ class Engine:
             raise not_finite(f"the gradient of {name}", self._everyones(batches))
 
     def _afterwards(self, now: Now) -> list[str]:
+        for name, gradient in self.chain.received.items():
+            self.tune.trained[name].gradient = gradient
         for kept in self.keepers:
             if kept.keeper.after_step is not None:
                 kept.keeper.after_step(kept.state, self.services(kept.slot, now))
+        for name in self.chain.received:
+            self.tune.trained[name].gradient = None
+        self.chain.received.clear()
         return self.tune.refresh(lambda slot: self.services(slot, now))
+
+
+def with_context(batch: Batch, label_P: Tensor | None) -> Batch:
+    """A batch whose rows begin with the virtual tokens of a prompt that are learnt themselves."""
+    if label_P is None:
+        return batch
+    rows, length = len(batch.row_ids), len(label_P)
+    before = torch.arange(length, device=batch.token_ids_BT.device).expand(rows, -1)
+    label_BP = label_P.to(batch.label_BT).expand(rows, -1)
+    return batch._replace(
+        token_ids_BT=torch.cat([-1 - before, batch.token_ids_BT], dim=1),
+        attend_BT=torch.cat([torch.ones_like(before, dtype=torch.bool), batch.attend_BT], dim=1),
+        position_BT=torch.cat([before, batch.position_BT + length], dim=1),
+        label_BT=torch.cat([label_BP, batch.label_BT], dim=1),
+    )
 
 
 def idle_batch() -> Batch:
@@ -207,8 +230,8 @@ class Work:
 
     @property
     def trained(self) -> Sequence[Trained]:
-        """Every trained tensor."""
-        return list(self._engine.tune.trained.values())
+        """Every tensor that trains in this step."""
+        return [one for one in self._engine.tune.trained.values() if not one.still]
 
     def _sums(self, batch: Batch) -> Sums:
         i = next(i for i, one in enumerate(self.batches) if one is batch)

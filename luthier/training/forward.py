@@ -50,8 +50,9 @@ def hidden(tune: Tune, batch: Batch, *, pack: bool = False) -> Hidden:
         pack: leave the padding out and run the real tokens one behind the other.
     """
     ids_BT, attend_BT = batch.token_ids_BT, batch.attend_BT
-    length = 0 if tune.is_off else tune.prompt_length
     virtual = bool((ids_BT < 0).any())
+    # Rows with virtual tokens of their own hold the prompt already.
+    length = 0 if tune.is_off or virtual else tune.prompt_length
     if tune.is_off and virtual:
         attend_BT = attend_BT & (ids_BT >= 0)
         ids_BT = ids_BT.clamp(min=0)

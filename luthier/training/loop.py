@@ -28,10 +28,19 @@ class Clock:
     seed: int
     stage: int = 0
     stages: int = 1
+    restarts: tuple[float, ...] = ()
+    """Shares of all steps at which the schedule begins again."""
+
+    def factor(self, step: int) -> float:
+        """What the learning rate is multiplied with at a step."""
+        bounds = [0, *(round(share * self.steps) for share in sorted(self.restarts)), self.steps]
+        begin = max(bound for bound in bounds[:-1] if bound <= step)
+        steps = min((bound for bound in bounds if bound > begin), default=self.steps) - begin
+        return factor(self.schedule, step - begin, steps, round(self.warmup * steps / max(1, self.steps)))
 
     def at(self, step: int, epoch: float) -> Now:
         """The clock at a step."""
-        now = factor(self.schedule, step, self.steps, self.warmup)
+        now = self.factor(step)
         return Now(step, self.steps, epoch, self.stage, self.stages, now, self.learning_rate * now, self.seed)
 
 

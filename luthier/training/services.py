@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -13,6 +13,7 @@ from luthier.errors import LuthierError
 from luthier.kinds import Batch, Column, Now, Place, Tensors, TrainedLike, View
 from luthier.models.head import head_of
 from luthier.models.sharding import whole
+from luthier.training import calibrate
 from luthier.training.forward import base_head, hidden
 from luthier.tune import Tune
 
@@ -20,8 +21,8 @@ from luthier.tune import Tune
 class RunServices:
     """One technique's view of the run: the model by places, its own tensors, draws by name, forward passes."""
 
-    def __init__(self, tune: Tune, slot: str, now: Now) -> None:
-        self._tune, self.slot, self.now = tune, slot, now
+    def __init__(self, tune: Tune, slot: str, now: Now, calibration: Calibration | None = None) -> None:
+        self._tune, self.slot, self.now, self._calibration = tune, slot, now, calibration
         self.parts = tune.parts
 
     def rng(self, key: str) -> torch.Generator:
@@ -74,17 +75,36 @@ class RunServices:
         with evaluating(self._tune.model):
             return view_of(self._tune, batch, logprobs.resolve(columns), self.now)
 
+    def batches(self, rows: int, source: str = "") -> Sequence[Batch]:
+        """Batches for calibration, the same at every call and on every process."""
+        if self._calibration is None:
+            raise LuthierError(
+                f"`{self.slot}` needs rows for calibration, and there are none here",
+                mend="give build_engine a `calibration`, as a run from a recipe does",
+            )
+        device = next(self._tune.model.parameters()).device
+        return [batch.to(device) for batch in self._calibration(rows, source) if batch.row_ids]
+
+    def inputs(self, batches: Sequence[Batch], places: Sequence[Place], take: Callable[[Place, Tensor], None]) -> None:
+        """Hand over what each linear map reads, once a batch and place."""
+        calibrate.inputs(self._tune, batches, places, take)
+
+    def gradients(
+        self, batches: Sequence[Batch], places: Sequence[Place], moved: Mapping[Place, Tensor] | None = None
+    ) -> dict[Place, Tensor]:
+        """Dense gradients of the mean cross-entropy over the batches' targets, by place."""
+        return calibrate.gradients(self._tune, batches, places, moved or {}, self.nll)
+
+
+Calibration = Callable[[int, str], Sequence[Batch]]
+"""Gives batches with so many rows of a source; of the run's own training rows where the source is empty."""
+
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Run a model without gradients and without dropout."""
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(was_training)
+    with calibrate.quiet(model), torch.no_grad():
+        yield
 
 
 def view_of(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from luthier.errors import LuthierError
 from luthier.kinds import Additive, Form, HiddenEdit, Place, Prefix, Prompt, Select, Selective, Services, State, Tensors
 from luthier.models.attention import use_context
+from luthier.models.roles import SUBLAYERS
 from luthier.models.sharding import whole
 from luthier.tune.sites import Addition, Edit, Own
 from luthier.tune.taps import TapSpec
@@ -50,23 +51,27 @@ def _selected(tune: Tune, slot: str, place: Place, select: Select, changes: bool
     if form == "whole" and place.start is not None:
         # A whole part of a fused projection is some rows of its tensor.
         form, index = "rows", torch.arange(values.shape[0], device=values.device)
-    keep = tune.keep_base or changes
+    pulled = select.decay == "start"
+    keep = tune.keep_base or changes or pulled
     wide = torch.promote_types(live.dtype, torch.float32)
     name = f"{slot}/{place}"
-    if form != "whole" or keep:
+    if form != "whole" or keep or select.start is not None:
         _refuse_sharded(tune, slot, place, "trains a part of a tensor" if form != "whole" else "needs the base's values")
+    before = None if not keep else live.data.clone() if form == "whole" else read(values, form, index)
+    if select.start is not None:
+        tune.untouched = False
+        write(values, form, index, select.start)
     if form == "whole":
         live.requires_grad_(True)
         copies = live.dtype != wide and tune.masters == "fp32"
         master = live.data.to(wide) if copies else live.data
-        trained = Trained(name, slot, place, form, None, master, live, start=live.data.clone() if keep else None)
+        trained = Trained(name, slot, place, form, None, master, live, start=before)
     else:
-        before = read(values, form, index)
         kind = wide if tune.masters == "fp32" else live.dtype
         # Fused optimizers walk memory: a slice of a transposed weight must not keep its strides.
-        master = before.to(kind, copy=True, memory_format=torch.contiguous_format).requires_grad_(True)
-        trained = Trained(name, slot, place, form, index, master, master, start=before if keep else None)
-    trained.rate, trained.changes = select.rate, changes
+        master = read(values, form, index).to(kind, copy=True, memory_format=torch.contiguous_format).requires_grad_(True)
+        trained = Trained(name, slot, place, form, index, master, master, start=before)
+    trained.rate, trained.changes, trained.decays_to_start = select.rate, changes, pulled
     trained.axis = 1 if form == "cols" else 0
     trained.decay = decays(place, values)
     return trained
@@ -160,16 +165,20 @@ def _claim(tune: Tune, place: Place, form: Form, index: Tensor | None) -> Tensor
 
 def add_additive(tune: Tune, slot: str, value: Additive, services: Services, state: State) -> None:
     """Add deltas on linear maps."""
-    for place in _places(tune, value.roles, slot):
+    places = _places(tune, value.roles, slot)
+    shared = None
+    if value.shared is not None:
+        shared = own(tune, Own(slot, None), value.shared(places, services), rates=value.rates)
+    for place in places:
         values = tune.region(place)
         if values.ndim != 2 or isinstance(tune.model.get_submodule(place.module), nn.Embedding):
             raise LuthierError(
                 f"`{slot}` adds to linear maps, and this is none", where=str(place), mend="name roles of linear maps"
             )
-        addition = Addition(slot, place, value=value)
+        addition = Addition(slot, place, value=value, shared=shared)
         tensors = value.start(place, whole(values), services)
         changes = value.refresh is not None
-        own(tune, addition, tensors, f"{slot}/{place}", changes=changes, rates=value.rates, axes=value.axes)
+        own(tune, addition, tensors, changes=changes, rates=value.rates, axes=value.axes, frozen=value.frozen)
         if value.subtract:
             _refuse_sharded(tune, slot, place, "takes its start out of the weight")
             _take_out(tune, place, value.delta(addition.masters()))
@@ -193,18 +202,34 @@ def _take_out(tune: Tune, place: Place, delta_OI: Tensor) -> None:
     values.copy_(values.to(torch.promote_types(values.dtype, delta_OI.dtype)) - delta_OI)
 
 
-def add_edit(tune: Tune, slot: str, value: HiddenEdit, services: Services) -> None:
-    """Edit the outputs of modules: those with the named roles, and whole blocks for the role `block`."""
-    roles = tuple(role for role in value.roles if role != "block")
-    places = _places(tune, roles, slot) if roles else []
-    if "block" in value.roles:
-        places += [Place(name, "", "block", i) for i, name in enumerate(tune.parts.block_modules)]
-    for place in places:
+def add_edit(tune: Tune, slot: str, value: HiddenEdit, services: Services, state: State) -> None:
+    """Edit what modules return or read: those with the named roles, and whole blocks and sub-layers for the roles of these."""
+    for place in _edited(tune, slot, value):
         width_out = width_in = tune.parts.width
         if place.tensor and tune.region(place).ndim == 2:
             width_out, width_in = tune.region(place).shape
+        if place.start is not None and value.of == "input":
+            raise LuthierError(
+                f"`{slot}` edits what a part of a fused projection reads, and its parts read the same",
+                where=str(place),
+                mend="name roles that stand alone in this model",
+            )
+        edit = Edit(slot, place, value=value)
         tensors = value.start(place, width_in, width_out, services)
-        tune.site(place.module).edits.append(own(tune, Edit(slot, place, value=value), tensors, f"{slot}/{place}"))
+        own(tune, edit, tensors, changes=value.refresh is not None, rates=value.rates, frozen=value.frozen)
+        tune.site(place.module).edits.append(edit)
+    tune.edits.append((slot, value, state))
+
+
+def _edited(tune: Tune, slot: str, value: HiddenEdit) -> list[Place]:
+    roles = tuple(role for role in value.roles if role != "block" and role not in SUBLAYERS)
+    places = _places(tune, roles, slot) if roles else []
+    for role in value.roles:
+        if role == "block":
+            places += [Place(name, "", role, i) for i, name in enumerate(tune.parts.block_modules)]
+        elif role in SUBLAYERS:
+            places += [Place(tune.parts.sublayer(SUBLAYERS[role], i), "", role, i) for i in range(tune.parts.blocks)]
+    return places
 
 
 def add_prompt(tune: Tune, slot: str, value: Prompt, services: Services) -> None:
@@ -212,14 +237,18 @@ def add_prompt(tune: Tune, slot: str, value: Prompt, services: Services) -> None
     if tune.prompt_length:
         raise LuthierError(f"`{slot}` is a second prompt", mend="use one prompt technique")
     table_VD = tune.model.get_parameter(f"{tune.parts.embedding}.weight").data
-    prompt = own(tune, Own(slot, None), value.start(table_VD, services), slot)
+    length = value.length
+    if value.labels is not None:
+        tune.prompt_labels = value.labels(services).cpu()
+        length = len(tune.prompt_labels)
+    prompt = own(tune, Own(slot, None), value.start(table_VD, services), rates=value.rates, frozen=value.frozen)
     tune.site(tune.parts.embedding).prompts.append((prompt, value))
-    tune.prompt_length = value.length
+    tune.prompt_length = length
 
 
 def add_prefix(tune: Tune, slot: str, value: Prefix, services: Services) -> None:
     """Let every query attend to trained keys and values as well."""
-    prefix = own(tune, Own(slot, None), value.start(tune.parts, services), slot)
+    prefix = own(tune, Own(slot, None), value.start(tune.parts, services), rates=value.rates, frozen=value.frozen)
     tune.prefixes.append((prefix, value))
     if tune.attention_handle is None:
         tune.attention_handle = use_context(tune.model, tune.parts, tune.context)
@@ -243,24 +272,33 @@ def own(
     tune: Tune,
     owner: Owned,
     tensors: Tensors,
-    prefix: str,
     *,
     form: Form = "factor",
     changes: bool = False,
-    rates: Mapping[str, float] | None = None,
-    axes: Mapping[str, int] | None = None,
+    rates: Mapping[str, float] = {},
+    axes: Mapping[str, int] = {},
+    frozen: Container[str] = (),
 ) -> Owned:
-    """Make a technique's tensors trained ones, in fp32 (fp64 for a model in fp64), and give them to their owner."""
-    live = next(tune.model.parameters())
+    """Make a technique's tensors trained ones and give them to their owner, with those that do not train."""
     for name, values in tensors.items():
-        wide = torch.promote_types(torch.promote_types(values.dtype, live.dtype), torch.float32)
-        master = values.detach().to(live.device, wide, copy=True, memory_format=torch.contiguous_format)
-        master.requires_grad_(True)
-        trained = Trained(f"{prefix}.{name}", owner.slot, owner.place, form, None, master, master, changes=changes)
-        trained.rate = (rates or {}).get(name, 1.0)
-        trained.axis = (axes or {}).get(name, 0)
+        if name in frozen:
+            owner.frozen[name] = _own_values(tune, values)
+            continue
+        master = _own_values(tune, values).requires_grad_(True)
+        trained = Trained(f"{owner.name}.{name}", owner.slot, owner.place, form, None, master, master, changes=changes)
+        trained.rate, trained.axis = rates.get(name, 1.0), axes.get(name, 0)
         trained.decay = master.ndim > 1
         owner.trained[name] = trained
         tune.register(trained)
-    tune.owns.append(owner)
+    if owner not in tune.owns:
+        tune.owns.append(owner)
     return owner
+
+
+def _own_values(tune: Tune, values: Tensor) -> Tensor:
+    """A copy in fp32 (fp64 for a model in fp64); whole numbers stay as they are."""
+    live = next(tune.model.parameters())
+    wide = values.dtype
+    if values.is_floating_point():
+        wide = torch.promote_types(torch.promote_types(values.dtype, live.dtype), torch.float32)
+    return values.detach().to(live.device, wide, copy=True, memory_format=torch.contiguous_format)

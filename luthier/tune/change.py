@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from luthier.errors import LuthierError
-from luthier.kinds import Additive, Now, Place, Refresh, Resize, Select, Selective, Services, State, Tensors
+from luthier.kinds import Additive, Form, Now, Place, Refresh, Resize, Select, Selective, Services, State, Tensors
 from luthier.models.sharding import put, whole
-from luthier.tune.attach import put_tap
-from luthier.tune.sites import Addition
+from luthier.tune.attach import own, put_tap
+from luthier.tune.sites import Addition, Edit, Own
 from luthier.tune.trained import Trained, check_select, read, write
 
 if TYPE_CHECKING:
@@ -25,6 +25,45 @@ def _techniques(tune: Tune) -> list[tuple[str, Selective | Additive, State]]:
 
 def _places(tune: Tune, slot: str) -> list[Place]:
     return list(dict.fromkeys(one.place for one in tune.trained.values() if one.slot == slot and one.place is not None))
+
+
+def freeze(tune: Tune, now: Now) -> None:
+    """Let stand still what techniques want still in this step, and wake the rest."""
+    for one in tune.trained.values():
+        mine = [(value, state) for slot, value, state in tune.freezings if value.everywhere or slot == one.slot]
+        asking = [value for value, state in mine if value.frozen(one, state, now)]
+        if bool(asking) != one.still:
+            one.still = bool(asking)
+            if one.still and any(value.forget for value in asking):
+                _forget(tune, one)
+            elif one.forgotten:
+                _remember(tune, one)
+        one.leaf.requires_grad_(not one.still)
+
+
+def hold_still(tune: Tune, name: str, *, forget: bool) -> None:
+    """Bring a tensor into the state of one that stands still, as it was when a checkpoint was written."""
+    one = tune.trained[name]
+    one.still = True
+    one.leaf.requires_grad_(False)
+    if forget:
+        _forget(tune, one)
+
+
+def _forget(tune: Tune, one: Trained) -> None:
+    tune.left(one)
+    one.forgotten = True
+    if one.form == "whole":
+        # While it stands still, what the model holds is master enough.
+        one.master = one.leaf.data
+
+
+def _remember(tune: Tune, one: Trained) -> None:
+    wide = torch.promote_types(one.leaf.dtype, torch.float32)
+    if one.form == "whole" and tune.masters == "fp32" and one.master.dtype != wide:
+        one.master = one.leaf.data.to(wide)
+    one.forgotten = False
+    tune.renewed(one)
 
 
 def start_observing(tune: Tune, now: Now) -> None:
@@ -85,20 +124,30 @@ def refresh(tune: Tune, services_of: Callable[[str], Services]) -> list[str]:
         if additive.refresh is not None:
             for place, size in (additive.refresh(state, services_of(slot)) or {}).items():
                 said.append(_resize(tune, slot, place, size))
+    for slot, edit, state in tune.edits:
+        if edit.refresh is not None:
+            for place, size in (edit.refresh(state, services_of(slot)) or {}).items():
+                said.append(_resize(tune, slot, place, size))
     return said
 
 
 def _reselect(tune: Tune, slot: str, value: Selective, place: Place, new: Refresh) -> str:
     old = tune.trained[f"{slot}/{place}"]
     values = tune.region(place)
-    if old.form == "whole" or old.index is None or old.start is None:
+    form = new.form or old.form
+    if form == "whole" or old.start is None:
         raise LuthierError(f"`{slot}` changes a selection of whole tensors", where=str(place), mend="select rows or entries")
-    check_select(place, Select(old.form, new.index), values)  # type: ignore[arg-type]
+    if form != old.form and bool((new.take >= 0).any()):
+        raise LuthierError(f"`{slot}` continues entries in another form", where=str(place), mend="let all of them be new")
+    check_select(place, Select(form, new.index), values)  # type: ignore[arg-type]
+    if value.leave == "revert":
+        _revert(tune, old)
+    wide = torch.promote_types(values.dtype, torch.float32) if tune.masters == "fp32" else values.dtype
+    if form != old.form:
+        return _reform(tune, slot, old, form, new, wide)
     axis, stays = old.axis, new.take >= 0
     old_size = old.master.shape[axis]
-    if value.leave == "revert":
-        write(values, old.form, old.index, old.start)
-    start = read(values, old.form, new.index).clone()
+    start = read(values, form, new.index).clone()
     master = start.to(old.master.dtype)
     if new.seed is not None:
         master = master + new.seed.to(master.dtype)
@@ -110,20 +159,87 @@ def _reselect(tune: Tune, slot: str, value: Selective, place: Place, new: Refres
     old.start = torch.where(kept, old.start.index_select(axis, took), start)
     old.index = new.index
     _replace(tune, old, master, new.take, old_size)
+    if new.seen is not None:
+        tune.seeded(old, ~kept.expand_as(master), new.seen)
     put_tap(tune, old)
     tune.push(old)
     return f"{slot}: {int(stays.sum())} of {len(stays)} stay at {place}"
 
 
+def _revert(tune: Tune, one: Trained) -> None:
+    assert one.place is not None and one.start is not None
+    if one.form == "whole":
+        tune.model.get_parameter(one.place.parameter).data.copy_(one.start)
+    else:
+        write(tune.region(one.place), one.form, one.index, one.start)
+
+
+def _reform(tune: Tune, slot: str, old: Trained, form: Form, new: Refresh, wide: torch.dtype) -> str:
+    """Train another form of a tensor from here on: everything about it is new."""
+    assert old.place is not None
+    values = tune.region(old.place)
+    _set_form(old, form, new.index, read(values, form, new.index).clone())
+    assert old.start is not None
+    master = old.start.to(wide, copy=True, memory_format=torch.contiguous_format)
+    if new.seed is not None:
+        master = master + new.seed.to(wide)
+    old.master = old.leaf = master.requires_grad_(True)
+    old.gradient = None
+    tune.register(old)
+    tune.renewed(old)
+    put_tap(tune, old)
+    tune.push(old)
+    return f"{slot}: {len(new.index)} {form} of {old.place} from here on"
+
+
+def _set_form(one: Trained, form: Form, index: Tensor, start: Tensor) -> None:
+    if one.form == "whole":
+        one.leaf.requires_grad_(False)
+    one.form, one.index, one.start, one.axis = form, index, start, int(form == "cols")
+
+
+def _make_whole(tune: Tune, one: Trained) -> None:
+    """Train the whole of a tensor again, of which a part trains now; the part is back at its start already."""
+    assert one.place is not None
+    tune.site(one.place.module).taps.pop(one.name, None)
+    live = tune.model.get_parameter(one.place.parameter).requires_grad_(True)
+    wide = torch.promote_types(live.dtype, torch.float32)
+    copies = live.dtype != wide and tune.masters == "fp32"
+    one.form, one.index, one.start, one.axis, one.leaf = "whole", None, live.data.clone(), 0, live
+    one.master = live.data.to(wide) if copies else live.data
+    tune.register(one)
+
+
 def _resize(tune: Tune, slot: str, place: Place, size: Resize) -> str:
-    additions = [a for a in tune.site(place.module).additions if a.slot == slot and a.place == place]
-    addition: Addition = additions[0]
+    owner = next(one for one in tune.owns if one.slot == slot and one.place == place)
+    assert isinstance(owner, Addition | Edit)
+    for name in [name for name in owner.trained if name not in size.tensors]:
+        tune.forget(owner.trained.pop(name))
+    owner.frozen = {name: values for name, values in owner.frozen.items() if name in size.tensors}
+    joining: Tensors = {}
     for name, values in size.tensors.items():
-        trained = addition.trained[name]
-        old_size = trained.master.shape[trained.axis]
-        _replace(tune, trained, values.detach().to(trained.master.dtype), size.take[name], old_size)
-    shapes = ", ".join(f"{name} {tuple(one.master.shape)}" for name, one in addition.trained.items())
-    return f"{slot}: {shapes} at {place}"
+        trained = owner.trained.get(name)
+        if trained is None:
+            joining[name] = values
+        elif name in size.take:
+            old_size = trained.master.shape[trained.axis]
+            _replace(tune, trained, values.detach().to(trained.master.dtype), size.take[name], old_size)
+        else:
+            trained.master = trained.leaf = values.detach().to(trained.master.dtype, copy=True).requires_grad_(True)
+            tune.register(trained)
+            tune.renewed(trained)
+    join(tune, owner, joining)
+    shapes = ", ".join(f"{name} {tuple(one.master.shape)}" for name, one in owner.trained.items())
+    return f"{slot}: {shapes or 'nothing'} at {place}"
+
+
+def join(tune: Tune, owner: Addition | Edit, tensors: Tensors) -> None:
+    """Let more tensors of a technique stand at a place."""
+    axes = owner.value.axes if isinstance(owner.value, Additive) else {}
+    own(tune, owner, tensors, changes=True, rates=owner.value.rates, axes=axes, frozen=owner.value.frozen)
+    for name in tensors:
+        if name in owner.trained:
+            tune.renewed(owner.trained[name])
 
 
 def _replace(tune: Tune, trained: Trained, master: Tensor, take: Tensor, old_size: int) -> None:
@@ -145,10 +261,35 @@ def capture(tune: Tune) -> Tensors:
     values: Tensors = {}
     for name, one in tune.trained.items():
         values[f"master|{name}"] = one.master.detach().clone()
-        if one.changes and one.index is not None and one.start is not None:
-            values[f"index|{name}"], values[f"start|{name}"] = one.index, one.start
+        if one.changes and one.start is not None:
+            values[f"form|{name}"] = torch.tensor(FORMS.index(one.form))
+            if one.index is not None:
+                values[f"index|{name}"], values[f"start|{name}"] = one.index, one.start
+    for owner in tune.owns:
+        values.update({f"frozen|{owner.name}.{name}": tensor for name, tensor in owner.frozen.items()})
     values.update({f"live|{name}": tune.model.get_parameter(name).data.clone() for name in left_behind(tune)})
     return values
+
+
+FORMS: tuple[Form, ...] = ("whole", "rows", "cols", "flat", "factor", "free")
+
+
+def _own_as_in(tune: Tune, owner: Own, values: Tensors) -> None:
+    """Let the tensors that stand at a place be those of a snapshot."""
+
+    def names(kind: str) -> dict[str, Tensor]:
+        before = f"{kind}|{owner.name}."
+        found = {key.removeprefix(before): tensor for key, tensor in values.items() if key.startswith(before)}
+        return {name: tensor for name, tensor in found.items() if name.isidentifier()}
+
+    device = next(tune.model.parameters()).device
+    owner.frozen = {name: tensor.to(device) for name, tensor in names("frozen").items()}
+    if not isinstance(owner, Addition | Edit) or (owner.trained and not any(one.changes for one in owner.trained.values())):
+        return
+    wanted = names("master")
+    for name in [name for name in owner.trained if name not in wanted]:
+        tune.forget(owner.trained.pop(name))
+    join(tune, owner, {name: tensor for name, tensor in wanted.items() if name not in owner.trained})
 
 
 def put_back(tune: Tune, values: Tensors) -> None:
@@ -157,17 +298,25 @@ def put_back(tune: Tune, values: Tensors) -> None:
     Raises:
         KeyError: the values lack a tensor that trains here.
     """
+    for owner in tune.owns:
+        _own_as_in(tune, owner, values)
     for one in tune.trained.values():
-        if one.changes and one.index is not None and one.start is not None and one.place is not None:
-            write(tune.region(one.place), one.form, one.index, one.start)
+        if one.changes and one.start is not None:
+            _revert(tune, one)
     for name in left_behind(tune):
         put(tune.model.get_parameter(name).data, values[f"live|{name}"])
-    for name, one in tune.trained.items():
+    for name, one in list(tune.trained.items()):
         master = values[f"master|{name}"].to(one.master.device)
+        was = one.form
         if f"index|{name}" in values:
-            one.index, one.start = (values[f"{what}|{name}"].to(master.device) for what in ("index", "start"))
-        if master.shape == one.master.shape:
+            index, start = (values[f"{what}|{name}"].to(master.device) for what in ("index", "start"))
+            _set_form(one, FORMS[int(values[f"form|{name}"])], index, start)
+        elif f"form|{name}" in values and was != "whole":
+            _make_whole(tune, one)
+        if master.shape == one.master.shape and was == one.form:
             put(one.master.data, master)
+        elif one.form == "whole":
+            one.master.data.copy_(master)
         else:
             one.master = one.leaf = master.clone().requires_grad_(True)
             tune.register(one)

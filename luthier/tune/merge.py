@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from luthier.errors import LuthierError
 from luthier.kinds import Place
@@ -41,8 +41,12 @@ def _fold_all(tune: Tune) -> None:
             values = tune.region(addition.place)
             delta_OI = addition.value.delta(addition.masters())
             values.copy_(values.to(torch.promote_types(values.dtype, delta_OI.dtype)) + delta_OI)
-        for edit in site.edits:
-            _fold(tune, edit)
+        # What edits an input last stands next to the weight.
+        inputs = [edit for edit in site.edits if edit.value.of == "input"]
+        outputs = [edit for edit in site.edits if edit.value.of == "output"]
+        for edit in (*reversed(inputs), *outputs):
+            if edit.stands:
+                _fold(tune, edit)
 
 
 def refuse_unmergeable(tune: Tune) -> None:
@@ -53,7 +57,7 @@ def refuse_unmergeable(tune: Tune) -> None:
         f"the edit `{edit.slot}` at {edit.place}"
         for site in tune.sites.values()
         for edit in site.edits
-        if edit.value.fold is None or edit.place is None or not edit.place.tensor
+        if edit.stands and not _folds(tune, edit)
     ]
     blockers += [
         f"the delta `{addition.slot}` at the tied {addition.place}"
@@ -67,6 +71,15 @@ def refuse_unmergeable(tune: Tune) -> None:
         )
 
 
+def _folds(tune: Tune, edit: Edit) -> bool:
+    """Whether an edit is a change of its module's own weight: not of one that another module reads as well."""
+    place = edit.place
+    if edit.value.fold is None or place is None or not place.tensor:
+        return False
+    scales = getattr(tune.model.get_submodule(place.module), "embed_scale", 1.0)
+    return place.module not in (*tune.parts.ties, *tune.parts.ties.values()) and float(scales) == 1.0
+
+
 def _fold(tune: Tune, edit: Edit) -> None:
     assert edit.place is not None and edit.value.fold is not None
     place = edit.place
@@ -77,8 +90,9 @@ def _fold(tune: Tune, edit: Edit) -> None:
     wide = torch.promote_types(values.dtype, torch.float32)
     part = slice(place.start, place.stop)
     old_bias = None if bias is None else bias.data[part].to(wide)
-    weight_OI, bias_O = edit.value.fold(edit.masters(), values.to(wide), old_bias)
-    values.copy_(weight_OI)
+    beyond = _beyond_weight(module, values)
+    weight_OI, bias_O = edit.value.fold(edit.masters(), values.to(wide) + beyond, old_bias)
+    values.copy_(weight_OI - beyond)
     if bias_O is not None:
         if bias is None:
             raise LuthierError(
@@ -86,6 +100,19 @@ def _fold(tune: Tune, edit: Edit) -> None:
             )
         _remember(tune, Place(place.module, "bias", place.role, place.block).parameter)
         bias.data[part].copy_(bias_O)
+
+
+def _beyond_weight(module: nn.Module, weight: Tensor) -> float:
+    """What a module multiplies by beyond its weight: 1 for norms that hold the difference from 1 (Gemma), else 0.
+
+    It is asked of the norm itself, which without its weight would give zeros: no configuration tells it.
+    """
+    if weight.ndim != 1:
+        return 0.0
+    probe = torch.linspace(-1.0, 1.0, len(weight), dtype=weight.dtype, device=weight.device)
+    nothing = {name: torch.zeros_like(values) for name, values in module.named_parameters()}
+    with torch.no_grad():
+        return float(bool(torch.func.functional_call(module, nothing, (probe,)).any()))
 
 
 def _remember(tune: Tune, name: str) -> None:

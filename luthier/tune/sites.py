@@ -13,41 +13,68 @@ from luthier.kinds import Additive, HiddenEdit, Place, Prompt, Tensors
 from luthier.tune.taps import TapSpec, tap
 from luthier.tune.trained import Trained
 
+HIDDEN = "hidden_states"
+"""What models call the input of a sub-layer where they pass it by name."""
 
-@dataclass
+
+def _entering(arguments: tuple[Any, ...], named: dict[str, Any]) -> Tensor:
+    entering: Tensor = arguments[0] if arguments else named[HIDDEN]
+    return entering
+
+
+@dataclass(eq=False)
 class Own:
     """One technique's trained tensors at one place."""
 
     slot: str
     place: Place | None
     trained: dict[str, Trained] = field(default_factory=dict)
+    frozen: Tensors = field(default_factory=dict)
+    """What belongs to the technique and does not train."""
+    shared: Own | None = None
+    """What all places of the technique have in common."""
+
+    @property
+    def name(self) -> str:
+        """What the names of its tensors begin with."""
+        return self.slot if self.place is None else f"{self.slot}/{self.place}"
+
+    @property
+    def stands(self) -> bool:
+        """Whether anything is here: a technique may have taken its tensors away."""
+        return bool(self.trained or self.frozen)
 
     def tensors(self, dtype: torch.dtype | None = None) -> Tensors:
         """The tensors by name, cast to the type of the computation they join."""
+        found = {} if self.shared is None else self.shared.tensors(dtype)
+        found.update((name, one.leaf) for name, one in self.trained.items())
+        found.update(self.frozen)
         return {
-            name: one.leaf if dtype is None or one.leaf.dtype == dtype else one.leaf.to(dtype) for name, one in self.trained.items()
+            name: one if dtype is None or one.dtype == dtype or not one.is_floating_point() else one.to(dtype)
+            for name, one in found.items()
         }
 
     def masters(self) -> Tensors:
         """The values, without a graph."""
-        return {name: one.master.detach() for name, one in self.trained.items()}
+        found = {} if self.shared is None else self.shared.masters()
+        return {**found, **{name: one.master.detach() for name, one in self.trained.items()}, **self.frozen}
 
 
-@dataclass
+@dataclass(eq=False)
 class Addition(Own):
     """A delta on a weight."""
 
     value: Additive = None  # type: ignore[assignment]
 
 
-@dataclass
+@dataclass(eq=False)
 class Edit(Own):
     """An edit of a hidden state."""
 
     value: HiddenEdit = None  # type: ignore[assignment]
 
 
-@dataclass
+@dataclass(eq=False)
 class Site:
     """All that stands at one module."""
 
@@ -64,7 +91,8 @@ class Site:
         """Put the hooks on the module."""
         if isinstance(self.module, nn.Embedding):
             self.handles.append(self.module.register_forward_pre_hook(self._before_embedding))
-        self.handles.append(self.module.register_forward_hook(self._after))
+        self.handles.append(self.module.register_forward_pre_hook(self._before, with_kwargs=True))
+        self.handles.append(self.module.register_forward_hook(self._after, with_kwargs=True))
 
     def detach(self) -> None:
         """Take the hooks off."""
@@ -77,22 +105,32 @@ class Site:
         self.ids = arguments[0]
         return (arguments[0].clamp(min=0), *arguments[1:])
 
-    def _after(self, module: nn.Module, arguments: tuple[Any, ...], output: Any) -> Any:
+    def _before(self, module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
+        edits = [edit for edit in self.edits if edit.value.of == "input" and edit.stands]
+        if self.is_off() or not edits:
+            return None
+        x = _entering(arguments, named)
+        for edit in edits:
+            x = edit.value.apply(edit.tensors(x.dtype), x, x)
+        return ((x, *arguments[1:]), named) if arguments else (arguments, {**named, HIDDEN: x})
+
+    def _after(self, module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any], output: Any) -> Any:
+        ids, self.ids = self.ids, None
         if self.is_off():
             return None
         y = output[0] if isinstance(output, tuple) else output
-        x = arguments[0] if self.ids is None else self.ids
-        self.ids = None
+        x = _entering(arguments, named) if ids is None else ids
         for addition in self.additions:
             y = self._add(addition, x, y)
         # A tap needs the gradient of what the weight gave: it stands before whatever changes that.
         for leaf, spec in self.taps.values():
-            if spec.wanted is None or spec.wanted():
+            if leaf.requires_grad and (spec.wanted is None or spec.wanted()):
                 y = tap(y, x, leaf, spec)
         for own, prompt in self.prompts:
             y = prompt.apply(own.tensors(y.dtype), x, y)
         for edit in self.edits:
-            y = self._edit(edit, x, y)
+            if edit.value.of == "output" and edit.stands:
+                y = self._edit(edit, x, y)
         return (y, *output[1:]) if isinstance(output, tuple) else y
 
     def _add(self, addition: Addition, x: Tensor, y: Tensor) -> Tensor:

@@ -40,6 +40,16 @@ class Trained:
     start: Tensor | None = None
     """The values before training, where something will need them."""
     gradient: Tensor | None = None
+    decays_to_start: bool = False
+    still: bool = False
+    """It is frozen in this step."""
+    forgotten: bool = False
+    """Its optimizer state was dropped meanwhile."""
+
+    @property
+    def anchor(self) -> Tensor | None:
+        """What weight decay pulls towards; None: zero."""
+        return self.start if self.decays_to_start else None
 
     @property
     def numel(self) -> int:
@@ -126,7 +136,11 @@ def watch(trained: Trained, arrived: Callable[[Trained], None]) -> torch.utils.h
             leaf.grad = None
             arrived(trained)
 
-    return trained.leaf.register_post_accumulate_grad_hook(take)  # type: ignore[no-any-return]
+    moves = trained.leaf.requires_grad
+    trained.leaf.requires_grad_(True)
+    handle = trained.leaf.register_post_accumulate_grad_hook(take)
+    trained.leaf.requires_grad_(moves)
+    return handle  # type: ignore[no-any-return]
 
 
 def migrate(values: Tensor, axis: int, take: Tensor, old_size: int) -> Tensor:

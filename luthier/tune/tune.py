@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-from luthier.kinds import Additive, HiddenEdit, Now, Place, Prefix, Prompt, Selective, Services, State, Tensors
+from luthier.kinds import Additive, Freezing, HiddenEdit, Now, Place, Prefix, Prompt, Seen, Selective, Services, State, Tensors
 from luthier.models.attention import Context
 from luthier.models.parts import Parts
 from luthier.models.sharding import Root, put
@@ -46,7 +46,11 @@ class Tune:
         self.owns: list[Own] = []
         self.selectives: list[tuple[str, Selective, State]] = []
         self.additives: list[tuple[str, Additive, State]] = []
+        self.edits: list[tuple[str, HiddenEdit, State]] = []
+        self.freezings: list[tuple[str, Freezing, State]] = []
         self.prompt_length = 0
+        self.prompt_labels: Tensor | None = None
+        """Targets of a prompt's virtual tokens, where they are learnt."""
         self.packs = False
         """Rows of a micro-batch run without padding."""
         self.is_off = False
@@ -64,6 +68,12 @@ class Tune:
         """Called when a micro-batch's gradient of a tensor is complete."""
         self.moved: Callable[[Trained, Tensor, int], None] = lambda trained, take, old_size: None
         """Called when the entries of a tensor were rearranged: its optimizer state must follow."""
+        self.renewed: Callable[[Trained], None] = lambda trained: None
+        """Called when a tensor is new, or all its entries are: its optimizer state begins anew."""
+        self.left: Callable[[Trained], None] = lambda trained: None
+        """Called when a tensor is gone or needs no optimizer state for now."""
+        self.seeded: Callable[[Trained, Tensor, Seen], None] = lambda trained, is_new, seen: None
+        """Called when something is known of the gradients of new entries."""
         self.attention_handle: Any = None
         self._handles: dict[str, Any] = {}
         model.requires_grad_(False)
@@ -79,7 +89,7 @@ class Tune:
         elif isinstance(value, Additive):
             attach.add_additive(self, slot, value, services, state)
         elif isinstance(value, HiddenEdit):
-            attach.add_edit(self, slot, value, services)
+            attach.add_edit(self, slot, value, services, state)
         elif isinstance(value, Prompt):
             attach.add_prompt(self, slot, value, services)
         elif isinstance(value, Prefix):
@@ -89,7 +99,7 @@ class Tune:
 
     def add_free(self, slot: str, tensors: Tensors) -> Own:
         """Trained tensors that stand beside the model: those of an objective."""
-        return attach.own(self, Own(slot, None), tensors, slot, form="free")
+        return attach.own(self, Own(slot, None), tensors, form="free")
 
     def site(self, module: str) -> Site:
         """What stands at a module; made and hooked when first asked for."""
@@ -112,6 +122,12 @@ class Tune:
             self._handles[trained.name].remove()
         self.trained[trained.name] = trained
         self._handles[trained.name] = watch(trained, lambda one: self.arrived(one))
+
+    def forget(self, trained: Trained) -> None:
+        """Take a tensor out of the run."""
+        self._handles.pop(trained.name).remove()
+        del self.trained[trained.name]
+        self.left(trained)
 
     def push(self, trained: Trained) -> None:
         """Write a master to the live weight. Every change of a master goes through here."""
@@ -158,6 +174,10 @@ class Tune:
         for key, value in values.items():
             put(self.trained[key].master.data, value)
             self.push(self.trained[key])
+
+    def freeze(self, now: Now) -> None:
+        """Decide what stands still in this step."""
+        change.freeze(self, now)
 
     def start_observing(self, now: Now) -> None:
         """Decide which techniques look at dense gradients in this step."""

@@ -42,7 +42,17 @@ BY_STEP = ("transform", "optimizer", "source", "keeper")
 # The gradient of GPT-2's key biases is rounding alone, and some steps go by its sign.
 PACKED = [(kind, name, a) for kind, name in RUNS for a in ("llama", "gpt2") if kind not in BY_STEP or a == "llama"]
 GIVEN: dict[str, dict[str, Any]] = {
+    "adalora": {"warmup": 0.05},
+    "lift": {"rank": 4, "lora_rank": 2, "every": 2},
+    "lofit": {"selection": 0.1},
+    "loca": {"search": 0.2, "coefficient_steps": 1, "location_steps": 1},
     "masked_thought": {"warmup": 0.05, "random_share": 0.5, "mask_id": 3},
+    "neuroada": {"by": "gradient"},
+    "prompt_tuning": {"init": "text"},
+    "greentrainer": {"selections": 5},
+    "lt_sft": {"first": 0.1},
+    "s2ft": {"by": "activation"},
+    "spiel": {"every": 3, "gather": 1},
 }
 """Options of techniques that have options without a default, or whose defaults do nothing in the first steps."""
 OTHERS: dict[tuple[str, str], list[Any]] = {
@@ -188,7 +198,7 @@ def test_every_technique_trains_in_every_precision(
     assert all(loss == loss and abs(loss) < 1e3 for loss in losses)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     assert all(one.dtype == wide and one.isfinite().all() for one in masters(run).values())
-    assert any(one.shape != before[n].shape or not torch.equal(one, before[n]) for n, one in masters(run).items())
+    assert any(n not in before or not torch.equal(one, before[n]) for n, one in masters(run).items())
 
 
 @pytest.mark.parametrize(("kind", "name"), ALL)
@@ -215,6 +225,8 @@ def other_values(name: str, option: str, annotation: Any, value: Any) -> list[An
     """Some values of an option that differ from one, by its type."""
     if (name, option) in OTHERS:
         return OTHERS[name, option]
+    if option == "calibration_rows":
+        return [2, 1]
     if get_origin(annotation) is Literal:
         return [choice for choice in get_args(annotation) if choice != value]
     kinds = get_args(annotation) if get_origin(annotation) not in (None, tuple) else (annotation,)

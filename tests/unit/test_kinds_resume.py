@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from luthier import registry
 from luthier.errors import LuthierError
-from luthier.kinds import Now
+from luthier.kinds import TUNES, Now
 from luthier.training.checkpoint import FACTS, TENSORS, latest, prune, read, restore, save
 from tests.conftest import split
 from tests.toys.helpers import model_of, rows_of_eight, toys  # noqa: F401
@@ -35,6 +36,17 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "per layer": {"tune": "full", "source": "per_layer"},
     "zeroth order": {"tune": "half", "source": "zeroth_order", "step": "sgd"},
     "momentum": {"tune": "full", "step": ["low_rank_sgd", {"sgd": {"momentum": 0.9}}]},
+    "in turns": {"tune": "full", "freeze": "in_turns"},
+    "in turns without moments, in bf16": {"tune": "full", "freeze": "in_turns", "step": "sgd", "dtype": torch.bfloat16},
+    "in turns, forgetting, in bf16": {
+        "tune": "full",
+        "freeze": {"in_turns": {"forget": True, "every": 2}},
+        "dtype": torch.bfloat16,
+    },
+    "phases of whole and flat": {"tune": {"lt_sft": {"share": 0.15}}},
+    "phases of edits": {"tune": {"lofit": {"share": 0.15}}},
+    "phases of a prompt": {"tune": [{"promot": {"share": 0.15}}, "half"]},
+    **{f"technique {name}": {"tune": name} for kind in TUNES for name in registry.names(kind) if name not in ("full", "half")},
     "many": {"tune": ["some_entries", "lora", "plain_prefix", "plain_prompt", "bottleneck"], "keep": "average"},
 }
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.optim.adamw import adamw as fused_adamw
 
 from luthier.errors import LuthierError
-from luthier.kinds import Now, Optimizer, State, TrainedLike
+from luthier.kinds import Now, Optimizer, Seen, State, TrainedLike
 from luthier.registry import method
 
 
@@ -45,6 +45,9 @@ def adamw(*, decay: float = 0.0, beta1: float = 0.9, beta2: float = 0.999, epsil
     def step(value: Tensor, gradient: Tensor, state: State, trained: TrainedLike, now: Now) -> None:
         rate = now.learning_rate * trained.rate
         weight_decay = decay if trained.decay else 0.0
+        if weight_decay and trained.anchor is not None:
+            value.lerp_(trained.anchor.to(value.dtype), rate * weight_decay)
+            weight_decay = 0.0
         if not trained.changes:
             fused_adamw(
                 [value],
@@ -70,7 +73,24 @@ def adamw(*, decay: float = 0.0, beta1: float = 0.9, beta2: float = 0.999, epsil
         value.mul_(1 - rate * weight_decay)
         value.sub_(rate * (state["first"] / _correction(beta1, age, gradient.dtype)) / root)
 
-    return Optimizer(init, step)
+    def seed(state: State, is_new: Tensor, seen: Seen) -> None:
+        # Corrected at this age, the moments are just what was seen.
+        age = torch.full_like(state["age"], seen.steps)
+        first = seen.mean * _correction(beta1, age, seen.mean.dtype)
+        second = seen.square * _correction(beta2, age, seen.square.dtype)
+        state["first"] = torch.where(is_new, first.to(state["first"].dtype), state["first"])
+        state["second"] = torch.where(is_new, second.to(state["second"].dtype), state["second"])
+        state["age"] = torch.where(_newcomers(is_new, state["age"]), age, state["age"])
+
+    return Optimizer(init, step, seed=seed)
+
+
+def _newcomers(is_new: Tensor, age: Tensor) -> Tensor:
+    """The mask in the shape of ages: one for each entry along the axis in which entries come and go."""
+    for axis, size in enumerate(age.shape):
+        if size == 1:
+            is_new = is_new.any(axis, keepdim=True)
+    return is_new
 
 
 def _correction(beta: float, age: Tensor, dtype: torch.dtype) -> Tensor:
