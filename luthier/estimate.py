@@ -18,6 +18,7 @@ from luthier import machine
 from luthier.kinds import Batch
 from luthier.logprobs import LOGIT_BYTES
 from luthier.models.parts import Parts
+from luthier.models.quantized import code_tensors, count
 from luthier.training.dryrun import Peak, peak_of
 from luthier.training.engine import Engine, idle_batch
 from luthier.training.feed import Feed
@@ -133,7 +134,7 @@ def standing(engine: Engine) -> dict[str, int]:
     """Bytes that stand throughout a run, by purpose."""
     trained = engine.tune.trained.values()
     return {
-        "weights": held(engine.tune.model.parameters()),
+        "weights": held([*engine.tune.model.parameters(), *code_tensors(engine.tune.model)]),
         "masters": held(one.master for one in trained if not one.is_live),
         "optimizer": held(v for states in engine.chain.state.values() for state in states.values() for v in state.values()),
         "kept": held([*engine.tune.altered.values(), *(one.start for one in trained)]),
@@ -226,7 +227,7 @@ def _inner_width(engine: Engine, parts: Parts) -> int:
 def _seconds(engine: Engine, parts: Parts, feed: Feed, dtype: torch.dtype) -> float:
     model = engine.tune.model
     head = parts.vocabulary * parts.width
-    body = sum(p.numel() for p in model.parameters()) - head * (1 if parts.ties else 2)
+    body = count(model) - head * (1 if parts.ties else 2)
     trained = sum(one.numel for one in engine.tune.trained.values() if one.form != "factor")
     tokens, targets = feed.tokens()
     multiply_adds = tokens * (2 * body + min(trained, body)) + 3 * targets * head

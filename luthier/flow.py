@@ -321,7 +321,7 @@ def keep_what_changed(plan: Plan, folder: Path, say: Say) -> dict[str, Any]:
         # Only a model that is spread over the processes needs all of them to be put together.
         return {}
     say("comparing the weights with the base")
-    base = load_model(plan.source, dtype=plan.dtype).to(plan.device)  # type: ignore[arg-type]
+    base = load_model(plan.source, dtype=plan.dtype, quantize=plan.recipe.quantize).to(plan.device)  # type: ignore[arg-type]
     delta = Delta.of(tune, base, name=plan.source.name, fingerprint=plan.fingerprint)
     if not is_first:
         return {}

@@ -22,8 +22,9 @@ from luthier.models.context import context_of
 from luthier.models.fingerprint import fingerprint
 from luthier.models.load import ModelSource, load_model, load_tokenizer, resolve
 from luthier.models.parts import GROUPS, Parts, map_parts
+from luthier.models.quantized import count, described
 from luthier.models.sharding import shard
-from luthier.prepare import check_processes, make_calibration, make_feed, prepare_model
+from luthier.prepare import check_lengths, check_processes, make_calibration, make_feed, prepare_model
 from luthier.recipe import Recipe
 from luthier.registry import Part
 from luthier.rows.encode import EncodedRows
@@ -88,7 +89,7 @@ class Plan:
     @property
     def total_numbers(self) -> int:
         """Numbers of the model, tied ones once, without what a technique adds."""
-        return sum(parameter.numel() for parameter in self.model.parameters())
+        return count(self.model)
 
     @property
     def trained_numbers(self) -> int:
@@ -103,6 +104,7 @@ class Plan:
         rates = [clock.learning_rate * clock.factor(s) for s in self._moments()]
         lines = [
             f"model      {self.source.name}: {self.parts.architecture}, {self.total_numbers:,} numbers, from {self.source.origin}",
+            *(f"holds      {said}" for said in described(self.model, self.dtype)),
             f"rows       {len(self.rows.rows):,} rows, {self.rows.tokens:,} tokens, {self.rows.supervised_tokens:,} of them targets"
             + self._losses(),
             f"           {self._padding()}; longest row {max(self.rows.sizes.tokens):,} tokens",
@@ -280,7 +282,7 @@ def make_plan(recipe: Recipe, say: Say = lambda text: None) -> Plan:
     source = resolve(recipe.model, revision=recipe.revision, trust_remote_code=recipe.trust_remote_code, say=say)
     say(f"loading {source.name} ({source.origin})")
     tokenizer = load_tokenizer(source)
-    model = load_model(source, dtype=dtype)
+    model = load_model(source, dtype=dtype, quantize=recipe.quantize)
     parts = map_parts(model)
     identity = fingerprint(model)
     root = None
@@ -314,6 +316,7 @@ def make_plan(recipe: Recipe, say: Say = lambda text: None) -> Plan:
         world=world,
         root=root,
     )
+    check_lengths(engine.tune, rows, context_of(model.config))
     clock.restarts = tuple(sorted({share for _, one, _ in engine.tune.freezings for share in one.restarts}))
     check(engine.tune, tokenizer, sets)
     padded = prepare_model(recipe, engine.tune, feed)

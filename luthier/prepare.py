@@ -97,6 +97,21 @@ def make_calibration(
     return calibration
 
 
+def check_lengths(tune: Tune, rows: EncodedRows, context: int | None) -> None:
+    """Refuse rows that are too long for the model once a prompt stands before them.
+
+    Raises:
+        LuthierError: the longest row and the prompt are longer than the model's context.
+    """
+    longest = max(rows.sizes.tokens)
+    if tune.prompt_length and context is not None and longest + tune.prompt_length > context:
+        raise LuthierError(
+            f"a prompt of {tune.prompt_length} and a row of {longest} tokens are longer than this model reads ({context})",
+            where="tune",
+            mend=f"shorten the prompt, or set rows.max_tokens to {context - tune.prompt_length}, if that is enough for a row",
+        )
+
+
 def prepare_model(recipe: Recipe, tune: Tune, feed: Feed) -> str:
     """Attention, packing, checkpointing and compilation, block by block. Returns why rows are padded, if they are."""
     model: Any = tune.model

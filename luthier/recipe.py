@@ -170,6 +170,7 @@ class Recipe(Strict):
     model: str = Field(min_length=1, description="a hub name, a folder, a GGUF file or a short name")
     revision: str | None = Field(None, description="a revision of a hub model")
     trust_remote_code: bool = Field(False, description="run code that comes with the model")
+    quantize: Literal["none", "int8", "nf4"] = Field("none", description="hold the frozen matrices of the blocks in 8 or 4 bits")
     seed: int = Field(0, ge=0, description="every random draw of the run follows from it")
     rows: RowsRecipe
     tune: Any = Field("full", description="which numbers may change")
@@ -188,6 +189,16 @@ class Recipe(Strict):
     track: list[str] | str | None = Field(None, description="also show the run in tensorboard, trackio or wandb")
     out: str = Field("runs", min_length=1, description="folder that holds the run folders")
     control: str | None = Field(None, description="a run to compare this one with, or a recipe: its newest finished run")
+
+    @model_validator(mode="after")
+    def _check_quantize(self) -> Recipe:
+        if self.quantize != "none" and self.train.sharding != "none":
+            raise LuthierError(
+                "codes of quantized weights are not spread over processes",
+                where="quantize",
+                mend="use train.sharding: none, where each process holds them, or quantize: none",
+            )
+        return self
 
     def as_plain(self) -> dict[str, Any]:
         """The recipe as plain data; parts given in Python appear by name and options."""
@@ -245,8 +256,8 @@ def same_steps(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
 
     def steps(plain: Mapping[str, Any]) -> str:
         train = {key: value for key, value in (plain.get("train") or {}).items() if key != "micro_batch_tokens"}
-        # Runs from before there were trackers say nothing of them, and a tracker changes no step.
-        return json.dumps({**plain, "train": train, "track": None}, sort_keys=True)
+        # Runs from before there were trackers or quantized bases say nothing of them, and a tracker changes no step.
+        return json.dumps({"quantize": "none", **plain, "train": train, "track": None}, sort_keys=True)
 
     return steps(one) == steps(other)
 

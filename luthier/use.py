@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -14,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from luthier import disk, draws, registry
 from luthier.delta import Delta
+from luthier.delta.beside import standing
 from luthier.delta.sources import in_words
 from luthier.errors import LuthierError
 from luthier.evaluate.generate import generate
@@ -26,6 +28,7 @@ from luthier.kinds import TUNES, Additive, Finding, HiddenEdit, Now, Prefix, Pro
 from luthier.models.fingerprint import fingerprint
 from luthier.models.load import ModelSource, load_model, load_tokenizer, resolve
 from luthier.models.parts import map_parts
+from luthier.models.quantized import expand, holder, quantized
 from luthier.plan import Say
 from luthier.probing import Weights, of_delta, of_models
 from luthier.recipe import Recipe, make_recipe
@@ -64,7 +67,9 @@ def save_result(folder: Path, tune: Tune, delta: Delta) -> None:
             save_file(beside, place, {PROMPT_LENGTH: str(tune.prompt_length)})
 
 
-def open_model(name: str, *, out: str = "runs", say: Say = silent, precision: str = "auto") -> tuple[Tune, PreTrainedTokenizerBase]:
+def open_model(
+    name: str, *, out: str = "runs", say: Say = silent, precision: str = "auto", weights_only: bool = False
+) -> tuple[Tune, PreTrainedTokenizerBase]:
     """A model to use, from a model's name or a run's folder; nothing in it trains.
 
     Args:
@@ -72,12 +77,13 @@ def open_model(name: str, *, out: str = "runs", say: Say = silent, precision: st
         out: the folder that holds the run folders.
         say: hears what is being done.
         precision: as in a recipe.
+        weights_only: of a run, the tuned weights without the prompts, prefixes and edits that stand beside them.
 
     Raises:
         LuthierError: there is no such model or run, or the run has not finished.
     """
     if is_run(name, out):
-        return open_run(read_run(name, out), say=say)
+        return open_run(read_run(name, out), say=say, weights_only=weights_only)
     device = pick_device("auto")
     source = resolve(name, say=say)
     model = load_model(source, dtype=pick(precision, device)[0]).to(device)  # type: ignore[arg-type]
@@ -89,24 +95,28 @@ def is_run(name: str, out: str) -> bool:
     return (Path(name) / FILE).is_file() or (Path(out) / name / FILE).is_file()
 
 
-def open_run(run: Run, *, say: Say = silent, merged: bool = True) -> tuple[Tune, PreTrainedTokenizerBase]:
+def open_run(
+    run: Run, *, say: Say = silent, merged: bool = True, weights_only: bool = False
+) -> tuple[Tune, PreTrainedTokenizerBase]:
     """A run's tuned model: its base, with the delta applied and the rest attached.
 
     Args:
         run: a finished run.
         say: hears what is being done.
-        merged: put low-rank deltas into the weights; False attaches them beside, as in training.
+        merged: put low-rank deltas into the weights; False attaches them beside, as in training. Quantized weights take none, so
+            beside them they stand in any case.
     """
     recipe = _recipe_of(run)
     source, model, device = _load_base(recipe, say)
     delta = Delta.load(run.folder / "delta.safetensors")
+    merged = merged and not quantized(model)
     tune = Tune(model, map_parts(model), keep_base=not merged)
     if merged:
         delta.apply(model)
     else:
         _put_beside(tune, recipe, delta)
     beside = run.folder / BESIDE
-    if beside.is_file():
+    if beside.is_file() and not weights_only:
         _attach_stored(tune, recipe, beside)
     model.to(device)  # type: ignore[arg-type]
     return tune, load_tokenizer(source)
@@ -134,7 +144,8 @@ def _load_base(recipe: Recipe, say: Say) -> tuple[ModelSource, PreTrainedModel, 
     """A recipe's untouched model, still on the processor, and the device it belongs on."""
     device = pick_device(recipe.train.device)
     source = resolve(recipe.model, revision=recipe.revision, trust_remote_code=recipe.trust_remote_code, say=say)
-    return source, load_model(source, dtype=pick(recipe.train.precision, device)[0]), device
+    model = load_model(source, dtype=pick(recipe.train.precision, device)[0], quantize=recipe.quantize)
+    return source, model, device
 
 
 def _values(recipe: Recipe) -> list[tuple[str, Any]]:
@@ -154,7 +165,10 @@ def _put_beside(tune: Tune, recipe: Recipe, delta: Delta) -> None:
         return
     # Starts may need rows that are gone: the factors that were stored are all that is needed.
     inside, beside = parted(delta, tune.parts)
-    inside.restore(tune)
+    frozen = {name: forms for name, forms in inside.changes.items() if holder(tune.model, name) is not None}
+    replace(inside, changes={name: forms for name, forms in inside.changes.items() if name not in frozen}).restore(tune)
+    if frozen:
+        tune.add("wholes", standing(frozen, tune.parts), RunServices(tune, "wholes", now), {})
     if beside is not None:
         tune.add("delta", beside, RunServices(tune, "delta", now), {})
 
@@ -183,12 +197,12 @@ def _attach_stored(tune: Tune, recipe: Recipe, path: Path) -> None:
         tune.add(slot, value, RunServices(tune, slot, now), {})
 
 
-def evaluate(model: str, recipe: Recipe, *, say: Say = silent) -> dict[str, SetResult]:
+def evaluate(model: str, recipe: Recipe, *, say: Say = silent, weights_only: bool = False) -> dict[str, SetResult]:
     """Measure a model or a run on the evaluation sets of a recipe."""
     sets = evaluation_sets(recipe)
     if not sets:
         raise LuthierError("the recipe has no evaluation sets", where="evaluate", mend="add `evaluate: {name: {rows: FILE}}`")
-    tune, tokenizer = open_model(model, out=recipe.out, say=say, precision=recipe.train.precision)
+    tune, tokenizer = open_model(model, out=recipe.out, say=say, precision=recipe.train.precision, weights_only=weights_only)
     return measure(tune, tokenizer, sets, say=say)
 
 
@@ -200,12 +214,20 @@ class Chat:
         max_new_tokens: longest answer.
         temperature: 0 for the most likely token, always.
         seed: of the draws when the temperature is above 0.
+        weights_only: of a run, without the prompts, prefixes and edits beside its weights.
     """
 
     def __init__(
-        self, model: str, *, say: Say = silent, max_new_tokens: int = 128, temperature: float = 0.0, seed: int = 0
+        self,
+        model: str,
+        *,
+        say: Say = silent,
+        max_new_tokens: int = 128,
+        temperature: float = 0.0,
+        seed: int = 0,
+        weights_only: bool = False,
     ) -> None:
-        self.tune, self.tokenizer = open_model(model, say=say)
+        self.tune, self.tokenizer = open_model(model, say=say, weights_only=weights_only)
         self.name, self.max_new_tokens, self.temperature, self.seed = model, max_new_tokens, temperature, seed
         self.turns: list[dict[str, str]] = []
         self._base: Tune | None = None
@@ -273,7 +295,14 @@ def evaluate_harness(
 
 
 def export(
-    name: str, target: Path, *, form: str = "model", weights: str = "auto", out: str = "runs", say: Say = silent
+    name: str,
+    target: Path,
+    *,
+    form: str = "model",
+    weights: str = "auto",
+    out: str = "runs",
+    say: Say = silent,
+    weights_only: bool = False,
 ) -> dict[str, Any]:
     """Write a run's result for other tools.
 
@@ -283,6 +312,7 @@ def export(
         form: `model`, a plain Hugging Face folder with everything merged, `gguf`, one file of the same, or `peft`, a
             folder with an adapter.
         weights: the type of a GGUF file's matrices: f32, f16, bf16, q8_0 or auto, which keeps the model's.
+        weights_only: leave out prompts, prefixes and edits, which no other tool could hold.
 
     Raises:
         LuthierError: the target exists, or the result cannot be held in this form.
@@ -293,13 +323,13 @@ def export(
         raise LuthierError(f"weights `{weights}` are for GGUF files", where="--weights", mend="leave it out, or use --as gguf")
     run = read_run(name, out)
     if form == "model":
-        tune, tokenizer = open_run(run, say=say, merged=False)
+        tune, tokenizer = open_run(run, say=say, merged=False, weights_only=weights_only)
         return {"folder": str(target), "as": form, **export_model(tune, tokenizer, target)}
     if form == "gguf":
-        tune, tokenizer = open_run(run, say=say, merged=False)
+        tune, tokenizer = open_run(run, say=say, merged=False, weights_only=weights_only)
         return {"file": str(target), "as": form, **export_gguf(tune, tokenizer, target, weights=weights)}
     if form == "peft":
-        tune, _ = open_run(run, say=say, merged=False)
+        tune, _ = open_run(run, say=say, merged=False, weights_only=weights_only)
         return {
             "folder": str(target),
             "as": form,
@@ -382,8 +412,10 @@ def _beside_base(run: Run, base: str, out: str, say: Say) -> tuple[PreTrainedMod
     else:
         source = resolve(recipe.model, revision=recipe.revision, trust_remote_code=recipe.trust_remote_code, say=say)
     delta = Delta.load(run.folder / "delta.safetensors")
-    model = load_model(source, dtype=next((one for one in TYPES.values() if in_words([one]) == delta.base.dtype), torch.float32))
+    dtype = next((one for one in TYPES.values() if in_words([one]) == delta.base.dtype), torch.float32)
+    model = load_model(source, dtype=dtype, quantize=recipe.quantize)
     if fingerprint(model) == delta.base.fingerprint:
+        expand(model, dtype)
         return model, delta
     if base:
         return None
@@ -397,7 +429,15 @@ def _beside_base(run: Run, base: str, out: str, say: Say) -> tuple[PreTrainedMod
 def _whole_model(name: str, out: str, precision: str, say: Say) -> PreTrainedModel:
     """A model, or a run's model with its delta in the weights."""
     if is_run(name, out):
-        return cast(PreTrainedModel, open_run(read_run(name, out), say=say)[0].model)
+        run = read_run(name, out)
+        recipe = _recipe_of(run)
+        if recipe.quantize == "none":
+            return cast(PreTrainedModel, open_run(run, say=say)[0].model)
+        _, model, _ = _load_base(recipe, say)
+        # Quantized weights take no change, dense ones of the same numbers do.
+        expand(model, model.dtype)
+        Delta.load(run.folder / "delta.safetensors").apply(model, force=True)
+        return model
     return load_model(resolve(name, say=say), dtype=pick(precision, torch.device("cpu"))[0])
 
 

@@ -10,6 +10,7 @@ import typer
 from luthier.cli.knowledge import lab, papers, techniques
 from luthier.cli.results import chat, compare, evaluate, export, probe, runs
 from luthier.cli.rows import rows_look, rows_score, rows_select, rows_world
+from luthier.cli.sweep import sweep
 from luthier.cli.training import plan, train
 
 app = typer.Typer(
@@ -27,6 +28,7 @@ app.add_typer(rows_app, name="rows")
 COMMANDS: dict[str, Callable[..., None]] = {
     "train": train,
     "plan": plan,
+    "sweep": sweep,
     "eval": evaluate,
     "chat": chat,
     "runs": runs,

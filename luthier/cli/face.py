@@ -32,6 +32,9 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, only th
 Out = Annotated[str, typer.Option(help="The folder that holds the run folders.")]
 World = Annotated[bool, typer.Option("--world", help="Also measure the small world's skills, as what should be kept.")]
 Skills = Annotated[str, typer.Option(help="With --world: only these skills, with commas between.")]
+WeightsOnly = Annotated[
+    bool, typer.Option("--weights-only", help="Of a run, the tuned weights without prompts, prefixes and edits beside them.")
+]
 Items = Annotated[int | None, typer.Option("--count", help="With --world: items of each skill; 50 in a run, else 100.", min=1)]
 
 

@@ -16,6 +16,7 @@ from luthier.cli.face import (
     Overrides,
     Quiet,
     Skills,
+    WeightsOnly,
     face,
     out,
 )
@@ -33,6 +34,7 @@ def evaluate(
     skills: Skills = "",
     count: Items = None,
     page: Annotated[Path | None, typer.Option(help="With --world: also write an HTML page with a radar chart.")] = None,
+    weights_only: WeightsOnly = False,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -51,7 +53,7 @@ def evaluate(
             from luthier.lab.profile_page import profile_table, write_profile
             from luthier.lab.world_sets import named
 
-            profiled = profile(model, skills=named(skills), count=count or COUNT, say=speak.say)
+            profiled = profile(model, skills=named(skills), count=count or COUNT, say=speak.say, weights_only=weights_only)
             if page is not None:
                 speak.say(f"page: {write_profile(profiled, page)}")
             speak.show(profiled, lambda: profile_table(profiled))
@@ -59,12 +61,14 @@ def evaluate(
         if skills or count is not None or page is not None:
             raise LuthierError("--skills, --count and --page are of the small world", where="luthier eval", mend="add --world")
         if tasks:
+            if weights_only:
+                raise LuthierError("--weights-only does not go with --harness", where="luthier eval", mend="leave one of them out")
             found = evaluate_harness(model, [one.strip() for one in tasks.split(",")], tasks_folder, limit=limit, say=speak.say)
             speak.show({"model": model, **plain_scores(found)}, lambda: scored(found))
             return
         if recipe is None:
             raise LuthierError("a recipe is missing", where="luthier eval", mend="give a recipe, --harness TASKS or --world")
-        results = run_evaluation(model, read_recipe(recipe, overrides or []), say=speak.say)
+        results = run_evaluation(model, read_recipe(recipe, overrides or []), say=speak.say, weights_only=weights_only)
         speak.show(
             {"model": model, "metrics": {name: one.as_json() for name, one in results.items()}},
             lambda: measured(results),
@@ -77,13 +81,14 @@ def chat(
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 128,
     temperature: Annotated[float, typer.Option(help="0: always the most likely token.")] = 0.0,
     base: Annotated[bool, typer.Option("--base", help="Show the base's answer beside it (for a run).")] = False,
+    weights_only: WeightsOnly = False,
     as_json: Json = False,
 ) -> None:
     """Talk to a model or a run."""
     with face(as_json, quiet=as_json) as speak:
         from luthier.use import Chat
 
-        talk = Chat(model, say=speak.say, max_new_tokens=max_new_tokens, temperature=temperature)
+        talk = Chat(model, say=speak.say, max_new_tokens=max_new_tokens, temperature=temperature, weights_only=weights_only)
         if prompt is not None or as_json:
             if prompt is None:
                 raise LuthierError("a question is missing", where="luthier chat --json", mend="give --prompt")
@@ -185,11 +190,12 @@ def export(
     ] = "model",
     weights: Annotated[str, typer.Option(help="Of a GGUF file: f32, f16, bf16, q8_0, or auto for the model's.")] = "auto",
     folder: Out = "runs",
+    weights_only: WeightsOnly = False,
     as_json: Json = False,
 ) -> None:
     """Write a run's result for other tools, and check that it reads back the same."""
     with face(as_json, quiet=as_json) as speak:
         from luthier.use import export as run_export
 
-        facts = run_export(run, target, form=form, weights=weights, out=folder, say=speak.say)
+        facts = run_export(run, target, form=form, weights=weights, out=folder, say=speak.say, weights_only=weights_only)
         speak.show(facts, lambda: "\n".join(f"{key:<24}{escape(str(value))}" for key, value in facts.items()))

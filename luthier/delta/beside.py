@@ -7,11 +7,15 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from luthier.delta.forms import Dense, Form, LowRank
 from luthier.delta.sources import live, ties, untie
 from luthier.errors import LuthierError
+from luthier.kinds import Additive, Place, Services, Tensors
 from luthier.models.fingerprint import fingerprint
+from luthier.models.parts import Parts
+from luthier.models.quantized import refuse_change, shape_of
 
 if TYPE_CHECKING:
     from luthier.tune import Tune
@@ -89,7 +93,7 @@ def _additions(tune: Tune) -> list[Addition]:
 def _form(tune: Tune, one: Addition) -> Form:
     assert one.place is not None
     place, tensors = one.place, one.masters()
-    shape = tune.model.get_parameter(place.parameter).shape
+    shape = shape_of(tune.model, place.parameter)
     transposed = place.module in tune.parts.transposed
     if one.value.pair is not None:
         down, up = (tensors[key].cpu().clone() for key in one.value.pair)
@@ -101,6 +105,24 @@ def _form(tune: Tune, one: Addition) -> Form:
     spread = delta_OI.new_zeros(shape)
     (spread.t() if transposed else spread)[place.start : place.stop] = delta_OI
     return Dense(spread)
+
+
+def standing(changes: Mapping[str, Sequence[Form]], parts: Parts) -> Additive:
+    """Changes of matrices, as wholes, as a technique that stands beside weights that cannot take them."""
+
+    def start(place: Place, weight_OI: Tensor, services: Services) -> Tensors:
+        change = torch.zeros_like(weight_OI)
+        for form in changes.get(place.parameter, ()):
+            spread = form.spread().to(change.device)
+            change += (spread.t() if place.module in parts.transposed else spread)[place.start : place.stop]
+        return {"change": change}
+
+    return Additive(
+        start=start,
+        apply=lambda tensors, x: functional.linear(x, tensors["change"]),
+        delta=lambda tensors: tensors["change"],
+        roles=tuple(dict.fromkeys(place.role for place in parts.places if place.parameter in changes)),
+    )
 
 
 def restore(tune: Tune, changes: Mapping[str, Sequence[Form]]) -> None:
@@ -117,6 +139,8 @@ def restore(tune: Tune, changes: Mapping[str, Sequence[Form]]) -> None:
             where=inside.name,
             mend="attach it after restoring",
         )
+    written = [name for name, forms in changes.items() if not all(isinstance(form, LowRank) for form in forms)]
+    refuse_change(tune.model, written, "the delta changes single numbers of a weight", "apply it to the base without quantization")
     free = _additions(tune)
     taken: list[tuple[Addition, LowRank]] = []
     for name, forms in changes.items():

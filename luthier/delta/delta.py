@@ -21,6 +21,7 @@ from luthier.errors import LuthierError, nearest
 from luthier.kinds import Place
 from luthier.models.fingerprint import fingerprint as fingerprint_of
 from luthier.models.parts import Parts
+from luthier.models.quantized import quantized, refuse_change
 
 if TYPE_CHECKING:
     from luthier.tune import Tune
@@ -123,7 +124,9 @@ class Delta:
         for one, forms in beside.forms_beside(tune).items():
             # What changed a tied tensor changed it under every name.
             changes[one] = (*inside.changes.get(beside.first_name(tune, one), ()), *forms)
-        return cls(changes, inside.base._replace(dtype=in_words(one.dtype for one in live(tune.model).values())))
+        codes = {f"{module}.{tensor}" for module in quantized(tune.model) for tensor in ("codes", "scales")}
+        types = in_words(one.dtype for name, one in live(tune.model).items() if name not in codes)
+        return cls(changes, inside.base._replace(dtype=types))
 
     @classmethod
     def load(cls, path: str | Path) -> Delta:
@@ -174,7 +177,7 @@ class Delta:
         """
         if not force:
             self._check_base(model)
-        self._check_shapes(model)
+        self._check_writable(model)
         for name in ties(model):
             if name in self.changes:
                 untie(model, name)
@@ -186,7 +189,7 @@ class Delta:
         Raises:
             LuthierError: the model lacks a changed parameter or has it in another shape; nothing was changed.
         """
-        self._check_shapes(model)
+        self._check_writable(model)
         self._add_to(model, -1)
 
     @contextmanager
@@ -196,7 +199,7 @@ class Delta:
         Raises:
             LuthierError: as `remove`.
         """
-        self._check_shapes(model)
+        self._check_writable(model)
         weights = live(model)
         tuned = {name: weights[name].clone() for name in self}
         self._add_to(model, -1)
@@ -305,15 +308,20 @@ class Delta:
                 mend=f"load {self.base.name or 'the base'} in {self.base.dtype or 'its type'}, or force it knowingly",
             )
 
+    def _check_writable(self, model: nn.Module) -> None:
+        self._check_shapes(model)
+        refuse_change(model, self, "the delta changes the model's own weights", "restore it into a tune, where it stands beside them")
+
     def _check_shapes(self, model: nn.Module) -> None:
-        weights = live(model)
+        shapes = {name: values.shape for name, values in live(model).items()}
+        shapes |= {f"{module}.weight": linear.shape for module, linear in quantized(model).items()}
         for name, forms in self.changes.items():
-            if name not in weights:
-                mend = nearest(name, weights) or "use the architecture the delta was made with"
+            if name not in shapes:
+                mend = nearest(name, shapes) or "use the architecture the delta was made with"
                 raise LuthierError("the model lacks a parameter that the delta changes", where=name, mend=mend)
-            if any(form.shape != weights[name].shape for form in forms):
+            if any(form.shape != shapes[name] for form in forms):
                 raise LuthierError(
-                    f"the model has shape {tuple(weights[name].shape)} where the delta has {tuple(forms[0].shape)}",
+                    f"the model has shape {tuple(shapes[name])} where the delta has {tuple(forms[0].shape)}",
                     where=name,
                     mend="use the base the delta was made with",
                 )

@@ -12,6 +12,7 @@ from luthier.delta.delta import Delta, places_of
 from luthier.delta.sources import live
 from luthier.kinds import Place
 from luthier.models.parts import Parts
+from luthier.models.quantized import quantized
 
 
 def summary(delta: Delta, parts: Parts, base: nn.Module) -> dict[str, Any]:
@@ -31,13 +32,15 @@ def summary(delta: Delta, parts: Parts, base: nn.Module) -> dict[str, Any]:
         LuthierError: the delta changes a parameter that the map does not know.
     """
     weights = live(base)
+    held = {f"{module}.weight": linear for module, linear in quantized(base).items()}
     names = list(dict.fromkeys(place.parameter for place in parts.places))
     names += [name for name in delta if name not in names]
     sums: dict[tuple[int | None, str], Tensor] = {}
     for name in names:
         change = delta.spread(name) if name in delta.changes else None
         for place in places_of(name, parts):
-            values = _outputs(weights[name], place, parts)
+            # One weight at a time is there in full.
+            values = held[name].dequantized()[place.start : place.stop] if name in held else _outputs(weights[name], place, parts)
             # Squared change, squared base, numbers, changed numbers: summed over the places of a role in a block.
             found = torch.tensor([0.0, _squares(values), values.numel(), 0.0], dtype=torch.float64)
             if change is not None:

@@ -61,7 +61,7 @@ class Place(NamedTuple):
     @property
     def parameter(self) -> str:
         """Dotted name of the parameter."""
-        return f"{self.module}.{self.tensor}" if self.module else self.tensor
+        return ".".join(part for part in (self.module, self.tensor) if part)
 
     def __str__(self) -> str:
         return self.parameter if self.start is None else f"{self.parameter}[{self.start}:{self.stop}]"

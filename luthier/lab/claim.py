@@ -100,6 +100,8 @@ class Claim(NamedTuple):
     """Learning rates to choose from. A stage that names its own `train.learning_rate` keeps it."""
     choose_stages: int = 1
     """How many stages are run to judge a learning rate."""
+    apart: bool = False
+    """Every stage starts from the claim's model instead of the one before: for changes that are put together afterwards."""
     model: str = "workshop"
     floor: Mapping[str, float] = MappingProxyType({})
     """Measures and the least mean the baseline must reach: an experiment whose baseline did not learn can neither support nor refute."""

@@ -89,12 +89,12 @@ def full_recipe(recipe: Recipe, device: str, **keys: Any) -> Recipe:
     return {**recipe, "train": {**(recipe.get("train") or {}), "threads": 1, "device": device}, **keys}
 
 
-def chain_keys(recipes: Sequence[Recipe], start: str, device: str) -> tuple[str, ...]:
+def chain_keys(recipes: Sequence[Recipe], start: str, device: str, apart: bool = False) -> tuple[str, ...]:
     """Names a chain's stages, each by its recipe and by what it starts from."""
     keys: list[str] = []
     for recipe in recipes:
         made = make_recipe(full_recipe(recipe, device, model="stage"), where="a stage's recipe")
-        keys.append(stage_key(made, keys[-1] if keys else start, device))
+        keys.append(stage_key(made, keys[-1] if keys and not apart else start, device))
     return tuple(keys)
 
 
@@ -147,7 +147,8 @@ def _train_stage(job: Job) -> None:
     with _alone(place.parent):
         if read(place) is not None:
             return
-        model = job.setting.model if job.number == 0 else _merged_model(root, job.keys[job.number - 1])
+        first = job.number == 0 or claims.find(job.claim).apart
+        model = job.setting.model if first else _merged_model(root, job.keys[job.number - 1])
         if model is None:
             keep(place, {"diverged": "the stage before broke off"})
             return

@@ -29,7 +29,7 @@ def workers(count: int) -> Iterator[RunAll]:
     with _environment(_ENVIRONMENT), ProcessPoolExecutor(count, get_context("spawn"), _begin) as pool:
 
         def submit(do: Do, jobs: Iterable[Job]) -> set[Future[LuthierError | None]]:
-            with _without_interrupts():
+            with without_interrupts():
                 return {pool.submit(do, job) for job in jobs}
 
         def run_all(do: Do, jobs: Sequence[Job]) -> Iterator[LuthierError | None]:
@@ -66,7 +66,7 @@ def _begin() -> None:
 
 
 @contextmanager
-def _without_interrupts() -> Iterator[None]:
+def without_interrupts() -> Iterator[None]:
     """Holds interrupts back inside the block, and from the processes that begin in it for as long as they live.
 
     An interrupt reaches every process of a terminal; the one that began the others ends them. Training sets a handler of its own, so

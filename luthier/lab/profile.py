@@ -36,6 +36,7 @@ def profile(
     seed: int = 0,
     out: str = "runs",
     say: Say = silent,
+    weights_only: bool = False,
 ) -> dict[str, Any]:
     """Measure a model, or a run and its base, on skills of the small world.
 
@@ -46,6 +47,7 @@ def profile(
         seed: of the items; the same one gives every model the same items.
         out: the folder that holds the run folders.
         say: hears what is being done.
+        weights_only: of a run, without the prompts, prefixes and edits beside its weights.
 
     Returns:
         Plain facts: `model`, `luthier`, `count`, `seed`, `compares` (whether there is a base to compare with), and `skills` by name:
@@ -56,7 +58,7 @@ def profile(
         LuthierError: there is no such model, run or skill, or no skill could be measured.
     """
     sets = sets_of(skills, count=count, seed=seed)
-    tune, tokenizer = open_model(model, out=out, say=say)
+    tune, tokenizer = open_model(model, out=out, say=say, weights_only=weights_only)
     after, before = _measure_each(tune, tokenizer, sets, say), None
     if is_run(model, out):
         # Changes in place cannot be taken back: the base is loaded anew, and only now, so that one model is held.

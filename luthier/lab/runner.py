@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from luthier.errors import LuthierError
 from luthier.lab.cache import read
-from luthier.lab.claim import CHOOSING_SEED, Arm, Claim, Setting
+from luthier.lab.claim import CHOOSING_SEED, Arm, Claim, Recipe, Setting
 from luthier.lab.jobs import (
     SCORE,
     Do,
@@ -126,7 +126,10 @@ class Work:
         """One repetition, or its first stages."""
         setting = Setting(self.model, seed)
         recipes = arm_recipes(arm, rate, setting, self.bases(setting)[:stages])
-        return Chain(arm, rate, setting, chain_keys(recipes, self.start, self.lab.device), content_of(recipes))
+        return Chain(arm, rate, setting, self._keys(recipes), content_of(recipes))
+
+    def _keys(self, recipes: Sequence[Recipe]) -> tuple[str, ...]:
+        return chain_keys(recipes, self.start, self.lab.device, self.claim.apart)
 
     def ask(self, chains: Sequence[Chain], question: Question) -> list[Mapping[str, float | None]]:
         """Train what has not been trained, stage by stage, and put a question to each chain. Empty answers: training broke off."""

@@ -16,6 +16,9 @@ from luthier.use import open_run
 
 TAUGHT = ("facts", "boxes", "copy", "reverse", "case", "sentiment", "topic", "refusals", "translate")
 """What the built-in models answer rightly in four of five cases or more: what a fine-tune should leave alone."""
+NEW_LANGUAGE = "second_language"
+FASTER = (1e-3, 3e-3, 1e-2)
+"""What trains less takes larger steps: these techniques' grid is that of full fine-tuning, moved up by one."""
 BATCH_TOKENS = 512
 """Tokens of a step: the built-in models learn from many small steps."""
 ITEMS = 60
@@ -33,6 +36,11 @@ def teach(skill: str, setting: Setting, *, count: int, epochs: float, **options:
         options: difficulty and noise, as for `luthier.lab.world.rows`.
     """
     return stage(world.rows(skill, "train", count, seed=setting.seed, **options), epochs)
+
+
+def new_language(setting: Setting) -> list[Recipe]:
+    """The stage that most claims about tuning share: known facts, asked for in a language that is new."""
+    return [teach(NEW_LANGUAGE, setting, count=600, epochs=10)]
 
 
 def stage(rows: Sequence[dict[str, Any]], epochs: float) -> Recipe:
@@ -54,6 +62,16 @@ def accuracies(
     tune, tokenizer = open_run(run)
     found = measure(tune, tokenizer, sets_of(skills, split=split, count=count, difficulty=difficulty))
     return {name: result.value for name, result in found.items()}
+
+
+def learnt_and_kept(finished: Finished) -> dict[str, float]:
+    """The new skill, the old ones, and how many numbers trained for it."""
+    run = finished.runs[0]
+    return {
+        "learnt": mean(run, [NEW_LANGUAGE]),
+        "kept": mean(run, TAUGHT),
+        "trained numbers": float(run.facts["trained_numbers"]),
+    }
 
 
 def mean(run: Run, skills: Sequence[str], *, split: Split = "held_back", count: int = ITEMS, difficulty: int = 1) -> float:

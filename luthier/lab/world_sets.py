@@ -63,7 +63,7 @@ def with_world(recipe: Recipe, *, skills: Sequence[str] | None = None, count: in
         LuthierError: there is no such skill, or the files cannot be written.
     """
     sets = world.sets(skills, count=count, side="kept")
-    added = {WORLD + name: EvaluationSet(**{**one, "rows": str(_stored(name, one["rows"]))}) for name, one in sets.items()}
+    added = {WORLD + name: EvaluationSet(**{**one, "rows": str(stored(name, one["rows"]))}) for name, one in sets.items()}
     return recipe.model_copy(update={"evaluate": {**recipe.evaluate, **added}})
 
 
@@ -91,7 +91,7 @@ def write_rows(skill: str, path: Path, *, split: str, count: int, seed: int = 0,
     return {"file": str(path), "skill": skill, "split": split, "rows": len(rows), "seed": seed, "difficulty": difficulty}
 
 
-def _stored(name: str, rows: Sequence[Mapping[str, Any]]) -> Path:
+def stored(name: str, rows: Sequence[Mapping[str, Any]]) -> Path:
     """The file that holds rows, named by what it holds."""
     lines = _lines(rows)
     path = cache_folder() / "world" / f"{name}-{len(rows)}-{hashlib.sha256(lines).hexdigest()[:12]}.jsonl"

@@ -17,6 +17,8 @@ from luthier.models.folder import check_folder, has_tokenizer
 from luthier.models.hub import HubUnavailableError, cached_snapshot, fetch_snapshot
 from luthier.models.known import KNOWN, Kind, KnownModel
 from luthier.models.packaged import BUILT, PACKAGED, folder_of
+from luthier.models.parts import map_parts
+from luthier.models.quantized import quantize as quantize_blocks
 from luthier.models.quiet import quiet
 from luthier.models.tiny import ARCHITECTURES, tiny, tiny_kind, tiny_tokenizer
 from luthier.models.weights import load_weights
@@ -96,6 +98,7 @@ def load_model(
     dtype: torch.dtype = torch.float32,
     trust_remote_code: bool = False,
     revision: str | None = None,
+    quantize: str = "none",
     say: Say = _silent,
 ) -> PreTrainedModel:
     """The model of a source or a name, on the CPU, in evaluation mode; an encoder comes without a head.
@@ -105,12 +108,19 @@ def load_model(
         dtype: of the weights; float32, because trained weights need its small steps.
         trust_remote_code: as for `resolve`.
         revision: as for `resolve`.
+        quantize: hold the linear maps in the blocks in few bits: int8, nf4, or none of this.
         say: is told what takes time, and which weights of a checkpoint have no place in the model.
 
     Raises:
         LuthierError: as `resolve`; or weights of the model are missing, which would leave them random.
     """
-    source = _settled(source, revision, trust_remote_code, say)
+    model = _read(_settled(source, revision, trust_remote_code, say), dtype, say)
+    if quantize != "none":
+        quantize_blocks(model, map_parts(model), quantize)
+    return model
+
+
+def _read(source: ModelSource, dtype: torch.dtype, say: Say) -> PreTrainedModel:
     if source.path is None:
         return tiny(source.name.removeprefix(_TINY), dtype=dtype)
     if source.path.is_file():

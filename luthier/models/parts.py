@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from luthier.errors import LuthierError
 from luthier.kinds import Place
+from luthier.models.quantized import QuantizedLinear, named_weights, shape_of
 from luthier.models.roles import FUSED_ROWS, GROUPS, ROLES, expand_roles, role_in_block, role_outside
 
 __all__ = ["GROUPS", "ROLES", "Parts", "expand_roles", "map_parts"]
@@ -169,7 +170,7 @@ def map_parts(model: nn.Module) -> Parts:
         head=_name_of(model, transformer.get_output_embeddings()),
         embedding=embedding,
         causal=bool(transformer.can_generate()),
-        transposed=frozenset(name for name, module in model.named_modules() if isinstance(module, Conv1D)),
+        transposed=frozenset(name for name, module in model.named_modules() if _is_transposed(module)),
     )
     names, ties = _distinct_parameters(model, embedding)
     whole = _assign_roles(model, parts, names)
@@ -228,8 +229,8 @@ def _find_blocks(model: nn.Module, count: int) -> tuple[str, ...]:
 def _distinct_parameters(model: nn.Module, embedding: str) -> tuple[list[str], dict[str, str]]:
     """Every parameter's name once, and what the further names of shared parameters are tied to."""
     shared: defaultdict[int, list[str]] = defaultdict(list)
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        shared[id(parameter)].append(name)
+    for name, weight in named_weights(model):
+        shared[id(weight)].append(name)
     names, ties = [], {}
     for group in shared.values():
         first = next((name for name in group if name == f"{embedding}.weight"), group[0])
@@ -260,7 +261,7 @@ def _assign_roles(model: nn.Module, parts: Parts, names: list[str]) -> list[Plac
         inside = [name for name in names if block_of[name] == block]
         has_mlp = any(roles[name] in (*GROUPS["mlp"], "expert") for name in inside)
         roles.update(_roles_by_shape(model, [name for name in inside if roles[name] is None], parts.width, has_mlp))
-    unknown = [f"{name} {tuple(model.get_parameter(name).shape)}" for name in names if roles[name] is None]
+    unknown = [f"{name} {tuple(shape_of(model, name))}" for name in names if roles[name] is None]
     if unknown:
         raise _refusal(model, f"{len(unknown)} parameters have no known role:", unknown[:20])
     places = []
@@ -289,7 +290,7 @@ def _roles_by_shape(model: nn.Module, names: list[str], width: int, has_mlp: boo
     """
     owners = {name: model.get_submodule(name.rpartition(".")[0]) for name in names}
     roles = {name: "other_norm" for name, module in owners.items() if "norm" in type(module).__name__.lower()}
-    linears = list(dict.fromkeys(module for module in owners.values() if isinstance(module, nn.Linear)))
+    linears = list(dict.fromkeys(module for module in owners.values() if isinstance(module, nn.Linear | QuantizedLinear)))
     if has_mlp or len(linears) != 2:
         return roles
     up, down = sorted(linears, key=lambda linear: linear.out_features, reverse=True)
@@ -297,6 +298,10 @@ def _roles_by_shape(model: nn.Module, names: list[str], width: int, has_mlp: boo
         mlp: dict[nn.Module, str] = {up: "mlp_up", down: "mlp_down"}
         roles |= {name: mlp[module] for name, module in owners.items() if module in mlp}
     return roles
+
+
+def _is_transposed(module: nn.Module) -> bool:
+    return isinstance(module, Conv1D) or (isinstance(module, QuantizedLinear) and module.transposed)
 
 
 def _output_rows(model: nn.Module, place: Place) -> int:

@@ -8,10 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from luthier import logprobs
 from luthier.errors import LuthierError
 from luthier.kinds import Batch, Place
+from luthier.models.quantized import QuantizedLinear, holder
 from luthier.training.forward import hidden
 from luthier.tune import Tune
 
@@ -65,57 +67,94 @@ def gradients(
         nll: negative log-likelihood of labels [N] under the head, for hidden states [N, D].
 
     Raises:
-        LuthierError: the rows have no target, the model is spread, or its weights are quantized.
+        LuthierError: the rows have no target, or the model is spread.
     """
     _refuse_spread(tune)
     targets = sum(batch.supervised for batch in batches)
     if not targets:
         raise LuthierError("the rows for calibration have no targets", mend="use rows with answers")
     names = list(dict.fromkeys(place.parameter for place in places))
-    values = {name: tune.model.get_parameter(name) for name in names}
-    fixed = next((name for name, one in values.items() if not one.is_floating_point()), None)
-    if fixed is not None:
-        raise LuthierError("quantized weights have no gradient", where=fixed, mend="load the model without quantization")
-    trains = {name: one.requires_grad for name, one in values.items()}
     sums: dict[str, Tensor] = {}
-    try:
-        for one in values.values():
-            one.requires_grad_(True)
-        with quiet(tune.model), _moved(tune, moved):
+    with _beside(tune, {*names, *(place.parameter for place in moved)}) as beside:
+        values = [beside[name] if name in beside else tune.model.get_parameter(name) for name in names]
+        with _wanting(values), quiet(tune.model), _moved(tune, moved, beside):
             for batch in batches:
                 where = logprobs.targets(batch)
                 states_ND = hidden(tune, batch).at(where.row_N, where.source_N)
                 loss = nll(states_ND, where.label_N).sum() / targets
                 # Not `backward`: gradients of the run's own numbers must not arrive there.
-                found = torch.autograd.grad(loss, list(values.values()), allow_unused=True)
+                found = torch.autograd.grad(loss, values, allow_unused=True)
                 for name, gradient in zip(names, found, strict=True):
                     if gradient is not None:
                         wide = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
                         sums[name] = sums[name] + wide if name in sums else wide
-    finally:
-        for name, one in values.items():
-            one.requires_grad_(trains[name])
     return {place: _of_place(tune, place, sums.get(place.parameter)) for place in places}
+
+
+@contextmanager
+def _wanting(values: Sequence[Tensor]) -> Iterator[None]:
+    """Let autograd follow some tensors."""
+    trains = [one.requires_grad for one in values]
+    try:
+        for one in values:
+            one.requires_grad_(True)
+        yield
+    finally:
+        for one, before in zip(values, trains, strict=True):
+            one.requires_grad_(before)
+
+
+@contextmanager
+def _beside(tune: Tune, names: set[str]) -> Iterator[dict[str, Tensor]]:
+    """A change of zero beside each quantized weight among the parameters, stored as the weight would be.
+
+    It has the gradient that the weight would have, and takes the changes that the weight cannot.
+    """
+    held = {name: found for name in names if (found := holder(tune.model, name)) is not None}
+    like = next(tune.model.parameters())
+    changes = {name: torch.zeros(one.shape, dtype=like.dtype, device=like.device) for name, one in held.items()}
+    # The change is of the weight: whatever edits the output comes after it.
+    handles = [held[name].register_forward_hook(_adding(change), prepend=True) for name, change in changes.items()]
+    try:
+        yield changes
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _adding(change: Tensor) -> Callable[[QuantizedLinear, tuple[Tensor, ...], Tensor], Tensor]:
+    def add(module: QuantizedLinear, arguments: tuple[Tensor, ...], y: Tensor) -> Tensor:
+        return y + functional.linear(arguments[0], change.t() if module.transposed else change)
+
+    return add
 
 
 def _of_place(tune: Tune, place: Place, gradient: Tensor | None) -> Tensor:
     if gradient is None:
         raise LuthierError("no gradient reaches this place", where=str(place), mend="leave this role out")
-    turned = gradient.t() if place.module in tune.parts.transposed and gradient.ndim == 2 else gradient
+    return _turned(tune, place, gradient)
+
+
+def _turned(tune: Tune, place: Place, values: Tensor) -> Tensor:
+    turned = values.t() if place.module in tune.parts.transposed and values.ndim == 2 else values
     return turned[place.start : place.stop]
 
 
 @contextmanager
-def _moved(tune: Tune, moved: Mapping[Place, Tensor]) -> Iterator[None]:
-    before = {place: tune.region(place).clone() for place in moved}
+def _moved(tune: Tune, moved: Mapping[Place, Tensor], beside: Mapping[str, Tensor]) -> Iterator[None]:
+    regions = {
+        place: _turned(tune, place, beside[place.parameter].detach()) if place.parameter in beside else tune.region(place)
+        for place in moved
+    }
+    before = {place: values.clone() for place, values in regions.items()}
     try:
         for place, change in moved.items():
-            values = tune.region(place)
+            values = regions[place]
             values.copy_(values.to(torch.promote_types(values.dtype, change.dtype)) + change)
         yield
     finally:
         for place, values in before.items():
-            tune.region(place).copy_(values)
+            regions[place].copy_(values)
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from luthier.errors import LuthierError
 from luthier.kinds import Additive, Form, HiddenEdit, Place, Prefix, Prompt, Select, Selective, Services, State, Tensors
 from luthier.models.attention import use_context
+from luthier.models.quantized import quantized, refuse_change, shape_of
 from luthier.models.roles import SUBLAYERS
 from luthier.models.sharding import whole
 from luthier.tune.sites import Addition, Edit, Own
@@ -25,6 +26,13 @@ Owned = TypeVar("Owned", bound=Own)
 
 def add_selective(tune: Tune, slot: str, value: Selective, services: Services, state: State) -> None:
     """Free the numbers a selection chooses."""
+    # Before anything is chosen: that can take gradients of all weights.
+    refuse_change(
+        tune.model,
+        (f"{name}.weight" for name in quantized(tune.model)),
+        f"`{slot}` trains the model's own weights",
+        "use lora or another technique that stands beside them, or quantize: none",
+    )
     chosen = value.choose(tune.parts, services)
     if not chosen:
         raise LuthierError(f"`{slot}` selects nothing to train", mend="widen its roles or its share")
@@ -119,7 +127,7 @@ def _taps(tune: Tune, place: Place, form: Form, index: Tensor | None) -> list[tu
     if isinstance(module, nn.Embedding):
         tied = [(name, spec) for name, source in tune.parts.ties.items() if source == place.module]
         return [(place.module, _embedding_spec(module, spec, place)), *tied]
-    if tune.model.get_parameter(place.parameter).ndim != 2:
+    if len(shape_of(tune.model, place.parameter)) != 2:
         raise LuthierError("only whole tensors train here", where=str(place), mend="select it `whole`")
     return [(place.module, spec)]
 
@@ -166,6 +174,13 @@ def _claim(tune: Tune, place: Place, form: Form, index: Tensor | None) -> Tensor
 def add_additive(tune: Tune, slot: str, value: Additive, services: Services, state: State) -> None:
     """Add deltas on linear maps."""
     places = _places(tune, value.roles, slot)
+    if value.subtract:
+        refuse_change(
+            tune.model,
+            (place.parameter for place in places),
+            f"`{slot}` takes its start out of the weights",
+            "use lora or another delta that starts at zero, or quantize: none",
+        )
     shared = None
     if value.shared is not None:
         shared = own(tune, Own(slot, None), value.shared(places, services), rates=value.rates)
@@ -236,14 +251,25 @@ def add_prompt(tune: Tune, slot: str, value: Prompt, services: Services) -> None
     """Stand trained embeddings before every row."""
     if tune.prompt_length:
         raise LuthierError(f"`{slot}` is a second prompt", mend="use one prompt technique")
-    table_VD = tune.model.get_parameter(f"{tune.parts.embedding}.weight").data
+    table_VD = _embedded(tune)
     length = value.length
     if value.labels is not None:
         tune.prompt_labels = value.labels(services).cpu()
         length = len(tune.prompt_labels)
     prompt = own(tune, Own(slot, None), value.start(table_VD, services), rates=value.rates, frozen=value.frozen)
+    for one in prompt.trained.values():
+        # Embeddings do not belong near zero.
+        one.decay = False
     tune.site(tune.parts.embedding).prompts.append((prompt, value))
     tune.prompt_length = length
+
+
+def _embedded(tune: Tune) -> Tensor:
+    """The embeddings [V, D] as rows meet them: some models scale their table."""
+    module = tune.model.get_submodule(tune.parts.embedding)
+    table_VD = tune.model.get_parameter(f"{tune.parts.embedding}.weight").data
+    scale = getattr(module, "embed_scale", None)
+    return table_VD if scale is None else table_VD * torch.as_tensor(scale).to(table_VD)
 
 
 def add_prefix(tune: Tune, slot: str, value: Prefix, services: Services) -> None:

@@ -198,6 +198,16 @@ def _set_form(one: Trained, form: Form, index: Tensor, start: Tensor) -> None:
     one.form, one.index, one.start, one.axis = form, index, start, int(form == "cols")
 
 
+def _select_again(tune: Tune, one: Trained, index: Tensor) -> None:
+    """Train the entries of a snapshot: a selection that was computed anew on another machine may have come out otherwise."""
+    assert one.place is not None
+    if one.index is None or torch.equal(index, one.index):
+        return
+    one.index = index
+    if one.start is not None:
+        one.start = read(tune.region(one.place), one.form, index).clone()
+
+
 def _make_whole(tune: Tune, one: Trained) -> None:
     """Train the whole of a tensor again, of which a part trains now; the part is back at its start already."""
     assert one.place is not None
@@ -261,10 +271,12 @@ def capture(tune: Tune) -> Tensors:
     values: Tensors = {}
     for name, one in tune.trained.items():
         values[f"master|{name}"] = one.master.detach().clone()
+        if one.index is not None:
+            values[f"index|{name}"] = one.index
         if one.changes and one.start is not None:
             values[f"form|{name}"] = torch.tensor(FORMS.index(one.form))
             if one.index is not None:
-                values[f"index|{name}"], values[f"start|{name}"] = one.index, one.start
+                values[f"start|{name}"] = one.start
     for owner in tune.owns:
         values.update({f"frozen|{owner.name}.{name}": tensor for name, tensor in owner.frozen.items()})
     values.update({f"live|{name}": tune.model.get_parameter(name).data.clone() for name in left_behind(tune)})
@@ -308,7 +320,9 @@ def put_back(tune: Tune, values: Tensors) -> None:
     for name, one in list(tune.trained.items()):
         master = values[f"master|{name}"].to(one.master.device)
         was = one.form
-        if f"index|{name}" in values:
+        if f"index|{name}" in values and not one.changes:
+            _select_again(tune, one, values[f"index|{name}"].to(master.device))
+        elif f"index|{name}" in values:
             index, start = (values[f"{what}|{name}"].to(master.device) for what in ("index", "start"))
             _set_form(one, FORMS[int(values[f"form|{name}"])], index, start)
         elif f"form|{name}" in values and was != "whole":

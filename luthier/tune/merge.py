@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from luthier.errors import LuthierError
 from luthier.kinds import Place
+from luthier.models.quantized import expand, put
 from luthier.tune.sites import Edit
 
 if TYPE_CHECKING:
@@ -18,12 +19,15 @@ if TYPE_CHECKING:
 def merge(tune: Tune) -> None:
     """Fold every delta and edit into the weights, computed in fp32.
 
+    Quantized weights become dense ones of the same numbers for as long: rounding the sum to codes again would lose most of a delta.
+
     Raises:
         LuthierError: already merged, or something here is no change of a weight (a prompt, a prefix, a non-linear edit).
     """
     if tune.merged is not None:
         raise LuthierError("the model is merged already", mend="call unmerge() first")
     refuse_unmergeable(tune)
+    tune.expanded = expand(tune.model, next(tune.model.parameters()).dtype)
     tune.merged = {}
     try:
         _fold_all(tune)
@@ -117,7 +121,9 @@ def _beyond_weight(module: nn.Module, weight: Tensor) -> float:
 
 def _remember(tune: Tune, name: str) -> None:
     assert tune.merged is not None
-    if name not in tune.merged:
+    # What stands for a quantized weight is dropped afterwards.
+    stands_in = name.endswith(".weight") and name.removesuffix(".weight") in tune.expanded
+    if name not in tune.merged and not stands_in:
         tune.merged[name] = tune.model.get_parameter(name).data.clone()
 
 
@@ -128,4 +134,5 @@ def unmerge(tune: Tune) -> None:
     values: Tensor
     for name, values in tune.merged.items():
         tune.model.get_parameter(name).data.copy_(values)
-    tune.merged = None
+    put(tune.model, tune.expanded)
+    tune.expanded, tune.merged = {}, None

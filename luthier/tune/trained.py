@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from luthier.errors import LuthierError
 from luthier.kinds import Form, Place, Select
+from luthier.models.quantized import holder
 from luthier.models.sharding import local
 
 
@@ -71,9 +72,13 @@ class Trained:
 
 
 def region(model: nn.Module, place: Place, transposed: frozenset[str]) -> Tensor:
-    """The live values at a place as a view: [O, I] for linears however they are stored, only this place's rows of a fused one."""
-    values = model.get_parameter(place.parameter).data
-    if place.module in transposed and values.ndim == 2:
+    """The live values at a place as a view: [O, I] for linears however they are stored, only this place's rows of a fused one.
+
+    Of a quantized weight it is a dequantized copy: writing to it changes nothing.
+    """
+    held = holder(model, place.parameter)
+    values = model.get_parameter(place.parameter).data if held is None else held.dequantized()
+    if held is None and place.module in transposed and values.ndim == 2:
         values = values.t()
     return values if place.start is None else values[place.start : place.stop]
 

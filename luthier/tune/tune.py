@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from luthier.kinds import Additive, Freezing, HiddenEdit, Now, Place, Prefix, Prompt, Seen, Selective, Services, State, Tensors
 from luthier.models.attention import Context
 from luthier.models.parts import Parts
+from luthier.models.quantized import QuantizedLinear
 from luthier.models.sharding import Root, put
 from luthier.tune import attach, base, change, merge
 from luthier.tune.sites import Own, Site
@@ -61,6 +62,8 @@ class Tune:
         changed them, or numbers that leave keep what they learnt."""
         self.merged: dict[str, Tensor] | None = None
         """Values before merging, by parameter name."""
+        self.expanded: dict[str, QuantizedLinear] = {}
+        """While merged, the quantized linear maps that dense ones stand for, by module."""
         self.snapshots: dict[str, dict[str, Tensor]] = {}
         self.observing: frozenset[tuple[str, Place]] = frozenset()
         self.dense: dict[tuple[str, Place], Tensor] = {}
@@ -113,7 +116,7 @@ class Tune:
         return module in self.sites
 
     def region(self, place: Place) -> Tensor:
-        """The live values at a place: a view, [O, I] for linear maps however they are stored."""
+        """The live values at a place: a view, [O, I] for linear maps however they are stored; of a quantized weight a copy."""
         return region(self.model, place, self.parts.transposed)
 
     def register(self, trained: Trained) -> None:

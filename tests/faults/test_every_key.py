@@ -14,6 +14,7 @@ import torch
 
 import luthier
 from luthier.errors import LuthierError
+from luthier.models.quantized import quantized
 from luthier.models.tiny import tiny, tiny_tokenizer
 from luthier.plan import Plan, make_plan
 from luthier.recipe import make_recipe, reference
@@ -149,6 +150,8 @@ DAMAGE: dict[str, Any] = {
 CASES: dict[str, Case] = {
     "name": trained(("first", "second"), lambda run: run.folder.name, ("first-1", "second-1")),
     "model": planned(("tiny:llama", "tiny:gpt2"), architecture, ("llama", "gpt2")),
+    "quantize": planned(("none", "int8", "nf4"), lambda plan: {one.scheme.bits for one in quantized(plan.model).values()},
+                        (set(), {8}, {4}), tune="lora"),
     "seed": trained((0, 1), weights, tune="lora"),
     "rows.train": planned((ROWS, ROWS[:2], [{"rows": ROWS[:1], "weight": 3.0}, {"rows": ROWS[1:], "weight": 1.0}]),
                           lambda plan: drawn(plan)[:3], (["door", "gate", "mill"], ["door", "gate"], ["door"] * 3)),

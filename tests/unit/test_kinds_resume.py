@@ -12,7 +12,8 @@ from torch import Tensor
 
 from luthier import registry
 from luthier.errors import LuthierError
-from luthier.kinds import TUNES, Now
+from luthier.kinds import TUNES, Now, Place, Select, Selective
+from luthier.registry import Part
 from luthier.training.checkpoint import FACTS, TENSORS, latest, prune, read, restore, save
 from tests.conftest import split
 from tests.toys.helpers import model_of, rows_of_eight, toys  # noqa: F401
@@ -148,3 +149,23 @@ def test_a_checkpoint_holds_tensors_and_plain_text_only(engine: Any, now: Now, t
     assert {path.name for path in (tmp_path / "one").iterdir()} == {FACTS, TENSORS}
     plain = json.loads((tmp_path / "one" / FACTS).read_text())["plain"]
     assert any(key.startswith("chain|clip|") for key in plain) and any(key.startswith("state|growing|") for key in plain)
+
+
+def test_a_selection_that_comes_out_otherwise_is_that_of_the_checkpoint(engine: Any, now: Now, tmp_path: Path) -> None:
+    """On another machine a ranking may fall otherwise: the numbers in a checkpoint belong to the entries that it names."""
+
+    def selecting(index: list[int]) -> Part:
+        def choose(parts: Any, services: Any) -> dict[Place, Select]:
+            return {parts.select(roles=["mlp_down"])[0]: Select("flat", torch.tensor(index), decay="start")}
+
+        return Part(name="some", kind="selective", options={}, values=(Selective(choose),))
+
+    run = build(engine, tune=[selecting([1, 5, 9])])
+    go(run, now, 0, 3)
+    folder = save(tmp_path / "step-3", run, {"step": 3})
+    again = build(engine, tune=[selecting([1, 6, 9])])
+    restore(folder, again)
+    assert_equal(everything(again), everything(run))
+    go(run, now, 3, 5)
+    go(again, now, 3, 5)
+    assert_equal(everything(again), everything(run))

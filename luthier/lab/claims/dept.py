@@ -1,0 +1,48 @@
+"""DePT (arXiv:2309.05173): a shorter prompt and a low-rank table for the price of a long prompt."""
+
+from __future__ import annotations
+
+from luthier.lab.claim import Arm, Claim, Expectation, Finished
+from luthier.lab.costs import seconds
+from luthier.lab.tasks import NEW_LANGUAGE, learnt_and_kept, new_language, validation
+
+PROMPTS = (1e-2, 3e-2, 1e-1)
+
+
+def measure(finished: Finished) -> dict[str, float]:
+    """What is learnt and kept, and what a step costs."""
+    return {
+        **learnt_and_kept(finished),
+        "seconds per 1000 tokens": seconds(finished.runs),
+    }
+
+
+CLAIM = Claim(
+    name="dept",
+    title="A short prompt and a low-rank table beat a long prompt, and are quicker",
+    papers=["2309.05173"],
+    rows=[40],
+    says="At as many trained numbers DePT matches or beats prompt tuning and saves 20 % of time and memory.",
+    stages=new_language,
+    arms=[
+        Arm("prompt tuning", {"tune": {"prompt_tuning": {"length": 40}}}, "40 virtual tokens", rates=PROMPTS),
+        Arm(
+            "dept",
+            {"tune": {"dept": {"length": 16, "rank": 20, "positions": 38}}},
+            "16 virtual tokens and a table of rank 20, as many numbers",
+            rates=PROMPTS,
+        ),
+        Arm("short prompt", {"tune": {"prompt_tuning": {"length": 16}}}, "control: 16 virtual tokens alone", rates=PROMPTS),
+    ],
+    expects=[
+        Expectation("learnt", "dept", "prompt tuning", "not_less", 0.05, "it learns as much"),
+        Expectation("learnt", "dept", "short prompt", "more", 0.0, "the table is what helps"),
+        Expectation("seconds per 1000 tokens", "dept", "prompt tuning", "less", 0.0, "its steps are quicker"),
+    ],
+    measure=measure,
+    choose=validation(NEW_LANGUAGE),
+    rates=PROMPTS,
+    floor={"learnt": 0.2},
+    minutes=10,
+    notes="The paper's prompts have 100 tokens and rows up to 256; rows here have about 15, so the prompt is most of what is computed.",
+)

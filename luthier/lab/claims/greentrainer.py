@@ -1,0 +1,37 @@
+"""GreenTrainer (arXiv:2309.13192): which tensors are worth their backward pass."""
+
+from __future__ import annotations
+
+from luthier.lab.claim import Arm, Claim, Expectation, Finished
+from luthier.lab.costs import backward_share
+from luthier.lab.tasks import NEW_LANGUAGE, learnt_and_kept, new_language, validation
+
+
+def measure(finished: Finished) -> dict[str, float]:
+    """What is learnt and kept, and operations of a step for each of the forward pass."""
+    return {**learnt_and_kept(finished), "operations per forward": 1 + backward_share(finished)}
+
+
+CLAIM = Claim(
+    name="greentrainer",
+    title="Half of the operations learn as much",
+    papers=["2309.13192"],
+    rows=[15],
+    says="Choosing tensors by importance and cost saves up to 64 % of the operations of fine-tuning without notable loss.",
+    stages=new_language,
+    arms=[
+        Arm("full", {"tune": {"full": {"roles": ["linear"]}}}, "every matrix of the blocks trains"),
+        Arm("greentrainer", {"tune": {"greentrainer": {"target": 0.5, "roles": ["linear"]}}}, "half of the operations"),
+        Arm("top blocks", {"tune": {"full": {"roles": ["linear"], "blocks": [4, 5]}}}, "control: the last two blocks of six"),
+    ],
+    expects=[
+        Expectation("learnt", "greentrainer", "full", "not_less", 0.05, "half of the operations learn as much"),
+        Expectation("operations per forward", "greentrainer", "full", "less", 1.0, "they are saved indeed"),
+        Expectation("learnt", "greentrainer", "top blocks", "more", 0.0, "choosing beats the last blocks"),
+    ],
+    measure=measure,
+    choose=validation(NEW_LANGUAGE),
+    floor={"learnt": 0.5},
+    minutes=14,
+    notes="Operations are counted on the first selection. The paper summarizes and writes abstracts with OPT and BLOOMZ.",
+)

@@ -1,0 +1,33 @@
+"""LIFT (arXiv:2506.00772): the largest entries of the low-rank part of a weight are the ones to train."""
+
+from __future__ import annotations
+
+from luthier.lab.claim import Arm, Claim, Expectation
+from luthier.lab.tasks import FASTER, NEW_LANGUAGE, learnt_and_kept, new_language, validation
+
+ENTRIES = {"lora_rank": 4, "every": 30}
+
+CLAIM = Claim(
+    name="lift",
+    title="Principal weights learn as much as all and keep more",
+    papers=["2506.00772"],
+    rows=[23],
+    says="Training the largest entries after rank reduction learns as much as full tuning, and keeps up to 20 % more than it and LoRA.",
+    stages=new_language,
+    arms=[
+        Arm("full", {"tune": {"full": {"roles": ["linear"]}}}, "every matrix of the blocks trains"),
+        Arm("lora", {"tune": {"lora": {"rank": 4}}}, "low rank, as many numbers as lift", rates=FASTER),
+        Arm("lift", {"tune": {"lift": {"rank": 8, **ENTRIES}}}, "the largest entries of the rank-8 part", rates=FASTER),
+    ],
+    expects=[
+        Expectation("learnt", "lift", "full", "not_less", 0.05, "lift learns as much as full"),
+        Expectation("learnt", "lift", "lora", "not_less", 0.05, "lift learns as much as LoRA"),
+        Expectation("kept", "lift", "full", "more", 0.02, "lift keeps more than full"),
+        Expectation("kept", "lift", "lora", "more", 0.02, "lift keeps more than LoRA"),
+    ],
+    measure=learnt_and_kept,
+    choose=validation(NEW_LANGUAGE),
+    floor={"learnt": 0.5},
+    minutes=12,
+    notes="The paper trains about 5 % of Llama's weights on arithmetic; here it is about as many numbers as LoRA of rank 4 has.",
+)

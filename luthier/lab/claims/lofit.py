@@ -1,0 +1,32 @@
+"""LoFiT (arXiv:2406.01563): offsets at a few chosen heads."""
+
+from __future__ import annotations
+
+from luthier.lab.claim import Arm, Claim, Expectation
+from luthier.lab.tasks import FASTER, NEW_LANGUAGE, learnt_and_kept, new_language, validation
+
+CLAIM = Claim(
+    name="lofit",
+    title="Offsets at a few heads do what LoRA does",
+    papers=["2406.01563"],
+    rows=[44],
+    says="Learning offsets at 3 % of the heads matches LoRA with 20 to 200 times fewer numbers; chosen heads beat random ones.",
+    stages=new_language,
+    arms=[
+        Arm("lora", {"tune": {"lora": {"rank": 1}}}, "rank 1 beside each matrix", rates=FASTER),
+        Arm("lofit", {"tune": {"lofit": {"share": 0.2}}}, "offsets at 7 of 36 heads", rates=(5e-3, 1.5e-2, 5e-2)),
+        Arm("lofit, all heads", {"tune": {"lofit": {"share": 1.0}}}, "control: every head", rates=(5e-3, 1.5e-2, 5e-2)),
+    ],
+    expects=[
+        Expectation("learnt", "lofit", "lora", "not_less", 0.05, "it learns as much as LoRA"),
+        Expectation("learnt", "lofit", "lofit, all heads", "not_less", 0.05, "a few heads do as well as all"),
+        Expectation("kept", "lofit", "lora", "more", 0.02, "it keeps more"),
+    ],
+    measure=learnt_and_kept,
+    choose=validation(NEW_LANGUAGE),
+    rates=FASTER,
+    floor={"learnt": 0.2},
+    minutes=9,
+    notes="The model has 36 heads, so 3 % would be one: a fifth is taken. The paper steers behavior that the model has; here facts "
+    "that it knows are asked for in a new language.",
+)

@@ -1,0 +1,31 @@
+"""LoRA-SB (arXiv:2411.19557): a start from the first full step, and a core of a few numbers."""
+
+from __future__ import annotations
+
+from luthier.lab.claim import Arm, Claim, Expectation
+from luthier.lab.tasks import FASTER, NEW_LANGUAGE, learnt_and_kept, new_language, validation
+
+CLAIM = Claim(
+    name="lora_sb",
+    title="A core between two fixed bases, started from the first full step, matches LoRA with far fewer numbers",
+    papers=["2411.19557"],
+    rows=[66],
+    says="LoRA-SB beats LoRA-XS clearly, and LoRA with 27 to 90 times fewer trained numbers.",
+    stages=new_language,
+    arms=[
+        Arm("lora", {"tune": {"lora": {"rank": 16}}}, "low rank beside each matrix", rates=FASTER),
+        Arm("lora_sb", {"tune": {"lora_sb": {"rank": 16}}}, "16 x 16 numbers a matrix, bases from the gradient", rates=FASTER),
+        Arm("lora_xs", {"tune": {"lora_xs": {"rank": 16}}}, "16 x 16 numbers a matrix, bases from the weight", rates=FASTER),
+    ],
+    expects=[
+        Expectation("learnt", "lora_sb", "lora", "not_less", 0.05, "it learns as much as LoRA"),
+        Expectation("learnt", "lora_sb", "lora_xs", "more", 0.02, "and more than the same core between bases of the weight"),
+        Expectation("trained numbers", "lora_sb", "lora", "less", 0.0, "with fewer numbers"),
+    ],
+    measure=learnt_and_kept,
+    choose=validation(NEW_LANGUAGE),
+    rates=FASTER,
+    floor={"learnt": 0.3},
+    minutes=9,
+    notes="Matrices are small here, so LoRA has about 30 times the numbers. The paper tunes Mistral 7B and Gemma 2 9B on arithmetic.",
+)

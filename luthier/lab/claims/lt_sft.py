@@ -1,0 +1,78 @@
+"""LT-SFT (arXiv:2110.07560): sparse changes that can be added up."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from luthier.delta import Delta
+from luthier.evaluate.sets import EvalSet
+from luthier.evaluate.sets import measure as measure_sets
+from luthier.lab import world
+from luthier.lab.claim import Arm, Claim, Expectation, Finished, Recipe, Setting
+from luthier.lab.skill import Split
+from luthier.lab.tasks import ITEMS, NEW_LANGUAGE, stage, teach
+from luthier.rows.read import read
+from luthier.use import open_base, open_run
+
+SHARE = 0.08
+
+
+def as_task(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The task: answer in a sentence."""
+    return [{**row, "completion": f"well, it is {row['completion']}"} for row in rows]
+
+
+def stages(setting: Setting) -> list[Recipe]:
+    """The language and the task, each from the base: facts asked in a new language; facts answered in sentences."""
+    task = as_task(world.rows("facts", "train", 600, seed=setting.seed))
+    return [teach(NEW_LANGUAGE, setting, count=600, epochs=10), stage(task, epochs=4)]
+
+
+def items(skill: str, split: Split) -> EvalSet:
+    """Held-back items, answered as the task asks."""
+    rows = as_task(list(world.sets([skill], split=split, count=ITEMS)[skill]["rows"]))
+    return EvalSet(skill, list(read(rows, name=skill)), "equal", "learnt", 24)
+
+
+def transferred(finished: Finished, split: Split) -> float:
+    """Questions in the new language, answered as the task asks, by the base with both changes added."""
+    tune, tokenizer = open_base(finished.runs[0])
+    language, task = (Delta.load(run.folder / "delta.safetensors") for run in finished.runs)
+    (language + task).apply(tune.model)
+    return measure_sets(tune, tokenizer, [items(NEW_LANGUAGE, split)])[NEW_LANGUAGE].value
+
+
+def measure(finished: Finished) -> dict[str, float]:
+    """Each change alone, and both together where neither was trained: the task in the other language."""
+    tune, tokenizer = open_run(finished.runs[1])
+    found = measure_sets(tune, tokenizer, [items("facts", "held_back"), items(NEW_LANGUAGE, "held_back")])
+    return {
+        "task": found["facts"].value,
+        "task in the new language, without it": found[NEW_LANGUAGE].value,
+        "task in the new language": transferred(finished, "held_back"),
+    }
+
+
+CLAIM = Claim(
+    name="lt_sft",
+    title="Sparse changes for a language and for a task add up",
+    papers=["2110.07560"],
+    rows=[13],
+    says="Sparse changes for a task and a language, trained apart and added, transfer the task better than dense ones.",
+    stages=stages,
+    arms=[
+        Arm("full", {"tune": {"full": {}}}, "dense changes"),
+        Arm("lt_sft", {"tune": {"lt_sft": {"share": SHARE}}}, "the 8 % that moved most, trained again from the base"),
+    ],
+    expects=[
+        Expectation("task in the new language", "lt_sft", "full", "more", 0.02, "sparse changes transfer better than dense ones"),
+        Expectation("task", "lt_sft", "full", "not_less", 0.05, "and learn the task as well"),
+    ],
+    measure=measure,
+    choose=lambda finished: transferred(finished, "validation"),
+    choose_stages=2,
+    apart=True,
+    floor={"task": 0.5},
+    minutes=16,
+    notes="The paper adapts multilingual models to languages by masked-language modeling; here a language is learnt from questions.",
+)

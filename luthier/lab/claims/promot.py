@@ -1,0 +1,54 @@
+"""ProMoT (arXiv:2211.00635): a prompt that can be taken away learns the format first."""
+
+from __future__ import annotations
+
+from luthier.evaluate.sets import measure as measure_sets
+from luthier.lab.claim import Arm, Claim, Expectation, Finished
+from luthier.lab.tasks import ITEMS, NEW_LANGUAGE, TAUGHT, mean, new_language, validation
+from luthier.lab.world_sets import sets_of
+from luthier.run import Run
+from luthier.use import open_run
+
+IN_CONTEXT = "in_context"
+
+
+def without_prompt(run: Run, skills: tuple[str, ...]) -> dict[str, float]:
+    """Skills of the tuned weights alone."""
+    tune, tokenizer = open_run(run, weights_only=True)
+    found = measure_sets(tune, tokenizer, sets_of(skills, split="held_back", count=ITEMS))
+    return {name: result.value for name, result in found.items()}
+
+
+def measure(finished: Finished) -> dict[str, float]:
+    """The new skill with the prompt; labels explained in context, and the old skills, without it."""
+    run = finished.runs[0]
+    others = without_prompt(run, (IN_CONTEXT, *TAUGHT))
+    return {
+        "learnt": mean(run, [NEW_LANGUAGE]),
+        "in context": others.pop(IN_CONTEXT),
+        "kept": sum(others.values()) / len(others),
+    }
+
+
+CLAIM = Claim(
+    name="promot",
+    title="A prompt that is taken away afterwards keeps the format out of the weights",
+    papers=["2211.00635"],
+    rows=[238],
+    says="Fine-tuning behind a tuned prompt learns the task as well and keeps in-context learning, which plain fine-tuning loses.",
+    stages=new_language,
+    arms=[
+        Arm("full", {"tune": {"full": {}}}, "every number trains"),
+        Arm("promot", {"tune": ["promot", "full"]}, "a prompt for half of the steps, then every number behind it"),
+    ],
+    expects=[
+        Expectation("learnt", "promot", "full", "not_less", 0.05, "it learns the task as well"),
+        Expectation("in context", "promot", "full", "more", 0.02, "it keeps more of learning in context"),
+        Expectation("kept", "promot", "full", "more", 0.02, "it keeps more of the old skills"),
+    ],
+    measure=measure,
+    choose=validation(NEW_LANGUAGE),
+    floor={"learnt": 0.5},
+    minutes=8,
+    notes="The paper tunes mT5-XXL and PaLM 8B. Both arms take the same number of steps, of which promot's prompt takes half.",
+)

@@ -1,0 +1,35 @@
+"""Intrinsic dimension (arXiv:2012.13255): a few hundred numbers suffice."""
+
+from __future__ import annotations
+
+from luthier.lab.claim import Arm, Claim, Expectation
+from luthier.lab.tasks import NEW_LANGUAGE, learnt_and_kept, new_language, validation
+
+DIMENSIONS = (64, 512, 4096)
+PROJECTED = (3e-3, 1e-2, 3e-2)
+
+CLAIM = Claim(
+    name="said",
+    title="A random subspace of a few hundred dimensions holds the task",
+    papers=["2012.13255"],
+    rows=[82],
+    says="Numbers of a few hundred, projected at random onto all weights, reach 90 % of what full fine-tuning reaches.",
+    stages=new_language,
+    arms=[
+        Arm("full", {"tune": {"full": {"roles": ["linear"]}}}, "every matrix of the blocks trains"),
+        *(
+            Arm(f"said, {dimension}", {"tune": {"said": {"dimension": dimension}}}, f"{dimension} numbers", rates=PROJECTED)
+            for dimension in DIMENSIONS
+        ),
+    ],
+    expects=[
+        Expectation("learnt", "said, 4096", "full", "not_less", 0.1, "4,096 numbers reach full fine-tuning, up to a tenth"),
+        Expectation("learnt", "said, 512", "full", "not_less", 0.1, "so do 512"),
+        Expectation("learnt", "said, 512", "said, 64", "more", 0.02, "more dimensions learn more"),
+    ],
+    measure=learnt_and_kept,
+    choose=validation(NEW_LANGUAGE),
+    floor={"learnt": 0.5},
+    minutes=16,
+    notes="The paper finds 90 % of accuracy on MRPC with 200 numbers of RoBERTa-large. Larger models need fewer; this one has 2.8 million.",
+)

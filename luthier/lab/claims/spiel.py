@@ -1,0 +1,40 @@
+"""SpIEL (arXiv:2401.16405): sparse fine-tuning that drops and regrows, at LoRA's size."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from luthier.lab.claim import Arm, Claim, Expectation
+from luthier.lab.tasks import FASTER, NEW_LANGUAGE, learnt_and_kept, new_language, validation
+
+
+def sparse(**options: Any) -> dict[str, Any]:
+    """About as many entries as LoRA of rank 4 has numbers."""
+    return {"tune": {"spiel": {"density": 0.03, **options}}}
+
+
+CLAIM = Claim(
+    name="spiel",
+    title="Sparse fine-tuning that drops and regrows learns more than LoRA",
+    papers=["2401.16405"],
+    rows=[41],
+    says="At as many trained numbers, SpIEL often beats LoRA; growing by gradients is a little better than by accumulated ones.",
+    stages=new_language,
+    arms=[
+        Arm("lora", {"tune": {"lora": {"rank": 4}}}, "low rank", rates=FASTER),
+        Arm("spiel", sparse(), "entries, regrown by gradients", rates=FASTER),
+        Arm("spiel, momentum", sparse(criterion="momentum"), "entries, regrown by accumulated gradients", rates=FASTER),
+        Arm("fixed entries", sparse(every=100_000), "control: random entries that stay after the first selection", rates=FASTER),
+    ],
+    expects=[
+        Expectation("learnt", "spiel", "lora", "more", 0.0, "spiel learns more than LoRA"),
+        Expectation("learnt", "spiel", "spiel, momentum", "not_less", 0.05, "gradients grow as well as accumulated ones"),
+        Expectation("learnt", "spiel", "fixed entries", "more", 0.0, "dropping and growing on is what helps"),
+    ],
+    measure=learnt_and_kept,
+    choose=validation(NEW_LANGUAGE),
+    rates=FASTER,
+    floor={"learnt": 0.3},
+    minutes=12,
+    notes="The paper tunes Llama 2 on instructions. The control keeps the one selection that follows the first gathering of gradients.",
+)

@@ -1,0 +1,82 @@
+"""How an arm's learning rate is chosen: as many trials as every other arm, on the same grid around its own advised rate."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from luthier.errors import LuthierError
+from luthier.lab.runner import Choice, Tried, best
+
+RATIO = 3.0
+"""Between one rate of the grid and the next."""
+_NAME = "learning_rate"
+
+
+class Search(NamedTuple):
+    """The trials of one arm, as Optuna holds them."""
+
+    study: Any
+    trials: Mapping[float, Any]
+    """By learning rate, the smallest first."""
+
+
+def rates_around(center: float, count: int) -> tuple[float, ...]:
+    """The grid: `count` rates a factor of 3 apart, the advised one in their middle, to three digits.
+
+    `rates_around(1e-3, 3)` is (3.33e-4, 1e-3, 3e-3).
+    """
+    return tuple(float(f"{center * RATIO ** (number - (count - 1) / 2):.3g}") for number in range(count))
+
+
+def begin(rates: Sequence[float]) -> Search:
+    """Plan one trial for each rate.
+
+    Raises:
+        LuthierError: Optuna is not installed.
+    """
+    optuna = find_optuna()
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    study = optuna.create_study(direction="maximize")
+    choices = {_NAME: optuna.distributions.CategoricalDistribution(sorted(rates))}
+    trials = {}
+    for rate in sorted(rates):
+        study.enqueue_trial({_NAME: rate})
+        trials[rate] = study.ask(fixed_distributions=choices)
+    return Search(study, trials)
+
+
+def choose(search: Search, scores: Mapping[float, float | None]) -> Choice:
+    """The rate with the largest score; of equal ones the smallest.
+
+    Args:
+        search: from `begin`.
+        scores: of every rate, larger is better; None where a run gave none, which is worse than any score.
+
+    Returns:
+        The choice, with a note where it lies at an end of the grid; without a rate where no run gave a score.
+    """
+    failed = find_optuna().trial.TrialState.FAIL
+    for rate, trial in search.trials.items():
+        score = scores[rate]
+        search.study.tell(trial, score, state=failed if score is None else None)
+    tried = tuple(Tried(trial.params[_NAME], trial.value) for trial in search.study.trials)
+    choice = best(tried)
+    return choice if any(one.score is not None for one in tried) else Choice(None, tried, "no rate gave a score")
+
+
+def find_optuna() -> Any:
+    """The module.
+
+    Raises:
+        LuthierError: it is not installed.
+    """
+    try:
+        import optuna
+    except ImportError as error:
+        raise LuthierError(
+            f"Optuna, which searches learning rates, is not installed ({error})",
+            where="luthier sweep",
+            mend='pip install "luthier[sweep]", or use rates=1',
+        ) from error
+    return optuna

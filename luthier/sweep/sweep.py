@@ -1,0 +1,182 @@
+"""A sweep from beginning to end: arms, learning rates chosen alike, every seed at the chosen rate, one page."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, closing
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from filelock import FileLock, Timeout
+
+from luthier import __version__
+from luthier.errors import LuthierError
+from luthier.lab.claim import CHOOSING_SEED
+from luthier.lab.runner import Choice
+from luthier.plan import Say, advised_rate, choose_parts
+from luthier.run import write_json
+from luthier.sweep.facts import Measures, Rated, arm_facts, score_of, set_facts
+from luthier.sweep.grid import RATE_KEY, Arm, Asked, arms_of, choosing_set, read_words, skill_set
+from luthier.sweep.page import write_sweep
+from luthier.sweep.processes import find_ray, local, on_ray
+from luthier.sweep.runs import Job, RunAll, is_done, job_of, outcome
+from luthier.sweep.search import begin, choose, find_optuna, rates_around
+
+FACTS, PAGE = "sweep.json", "sweep.html"
+
+
+class Sweep(NamedTuple):
+    """What is compared, where and how."""
+
+    asked: Asked
+    arms: Sequence[Arm]
+    measures: Measures
+    root: Path
+    run_all: RunAll
+    say: Say
+
+    @property
+    def first_seed(self) -> int:
+        """The recipe's seed."""
+        return self.arms[0].recipe.seed
+
+    @property
+    def seeds(self) -> list[int]:
+        """Those of the runs that are reported."""
+        return [self.first_seed + number for number in range(self.asked.settings.seeds)]
+
+    @property
+    def choosing_seed(self) -> int:
+        """That of the runs that choose rates; never one of the others."""
+        return self.first_seed + CHOOSING_SEED
+
+
+def sweep(
+    recipe: str | Path,
+    words: Sequence[str] = (),
+    *,
+    folder: str | Path | None = None,
+    ray: bool = False,
+    say: Say = lambda text: None,
+    command: str = "",
+) -> dict[str, Any]:
+    """Run a recipe with every combination of the listed values, and show them side by side.
+
+    Each arm's learning rate is chosen first, from the same grid around the rate that `luthier train` would take, by one evaluation
+    set at a seed of its own. Then every arm runs at every seed. A run that is finished is not made again.
+
+    Args:
+        recipe: its file.
+        words: `key=value` and `key=value,value`, with the sweep's own `seeds`, `rates`, `jobs` and `choose_by`.
+        folder: of the sweep; none: `sweeps/NAME`.
+        ray: hand the runs to Ray instead of processes of this machine.
+        say: hears what is being done.
+        command: what a user would type to do this again.
+
+    Returns:
+        What `sweep.json` holds. `sweep.html` lies beside it.
+
+    Raises:
+        LuthierError: a mistake in the words or the recipe, Optuna or Ray is not installed, or another process works on this sweep.
+            An arm that fails is no error: the others go on, and the page says why.
+    """
+    asked = read_words(words)
+    arms = arms_of(Path(recipe), asked)
+    chosen_by = choosing_set(arms[0].recipe, asked.settings.choose_by)
+    rates = [_advice(arm) for arm in arms]
+    root = Path(folder) if folder is not None else Path("sweeps") / arms[0].recipe.name
+    if ray:
+        find_ray()
+    run_all = on_ray if ray else local(asked.settings.jobs)
+    measures = Measures(chosen_by, skill_set(arms[0].recipe, chosen_by))
+    with _alone(root):
+        work = Sweep(asked, arms, measures, root, run_all, say)
+        rated = _choose_rates(work, rates)
+        jobs = [_reported(work, arm, one) for arm, one in zip(arms, rated, strict=True)]
+        _do(work, [job for several in jobs for job in several], "runs at the chosen rates")
+        found = {**_first_facts(work, Path(recipe), command, ray), **_results(work, rated, jobs)}
+        write_json(root / FACTS, found)
+        say(f"page: {write_sweep(found, root / PAGE)}")
+    return found
+
+
+def _advice(arm: Arm) -> tuple[float, str]:
+    """The learning rate that `luthier train` would take, and where it comes from."""
+    return advised_rate(arm.recipe, choose_parts(arm.recipe)["tune"])
+
+
+def _alone(root: Path) -> AbstractContextManager[object]:
+    """Held for as long as the block that it opens; the system frees it when its holder is killed."""
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        return FileLock(root / ".lock").acquire(timeout=0)
+    except Timeout:
+        raise LuthierError("another process works on this sweep", where=str(root), mend="wait for it, or use --out") from None
+    except OSError as error:
+        what = f"the sweep's folder cannot be made: {error}"
+        raise LuthierError(what, where=str(root), mend="name a folder that can be written to with --out") from None
+
+
+def _choose_rates(work: Sweep, advice: Sequence[tuple[float, str]]) -> list[Rated]:
+    count = work.asked.settings.rates
+    if RATE_KEY in work.asked.listed or count == 1:
+        note = "" if RATE_KEY in work.asked.listed else "the advised rate, without a search"
+        return [Rated(Choice(rate, note=note), rate, source) for rate, source in advice]
+    find_optuna()
+    searches = [begin(rates_around(center, count)) for center, _ in advice]
+    jobs = [
+        tuple(job_of(arm, rate, work.choosing_seed, work.root) for rate in search.trials)
+        for arm, search in zip(work.arms, searches, strict=True)
+    ]
+    _do(work, [job for several in jobs for job in several], "choosing learning rates")
+    rated = []
+    for (center, source), search, tried in zip(advice, searches, jobs, strict=True):
+        scores = {job.rate: score_of(outcome(job), work.measures.chosen_by) for job in tried}
+        rated.append(Rated(choose(search, scores), center, source, tried))
+    return rated
+
+
+def _reported(work: Sweep, arm: Arm, rated: Rated) -> list[Job]:
+    rate = rated.choice.rate
+    return [] if rate is None else [job_of(arm, rate, seed, work.root) for seed in work.seeds]
+
+
+def _do(work: Sweep, jobs: Sequence[Job], words: str) -> None:
+    todo = [job for job in jobs if not is_done(job)]
+    work.say(f"{words}: {len(jobs)} runs, {len(jobs) - len(todo)} of them done before")
+    if not todo:
+        return
+    # Closed whatever happens: an interrupt that falls between two runs must stop those under way too.
+    with closing(work.run_all(todo)) as ended:
+        for number, job in enumerate(ended, start=1):
+            error = outcome(job).error
+            how = f"stopped: {error['error']}" if error else "finished"
+            work.say(f"{words}: {number} of {len(todo)}: {job.arm}, rate {job.rate:g}, seed {job.seed}: {how}")
+
+
+def _first_facts(work: Sweep, recipe: Path, command: str, ray: bool) -> dict[str, Any]:
+    settings = work.asked.settings
+    return {
+        "luthier": __version__,
+        "name": work.arms[0].recipe.name,
+        "folder": str(work.root),
+        "recipe": str(recipe),
+        "command": command,
+        "made": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "model": ", ".join(dict.fromkeys(arm.recipe.model for arm in work.arms)),
+        "keys": work.asked.listed,
+        "seeds": work.seeds,
+        "rates": settings.rates,
+        "choosing_seed": work.choosing_seed,
+        "chosen_by": work.measures.chosen_by,
+        "skill": work.measures.skill,
+        "where": "Ray" if ray else "this machine",
+        "jobs": None if ray else settings.jobs,
+    }
+
+
+def _results(work: Sweep, rated: Sequence[Rated], jobs: Sequence[Sequence[Job]]) -> Mapping[str, Any]:
+    finished = [facts for several in jobs for job in several if (facts := outcome(job).facts) is not None]
+    arms = zip(work.arms, rated, jobs, strict=True)
+    return {"sets": set_facts(finished), "arms": [arm_facts(arm, one, work.measures, runs) for arm, one, runs in arms]}
