@@ -23,6 +23,7 @@ def main(setting: dict[str, Any]) -> None:
                 "model": setting["model"],
                 "rows": {"train": setting["rows"], "max_tokens": setting["max_tokens"], "too_long": "right"},
                 "tune": {"lora": {"rank": 8, "alpha": 16.0}} if setting["tune"] == "lora" else setting["tune"],
+                "noise": False,
                 "train": {
                     "precision": setting["precision"],
                     "batch_rows": setting["rows_a_step"],
@@ -43,6 +44,10 @@ def main(setting: dict[str, Any]) -> None:
         for row in step
     ]
     Path(setting["encoded"]).write_text(json.dumps(ids))
+    turn.facts = {
+        "trained_numbers": plan.trained_numbers,
+        "model_bytes": sum(one.numel() * one.element_size() for one in plan.model.parameters()),
+    }
     turn.wait()
 
     def told(progress: Progress, result: StepResult) -> None:

@@ -22,12 +22,16 @@ class Turn:
         self._out = os.fdopen(os.dup(1), "w")
         os.dup2(2, 1)
         self._began = self._used = 0.0
+        self.imported_bytes = machine.resident_bytes()
+        """What the process took before there was a model."""
+        self.facts: dict[str, Any] = {}
+        """What the other side should know before the first step."""
 
     def wait(self) -> None:
         """Before a step: go on when told to."""
         if not self._began:
             machine.reset_peak(torch.device("cpu"))
-        self._tell({"ready": True})
+        self._tell({"ready": True, "imported_bytes": self.imported_bytes, **self.facts})
         sys.stdin.readline()
         self._began, self._used = time.perf_counter(), time.process_time()
 
@@ -67,7 +71,8 @@ class Player:
                 stderr=file,
                 text=True,
             )
-        self._hear()
+        self.loaded = {key: value for key, value in self._hear().items() if key != "ready"}
+        """What it told about itself before its first step."""
 
     def step(self) -> dict[str, Any]:
         """Let it take one step, and wait until it stands before the next."""

@@ -1,0 +1,104 @@
+"""What every technique that frees numbers leaves behind: optimizer state of the numbers that train alone, a merge, a delta."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+
+from luthier import registry
+from luthier.delta import Delta
+from luthier.delta.forms import Dense, LowRank, Sparse
+from luthier.errors import LuthierError
+from luthier.kinds import TUNES, Now
+from tests.contracts.test_contracts import FREES, run_of, shake, take_steps
+from tests.toys.helpers import logits_of, model_of, rows_of_eight, toys  # noqa: F401
+
+SELECTIVE = [name for kind, name in FREES if kind == "selective"]
+WEIGHTS = [(kind, name) for kind, name in FREES if kind in ("selective", "additive")]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", SELECTIVE)
+def test_adamw_holds_two_numbers_for_each_that_trains(engine: Any, now: Now, name: str, dtype: torch.dtype) -> None:
+    """Two moments in fp32 for each number of a selection and an age, in bf16 a master as well; nothing for the rest of the model."""
+    run = run_of(engine, "selective", name, dtype=dtype, step=["adamw"])
+    take_steps(run, [rows_of_eight()], now._replace(learning_rate=1e-3), 3)
+    moving = [one for one in run.tune.trained.values() if not one.forgotten]
+    numbers = sum(one.numel for one in moving)
+    state = run.chain.state["adamw"]
+    assert set(state) == {one.name for one in moving}
+    moments = [values[key] for values in state.values() for key in ("first", "second")]
+    assert sum(one.numel() for one in moments) == 2 * numbers
+    assert sum(one.numel() * one.element_size() for one in moments) == 8 * numbers
+    ages = sum(values["age"].numel() for values in state.values())
+    assert ages <= numbers
+    extra = sum(
+        value.numel() for values in state.values() for key, value in values.items() if key not in ("first", "second", "age")
+    )
+    assert extra == 0
+    own = [one for one in moving if not one.is_live]
+    assert all(one.master.dtype == torch.float32 for one in own)
+    if dtype == torch.float32:
+        assert all(one.is_live or one.form != "whole" for one in moving)
+    still = [one for one in run.tune.trained.values() if one.forgotten]
+    assert all(one.is_live for one in still), "a tensor that stands still for long needs no master of its own"
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+@pytest.mark.parametrize(("kind", "name"), FREES)
+def test_merging_is_what_the_card_says(engine: Any, now: Now, kind: str, name: str, architecture: str) -> None:
+    model, batch = model_of(architecture), rows_of_eight()
+    run = run_of(engine, kind, name, model=model, keep_base=True)
+    take_steps(run, [batch], now, 2)
+    shake(run)
+    card = registry.find(name, (kind,)).card
+    tuned = logits_of(model, batch)
+    beside = [one for one in run.tune.trained.values() if one.form in ("factor", "free")]
+    if card.merges == "is in place":
+        assert not beside
+        return
+    try:
+        run.tune.merge()
+    except LuthierError:
+        assert torch.equal(logits_of(model, batch), tuned), "a refused merge must change nothing"
+        needs_bias = architecture == "llama" and kind == "hidden_edit"
+        assert card.merges == "never" or needs_bias
+        return
+    assert card.merges != "never"
+    assert float((logits_of(model, batch) - tuned).abs().max()) < 1e-9
+    run.tune.unmerge()
+    assert torch.equal(logits_of(model, batch), tuned)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+@pytest.mark.parametrize(("kind", "name"), WEIGHTS)
+def test_the_delta_makes_the_tuned_model_of_the_base(engine: Any, now: Now, kind: str, name: str, architecture: str) -> None:
+    """In its own form: entries where entries train, factors where the change is low-rank."""
+    model, batch = model_of(architecture), rows_of_eight()
+    base = copy.deepcopy(model)
+    run = run_of(engine, kind, name, model=model, keep_base=True)
+    take_steps(run, [batch], now, 3)
+    delta = Delta.of(run.tune, base)
+    tuned = logits_of(model, batch)
+    delta.apply(base)
+    assert float((logits_of(base, batch) - tuned).abs().max()) < 1e-9
+    delta.remove(base)
+    if kind == "additive":
+        value = next(one for slot, one, _ in run.tune.additives)
+        low_rank = value.pair is not None or value.factors is not None
+        changed_in_place = bool(value.subtract)
+        forms = [form for some in delta.changes.values() for form in some]
+        assert changed_in_place or all(isinstance(form, LowRank if low_rank else Dense | Sparse) for form in forms)
+        return
+    for one in run.tune.trained.values():
+        if one.form == "flat" and one.place is not None and one.place.parameter in delta.changes:
+            # As many entries as ever trained there at most; few of them are sparse.
+            numbers = run.tune.region(one.place).numel()
+            assert one.numel * 2 > numbers or all(isinstance(form, Sparse) for form in delta[one.place.parameter])
+
+
+def test_every_kind_of_tune_is_covered() -> None:
+    assert {kind for kind, _ in FREES} == set(TUNES)
