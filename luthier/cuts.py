@@ -14,6 +14,7 @@ from luthier.errors import LuthierError
 from luthier.estimate import Estimate, estimate, standing, waiting
 from luthier.kinds import STEPS, TUNES, Now
 from luthier.models.parts import Parts, map_parts
+from luthier.models.quantized import quantize as quantize_blocks
 from luthier.recipe import Recipe
 from luthier.rows.encode import EncodedRows
 from luthier.training.build import build_engine, objectives
@@ -127,6 +128,11 @@ def _leaner(recipe: Recipe, engine: Engine, dtype: torch.dtype, now: Estimate) -
         ("tune=half", {"tune": "half"}, dtype),
         ("tune=lora", {"tune": "lora"}, dtype),
     ]
+    if recipe.quantize == "none" and recipe.train.sharding == "none":
+        if engine.tune.selectives:
+            changes.append(("tune=lora with quantize=nf4", {"tune": "lora", "quantize": "nf4"}, dtype))
+        else:
+            changes.append(("quantize=nf4", {"quantize": "nf4"}, dtype))
     if recipe.train.masters == "fp32" and dtype == torch.bfloat16:
         changes.append(("train.masters=none", {"masters": "none"}, dtype))
     if dtype in (torch.float32, torch.float64):
@@ -141,13 +147,17 @@ def _leaner(recipe: Recipe, engine: Engine, dtype: torch.dtype, now: Estimate) -
         yield Cut(change, stands - new + narrower)
 
 
-def _standing(recipe: Recipe, engine: Engine, dtype: torch.dtype, tune: Any = None, masters: str | None = None) -> int:
+def _standing(
+    recipe: Recipe, engine: Engine, dtype: torch.dtype, tune: Any = None, masters: str | None = None, quantize: str | None = None
+) -> int:
     model: Any = engine.tune.model
     with torch.device("meta"):
         bare = type(model)(copy.deepcopy(model.config)).to(dtype)
+    parts = map_parts(bare)
+    quantize_blocks(bare, parts, quantize or recipe.quantize)
     made = build_engine(
         bare,
-        map_parts(bare),
+        parts,
         tune=registry.make_all(tune or recipe.tune, TUNES, where="tune"),
         objective=objectives(recipe.objective),
         step=registry.make_all(recipe.step, STEPS, where="step"),

@@ -23,7 +23,8 @@ from luthier.evaluate.harness import Scores, harness
 from luthier.evaluate.planned import evaluation_sets
 from luthier.evaluate.sets import SetResult, measure
 from luthier.export import export_gguf, export_model, export_peft
-from luthier.export.peft import CONFIG, load_peft, parted
+from luthier.export.peft import load_peft, parted
+from luthier.export.peft_adapter import CONFIG
 from luthier.kinds import TUNES, Additive, Finding, HiddenEdit, Now, Prefix, Prompt, Tensors
 from luthier.models.fingerprint import fingerprint
 from luthier.models.load import ModelSource, load_model, load_tokenizer, resolve
@@ -312,7 +313,7 @@ def export(
         form: `model`, a plain Hugging Face folder with everything merged, `gguf`, one file of the same, or `peft`, a
             folder with an adapter.
         weights: the type of a GGUF file's matrices: f32, f16, bf16, q8_0 or auto, which keeps the model's.
-        weights_only: leave out prompts, prefixes and edits, which no other tool could hold.
+        weights_only: leave out prompts, prefixes and edits, which weights cannot hold.
 
     Raises:
         LuthierError: the target exists, or the result cannot be held in this form.

@@ -1,4 +1,4 @@
-"""LoRA adapters in PEFT's file format, written and read without PEFT."""
+"""Adapters in PEFT's file format, written without PEFT; those of LoRA are read as well."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from luthier.delta import Delta
 from luthier.delta.forms import LowRank, combine
 from luthier.errors import LuthierError, nearest
-from luthier.export.folder import new_folder
+from luthier.export.peft_adapter import CONFIG, PREFIX, TENSORS, Adapter, write_adapter
+from luthier.export.peft_beside import WEIGHTS_ALONE, writer_of
 from luthier.kinds import Additive, Place, Services, Tensors
 from luthier.machine import versions
 from luthier.methods.additive.lora import lora
@@ -28,9 +28,6 @@ from luthier.models.parts import Parts
 from luthier.tune import Tune
 from luthier.tune.sites import Addition
 
-CONFIG = "adapter_config.json"
-TENSORS = "adapter_model.safetensors"
-_PREFIX = "base_model.model."
 _REFUSED = (
     "alora_invocation_tokens", "arrow_config", "kasa_config", "layer_replication", "lora_bias", "modules_to_save",
     "monteclora_config", "target_parameters", "trainable_token_indices", "use_bdlora", "use_dora", "use_qalora",
@@ -54,27 +51,31 @@ class Factors(NamedTuple):
 
 
 def export_peft(tune: Tune, folder: str | Path, base_name: str, *, fingerprint: str | None = None) -> dict[str, Any]:
-    """Write what trains as a PEFT LoRA adapter.
+    """Write what trains as a PEFT adapter: low-rank deltas, or a prompt, a prefix or factors of channels.
 
-    Parts of a fused projection become one adapter whose `lora_B` is zero where a part does not reach. Scales are
+    Of deltas, parts of a fused projection become one adapter whose `lora_B` is zero where a part does not reach. Scales are
     written as `lora_alpha = scale * rank`, also for rank-stabilized ones, so any version of PEFT computes the same
     scale. Deltas that are low-rank in another way than LoRA's are written by the factors their technique makes of them.
 
     Args:
-        tune: with low-rank deltas only, not merged.
+        tune: with low-rank deltas only, or one technique of `peft_beside.WRITERS`; not merged.
         folder: must not exist.
         base_name: of the base. Short names are written as the hub's; a path on this machine is not written at all.
         fingerprint: of the base, where it is known, to be compared with the weights. What is written is that of the
             weights.
 
     Returns:
-        `modules` (how many), `ranks` (modules by rank), and `base_fingerprint`.
+        `peft_type`, `base_fingerprint`, and `modules` (how many) for LORA and IA3, `ranks` (modules by rank) for LORA,
+        `tokens` for PROMPT_TUNING and PREFIX_TUNING.
 
     Raises:
-        LuthierError: the folder exists, the tune holds something that PEFT's LoRA cannot, or its weights are not the
-            base's.
+        LuthierError: the folder exists, the tune holds something that PEFT cannot, or its weights are not the base's.
     """
-    _refuse_other_kinds(tune)
+    if tune.merged is not None:
+        raise LuthierError("the model is merged", where="export_peft", mend="call unmerge() first")
+    beside = writer_of(tune)
+    if beside is None:
+        _refuse_other_kinds(tune)
     with tune.at("base"):
         base = fingerprint_of(tune.model)
     live = fingerprint_of(tune.model)
@@ -82,20 +83,17 @@ def export_peft(tune: Tune, folder: str | Path, base_name: str, *, fingerprint: 
         raise LuthierError(
             "numbers of the model itself changed, and an adapter would lose that",
             where="export_peft",
-            mend="export the model",
+            mend="export the model" if beside is None else WEIGHTS_ALONE,
         )
-    modules = _by_module(tune)
-    config = _config(tune, modules, _public_name(base_name))
-    tensors: dict[str, Tensor] = {}
-    for module, factors in modules.items():
-        tensors[f"{_PREFIX}{module}.lora_A.weight"] = factors.down_RI.cpu().contiguous()
-        tensors[f"{_PREFIX}{module}.lora_B.weight"] = factors.up_OR.cpu().contiguous()
-    metadata = {"format": "pt", "luthier": versions()["luthier"], "base_fingerprint": live}
-    with new_folder(Path(folder)) as beside:
-        save_file(tensors, beside / TENSORS, metadata)
-        (beside / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    ranks = Counter(factors.rank for factors in modules.values())
-    return {"modules": len(modules), "ranks": dict(sorted(ranks.items())), "base_fingerprint": live}
+    adapter = (beside or _low_rank)(tune)
+    common = {
+        "task_type": "CAUSAL_LM" if tune.parts.causal else "FEATURE_EXTRACTION",
+        "base_model_name_or_path": _public_name(base_name),
+        "inference_mode": True,
+    }
+    metadata = {"luthier": versions()["luthier"], "base_fingerprint": live}
+    write_adapter(Path(folder), adapter._replace(config={**adapter.config, **common}), metadata)
+    return {"peft_type": adapter.config["peft_type"], **adapter.facts, "base_fingerprint": live}
 
 
 def load_peft(folder: str | Path, tune: Tune, *, force: bool = False) -> Additive:
@@ -167,8 +165,6 @@ def parted(delta: Delta, parts: Parts) -> tuple[Delta, Additive | None]:
 
 def _refuse_other_kinds(tune: Tune) -> None:
     """Raise if something that trains is no low-rank delta."""
-    if tune.merged is not None:
-        raise LuthierError("the model is merged", where="export_peft", mend="call unmerge() first")
     low_rank = [one for one in _additions(tune) if _has_factors(one.value) and not one.value.subtract]
     held = {trained.name for one in low_rank for trained in one.trained.values()}
     other = next((one.slot for one in tune.trained.values() if one.name not in held), None)
@@ -224,7 +220,18 @@ def _joined(tune: Tune, group: Sequence[tuple[Place, Factors]]) -> Factors:
     return Factors(torch.cat(downs), torch.cat(ups, dim=1), scale)
 
 
-def _config(tune: Tune, modules: Mapping[str, Factors], base_name: str | None) -> dict[str, Any]:
+def _low_rank(tune: Tune) -> Adapter:
+    """Low-rank deltas, as LORA."""
+    modules = _by_module(tune)
+    tensors: dict[str, Tensor] = {}
+    for module, factors in modules.items():
+        tensors[f"{PREFIX}{module}.lora_A.weight"] = factors.down_RI
+        tensors[f"{PREFIX}{module}.lora_B.weight"] = factors.up_OR
+    ranks = Counter(factors.rank for factors in modules.values())
+    return Adapter(_config(tune, modules), tensors, {"modules": len(modules), "ranks": dict(sorted(ranks.items()))})
+
+
+def _config(tune: Tune, modules: Mapping[str, Factors]) -> dict[str, Any]:
     rank = Counter(factors.rank for factors in modules.values()).most_common(1)[0][0]
     alpha = Counter(factors.scale * factors.rank for factors in modules.values()).most_common(1)[0][0]
     # PEFT reads the names in these two as regular expressions.
@@ -232,9 +239,6 @@ def _config(tune: Tune, modules: Mapping[str, Factors], base_name: str | None) -
     alphas = {name: factors.scale * factors.rank for name, factors in modules.items()}
     return {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM" if tune.parts.causal else "FEATURE_EXTRACTION",
-        "base_model_name_or_path": base_name,
-        "inference_mode": True,
         "r": rank,
         "lora_alpha": alpha,
         "rank_pattern": ranks,
@@ -317,7 +321,7 @@ def _without_base(tensors: Mapping[str, Tensor], tune: Tune, folder: Path) -> di
     weights = tune.model.state_dict()
     factors: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
-        base = weights.get(name.removeprefix(_PREFIX).replace(".base_layer.", "."))
+        base = weights.get(name.removeprefix(PREFIX).replace(".base_layer.", "."))
         if base is None:
             factors[name] = tensor
         elif not torch.equal(base, tensor.to(base.device, base.dtype)):
@@ -331,7 +335,7 @@ def _without_base(tensors: Mapping[str, Tensor], tune: Tune, folder: Path) -> di
 
 def _factors(tensors: Mapping[str, Tensor], config: Mapping[str, Any], folder: Path) -> dict[str, Factors]:
     """The factors of every module of an adapter, with PEFT's scale."""
-    known = re.compile(rf"{re.escape(_PREFIX)}(.+)\.lora_([AB])\.weight")
+    known = re.compile(rf"{re.escape(PREFIX)}(.+)\.lora_([AB])\.weight")
     found: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         match = known.fullmatch(name)

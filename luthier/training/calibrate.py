@@ -32,8 +32,8 @@ def inputs(tune: Tune, batches: Sequence[Batch], places: Sequence[Place], take: 
 
     def hook(name: str) -> Callable[..., None]:
         def look(module: Any, arguments: tuple[Any, ...]) -> None:
-            # A prompt stands before the rows.
-            x_BTI = arguments[0][:, -attend_BT.shape[1] :]
+            # Some models flatten batches (OPT), and a prompt stands before the rows.
+            x_BTI = arguments[0].reshape(len(attend_BT), -1, arguments[0].shape[-1])[:, -attend_BT.shape[1] :]
             for place in read[name]:
                 take(place, x_BTI[attend_BT])
 

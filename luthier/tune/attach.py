@@ -42,6 +42,9 @@ def add_selective(tune: Tune, slot: str, value: Selective, services: Services, s
         remember(tune, {place.parameter for place in chosen})
     for place, select in chosen.items():
         check_select(place, select, tune.region(place))
+        if changes and select.form == "whole":
+            # Refused now rather than in mid-run, when single entries come to train.
+            _taps(tune, slot, place, "flat", None)
         refuse_overlap(tune, slot, place, select)
         tune.register(_selected(tune, slot, place, select, changes))
         trained = tune.trained[f"{slot}/{place}"]
@@ -98,7 +101,7 @@ def put_tap(tune: Tune, trained: Trained) -> None:
     """Put the tap that forms a slice's gradient behind every module that uses its tensor."""
     place = trained.place
     assert place is not None
-    for module, spec in _taps(tune, place, trained.form, trained.index):
+    for module, spec in _taps(tune, trained.slot, place, trained.form, trained.index):
         tune.site(module).taps[trained.name] = (trained.leaf, spec)
 
 
@@ -112,12 +115,12 @@ def observe_at(tune: Tune, slot: str, place: Place) -> None:
         wide = gradient_OI.to(torch.promote_types(gradient_OI.dtype, torch.float32))
         tune.dense[key] = tune.dense[key] + wide if key in tune.dense else wide
 
-    for module, spec in _taps(tune, place, "whole", None):
+    for module, spec in _taps(tune, slot, place, "whole", None):
         observing = spec._replace(collect=collect, wanted=lambda: key in tune.observing)
         tune.site(module).taps[f"{slot}/{place} observed"] = (leaf, observing)
 
 
-def _taps(tune: Tune, place: Place, form: Form, index: Tensor | None) -> list[tuple[str, TapSpec]]:
+def _taps(tune: Tune, slot: str, place: Place, form: Form, index: Tensor | None) -> list[tuple[str, TapSpec]]:
     """The modules that use a tensor, and how: a tied embedding is also the head's weight."""
     part = None if place.start is None else slice(place.start, place.stop)
     spec = TapSpec(form, index, part, rows=tune.region(place).shape[0])
@@ -126,19 +129,23 @@ def _taps(tune: Tune, place: Place, form: Form, index: Tensor | None) -> list[tu
     module = tune.model.get_submodule(place.module)
     if isinstance(module, nn.Embedding):
         tied = [(name, spec) for name, source in tune.parts.ties.items() if source == place.module]
-        return [(place.module, _embedding_spec(module, spec, place)), *tied]
+        return [(place.module, _embedding_spec(slot, module, spec, place)), *tied]
     if len(shape_of(tune.model, place.parameter)) != 2:
-        raise LuthierError("only whole tensors train here", where=str(place), mend="select it `whole`")
+        raise LuthierError(
+            f"`{slot}` trains parts of a tensor of which only the whole can train",
+            where=str(place),
+            mend=f"leave the role {place.role} out of it, or select it `whole`",
+        )
     return [(place.module, spec)]
 
 
-def _embedding_spec(module: nn.Embedding, spec: TapSpec, place: Place) -> TapSpec:
+def _embedding_spec(slot: str, module: nn.Embedding, spec: TapSpec, place: Place) -> TapSpec:
     scale = getattr(module, "embed_scale", None)
     if scale is None and type(module).forward is not nn.Embedding.forward:
         raise LuthierError(
-            "this embedding is computed in a way of its own, so only the whole of it trains",
+            f"`{slot}` trains parts of an embedding that is computed in a way of its own, so only the whole of it can train",
             where=str(place),
-            mend="select it `whole`",
+            mend=f"leave the role {place.role} out of it, or select it `whole`",
         )
     # The module multiplies in the type of its weight.
     scale = 1.0 if scale is None else float(torch.as_tensor(scale).to(module.weight.dtype))

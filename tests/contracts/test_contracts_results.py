@@ -102,3 +102,30 @@ def test_the_delta_makes_the_tuned_model_of_the_base(engine: Any, now: Now, kind
 
 def test_every_kind_of_tune_is_covered() -> None:
     assert {kind for kind, _ in FREES} == set(TUNES)
+
+
+FAMILIES = ("qwen2", "gemma3_text", "phi3", "gpt_neox", "opt", "mixtral")
+"""Biases, grouped heads and tied embeddings; scaled embeddings and norms of 1 + weight; fused projections; interleaved ones and
+parallel sub-layers; no module around the MLP; experts."""
+
+
+@pytest.mark.parametrize("architecture", FAMILIES)
+@pytest.mark.parametrize(("kind", "name"), FREES)
+def test_every_family_trains_or_is_refused_by_name(engine: Any, now: Now, kind: str, name: str, architecture: str) -> None:
+    model, batch = model_of(architecture), rows_of_eight()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    try:
+        run = run_of(engine, kind, name, model=model, keep_base=True)
+    except LuthierError as error:
+        assert name in str(error) or architecture in str(error), "a refusal names what it refuses"
+        assert error.mend
+        assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+        return
+    losses = take_steps(run, [batch], now._replace(learning_rate=1e-3), 2)
+    assert all(loss == loss for loss in losses)
+    changed = {key for key, value in model.state_dict().items() if not torch.equal(value, before[key])}
+    inside = {one.place.parameter for one in run.tune.trained.values() if one.place and one.form not in ("factor", "free")}
+    inside |= {f"{tied}.weight" for tied, source in run.tune.parts.ties.items() if f"{source}.weight" in inside}
+    assert changed <= inside | set(run.tune.altered), "numbers outside the tune keep their bits"
+    with run.tune.off():
+        assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items()) or run.tune.prompt_length

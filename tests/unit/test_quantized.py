@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from luthier import registry
+from luthier.cuts import find_cuts
 from luthier.errors import LuthierError
 from luthier.estimate import standing
 from luthier.export.model import divergence, outputs
@@ -431,3 +432,19 @@ def test_the_plan_says_what_is_held(tmp_path: Path) -> None:
     assert plan.total_numbers == plain.total_numbers and plan.fingerprint != plain.fingerprint
     assert plain.estimate.weights - plan.estimate.weights == numbers * plan.dtype.itemsize - numbers // 2 - numbers // BLOCK * 4
     assert not plan.estimate.rough
+
+
+def test_what_will_not_fit_is_told_to_use_fewer_bits(tmp_path: Path) -> None:
+    rows = [{"prompt": f"What is {i}?", "completion": f"A {i}."} for i in range(4)]
+
+    def cuts(**keys: Any) -> tuple[dict[str, int], int]:
+        recipe = {"model": "tiny:llama", "rows": {"train": rows}, "out": str(tmp_path), "train": {"precision": "fp32"}, **keys}
+        plan = make_plan(make_recipe(recipe))
+        return dict(find_cuts(plan.recipe, plan.engine, plan.parts, plan.feed, plan.dtype, plan.estimate, 0)), plan.estimate.weights
+
+    lora, dense = cuts(tune="lora")
+    fewer, held = cuts(tune="lora", quantize="nf4")
+    assert lora["quantize=nf4"] == dense - held > 0
+    assert not any("quantize" in change or change in ("tune=half", "tune=full") for change in fewer)
+    full, _ = cuts(tune="full")
+    assert full["tune=lora with quantize=nf4"] == full["tune=lora"] + dense - held and "quantize=nf4" not in full

@@ -24,6 +24,7 @@ from luthier.registry import method
     "triplets stay as the budget says, where the codes drop more on a tie; warm-up and final phase are shares of the run; one more "
     "pruning when the run ends",
     learning_rate=5e-3,
+    claim="adalora",
 )
 def adalora(
     *,
@@ -40,10 +41,9 @@ def adalora(
 ) -> tuple[Additive, Term, Keeper]:
     """Start with more singular triplets than asked for, and prune those of least importance, wherever they are.
 
-    P and Q start random and lambda at zero. After each step the sensitivity |number * gradient| of every trained number is smoothed, and
-    so is its uncertainty, how far it is from its mean; their product is the number's importance. A triplet's is that of its singular
-    value and the means over its two vectors. Pruning sets singular values to zero; in the next step they may come back, until the
-    final phase.
+    P and Q start random, lambda at zero. After each step the sensitivity |number * gradient| of every number is smoothed, and so is
+    its uncertainty, how far it is from its mean; their product is its importance. A triplet's is that of its singular value and the
+    means over its two vectors. What is pruned is set to zero; it may come back in the next step, until the final phase.
 
     Args:
         initial_rank: triplets of each weight at the start; 12, the paper's 1.5 times the target.

@@ -24,6 +24,7 @@ from luthier.registry import method
     "rank 8 where the paper's is 128; rows are divided by their largest magnitude, where the "
     "authors' code takes the largest signed number (`rescale`)",
     learning_rate=3e-4,
+    claim="corda",
 )
 def corda(
     *,

@@ -22,6 +22,7 @@ from luthier.registry import method
     "singular value decomposition, since the sign's spectrum is too flat for a randomized one",
     step0="on purpose not the base",
     learning_rate=1e-3,
+    claim="lora_sb",
 )
 def lora_sb(
     *,

@@ -19,6 +19,7 @@ from luthier.registry import method
     departs="an exact singular value decomposition where the paper's is randomized; s is part of the frozen basis",
     step0="on purpose not the base",
     learning_rate=4e-3,
+    claim="lora_sb",
 )
 def lora_xs(*, rank: int = 16, alpha: float = 16.0, deviation: float = 1e-5, roles: tuple[str, ...] = ("linear",)) -> Additive:
     """Freeze the R largest singular vectors of each weight as bases and train the R x R matrix between them.

@@ -41,6 +41,7 @@ class Layout(NamedTuple):
     departs="projects onto linear maps alone, where the paper moves every number; a large matrix is projected onto in chunks, each by a "
     "transform of its own",
     learning_rate=5e-3,
+    claim="said",
 )
 def said(*, dimension: int = 200, scales: Literal["block", "none"] = "block", roles: tuple[str, ...] = ("linear",)) -> Additive:
     """Train a few numbers in all, which a fixed random projection spreads over every linear map.

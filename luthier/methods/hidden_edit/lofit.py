@@ -19,6 +19,7 @@ from luthier.registry import method
     reduces_to="share 1, second phase: training a bias of attention's output map, in the space of its columns",
     departs="both phases are one run; starts at zero, the base, where the paper draws from N(0, 0.001): `deviation`",
     learning_rate=5e-3,
+    claim="lofit",
 )
 def lofit(
     *, share: float = 0.03, selection: float = 0.5, penalty: float = 5e-4, rate: float = 2.0, deviation: float = 0.0

@@ -26,6 +26,7 @@ from luthier.registry import method
     step0="on purpose not the base",
     merges="never",
     learning_rate=3e-2,
+    claim="dept",
 )
 def dept(
     *,

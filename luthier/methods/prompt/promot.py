@@ -23,6 +23,7 @@ PROMPT = "promot_PD"
     step0="on purpose not the base",
     merges="never",
     learning_rate=1e-3,
+    claim="promot",
 )
 def promot(*, length: int = 20, share: float = 0.5, prompt_rate: float = 100.0) -> tuple[Prompt, Freezing]:
     """Train a prompt alone first, then freeze it and train all else, to keep the model general.

@@ -24,6 +24,7 @@ from luthier.registry import method
     "target below the forward pass is refused",
     merges="is in place",
     learning_rate=2e-5,
+    claim="greentrainer",
 )
 def greentrainer(
     *,

@@ -23,6 +23,7 @@ from luthier.registry import method
     departs="entries that join later are bias-corrected by their own age, where the authors' code has one step counter for all",
     merges="is in place",
     learning_rate=1e-4,
+    claim="lift",
 )
 def lift(
     *,

@@ -24,6 +24,7 @@ from luthier.registry import method
     "would move off the ticket do not train at all, and on it decay pulls towards the base; both phases share one run of steps",
     merges="is in place",
     learning_rate=5e-5,
+    claim="lt_sft",
 )
 def lt_sft(
     *,

@@ -24,6 +24,7 @@ from luthier.registry import method
     "the same mathematics, keeps the model comparable with its base, and holds for grouped-query attention",
     merges="is in place",
     learning_rate=2e-4,
+    claim="s2ft",
 )
 def s2ft(
     *,

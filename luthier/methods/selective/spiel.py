@@ -24,6 +24,7 @@ from luthier.registry import method
     "their own age, where the authors' code is a step young; a model in bf16 computes with the rounded sum of weight and delta",
     merges="is in place",
     learning_rate=2e-4,
+    claim="spiel",
 )
 def spiel(
     *,
