@@ -15,7 +15,7 @@ from luthier.export.peft_adapter import Adapter
 from luthier.training.services import evaluating
 from luthier.tune import Tune
 
-INSTEAD = "train prompt_tuning, or export the weights without it: --as model --weights-only"
+INSTEAD = "train prompt_tuning instead, or export the weights without it: --as model --weights-only"
 
 
 def prefix_adapter(tune: Tune) -> Adapter:

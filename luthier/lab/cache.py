@@ -95,7 +95,7 @@ def content(value: Any, where: str) -> Any:
 
 
 def _names_file(value: str, where: str) -> bool:
-    if not where.endswith(("rows", "train")):
+    if not where.endswith(("rows", "train", "calibration_source")):
         return False
     try:
         return Path(value).is_file()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from statistics import fmean
 from typing import Any
 
@@ -12,7 +13,7 @@ from luthier.lab.claim import Finished, Recipe, Setting
 from luthier.lab.skill import Split
 from luthier.lab.world_sets import sets_of
 from luthier.run import Run
-from luthier.use import open_run
+from luthier.use import open_base, open_run
 
 TAUGHT = ("facts", "boxes", "copy", "reverse", "case", "sentiment", "topic", "refusals", "translate")
 """What the built-in models answer rightly in four of five cases or more: what a fine-tune should leave alone."""
@@ -65,13 +66,27 @@ def accuracies(
 
 
 def learnt_and_kept(finished: Finished) -> dict[str, float]:
-    """The new skill, the old ones, and how many numbers trained for it."""
+    """The new skill, as right answers and as nats, the old ones, and how many numbers trained for it."""
     run = finished.runs[0]
     return {
         "learnt": mean(run, [NEW_LANGUAGE]),
+        "gained": gained(run),
         "kept": mean(run, TAUGHT),
         "trained numbers": float(run.facts["trained_numbers"]),
     }
+
+
+def gained(run: Run, split: Split = "held_back") -> float:
+    """Nats by which a target token of the new language became likelier: it tells techniques apart that get few answers right."""
+    (items,) = sets_of([NEW_LANGUAGE], split=split, count=ITEMS)
+    likely = replace(items, metric="loss")
+    before, after = (measure(*opened(run), [likely])[NEW_LANGUAGE].value for opened in (open_base, open_run))
+    return before - after
+
+
+def validation_gain(finished: Finished) -> float:
+    """Judges a learning rate by the likelihood of the new language's validation items."""
+    return gained(finished.runs[0], "validation")
 
 
 def mean(run: Run, skills: Sequence[str], *, split: Split = "held_back", count: int = ITEMS, difficulty: int = 1) -> float:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import torch
 
 import luthier
 from luthier.export.model import PROBES, divergence, outputs

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from luthier.lab.claim import Arm, Claim, Expectation
-from luthier.lab.tasks import FASTER, NEW_LANGUAGE, learnt_and_kept, new_language, validation
+from luthier.lab.tasks import FASTER, learnt_and_kept, new_language, validation_gain
 
 CLAIM = Claim(
     name="adalora",
@@ -22,12 +22,12 @@ CLAIM = Claim(
         ),
     ],
     expects=[
-        Expectation("learnt", "adalora", "lora", "more", 0.0, "at rank 2 it learns more"),
+        Expectation("gained", "adalora", "lora", "more", 0.0, "at rank 2 it learns more"),
     ],
     measure=learnt_and_kept,
-    choose=validation(NEW_LANGUAGE),
+    choose=validation_gain,
     rates=FASTER,
-    floor={"learnt": 0.2},
+    floor={"gained": 1.0},
     minutes=12,
     notes="The paper compares on GLUE with DeBERTa; there and here training begins with half as many ranks again.",
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from luthier.lab.claim import Arm, Claim, Expectation, Finished
 from luthier.lab.costs import seconds
-from luthier.lab.tasks import NEW_LANGUAGE, learnt_and_kept, new_language, validation
+from luthier.lab.tasks import learnt_and_kept, new_language, validation_gain
 
 PROMPTS = (1e-2, 3e-2, 1e-1)
 
@@ -35,14 +35,14 @@ CLAIM = Claim(
         Arm("short prompt", {"tune": {"prompt_tuning": {"length": 16}}}, "control: 16 virtual tokens alone", rates=PROMPTS),
     ],
     expects=[
-        Expectation("learnt", "dept", "prompt tuning", "not_less", 0.05, "it learns as much"),
-        Expectation("learnt", "dept", "short prompt", "more", 0.0, "the table is what helps"),
+        Expectation("gained", "dept", "prompt tuning", "not_less", 0.05, "it learns as much"),
+        Expectation("gained", "dept", "short prompt", "more", 0.0, "the table is what helps"),
         Expectation("seconds per 1000 tokens", "dept", "prompt tuning", "less", 0.0, "its steps are quicker"),
     ],
     measure=measure,
-    choose=validation(NEW_LANGUAGE),
+    choose=validation_gain,
     rates=PROMPTS,
-    floor={"learnt": 0.2},
+    floor={"gained": 1.0},
     minutes=10,
     notes="The paper's prompts have 100 tokens and rows up to 256; rows here have about 15, so the prompt is most of what is computed.",
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from luthier.lab.claim import Arm, Claim, Expectation
-from luthier.lab.tasks import FASTER, NEW_LANGUAGE, learnt_and_kept, new_language, validation
+from luthier.lab.tasks import FASTER, learnt_and_kept, new_language, validation_gain
 
 CLAIM = Claim(
     name="lofit",
@@ -18,14 +18,14 @@ CLAIM = Claim(
         Arm("lofit, all heads", {"tune": {"lofit": {"share": 1.0}}}, "control: every head", rates=(5e-3, 1.5e-2, 5e-2)),
     ],
     expects=[
-        Expectation("learnt", "lofit", "lora", "not_less", 0.05, "it learns as much as LoRA"),
-        Expectation("learnt", "lofit", "lofit, all heads", "not_less", 0.05, "a few heads do as well as all"),
+        Expectation("gained", "lofit", "lora", "not_less", 0.05, "it learns as much as LoRA"),
+        Expectation("gained", "lofit", "lofit, all heads", "not_less", 0.05, "a few heads do as well as all"),
         Expectation("kept", "lofit", "lora", "more", 0.02, "it keeps more"),
     ],
     measure=learnt_and_kept,
-    choose=validation(NEW_LANGUAGE),
+    choose=validation_gain,
     rates=FASTER,
-    floor={"learnt": 0.2},
+    floor={"gained": 1.0},
     minutes=9,
     notes="The model has 36 heads, so 3 % would be one: a fifth is taken. The paper steers behavior that the model has; here facts "
     "that it knows are asked for in a new language.",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from luthier.lab.claim import Arm, Claim, Expectation
-from luthier.lab.tasks import FASTER, NEW_LANGUAGE, learnt_and_kept, new_language, validation
+from luthier.lab.tasks import FASTER, learnt_and_kept, new_language, validation_gain
 
 
 def sparse(**options: Any) -> dict[str, Any]:
@@ -27,14 +27,14 @@ CLAIM = Claim(
         Arm("fixed entries", sparse(every=100_000), "control: random entries that stay after the first selection", rates=FASTER),
     ],
     expects=[
-        Expectation("learnt", "spiel", "lora", "more", 0.0, "spiel learns more than LoRA"),
-        Expectation("learnt", "spiel", "spiel, momentum", "not_less", 0.05, "gradients grow as well as accumulated ones"),
-        Expectation("learnt", "spiel", "fixed entries", "more", 0.0, "dropping and growing on is what helps"),
+        Expectation("gained", "spiel", "lora", "more", 0.0, "spiel learns more than LoRA"),
+        Expectation("gained", "spiel", "spiel, momentum", "not_less", 0.05, "gradients grow as well as accumulated ones"),
+        Expectation("gained", "spiel", "fixed entries", "more", 0.0, "dropping and growing on is what helps"),
     ],
     measure=learnt_and_kept,
-    choose=validation(NEW_LANGUAGE),
+    choose=validation_gain,
     rates=FASTER,
-    floor={"learnt": 0.3},
+    floor={"gained": 1.0},
     minutes=12,
     notes="The paper tunes Llama 2 on instructions. The control keeps the one selection that follows the first gathering of gradients.",
 )
