@@ -14,10 +14,11 @@ from luthier.errors import LuthierError
 if TYPE_CHECKING:
     from luthier.delta import Delta
     from luthier.flow import train
+    from luthier.opened import open_model, open_run
     from luthier.recipe import Recipe, read_recipe
     from luthier.registry import method, part
     from luthier.run import Run, read_run
-    from luthier.use import open_model, open_run, probe
+    from luthier.use import probe
 
 __version__ = "0.1.0"
 
@@ -30,8 +31,8 @@ _HOMES = {
     "Run": "luthier.run",
     "read_run": "luthier.run",
     "Delta": "luthier.delta",
-    "open_model": "luthier.use",
-    "open_run": "luthier.use",
+    "open_model": "luthier.opened",
+    "open_run": "luthier.opened",
     "probe": "luthier.use",
 }
 

@@ -21,6 +21,7 @@ from luthier.evaluate.sets import EvalSet, SetResult, measure
 from luthier.models.fingerprint import fingerprint
 from luthier.models.load import load_model
 from luthier.models.sharding import whole
+from luthier.opened import save_result
 from luthier.plan import Plan, Say, make_plan
 from luthier.recipe import Recipe, make_recipe, read_recipe
 from luthier.report import write_report
@@ -41,7 +42,6 @@ from luthier.training.engine import StepResult
 from luthier.training.loop import Plans, Progress
 from luthier.training.loop import train as run_loop
 from luthier.training.world import World
-from luthier.use import save_result
 
 Tell = Callable[[Plan, Progress, StepResult], None]
 

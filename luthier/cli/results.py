@@ -186,7 +186,7 @@ def export(
     run: Annotated[str, typer.Argument(help="A run's name or folder.")],
     target: Annotated[Path, typer.Argument(help="The folder, or the GGUF file, to write; it must not exist.")],
     form: Annotated[
-        str, typer.Option("--as", help="`model`: a plain Hugging Face folder; `gguf`: one file; `peft`: a LoRA adapter.")
+        str, typer.Option("--as", help="`model`: a plain Hugging Face folder; `gguf`: one file; `peft`: an adapter.")
     ] = "model",
     weights: Annotated[str, typer.Option(help="Of a GGUF file: f32, f16, bf16, q8_0, or auto for the model's.")] = "auto",
     folder: Out = "runs",

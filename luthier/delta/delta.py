@@ -310,7 +310,9 @@ class Delta:
 
     def _check_writable(self, model: nn.Module) -> None:
         self._check_shapes(model)
-        refuse_change(model, self, "the delta changes the model's own weights", "restore it into a tune, where it stands beside them")
+        refuse_change(
+            model, self, "the delta changes the model's own weights", "restore it into a tune, where it stands beside them"
+        )
 
     def _check_shapes(self, model: nn.Module) -> None:
         shapes = {name: values.shape for name, values in live(model).items()}

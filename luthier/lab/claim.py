@@ -70,7 +70,7 @@ class Finished(NamedTuple):
     setting: Setting
     arm: Arm
     runs: Sequence[Run]
-    """One run a stage, in order. `run.facts` is its `run.json`; `luthier.use.open_run(run)` opens the tuned model."""
+    """One run a stage, in order. `run.facts` is its `run.json`; `luthier.opened.open_run(run)` opens the tuned model."""
 
 
 class Claim(NamedTuple):

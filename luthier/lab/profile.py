@@ -13,9 +13,9 @@ from luthier.evaluate.compare import NOT_MEASURED, compare
 from luthier.evaluate.sets import EvalSet, Say, SetResult, measure
 from luthier.lab import world
 from luthier.lab.world_sets import sets_of
+from luthier.opened import is_run, open_base, open_model, silent
 from luthier.run import read_run
 from luthier.tune import Tune
-from luthier.use import is_run, open_base, open_model, silent
 
 COUNT = 100
 """Items of a skill."""

@@ -12,8 +12,8 @@ from luthier.lab import world
 from luthier.lab.claim import Finished, Recipe, Setting
 from luthier.lab.skill import Split
 from luthier.lab.world_sets import sets_of
+from luthier.opened import open_base, open_run
 from luthier.run import Run
-from luthier.use import open_base, open_run
 
 TAUGHT = ("facts", "boxes", "copy", "reverse", "case", "sentiment", "topic", "refusals", "translate")
 """What the built-in models answer rightly in four of five cases or more: what a fine-tune should leave alone."""

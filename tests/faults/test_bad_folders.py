@@ -17,8 +17,9 @@ import luthier
 from luthier.cli import app
 from luthier.delta import Delta
 from luthier.models.tiny import tiny, tiny_tokenizer
+from luthier.opened import open_model
 from luthier.run import read_run
-from luthier.use import Chat, evaluate, export, look_at_rows, open_model
+from luthier.use import Chat, evaluate, export, look_at_rows
 from tests.faults.bad_input import ROWS, put, refused, refused_to_train, write_recipe
 
 

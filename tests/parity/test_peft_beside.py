@@ -18,13 +18,14 @@ from luthier.export import export_peft, peft_prefix
 from luthier.flow import train
 from luthier.kinds import TUNES, Now, kind_of
 from luthier.models import map_parts, tiny
+from luthier.opened import open_run
 from luthier.registry import make_all
 from luthier.run import read_run
 from luthier.training.build import slots
 from luthier.training.forward import hidden
 from luthier.training.services import RunServices
 from luthier.tune import Tune
-from luthier.use import export, open_run
+from luthier.use import export
 from tests.conftest import calibration, make_batch
 
 peft = pytest.importorskip("peft")
@@ -125,6 +126,16 @@ def stretched(**parameters: Any) -> Any:
 )
 def test_prefixes_give_the_same_logits_where_rotations_are_scaled(parameters: dict[str, Any], tmp_path: Path) -> None:
     assert_same_in_peft(tuned(DIRECT, stretched(**parameters)), lambda: stretched(**parameters), tmp_path / "adapter")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_prefixes_leave_in_every_precision(dtype: torch.dtype, tmp_path: Path) -> None:
+    tune = tuned(PREFIX, tiny(dtype=dtype))
+    export_peft(tune, tmp_path / "adapter", "tiny:llama")
+    here, there = logits_here(tune), logits_there(tmp_path / "adapter", tiny(dtype=dtype))
+    # The network computes in the model's precision here; rotations are fp32 everywhere.
+    allowed = {torch.float64: 1e-5, torch.bfloat16: 0.15}[dtype]
+    torch.testing.assert_close(there, here, rtol=0.0, atol=allowed)
 
 
 def test_keys_are_turned_by_the_length_and_laid_out_as_peft_reads_them(tmp_path: Path) -> None:

@@ -14,8 +14,8 @@ import luthier
 from luthier.errors import LuthierError
 from luthier.models.fingerprint import fingerprint
 from luthier.models.load import load_model
+from luthier.opened import open_model
 from luthier.recipe import make_recipe
-from luthier.use import open_model
 
 FACTS = [
     {"prompt": f"What is the color of the {thing}?", "completion": f"The {thing} is {color}."}

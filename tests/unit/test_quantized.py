@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from luthier import registry
-from luthier.cuts import find_cuts
 from luthier.errors import LuthierError
 from luthier.estimate import standing
 from luthier.export.model import divergence, outputs
@@ -33,8 +32,7 @@ from luthier.models.quantized import (
     quantized,
 )
 from luthier.models.tiny import ARCHITECTURES, tiny
-from luthier.plan import make_plan
-from luthier.recipe import make_recipe, same_steps
+from luthier.recipe import make_recipe
 from luthier.training import calibrate
 from luthier.training.checkpoint import TENSORS, restore, save
 from luthier.training.services import RunServices
@@ -413,38 +411,3 @@ def test_what_cannot_be_is_refused_by_name() -> None:
             change(tune.model)
         assert refusal.value.where in delta
     assert same(codes(tune.model), before)
-
-
-def test_a_recipe_from_before_asks_for_the_same_steps() -> None:
-    plain = make_recipe({"model": "tiny:llama", "rows": {"train": "x"}}).as_plain()
-    older = {key: value for key, value in plain.items() if key != "quantize"}
-    assert same_steps(plain, older) and not same_steps({**plain, "quantize": "nf4"}, older)
-
-
-def test_the_plan_says_what_is_held(tmp_path: Path) -> None:
-    rows = [{"prompt": f"What is {i}?", "completion": f"A {i}."} for i in range(4)]
-    recipe = make_recipe({"model": "tiny:llama", "rows": {"train": rows}, "tune": "lora", "quantize": "nf4", "out": str(tmp_path)})
-    plan = make_plan(recipe)
-    plain = make_plan(make_recipe({**recipe.as_plain(), "rows": {"train": rows}, "quantize": "none"}))
-    numbers = sum(one.numbers for one in quantized(plan.model).values())
-    line = next(line for line in plan.lines() if line.startswith("holds"))
-    assert f"{numbers:,} numbers of the blocks in 4 bits (nf4)" in line
-    assert plan.total_numbers == plain.total_numbers and plan.fingerprint != plain.fingerprint
-    assert plain.estimate.weights - plan.estimate.weights == numbers * plan.dtype.itemsize - numbers // 2 - numbers // BLOCK * 4
-    assert not plan.estimate.rough
-
-
-def test_what_will_not_fit_is_told_to_use_fewer_bits(tmp_path: Path) -> None:
-    rows = [{"prompt": f"What is {i}?", "completion": f"A {i}."} for i in range(4)]
-
-    def cuts(**keys: Any) -> tuple[dict[str, int], int]:
-        recipe = {"model": "tiny:llama", "rows": {"train": rows}, "out": str(tmp_path), "train": {"precision": "fp32"}, **keys}
-        plan = make_plan(make_recipe(recipe))
-        return dict(find_cuts(plan.recipe, plan.engine, plan.parts, plan.feed, plan.dtype, plan.estimate, 0)), plan.estimate.weights
-
-    lora, dense = cuts(tune="lora")
-    fewer, held = cuts(tune="lora", quantize="nf4")
-    assert lora["quantize=nf4"] == dense - held > 0
-    assert not any("quantize" in change or change in ("tune=half", "tune=full") for change in fewer)
-    full, _ = cuts(tune="full")
-    assert full["tune=lora with quantize=nf4"] == full["tune=lora"] + dense - held and "quantize=nf4" not in full

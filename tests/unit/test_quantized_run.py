@@ -12,14 +12,18 @@ import torch
 from torch import Tensor
 
 import luthier
+from luthier.cuts import find_cuts
 from luthier.delta.forms import LowRank
 from luthier.export import export_gguf
 from luthier.export.model import divergence, outputs
 from luthier.models.load import load_model
 from luthier.models.parts import map_parts
-from luthier.models.quantized import expand, quantize, quantized
+from luthier.models.quantized import BLOCK, expand, quantize, quantized
+from luthier.opened import open_base, open_run
+from luthier.plan import make_plan
+from luthier.recipe import make_recipe, same_steps
 from luthier.run import Run, read_run
-from luthier.use import compare_weights, export, open_base, open_run
+from luthier.use import compare_weights, export
 from tests.unit.test_export_gguf import model_of, trained_tokenizer, tuned
 
 ROWS = [{"prompt": f"Say {word}.", "completion": f"{word}!"} for word in ("one", "two", "three", "four")]
@@ -147,3 +151,35 @@ def test_a_stopped_run_goes_on_to_the_same_end(tmp_path: Path) -> None:
     again = luthier.train({**whole.facts["recipe"], "rows": {"train": ROWS}, "out": str(tmp_path / "stopped")}, resume=folder)
     assert again.facts["weights_sha256"] == whole.facts["weights_sha256"]
     assert (folder / "delta.safetensors").read_bytes() == (whole.folder / "delta.safetensors").read_bytes()
+
+
+def test_a_recipe_from_before_asks_for_the_same_steps() -> None:
+    plain = make_recipe({"model": "tiny:llama", "rows": {"train": "x"}}).as_plain()
+    older = {key: value for key, value in plain.items() if key != "quantize"}
+    assert same_steps(plain, older) and not same_steps({**plain, "quantize": "nf4"}, older)
+
+
+def test_the_plan_says_what_is_held(tmp_path: Path) -> None:
+    recipe = make_recipe({"model": "tiny:llama", "rows": {"train": ROWS}, "tune": "lora", "quantize": "nf4", "out": str(tmp_path)})
+    plan = make_plan(recipe)
+    plain = make_plan(make_recipe({**recipe.as_plain(), "rows": {"train": ROWS}, "quantize": "none"}))
+    numbers = sum(one.numbers for one in quantized(plan.model).values())
+    line = next(line for line in plan.lines() if line.startswith("holds"))
+    assert f"{numbers:,} numbers of the blocks in 4 bits (nf4)" in line
+    assert plan.total_numbers == plain.total_numbers and plan.fingerprint != plain.fingerprint
+    assert plain.estimate.weights - plan.estimate.weights == numbers * plan.dtype.itemsize - numbers // 2 - numbers // BLOCK * 4
+    assert not plan.estimate.rough
+
+
+def test_what_will_not_fit_is_told_to_use_fewer_bits(tmp_path: Path) -> None:
+    def cuts(**keys: Any) -> tuple[dict[str, int], int]:
+        recipe = {"model": "tiny:llama", "rows": {"train": ROWS}, "out": str(tmp_path), "train": {"precision": "fp32"}, **keys}
+        plan = make_plan(make_recipe(recipe))
+        return dict(find_cuts(plan.recipe, plan.engine, plan.parts, plan.feed, plan.dtype, plan.estimate, 0)), plan.estimate.weights
+
+    lora, dense = cuts(tune="lora")
+    fewer, held = cuts(tune="lora", quantize="nf4")
+    assert lora["quantize=nf4"] == dense - held > 0
+    assert not any("quantize" in change or change in ("tune=half", "tune=full") for change in fewer)
+    full, _ = cuts(tune="full")
+    assert full["tune=lora with quantize=nf4"] == full["tune=lora"] + dense - held and "quantize=nf4" not in full

@@ -13,9 +13,9 @@ from luthier.evaluate.generate import generate
 from luthier.evaluate.metrics import METRICS
 from luthier.lab.claim import Arm, Claim, Expectation, Finished, Recipe, Setting
 from luthier.lab.dice import Dice
+from luthier.opened import open_run
 from luthier.rows.encode import encode_prompt
 from luthier.rows.read import read
-from luthier.use import open_run
 
 PASSAGES = Path(__file__).with_name("passages.jsonl")
 ROWS, EPOCHS, NEW_TOKENS = 12, 12, 96

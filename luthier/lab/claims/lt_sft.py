@@ -11,8 +11,8 @@ from luthier.lab import world
 from luthier.lab.claim import Arm, Claim, Expectation, Finished, Recipe, Setting
 from luthier.lab.skill import Split
 from luthier.lab.tasks import ITEMS, NEW_LANGUAGE, stage, teach
+from luthier.opened import open_base, open_run
 from luthier.rows.read import read
-from luthier.use import open_base, open_run
 
 SHARE = 0.08
 

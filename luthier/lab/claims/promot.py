@@ -6,8 +6,8 @@ from luthier.evaluate.sets import measure as measure_sets
 from luthier.lab.claim import Arm, Claim, Expectation, Finished
 from luthier.lab.tasks import ITEMS, NEW_LANGUAGE, TAUGHT, mean, new_language, validation
 from luthier.lab.world_sets import sets_of
+from luthier.opened import open_run
 from luthier.run import Run
-from luthier.use import open_run
 
 IN_CONTEXT = "in_context"
 

@@ -65,7 +65,9 @@ def costs(services: Services, load: Load) -> dict[Place, Cost]:
     parts = services.parts
     expert = next((place for place in parts.places if place.role in ("expert", "router")), None)
     if expert is not None:
-        raise LuthierError("`greentrainer` does not know what a mixture of experts costs", where=str(expert), mend="use a model without experts")
+        raise LuthierError(
+            "`greentrainer` does not know what a mixture of experts costs", where=str(expert), mend="use a model without experts"
+        )
     modules = {module: number for number, module in enumerate(dict.fromkeys(place.module for place in parts.places))}
     found = {
         place: _cost(services, place, load)
