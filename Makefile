@@ -10,7 +10,7 @@ SUITABLE = import sys, importlib.util as u; v = sys.version_info; sys.exit( \
 	None if u.find_spec("venv") and u.find_spec("ensurepip") else \
 	"cannot make environments (on Debian and Ubuntu: apt install python3-venv)")
 
-.PHONY: help quickstart test lint docs bench workshop clean
+.PHONY: help quickstart test lint docs bench bench-techniques workshop clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
@@ -40,6 +40,9 @@ docs: $(VENV)/.docs ## build the documentation into site/
 bench: $(VENV)/.bench ## measure speed and memory beside the usual tools
 	@echo "measuring speed and memory"
 	@$(BIN)/python -m bench $(ARGS)
+
+bench-techniques: $(VENV)/.bench ## measure speed and memory of every technique
+	@$(BIN)/python -m bench.techniques $(ARGS)
 
 workshop: $(VENV)/.core ## build the models that come with luthier again, from nothing (about an hour)
 	@echo "building the models of the workshop into build/"

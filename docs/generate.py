@@ -20,6 +20,7 @@ from luthier.kinds import KINDS, TUNES
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "toy_technique.py"
 RESULTS = Path(__file__).parent.parent / "bench" / "results.json"
+COSTS = Path(__file__).parent.parent / "bench" / "techniques.json"
 CLAIMS = Path(__file__).parent / "claims"
 MARKER = re.compile(r"^<!-- generated: (\w+) -->$", re.MULTILINE)
 Schema = Mapping[str, Any]
@@ -226,6 +227,37 @@ def bench() -> str:
     return f"{table(header, rows)}\n\n{cell(setting)}"
 
 
+def costs() -> str:
+    """What every tuning technique took in `make bench-techniques`, as it was committed."""
+    if not COSTS.exists():
+        return "No results are stored."
+    facts = json.loads(COSTS.read_text(encoding="utf-8"))
+    rows = []
+    for one in facts["results"]:
+        if "error" in one:
+            rows.append((code(one["name"]), cell(one["error"]), "", "", "", ""))
+            continue
+        bare = one["imported_bytes"] + one["model_bytes"] if "model_bytes" in one else None
+        rows.append(
+            (
+                cell(one["name"]) if " " in one["name"] else code(one["name"]),
+                f"{one['trained_numbers']:,}" if "trained_numbers" in one else "",
+                f"{one['tokens_per_second']:,.0f}",
+                f"{one['speed_over_full']:.2f}",
+                f"{one['peak_bytes'] / 2**20:,.0f} MiB",
+                f"{(one['peak_bytes'] - bare) / 2**20:,.0f} MiB" if bare is not None else "",
+            )
+        )
+    header = ("trains", "numbers", "tokens/s", "speed over full", "peak", "above the model")
+    setting, machine = facts["setting"], facts["machine"]
+    versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
+    words = (
+        f"{setting['model']}, {setting['precision']}, {setting['rows_a_step']} rows of {setting['max_tokens']} tokens a step. "
+        f"{machine['processor']}, {machine['cores']} cores. {versions}."
+    )
+    return f"{table(header, rows)}\n\n{cell(words)}"
+
+
 def claims() -> str:
     """Every claim that was run: an overview, then each with its numbers, as they were committed."""
     results = [(path, json.loads(path.read_text(encoding="utf-8"))) for path in sorted(CLAIMS.glob("*.json"))]
@@ -361,6 +393,7 @@ WRITERS: dict[str, Callable[[], str]] = {
     "techniques": techniques,
     "example": example,
     "bench": bench,
+    "costs": costs,
     "claims": claims,
     "claim_rule": claim_rule,
     "world": world,
