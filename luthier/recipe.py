@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +17,7 @@ import pydantic
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
+from luthier.beside_recipe import with_paths
 from luthier.errors import LuthierError, explain, nearest, refuse_truth
 from luthier.yaml_text import parse, read_yaml
 
@@ -314,62 +315,11 @@ def make_recipe(data: Mapping[str, Any], *, where: str = "recipe", folder: Path 
     """
     data = {key: value if key == "name" else _number(value) for key, value in data.items()}
     if folder is not None:
-        data = _with_paths(data, folder)
+        data = with_paths(data, folder)
     try:
         return Recipe.model_validate(data)
     except pydantic.ValidationError as error:
         raise _explain(error, where) from None
-
-
-def _with_paths(data: dict[str, Any], folder: Path) -> dict[str, Any]:
-    def found(value: Any) -> Any:
-        if isinstance(value, list):
-            return [found(one) for one in value]
-        if isinstance(value, dict) and "rows" in value:
-            return {**value, "rows": found(value["rows"])}
-        if isinstance(value, str) and not value.startswith("hub:") and not _is_there(Path(value)) and _is_there(folder / value):
-            return str(folder / value)
-        return value
-
-    data = dict(data)
-    rows = data.get("rows")
-    if isinstance(rows, dict) and "train" in rows:
-        data["rows"] = {**rows, "train": found(rows["train"])}
-    sets = data.get("evaluate")
-    if isinstance(sets, dict):
-        data["evaluate"] = {
-            name: {**one, "rows": found(one["rows"])} if isinstance(one, dict) and "rows" in one else one
-            for name, one in sets.items()
-        }
-    if isinstance(data.get("model"), str):
-        data["model"] = found(data["model"])
-    if isinstance(data.get("control"), str):
-        data["control"] = found(data["control"])
-    if "tune" in data:
-        data["tune"] = _with_sources(data["tune"], found)
-    return data
-
-
-def _with_sources(spec: Any, found: Callable[[Any], Any]) -> Any:
-    """The rows that techniques calibrate on are named from the recipe's folder, too."""
-    if isinstance(spec, list):
-        return [_with_sources(one, found) for one in spec]
-    if isinstance(spec, dict):
-        return {
-            name: {key: found(value) if key == "calibration_source" else value for key, value in options.items()}
-            if isinstance(options, dict)
-            else options
-            for name, options in spec.items()
-        }
-    return spec
-
-
-def _is_there(path: Path) -> bool:
-    try:
-        return path.exists()
-    except (OSError, ValueError):
-        # No file can have such a name; whoever opens it will say so.
-        return False
 
 
 def _explain(error: pydantic.ValidationError, where: str) -> LuthierError:

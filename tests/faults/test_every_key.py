@@ -176,6 +176,7 @@ CASES: dict[str, Case] = {
     "step": trained(("sgd", "adamw"), weights),
     "source": trained(("backprop", "zeroth_order"), weights, step="sgd"),
     "keep": trained((None, "average"), weights),
+    "freeze": trained((None, "in_turns"), weights),
     "train.epochs": planned((1.0, 2.5), steps, (2, 5), train__steps=None),
     "train.steps": trained((1, 3), lambda run: len(run.facts["history"]), (1, 3)),
     "train.batch_tokens": planned((10, 10000), steps, (4, 1), **ONE_EPOCH, train__batch_rows=None),
