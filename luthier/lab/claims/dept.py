@@ -35,7 +35,7 @@ CLAIM = Claim(
         Arm("short prompt", {"tune": {"prompt_tuning": {"length": 16}}}, "control: 16 virtual tokens alone", rates=PROMPTS),
     ],
     expects=[
-        Expectation("gained", "dept", "prompt tuning", "not_less", 0.05, "it learns as much"),
+        Expectation("gained", "dept", "prompt tuning", "not_less", 0.1, "it learns as much"),
         Expectation("gained", "dept", "short prompt", "more", 0.0, "the table is what helps"),
         Expectation("seconds per 1000 tokens", "dept", "prompt tuning", "less", 0.0, "its steps are quicker"),
     ],

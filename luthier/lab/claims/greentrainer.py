@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from luthier.lab.claim import Arm, Claim, Expectation, Finished
 from luthier.lab.costs import backward_share
-from luthier.lab.tasks import NEW_LANGUAGE, learnt_and_kept, new_language, validation
+from luthier.lab.tasks import learnt_and_kept, new_language, validation_gain
 
 
 def measure(finished: Finished) -> dict[str, float]:
@@ -25,13 +25,13 @@ CLAIM = Claim(
         Arm("top blocks", {"tune": {"full": {"roles": ["linear"], "blocks": [4, 5]}}}, "control: the last two blocks of six"),
     ],
     expects=[
-        Expectation("learnt", "greentrainer", "full", "not_less", 0.05, "half of the operations learn as much"),
+        Expectation("gained", "greentrainer", "full", "not_less", 0.1, "half of the operations learn as much"),
         Expectation("operations per forward", "greentrainer", "full", "less", 1.0, "they are saved indeed"),
-        Expectation("learnt", "greentrainer", "top blocks", "more", 0.0, "choosing beats the last blocks"),
+        Expectation("gained", "greentrainer", "top blocks", "more", 0.0, "choosing beats the last blocks"),
     ],
     measure=measure,
-    choose=validation(NEW_LANGUAGE),
-    floor={"learnt": 0.5},
+    choose=validation_gain,
+    floor={"gained": 1.0},
     minutes=14,
     notes="Operations are counted on the first selection. The paper summarizes and writes abstracts with OPT and BLOOMZ.",
 )

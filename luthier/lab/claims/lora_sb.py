@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from luthier.lab.claim import Arm, Claim, Expectation
-from luthier.lab.tasks import FASTER, NEW_LANGUAGE, learnt_and_kept, new_language, validation
+from luthier.lab.tasks import FASTER, learnt_and_kept, new_language, validation_gain
 
 CLAIM = Claim(
     name="lora_sb",
@@ -18,14 +18,14 @@ CLAIM = Claim(
         Arm("lora_xs", {"tune": {"lora_xs": {"rank": 16}}}, "16 x 16 numbers a matrix, bases from the weight", rates=FASTER),
     ],
     expects=[
-        Expectation("learnt", "lora_sb", "lora", "not_less", 0.05, "it learns as much as LoRA"),
-        Expectation("learnt", "lora_sb", "lora_xs", "more", 0.02, "and more than the same core between bases of the weight"),
+        Expectation("gained", "lora_sb", "lora", "not_less", 0.1, "it learns as much as LoRA"),
+        Expectation("gained", "lora_sb", "lora_xs", "more", 0.05, "and more than the same core between bases of the weight"),
         Expectation("trained numbers", "lora_sb", "lora", "less", 0.0, "with fewer numbers"),
     ],
     measure=learnt_and_kept,
-    choose=validation(NEW_LANGUAGE),
+    choose=validation_gain,
     rates=FASTER,
-    floor={"learnt": 0.3},
+    floor={"gained": 1.0},
     minutes=9,
     notes="Matrices are small here, so LoRA has about 30 times the numbers. The paper tunes Mistral 7B and Gemma 2 9B on arithmetic.",
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from luthier.evaluate.sets import measure as measure_sets
 from luthier.lab.claim import Arm, Claim, Expectation, Finished
-from luthier.lab.tasks import ITEMS, NEW_LANGUAGE, TAUGHT, mean, new_language, validation
+from luthier.lab.tasks import ITEMS, NEW_LANGUAGE, TAUGHT, gained, mean, new_language, validation_gain
 from luthier.lab.world_sets import sets_of
 from luthier.opened import open_run
 from luthier.run import Run
@@ -25,6 +25,7 @@ def measure(finished: Finished) -> dict[str, float]:
     others = without_prompt(run, (IN_CONTEXT, *TAUGHT))
     return {
         "learnt": mean(run, [NEW_LANGUAGE]),
+        "gained": gained(run),
         "in context": others.pop(IN_CONTEXT),
         "kept": sum(others.values()) / len(others),
     }
@@ -42,13 +43,13 @@ CLAIM = Claim(
         Arm("promot", {"tune": ["promot", "full"]}, "a prompt for half of the steps, then every number behind it"),
     ],
     expects=[
-        Expectation("learnt", "promot", "full", "not_less", 0.05, "it learns the task as well"),
+        Expectation("gained", "promot", "full", "not_less", 0.1, "it learns the task as well"),
         Expectation("in context", "promot", "full", "more", 0.02, "it keeps more of learning in context"),
         Expectation("kept", "promot", "full", "more", 0.02, "it keeps more of the old skills"),
     ],
     measure=measure,
-    choose=validation(NEW_LANGUAGE),
-    floor={"learnt": 0.5},
+    choose=validation_gain,
+    floor={"gained": 1.0},
     minutes=8,
     notes="The paper tunes mT5-XXL and PaLM 8B. Both arms take the same number of steps, of which promot's prompt takes half.",
 )

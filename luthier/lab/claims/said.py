@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from luthier.lab.claim import Arm, Claim, Expectation
-from luthier.lab.tasks import NEW_LANGUAGE, learnt_and_kept, new_language, validation
+from luthier.lab.tasks import learnt_and_kept, new_language, validation_gain
 
 DIMENSIONS = (64, 512, 4096)
 PROJECTED = (3e-3, 1e-2, 3e-2)
@@ -23,13 +23,13 @@ CLAIM = Claim(
         ),
     ],
     expects=[
-        Expectation("learnt", "said, 4096", "full", "not_less", 0.1, "4,096 numbers reach full fine-tuning, up to a tenth"),
-        Expectation("learnt", "said, 512", "full", "not_less", 0.1, "so do 512"),
-        Expectation("learnt", "said, 512", "said, 64", "more", 0.02, "more dimensions learn more"),
+        Expectation("gained", "said, 4096", "full", "not_less", 0.1, "4,096 numbers reach full fine-tuning, up to a tenth"),
+        Expectation("gained", "said, 512", "full", "not_less", 0.1, "so do 512"),
+        Expectation("gained", "said, 512", "said, 64", "more", 0.05, "more dimensions learn more"),
     ],
     measure=learnt_and_kept,
-    choose=validation(NEW_LANGUAGE),
-    floor={"learnt": 0.5},
+    choose=validation_gain,
+    floor={"gained": 1.0},
     minutes=16,
     notes="The paper finds 90 % of accuracy on MRPC with 200 numbers of RoBERTa-large. Larger models need fewer; this one has 2.8 million.",
 )

@@ -28,7 +28,7 @@ CLAIM = Claim(
     ],
     expects=[
         Expectation("gained", "spiel", "lora", "more", 0.0, "spiel learns more than LoRA"),
-        Expectation("gained", "spiel", "spiel, momentum", "not_less", 0.05, "gradients grow as well as accumulated ones"),
+        Expectation("gained", "spiel", "spiel, momentum", "not_less", 0.1, "gradients grow as well as accumulated ones"),
         Expectation("gained", "spiel", "fixed entries", "more", 0.0, "dropping and growing on is what helps"),
     ],
     measure=learnt_and_kept,
