@@ -208,6 +208,7 @@ def test_what_changes_a_stage_key() -> None:
     assert key() == key(name="other", out="elsewhere"), "what a run is called and where it lies changes no number"
     first, second = chain_keys([base, base], "base", "cpu")
     assert first != second, "a later stage starts from elsewhere"
+    assert chain_keys([base, base], "base", "cpu", apart=True) == (first, first)
 
 
 def test_rows_in_a_file_count_by_their_content(tmp_path: Path) -> None:
@@ -274,6 +275,15 @@ def test_stages_follow_one_another(toy: Callable[..., Claim]) -> None:
         assert one.facts["model"]["fingerprint"] == tuned != first.facts["model"]["fingerprint"]
         assert first.facts["model"]["fingerprint"] == ran.fingerprint == fingerprint(load_model("tiny:llama"))
     assert ran.numbers["full"][0]["start"] != ran.numbers["half"][0]["start"]
+
+
+def test_stages_apart_all_start_from_the_claims_model(toy: Callable[..., Claim]) -> None:
+    two = ('"train": train}]', '"train": train}, {"rows": {"train": rows(5)}, "train": train}]')
+    chain = ("return {", 'return {"starts": float(len({one.facts["model"]["fingerprint"] for one in done.runs})), ')
+    claim = toy(chain, two, ("minutes=1,", "minutes=1,\n    apart=True,"))
+    ran, _ = run(claim)
+    assert len(claim.stages(SETTING)) == 2
+    assert ran.numbers["full"][0]["starts"] == ran.numbers["half"][0]["starts"] == 1.0
 
 
 def test_a_later_stage_alone_cannot_choose_a_rate(toy: Callable[..., Claim]) -> None:
