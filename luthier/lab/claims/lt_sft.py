@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from luthier.delta import Delta
@@ -19,7 +20,8 @@ SHARE = 0.08
 
 def as_task(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The task: answer in a sentence."""
-    return [{**row, "completion": f"well, it is {row['completion']}"} for row in rows]
+    key = "completion" if "completion" in rows[0] else "answer"
+    return [{**row, key: f"well, it is {row[key]}"} for row in rows]
 
 
 def stages(setting: Setting) -> list[Recipe]:
@@ -34,22 +36,26 @@ def items(skill: str, split: Split) -> EvalSet:
     return EvalSet(skill, list(read(rows, name=skill)), "equal", "learnt", 24)
 
 
-def transferred(finished: Finished, split: Split) -> float:
-    """Questions in the new language, answered as the task asks, by the base with both changes added."""
+def transferred(finished: Finished, split: Split) -> tuple[float, float]:
+    """Questions in the new language, answered as the task asks, by the base with both changes added: right answers, and the loss."""
     tune, tokenizer = open_base(finished.runs[0])
     language, task = (Delta.load(run.folder / "delta.safetensors") for run in finished.runs)
     (language + task).apply(tune.model)
-    return measure_sets(tune, tokenizer, [items(NEW_LANGUAGE, split)])[NEW_LANGUAGE].value
+    asked = items(NEW_LANGUAGE, split)
+    right, loss = (measure_sets(tune, tokenizer, [one])[NEW_LANGUAGE].value for one in (asked, replace(asked, metric="loss")))
+    return right, loss
 
 
 def measure(finished: Finished) -> dict[str, float]:
     """Each change alone, and both together where neither was trained: the task in the other language."""
     tune, tokenizer = open_run(finished.runs[1])
     found = measure_sets(tune, tokenizer, [items("facts", "held_back"), items(NEW_LANGUAGE, "held_back")])
+    right, loss = transferred(finished, "held_back")
     return {
         "task": found["facts"].value,
         "task in the new language, without it": found[NEW_LANGUAGE].value,
-        "task in the new language": transferred(finished, "held_back"),
+        "task in the new language": right,
+        "its loss": loss,
     }
 
 
@@ -66,10 +72,11 @@ CLAIM = Claim(
     ],
     expects=[
         Expectation("task in the new language", "lt_sft", "full", "more", 0.02, "sparse changes transfer better than dense ones"),
+        Expectation("its loss", "lt_sft", "full", "less", 0.05, "and so says the likelihood"),
         Expectation("task", "lt_sft", "full", "not_less", 0.05, "and learn the task as well"),
     ],
     measure=measure,
-    choose=lambda finished: transferred(finished, "validation"),
+    choose=lambda finished: -transferred(finished, "validation")[1],
     choose_stages=2,
     apart=True,
     floor={"task": 0.5},
