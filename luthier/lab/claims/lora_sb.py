@@ -27,5 +27,7 @@ CLAIM = Claim(
     rates=FASTER,
     floor={"gained": 1.0},
     minutes=9,
-    notes="Matrices are small here, so LoRA has about 30 times the numbers. The paper tunes Mistral 7B and Gemma 2 9B on arithmetic.",
+    notes="Matrices are small here, so LoRA has about 30 times the numbers. The paper tunes Mistral 7B and Gemma 2 9B on "
+    "arithmetic. Rates and learning are judged by likelihood: a first run judged by right answers, of which few numbers "
+    "give hardly any.",
 )

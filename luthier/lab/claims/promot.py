@@ -51,5 +51,7 @@ CLAIM = Claim(
     choose=validation_gain,
     floor={"gained": 1.0},
     minutes=8,
-    notes="The paper tunes mT5-XXL and PaLM 8B. Both arms take the same number of steps, of which promot's prompt takes half.",
+    notes="The paper tunes mT5-XXL and PaLM 8B. Both arms take the same number of steps, of which promot's prompt takes half. "
+    "Rates and learning are judged by likelihood: a first run judged by right answers, of which few numbers give hardly "
+    "any.",
 )
