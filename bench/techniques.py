@@ -34,8 +34,13 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "loca": {"search": 0.0},
     "lofit": {"selection": 0.5},
 }
+VARIANTS: dict[str, dict[str, Any]] = {
+    "half, embeddings frozen": {"half": {"embeddings": "freeze"}},
+    "full, embeddings frozen": {"full": {"roles": ["linear", "norm"]}},
+}
+"""The embeddings are a fifth of a model this small, and their gradient is the head's as well."""
 ALREADY = ("full", "lora")
-PROMISED = ("half", "s2ft", "lora", "TRL with PEFT's LoRA")
+PROMISED = ("half", "half, embeddings frozen", "s2ft", "lora", "TRL with PEFT's LoRA")
 """What luthier promises a speed of: more steps are counted."""
 
 
@@ -59,7 +64,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=HERE / "techniques.json")
     chosen = parser.parse_args()
     names = [name for kind in TUNES for name in registry.names(kind) if name not in ALREADY]
-    names = [name for name in ("lora", *names) if not chosen.only or name in chosen.only]
+    names = [name for name in ("lora", *names, *VARIANTS) if not chosen.only or name in chosen.only]
     common = {
         "model": chosen.model,
         "precision": chosen.precision,
@@ -74,7 +79,8 @@ def main() -> None:
         results = [{"name": "full", **facts(full.loaded, [mine], [mine])}]
         print(line(results[0]), flush=True)
         for name in names:
-            results += measured(name, {name: OPTIONS.get(name, {})}, "bench.ours", common, Path(folder), full, chosen.rounds)
+            tune = VARIANTS.get(name, {name: OPTIONS.get(name, {})})
+            results += measured(name, tune, "bench.ours", common, Path(folder), full, chosen.rounds)
             print(line(results[-1]), flush=True)
             if name == "lora":
                 results += measured("TRL with PEFT's LoRA", "lora", "bench.peer", common, Path(folder), full, chosen.rounds)
