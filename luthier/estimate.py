@@ -35,7 +35,7 @@ ACTIVATIONS_PER_TOKEN = 60
 EFFICIENCY = 0.25
 """Share of the speed of one large matrix product that training reaches, seen on processors."""
 
-UNFIT = 0.7
+UNFIT = 0.6
 """Share of a micro-batch's memory that the next one cannot use, since its pieces have other sizes (glibc 2.36)."""
 
 KERNEL_BYTES = 5 * 2**19

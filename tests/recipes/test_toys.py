@@ -23,6 +23,7 @@ RECIPE_KEYS = {
     "token_weight": "token_weight",
     "source": "source",
     "keeper": "keep",
+    "freezing": "freeze",
 }
 
 
