@@ -67,7 +67,7 @@ def test_the_papers_setting_counts_channels_over_the_whole_model() -> None:
 
 @pytest.mark.parametrize(("share", "blocks", "count"), [(0.03, 4, 30), (0.29, 1, 29), (1.0, 2, 200)])
 def test_shares_round_down(share: float, blocks: int, count: int) -> None:
-    """The card's example of 4 blocks of 256 channels, a product that binary numbers put below 29, and all."""
+    """An example of 4 blocks of 256 channels, a product that binary numbers put below 29, and all."""
     model = tiny("opt", layers=blocks, width=16)
     inner = 256 if blocks == 4 else 100
     for layer in model.model.decoder.layers:
