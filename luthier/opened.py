@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +92,7 @@ def open_run(
         say: hears what is being done.
         merged: put low-rank deltas into the weights; False attaches them beside, as in training. Quantized weights take none, so
             beside them they stand in any case.
+        weights_only: leave out prompts, prefixes and edits of hidden states.
     """
     recipe = recipe_of(run)
     source, model, device = load_base(recipe, say)
@@ -173,13 +173,12 @@ def _attach_stored(tune: Tune, recipe: Recipe, path: Path) -> None:
 
     now = Now(seed=recipe.seed)
     for slot, value in _values(recipe):
-        of_slot = partial(held, slot)
         if isinstance(value, HiddenEdit):
             value = value._replace(start=lambda place, *_, slot=slot: held(f"{slot}/{place}"))
         elif isinstance(value, Prefix):
-            value = value._replace(start=lambda *_, of_slot=of_slot: of_slot())
+            value = value._replace(start=lambda *_, slot=slot: held(slot))
         elif isinstance(value, Prompt):
-            value = value._replace(start=lambda *_, of_slot=of_slot: of_slot(), labels=None, length=length)
+            value = value._replace(start=lambda *_, slot=slot: held(slot), labels=None, length=length)
         else:
             continue
         tune.add(slot, value, RunServices(tune, slot, now), {})

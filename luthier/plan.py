@@ -290,11 +290,12 @@ def make_plan(recipe: Recipe, say: Say = lambda text: None) -> Plan:
         root = shard(model, parts.block_modules, device, world.size)
     else:
         model.to(device)  # type: ignore[arg-type]
+    context = context_of(model.config)
     raw: Iterable[Any] = Joined(sources)
     for slot, part in ((part.name, part) for part in chosen["maps"]):
         for value in part.values:
             raw = value.map(list(raw), RunServices(Tune(model, parts), slot, Now(seed=recipe.seed)))
-    rows, places, skipped, cache = encode_rows(recipe.rows, sources, raw, tokenizer, context_of(model.config), say)
+    rows, places, skipped, cache = encode_rows(recipe.rows, sources, raw, tokenizer, context, say)
     rate, rate_from = advised_rate(recipe, chosen["tune"])
     feed = make_feed(recipe, rows, world, device, mixture_of(recipe.rows, recipe.seed, sources, rows, places))
     steps = feed.total()
@@ -309,14 +310,14 @@ def make_plan(recipe: Recipe, say: Say = lambda text: None) -> Plan:
         source=chosen["source"][0],
         keep=chosen["keep"],
         freeze=chosen["freeze"],
-        calibration=make_calibration(recipe, rows, tokenizer, context_of(model.config)),
+        calibration=make_calibration(recipe, rows, tokenizer, context),
         now=clock.at(0, 0.0),
         vocabulary=vocabulary_of(tokenizer, parts.vocabulary),
         masters=recipe.train.masters,
         world=world,
         root=root,
     )
-    check_lengths(engine.tune, rows, context_of(model.config))
+    check_lengths(engine.tune, rows, context)
     clock.restarts = tuple(sorted({share for _, one, _ in engine.tune.freezings for share in one.restarts}))
     check(engine.tune, tokenizer, sets)
     padded = prepare_model(recipe, engine.tune, feed)

@@ -57,10 +57,16 @@ def stage(rows: Sequence[dict[str, Any]], epochs: float) -> Recipe:
 
 
 def accuracies(
-    run: Run, skills: Sequence[str], *, split: Split = "held_back", count: int = ITEMS, difficulty: int = 1
+    run: Run,
+    skills: Sequence[str],
+    *,
+    split: Split = "held_back",
+    count: int = ITEMS,
+    difficulty: int = 1,
+    weights_only: bool = False,
 ) -> dict[str, float]:
     """The share of items a run's model answers rightly, by skill; for running text the loss."""
-    tune, tokenizer = open_run(run)
+    tune, tokenizer = open_run(run, weights_only=weights_only)
     found = measure(tune, tokenizer, sets_of(skills, split=split, count=count, difficulty=difficulty))
     return {name: result.value for name, result in found.items()}
 

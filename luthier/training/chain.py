@@ -50,7 +50,7 @@ class Chain:
         """Names of tensors whose gradients are kept until the step's end, for those who look at them."""
         self.received: dict[str, Tensor] = {}
         """What the optimizers received in this step."""
-        tune.moved, tune.renewed, tune.left, tune.seeded = self.move, self.renew, self.leave, self.seed
+        tune.moved, tune.renewed, tune.left, tune.seeded = self.move, self._assign, self.leave, self.seed
         for trained in tune.trained.values():
             self._assign(trained)
         for link in links:
@@ -68,6 +68,7 @@ class Chain:
         return [trained.name for trained in self.tune.trained.values() if link.takes(trained)]
 
     def _assign(self, trained: Trained) -> None:
+        """Begin the state of a tensor, or begin it anew."""
         for link in self.links:
             if isinstance(link.part, Optimizer):
                 if not link.takes(trained) or self.optimizer_of.setdefault(trained.name, link.slot) != link.slot:
@@ -87,10 +88,6 @@ class Chain:
             for key, value in state.items():
                 if isinstance(value, Tensor) and value.ndim == trained.master.ndim:
                     state[key] = migrate(value, trained.axis, take, old_size)
-
-    def renew(self, trained: Trained) -> None:
-        """Begin the state of a tensor anew."""
-        self._assign(trained)
 
     def leave(self, trained: Trained) -> None:
         """Drop the state of a tensor."""

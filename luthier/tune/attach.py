@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from luthier.errors import LuthierError
 from luthier.kinds import Additive, Form, HiddenEdit, Place, Prefix, Prompt, Select, Selective, Services, State, Tensors
 from luthier.models.attention import use_context
+from luthier.models.embedding import scale_of
 from luthier.models.quantized import quantized, refuse_change, shape_of
 from luthier.models.roles import SUBLAYERS
 from luthier.models.sharding import whole
@@ -64,7 +65,6 @@ def _selected(tune: Tune, slot: str, place: Place, select: Select, changes: bool
         form, index = "rows", torch.arange(values.shape[0], device=values.device)
     pulled = select.decay == "start"
     keep = tune.keep_base or changes or pulled
-    wide = torch.promote_types(live.dtype, torch.float32)
     name = f"{slot}/{place}"
     if form != "whole" or keep or select.start is not None:
         _refuse_sharded(tune, slot, place, "trains a part of a tensor" if form != "whole" else "needs the base's values")
@@ -74,11 +74,9 @@ def _selected(tune: Tune, slot: str, place: Place, select: Select, changes: bool
         write(values, form, index, select.start)
     if form == "whole":
         live.requires_grad_(True)
-        copies = live.dtype != wide and tune.masters == "fp32"
-        master = live.data.to(wide) if copies else live.data
-        trained = Trained(name, slot, place, form, None, master, live, start=before)
+        trained = Trained(name, slot, place, form, None, whole_master(tune, live), live, start=before)
     else:
-        kind = wide if tune.masters == "fp32" else live.dtype
+        kind = master_type(tune, live)
         # Fused optimizers walk memory: a slice of a transposed weight must not keep its strides.
         master = read(values, form, index).to(kind, copy=True, memory_format=torch.contiguous_format).requires_grad_(True)
         trained = Trained(name, slot, place, form, index, master, master, start=before)
@@ -86,6 +84,16 @@ def _selected(tune: Tune, slot: str, place: Place, select: Select, changes: bool
     trained.axis = 1 if form == "cols" else 0
     trained.decay = decays(place, values)
     return trained
+
+
+def master_type(tune: Tune, values: Tensor) -> torch.dtype:
+    """The type of what optimizers see of some of the model's numbers."""
+    return torch.promote_types(values.dtype, torch.float32) if tune.masters == "fp32" else values.dtype
+
+
+def whole_master(tune: Tune, live: Tensor) -> Tensor:
+    """What optimizers see of a whole tensor: the live numbers themselves, or a copy in a wider type."""
+    return live.data.to(master_type(tune, live))
 
 
 def _refuse_sharded(tune: Tune, slot: str, place: Place, does: str) -> None:
@@ -140,16 +148,14 @@ def _taps(tune: Tune, slot: str, place: Place, form: Form, index: Tensor | None)
 
 
 def _embedding_spec(slot: str, module: nn.Embedding, spec: TapSpec, place: Place) -> TapSpec:
-    scale = getattr(module, "embed_scale", None)
+    scale = scale_of(module)
     if scale is None and type(module).forward is not nn.Embedding.forward:
         raise LuthierError(
             f"`{slot}` trains parts of an embedding that is computed in a way of its own, so only the whole of it can train",
             where=str(place),
             mend=f"leave the role {place.role} out of it, or select it `whole`",
         )
-    # The module multiplies in the type of its weight.
-    scale = 1.0 if scale is None else float(torch.as_tensor(scale).to(module.weight.dtype))
-    return spec._replace(of="embedding", scale=scale, padding=module.padding_idx)
+    return spec._replace(of="embedding", scale=1.0 if scale is None else scale, padding=module.padding_idx)
 
 
 def refuse_overlap(tune: Tune, slot: str, place: Place, select: Select) -> None:
@@ -275,8 +281,8 @@ def _embedded(tune: Tune) -> Tensor:
     """The embeddings [V, D] as rows meet them: some models scale their table."""
     module = tune.model.get_submodule(tune.parts.embedding)
     table_VD = tune.model.get_parameter(f"{tune.parts.embedding}.weight").data
-    scale = getattr(module, "embed_scale", None)
-    return table_VD if scale is None else table_VD * torch.as_tensor(scale).to(table_VD)
+    scale = scale_of(module)
+    return table_VD if scale is None else table_VD * scale
 
 
 def add_prefix(tune: Tune, slot: str, value: Prefix, services: Services) -> None:

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from luthier.errors import LuthierError
-from luthier.kinds import Additive, Form, Now, Place, Refresh, Resize, Select, Selective, Services, State, Tensors
+from luthier.kinds import Additive, Form, HiddenEdit, Now, Place, Refresh, Resize, Select, Selective, Services, State, Tensors
 from luthier.models.sharding import put, whole
-from luthier.tune.attach import own, put_tap
+from luthier.tune.attach import master_type, own, put_tap, whole_master
 from luthier.tune.sites import Addition, Edit, Own
 from luthier.tune.trained import Trained, check_select, read, write
 
@@ -59,9 +59,8 @@ def _forget(tune: Tune, one: Trained) -> None:
 
 
 def _remember(tune: Tune, one: Trained) -> None:
-    wide = torch.promote_types(one.leaf.dtype, torch.float32)
-    if one.form == "whole" and tune.masters == "fp32" and one.master.dtype != wide:
-        one.master = one.leaf.data.to(wide)
+    if one.form == "whole":
+        one.master = whole_master(tune, one.leaf)
     one.forgotten = False
     tune.renewed(one)
 
@@ -120,13 +119,10 @@ def refresh(tune: Tune, services_of: Callable[[str], Services]) -> list[str]:
         if value.refresh is not None:
             for place, new in (value.refresh(state, services_of(slot)) or {}).items():
                 said.append(_reselect(tune, slot, value, place, new))
-    for slot, additive, state in tune.additives:
-        if additive.refresh is not None:
-            for place, size in (additive.refresh(state, services_of(slot)) or {}).items():
-                said.append(_resize(tune, slot, place, size))
-    for slot, edit, state in tune.edits:
-        if edit.refresh is not None:
-            for place, size in (edit.refresh(state, services_of(slot)) or {}).items():
+    grows: list[tuple[str, Additive | HiddenEdit, State]] = [*tune.additives, *tune.edits]
+    for slot, beside, state in grows:
+        if beside.refresh is not None:
+            for place, size in (beside.refresh(state, services_of(slot)) or {}).items():
                 said.append(_resize(tune, slot, place, size))
     return said
 
@@ -142,9 +138,8 @@ def _reselect(tune: Tune, slot: str, value: Selective, place: Place, new: Refres
     check_select(place, Select(form, new.index), values)  # type: ignore[arg-type]
     if value.leave == "revert":
         _revert(tune, old)
-    wide = torch.promote_types(values.dtype, torch.float32) if tune.masters == "fp32" else values.dtype
     if form != old.form:
-        return _reform(tune, slot, old, form, new, wide)
+        return _reform(tune, slot, old, form, new)
     axis, stays = old.axis, new.take >= 0
     old_size = old.master.shape[axis]
     start = read(values, form, new.index).clone()
@@ -174,15 +169,15 @@ def _revert(tune: Tune, one: Trained) -> None:
         write(tune.region(one.place), one.form, one.index, one.start)
 
 
-def _reform(tune: Tune, slot: str, old: Trained, form: Form, new: Refresh, wide: torch.dtype) -> str:
+def _reform(tune: Tune, slot: str, old: Trained, form: Form, new: Refresh) -> str:
     """Train another form of a tensor from here on: everything about it is new."""
     assert old.place is not None
     values = tune.region(old.place)
     _set_form(old, form, new.index, read(values, form, new.index).clone())
     assert old.start is not None
-    master = old.start.to(wide, copy=True, memory_format=torch.contiguous_format)
+    master = old.start.to(master_type(tune, values), copy=True, memory_format=torch.contiguous_format)
     if new.seed is not None:
-        master = master + new.seed.to(wide)
+        master = master + new.seed.to(master.dtype)
     old.master = old.leaf = master.requires_grad_(True)
     old.gradient = None
     tune.register(old)
@@ -213,10 +208,8 @@ def _make_whole(tune: Tune, one: Trained) -> None:
     assert one.place is not None
     tune.site(one.place.module).taps.pop(one.name, None)
     live = tune.model.get_parameter(one.place.parameter).requires_grad_(True)
-    wide = torch.promote_types(live.dtype, torch.float32)
-    copies = live.dtype != wide and tune.masters == "fp32"
     one.form, one.index, one.start, one.axis, one.leaf = "whole", None, live.data.clone(), 0, live
-    one.master = live.data.to(wide) if copies else live.data
+    one.master = whole_master(tune, live)
     tune.register(one)
 
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from luthier.errors import LuthierError
 from luthier.kinds import Place
+from luthier.models.embedding import scale_of
 from luthier.models.quantized import expand, put
 from luthier.tune.sites import Edit
 
@@ -80,8 +81,8 @@ def _folds(tune: Tune, edit: Edit) -> bool:
     place = edit.place
     if edit.value.fold is None or place is None or not place.tensor:
         return False
-    scales = getattr(tune.model.get_submodule(place.module), "embed_scale", 1.0)
-    return place.module not in (*tune.parts.ties, *tune.parts.ties.values()) and float(scales) == 1.0
+    scale = scale_of(tune.model.get_submodule(place.module))
+    return place.module not in (*tune.parts.ties, *tune.parts.ties.values()) and scale in (None, 1.0)
 
 
 def _fold(tune: Tune, edit: Edit) -> None:

