@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from luthier.errors import LuthierError, nearest
-from luthier.kinds import Batch, Chunk, Column
+from luthier.kinds import BASE, Batch, Chunk, Column, OtherPass
 
 Head = Callable[[Tensor], Tensor]
 """Hidden states [N, D] to logits [N, V]."""
@@ -87,24 +87,18 @@ def nll(logits_CV: Tensor, label_C: Tensor) -> Tensor:
 
 
 def _entropy(chunk: Chunk) -> Tensor:
-    log_CV = chunk.logits_CV.log_softmax(-1)
+    log_CV = chunk.log_probabilities
     return -(log_CV.exp() * log_CV).sum(-1)
 
 
 def _kl(chunk: Chunk) -> Tensor:
-    log_CV, reference_CV = chunk.logits_CV.log_softmax(-1), _reference(chunk).log_softmax(-1)
-    return (log_CV.exp() * (log_CV - reference_CV)).sum(-1)
+    log_CV, base_CV = chunk.log_probabilities, chunk.other_log_probabilities("base")
+    return (log_CV.exp() * (log_CV - base_CV)).sum(-1)
 
 
 def _kl_forward(chunk: Chunk) -> Tensor:
-    log_CV, reference_CV = chunk.logits_CV.log_softmax(-1), _reference(chunk).log_softmax(-1)
-    return (reference_CV.exp() * (reference_CV - log_CV)).sum(-1)
-
-
-def _reference(chunk: Chunk) -> Tensor:
-    if chunk.reference_logits_CV is None:
-        raise RuntimeError("a column reads the base's logits without asking for them: Column(..., reference=True)")
-    return chunk.reference_logits_CV
+    log_CV, base_CV = chunk.log_probabilities, chunk.other_log_probabilities("base")
+    return (base_CV.exp() * (base_CV - log_CV)).sum(-1)
 
 
 COLUMNS: Mapping[str, Column] = {
@@ -113,9 +107,9 @@ COLUMNS: Mapping[str, Column] = {
         Column("nll", lambda chunk: nll(chunk.logits_CV, chunk.label_C)),
         Column("entropy", _entropy),
         Column("right", lambda chunk: (chunk.logits_CV.argmax(-1) == chunk.label_C).float(), gradient=False),
-        Column("kl", _kl, reference=True),
-        Column("kl_forward", _kl_forward, reference=True),
-        Column("reference_nll", lambda chunk: nll(_reference(chunk), chunk.label_C), reference=True, gradient=False),
+        Column("kl", _kl, (BASE,)),
+        Column("kl_forward", _kl_forward, (BASE,)),
+        Column("reference_nll", lambda chunk: nll(chunk.others["base"], chunk.label_C), (BASE,), gradient=False),
     )
 }
 """Columns known by name: `nll`; `entropy` of the distribution; `right`, 1 where the target is the most likely token; `kl`, from the
@@ -134,6 +128,28 @@ def resolve(wanted: Sequence[str | Column]) -> tuple[Column, ...]:
     return tuple(found.values())
 
 
+def passes_of(columns: Sequence[Column]) -> tuple[OtherPass, ...]:
+    """The other passes that columns read, each once.
+
+    Raises:
+        LuthierError: two columns mean different passes by one name.
+    """
+    found: dict[str, OtherPass] = {}
+    for column in columns:
+        for one in column.passes:
+            if found.setdefault(one.name, one) != one:
+                raise LuthierError(f"two parts define the pass `{one.name}` differently", mend="rename the pass in one of them")
+    return tuple(found.values())
+
+
+class Other(NamedTuple):
+    """Another pass, as far as the head."""
+
+    hidden_ND: Tensor
+    head: Head
+    gradient: bool = False
+
+
 def compute(
     hidden_ND: Tensor,
     label_N: Tensor,
@@ -141,7 +157,7 @@ def compute(
     wanted: Sequence[Column],
     *,
     key_N: Tensor | None = None,
-    reference: tuple[Tensor, Head] | None = None,
+    others: Mapping[str, Other] | None = None,
     vocabulary: int,
     limit_bytes: int = LOGIT_BYTES,
 ) -> dict[str, Tensor]:
@@ -153,42 +169,90 @@ def compute(
         head: hidden states to logits.
         wanted: the columns.
         key_N: keys for random draws.
-        reference: the base's hidden states at the same positions, and the base's head.
+        others: other passes' hidden states at the same positions, and their heads, by name.
         vocabulary: V, to size the chunks.
         limit_bytes: most bytes of one chunk's logits; more than one chunk are recomputed in backward instead of being kept.
     """
-    count = len(label_N)
+    count, others = len(label_N), others or {}
     key_N = torch.zeros_like(label_N) if key_N is None else key_N
-    whole = any(column.name != "nll" for column in wanted)
-    bytes_each = hidden_ND.element_size() + (8 if whole else 0)
-    size = max(1, limit_bytes // (vocabulary * bytes_each))
-    reference_hidden_ND, reference_head = reference if reference is not None else (hidden_ND, head)
+    size = max(1, limit_bytes // (vocabulary * hidden_ND.element_size() * (1 + len(others))))
+    lazy = [column for column in wanted if column.name != "nll"]
 
-    def make(hidden_CD: Tensor, label_C: Tensor, key_C: Tensor, reference_CD: Tensor) -> tuple[Tensor, ...]:
+    def make(hidden_CD: Tensor, label_C: Tensor, key_C: Tensor, *other_CD: Tensor) -> tuple[Tensor, ...]:
         logits_CV = head(hidden_CD)
-        other_CV = None
-        if any(column.reference for column in wanted):
-            with torch.no_grad():
-                other_CV = _widen(reference_head(reference_CD))
-        values = []
-        for column in wanted:
-            if column.name == "nll":
-                values.append(nll(logits_CV, label_C))
-                continue
-            with torch.set_grad_enabled(torch.is_grad_enabled() and column.gradient):
-                wide_CV = _widen(logits_CV if column.gradient else logits_CV.detach())
-                values.append(column.value(Chunk(wide_CV, label_C, key_C, other_CV)))
-        return tuple(values)
+        found: dict[str, Tensor] = {}
+        if any(column.name == "nll" for column in wanted):
+            found["nll"] = nll(logits_CV, label_C)
+        if lazy:
+            others_CV = []
+            for one, states_CD in zip(others.values(), other_CD, strict=True):
+                with torch.set_grad_enabled(torch.is_grad_enabled() and one.gradient):
+                    others_CV.append(one.head(states_CD))
+            made = _Slices.apply(lazy, tuple(others), label_C, key_C, logits_CV, *others_CV)  # type: ignore[no-untyped-call]
+            found.update(zip((column.name for column in lazy), made, strict=True))
+        return tuple(found[column.name] for column in wanted)
 
     pieces: list[tuple[Tensor, ...]] = []
     for i in range(0, max(count, 1), size):
         part = slice(i, i + size)
-        inputs = (hidden_ND[part], label_N[part], key_N[part], reference_hidden_ND[part])
+        inputs = (hidden_ND[part], label_N[part], key_N[part], *(one.hidden_ND[part] for one in others.values()))
         if count > size and torch.is_grad_enabled():
             pieces.append(checkpoint(make, *inputs, use_reentrant=False))
         else:
             pieces.append(make(*inputs))
     return {column.name: torch.cat([piece[k] for piece in pieces]) for k, column in enumerate(wanted)}
+
+
+class _Slices(torch.autograd.Function):
+    """Columns of whole distributions, some rows at a time: in fp32 whatever the logits are, keeping nothing for backward but these.
+
+    A slice's graph is made and used up while its numbers are still in the processor's cache; that of a whole chunk would take several
+    times the memory of its logits.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        columns: Sequence[Column],
+        names: tuple[str, ...],
+        label_C: Tensor,
+        key_C: Tensor,
+        *all_CV: Tensor,
+    ) -> tuple[Tensor, ...]:
+        ctx.columns, ctx.names, ctx.count = columns, names, len(all_CV)
+        ctx.save_for_backward(label_C, key_C, *all_CV)
+        ctx.set_materialize_grads(False)
+        pieces = []
+        for i in range(0, max(len(label_C), 1), _SLICE):
+            part = slice(i, i + _SLICE)
+            wide = [_widen(one_CV[part]) for one_CV in all_CV]
+            chunk = Chunk(wide[0], label_C[part], key_C[part], dict(zip(names, wide[1:], strict=True)))
+            pieces.append([column.value(chunk) for column in columns])
+        made = tuple(torch.cat(one) for one in zip(*pieces, strict=True))
+        ctx.mark_non_differentiable(*(value for column, value in zip(columns, made, strict=True) if not column.gradient))
+        return made
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        label_C, key_C, *all_CV = ctx.saved_tensors
+        wanted = ctx.needs_input_grad[4:]
+        flowing = {k: one for k, one in enumerate(gradients) if one is not None and ctx.columns[k].gradient}
+        found = [torch.zeros_like(one) if needed else None for one, needed in zip(all_CV, wanted, strict=True)]
+        for i in range(0, len(label_C) if flowing else 0, _SLICE):
+            part = slice(i, i + _SLICE)
+            with torch.enable_grad():
+                wide = [_widen(one[part].detach()).requires_grad_(needed) for one, needed in zip(all_CV, wanted, strict=True)]
+                chunk = Chunk(wide[0], label_C[part], key_C[part], dict(zip(ctx.names, wide[1:], strict=True)))
+                values = [(k, ctx.columns[k].value(chunk)) for k in flowing]
+            values = [(k, value) for k, value in values if value.requires_grad]
+            leaves = [one for one in wide if one.requires_grad]
+            each = [flowing[k][part].to(value) for k, value in values]
+            slopes = iter(torch.autograd.grad([value for _, value in values], leaves, each, allow_unused=True) if values else ())
+            for mine in (one for one in found if one is not None):
+                slope = next(slopes, None)
+                if slope is not None:
+                    mine[part] = slope
+        return (None, None, None, None, *found)
 
 
 def _widen(logits_CV: Tensor) -> Tensor:

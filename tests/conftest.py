@@ -54,6 +54,8 @@ def split(batch: Batch, sizes: Sequence[int]) -> list[Batch]:
                 batch.label_BT[cut, :length],
                 batch.row_ids[cut],
                 {name: column[cut] for name, column in batch.columns.items()},
+                {name: texts[cut] for name, texts in batch.texts.items()},
+                {name: column[cut, :length] for name, column in batch.token_columns.items()},
             )
         )
         start += size

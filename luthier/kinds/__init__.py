@@ -12,7 +12,22 @@ saves in checkpoints and shares among the values one technique returns. Every fu
 
 from __future__ import annotations
 
-from luthier.kinds.base import Batch, Chunk, Column, Form, Now, Place, Services, State, Tensors, TrainedLike, View
+from luthier.kinds.base import (
+    BASE,
+    Batch,
+    Chunk,
+    Column,
+    Form,
+    Now,
+    OtherPass,
+    Place,
+    Services,
+    State,
+    StepTable,
+    Tensors,
+    TrainedLike,
+    View,
+)
 from luthier.kinds.objective import InputMap, Reading, Term, TokenLoss, TokenWeight, Vocabulary
 from luthier.kinds.probe import Cell, Comparison, Drawing, Finding, Line, Probe, Table
 from luthier.kinds.rows import RowMap, RowScore, RowServices
@@ -20,6 +35,7 @@ from luthier.kinds.step import Freezing, Keeper, Optimizer, Pass, Source, Transf
 from luthier.kinds.tune import Additive, HiddenEdit, Prefix, Prompt, Refresh, Resize, Seen, Select, Selective
 
 __all__ = [
+    "BASE",
     "KINDS",
     "OBJECTIVES",
     "STEPS",
@@ -40,6 +56,7 @@ __all__ = [
     "Line",
     "Now",
     "Optimizer",
+    "OtherPass",
     "Pass",
     "Place",
     "Prefix",
@@ -57,6 +74,7 @@ __all__ = [
     "Services",
     "Source",
     "State",
+    "StepTable",
     "Table",
     "Tensors",
     "Term",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 import torch
@@ -80,7 +81,11 @@ class Batch(NamedTuple):
     """The token id where that token is a target, -100 elsewhere."""
     row_ids: tuple[str, ...]
     columns: Mapping[str, Tensor] = {}
-    """Free numeric columns of the rows, shape [B]."""
+    """Free numeric columns of the rows, shape [B]; NaN where a row lacks one."""
+    texts: Mapping[str, tuple[str, ...]] = {}
+    """Free text columns of the rows, one text each; empty where a row lacks one."""
+    token_columns: Mapping[str, Tensor] = {}
+    """Numbers that the rows carry for each token, shape [B, T]; 0 where padded."""
 
     @property
     def tokens(self) -> int:
@@ -92,6 +97,20 @@ class Batch(NamedTuple):
         """Targets that directly follow an attended token, which can predict them."""
         return int(((self.label_BT[:, 1:] >= 0) & self.attend_BT[:, :-1]).sum())
 
+    def take(self, chosen: Tensor) -> Batch:
+        """Some rows of it, by their places [B]; as long as the longest of all."""
+        places = chosen.tolist()
+        return Batch(
+            self.token_ids_BT[chosen],
+            self.attend_BT[chosen],
+            self.position_BT[chosen],
+            self.label_BT[chosen],
+            tuple(self.row_ids[place] for place in places),
+            {name: column[chosen] for name, column in self.columns.items()},
+            {name: tuple(texts[place] for place in places) for name, texts in self.texts.items()},
+            {name: column[chosen] for name, column in self.token_columns.items()},
+        )
+
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""
         return Batch(
@@ -101,6 +120,8 @@ class Batch(NamedTuple):
             self.label_BT.to(device),
             self.row_ids,
             {name: column.to(device) for name, column in self.columns.items()},
+            self.texts,
+            {name: column.to(device) for name, column in self.token_columns.items()},
         )
 
 
@@ -174,16 +195,45 @@ class Services(Protocol):
         With `moved`, as if the weights at these places were changed by it; afterwards they are as before, bit for bit."""
 
 
-class Chunk(NamedTuple):
-    """Some labelled positions with their whole distributions: the only place where logits exist."""
+class OtherPass(NamedTuple):
+    """Another pass over the same rows, whose distributions columns compare with the model's own."""
 
-    logits_CV: Tensor
-    """In fp32."""
-    label_C: Tensor
-    key_C: Tensor
-    """One integer a position, from (seed, step, row, position): draws made with it do not depend on how a batch is split."""
-    reference_logits_CV: Tensor | None = None
-    """The base model's logits, where a column asked for them."""
+    name: str
+    at: str = ""
+    """The weights it runs with: those that train, `base`, or the name of a snapshot."""
+    gradient: bool = False
+    """Gradients flow through it, too; for the weights that train alone. Without, it runs in evaluation mode."""
+
+
+BASE = OtherPass("base", at="base")
+"""The model before training."""
+
+
+class Chunk:
+    """Some labelled positions with their whole distributions: the only place where logits exist.
+
+    `logits_CV` in fp32 or wider, `label_C`, and `key_C`, one integer a position, from (seed, step, row, position): draws made with it
+    do not depend on how a batch is split. `others` are the logits of other passes by name. What several columns need is made once.
+    """
+
+    def __init__(self, logits_CV: Tensor, label_C: Tensor, key_C: Tensor, others: Mapping[str, Tensor] | None = None) -> None:
+        self.logits_CV, self.label_C, self.key_C, self.others = logits_CV, label_C, key_C, others or {}
+
+    @cached_property
+    def log_probabilities(self) -> Tensor:
+        """Log-probabilities of the whole vocabulary, [C, V]."""
+        return self.logits_CV.log_softmax(-1)
+
+    @cached_property
+    def label_log_probability(self) -> Tensor:
+        """The label's log-probability, [C]."""
+        return self.log_probabilities.gather(-1, self.label_C[:, None])[:, 0]
+
+    def other_log_probabilities(self, name: str = "base") -> Tensor:
+        """Log-probabilities in another pass, [C, V]."""
+        if name not in self.others:
+            raise RuntimeError(f"a column reads the pass `{name}` without asking for it: Column(..., passes=(...,))")
+        return self.others[name].log_softmax(-1)
 
 
 class Column(NamedTuple):
@@ -191,8 +241,8 @@ class Column(NamedTuple):
 
     name: str
     value: Callable[[Chunk], Tensor]
-    reference: bool = False
-    """Ask for the base model's logits."""
+    passes: tuple[OtherPass, ...] = ()
+    """Other passes whose logits it reads."""
     gradient: bool = True
     """False: computed without a graph, which saves memory."""
 
@@ -222,13 +272,15 @@ class View:
         self.label_N, self.row_N, self.position_N = label_N, row_N, position_N
         self.weight_N = torch.ones(len(label_N), device=label_N.device) if weight_N is None else weight_N
         self.now, self.services, self.state = now, services, {} if state is None else state
+        self.notes: dict[str, Tensor] = {}
+        """What to log beside the loss, a number for each target, by name."""
 
     def __getitem__(self, name: str) -> Tensor:
         return self.columns[name]
 
     def for_technique(self, state: State, weight_N: Tensor | None = None) -> View:
         """The same view with another technique's state, and weights when given."""
-        return View(
+        view = View(
             self.batch,
             self.columns,
             label_N=self.label_N,
@@ -240,7 +292,73 @@ class View:
             services=self.services,
             state=state,
         )
+        view.notes = self.notes
+        return view
 
     def sum_rows(self, value_N: Tensor) -> Tensor:
         """Sum a column within each row: [N] to [B]."""
         return value_N.new_zeros(len(self.batch.row_ids)).index_add(0, self.row_N, value_N)
+
+    def targets_by_row(self) -> Tensor:
+        """How many targets each row has, [B]."""
+        return self.row_N.bincount(minlength=len(self.batch.row_ids))
+
+    def token_column(self, name: str) -> Tensor:
+        """A number that the rows carry for each token, at the targets: [N]."""
+        return self.batch.token_columns[name][self.row_N, self.position_N]
+
+    def note(self, name: str, value_N: Tensor) -> None:
+        """Log the mean over the step's targets of a column [N], beside the loss."""
+        self.notes[name] = value_N.detach()
+
+
+class StepTable:
+    """Every target of a step, over micro-batches and processes, sorted by row id and position: what a rule over the whole step sees.
+
+    Shapes: M targets. `row_M` numbers the step's rows that have targets from 0, `position_M` is the target's place in its row, and
+    `table["nll"]` a column that the rule asked for. All on the processor.
+    """
+
+    def __init__(
+        self,
+        columns: Mapping[str, Tensor],
+        *,
+        row_M: Tensor,
+        position_M: Tensor,
+        of_rows: Mapping[str, Tensor],
+        now: Now = Now(),
+        state: State | None = None,
+        services: Services | None = None,
+    ) -> None:
+        self.columns, self.row_M, self.position_M, self._of_rows = columns, row_M, position_M, of_rows
+        self.now, self.state, self.services = now, {} if state is None else state, services
+        self.notes: dict[str, float] = {}
+        """What to log beside the loss, by name."""
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.columns[name]
+
+    def __len__(self) -> int:
+        return len(self.row_M)
+
+    @property
+    def rows(self) -> int:
+        """Rows with targets."""
+        return int(self.row_M.max()) + 1 if len(self.row_M) else 0
+
+    def of_rows(self, name: str) -> Tensor | None:
+        """A free column of the rows at each target, [M]: numbers in fp64, texts as `luthier.draws.seed_of(text)`; None where no row has
+        it."""
+        return self._of_rows.get(name)
+
+    def sum_rows(self, value_M: Tensor) -> Tensor:
+        """Sum a column within each row: [M] to [rows]."""
+        return value_M.new_zeros(self.rows).index_add(0, self.row_M, value_M)
+
+    def targets_by_row(self) -> Tensor:
+        """How many targets each row has."""
+        return self.row_M.bincount(minlength=self.rows)
+
+    def note(self, name: str, value: float) -> None:
+        """Log a number beside the loss."""
+        self.notes[name] = float(value)

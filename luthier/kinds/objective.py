@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 from torch import Tensor
 
-from luthier.kinds.base import Batch, Column, Now, Services, Tensors, View
+from luthier.kinds.base import Batch, Column, Now, Services, StepTable, Tensors, View
 
 
 class Vocabulary(NamedTuple):
@@ -45,12 +45,14 @@ class Term(NamedTuple):
     """What is minimized? Every objective is lowered to this.
 
     `total(view, own)` returns a *sum* over the unit; the loop alone divides, by the units of the whole step. `count(batch)` counts
-    units where the default (kept targets, rows, or 1 a step) is wrong. `start(services)` makes trained tensors of its own.
+    units where the default (kept targets, rows with targets, or 1 a step) is wrong. `start(services)` makes trained tensors of its own.
+
+    Where `count` returns several numbers, `total` returns as many sums, [K]: each is divided by its own units.
     """
 
     total: Callable[[View, Tensors], Tensor]
     unit: Literal["token", "row", "step"] = "token"
-    count: Callable[[Batch], float] | None = None  # type: ignore[assignment]
+    count: Callable[[Batch], float | tuple[float, ...]] | None = None  # type: ignore[assignment]
     start: Callable[[Services], Tensors] | None = None
     columns: tuple[str | Column, ...] = ("nll",)
     weight: float = 1.0
@@ -70,11 +72,14 @@ class TokenWeight(NamedTuple):
     """How much does a token count?
 
     `weigh(view)` returns [N], from columns of whole rows, without gradient. `count(batch)` gives the units where they are known
-    beforehand and differ from the targets. `look(table)` is a rule over the whole step: it gets the columns of every target of the
-    step, over micro-batches and processes, sorted by row id and position, and returns keep weights [M]; then the kept are counted.
+    beforehand and differ from the targets.
+
+    `look(table)` is a rule over the whole step: it gets every target of the step, over micro-batches and processes, and returns their
+    weights [M]; then those above 0 are counted, and rows of which nothing is kept are not run. Columns come from a pass of their own,
+    without gradients and in evaluation mode; a rule that asks for none costs no pass.
     """
 
     weigh: Callable[[View], Tensor] | None = None
     columns: tuple[str | Column, ...] = ()
     count: Callable[[Batch], float] | None = None  # type: ignore[assignment]
-    look: Callable[[Mapping[str, Tensor], Now], Tensor] | None = None
+    look: Callable[[StepTable], Tensor] | None = None

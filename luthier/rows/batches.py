@@ -50,7 +50,7 @@ def collate(encoded: Sequence[Encoded], *, pad_to_multiple: int = 1, side: Liter
         position_BT[index, place] = torch.arange(len(row))
         label_BT[index, place] = token_ids_T.masked_fill(~torch.tensor(row.supervised, dtype=torch.bool), NOT_A_TARGET)
     row_ids = tuple(row.id for row in encoded)
-    return Batch(token_ids_BT, attend_BT, position_BT, label_BT, row_ids, _columns(encoded))
+    return Batch(token_ids_BT, attend_BT, position_BT, label_BT, row_ids, _columns(encoded), _texts(encoded))
 
 
 def plan_epoch(
@@ -178,6 +178,11 @@ def _rounded_up(length: int, multiple: int) -> int:
 def _columns(encoded: Sequence[Encoded]) -> Mapping[str, Tensor]:
     names = {name for row in encoded for name, value in row.columns.items() if not isinstance(value, str)}
     return {name: torch.tensor([_number(row.columns.get(name)) for row in encoded], dtype=torch.float32) for name in sorted(names)}
+
+
+def _texts(encoded: Sequence[Encoded]) -> Mapping[str, tuple[str, ...]]:
+    names = {name for row in encoded for name, value in row.columns.items() if isinstance(value, str)}
+    return {name: tuple(str(row.columns.get(name, "")) for row in encoded) for name in sorted(names)}
 
 
 def _number(value: float | int | str | None) -> float:

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from luthier.kinds import Batch, Now
 from luthier.training.engine import Engine
+from luthier.training.world import World
 
 
 class Peak(NamedTuple):
@@ -121,7 +122,7 @@ def peak_of(engine: Engine, batches: Sequence[Batch], now: Now) -> Peak:
         RuntimeError: shapes depend on numbers (experts chosen by a router), or the objective cannot run on shapes.
     """
     tune = engine.tune
-    units = [1.0] * len(engine.objective.terms)
+    units = engine.objective.units(batches, None, World())
     with _left_alone(engine), torch.compiler.set_stance("force_eager"), ShapesOnly() as shapes:
         tune.model.train()
         tune.arrived = _arrival(engine, shapes)

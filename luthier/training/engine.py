@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import reduce
 from typing import NamedTuple
 
 import torch
@@ -16,10 +17,21 @@ from luthier.kinds import Batch, Keeper, Now, Services, Source, State, TrainedLi
 from luthier.models.sharding import is_sharded
 from luthier.training.chain import Chain
 from luthier.training.inputs import Inputs
-from luthier.training.objective import Objective, Sums
+from luthier.training.objective import Counted, Looked, Objective, Sums
 from luthier.training.services import Calibration, RunServices
 from luthier.training.world import World
 from luthier.tune import Trained, Tune
+
+
+class Weights(NamedTuple):
+    """What token weights leave of a step."""
+
+    share: float
+    """Of the targets, those whose weight is not 0."""
+    effective: float
+    """The number of equally weighted targets that would have as much to say: (sum of weights)^2 / sum of their squares."""
+    entropy: float
+    """Mean entropy of the model's distributions at the targets that were run, in nats."""
 
 
 class StepResult(NamedTuple):
@@ -35,6 +47,10 @@ class StepResult(NamedTuple):
     rows: int
     kept: float
     """Mean token weight: 1 where every target counts fully."""
+    weights: Weights | None = None
+    """Of a weighted loss: what the weights leave."""
+    notes: Mapping[str, float] = {}
+    """What techniques log."""
     said: tuple[str, ...] = ()
     skipped: bool = False
 
@@ -78,23 +94,27 @@ class Engine:
         self.committed = False
         # Models cannot run on no rows; they would add zero.
         batches = [with_context(batch, self.tune.prompt_labels) for batch in batches if batch.row_ids]
-        passes = [*batches, *self._idle_passes(len(batches))]
         self.tune.freeze(now)
         # Dropout and other draws of the model depend on the step alone, so that resuming needs no saved state.
         torch.manual_seed(draws.seed_of(now.seed, "step", now.step, self.world.rank))
-        keeps = self.objective.look(self.tune, passes, now, self.world)
+        looked = self._look(batches, now)
+        given, keeps = batches, None
+        if looked is not None:
+            batches, keeps = looked.batches, looked.keeps
+        idle = self._idle_passes(len(batches))
+        passes = [*batches, *idle]
         units = self.objective.units(batches, keeps, self.world)
         counts = self.world.sum_numbers(
             [
-                float(sum(b.tokens for b in batches)),
-                float(sum(b.supervised for b in batches)),
-                float(sum(len(b.row_ids) for b in batches)),
+                float(sum(b.tokens for b in given)),
+                float(sum(b.supervised for b in given)),
+                float(sum(len(b.row_ids) for b in given)),
             ]
         )
         if self.objective.idle(units):
             return StepResult(0.0, 0.0, {}, int(counts[0]), 0, int(counts[2]), 0.0, skipped=True)
         self.tune.start_observing(now)
-        work = Work(self, passes, now, units, keeps, idle=len(passes) - len(batches))
+        work = Work(self, passes, now, units, keeps, idle=len(idle))
         self.source.gradients(work)
         self._refuse_together(work.broken)
         self._sum_gradients(batches)
@@ -105,22 +125,41 @@ class Engine:
         if "all" in self.source.gives:
             self.chain.step(now)
         said = self._afterwards(now)
-        loss, nll, weight = self.world.sum_numbers([work.total, work.nll, work.weight])
-        targets = max(counts[1], 1.0)
+        loss, *counted = self.world.sum_numbers([work.total, *work.counted])
+        told = Counted(*counted)
+        targets, run = max(counts[1], 1.0), max(told.targets, 1.0)
+        notes = {} if looked is None else looked.notes
         return StepResult(
             loss,
-            nll / targets,
+            told.nll / run,
             self._parts(work.parts),
             int(counts[0]),
             int(counts[1]),
             int(counts[2]),
-            weight / targets,
+            told.weight / targets,
+            self._weights(told, targets),
+            {**notes, **{name: total / run for name, total in self._together(work.notes).items()}},
             tuple(said),
         )
 
+    def _look(self, batches: list[Batch], now: Now) -> Looked | None:
+        """What rules over the whole step keep. Where passes gather a model that is spread, all processes make equally many."""
+        if not any(one.weight.look is not None for one in self.objective.weights):
+            return None
+        passes = [*batches, *self._idle_passes(len(batches))]
+        return self.objective.look(self.tune, passes, now, self.world, lambda slot: self.services(slot, now))
+
+    def _weights(self, told: Counted, targets: float) -> Weights | None:
+        if not self.objective.is_weighted:
+            return None
+        effective = told.weight**2 / told.squares if told.squares else 0.0
+        return Weights(told.kept / targets, effective, told.entropy / max(told.targets, 1.0))
+
     def _parts(self, own: dict[str, float]) -> dict[str, float]:
-        if len(self.objective.terms) == 1:
-            return own
+        return own if len(self.objective.terms) == 1 else self._together(own)
+
+    def _together(self, own: dict[str, float]) -> dict[str, float]:
+        """Numbers by name, added up over the processes, which may have different names."""
         everyone = self.world.gather_plain(own)
         return {name: sum(parts.get(name, 0.0) for parts in everyone) for parts in everyone for name in parts}
 
@@ -183,6 +222,9 @@ def with_context(batch: Batch, label_P: Tensor | None) -> Batch:
         attend_BT=torch.cat([torch.ones_like(before, dtype=torch.bool), batch.attend_BT], dim=1),
         position_BT=torch.cat([before, batch.position_BT + length], dim=1),
         label_BT=torch.cat([label_BP, batch.label_BT], dim=1),
+        token_columns={
+            name: torch.cat([column.new_zeros(rows, length), column], dim=1) for name, column in batch.token_columns.items()
+        },
     )
 
 
@@ -217,7 +259,7 @@ class Work:
         engine: Engine,
         batches: Sequence[Batch],
         now: Now,
-        units: Sequence[float],
+        units: Sequence[tuple[float, ...]],
         keeps: list[torch.Tensor] | None,
         idle: int = 0,
     ) -> None:
@@ -225,8 +267,10 @@ class Work:
         self._keeps, self._real = keeps, len(batches) - idle
         self.broken: list[Batch] = []
         """Micro-batches of this process whose loss was not finite."""
-        self.total = self.nll = self.weight = 0.0
+        self.total = 0.0
+        self.counted = Counted()
         self.parts: dict[str, float] = {}
+        self.notes: dict[str, float] = {}
 
     @property
     def trained(self) -> Sequence[Trained]:
@@ -243,10 +287,10 @@ class Work:
             self.now,
             first=i == 0,
             read=engine.inputs.read(batch, self.now),
-            keep_N=None if self._keeps is None else self._keeps[i],
+            keep_N=self._keeps[i] if self._keeps is not None and i < self._real else None,
             services_of=lambda slot: engine.services(slot, self.now),
         )
-        return sums if i < self._real else Sums(sums.loss * 0.0, {}, 0.0, 0.0)
+        return sums if i < self._real else Sums(sums.loss * 0.0, {}, Counted(), {})
 
     def backward(self, batch: Batch) -> None:
         """Forward and backward of one micro-batch."""
@@ -259,10 +303,10 @@ class Work:
             # The others are waiting in backward or after it.
             self.broken.append(batch)
         self.total += value
-        self.nll += sums.nll
-        self.weight += sums.weight
-        for name, part in sums.parts.items():
-            self.parts[name] = self.parts.get(name, 0.0) + part
+        self.counted = self.counted.plus(sums.counted)
+        for mine, added in ((self.parts, sums.parts), (self.notes, sums.notes)):
+            for name, number in added.items():
+                mine[name] = mine.get(name, 0.0) + number
         if sums.loss.requires_grad:
             sums.loss.backward()
 
@@ -271,7 +315,7 @@ class Work:
         with torch.no_grad():
             sums = [self._sums(batch) for batch in self.batches]
         self.total = sum(float(one.loss) for one in sums)
-        self.nll, self.weight = sum(one.nll for one in sums), sum(one.weight for one in sums)
+        self.counted = reduce(Counted.plus, (one.counted for one in sums), Counted())
         return self._engine.world.sum_numbers([self.total])[0]
 
     def write(self, trained: TrainedLike, value: torch.Tensor) -> None:

@@ -94,6 +94,8 @@ def _copy(batch: Batch, read_BT: Tensor) -> Batch:
         batch.label_BT.clone(),
         batch.row_ids,
         {name: column.clone() for name, column in batch.columns.items()},
+        batch.texts,
+        {name: column.clone() for name, column in batch.token_columns.items()},
     )
 
 

@@ -180,6 +180,10 @@ def _log(progress: Progress, result: StepResult, now: Now, seconds: float) -> No
         line["parts"] = result.parts
     if result.kept != 1.0 and not result.skipped:
         line["kept"] = result.kept
+    if result.weights is not None and not result.skipped:
+        line |= result.weights._asdict()
+    if result.notes:
+        line["notes"] = dict(result.notes)
     progress.history.append(line)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from luthier import draws, logprobs
 from luthier.errors import LuthierError
-from luthier.kinds import Batch, Column, Now, Services, State, Tensors, Term, TokenLoss, TokenWeight, View
+from luthier.kinds import Batch, Column, Now, Services, State, StepTable, Tensors, Term, TokenLoss, TokenWeight, View
 from luthier.training.services import evaluating, view_of
 from luthier.training.world import World
 from luthier.tune import Tune
@@ -49,6 +49,27 @@ class Weighted:
     state: State
 
 
+class Counted(NamedTuple):
+    """What is said of a step's targets beside the loss. Everything adds up over micro-batches and processes."""
+
+    nll: float = 0.0
+    """Plain negative log-likelihood, summed over the targets."""
+    weight: float = 0.0
+    """Token weights, summed."""
+    squares: float = 0.0
+    """Squares of the token weights, summed."""
+    kept: float = 0.0
+    """Targets whose weight is not 0."""
+    entropy: float = 0.0
+    """Entropy of the model's distributions in nats, summed over the targets; 0 where nothing asked for it."""
+    targets: float = 0.0
+    """Targets that were run."""
+
+    def plus(self, other: Counted) -> Counted:
+        """Both together."""
+        return Counted(*(one + two for one, two in zip(self, other, strict=True)))
+
+
 class Sums(NamedTuple):
     """What one micro-batch adds to the step."""
 
@@ -56,10 +77,20 @@ class Sums(NamedTuple):
     """All terms, each divided by its units of the whole step; the gradient flows from here."""
     parts: dict[str, float]
     """Each term's share of the loss."""
-    nll: float
-    """Plain negative log-likelihood, summed over the targets."""
-    weight: float
-    """Token weights, summed."""
+    counted: Counted
+    notes: dict[str, float]
+    """What techniques log, summed over the targets."""
+
+
+class Looked(NamedTuple):
+    """What rules over the whole step came to."""
+
+    batches: list[Batch]
+    """The micro-batches without the rows of which nothing is kept."""
+    keeps: list[Tensor]
+    """The weights [N] of their targets."""
+    notes: dict[str, float]
+    """What the rules log; the same on every process."""
 
 
 @dataclass
@@ -75,24 +106,31 @@ class Objective:
             if one.term.start is not None:
                 one.own = tune.add_free(one.slot, one.term.start(services_of(one.slot)))
 
+    @property
+    def is_weighted(self) -> bool:
+        """Whether targets count differently, so that the loss alone does not tell how training goes."""
+        return bool(self.weights)
+
     def columns(self) -> tuple[Column, ...]:
-        """The union of what terms and weights read; the plain loss is always among them."""
+        """The union of what terms and weights read; the plain loss is always among them, and beside weights the entropy."""
         wanted: list[str | Column] = ["nll"]
         for one in self.terms:
             wanted += one.term.columns
         for other in self.weights:
             if other.weight.weigh is not None:
                 wanted += other.weight.columns
-        return logprobs.resolve(wanted)
+        return logprobs.resolve([*wanted, "entropy"] if self.is_weighted else wanted)
 
     def needs_base(self) -> bool:
         """Whether any column compares with the base."""
         looked = [c for one in self.weights for c in one.weight.columns]
-        return any(c.reference for c in (*self.columns(), *logprobs.resolve(looked)))
+        return any(one.at == "base" for one in logprobs.passes_of((*self.columns(), *logprobs.resolve(looked))))
 
-    def look(self, tune: Tune, batches: Sequence[Batch], now: Now, world: World) -> list[Tensor] | None:
-        """Rules over the whole step: one pass without gradients, gathered over processes and sorted by row id and position, so
-        that neither the split into micro-batches nor the number of processes matters. Returns keep weights by micro-batch."""
+    def look(
+        self, tune: Tune, batches: Sequence[Batch], now: Now, world: World, services_of: Callable[[str], Services]
+    ) -> Looked | None:
+        """Rules over the whole step: one pass without gradients if they ask for columns, gathered over processes and sorted by row id
+        and position, so that neither the split into micro-batches nor the number of processes matters."""
         rules = [one for one in self.weights if one.weight.look is not None]
         if not rules:
             return None
@@ -100,54 +138,71 @@ class Objective:
         tables = []
         for batch in batches:
             with evaluating(tune.model):
-                tables.append(_table(view_of(tune, batch, wanted, now)))
-        whole_numbers = {name: torch.zeros(0, dtype=torch.int64) for name in ("row", "position")}
-        empty = {**whole_numbers, **{column.name: torch.zeros(0) for column in wanted}}
-        local = {name: torch.cat([t[name] for t in tables]) for name in tables[0]} if tables else empty
-        whole = world.gather(local)
-        order = _sorted(whole)
-        table = {name: values[order] for name, values in whole.items()}
-        keep = torch.ones(len(order), dtype=torch.float32)
+                tables.append(_table(tune, batch, wanted, now))
+        whole, of_rows = _gathered(tables, [column.name for column in wanted], world)
+        keep = torch.ones(len(whole["row"]), dtype=torch.float64)
+        notes: dict[str, float] = {}
         for rule in rules:
             assert rule.weight.look is not None
-            keep = keep * rule.weight.look(table, now).to(keep.dtype)
-        place = {(int(r), int(p)): i for i, (r, p) in enumerate(zip(table["row"], table["position"], strict=True))}
-        return [
-            keep[torch.tensor([place[int(r), int(p)] for r, p in zip(t["row"], t["position"], strict=True)], dtype=torch.int64)]
-            for t in tables
-        ]
+            table = StepTable(
+                {name: whole[name] for name in (column.name for column in wanted)},
+                row_M=whole["row"].unique(return_inverse=True)[1],
+                position_M=whole["position"],
+                of_rows=of_rows,
+                now=now,
+                state=rule.state,
+                services=services_of(rule.slot),
+            )
+            keep = keep * rule.weight.look(table).double()
+            notes.update(table.notes)
+        place = {(int(r), int(p)): i for i, (r, p) in enumerate(zip(whole["row"], whole["position"], strict=True))}
+        found = Looked([], [], notes)
+        for batch, mine in zip(batches, tables, strict=True):
+            keys = zip(mine["row"], mine["position"], strict=True)
+            keep_N = keep[torch.tensor([place[int(r), int(p)] for r, p in keys], dtype=torch.int64)]
+            left, left_N = _pruned(batch, keep_N.float())
+            if left.row_ids:
+                found.batches.append(left)
+                found.keeps.append(left_N)
+        return found
 
-    def units(self, batches: Sequence[Batch], keeps: list[Tensor] | None, world: World) -> list[float]:
-        """Each term's units in the whole step, over micro-batches and processes."""
-        return world.sum_numbers([sum(self._count(one.term, batches, keeps)) for one in self.terms])
+    def units(self, batches: Sequence[Batch], keeps: list[Tensor] | None, world: World) -> list[tuple[float, ...]]:
+        """Each term's units in the whole step, over micro-batches and processes: one number, or several where it counts several."""
+        counts = [self._count(one.term, batches, keeps) for one in self.terms]
+        # A process without rows cannot know how many numbers a term counts.
+        widths = [int(world.max(len(several[0]) if several else 1)) for several in counts]
+        sums = [[sum(one[k] for one in several) for k in range(width)] for several, width in zip(counts, widths, strict=True)]
+        flat = iter(world.sum_numbers([number for several in sums for number in several]))
+        return [tuple(next(flat) for _ in range(width)) for width in widths]
 
-    def idle(self, units: Sequence[float]) -> bool:
+    def idle(self, units: Sequence[tuple[float, ...]]) -> bool:
         """Whether a step has nothing to learn from: penalties alone, which count 1 a step, must not move a model."""
         data = [unit for one, unit in zip(self.terms, units, strict=True) if one.term.unit != "step"]
-        return not any(data or units)
+        return not any(number for several in data or units for number in several)
 
-    def _count(self, term: Term, batches: Sequence[Batch], keeps: list[Tensor] | None) -> list[float]:
+    def _count(self, term: Term, batches: Sequence[Batch], keeps: list[Tensor] | None) -> list[tuple[float, ...]]:
         if term.count is not None:
-            return [term.count(batch) for batch in batches]
+            found = [term.count(batch) for batch in batches]
+            return [one if isinstance(one, tuple) else (one,) for one in found]
         if term.unit == "step":
-            return [1.0] if batches else []
+            return [(1.0,)] if batches else []
         if term.unit == "row":
-            return [float(len(batch.row_ids)) for batch in batches]
+            return [(float(len(logprobs.targets(batch).row_N.unique())),) for batch in batches]
         counts = [one.weight.count for one in self.weights if one.weight.count is not None]
         if len(counts) + (keeps is not None) > 1:
             slots = ", ".join(one.slot for one in self.weights if one.weight.count or one.weight.look)
             raise LuthierError(f"{slots} count tokens differently", where="token_weight", mend="use one of them")
         if counts:
-            return [counts[0](batch) for batch in batches]
+            return [(counts[0](batch),) for batch in batches]
         if keeps is not None:
-            return [float((keep != 0).sum()) for keep in keeps]
-        return [float(batch.supervised) for batch in batches]
+            return [(float((keep != 0).sum()),) for keep in keeps]
+        return [(float(batch.supervised),) for batch in batches]
 
     def total(
         self,
         tune: Tune,
         batch: Batch,
-        units: Sequence[float],
+        units: Sequence[tuple[float, ...]],
         now: Now,
         *,
         first: bool,
@@ -167,21 +222,84 @@ class Objective:
         loss = view["nll"].new_zeros(())
         parts: dict[str, float] = {}
         for minimized, unit in zip(self.terms, units, strict=True):
-            if unit == 0 or (minimized.term.unit == "step" and not first):
+            if not any(unit) or (minimized.term.unit == "step" and not first):
                 continue
             view.services = services_of(minimized.slot)
             own = minimized.own.tensors() if minimized.own is not None else {}
             total = minimized.term.total(view.for_technique(minimized.state, weight_N), own)
-            share = total * (minimized.term.weight / unit)
+            # What has no unit in the whole step adds nothing.
+            each = total.new_tensor([minimized.term.weight / one if one else 0.0 for one in unit])
+            share = (total.reshape(-1) * each).sum()
             loss = loss + share
             parts[minimized.slot] = parts.get(minimized.slot, 0.0) + float(share.detach())
-        return Sums(loss, parts, float(view["nll"].detach().double().sum()), float(weight_N.double().sum()))
+        return Sums(loss, parts, _counted(view, weight_N), {name: float(n.double().sum()) for name, n in view.notes.items()})
 
 
-def _table(view: View) -> dict[str, Tensor]:
-    rows = torch.tensor([draws.seed_of(row) for row in view.batch.row_ids], dtype=torch.int64)
-    here = {"row": rows[view.row_N.cpu()], "position": view.position_N.cpu()}
-    return {**here, **{name: column.float().cpu() for name, column in view.columns.items()}}
+def _counted(view: View, weight_N: Tensor) -> Counted:
+    wide_N = weight_N.double()
+    entropy_N = view.columns.get("entropy")
+    return Counted(
+        nll=float(view["nll"].detach().double().sum()),
+        weight=float(wide_N.sum()),
+        squares=float(wide_N.square().sum()),
+        kept=float((weight_N != 0).double().sum()),
+        entropy=0.0 if entropy_N is None else float(entropy_N.detach().double().sum()),
+        targets=float(len(weight_N)),
+    )
+
+
+def _table(tune: Tune, batch: Batch, wanted: Sequence[Column], now: Now) -> dict[str, Tensor]:
+    """The targets of one micro-batch; free columns of its rows under `rows NAME`."""
+    where = logprobs.targets(batch)
+    rows_B = torch.tensor([draws.seed_of(row) for row in batch.row_ids], dtype=torch.int64)
+    row_N = where.row_N.cpu()
+    here = {"row": rows_B[row_N], "position": where.source_N.cpu() + 1}
+    for name, numbers in batch.columns.items():
+        here[f"rows {name}"] = numbers.cpu().double()[row_N]
+    for name, texts in batch.texts.items():
+        here[f"rows {name}"] = torch.tensor([draws.seed_of(text) for text in texts], dtype=torch.int64)[row_N]
+    if wanted:
+        here.update({name: column.float().cpu() for name, column in view_of(tune, batch, wanted, now).columns.items()})
+    return here
+
+
+def _gathered(
+    tables: Sequence[dict[str, Tensor]], wanted: Sequence[str], world: World
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """All processes' targets, sorted by row and position, and the free columns of their rows at each.
+
+    Micro-batches differ in the free columns that their rows have.
+    """
+    kinds = {name: str(values.dtype) for table in tables for name, values in table.items() if name.startswith("rows ")}
+    everyone = world.gather_plain(kinds)
+    free = sorted({(name, kind) for kinds in everyone for name, kind in kinds.items()})
+    types = {"torch.int64": (torch.int64, draws.seed_of("")), "torch.float64": (torch.float64, float("nan"))}
+    local: dict[str, Tensor] = {}
+    for name in ("row", "position", *wanted):
+        kind = torch.int64 if name in ("row", "position") else torch.float32
+        local[name] = torch.cat([torch.zeros(0, dtype=kind), *(table[name] for table in tables)])
+    for name, spelled in free:
+        dtype, nothing = types[spelled]
+        pieces = [
+            table[name] if name in table and table[name].dtype == dtype else torch.full((len(table["row"]),), nothing, dtype=dtype)
+            for table in tables
+        ]
+        local[name] = torch.cat([torch.zeros(0, dtype=dtype), *pieces])
+    whole = world.gather(local)
+    order = _sorted(whole)
+    table = {name: values[order] for name, values in whole.items()}
+    return table, {name.removeprefix("rows "): table[name] for name, _ in free}
+
+
+def _pruned(batch: Batch, keep_N: Tensor) -> tuple[Batch, Tensor]:
+    """A micro-batch without the rows of which nothing is kept, and the weights of the targets that are left."""
+    where = logprobs.targets(batch)
+    row_N = where.row_N.cpu()
+    kept_B = torch.zeros(len(batch.row_ids)).index_add(0, row_N, keep_N.abs()) > 0
+    if bool(kept_B.all()):
+        return batch, keep_N
+    chosen = kept_B.nonzero()[:, 0].to(batch.token_ids_BT.device)
+    return batch.take(chosen), keep_N[kept_B[row_N]]
 
 
 def _sorted(table: dict[str, Tensor]) -> Tensor:

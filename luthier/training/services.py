@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from luthier import draws, logprobs
 from luthier.errors import LuthierError
-from luthier.kinds import Batch, Column, Now, Place, Tensors, TrainedLike, View
+from luthier.kinds import Batch, Column, Now, OtherPass, Place, Tensors, TrainedLike, View
 from luthier.models.head import head_of
 from luthier.models.sharding import whole
 from luthier.training import calibrate
@@ -134,11 +134,8 @@ def view_of(
     keys = draws.keys(now.seed, now.step, row_number[where.row_N], where.source_N)
 
     def make() -> tuple[Tensor | None, dict[str, Tensor]]:
-        reference = None
-        if any(column.reference for column in columns):
-            # The base runs first: swapping weights under a graph that waits for backward would be wrong.
-            with tune.at("base"), evaluating(tune.model):
-                reference = (hidden(tune, batch, pack=pack).at(where.row_N, where.source_N), base_head(tune))
+        # The others run first: exchanging weights under a graph that waits for backward would be wrong.
+        others = {one.name: _other(tune, one, batch, where, pack=pack) for one in logprobs.passes_of(columns)}
         states = hidden(tune, batch if read is None else read, pack=pack)
         found = logprobs.compute(
             states.at(where.row_N, where.source_N),
@@ -146,7 +143,7 @@ def view_of(
             head_of(tune.model, tune.parts),
             columns,
             key_N=keys,
-            reference=reference,
+            others=others,
             vocabulary=tune.parts.vocabulary,
         )
         return states.padded(batch.attend_BT) if keep_hidden else None, found
@@ -161,3 +158,10 @@ def view_of(
         hidden_BTD=hidden_BTD,
         now=now,
     )
+
+
+def _other(tune: Tune, one: OtherPass, batch: Batch, where: logprobs.Targets, *, pack: bool) -> logprobs.Other:
+    """Another pass, as far as the head. The base and snapshots read the batch itself, whatever the model reads in this step."""
+    with tune.at(one.at), evaluating(tune.model):
+        states_ND = hidden(tune, batch, pack=pack).at(where.row_N, where.source_N)
+    return logprobs.Other(states_ND, base_head(tune))

@@ -42,7 +42,8 @@ def rows_of_eight(**options: Any) -> Batch:
 def gradients(engine: Engine, batches: Sequence[Batch], now: Now) -> dict[str, Tensor]:
     """The gradients one step would use, by name, without taking the step; observed dense ones too."""
     batches = [batch for batch in batches if batch.row_ids]
-    keeps = engine.objective.look(engine.tune, batches, now, engine.world)
+    looked = engine._look(batches, now)
+    batches, keeps = (batches, None) if looked is None else (looked.batches, looked.keeps)
     units = engine.objective.units(batches, keeps, engine.world)
     engine.tune.start_observing(now)
     engine.source.gradients(Work(engine, batches, now, units, keeps))

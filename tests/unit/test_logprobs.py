@@ -12,7 +12,7 @@ from torch.nn import functional
 from luthier import draws
 from luthier.errors import LuthierError
 from luthier.kinds import Batch, Chunk, Column, Now
-from luthier.logprobs import COLUMNS, compute, nll, resolve, targets
+from luthier.logprobs import COLUMNS, Other, compute, nll, resolve, targets
 from luthier.training.services import view_of
 from tests.conftest import make_batch, split
 from tests.toys.helpers import model_of, rows_of_eight
@@ -36,7 +36,7 @@ def columns(
         label_N,
         lambda h: h @ weight_VD.T,
         resolve(names),
-        reference=(draw(N, D, seed=4).to(dtype), lambda h: h @ base_VD.T),
+        others={"base": Other(draw(N, D, seed=4).to(dtype), lambda h: h @ base_VD.T)},
         vocabulary=V,
         limit_bytes=limit_bytes,
     )
@@ -83,7 +83,7 @@ def test_gradients_equal_finite_differences() -> None:
     other_NV = draw(3, 4, seed=7)
 
     def total(logits_NV: Tensor) -> Tensor:
-        chunk = Chunk(logits_NV, label_N, label_N, other_NV)
+        chunk = Chunk(logits_NV, label_N, label_N, {"base": other_NV})
         return torch.stack([COLUMNS[n].value(chunk) for n in ("nll", "entropy", "kl", "kl_forward")])
 
     assert torch.autograd.gradcheck(total, (draw(3, 4, seed=8).requires_grad_(True),), atol=1e-7)

@@ -15,7 +15,7 @@ from torch import Tensor
 import luthier
 from luthier import registry
 from luthier.errors import LuthierError
-from luthier.kinds import Batch, InputMap, Now, Reading, TokenWeight
+from luthier.kinds import Batch, InputMap, Now, Reading, StepTable, TokenWeight
 from luthier.logprobs import resolve
 from luthier.methods.input_map.masked_thought import chance_at
 from luthier.models.attention import use_attention
@@ -234,9 +234,9 @@ def test_the_base_rules_and_services_read_clean_rows(engine: Any, now: Now) -> N
     assert torch.equal(RunServices(run.tune, "any", now).forward(batch, ["nll"])["nll"], clean["nll"])
     tables: list[Tensor] = []
 
-    def look(table: Any, now: Now) -> Tensor:
+    def look(table: StepTable) -> Tensor:
         tables.append(table["nll"])
-        return torch.ones(len(table["nll"]))
+        return torch.ones(len(table))
 
     for objective in ("cross_entropy", masked(**ALWAYS)):
         engine(objective=objective, token_weight=TokenWeight(columns=("nll",), look=look)).step([batch], now)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor
 
-from luthier.kinds import Now, TokenWeight
+from luthier.kinds import StepTable, TokenWeight
 from luthier.registry import method
 
 
@@ -19,8 +17,8 @@ def drop_easiest(*, share: float = 0.3) -> TokenWeight:
         share: how much is left out, rounded down.
     """
 
-    def look(table: Mapping[str, Tensor], now: Now) -> Tensor:
-        keep_M = torch.ones(len(table["nll"]))
+    def look(table: StepTable) -> Tensor:
+        keep_M = torch.ones(len(table))
         keep_M[table["nll"].argsort(stable=True)[: int(share * len(keep_M))]] = 0.0
         return keep_M
 
