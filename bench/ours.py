@@ -23,6 +23,7 @@ def main(setting: dict[str, Any]) -> None:
                 "model": setting["model"],
                 "rows": {"train": setting["rows"], "max_tokens": setting["max_tokens"], "too_long": "right"},
                 "tune": {"lora": {"rank": 8, "alpha": 16.0}} if setting["tune"] == "lora" else setting["tune"],
+                **setting.get("keys", {}),
                 "noise": False,
                 "train": {
                     "precision": setting["precision"],

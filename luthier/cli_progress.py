@@ -22,7 +22,7 @@ class Bar:
             TextColumn("[bold]training[/bold]"),
             BarColumn(bar_width=None),
             MofNCompleteColumn(),
-            TextColumn("loss {task.fields[loss]:.3f}"),
+            TextColumn("{task.fields[loss]}"),
             TextColumn("{task.fields[speed]:,.0f} tokens/s"),
             TimeRemainingColumn(compact=True),
             console=console,
@@ -47,8 +47,14 @@ class Bar:
             return
         if self.task is None:
             self.progress.start()
-            self.task = self.progress.add_task("training", total=plan.clock.steps, loss=result.loss, speed=0.0)
+            self.task = self.progress.add_task("training", total=plan.clock.steps, loss=losses(result), speed=0.0)
         speed = at.tokens / at.seconds if at.seconds else 0.0
-        self.progress.update(self.task, completed=at.step, loss=result.loss, speed=speed)
+        self.progress.update(self.task, completed=at.step, loss=losses(result), speed=speed)
         if at.step == plan.clock.steps:
             self.progress.stop()
+
+
+def losses(result: StepResult) -> str:
+    """What is minimized, and beside a weighted loss, which says little by itself, the plain cross-entropy."""
+    beside = f", cross-entropy {result.nll:.3f}" if result.weights is not None else ""
+    return f"loss {result.loss:.3f}{beside}"

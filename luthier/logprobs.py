@@ -52,24 +52,39 @@ def _scratch(logits_CV: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class _Nll(torch.autograd.Function):
-    """Negative log-likelihood in fp32 from logits of any type, keeping nothing for backward but the logits themselves."""
+    """Negative log-likelihood in fp32 from logits of any type, keeping nothing for backward but the logits themselves; on the way and
+    where asked for the entropy, without a gradient."""
 
     @staticmethod
-    def forward(ctx: Any, logits_CV: Tensor, label_C: Tensor) -> Tensor:
+    def forward(ctx: Any, logits_CV: Tensor, label_C: Tensor, with_entropy: bool) -> tuple[Tensor, Tensor]:
         wide = torch.promote_types(logits_CV.dtype, torch.float32)
         total_C = torch.empty(len(logits_CV), dtype=wide, device=logits_CV.device)
+        entropy_C = torch.empty_like(total_C) if with_entropy else total_C.new_empty(0)
         scratch = _scratch(logits_CV, wide)
+        other = _scratch(logits_CV, wide) if with_entropy else scratch
         for i in range(0, len(logits_CV), _SLICE):
-            soft = scratch[: len(logits_CV) - i].copy_(logits_CV[i : i + _SLICE])
+            part = slice(i, i + _SLICE)
+            soft = scratch[: len(logits_CV) - i].copy_(logits_CV[part])
             top = soft.amax(-1, keepdim=True)
             top = top.masked_fill(top.isinf(), 0.0)
-            total_C[i : i + _SLICE] = soft.sub_(top).exp_().sum(-1).log_().add_(top[:, 0])
+            below = soft.sub_(top)
+            if with_entropy:
+                below, soft = soft, torch.exp(soft, out=other[: len(logits_CV) - i])
+            else:
+                soft.exp_()
+            sums = soft.sum(-1)
+            total_C[part] = sums.log()
+            if with_entropy:
+                # A logit of minus infinity adds nothing, and not 0 * -inf.
+                entropy_C[part] = total_C[part] - soft.mul_(below.clamp_(min=torch.finfo(wide).min)).sum(-1) / sums
+            total_C[part] += top[:, 0]
         ctx.save_for_backward(logits_CV, label_C, total_C)
-        return total_C - logits_CV.gather(-1, label_C[:, None])[:, 0].to(wide)
+        ctx.mark_non_differentiable(entropy_C)
+        return total_C - logits_CV.gather(-1, label_C[:, None])[:, 0].to(wide), entropy_C
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        (gradient_C,) = gradients
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        gradient_C = gradients[0]
         logits_CV, label_C, total_C = ctx.saved_tensors
         result_CV = torch.empty_like(logits_CV)
         scratch = _scratch(logits_CV, total_C.dtype)
@@ -78,12 +93,17 @@ class _Nll(torch.autograd.Function):
             soft = scratch[: len(logits_CV) - i].copy_(logits_CV[part]).sub_(total_C[part, None]).exp_()
             soft.scatter_add_(-1, label_C[part, None], soft.new_full((len(soft), 1), -1.0))
             result_CV[part] = soft.mul_(gradient_C[part, None])
-        return result_CV, None
+        return result_CV, None, None
 
 
 def nll(logits_CV: Tensor, label_C: Tensor) -> Tensor:
     """Negative log-likelihood of each label, [C], in fp32 (fp64 for fp64 logits)."""
-    return _Nll.apply(logits_CV, label_C)  # type: ignore[no-any-return,no-untyped-call]
+    return nll_and_entropy(logits_CV, label_C, with_entropy=False)[0]
+
+
+def nll_and_entropy(logits_CV: Tensor, label_C: Tensor, *, with_entropy: bool = True) -> tuple[Tensor, Tensor]:
+    """Negative log-likelihood [C] and, from the same passes over the vocabulary and without a gradient, the entropy [C]."""
+    return _Nll.apply(logits_CV, label_C, with_entropy)  # type: ignore[no-any-return,no-untyped-call]
 
 
 def _entropy(chunk: Chunk) -> Tensor:
@@ -105,14 +125,16 @@ COLUMNS: Mapping[str, Column] = {
     column.name: column
     for column in (
         Column("nll", lambda chunk: nll(chunk.logits_CV, chunk.label_C)),
-        Column("entropy", _entropy),
+        Column("entropy", lambda chunk: nll_and_entropy(chunk.logits_CV, chunk.label_C)[1], gradient=False),
+        Column("differentiable_entropy", _entropy),
         Column("right", lambda chunk: (chunk.logits_CV.argmax(-1) == chunk.label_C).float(), gradient=False),
         Column("kl", _kl, (BASE,)),
         Column("kl_forward", _kl_forward, (BASE,)),
         Column("reference_nll", lambda chunk: nll(chunk.others["base"], chunk.label_C), (BASE,), gradient=False),
     )
 }
-"""Columns known by name: `nll`; `entropy` of the distribution; `right`, 1 where the target is the most likely token; `kl`, from the
+"""Columns known by name: `nll`; `entropy` of the distribution, without a gradient and at almost no cost beside `nll`;
+`differentiable_entropy`; `right`, 1 where the target is the most likely token; `kl`, from the
 model to the base; `kl_forward`, from the base to the model; `reference_nll`, the base's. All in nats, shape [N]."""
 
 
@@ -176,13 +198,14 @@ def compute(
     count, others = len(label_N), others or {}
     key_N = torch.zeros_like(label_N) if key_N is None else key_N
     size = max(1, limit_bytes // (vocabulary * hidden_ND.element_size() * (1 + len(others))))
-    lazy = [column for column in wanted if column.name != "nll"]
+    plain = {column.name for column in wanted} & {"nll", "entropy"}
+    lazy = [column for column in wanted if column.name not in plain]
 
     def make(hidden_CD: Tensor, label_C: Tensor, key_C: Tensor, *other_CD: Tensor) -> tuple[Tensor, ...]:
         logits_CV = head(hidden_CD)
         found: dict[str, Tensor] = {}
-        if any(column.name == "nll" for column in wanted):
-            found["nll"] = nll(logits_CV, label_C)
+        if plain:
+            found["nll"], found["entropy"] = nll_and_entropy(logits_CV, label_C, with_entropy="entropy" in plain)
         if lazy:
             others_CV = []
             for one, states_CD in zip(others.values(), other_CD, strict=True):

@@ -40,6 +40,9 @@ KEYS: Mapping[str, str] = {
 COMMANDS: Mapping[str, str] = {"probe": "luthier probe", "row_score": "luthier rows select --by"}
 """The command that uses a kind which no recipe holds."""
 
+NOTHING = "none"
+"""What a recipe's key for techniques holds where none is used."""
+
 _added: list[Path] = []
 
 
@@ -283,8 +286,8 @@ def part(name: str, **options: Any) -> Part:
 
 
 def make_all(specs: object, kinds: Iterable[str], *, where: str = "") -> list[Part]:
-    """A list of parts from one spec or a list of them."""
-    if specs is None:
+    """A list of parts from one spec or a list of them; None and `none` name nothing, so that a sweep can say it."""
+    if specs is None or specs == NOTHING:
         return []
     many = specs if isinstance(specs, list) else [specs]
     return [make(spec, kinds, where=f"{where}[{i}]" if len(many) > 1 else where) for i, spec in enumerate(many)]

@@ -22,6 +22,8 @@ BETWEEN = 34
 """Pixels between two panels: room for a title."""
 MOST_POINTS = 300
 """Longer curves are drawn as means of equally many neighboring steps, so that a page stays light."""
+MOST_NOTES = 4
+"""Curves of what techniques log; all of it stands in the run's `steps.jsonl`."""
 MOST_SETS = 6
 """Evaluation sets drawn; all of them stand in the table."""
 
@@ -49,6 +51,7 @@ def training_figure(run: Facts, sets: Sequence[SetFacts]) -> Markup:
     curves = [
         Curve("loss", _column(history, "loss"), 170, 5, _smoothed),
         *_likelihood_curves(history),
+        *_weight_curves(history),
         *_evaluation_curves(run, sets),
         Curve("learning rate", _column(history, "learning_rate"), 46, 3, _plain),
     ]
@@ -154,6 +157,27 @@ def _likelihood_curves(history: Iterable[Mapping[str, Any]]) -> list[Curve]:
     loss, nll = _column(history, "loss"), _column(history, "nll")
     same = all(a is None or b is None or math.isclose(a, b, rel_tol=1e-6) for (_, a), (_, b) in zip(loss, nll, strict=True))
     return [] if same else [Curve("negative log-likelihood", nll, 80, 3, _smoothed)]
+
+
+def _weight_curves(history: Sequence[Mapping[str, Any]]) -> list[Curve]:
+    """What token weights leave of a step's targets, how sure the model is of them, and what techniques logged."""
+    kept = _column(history, "share")
+    shares = {
+        "share of targets kept": kept if any(value not in (None, 1.0) for _, value in kept) else [],
+        "effective share of targets": [(line["step"], _share_of(line)) for line in history],
+    }
+    drawn = [Curve(title, points, 46, 2, _plain, percent, percent, (0.0, 1.0)) for title, points in shares.items()]
+    drawn.append(Curve("entropy", _column(history, "entropy"), 60, 3, _smoothed))
+    names = list(dict.fromkeys(name for line in history for name in line.get("notes") or ()))
+    notes = [[(line["step"], (line.get("notes") or {}).get(name)) for line in history] for name in names]
+    drawn += [Curve(name, points, 60, 3, _smoothed) for name, points in zip(names[:MOST_NOTES], notes, strict=False)]
+    return [curve for curve in drawn if any(measured(value) for _, value in curve.points)]
+
+
+def _share_of(line: Mapping[str, Any]) -> float | None:
+    # (sum of weights)^2 / sum of their squares: as many targets of equal weight would have as much to say.
+    effective, targets = line.get("effective"), line.get("supervised")
+    return effective / targets if measured(effective) and targets else None
 
 
 def _evaluation_curves(run: Facts, sets: Sequence[SetFacts]) -> list[Curve]:

@@ -40,7 +40,7 @@ class StepResult(NamedTuple):
     loss: float
     """What was minimized: all terms, each divided by its units."""
     nll: float
-    """Plain cross-entropy, a mean over the step's targets."""
+    """Plain cross-entropy, a mean over the step's targets, without rows that a rule left out."""
     parts: dict[str, float]
     tokens: int
     supervised: int

@@ -18,7 +18,7 @@ from tests.conftest import make_batch, split
 from tests.toys.helpers import model_of, rows_of_eight
 
 N, D, V = 23, 6, 11
-NAMES = ["nll", "entropy", "right", "kl", "kl_forward", "reference_nll"]
+NAMES = ["nll", "entropy", "differentiable_entropy", "right", "kl", "kl_forward", "reference_nll"]
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
@@ -52,6 +52,7 @@ def test_columns_equal_plain_softmax_in_float64() -> None:
     expected = {
         "nll": -log_NV[each, label_N],
         "entropy": -(log_NV.exp() * log_NV).sum(-1),
+        "differentiable_entropy": -(log_NV.exp() * log_NV).sum(-1),
         "right": (log_NV.argmax(-1) == label_N).double(),
         "kl": functional.kl_div(base_NV, log_NV, log_target=True, reduction="none").sum(-1),
         "kl_forward": functional.kl_div(log_NV, base_NV, log_target=True, reduction="none").sum(-1),
@@ -59,6 +60,7 @@ def test_columns_equal_plain_softmax_in_float64() -> None:
     }
     for name, value in expected.items():
         assert torch.allclose(found[name].double(), value, rtol=1e-12, atol=1e-12), name
+    assert not found["entropy"].requires_grad and found["differentiable_entropy"].requires_grad
     assert not found["right"].requires_grad and not found["reference_nll"].requires_grad
     assert 0 < found["right"].sum() < N
 
@@ -70,7 +72,9 @@ def test_fault_5_chunks_change_neither_values_nor_gradients(limit_bytes: int) ->
     results = []
     for limit in (10**9, limit_bytes):
         found, hidden_ND, weight_VD = columns(limit)
-        total = sum((w * found[name]).sum() for w, name in zip(mixed, ("nll", "entropy", "kl", "kl_forward"), strict=True))
+        total = sum(
+            (w * found[name]).sum() for w, name in zip(mixed, ("nll", "differentiable_entropy", "kl", "kl_forward"), strict=True)
+        )
         results.append((found, torch.autograd.grad(total, (hidden_ND, weight_VD))))
     (plain, plain_gradients), (chunked, chunked_gradients) = results
     assert all(torch.allclose(plain[n], chunked[n], rtol=1e-13, atol=1e-13) for n in NAMES)
@@ -84,7 +88,7 @@ def test_gradients_equal_finite_differences() -> None:
 
     def total(logits_NV: Tensor) -> Tensor:
         chunk = Chunk(logits_NV, label_N, label_N, {"base": other_NV})
-        return torch.stack([COLUMNS[n].value(chunk) for n in ("nll", "entropy", "kl", "kl_forward")])
+        return torch.stack([COLUMNS[n].value(chunk) for n in ("nll", "differentiable_entropy", "kl", "kl_forward")])
 
     assert torch.autograd.gradcheck(total, (draw(3, 4, seed=8).requires_grad_(True),), atol=1e-7)
 

@@ -1,0 +1,126 @@
+"""`python -m bench.objectives`: what every objective, token weight and input map adds to a step of plain supervised fine-tuning.
+
+Plain fine-tuning stays in a process of its own throughout and takes a step in turn with every technique, on rows in which every token
+is a target, so that whatever is done to distributions costs its most. Results go to `bench/objectives.json`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.techniques import player, rows_of_one_length
+from bench.turns import Player
+from luthier import machine, registry
+from luthier.kinds import OBJECTIVES
+
+HERE = Path(__file__).parent
+LENGTH, STEP_TOKENS = 256, 1024
+KINDS = ("token_weight", *OBJECTIVES)
+BESIDE = ("kl", "z_loss", "cross_entropy")
+"""Objectives that stand beside another."""
+OPTIONS: dict[str, dict[str, Any]] = {}
+"""Of techniques that cannot run at their defaults here."""
+PROMISED = ("dft", "otr", "otr_expected", "asft")
+"""What luthier promises the cost of: more steps are counted."""
+COLUMNS = {"task": "prose", "aligned_log_likelihood": -3.0, "right_share": 0.05}
+"""What some techniques read from rows."""
+
+
+def keys_of(kind: str, name: str) -> dict[str, Any]:
+    """A recipe's keys for one technique."""
+    spec = {name: OPTIONS.get(name, {})}
+    if kind == "token_weight":
+        return {"token_weight": spec}
+    return {"objective": ["cross_entropy", spec] if name in BESIDE else spec}
+
+
+def main() -> None:
+    """Measure every technique and write the results."""
+    parser = argparse.ArgumentParser(prog="python -m bench.objectives", description=__doc__)
+    parser.add_argument("--model", default="smollm2-135m-instruct")
+    parser.add_argument(
+        "--rounds", type=int, default=3, help="steps that count, a technique; twice as many where a cost is promised"
+    )
+    parser.add_argument("--precision", default="bf16")
+    parser.add_argument("--only", nargs="*", default=[], help="these techniques alone")
+    parser.add_argument("--out", type=Path, default=HERE / "objectives.json")
+    chosen = parser.parse_args()
+    names = [(kind, name) for kind in KINDS for name in registry.names(kind) if name != "cross_entropy"]
+    names = [(kind, name) for kind, name in names if not chosen.only or name in chosen.only]
+    rows = rows_of_one_length((STEP_TOKENS // LENGTH) * (2 * chosen.rounds + 2) * (len(names) + 2))
+    common = {
+        "model": chosen.model,
+        "precision": chosen.precision,
+        "rows_a_step": STEP_TOKENS // LENGTH,
+        "max_tokens": LENGTH,
+        "micro_batch_tokens": STEP_TOKENS,
+        "tune": "full",
+        "rows": [{**row, **COLUMNS} for row in rows],
+    }
+    results = []
+    with tempfile.TemporaryDirectory() as folder:
+        plain = player("bench.ours", common, Path(folder), "full")
+        plain.step()
+        for kind, name in names:
+            results.append(
+                {"name": name, "kind": kind, **measured(keys_of(kind, name), common, Path(folder) / name, plain, chosen)}
+            )
+            print(line(results[-1]), flush=True)
+        plain.end()
+    written = {
+        "versions": machine.versions(),
+        "machine": machine.describe(torch.device("cpu"), torch.float32),
+        "setting": {**{key: value for key, value in common.items() if key != "rows"}, "rounds": chosen.rounds},
+        "results": results,
+    }
+    chosen.out.write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
+    print(f"written to {chosen.out}")
+
+
+def measured(
+    keys: dict[str, Any], common: dict[str, Any], folder: Path, plain: Player, chosen: argparse.Namespace
+) -> dict[str, Any]:
+    """A technique's steps, each beside one of plain fine-tuning, after one that does not count; why it cannot run otherwise."""
+    folder.mkdir()
+    try:
+        other = player("bench.ours", {**common, "keys": keys}, folder, "run")
+    except RuntimeError as error:
+        return {"error": str(error).strip().splitlines()[-1][:200]}
+    try:
+        other.step()
+        rounds = chosen.rounds * (2 if folder.name in PROMISED else 1)
+        pairs = [(other.step(), plain.step()) for _ in range(rounds)]
+    finally:
+        other.end()
+    extra = [one["seconds"] / two["seconds"] - 1 for one, two in pairs]
+    return {
+        "pairs": len(pairs),
+        "extra_time": sum(one["seconds"] for one, _ in pairs) / sum(two["seconds"] for _, two in pairs) - 1,
+        "extra_time_median": statistics.median(extra),
+        "extra_time_range": [min(extra), max(extra)],
+        "extra_processor_time": sum(o["processor_seconds"] for o, _ in pairs) / sum(t["processor_seconds"] for _, t in pairs) - 1,
+        "extra_bytes": max(one["peak_bytes"] for one, _ in pairs) - max(two["peak_bytes"] for _, two in pairs),
+        "plain_seconds": statistics.median(two["seconds"] for _, two in pairs),
+    }
+
+
+def line(one: dict[str, Any]) -> str:
+    """For people who wait."""
+    if "error" in one:
+        return f"{one['name']}: {one['error']}"
+    low, high = one["extra_time_range"]
+    return (
+        f"{one['name']}: {100 * one['extra_time_median']:+.1f} % time a step ({100 * low:+.1f} to {100 * high:+.1f}), "
+        f"{one['extra_bytes'] / 2**20:+,.0f} MiB"
+    )
+
+
+if __name__ == "__main__":
+    main()
