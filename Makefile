@@ -10,10 +10,10 @@ SUITABLE = import sys, importlib.util as u; v = sys.version_info; sys.exit( \
 	None if u.find_spec("venv") and u.find_spec("ensurepip") else \
 	"cannot make environments (on Debian and Ubuntu: apt install python3-venv)")
 
-.PHONY: help quickstart test lint docs bench bench-techniques workshop clean
+.PHONY: help quickstart test lint docs bench bench-techniques bench-objectives workshop clean
 
 help: ## list these targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' Makefile
 
 quickstart: $(VENV)/.core ## teach a small model some facts and show what it learnt and what it kept
 	@echo "training by recipes/quickstart.yaml"
@@ -43,6 +43,9 @@ bench: $(VENV)/.bench ## measure speed and memory beside the usual tools
 
 bench-techniques: $(VENV)/.bench ## measure speed and memory of every technique
 	@$(BIN)/python -m bench.techniques $(ARGS)
+
+bench-objectives: $(VENV)/.bench ## measure what every objective adds to a step
+	@$(BIN)/python -m bench.objectives $(ARGS)
 
 workshop: $(VENV)/.core ## build the models that come with luthier again, from nothing (about an hour)
 	@echo "building the models of the workshop into build/"

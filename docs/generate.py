@@ -21,6 +21,7 @@ from luthier.kinds import KINDS, TUNES
 EXAMPLE = Path(__file__).parent.parent / "examples" / "toy_technique.py"
 RESULTS = Path(__file__).parent.parent / "bench" / "results.json"
 COSTS = Path(__file__).parent.parent / "bench" / "techniques.json"
+OBJECTIVE_COSTS = Path(__file__).parent.parent / "bench" / "objectives.json"
 CLAIMS = Path(__file__).parent / "claims"
 MARKER = re.compile(r"^<!-- generated: (\w+) -->$", re.MULTILINE)
 Schema = Mapping[str, Any]
@@ -249,13 +250,42 @@ def costs() -> str:
             )
         )
     header = ("trains", "numbers", "tokens/s", "speed over full", "peak", "above the model")
+    return f"{table(header, rows)}\n\n{cell(circumstances(facts))}"
+
+
+def circumstances(facts: Mapping[str, Any]) -> str:
+    """Model, rows, machine and versions of a bench."""
     setting, machine = facts["setting"], facts["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
-    words = (
+    return (
         f"{setting['model']}, {setting['precision']}, {setting['rows_a_step']} rows of {setting['max_tokens']} tokens a step. "
         f"{machine['processor']}, {machine['cores']} cores. {versions}."
     )
-    return f"{table(header, rows)}\n\n{cell(words)}"
+
+
+def objective_costs() -> str:
+    """What every objective, token weight and input map added to a step in `make bench-objectives`, as it was committed."""
+    if not OBJECTIVE_COSTS.exists():
+        return "No results are stored."
+    facts = json.loads(OBJECTIVE_COSTS.read_text(encoding="utf-8"))
+    rows = []
+    for one in facts["results"]:
+        if "error" in one:
+            rows.append((code(one["name"]), one["kind"].replace("_", " "), cell(one["error"]), "", "", ""))
+            continue
+        low, high = one["extra_time_range"]
+        rows.append(
+            (
+                code(one["name"]),
+                one["kind"].replace("_", " "),
+                f"{100 * one['extra_time_median']:+.0f} %",
+                f"{100 * low:+.0f} to {100 * high:+.0f} %",
+                str(one["pairs"]),
+                f"{one['extra_bytes'] / 2**20:+,.0f} MiB",
+            )
+        )
+    header = ("technique", "kind", "extra time a step, median", "of single pairs", "pairs", "extra peak memory")
+    return f"{table(header, rows)}\n\n{cell(circumstances(facts))}"
 
 
 def claims() -> str:
@@ -394,6 +424,7 @@ WRITERS: dict[str, Callable[[], str]] = {
     "example": example,
     "bench": bench,
     "costs": costs,
+    "objective_costs": objective_costs,
     "claims": claims,
     "claim_rule": claim_rule,
     "world": world,
