@@ -169,8 +169,10 @@ class Objective:
     def units(self, batches: Sequence[Batch], keeps: list[Tensor] | None, world: World) -> list[tuple[float, ...]]:
         """Each term's units in the whole step, over micro-batches and processes: one number, or several where it counts several."""
         counts = [self._count(one.term, batches, keeps) for one in self.terms]
-        # A process without rows cannot know how many numbers a term counts.
-        widths = [int(world.max(len(several[0]) if several else 1)) for several in counts]
+        widths = [len(several[0]) if several else 1 for several in counts]
+        if any(one.term.count is not None for one in self.terms):
+            # A process without rows cannot know how many numbers a term counts.
+            widths = [max(several) for several in zip(*world.gather_plain(widths), strict=True)]
         sums = [[sum(one[k] for one in several) for k in range(width)] for several, width in zip(counts, widths, strict=True)]
         flat = iter(world.sum_numbers([number for several in sums for number in several]))
         return [tuple(next(flat) for _ in range(width)) for width in widths]
