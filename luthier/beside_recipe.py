@@ -6,6 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+SOURCES = ("calibration_source", "validation_source")
+"""Options of techniques that name rows."""
+HELD_BY = ("tune", "objective", "token_weight", "step", "source", "keep", "freeze")
+"""The keys under which techniques with such options stand."""
+
 
 def with_paths(data: dict[str, Any], folder: Path) -> dict[str, Any]:
     """A recipe's data in which names of files that lie beside the recipe are paths to them."""
@@ -33,18 +38,16 @@ def with_paths(data: dict[str, Any], folder: Path) -> dict[str, Any]:
         data["model"] = found(data["model"])
     if isinstance(data.get("control"), str):
         data["control"] = found(data["control"])
-    if "tune" in data:
-        data["tune"] = _with_sources(data["tune"], found)
-    return data
+    return {key: _with_sources(value, found) if key in HELD_BY else value for key, value in data.items()}
 
 
 def _with_sources(spec: Any, found: Callable[[Any], Any]) -> Any:
-    """The rows that techniques calibrate on are named from the recipe's folder, too."""
+    """The rows that techniques calibrate and validate on are named from the recipe's folder, too."""
     if isinstance(spec, list):
         return [_with_sources(one, found) for one in spec]
     if isinstance(spec, dict):
         return {
-            name: {key: found(value) if key == "calibration_source" else value for key, value in options.items()}
+            name: {key: found(value) if key in SOURCES else value for key, value in options.items()}
             if isinstance(options, dict)
             else options
             for name, options in spec.items()

@@ -17,7 +17,7 @@ from luthier.errors import LuthierError
 from luthier.estimate import Estimate, estimate
 from luthier.evaluate.planned import evaluation_sets
 from luthier.evaluate.sets import EvalSet, check
-from luthier.kinds import STEPS, TUNES, Now, Optimizer
+from luthier.kinds import STEPS, TUNES, Now, Optimizer, RowMap
 from luthier.models.context import context_of
 from luthier.models.fingerprint import fingerprint
 from luthier.models.load import ModelSource, load_model, load_tokenizer, resolve
@@ -33,7 +33,7 @@ from luthier.rows.mixture import described_share
 from luthier.rows.shapes import BadRow
 from luthier.rows.sources import Joined, read_rows
 from luthier.run import Run
-from luthier.training.build import build_engine, objectives
+from luthier.training.build import build_engine, objectives, slots
 from luthier.training.engine import Engine
 from luthier.training.feed import Feed
 from luthier.training.inputs import vocabulary_of
@@ -292,9 +292,10 @@ def make_plan(recipe: Recipe, say: Say = lambda text: None) -> Plan:
         model.to(device)  # type: ignore[arg-type]
     context = context_of(model.config)
     raw: Iterable[Any] = Joined(sources)
-    for slot, part in ((part.name, part) for part in chosen["maps"]):
+    for slot, part in slots(chosen["maps"]):
         for value in part.values:
-            raw = value.map(list(raw), RunServices(Tune(model, parts), slot, Now(seed=recipe.seed)))
+            if isinstance(value, RowMap):
+                raw = value.map(list(raw), RunServices(Tune(model, parts), slot, Now(seed=recipe.seed)))
     rows, places, skipped, cache = encode_rows(recipe.rows, sources, raw, tokenizer, context, say)
     rate, rate_from = advised_rate(recipe, chosen["tune"])
     feed = make_feed(recipe, rows, world, device, mixture_of(recipe.rows, recipe.seed, sources, rows, places))
@@ -310,6 +311,7 @@ def make_plan(recipe: Recipe, say: Say = lambda text: None) -> Plan:
         source=chosen["source"][0],
         keep=chosen["keep"],
         freeze=chosen["freeze"],
+        row_maps=chosen["maps"],
         calibration=make_calibration(recipe, rows, tokenizer, context),
         now=clock.at(0, 0.0),
         vocabulary=vocabulary_of(tokenizer, parts.vocabulary),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable
 from typing import Any
@@ -76,6 +77,8 @@ def make_calibration(
 ) -> Callable[[int, str], list[Batch]]:
     """Gives batches for techniques that look at rows before they train: rows of the run, drawn by its seed, or of another source."""
 
+    # Some techniques ask again and again, and a source would be read and tokenized each time.
+    @functools.cache
     def calibration(count: int, source: str) -> list[Batch]:
         if not source:
             order = torch.randperm(len(rows.rows), generator=draws.generator(recipe.seed, "calibration"))

@@ -23,6 +23,7 @@ from typing import Any
 
 import luthier
 from luthier import disk, machine, registry
+from luthier.beside_recipe import SOURCES
 from luthier.errors import LuthierError
 from luthier.kinds import KINDS
 from luthier.models.wheel import cache_folder
@@ -95,7 +96,7 @@ def content(value: Any, where: str) -> Any:
 
 
 def _names_file(value: str, where: str) -> bool:
-    if not where.endswith(("rows", "train", "calibration_source")):
+    if not where.endswith(("rows", "train", *SOURCES)):
         return False
     try:
         return Path(value).is_file()

@@ -151,7 +151,7 @@ def render_training(row: Row, form: Form, loss_on: LossOn = "assistant") -> Rend
         raise LuthierError(
             f"a row of the shape `{row.shape}` has no one answer to learn; it has {others}", where=row.where, mend=mend
         )
-    prompt = _prompt(row)
+    prompt = prompt_of(row)
     dialogue = _dialogue(row, [*prompt, *answer], given=0 if row.shape == "messages" else len(prompt))
     return _render(dialogue, form, loss_on)
 
@@ -160,7 +160,7 @@ def render_pair(row: Row, form: Form, completion: str | Sequence[Message]) -> Re
     """A row's prompt followed by a given completion, which alone is the target."""
     if row.shape == "text":
         raise LuthierError("a document has no prompt to complete", where=row.where)
-    prompt = _prompt(row)
+    prompt = prompt_of(row)
     return _render(_dialogue(row, [*prompt, *_said("assistant", completion)], given=len(prompt)), form, "assistant")
 
 
@@ -168,14 +168,15 @@ def render_prompt(row: Row, form: Form) -> Rendered:
     """A row's text up to where a model answers: the prompt, or a conversation without its last assistant turn."""
     if row.shape == "text":
         return Rendered(row.fields["text"], (), plain=True)
-    prompt = _prompt(row)
+    prompt = prompt_of(row)
     if not prompt:
         raise LuthierError("nothing stands before the assistant turn", where=row.where, mend="give a user message")
     text = _up_to(_dialogue(row, prompt, given=len(prompt)), form, len(prompt), generate=True)
     return Rendered(text, (), plain=not form.templated, notes=() if form.templated else (PLAIN,))
 
 
-def _prompt(row: Row) -> list[Message]:
+def prompt_of(row: Row) -> list[Message]:
+    """What stands before a row's answer, as messages: of a conversation, all but an assistant turn at its end."""
     fields = row.fields
     if row.shape == "messages":
         messages = list(fields["messages"])

@@ -75,6 +75,7 @@ def build_engine(
     token_weight: Sequence[Part] = (),
     keep: Sequence[Part] = (),
     freeze: Sequence[Part] = (),
+    row_maps: Sequence[Part] = (),
     calibration: Calibration | None = None,
     now: Now,
     vocabulary: Vocabulary | None = None,
@@ -83,7 +84,8 @@ def build_engine(
     world: World | None = None,
     root: Root | None = None,
 ) -> Engine:
-    """Attach every part of a run to a model. `calibration` gives the rows that some techniques look at before they start.
+    """Attach every part of a run to a model. `calibration` gives the rows that some techniques look at before they start; `row_maps`
+    have made their rows already, and what else they are goes to its place here.
 
     A technique may give values of several kinds; wherever it is named, each goes to its place, and all share one state. Without a
     `vocabulary`, input maps know no special tokens and no mask.
@@ -91,7 +93,7 @@ def build_engine(
     Raises:
         LuthierError: nothing trains, nothing is minimized, a part takes nothing, or two parts cannot be combined.
     """
-    named = slots([*tune, *objective, *token_weight, *step, source, *keep, *freeze])
+    named = slots([*tune, *objective, *token_weight, *step, source, *keep, *freeze, *row_maps])
     values = [(slot, value) for slot, part in named for value in part.values]
     states: dict[str, State] = {slot: {} for slot, _ in named}
     goal = Objective(

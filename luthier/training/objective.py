@@ -160,7 +160,7 @@ class Objective:
         for batch, mine in zip(batches, tables, strict=True):
             keys = zip(mine["row"], mine["position"], strict=True)
             keep_N = keep[torch.tensor([place[int(r), int(p)] for r, p in keys], dtype=torch.int64)]
-            left, left_N = _pruned(batch, keep_N.float())
+            left, left_N = _pruned(batch, keep_N)
             if left.row_ids:
                 found.batches.append(left)
                 found.keeps.append(left_N)
@@ -297,7 +297,7 @@ def _pruned(batch: Batch, keep_N: Tensor) -> tuple[Batch, Tensor]:
     """A micro-batch without the rows of which nothing is kept, and the weights of the targets that are left."""
     where = logprobs.targets(batch)
     row_N = where.row_N.cpu()
-    kept_B = torch.zeros(len(batch.row_ids)).index_add(0, row_N, keep_N.abs()) > 0
+    kept_B = keep_N.new_zeros(len(batch.row_ids)).index_add(0, row_N, keep_N.abs()) > 0
     if bool(kept_B.all()):
         return batch, keep_N
     chosen = kept_B.nonzero()[:, 0].to(batch.token_ids_BT.device)
