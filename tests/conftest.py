@@ -40,6 +40,16 @@ def make_batch(rows: Sequence[tuple[int, int]], *, vocabulary: int = 250, seed: 
     return Batch(ids, attend, position, label, tuple(f"row{first + i}" for i in range(len(rows))))
 
 
+TASKS = ("code", "chat", "math", "code", "math", "code", "chat", "math")
+QUALITY = (2.0, 1.0, 2.0, 2.0, 1.0, 3.0, 3.0, 1.0)
+
+
+def with_columns(batch: Batch) -> Batch:
+    """A batch whose rows have the free columns that some techniques read: the text `task` and the number `quality`."""
+    rows = len(batch.row_ids)
+    return batch._replace(columns={"quality": torch.tensor(QUALITY[:rows])}, texts={"task": TASKS[:rows]})
+
+
 def split(batch: Batch, sizes: Sequence[int]) -> list[Batch]:
     """The same rows as several micro-batches."""
     parts, start = [], 0
@@ -67,8 +77,8 @@ CALIBRATION = ((9, 4), (5, 2), (12, 6), (7, 1), (3, 1), (10, 5), (6, 0), (8, 3))
 
 
 def calibration(rows: int, source: str) -> list[Batch]:
-    """A few rows in micro-batches of three; others for another source."""
-    whole = make_batch(CALIBRATION[:rows], seed=len(source), first=100)
+    """A few rows in micro-batches of three, with the free columns of `with_columns`; others for another source."""
+    whole = with_columns(make_batch(CALIBRATION[:rows], seed=len(source), first=100))
     sizes = [min(3, len(whole.row_ids) - first) for first in range(0, len(whole.row_ids), 3)]
     return split(whole, sizes)
 

@@ -44,6 +44,7 @@ BY_STEP = ("transform", "optimizer", "source", "keeper")
 PACKED = [(kind, name, a) for kind, name in RUNS for a in ("llama", "gpt2") if kind not in BY_STEP or a == "llama"]
 GIVEN: dict[str, dict[str, Any]] = {
     "adalora": {"warmup": 0.05},
+    "convergence_balance": {"validation_source": "other", "every": 1, "window": 2},
     "greentrainer": {"selections": 5, "target": 0.7},
     "lift": {"rank": 4, "lora_rank": 2, "every": 2},
     "lofit": {"selection": 0.1},
@@ -57,8 +58,15 @@ GIVEN: dict[str, dict[str, Any]] = {
 }
 """Options of techniques that have options without a default, or whose defaults do nothing in the first steps."""
 OTHERS: dict[tuple[str, str], list[Any]] = {
+    ("convergence_balance", "column"): ["quality"],
+    ("convergence_balance", "validation_rows"): [7],
     ("got_d", "chunk"): [4],
     ("got_d", "tolerance"): [10.0],
+    ("morepair", "field"): ["reason"],
+    ("morepair", "weight"): [0.0],
+    ("task_balance", "column"): ["quality"],
+    ("task_balance", "weights"): [{"code": 3.0, "math": 1.0, "chat": 0.0}],
+    ("task_focal", "column"): ["quality"],
 }
 """Other values of options for which the type does not tell them, by technique and option."""
 SAME_BY_DESIGN = {frozenset({"backprop", "per_layer"})}
@@ -259,7 +267,9 @@ def outcome(engine: Any, now: Now, kind: str, name: str, options: dict[str, Any]
     """What four steps with a technique come to, as something to compare."""
     if kind == "row_map":
         part = registry.make({name: options}, (kind,))
-        rows = [Row(id=f"row{i}", shape="text", fields={"text": "abc" * i}, where="") for i in range(4)]
+        reasons = {"rationale": "because", "reason": "therefore"}
+        asked = [{"prompt": f"{i}?", "completion": "abc" * i} for i in range(4)]
+        rows = [Row(f"row{i}", "prompt+completion", fields, "", reasons) for i, fields in enumerate(asked)]
         return [repr(row) for row in part.values[0].map(rows, None)]
     if kind == "row_score":
         texts = [*["a red fox"] * 6, "a red fox runs", "a blue whale", "the tide comes", "the tide", "no fox", "a tall grey bird"]

@@ -16,7 +16,7 @@ from luthier import registry
 from luthier.kinds import Batch, Now
 from luthier.models.tiny import tiny
 from luthier.training.engine import Engine, Work
-from tests.conftest import make_batch
+from tests.conftest import make_batch, with_columns
 
 TOYS = Path(__file__).parent
 
@@ -35,8 +35,8 @@ def model_of(architecture: str = "llama", **options: Any) -> Any:
 
 
 def rows_of_eight(**options: Any) -> Batch:
-    """Eight rows of unequal length and unequal numbers of targets, one without any."""
-    return make_batch([(9, 4), (6, 5), (12, 2), (5, 0), (7, 6), (10, 9), (4, 1), (8, 3)], **options)
+    """Eight rows of unequal length and unequal numbers of targets, one without any; with the free columns of `with_columns`."""
+    return with_columns(make_batch([(9, 4), (6, 5), (12, 2), (5, 0), (7, 6), (10, 9), (4, 1), (8, 3)], **options))
 
 
 def gradients(engine: Engine, batches: Sequence[Batch], now: Now) -> dict[str, Tensor]:

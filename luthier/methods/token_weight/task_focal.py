@@ -16,8 +16,8 @@ from luthier.registry import method
     paper="arXiv:2311.02303",
     row=251,
     reduces_to="gamma 0: task_balance",
-    departs="the factor is a number without a gradient; means are over the whole step; the released code has no focal form, so this follows "
-    "the paper's formula, with alpha 1",
+    departs="the factor is a number without a gradient; means are over the whole step; the released code has no focal form, so this "
+    "follows the paper's, with alpha 1",
     claim="task_focal",
 )
 def task_focal(*, gamma: float = 2.0, by: Unit = "rows", column: str = "task") -> TokenWeight:
