@@ -1,0 +1,107 @@
+"""Rules over the whole step on losses given by hand, through the code that looks, counts units and divides; and runs of two steps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+
+from luthier import logprobs, registry
+from luthier.kinds import OBJECTIVES, Batch, Now, TokenWeight, View
+from luthier.registry import Part
+from luthier.training import objective
+from luthier.training.objective import Minimized, Objective, Weighted, as_term
+from luthier.training.world import World
+from tests.conftest import split
+from tests.toys.helpers import gap, gradients, model_of, rows_of_eight
+
+TUNES: tuple[Any, ...] = ("half", "lora", "prompt_tuning", {"spiel": {"every": 3, "gather": 1}})
+
+
+class Given(NamedTuple):
+    """A row by what its targets cost."""
+
+    nll: Sequence[float]
+    free: Mapping[str, str | float] = {}
+    """Its free columns."""
+    entropy: Sequence[float] = ()
+    positions: Sequence[int] = ()
+    """Where its targets stand; one behind the other if empty."""
+
+
+class Stepped(NamedTuple):
+    """What a step came to."""
+
+    loss: float
+    slopes: dict[str, list[float]]
+    """The loss's gradient by each target's loss, by row; rows that were not run are not there."""
+    notes: dict[str, float]
+    passes: int
+    """Passes over micro-batches that the rule took."""
+
+
+def step_on(rows: Mapping[str, Given], weight: Any, sizes: Sequence[int] = (), *, state: dict[str, Any] | None = None) -> Stepped:
+    """The loss of cross-entropy under a token weight, for rows in micro-batches of these sizes, else all in one."""
+    leaves = {name: torch.tensor(row.nll, dtype=torch.float64, requires_grad=True) for name, row in rows.items()}
+    batches = split(_batch(rows), sizes or (len(rows),))
+    passes: list[Batch] = []
+
+    def view(tune: Any, batch: Batch, columns: Any, now: Now, **more: Any) -> View:
+        passes.append(batch)
+        where = logprobs.targets(batch)
+        each = {
+            "nll": torch.cat([leaves[name] for name in batch.row_ids]),
+            "entropy": torch.tensor([value for name in batch.row_ids for value in rows[name].entropy or [0.0] * len(rows[name].nll)]),
+        }
+        return View(batch, each, label_N=where.label_N, row_N=where.row_N, position_N=where.source_N + 1, now=now)
+
+    part = weight if isinstance(weight, Part) else registry.make(weight, ("token_weight",))
+    (rule,) = [value for value in part.values if isinstance(value, TokenWeight)]
+    ((plain,),) = [one.values for one in registry.make_all("cross_entropy", OBJECTIVES)]
+    goal = Objective([Minimized("cross_entropy", as_term(plain), {})], [Weighted(part.name, rule, state or {})])
+    services: Any = lambda slot: None
+    tune: Any = SimpleNamespace(model=nn.Identity())
+    with mock.patch.object(objective, "view_of", view):
+        looked = goal.look(tune, batches, Now(), World(), services)
+        assert looked is not None
+        taken = len(passes)
+        units = goal.units(looked.batches, looked.keeps, World())
+        loss = torch.zeros((), dtype=torch.float64)
+        for i, (batch, keep_N) in enumerate(zip(looked.batches, looked.keeps, strict=True)):
+            loss = loss + goal.total(tune, batch, units, Now(), first=i == 0, keep_N=keep_N, services_of=services).loss
+    ran = [name for batch in looked.batches for name in batch.row_ids]
+    found = torch.autograd.grad(loss, [leaves[name] for name in ran]) if ran else ()
+    return Stepped(float(loss.detach()), dict(zip(ran, (one.tolist() for one in found), strict=True)), looked.notes, taken)
+
+
+def _batch(rows: Mapping[str, Given]) -> Batch:
+    places = {name: list(row.positions) or list(range(1, len(row.nll) + 1)) for name, row in rows.items()}
+    time = max([1, *(max(place, default=0) + 1 for place in places.values())])
+    label_BT = torch.full((len(rows), time), -100)
+    attend_BT = torch.zeros(len(rows), time, dtype=torch.bool)
+    for i, place in enumerate(places.values()):
+        label_BT[i, place] = 1
+        attend_BT[i, : max(place, default=0) + 1] = True
+    free = {key for row in rows.values() for key in row.free}
+    is_text = {key: any(isinstance(row.free.get(key), str) for row in rows.values()) for key in free}
+    numbers = {key: torch.tensor([float(row.free.get(key, "nan")) for row in rows.values()]) for key in free if not is_text[key]}
+    texts = {key: tuple(str(row.free.get(key, "")) for row in rows.values()) for key in free if is_text[key]}
+    position_BT = torch.arange(time).expand(len(rows), -1)
+    return Batch(label_BT.clamp(min=0), attend_BT, position_BT, label_BT, tuple(rows), numbers, texts)
+
+
+def assert_trains(engine: Any, now: Now, batch: Batch | None = None, **setting: Any) -> None:
+    """Two steps have finite losses, and another split of the batch gives the same gradient."""
+    batch = rows_of_eight() if batch is None else batch
+    found: list[dict[str, Tensor]] = []
+    for sizes in ((8,), (3, 1, 4, 0)):
+        run = engine(**{"step": "adamw", **setting, "model": model_of()})
+        run.tune.model.train()
+        losses = [run.step(split(batch, (8,)), now._replace(step=i, learning_rate=0.01)).loss for i in range(2)]
+        assert all(loss == loss and 0.0 < loss < 1e3 for loss in losses)
+        found.append(gradients(run, split(batch, sizes), now._replace(step=2)))
+    assert gap(found[1], found[0]) < 1e-9 and found[0]
