@@ -16,7 +16,7 @@ from luthier.errors import LuthierError
 from luthier.kinds import OBJECTIVES, TUNES, Batch, Now
 from luthier.models.parts import map_parts
 from luthier.training.build import build_engine
-from tests.conftest import make_batch, split
+from tests.conftest import calibration, make_batch, split
 from tests.toys.helpers import TOYS, model_of, rows_of_eight
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -24,6 +24,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "entries": {"tune": "some_entries", "step": "adamw"},
     "growing": {"tune": "growing", "step": "adamw"},
     "look": {"weight": "drop_easiest"},
+    "rows and tokens of the step": {"weight": {"q_tuning": {"rows": 0.6}}},
+    "tasks": {"weight": {"task_balance": {"by": "rows"}}},
+    "tasks by their probability": {"weight": "task_focal"},
+    "tasks by their losses": {"weight": {"convergence_balance": {"validation_source": "other", "every": 1, "window": 2}}},
     "reference": {"weight": "beats_reference"},
     "penalty": {"objective": ["cross_entropy", {"pull_to_start": {"weight": 1.0}}, "extra_head"]},
     "masked inputs": {"objective": ["cross_entropy", {"masked_thought": {"warmup": 0.5}}, "drop_tokens"]},
@@ -55,6 +59,7 @@ def run(rank: int, size: int, folder: str) -> None:
             token_weight=registry.make_all(setting.get("weight"), ("token_weight",)),
             step=registry.make_all(setting.get("step", "sgd"), ("transform", "optimizer")),
             source=registry.make(setting.get("source", "backprop"), ("source",)),
+            calibration=calibration,
             now=Now(steps=4),
         )
         for step in range(4):

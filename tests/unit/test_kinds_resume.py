@@ -33,6 +33,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "own head": {"tune": "some_rows", "objective": ["cross_entropy", "extra_head"]},
     "penalty": {"tune": "some_cols", "objective": ["cross_entropy", {"pull_to_start": {"weight": 1.0}}]},
     "masked inputs": {"objective": ["cross_entropy", {"masked_thought": {"warmup": 0.2}}, "drop_tokens"]},
+    "weights of tasks by losses measured between steps": {
+        "token_weight": {"convergence_balance": {"validation_source": "other", "every": 2, "window": 2}}
+    },
     "transposed rows": {"tune": "some_rows", "architecture": "gpt2"},
     "per layer": {"tune": "full", "source": "per_layer"},
     "zeroth order": {"tune": "half", "source": "zeroth_order", "step": "sgd"},
