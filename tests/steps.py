@@ -55,7 +55,9 @@ def step_on(rows: Mapping[str, Given], weight: Any, sizes: Sequence[int] = (), *
         where = logprobs.targets(batch)
         each = {
             "nll": torch.cat([leaves[name] for name in batch.row_ids]),
-            "entropy": torch.tensor([value for name in batch.row_ids for value in rows[name].entropy or [0.0] * len(rows[name].nll)]),
+            "entropy": torch.tensor(
+                [value for name in batch.row_ids for value in rows[name].entropy or [0.0] * len(rows[name].nll)]
+            ),
         }
         return View(batch, each, label_N=where.label_N, row_N=where.row_N, position_N=where.source_N + 1, now=now)
 

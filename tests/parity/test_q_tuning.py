@@ -141,7 +141,9 @@ def test_one_row_is_kept_where_the_budget_is_less() -> None:
 
 
 def test_reduces_to_cross_entropy(engine: Any, now: Now) -> None:
-    plain, everything = (gradients(engine(token_weight=one, model=model_of()), [rows_of_eight()], now) for one in (None, weight(**ALL)))
+    plain, everything = (
+        gradients(engine(token_weight=one, model=model_of()), [rows_of_eight()], now) for one in (None, weight(**ALL))
+    )
     assert gap(everything, plain) < 1e-14
 
 
