@@ -65,7 +65,10 @@ def step_on(rows: Mapping[str, Given], weight: Any, sizes: Sequence[int] = (), *
     (rule,) = [value for value in part.values if isinstance(value, TokenWeight)]
     ((plain,),) = [one.values for one in registry.make_all("cross_entropy", OBJECTIVES)]
     goal = Objective([Minimized("cross_entropy", as_term(plain), {})], [Weighted(part.name, rule, state or {})])
-    services: Any = lambda slot: None
+
+    def services(slot: str) -> Any:
+        return None
+
     tune: Any = SimpleNamespace(model=nn.Identity())
     with mock.patch.object(objective, "view_of", view):
         looked = goal.look(tune, batches, Now(), World(), services)
