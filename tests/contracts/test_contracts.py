@@ -22,6 +22,7 @@ from luthier.probing import Weights, of_models
 from luthier.rows.embed import HASH, embedder
 from luthier.rows.select import ScoringServices
 from luthier.rows.shapes import Row
+from luthier.use import likelihood_of_rows
 from tests.conftest import split
 from tests.toys.helpers import TOYS, gap, gradients, logits_of, model_of, rows_of_eight, toys  # noqa: F401
 
@@ -46,6 +47,7 @@ GIVEN: dict[str, dict[str, Any]] = {
     "adalora": {"warmup": 0.05},
     "greentrainer": {"selections": 5, "target": 0.7},
     "lift": {"rank": 4, "lora_rank": 2, "every": 2},
+    "likelihood": {"models": ("tiny:llama",)},
     "lofit": {"selection": 0.1},
     "loca": {"search": 0.2, "coefficient_steps": 1, "location_steps": 1},
     "lt_sft": {"first": 0.1},
@@ -59,6 +61,8 @@ GIVEN: dict[str, dict[str, Any]] = {
 OTHERS: dict[tuple[str, str], list[Any]] = {
     ("got_d", "chunk"): [4],
     ("got_d", "tolerance"): [10.0],
+    ("likelihood", "models"): [("tiny:gpt2",)],
+    ("poft", "column"): ["other_log_likelihood"],
 }
 """Other values of options for which the type does not tell them, by technique and option."""
 SAME_BY_DESIGN = {frozenset({"backprop", "per_layer"})}
@@ -264,7 +268,7 @@ def outcome(engine: Any, now: Now, kind: str, name: str, options: dict[str, Any]
     if kind == "row_score":
         texts = [*["a red fox"] * 6, "a red fox runs", "a blue whale", "the tide comes", "the tide", "no fox", "a tall grey bird"]
         rows = [Row(id=f"row{i}", shape="text", fields={"text": text}, where="") for i, text in enumerate(texts)]
-        services = ScoringServices([rows[0], rows[7], rows[9]], embedder(HASH), name, seed=0)
+        services = ScoringServices([rows[0], rows[7], rows[9]], embedder(HASH), name, 0, likelihood_of_rows)
         return registry.make({name: options}, (kind,)).values[0].score(rows, services)
     if kind == "probe":
         base, tuned = model_of(), tiny("llama", seed=2).double()
