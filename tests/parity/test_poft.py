@@ -173,14 +173,14 @@ def test_rows_without_targets_need_no_score(engine: Any, now: Now) -> None:
 def test_rows_without_a_finite_score_are_named(engine: Any, now: Now, value: float) -> None:
     batch = rows_of_eight()
     batch.columns[SCORE][[2, 6]] = value
-    with pytest.raises(LuthierError, match=f"2 rows of a micro-batch have no finite number `{SCORE}`") as caught:
+    with pytest.raises(LuthierError, match=f"2 of 7 rows of a micro-batch have no finite number `{SCORE}`") as caught:
         engine(objective="poft").step([batch], now)
     assert caught.value.where == "rows row2, row6"
     assert f"luthier rows score FILE --by likelihood 'models=[NAME]' --column {SCORE}" in caught.value.mend
 
 
 def test_rows_without_the_column_are_named(engine: Any, now: Now) -> None:
-    with pytest.raises(LuthierError, match=r"7 rows .* `quality`") as caught:
+    with pytest.raises(LuthierError, match=r"7 of 7 rows .* `quality`") as caught:
         engine(objective={"poft": {"column": "quality"}}).step([rows_of_eight()], now)
     assert caught.value.where == "rows row0, row1, row2, row4, row5 and 2 more" and "--column quality" in caught.value.mend
 

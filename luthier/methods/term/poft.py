@@ -56,7 +56,7 @@ def poft(*, beta: float = 1.0, gamma: float = 0.0, column: str = "aligned_log_li
         if missing:
             named = ", ".join(batch.row_ids[place] for place in missing[:5])
             raise LuthierError(
-                f"{len(missing)} rows of a micro-batch have no finite number `{column}`",
+                f"{len(missing)} of {len(rows_R)} rows of a micro-batch have no finite number `{column}`",
                 where=f"rows {named}" + (f" and {len(missing) - 5} more" if len(missing) > 5 else ""),
                 mend=f"luthier rows score FILE --by likelihood 'models=[NAME]' --column {column} --out scored.jsonl; train on that",
             )
