@@ -16,15 +16,12 @@ import luthier
 from luthier import registry
 from luthier.cli import app
 from luthier.errors import LuthierError
-from luthier.evaluate.likelihood import row_likelihoods
 from luthier.kinds import RowLikelihood, RowScore
-from luthier.models.parts import map_parts
 from luthier.models.tiny import tiny, tiny_tokenizer
 from luthier.rows.batches import collate
 from luthier.rows.encode import encode
 from luthier.rows.read import read
 from luthier.rows.select import score_rows, select_rows
-from luthier.tune import Tune
 from luthier.use import likelihood_of_rows
 from tests.toys.helpers import plain_loss
 
