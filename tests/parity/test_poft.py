@@ -180,9 +180,9 @@ def test_rows_without_a_finite_score_are_named(engine: Any, now: Now, value: flo
 
 
 def test_rows_without_the_column_are_named(engine: Any, now: Now) -> None:
-    with pytest.raises(LuthierError, match=r"7 of 7 rows .* `quality`") as caught:
-        engine(objective={"poft": {"column": "quality"}}).step([rows_of_eight()], now)
-    assert caught.value.where == "rows row0, row1, row2, row4, row5 and 2 more" and "--column quality" in caught.value.mend
+    with pytest.raises(LuthierError, match=r"7 of 7 rows .* `no_such_score`") as caught:
+        engine(objective={"poft": {"column": "no_such_score"}}).step([rows_of_eight()], now)
+    assert caught.value.where == "rows row0, row1, row2, row4, row5 and 2 more" and "--column no_such_score" in caught.value.mend
 
 
 @pytest.mark.parametrize("options", [{"beta": 0.0}, {"beta": -1.0}])

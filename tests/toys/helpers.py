@@ -38,7 +38,7 @@ def rows_of_eight(**options: Any) -> Batch:
     """Eight rows of unequal length and unequal numbers of targets, one without any."""
     batch = make_batch([(9, 4), (6, 5), (12, 2), (5, 0), (7, 6), (10, 9), (4, 1), (8, 3)], **options)
     score_B = torch.linspace(-1.4, -0.6, 8)
-    return batch._replace(columns={"aligned_log_likelihood": score_B, "other_log_likelihood": score_B.flip(0)})
+    return batch._replace(columns={**batch.columns, "aligned_log_likelihood": score_B, "other_log_likelihood": score_B.flip(0)})
 
 
 def gradients(engine: Engine, batches: Sequence[Batch], now: Now) -> dict[str, Tensor]:
