@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from luthier import machine
+from luthier.errors import LuthierError
 from luthier.kinds import Batch
 from luthier.logprobs import LOGIT_BYTES
 from luthier.models.parts import Parts
@@ -115,6 +116,9 @@ def estimate(
     rough = ""
     try:
         peak = _count(engine, largest.batch)
+    # A row that a technique refuses would stop the run.
+    except LuthierError:
+        raise
     # Whatever a technique does that has no meaning on shapes: the plan then says that it is rough, and why.
     except Exception as error:
         rough = str(error).strip().splitlines()[0][:80] if str(error).strip() else type(error).__name__

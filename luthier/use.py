@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast, get_args
 
 import torch
 from transformers import PreTrainedModel
@@ -15,12 +15,13 @@ from luthier.delta.sources import in_words
 from luthier.errors import LuthierError
 from luthier.evaluate.generate import generate
 from luthier.evaluate.harness import Scores, harness
+from luthier.evaluate.likelihood import row_likelihoods
 from luthier.evaluate.planned import evaluation_sets
 from luthier.evaluate.sets import SetResult, measure
 from luthier.export import export_gguf, export_model, export_peft
 from luthier.export.peft import load_peft
 from luthier.export.peft_adapter import CONFIG
-from luthier.kinds import Finding, Now
+from luthier.kinds import Finding, Now, RowLikelihood
 from luthier.models.fingerprint import fingerprint
 from luthier.models.load import load_model, load_tokenizer, resolve
 from luthier.models.parts import map_parts
@@ -29,6 +30,7 @@ from luthier.opened import BESIDE, is_run, load_base, open_base, open_model, ope
 from luthier.plan import Say
 from luthier.probing import Weights, of_delta, of_models
 from luthier.recipe import Recipe
+from luthier.rows.chat import LossOn
 from luthier.rows.encode import encode_prompt
 from luthier.rows.look import Look, look
 from luthier.rows.shapes import Row
@@ -292,7 +294,34 @@ def look_at_rows(
     source: str, model: str, *, shape: str | None = None, loss_on: str = "assistant", rows: int = 5, say: Say = silent
 ) -> Look:
     """Rows as a model would see them."""
-    if loss_on not in ("assistant", "last", "all"):
-        raise LuthierError(f"loss on `{loss_on}`", where="--loss-on", mend="use assistant, last or all")
+    turns = _turns(loss_on)
     tokenizer = load_tokenizer(resolve(model, say=say))
-    return look(source, tokenizer, n=rows, shape=shape, loss_on=cast(Literal["assistant", "last", "all"], loss_on))
+    return look(source, tokenizer, n=rows, shape=shape, loss_on=turns)
+
+
+def likelihood_of_rows(
+    model: str, rows: Sequence[Row], *, loss_on: str = "assistant", out: str = "runs", precision: str = "auto", say: Say = silent
+) -> list[RowLikelihood]:
+    """How likely a model or a run finds what each row teaches; what `luthier.rows.select.score_rows` runs models with.
+
+    Args:
+        model: a model's name, or a run's folder or name.
+        rows: checked rows.
+        loss_on: which turns are targets, as under `rows` in a recipe.
+        out: the folder that holds the run folders.
+        precision: of a model's weights, as in a recipe; a run brings its own.
+        say: hears what is being done.
+
+    Raises:
+        LuthierError: there is no such model or run, or `luthier.evaluate.likelihood.row_likelihoods` refuses a row.
+    """
+    turns = _turns(loss_on)
+    tune, tokenizer = open_model(model, out=out, say=say, precision=precision)
+    say(f"{model}: how likely it finds {len(rows)} rows")
+    return row_likelihoods(tune, tokenizer, rows, loss_on=turns)
+
+
+def _turns(loss_on: str) -> LossOn:
+    if loss_on not in get_args(LossOn):
+        raise LuthierError(f"loss on `{loss_on}`", where="--loss-on", mend="use assistant, last or all")
+    return cast(LossOn, loss_on)

@@ -41,13 +41,23 @@ def make_batch(rows: Sequence[tuple[int, int]], *, vocabulary: int = 250, seed: 
 
 
 TASKS = ("code", "chat", "math", "code", "math", "code", "chat", "math")
+RIGHT_SHARES = (0.0, 0.01, 0.05, float("nan"), 0.5, 0.02, 0.003, 0.09)
 QUALITY = (2.0, 1.0, 2.0, 2.0, 1.0, 3.0, 3.0, 1.0)
 
 
 def with_columns(batch: Batch) -> Batch:
-    """A batch whose rows have the free columns that some techniques read: the text `task` and the number `quality`."""
+    """A batch whose rows have the free columns that some techniques read: the text `task`, and the numbers `quality`, two likelihoods
+    under other models, and `right_share`, which row 3, the one of `rows_of_eight` without a target, lacks."""
     rows = len(batch.row_ids)
-    return batch._replace(columns={"quality": torch.tensor(QUALITY[:rows])}, texts={"task": TASKS[:rows]})
+    aligned_B = torch.linspace(-1.4, -0.6, rows)
+    share_B = torch.tensor(RIGHT_SHARES[:rows])
+    numbers = {
+        "quality": torch.tensor(QUALITY[:rows]),
+        "aligned_log_likelihood": aligned_B,
+        "other_log_likelihood": aligned_B.flip(0),
+        "right_share": share_B,
+    }
+    return batch._replace(columns=numbers, texts={"task": TASKS[:rows]})
 
 
 def split(batch: Batch, sizes: Sequence[int]) -> list[Batch]:

@@ -22,6 +22,7 @@ def view_on(
     logits: Tensor,
     labels: Sequence[int],
     columns: Sequence[Any],
+    /,
     *,
     rows: Sequence[int] | None = None,
     others: Mapping[str, Tensor] | None = None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -20,6 +21,7 @@ By = Annotated[str, typer.Option(help="A row score: see `luthier techniques --ki
 Target = Annotated[str | None, typer.Option(help="Rows of the task the choice is for; none of those that will measure it.")]
 Embedder = Annotated[str, typer.Option(help="What makes embeddings: a model's name, or `hash`, which needs none.")]
 RowShape = Annotated[str | None, typer.Option(help="The rows' shape, where it cannot be recognized.")]
+LossOn = Annotated[str, typer.Option(help="Where models read the rows, which turns count: assistant, last or all.")]
 Seed = Annotated[int, typer.Option(help="Of all draws.")]
 
 
@@ -62,8 +64,12 @@ def rows_score(
     by: By,
     out: Annotated[Path, typer.Option(help="The file to write, one `{id, score}` a line; it must not exist.")],
     options: ScoreOptions = None,
+    column: Annotated[
+        str | None, typer.Option(help="Write the rows themselves instead, unchanged, with the score under this key.")
+    ] = None,
     target: Target = None,
     embedder: Embedder = "minilm-l6",
+    loss_on: LossOn = "assistant",
     shape: RowShape = None,
     seed: Seed = 0,
     as_json: Json = False,
@@ -72,9 +78,20 @@ def rows_score(
     with face(as_json, quiet=as_json) as speak:
         from luthier.recipe import apply_overrides
         from luthier.rows.select import score_rows
+        from luthier.use import likelihood_of_rows
 
-        spec = {by: apply_overrides({}, options or [])}
-        scored = score_rows(source, spec, target=target, embedder=embedder, shape=shape, seed=seed, out=out, say=speak.say)
+        scored = score_rows(
+            source,
+            {by: apply_overrides({}, options or [])},
+            target=target,
+            embedder=embedder,
+            likely=partial(likelihood_of_rows, loss_on=loss_on, say=speak.say),
+            shape=shape,
+            seed=seed,
+            column=column,
+            out=out,
+            say=speak.say,
+        )
         facts = {**scored.facts, "out": str(out)}
         speak.show(facts, lambda: listed(facts))
 
@@ -88,6 +105,7 @@ def rows_select(
     share: Annotated[float | None, typer.Option(help="Which share of the rows instead, above 0 and at most 1.")] = None,
     target: Target = None,
     embedder: Embedder = "minilm-l6",
+    loss_on: LossOn = "assistant",
     shape: RowShape = None,
     seed: Seed = 0,
     as_json: Json = False,
@@ -96,6 +114,7 @@ def rows_select(
     with face(as_json, quiet=as_json) as speak:
         from luthier.recipe import apply_overrides
         from luthier.rows.select import select_rows
+        from luthier.use import likelihood_of_rows
 
         spec = {by: apply_overrides({}, options or [])}
         chosen = select_rows(
@@ -105,6 +124,7 @@ def rows_select(
             share=share,
             target=target,
             embedder=embedder,
+            likely=partial(likelihood_of_rows, loss_on=loss_on, say=speak.say),
             shape=shape,
             seed=seed,
             out=out,

@@ -12,11 +12,12 @@ from transformers import PreTrainedTokenizerBase
 
 from luthier import logprobs
 from luthier.errors import LuthierError
-from luthier.evaluate.generate import BATCH_TOKENS
-from luthier.kinds import Now
+from luthier.evaluate.generate import BATCH_TOKENS, context_of
+from luthier.kinds import Now, RowLikelihood
 from luthier.rows.batches import collate, plan_epoch
-from luthier.rows.encode import Encoded, encode_pair, end_of_turn_ids
-from luthier.rows.shapes import Row
+from luthier.rows.chat import LossOn
+from luthier.rows.encode import Encoded, encode_each, encode_pair, end_of_turn_ids
+from luthier.rows.shapes import Row, bad_rows_error
 from luthier.training.services import evaluating, view_of
 from luthier.tune import Tune
 
@@ -61,6 +62,36 @@ def likelihoods(tune: Tune, rows: Sequence[Encoded], *, batch_tokens: int = BATC
             mend="lower the learning rate, or use precision fp32",
         )
     return [found[index] for index in range(len(rows))]
+
+
+def row_likelihoods(
+    tune: Tune, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], *, loss_on: LossOn = "assistant"
+) -> list[RowLikelihood]:
+    """How likely a model finds what each row teaches, in the order of the rows: the targets a run on them would have.
+
+    Args:
+        tune: the model, with what is attached to it.
+        tokenizer: its tokenizer.
+        rows: checked rows.
+        loss_on: which turns are targets, as under `rows` in a recipe.
+
+    Raises:
+        LuthierError: a row cannot be written as the model reads it, is longer than its context or has no target; or the model gives
+            numbers that are not finite.
+    """
+    encoded, bad = encode_each(rows, tokenizer, loss_on=loss_on, max_tokens=context_of(tune))
+    bad += encoded.dropped
+    if bad:
+        problem = bad_rows_error(bad, len(rows))
+        raise LuthierError(
+            problem.what, where=problem.where, mend="mend or remove these rows: without a target none has a likelihood"
+        )
+    found = []
+    for row, one in zip(encoded.rows, likelihoods(tune, encoded.rows), strict=True):
+        targets = [token for token, is_target in zip(row.token_ids, row.supervised, strict=True) if is_target]
+        text = str(tokenizer.decode(targets, skip_special_tokens=True))
+        found.append(RowLikelihood(-one.nats, one.targets, max(1, len(text))))
+    return found
 
 
 def encode_choices(row: Row, tokenizer: PreTrainedTokenizerBase) -> list[Encoded]:

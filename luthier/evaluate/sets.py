@@ -30,7 +30,7 @@ _NEEDED_SHAPES = {
     "choice": "a `prompt`, `choices` and an `answer`",
     "likelihood": "a `text`, `messages`, or a `prompt` and a `completion`",
 }
-_NEEDED_WITHOUT_ANSWER = "a `prompt`"
+_NEEDED_WITHOUT_ANSWER = "a `prompt`, or a `text` to go on from"
 
 
 @dataclass(frozen=True)
@@ -347,7 +347,9 @@ def _fits(row: Row, metric: Metric) -> bool:
         return row.shape == "prompt+choices+answer"
     if metric.needs == "likelihood":
         return answered or row.shape in ("text", "messages")
-    return row.shape != "prompt+choices+answer" and (answered or (not metric.compares and row.shape in ("prompt", "messages")))
+    return row.shape != "prompt+choices+answer" and (
+        answered or (not metric.compares and row.shape in ("prompt", "messages", "text"))
+    )
 
 
 def _check_length(tune: Tune, row: Row, tokens: int, new: int) -> None:

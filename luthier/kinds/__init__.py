@@ -30,7 +30,7 @@ from luthier.kinds.base import (
 )
 from luthier.kinds.objective import InputMap, Reading, Term, TokenLoss, TokenWeight, Vocabulary
 from luthier.kinds.probe import Cell, Comparison, Drawing, Finding, Line, Probe, Table
-from luthier.kinds.rows import RowMap, RowScore, RowServices
+from luthier.kinds.rows import RowLikelihood, RowMap, RowScore, RowServices
 from luthier.kinds.step import Freezing, Keeper, Optimizer, Pass, Source, Transform
 from luthier.kinds.tune import Additive, HiddenEdit, Prefix, Prompt, Refresh, Resize, Seen, Select, Selective
 
@@ -65,6 +65,7 @@ __all__ = [
     "Reading",
     "Refresh",
     "Resize",
+    "RowLikelihood",
     "RowMap",
     "RowScore",
     "RowServices",

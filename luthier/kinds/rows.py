@@ -11,6 +11,17 @@ from torch import Tensor
 from luthier.kinds.base import Services
 
 
+class RowLikelihood(NamedTuple):
+    """How likely a model finds a row's targets."""
+
+    log_likelihood: float
+    """Of all of them, in nats."""
+    tokens: int
+    """Targets, as the model's own tokenizer cuts them."""
+    characters: int
+    """Of the targets' text, without special tokens such as the one that ends a turn; at least 1."""
+
+
 class RowServices(Protocol):
     """All that a row score may ask for. It works before a run: there is no clock yet, and nothing trains."""
 
@@ -22,6 +33,9 @@ class RowServices(Protocol):
 
     def embed(self, texts: Sequence[str]) -> Tensor:
         """What texts are about: embedding_BD in fp32, each of length 1; texts that are alike lie close."""
+
+    def likelihood(self, model: str, rows: Sequence[Any]) -> Sequence[RowLikelihood]:
+        """How likely a model finds each row's targets: those a run would train on, in its own chat template. Loads the model anew."""
 
 
 class RowScore(NamedTuple):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,19 +14,23 @@ from torch import Tensor
 
 from luthier import disk, draws, registry
 from luthier.errors import LuthierError
+from luthier.kinds import RowLikelihood
 from luthier.rows.embed import DEFAULT, Embed, Say, silent
 from luthier.rows.embed import embedder as make_embedder
 from luthier.rows.ids import canonical
 from luthier.rows.read import Rows, read, records
-from luthier.rows.shapes import Row
+from luthier.rows.shapes import Row, text_keys
 from luthier.rows.texts import text_of
+
+Likely = Callable[[str, Sequence[Row]], Sequence[RowLikelihood]]
+"""How likely a model, by its name, finds rows: `luthier.use.likelihood_of_rows`, which knows how to run one."""
 
 
 class ScoringServices:
-    """What one row score sees: the target, embeddings, draws by name."""
+    """What one row score sees: the target, embeddings, likelihoods, draws by name."""
 
-    def __init__(self, target: Sequence[Row], embed: Embed, slot: str, seed: int) -> None:
-        self.target, self._embed, self._slot, self._seed = target, embed, slot, seed
+    def __init__(self, target: Sequence[Row], embed: Embed, slot: str, seed: int, likely: Likely | None = None) -> None:
+        self.target, self._embed, self._slot, self._seed, self._likely = target, embed, slot, seed, likely
 
     def rng(self, key: str) -> torch.Generator:
         """A generator for this seed and key."""
@@ -35,6 +39,14 @@ class ScoringServices:
     def embed(self, texts: Sequence[str]) -> Tensor:
         """What texts are about."""
         return self._embed(texts)
+
+    def likelihood(self, model: str, rows: Sequence[Row]) -> Sequence[RowLikelihood]:
+        """How likely a model finds each row's targets."""
+        if self._likely is None:
+            raise LuthierError(
+                f"`{self._slot}` runs models, and nothing here can", where="likely", mend="give luthier.use.likelihood_of_rows"
+            )
+        return self._likely(model, rows)
 
 
 @dataclass(frozen=True)
@@ -45,15 +57,17 @@ class Scored:
         rows: the rows, in the order they were read.
         scores: one for each row; the highest is chosen first.
         facts: what was done, as plain values.
+        records: where scores are to be a column of the rows, the rows as they stood in the source, each with its score.
     """
 
     rows: Rows
     scores: tuple[float, ...]
     facts: Mapping[str, Any]
+    records: tuple[Mapping[str, Any], ...] = ()
 
-    def lines(self) -> list[dict[str, Any]]:
-        """One `{id, score}` for each row."""
-        return [{"id": row.id, "score": score} for row, score in zip(self.rows, self.scores, strict=True)]
+    def lines(self) -> Sequence[Mapping[str, Any]]:
+        """The records, or one `{id, score}` for each row."""
+        return self.records or [{"id": row.id, "score": score} for row, score in zip(self.rows, self.scores, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -79,8 +93,10 @@ def score_rows(
     *,
     target: str | Path | Rows | Iterable[Mapping[str, Any]] | None = None,
     embedder: str = DEFAULT,
+    likely: Likely | None = None,
     shape: str | None = None,
     seed: int = 0,
+    column: str | None = None,
     out: Path | None = None,
     say: Say = silent,
 ) -> Scored:
@@ -91,24 +107,30 @@ def score_rows(
         by: a row score's name, `{name: {option: value}}`, or a part.
         target: rows of the task the choice is for; none of those that will measure it.
         embedder: what makes embeddings, where the score asks for them: see `luthier.rows.embed`.
+        likely: runs models, where the score asks for them: `luthier.use.likelihood_of_rows`.
         shape: the pool's shape, where it cannot be recognized.
         seed: of all draws.
-        out: a file for one `{id, score}` a line, in the order of the pool.
+        column: a key that the scores get in the records of the pool; None: they stand alone.
+        out: a file for the records, or for one `{id, score}` a line, in the order of the pool.
         say: hears what is being done.
 
     Raises:
         LuthierError: rows cannot be read, there is no such row score, option or model, a target is needed and not given, a score is
-            no number, or `out` exists or cannot be written.
+            no number, a record has the key `column` already, or `out` exists or cannot be written.
     """
     part = registry.make(by, ("row_score",), where="by")
     if "target" in part.card.needs and target is None:
         raise LuthierError(f"`{part.name}` needs a target", where="target", mend="name a file with rows of the task")
     _check_out(out)
+    if column is not None and not isinstance(source, str | Path | Rows):
+        source = list(source)
     rows, wanted = read(source, shape=shape), read(target) if target is not None else ()
+    found = _records_without(column, source) if column is not None else []
     say(f"{rows.name}: scoring {len(rows)} rows by {part.name}")
     embed = make_embedder(embedder, device="cuda" if torch.cuda.is_available() else "cpu", say=say)
     # Rows that are equally good stay so, though another number of threads rounds otherwise.
-    scores = tuple(float(f"{one:.6g}") for one in part.values[0].score(rows.rows, ScoringServices(wanted, embed, part.name, seed)))
+    services = ScoringServices(wanted, embed, part.name, seed, likely)
+    scores = tuple(float(f"{one:.6g}") for one in part.values[0].score(rows.rows, services))
     if len(scores) != len(rows) or not all(map(math.isfinite, scores)):
         finite = sum(map(math.isfinite, scores))
         raise LuthierError(f"`{part.name}` gave {finite} finite scores for {len(rows)} rows", where="by", mend="mend its `score`")
@@ -118,13 +140,15 @@ def score_rows(
         "options": dict(part.options),
         "embedder": embedder if "embed" in part.card.needs else None,
         "seed": seed,
+        "column": column,
         "rows": len(rows),
         "target_rows": len(wanted),
         "also_in_target": sum(text_of(row) in known for row in rows),
         "highest": max(scores),
         "lowest": min(scores),
     }
-    scored = Scored(rows, scores, facts)
+    scored_records = tuple({**one, column: score} for one, score in zip(found, scores, strict=True)) if column is not None else ()
+    scored = Scored(rows, scores, facts, scored_records)
     if out is not None:
         write_lines(out, scored.lines())
     return scored
@@ -154,7 +178,7 @@ def select_rows(
         out: a file for the chosen records, one a line.
         shape: the pool's shape, where it cannot be recognized.
         seed: of all draws.
-        more: `target`, `embedder` and `say`, as for `score_rows`.
+        more: `target`, `embedder`, `likely` and `say`, as for `score_rows`.
 
     Raises:
         LuthierError: as `score_rows`; or there are not so many rows that differ.
@@ -222,6 +246,20 @@ def _check_out(path: Path | None) -> None:
         raise LuthierError(f"`{path.name}` is not named as JSON lines", where="out", mend="name it .jsonl")
     if path.exists():
         raise LuthierError("this exists already", where=str(path), mend="name another, or remove it")
+
+
+def _records_without(column: str, source: str | Path | Rows | Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The records of a source, none of which has a key of this name."""
+    if isinstance(source, Rows):
+        raise LuthierError("rows that were read already are no records", where="source", mend="give their file, or the records")
+    if column in text_keys() | {"label", ""}:
+        raise LuthierError(f"`{column}` is no name for a free column", where="column", mend="use one that no shape of rows has")
+    found = [(where, record) for where, record in records(source) if isinstance(record, Mapping)]
+    taken = [where for where, record in found if column in record]
+    if taken:
+        what = f"{len(taken)} of {len(found)} rows have a key `{column}` already"
+        raise LuthierError(what, where=taken[0], mend="name another column, or remove the key")
+    return [record for _, record in found]
 
 
 def _best(scored: Scored, count: int) -> tuple[list[int], int]:

@@ -22,6 +22,7 @@ from luthier.probing import Weights, of_models
 from luthier.rows.embed import HASH, embedder
 from luthier.rows.select import ScoringServices
 from luthier.rows.shapes import Row
+from luthier.use import likelihood_of_rows
 from tests.conftest import split
 from tests.toys.helpers import TOYS, gap, gradients, logits_of, model_of, rows_of_eight, toys  # noqa: F401
 
@@ -47,6 +48,7 @@ GIVEN: dict[str, dict[str, Any]] = {
     "convergence_balance": {"validation_source": "other", "every": 1, "window": 2},
     "greentrainer": {"selections": 5, "target": 0.7},
     "lift": {"rank": 4, "lora_rank": 2, "every": 2},
+    "likelihood": {"models": ("tiny:llama",)},
     "lofit": {"selection": 0.1},
     "loca": {"search": 0.2, "coefficient_steps": 1, "location_steps": 1},
     "lt_sft": {"first": 0.1},
@@ -67,6 +69,8 @@ OTHERS: dict[tuple[str, str], list[Any]] = {
     ("task_balance", "column"): ["quality"],
     ("task_balance", "weights"): [{"code": 3.0, "math": 1.0, "chat": 0.0}],
     ("task_focal", "column"): ["quality"],
+    ("likelihood", "models"): [("tiny:gpt2",)],
+    ("poft", "column"): ["other_log_likelihood"],
 }
 """Other values of options for which the type does not tell them, by technique and option."""
 SAME_BY_DESIGN = {frozenset({"backprop", "per_layer"})}
@@ -274,7 +278,7 @@ def outcome(engine: Any, now: Now, kind: str, name: str, options: dict[str, Any]
     if kind == "row_score":
         texts = [*["a red fox"] * 6, "a red fox runs", "a blue whale", "the tide comes", "the tide", "no fox", "a tall grey bird"]
         rows = [Row(id=f"row{i}", shape="text", fields={"text": text}, where="") for i, text in enumerate(texts)]
-        services = ScoringServices([rows[0], rows[7], rows[9]], embedder(HASH), name, seed=0)
+        services = ScoringServices([rows[0], rows[7], rows[9]], embedder(HASH), name, 0, likelihood_of_rows)
         return registry.make({name: options}, (kind,)).values[0].score(rows, services)
     if kind == "probe":
         base, tuned = model_of(), tiny("llama", seed=2).double()

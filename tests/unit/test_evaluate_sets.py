@@ -78,6 +78,16 @@ def test_the_metric_decides(metric: str, value: float) -> None:
     assert result.value == pytest.approx(value)
 
 
+def test_a_document_is_gone_on_from_where_only_the_answer_counts() -> None:
+    """What the model is given is the text itself, without a template."""
+    one = EvalSet("openings", read([{"text": "The door is red and"}]), "type_token_ratio")
+    (item,) = measure(saying("red and red and"), TOKENIZER, [one])["openings"].items
+    assert (item.prompt, item.expected, item.answer, item.score) == ("The door is red and", "", "red and red and", 0.5)
+    asked = EvalSet("openings", read([{"prompt": "The door is red and"}]), "type_token_ratio")
+    given = [measure(saying("red"), TOKENIZER, [either])["openings"].asked for either in (one, asked)]
+    assert given[0] != given[1]
+
+
 def test_answers_are_cut_at_the_longest() -> None:
     one = EvalSet("asked", read(ASKED), max_new_tokens=5)
     assert {item.answer for item in measure(saying("It is Red."), TOKENIZER, [one])["asked"].items} == {"It is"}
