@@ -6,7 +6,7 @@ compiled in between.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
@@ -100,9 +100,9 @@ class Tune:
         else:
             raise TypeError(f"a {type(value).__name__} frees no numbers")
 
-    def add_free(self, slot: str, tensors: Tensors) -> Own:
+    def add_free(self, slot: str, tensors: Tensors, rates: Mapping[str, float] = {}) -> Own:
         """Trained tensors that stand beside the model: those of an objective."""
-        return attach.own(self, Own(slot, None), tensors, form="free")
+        return attach.own(self, Own(slot, None), tensors, form="free", rates=rates)
 
     def site(self, module: str) -> Site:
         """What stands at a module; made and hooked when first asked for."""

@@ -44,6 +44,7 @@ BY_STEP = ("transform", "optimizer", "source", "keeper")
 PACKED = [(kind, name, a) for kind, name in RUNS for a in ("llama", "gpt2") if kind not in BY_STEP or a == "llama"]
 GIVEN: dict[str, dict[str, Any]] = {
     "adalora": {"warmup": 0.05},
+    "caft": {"heads_first": 0.05},
     "greentrainer": {"selections": 5, "target": 0.7},
     "lift": {"rank": 4, "lora_rank": 2, "every": 2},
     "lofit": {"selection": 0.1},
