@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 from torch import Tensor
@@ -58,8 +58,8 @@ class Term(NamedTuple):
     weight: float = 1.0
     hidden: bool = False
     """Ask for `view.hidden_BTD`."""
-    rates: Mapping[str, float] = {}
-    """What the learning rate of its own tensors is multiplied with, by name."""
+    rate: float = 1.0
+    """What the learning rate of its own tensors is multiplied with."""
 
 
 class TokenLoss(NamedTuple):

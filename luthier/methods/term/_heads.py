@@ -1,4 +1,4 @@
-"""Heads that look further ahead than the next token: what they predict from a batch, and the blocks they are made of.
+"""Heads that look further ahead than the next token: what they predict from a batch, and what they are made of.
 
 Head i, from 1, stands on the last hidden state of position t and predicts the token at t + 1 + i of the same row with the model's own
 language-model head; the next token would be head 0.
@@ -6,6 +6,7 @@ language-model head; the next token would be head 0.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from luthier.kinds import Batch, Tensors, View
+from luthier.kinds import Batch, Services, Tensors, View
 
 
 class Ahead(NamedTuple):
@@ -39,22 +40,46 @@ def targets_ahead(batch: Batch, head: int) -> float:
     return float((follows & batch.attend_BT[:, : -1 - head]).sum())
 
 
-def residual_blocks(heads: int, width: int) -> Tensors:
-    """One residual block x + SiLU(W x + b) a head, which starts as the identity: W [D, D] and b [D] are zero."""
-    blocks: Tensors = {}
-    for head in range(1, heads + 1):
-        blocks[weight_of(head)], blocks[bias_of(head)] = torch.zeros(width, width), torch.zeros(width)
-    return blocks
+class Make(NamedTuple):
+    """What a head is made of: `start(services)` gives its tensors, `states(view, tensors, found)` hidden states [M, D] of them."""
+
+    start: Callable[[Services], Tensors]
+    states: Callable[[View, Tensors, Ahead], Tensor]
 
 
-def weight_of(head: int) -> str:
-    """The name of a head's W."""
-    return f"ahead_{head}_weight_DD"
+def _zeros(services: Services) -> Tensors:
+    width = services.parts.width
+    return {"weight_DD": torch.zeros(width, width), "bias_D": torch.zeros(width)}
 
 
-def bias_of(head: int) -> str:
-    """The name of a head's b."""
-    return f"ahead_{head}_bias_D"
+def _residual(view: View, tensors: Tensors, found: Ahead) -> Tensor:
+    assert view.hidden_BTD is not None
+    hidden_MD = view.hidden_BTD[found.row_M, found.source_M]
+    weight_DD, bias_D = (tensors[name].to(hidden_MD.dtype) for name in ("weight_DD", "bias_D"))
+    return hidden_MD + functional.silu(functional.linear(hidden_MD, weight_DD, bias_D))
+
+
+def _copied(services: Services) -> int:
+    """The block whose weights a head starts with: the last but one."""
+    return max(0, services.parts.blocks - 2)
+
+
+def _block(view: View, tensors: Tensors, found: Ahead) -> Tensor:
+    assert view.hidden_BTD is not None and view.services is not None
+    services = view.services
+    states_BTD = services.run_block(_copied(services), tensors, view.hidden_BTD, view.batch.attend_BT)
+    return states_BTD[found.row_M, found.source_M]
+
+
+MAKES: Mapping[str, Make] = {
+    "residual": Make(_zeros, _residual),
+    "block": Make(lambda services: services.block(_copied(services)), _block),
+}
+"""`residual`: x + SiLU(W x + b), the identity where W and b are zero. `block`: a copy of one of the model's own blocks."""
+
+
+def _prefix(head: int) -> str:
+    return f"ahead_{head}_"
 
 
 def is_head(name: str) -> bool:
@@ -62,26 +87,26 @@ def is_head(name: str) -> bool:
     return ".ahead_" in name
 
 
-def residual(hidden_MD: Tensor, weight_DD: Tensor, bias_D: Tensor) -> Tensor:
-    """A residual block, in the type of the hidden states."""
-    inner_MD = functional.linear(hidden_MD, weight_DD.to(hidden_MD.dtype), bias_D.to(hidden_MD.dtype))
-    return hidden_MD + functional.silu(inner_MD)
+def start_heads(make: Make, heads: int, services: Services) -> Tensors:
+    """The tensors of all heads."""
+    return {f"{_prefix(head)}{name}": one for head in range(1, heads + 1) for name, one in make.start(services).items()}
 
 
-def loss_ahead(view: View, own: Tensors, head: int) -> Tensor:
+def loss_ahead(make: Make, view: View, own: Tensors, head: int) -> Tensor:
     """A head's negative log-likelihood, summed over its targets, each times the weight of the token that is predicted.
 
     The head is recomputed in backward: the logits of several heads never exist together.
     """
-    services, hidden_BTD = view.services, view.hidden_BTD
-    assert services is not None and hidden_BTD is not None
+    services = view.services
+    assert services is not None
     found = ahead(view, head)
     label_M, weight_M = view.label_N[found.chosen_N], view.weight_N[found.chosen_N]
+    before = _prefix(head)
+    names = [name for name in own if name.startswith(before)]
 
-    def make(hidden_MD: Tensor, weight_DD: Tensor, bias_D: Tensor) -> Tensor:
-        nll_M = services.nll(residual(hidden_MD, weight_DD, bias_D), label_M)
-        return (nll_M * weight_M).sum()
+    def total(*tensors: Tensor) -> Tensor:
+        mine = {name.removeprefix(before): one for name, one in zip(names, tensors, strict=True)}
+        return (services.nll(make.states(view, mine, found), label_M) * weight_M).sum()
 
-    hidden_MD = hidden_BTD[found.row_M, found.source_M]
-    loss: Tensor = checkpoint(make, hidden_MD, own[weight_of(head)], own[bias_of(head)], use_reentrant=False)
+    loss: Tensor = checkpoint(total, *(own[name] for name in names), use_reentrant=False)
     return loss

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from luthier.errors import LuthierError
 from luthier.kinds import Batch, Freezing, Now, Services, State, Tensors, Term, TrainedLike, View
-from luthier.methods.term._heads import bias_of, is_head, loss_ahead, residual_blocks, targets_ahead, weight_of
+from luthier.methods.term._heads import MAKES, is_head, loss_ahead, start_heads, targets_ahead
 from luthier.methods.term.cross_entropy import cross_entropy
 from luthier.registry import method
 
@@ -32,15 +32,16 @@ SCHEDULES: Mapping[str, Callable[[float], float]] = {
     paper="arXiv:2506.07833",
     row=11,
     reduces_to="weight 0 and heads_first 0: plain cross-entropy",
-    departs="heads are the authors' residual blocks, with a bias that is zero too, so that they start as the identity; their default, "
-    "copies of a transformer block, are not offered; heads learn from the run's own rows and always read the last hidden state, where "
-    "the authors first train them on text that the base wrote, on the state one block earlier; a head's loss is a mean over its targets "
-    "of the whole step, not of a micro-batch; the schedule runs over the steps in which the model trains",
+    departs="the default heads are the authors' smaller ones, with a bias that is zero too, so that they start as the identity; heads "
+    "learn from the run's own rows and always read the last hidden state, where the authors first train them on text that the base "
+    "wrote, on the state one block earlier; a head's loss is a mean over its targets of the whole step, not of a micro-batch; the "
+    "schedule runs over the steps in which the model trains",
     claim="caft",
 )
 def caft(
     *,
     heads: int = 4,
+    head: Literal["residual", "block"] = "residual",
     weight: float = 0.01,
     decay: float = 0.8,
     schedule: Literal["constant", "linear", "sine", "reverse_sine"] = "reverse_sine",
@@ -52,18 +53,20 @@ def caft(
     """Also predict the tokens behind the next one, with a head for each that is thrown away, to learn phrases of several tokens.
 
     It brings the cross-entropy along: use `objective: caft`. First the heads learn alone, then the model learns through them, and the
-    learning rate schedule begins anew. A head has a square matrix of the model's width and the model's own output matrix, and costs one
-    more pass of that over the targets. The run's result has no heads.
+    learning rate schedule begins anew. Each head costs one more pass of the model's output matrix over the targets. The run's result
+    has no heads.
 
     Args:
         heads: n, heads for the tokens at t + 2 to t + n + 1; the paper's 4.
+        head: what a head is. `residual`: x + SiLU(W x + b) with the width of the model, which starts as the identity. `block`: a copy of
+            the last block but one, as in the paper; it trains as many numbers as that, and sees neither prompts nor prefixes.
         weight: c, multiplies the heads' losses while the model trains; the paper's 0.01.
         decay: d, head i counts d ** i; the paper's 0.8.
         schedule: how the weight changes while the model trains: it rises from 0 (`linear`, `sine`), falls to 0 (`reverse_sine`), or
             is `constant`.
         over: share of these steps in which it changes; behind it the weight stays. `sine` over 0.2 is the authors' `sine_0.2`.
         heads_first: share of the run's steps in which the heads alone train, with weight 1 throughout; the paper's one epoch for the
-            heads and five for the model. 0 leaves them the identity, unless `train_heads`.
+            heads and five for the model. 0 leaves them as they start, unless `train_heads`.
         train_heads: let the heads go on while the model trains; frozen in the paper.
         head_rate: multiplies the learning rate of the heads; the paper has 1e-4 for them and 1e-5 for the model.
 
@@ -71,8 +74,7 @@ def caft(
         LuthierError: an option is out of its range, or a phase has no step.
     """
     _refuse(heads, weight, decay, over, heads_first, head_rate)
-    every = range(1, heads + 1)
-    rates = {name: head_rate for head in every for name in (weight_of(head), bias_of(head))}
+    every, make = range(1, heads + 1), MAKES[head]
 
     def start(services: Services) -> Tensors:
         begin, steps = _begin(services.now, heads_first), services.now.steps
@@ -83,16 +85,16 @@ def caft(
                 where="caft: heads_first",
                 mend="train longer, or set heads_first: 0",
             )
-        return residual_blocks(heads, services.parts.width)
+        return start_heads(make, heads, services)
 
     def count(batch: Batch) -> tuple[float, ...]:
-        return tuple(targets_ahead(batch, head) for head in every)
+        return tuple(targets_ahead(batch, i) for i in every)
 
     def total(view: View, own: Tensors) -> Tensor:
         scale = 1.0 if learns_alone(view.now) else weight * strength(view.now, schedule, heads_first, over)
         if not scale:
             return view["nll"].new_zeros(heads)
-        return torch.stack([loss_ahead(view, own, head) * (scale * decay**head) for head in every])
+        return torch.stack([loss_ahead(make, view, own, i) * (scale * decay**i) for i in every])
 
     def learns_alone(now: Now) -> bool:
         return now.step < _begin(now, heads_first)
@@ -105,7 +107,7 @@ def caft(
     ends = (heads_first,) if heads_first else ()
     return (
         cross_entropy(),
-        Term(total, count=count, start=start, hidden=True, rates=rates),
+        Term(total, count=count, start=start, hidden=True, rate=head_rate),
         Freezing(frozen, everywhere=True, restarts=ends),
     )
 
