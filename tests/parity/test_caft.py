@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
+from torch.func import functional_call
 
 import luthier
 from luthier import logprobs
@@ -40,11 +41,11 @@ def objective(**options: Any) -> list[Any]:
 
 
 def shaken(run: Any) -> Any:
-    """Heads that are not the identity."""
+    """Heads that are not what they start as."""
     rng = torch.Generator().manual_seed(7)
     for name, one in run.tune.trained.items():
         if one.form == "free":
-            run.tune.set({name: 0.2 * torch.randn(one.master.shape, generator=rng, dtype=torch.float64)})
+            run.tune.set({name: one.master.detach() + 0.2 * torch.randn(one.master.shape, generator=rng, dtype=torch.float64)})
     return run
 
 
@@ -69,10 +70,14 @@ def by_hand(run: Any, batch: Batch, weigh: Callable[[int, int], float] = lambda 
     loss = hidden_BTD.new_zeros(())
     for head in range(HEADS + 1):
         x_BTD = hidden_BTD
-        if head:
-            weight_DD, bias_D = own[f"ahead_{head}_weight_DD"], own[f"ahead_{head}_bias_D"]
-            inner_BTD = x_BTD @ weight_DD.T + bias_D
+        if head and f"ahead_{head}_weight_DD" in own:
+            inner_BTD = x_BTD @ own[f"ahead_{head}_weight_DD"].T + own[f"ahead_{head}_bias_D"]
             x_BTD = x_BTD + inner_BTD * torch.sigmoid(inner_BTD)
+        elif head:
+            before = f"ahead_{head}_"
+            weights = {name.removeprefix(before): one for name, one in own.items() if name.startswith(before)}
+            angles = model.model.rotary_emb(x_BTD, torch.arange(x_BTD.shape[1])[None])
+            x_BTD = functional_call(model.model.layers[-2], weights, (x_BTD,), {"position_embeddings": angles})
         log_BTV = model.lm_head(x_BTD).log_softmax(-1)
         losses = []
         for row, labels in enumerate(batch.label_BT.tolist()):
@@ -126,15 +131,16 @@ def test_equal_losses_add_up_to_the_papers_factors(engine: Any) -> None:
     assert alone.step([rows_of_eight()], now._replace(step=10)).loss == pytest.approx((1 + 0.3 * 2.3616) * nats, rel=1e-12)
 
 
+@pytest.mark.parametrize("head", ["residual", "block"])
 @pytest.mark.parametrize("weighted", [False, True])
-def test_loss_and_gradients_are_the_papers(engine: Any, now: Now, weighted: bool) -> None:
+def test_loss_and_gradients_are_the_papers(engine: Any, now: Now, weighted: bool, head: str) -> None:
     """Against loops over rows and positions; micro-batches in which the last heads have no target, or no head has one."""
 
     def weigh(view: View) -> Tensor:
         return 0.1 * view.position_N.double()
 
     batch = rows_of_eight()
-    run = shaken(engine(model=model_of(), objective=objective(), token_weight=TokenWeight(weigh) if weighted else None))
+    run = shaken(engine(model=model_of(), objective=objective(head=head), token_weight=TokenWeight(weigh) if weighted else None))
     wanted = by_hand(run, batch, (lambda row, place: 0.1 * place) if weighted else (lambda row, place: 1.0))
     leaves = {name: one.leaf for name, one in run.tune.trained.items()}
     short = split(batch, (3, 1, 2, 1, 1))
@@ -253,13 +259,14 @@ def test_the_schedule_of_the_learning_rate_begins_again() -> None:
         assert isinstance(freezing, Freezing) and freezing.everywhere and freezing.restarts == ends
 
 
-@pytest.mark.parametrize("train_heads", [False, True])
+@pytest.mark.parametrize(("head", "train_heads"), [("residual", False), ("residual", True), ("block", True)])
 @pytest.mark.parametrize("tune", ["half", "lora"])
-def test_fault_27_killed_and_resumed(engine: Any, now: Now, tmp_path: Path, tune: str, train_heads: bool) -> None:
+def test_fault_27_killed_and_resumed(engine: Any, now: Now, tmp_path: Path, tune: str, head: str, train_heads: bool) -> None:
     """Fault 27: bit for bit, from before, at and behind the step in which the model begins to train."""
 
     def build() -> Any:
-        run = engine(tune, model=model_of(), step="adamw", objective=objective(heads_first=0.15, train_heads=train_heads))
+        options = {"head": head, "heads": 2, "heads_first": 0.15, "train_heads": train_heads}
+        run = engine(tune, model=model_of(), step="adamw", objective=objective(**options))
         run.tune.model.train()
         return run
 
@@ -288,11 +295,12 @@ TUNES: dict[str, Any] = {
 }
 
 
+@pytest.mark.parametrize("head", ["residual", "block"])
 @pytest.mark.parametrize("tune", TUNES)
-def test_any_split_is_the_same_in_both_phases(engine: Any, now: Now, tune: str) -> None:
+def test_any_split_is_the_same_in_both_phases(engine: Any, now: Now, tune: str, head: str) -> None:
     found = []
     for sizes in ((8,), (3, 1, 4)):
-        run = engine(TUNES[tune], model=model_of(), objective=objective(heads_first=0.05), token_weight="dft")
+        run = engine(TUNES[tune], model=model_of(), objective=objective(head=head, heads_first=0.05), token_weight="dft")
         batches, each = split(rows_of_eight(), sizes), []
         for i in (0, 1):
             run.tune.freeze(now._replace(step=i))
@@ -301,13 +309,14 @@ def test_any_split_is_the_same_in_both_phases(engine: Any, now: Now, tune: str) 
         found.append(each)
     for one, other in zip(*found, strict=True):
         assert one and gap(other, one) < 1e-9
-    assert {name for name in found[0][0] if not name.startswith("dense")} == {
-        f"caft.ahead_{head}_{name}" for head in range(1, HEADS + 1) for name in ("weight_DD", "bias_D")
-    }
+    heads = {name for name in run.tune.trained if name.startswith("caft.ahead_")}
+    assert {name for name in found[0][0] if not name.startswith("dense")} == heads
+    assert len(heads) == HEADS * (2 if head == "residual" else 9)
 
 
+@pytest.mark.parametrize("head", ["residual", "block"])
 @pytest.mark.parametrize("tune", ["full", {"half": {"share": 0.9}}])
-def test_checkpointing_packing_and_padding_on_the_left_with_tied_embeddings(engine: Any, now: Now, tune: Any) -> None:
+def test_checkpointing_packing_and_padding_on_the_left_with_tied_embeddings(engine: Any, now: Now, tune: Any, head: str) -> None:
     batches = split(rows_of_eight(), (5, 3))
     left = [
         Batch(*(torch.cat([torch.full((len(b.row_ids), 3), f), x], 1).to(x.dtype) for x, f in zip(b[:4], (0, 0, 0, -100), strict=True)),
@@ -318,7 +327,7 @@ def test_checkpointing_packing_and_padding_on_the_left_with_tied_embeddings(engi
     def found(prepare: Callable[[Any], Any] = lambda model: None, packs: bool = False, given: Any = batches) -> dict[str, Tensor]:
         model = tiny("llama", seed=1, tied=True).double()
         prepare(model)
-        run = shaken(engine(tune, model=model, objective=objective()))
+        run = shaken(engine(tune, model=model, objective=objective(head=head)))
         assert run.tune.parts.ties
         run.tune.packs = packs
         model.train()
@@ -355,15 +364,23 @@ def test_the_logits_of_the_heads_are_never_kept(engine: Any, now: Now) -> None:
 ROWS = [{"prompt": f"Say {word}.", "completion": f"{word}, {word} and {word}!"} for word in ("one", "two", "three", "four")]
 
 
-@pytest.mark.parametrize("tune", ["full", {"lora": {"rank": 2}}], ids=str)
-def test_the_result_has_no_heads(tmp_path: Path, tune: Any) -> None:
+@pytest.mark.parametrize(
+    ("tune", "head"),
+    [("full", "residual"), ({"lora": {"rank": 2}}, "residual"), ("full", "block"), ({"lora": {"rank": 2}}, "block")],
+)
+def test_the_result_has_no_heads(tmp_path: Path, tune: Any, head: str) -> None:
     settings = {"steps": 4, "batch_rows": 4, "micro_batch_tokens": 150, "precision": "fp32", "learning_rate": 1e-2}
-    recipe = {"model": "tiny:llama", "rows": {"train": ROWS}, "tune": tune, "objective": {"caft": {"heads_first": 0.25}}}
+    recipe = {
+        "model": "tiny:llama",
+        "rows": {"train": ROWS},
+        "tune": tune,
+        "objective": {"caft": {"head": head, "heads_first": 0.25}},
+    }
     run = luthier.train({**recipe, "train": settings, "out": str(tmp_path)})
     base = load_model(resolve("tiny:llama"), dtype=torch.float32)
     keys = set(base.state_dict())
     heads = [name for name in run.tune.trained if name.startswith("caft.")]
-    assert len(heads) == 2 * HEADS and all(float(run.tune.trained[name].master.abs().max()) > 0 for name in heads)
+    assert len(heads) >= 2 * HEADS and all(float(run.tune.trained[name].master.abs().max()) > 0 for name in heads)
     assert {name for name in keys if "ahead" in name} == set() == {n for n in run.model.state_dict() if n not in keys}
     delta = Delta.load(run.folder / "delta.safetensors")
     assert delta.changes and set(delta.changes) <= keys
@@ -386,6 +403,19 @@ def test_the_result_has_no_heads(tmp_path: Path, tune: Any) -> None:
     if tune != "full":
         export_peft(run.tune, tmp_path / "adapter", "tiny:llama", fingerprint=None)
         assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_a_prompt_that_was_trained_beside_heads_is_an_adapter(engine: Any, now: Now, tmp_path: Path) -> None:
+    run = engine("prompt_tuning", model=tiny("llama", seed=1), objective=objective(), dtype=torch.float32)
+    run.step([rows_of_eight()], now)
+    assert export_peft(run.tune, tmp_path / "adapter", "tiny:llama", fingerprint=None)["peft_type"] == "PROMPT_TUNING"
+
+
+def test_heads_may_start_as_the_last_block_but_one(engine: Any) -> None:
+    run = engine(model=model_of(layers=3), objective=objective(head="block"))
+    for head in range(1, HEADS + 1):
+        for name, live in run.tune.model.model.layers[1].named_parameters():
+            assert torch.equal(run.tune.trained[f"caft.ahead_{head}_{name}"].master, live)
 
 
 @pytest.mark.parametrize(
