@@ -164,10 +164,10 @@ def parted(delta: Delta, parts: Parts) -> tuple[Delta, Additive | None]:
 
 
 def _refuse_other_kinds(tune: Tune) -> None:
-    """Raise if something that trains is no low-rank delta."""
+    """Raise if something that trains is no low-rank delta. What an objective trained for itself is not part of the model."""
     low_rank = [one for one in _additions(tune) if _has_factors(one.value) and not one.value.subtract]
     held = {trained.name for one in low_rank for trained in one.trained.values()}
-    other = next((one.slot for one in tune.trained.values() if one.name not in held), None)
+    other = next((one.slot for one in tune.trained.values() if one.name not in held and one.form != "free"), None)
     if other is not None:
         raise LuthierError(
             f"`{other}` is no low-rank delta that PEFT could add to the base",

@@ -31,7 +31,9 @@ def writer_of(tune: Tune) -> Callable[[Tune], Adapter] | None:
     beside += [edit.slot for edit in _edits(tune)]
     if not beside:
         return None
-    slots = dict.fromkeys([*beside, *(own.slot for own in tune.owns), *(one.slot for one in tune.trained.values())])
+    # What an objective trained for itself is not part of the model.
+    owners = [own.slot for own in tune.owns if not any(one.form == "free" for one in own.trained.values())]
+    slots = dict.fromkeys([*beside, *owners, *(one.slot for one in tune.trained.values() if one.form != "free")])
     if len(slots) > 1:
         raise LuthierError(
             f"{' and '.join(f'`{slot}`' for slot in slots)} were trained together, and an adapter of PEFT holds one technique",

@@ -177,6 +177,13 @@ class Services(Protocol):
     def nll(self, hidden_ND: Tensor, label_N: Tensor) -> Tensor:
         """Negative log-likelihood of labels under the language-model head, for any hidden states. Returns loss_N."""
 
+    def block(self, number: int) -> Tensors:
+        """A copy of a transformer block's weights as they are now, by their names in it, without what stands beside them."""
+
+    def run_block(self, number: int, weights: Tensors, hidden_BTD: Tensor, attend_BT: Tensor) -> Tensor:
+        """What a block with these weights makes of hidden states [B, T, D], in evaluation mode and with nothing beside the weights.
+        Gradients flow through the weights and the states."""
+
     def forward(self, batch: Batch, columns: Sequence[str]) -> View:
         """Columns of a batch without gradients, in evaluation mode."""
 

@@ -58,6 +58,8 @@ class Term(NamedTuple):
     weight: float = 1.0
     hidden: bool = False
     """Ask for `view.hidden_BTD`."""
+    rate: float = 1.0
+    """What the learning rate of its own tensors is multiplied with."""
 
 
 class TokenLoss(NamedTuple):

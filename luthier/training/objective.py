@@ -104,7 +104,7 @@ class Objective:
         """Make the terms' own trained tensors."""
         for one in self.terms:
             if one.term.start is not None:
-                one.own = tune.add_free(one.slot, one.term.start(services_of(one.slot)))
+                one.own = tune.add_free(one.slot, one.term.start(services_of(one.slot)), one.term.rate)
 
     @property
     def is_weighted(self) -> bool:

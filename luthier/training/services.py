@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from luthier import draws, logprobs
 from luthier.errors import LuthierError
 from luthier.kinds import Batch, Column, Now, OtherPass, Place, Tensors, TrainedLike, View
+from luthier.models import blocks
 from luthier.models.head import head_of
 from luthier.models.sharding import whole
 from luthier.training import calibrate
@@ -69,6 +70,15 @@ class RunServices:
             vocabulary=self.parts.vocabulary,
         )
         return found["nll"]
+
+    def block(self, number: int) -> Tensors:
+        """A copy of a transformer block's weights."""
+        return blocks.weights(self._tune.model, self.parts, number)
+
+    def run_block(self, number: int, weights: Tensors, hidden_BTD: Tensor, attend_BT: Tensor) -> Tensor:
+        """What a block with these weights makes of hidden states."""
+        with self._tune.bare():
+            return blocks.run(self._tune.model, self.parts, number, weights, hidden_BTD, attend_BT)
 
     def forward(self, batch: Batch, columns: Sequence[str]) -> View:
         """Columns of a batch without gradients, in evaluation mode."""

@@ -6,8 +6,8 @@ compiled in between.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
@@ -100,9 +100,9 @@ class Tune:
         else:
             raise TypeError(f"a {type(value).__name__} frees no numbers")
 
-    def add_free(self, slot: str, tensors: Tensors) -> Own:
+    def add_free(self, slot: str, tensors: Tensors, rate: float = 1.0) -> Own:
         """Trained tensors that stand beside the model: those of an objective."""
-        return attach.own(self, Own(slot, None), tensors, form="free")
+        return attach.own(self, Own(slot, None), tensors, form="free", rates=dict.fromkeys(tensors, rate))
 
     def site(self, module: str) -> Site:
         """What stands at a module; made and hooked when first asked for."""
@@ -159,6 +159,15 @@ class Tune:
     def at(self, which: str) -> AbstractContextManager[None]:
         """Run the model as it was: `base`, or a snapshot's name. The tuned model comes back afterwards, bit for bit."""
         return base.at_base(self) if which == "base" else base.at_snapshot(self, which)
+
+    @contextmanager
+    def bare(self) -> Iterator[None]:
+        """Leave out what stands beside the weights; the weights themselves are as they are."""
+        was_off, self.is_off = self.is_off, True
+        try:
+            yield
+        finally:
+            self.is_off = was_off
 
     def off(self) -> AbstractContextManager[None]:
         """The base: `at("base")`."""

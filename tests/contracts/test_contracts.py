@@ -46,6 +46,7 @@ PACKED = [(kind, name, a) for kind, name in RUNS for a in ("llama", "gpt2") if k
 GIVEN: dict[str, dict[str, Any]] = {
     "adalora": {"warmup": 0.05},
     "convergence_balance": {"validation_source": "other", "every": 1, "window": 2},
+    "caft": {"heads_first": 0.05},
     "greentrainer": {"selections": 5, "target": 0.7},
     "lift": {"rank": 4, "lora_rank": 2, "every": 2},
     "likelihood": {"models": ("tiny:llama",)},

@@ -31,6 +31,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "reference": {"weight": "beats_reference"},
     "penalty": {"objective": ["cross_entropy", {"pull_to_start": {"weight": 1.0}}, "extra_head"]},
     "masked inputs": {"objective": ["cross_entropy", {"masked_thought": {"warmup": 0.5}}, "drop_tokens"]},
+    "heads ahead": {"objective": {"caft": {"heads_first": 0.25, "head_rate": 1.0}}},
     "zeroth order": {"source": "zeroth_order"},
 }
 
