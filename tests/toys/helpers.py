@@ -35,8 +35,10 @@ def model_of(architecture: str = "llama", **options: Any) -> Any:
 
 
 def rows_of_eight(**options: Any) -> Batch:
-    """Eight rows of unequal length and unequal numbers of targets, one without any."""
-    return make_batch([(9, 4), (6, 5), (12, 2), (5, 0), (7, 6), (10, 9), (4, 1), (8, 3)], **options)
+    """Eight rows of unequal length and unequal numbers of targets, one without any, with a free column that this one lacks."""
+    batch = make_batch([(9, 4), (6, 5), (12, 2), (5, 0), (7, 6), (10, 9), (4, 1), (8, 3)], **options)
+    share_B = torch.tensor([0.0, 0.01, 0.05, torch.nan, 0.5, 0.02, 0.003, 0.09])
+    return batch._replace(columns={"right_share": share_B})
 
 
 def gradients(engine: Engine, batches: Sequence[Batch], now: Now) -> dict[str, Tensor]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+
+import torch
 from torch import Tensor
 
 from luthier.errors import LuthierError
@@ -20,10 +23,10 @@ def coverage_factor(surprisal: Tensor, samples: int) -> Tensor:
         samples: N.
     """
     wide = surprisal.detach().double().clamp(LEAST, MOST)
-    log_wrong = (-(-wide).expm1()).log()
-    log_covered = (-(samples * log_wrong).expm1()).log()
-    factor: Tensor = (samples * (((samples - 1) * log_wrong - wide - log_covered).exp())).clamp(max=1.0)
-    return factor
+    right = (-wide).exp()
+    log_wrong = torch.where(wide < math.log(2.0), (-(-wide).expm1()).log(), (-right).log1p())
+    factor: Tensor = samples * ((samples - 1) * log_wrong).exp() * right / -(samples * log_wrong).expm1()
+    return factor.clamp(max=1.0)
 
 
 def check_samples(name: str, samples: int) -> None:

@@ -1,6 +1,8 @@
-"""The focal loss of whole rows (Di et al., 2023, MFTCoder): rows that the model knows count less."""
+"""The focal loss of whole rows (Liu et al., 2023, MFTCoder): rows that the model knows count less."""
 
 from __future__ import annotations
+
+import math
 
 from torch import Tensor
 
@@ -39,15 +41,12 @@ def focal(*, gamma: float = 2.0) -> Term:
         weight_B = view.sum_rows(view.weight_N)
         kept_B = view.sum_rows((view.weight_N != 0).to(weight_B.dtype))
         some_B = weight_B > 0
-        log_q_B = _log_sum(view, view.weight_N.log() - view["nll"])[some_B] - weight_B[some_B].log()
+        # q of a long, unlikely row underflows: its sum is scaled by its largest member.
+        log_N = view.weight_N.log() - view["nll"]
+        top_B = log_N.new_full(weight_B.shape, -math.inf).scatter_reduce(0, view.row_N, log_N.detach(), "amax").nan_to_num(neginf=0.0)
+        sum_B = view.sum_rows((log_N - top_B[view.row_N]).exp())
+        log_q_B = sum_B[some_B].log() + top_B[some_B] - weight_B[some_B].log()
         missing_B = (-log_q_B.expm1()).clamp(min=LEAST_MISSING)
         return -((weight_B / kept_B)[some_B] * missing_B**gamma * log_q_B).sum()
 
     return Term(total, unit="row")
-
-
-def _log_sum(view: View, log_N: Tensor) -> Tensor:
-    """The logarithm of the sum of exponentials in each row, [B]: also where all of them underflow."""
-    rows = len(view.batch.row_ids)
-    top_B = log_N.new_full((rows,), -float("inf")).scatter_reduce(0, view.row_N, log_N.detach(), "amax").nan_to_num(neginf=0.0)
-    return view.sum_rows((log_N - top_B[view.row_N]).exp()).log() + top_B

@@ -58,8 +58,5 @@ def columns(beta: float, temperature: float, candidates: int) -> tuple[Column, C
         reward_CK = beta + (1.0 - beta) * hit(chunk)
         return -(reward_CK * chunk.log_probabilities.gather(-1, candidates_of(chunk, temperature, candidates))).mean(-1)
 
-    options = f"temperature {temperature}, {candidates} candidates"
-    return (
-        Column(f"otr: beta {beta}, {options}", loss),
-        Column(f"otr hits: {options}", lambda chunk: hit(chunk).mean(-1), gradient=False),
-    )
+    name = f"otr: beta {beta}, temperature {temperature}, {candidates} candidates"
+    return Column(name, loss), Column(f"{name}, hits", lambda chunk: hit(chunk).mean(-1), gradient=False)

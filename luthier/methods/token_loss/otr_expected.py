@@ -55,7 +55,5 @@ def columns(beta: float, temperature: float) -> tuple[Column, Column]:
         any_C = (policy(chunk, temperature)[:, None, :] @ chunk.log_probabilities[:, :, None])[:, 0, 0]
         return -((1.0 - beta) * hit(chunk) * chunk.label_log_probability + beta * any_C)
 
-    return (
-        Column(f"otr expected: beta {beta}, temperature {temperature}", loss),
-        Column(f"otr expected hits: temperature {temperature}", hit, gradient=False),
-    )
+    name = f"otr expected: beta {beta}, temperature {temperature}"
+    return Column(name, loss), Column(f"{name}, hits", hit, gradient=False)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -62,11 +64,12 @@ def shares(batch: Batch, column: str) -> Tensor:
     needed_B = torch.zeros(len(batch.row_ids), dtype=torch.bool, device=batch.label_BT.device)
     needed_B[targets(batch).row_N] = True
     share_B = batch.columns.get(column, torch.full(needed_B.shape, torch.nan, device=needed_B.device))
-    for i in (needed_B & ~((share_B >= 0.0) & (share_B <= 1.0))).nonzero()[:, 0].tolist():
-        value = float(share_B[i])
+    wrong = (needed_B & ~((share_B >= 0.0) & (share_B <= 1.0))).nonzero()[:, 0].tolist()
+    if wrong:
+        value = float(share_B[wrong[0]])
         raise LuthierError(
-            f"the column `{column}` of this row " + ("is missing or no number" if value != value else f"is {value}"),
-            where=f"row {batch.row_ids[i]}",
+            f"the column `{column}` of this row " + ("is missing or no number" if math.isnan(value) else f"is {value}"),
+            where=f"row {batch.row_ids[wrong[0]]}",
             mend=f"give every row `{column}`: the share of the model's sampled answers that are right, from 0 to 1",
         )
     return share_B.where(needed_B, 0.0)
