@@ -26,14 +26,15 @@ TUNES: list[Any] = ["half", "lora", "prompt_tuning", {"spiel": {"every": 3, "gat
 def view_on(
     logits: Tensor,
     labels: Sequence[int],
-    columns: Sequence[Any],
+    wanted: Sequence[Any],
+    /,
     *,
     rows: Sequence[int] | None = None,
     others: Mapping[str, Tensor] | None = None,
     now: Now = Now(),
     **batch: Any,
 ) -> View:
-    """Columns of targets [N] with logits [N, V]; `rows` says which row each target is in, `others` gives other passes' logits."""
+    """Wanted columns of targets [N] with logits [N, V]; `rows` says which row each target is in, `others` gives other passes' logits."""
     row_N = torch.tensor(rows if rows is not None else [0] * len(labels))
     count = int(row_N.max()) + 1
     position_N = torch.tensor([int((row_N[:i] == row_N[i]).sum()) + 1 for i in range(len(labels))])
@@ -43,13 +44,15 @@ def view_on(
     ids_BT = label_BT.clamp(min=0)
     attend_BT = torch.arange(time)[None] <= (label_BT >= 0).sum(-1)[:, None]
     names = tuple(f"row{i}" for i in range(count))
+    columns = logprobs.resolve(wanted)
+    flows = {one.name: one.gradient for one in logprobs.passes_of(columns)}
     found = logprobs.compute(
         logits,
         torch.tensor(labels),
         lambda hidden: hidden,
-        logprobs.resolve(columns),
+        columns,
         key_N=torch.arange(len(labels)),
-        others={name: logprobs.Other(one, lambda hidden: hidden, one.requires_grad) for name, one in (others or {}).items()},
+        others={name: logprobs.Other(one, torch.clone, flows.get(name, False)) for name, one in (others or {}).items()},
         vocabulary=logits.shape[1],
     )
     made = Batch(ids_BT, attend_BT, torch.arange(time).expand(count, -1), label_BT, names, **batch)
@@ -62,8 +65,8 @@ def total_of(objective: Any, logits: Tensor, labels: Sequence[int], *, weight: A
     weights = [value for part in registry.make_all(weight, ("token_weight",)) for value in part.values] if weight else []
     terms = [as_term(value) for value in values if isinstance(value, Term | TokenLoss)]
     weights += [value for value in values if isinstance(value, TokenWeight)]
-    columns = ["nll", *(column for one in (*terms, *weights) for column in one.columns)]
-    view = view_on(logits, labels, columns, **more)
+    wanted = ["nll", *(column for one in (*terms, *weights) for column in one.columns)]
+    view = view_on(logits, labels, wanted, **more)
     weight_N = torch.ones(len(labels), dtype=logits.dtype)
     targets = float(len(labels))
     for one in weights:
