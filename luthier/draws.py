@@ -40,5 +40,14 @@ def keys(seed: int, step: int, row_N: Tensor, position_N: Tensor) -> Tensor:
 
 def uniform(key_N: Tensor, stream: int = 0) -> Tensor:
     """Uniform numbers in [0, 1) in fp64, one a key; another stream gives independent ones."""
-    mixed = _mix(key_N ^ torch.tensor(seed_of("stream", stream), dtype=torch.int64, device=key_N.device))
+    return _unit(_mix(key_N ^ torch.tensor(seed_of("stream", stream), dtype=torch.int64, device=key_N.device)))
+
+
+def uniforms(key_N: Tensor, count: int, stream: int = 0) -> Tensor:
+    """Several uniform numbers in [0, 1) a key, [N, count] in fp64; fewer are the first of more, another stream gives independent ones."""
+    start = torch.tensor(seed_of("streams", stream), dtype=torch.int64, device=key_N.device)
+    return _unit(_mix(_mix(key_N ^ start)[:, None] ^ torch.arange(count, device=key_N.device)))
+
+
+def _unit(mixed: Tensor) -> Tensor:
     return ((mixed >> 11) & ((1 << 53) - 1)).double() / float(1 << 53)

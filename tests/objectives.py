@@ -14,14 +14,19 @@ from torch import Tensor
 from luthier import logprobs, registry
 from luthier.kinds import OBJECTIVES, Batch, Now, Term, TokenLoss, TokenWeight, View
 from luthier.training.objective import as_term
+from tests.conftest import split
+from tests.toys.helpers import gap, gradients, rows_of_eight
 
 Logits = Sequence[Sequence[float]]
+
+TUNES: list[Any] = ["half", "lora", "prompt_tuning", {"spiel": {"every": 3, "gather": 1}}]
+"""Tunes of several kinds that every objective must go with."""
 
 
 def view_on(
     logits: Tensor,
     labels: Sequence[int],
-    columns: Sequence[Any],
+    wanted: Sequence[Any],
     /,
     *,
     rows: Sequence[int] | None = None,
@@ -29,7 +34,7 @@ def view_on(
     now: Now = Now(),
     **batch: Any,
 ) -> View:
-    """Columns of targets [N] with logits [N, V]; `rows` says which row each target is in, `others` gives other passes' logits."""
+    """Wanted columns of targets [N] with logits [N, V]; `rows` says which row each target is in, `others` gives other passes' logits."""
     row_N = torch.tensor(rows if rows is not None else [0] * len(labels))
     count = int(row_N.max()) + 1
     position_N = torch.tensor([int((row_N[:i] == row_N[i]).sum()) + 1 for i in range(len(labels))])
@@ -39,13 +44,15 @@ def view_on(
     ids_BT = label_BT.clamp(min=0)
     attend_BT = torch.arange(time)[None] <= (label_BT >= 0).sum(-1)[:, None]
     names = tuple(f"row{i}" for i in range(count))
+    columns = logprobs.resolve(wanted)
+    flows = {one.name: one.gradient for one in logprobs.passes_of(columns)}
     found = logprobs.compute(
         logits,
         torch.tensor(labels),
         lambda hidden: hidden,
-        logprobs.resolve(columns),
+        columns,
         key_N=torch.arange(len(labels)),
-        others={name: logprobs.Other(one, lambda hidden: hidden, one.requires_grad) for name, one in (others or {}).items()},
+        others={name: logprobs.Other(one, torch.clone, flows.get(name, False)) for name, one in (others or {}).items()},
         vocabulary=logits.shape[1],
     )
     made = Batch(ids_BT, attend_BT, torch.arange(time).expand(count, -1), label_BT, names, **batch)
@@ -58,17 +65,19 @@ def total_of(objective: Any, logits: Tensor, labels: Sequence[int], *, weight: A
     weights = [value for part in registry.make_all(weight, ("token_weight",)) for value in part.values] if weight else []
     terms = [as_term(value) for value in values if isinstance(value, Term | TokenLoss)]
     weights += [value for value in values if isinstance(value, TokenWeight)]
-    columns = ["nll", *(column for one in (*terms, *weights) for column in one.columns)]
-    view = view_on(logits, labels, columns, **more)
+    wanted = ["nll", *(column for one in (*terms, *weights) for column in one.columns)]
+    view = view_on(logits, labels, wanted, **more)
     weight_N = torch.ones(len(labels), dtype=logits.dtype)
+    targets = float(len(labels))
     for one in weights:
         assert one.weigh is not None
         weight_N = weight_N * one.weigh(view).detach()
+        targets = one.count(view.batch) if one.count is not None else targets
     loss = logits.new_zeros(())
     for term in terms:
         counted = term.count(view.batch) if term.count is not None else None
         rows = float(len(view.row_N.unique()))
-        unit = counted if counted is not None else {"token": float(len(labels)), "row": rows, "step": 1.0}[term.unit]
+        unit = counted if counted is not None else {"token": targets, "row": rows, "step": 1.0}[term.unit]
         units = torch.tensor(unit if isinstance(unit, tuple) else (unit,), dtype=logits.dtype)
         loss = loss + term.weight * (term.total(view.for_technique({}, weight_N), {}).reshape(-1) / units).sum()
     return loss
@@ -84,3 +93,44 @@ def gradient_of(objective: Any, logits: Logits, labels: Sequence[int], **more: A
     leaf = torch.tensor(logits, dtype=torch.float64, requires_grad=True)
     (gradient,) = torch.autograd.grad(total_of(objective, leaf, labels, **more), leaf)
     return gradient.tolist()  # type: ignore[no-any-return]
+
+
+def drawn(*shape: int, seed: int = 0) -> Tensor:
+    """Made-up logits in fp64 that ask for a gradient."""
+    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).requires_grad_(True)
+
+
+def assert_slopes(objective: Any, labels: Sequence[int], vocabulary: int = 5, **more: Any) -> None:
+    """The gradient is that of finite differences, also where a token weight multiplies the loss."""
+    logits = drawn(len(labels), vocabulary)
+    assert torch.autograd.gradcheck(lambda one: total_of(objective, one, labels, **more), (logits,), atol=1e-7)
+
+
+def assert_trains(engine: Any, now: Now, tune: Any, objective: Any, token_weight: Any = None) -> None:
+    """Two steps with a tune move it at finite losses, and any split of a batch then gives the same gradient."""
+    run = engine(tune, objective=objective, token_weight=token_weight)
+    before = {name: one.master.detach().clone() for name, one in run.tune.trained.items()}
+    batches = split(rows_of_eight(), (5, 3))
+    losses = [run.step(batches, now._replace(step=i)).loss for i in range(2)]
+    assert all(abs(loss) < 1e3 for loss in losses) and losses[0] != losses[1]
+    assert any(n not in before or not torch.equal(one.master, before[n]) for n, one in run.tune.trained.items())
+    found = [gradients(run, split(rows_of_eight(), sizes), now._replace(step=2)) for sizes in ((8,), (2, 0, 5, 1))]
+    assert any(bool(one.abs().max() > 0) for one in found[0].values())
+    assert gap(found[1], found[0]) < 1e-10
+
+
+def assert_idle(engine: Any, now: Now, objective: Any, token_weight: Any = None) -> None:
+    """A row without targets adds nothing, and neither does what stands behind the last target; rows without any make no step."""
+    run, batch = engine(objective=objective, token_weight=token_weight), rows_of_eight()
+    whole = gradients(run, [batch], now)
+    alone = batch.take((batch.label_BT >= 0).any(-1).nonzero()[:, 0])
+    assert len(alone.row_ids) == 7 and gap(gradients(run, [alone], now), whole) < 1e-12
+    label_BT = batch.label_BT.clone()
+    last_B = batch.attend_BT.sum(-1) - 1
+    label_BT[torch.arange(8), last_B] = -100
+    ids_BT = batch.token_ids_BT.clone()
+    ids_BT[torch.arange(8), last_B] = 7
+    cut, other = batch._replace(label_BT=label_BT), batch._replace(label_BT=label_BT, token_ids_BT=ids_BT)
+    assert gap(gradients(run, [other], now), gradients(run, [cut], now)) == 0.0
+    nothing = run.step([batch._replace(label_BT=torch.full_like(label_BT, -100))], now)
+    assert nothing.skipped and nothing.loss == 0.0

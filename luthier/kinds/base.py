@@ -225,6 +225,13 @@ class Chunk:
 
     def __init__(self, logits_CV: Tensor, label_C: Tensor, key_C: Tensor, others: Mapping[str, Tensor] | None = None) -> None:
         self.logits_CV, self.label_C, self.key_C, self.others = logits_CV, label_C, key_C, others or {}
+        self._made: dict[str, Tensor] = {}
+
+    def once(self, name: str, make: Callable[[], Tensor]) -> Tensor:
+        """What columns of their own share, made by the first of them that asks. `name` says all that it depends on."""
+        if name not in self._made:
+            self._made[name] = make()
+        return self._made[name]
 
     @cached_property
     def log_probabilities(self) -> Tensor:

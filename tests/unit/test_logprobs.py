@@ -169,6 +169,40 @@ def test_keyed_draws_are_uniform_and_streams_independent() -> None:
     assert len(key_N.unique()) == 40000
 
 
+def test_several_draws_a_key_are_uniform_and_independent() -> None:
+    """Of each other, of the neighboring keys' and of the single draw; whatever stands beside a key."""
+    key_N = draws.keys(7, 3, torch.arange(20000) // 100, torch.arange(20000) % 100)
+    found = draws.uniforms(key_N, 6)
+    assert found.shape == (20000, 6) and found.dtype == torch.float64
+    assert float(found.min()) >= 0.0 and float(found.max()) < 1.0
+    # Six standard errors of mean and variance, of all and of each draw.
+    for one in (found.flatten(), *found.T):
+        assert abs(float(one.mean()) - 0.5) < 6 * (1 / 12 / len(one)) ** 0.5
+        assert abs(float(one.var()) - 1 / 12) < 6 * (1 / 180 / len(one)) ** 0.5
+    counts = torch.histc(found.float(), bins=20, min=0, max=1)
+    assert float(((counts - 6000) ** 2 / 6000).sum()) < 60
+    other = draws.uniforms(key_N, 6, stream=1)
+    each = torch.cat([found.T, found.roll(1, 0).T, other.T, draws.uniform(key_N)[None], draws.uniform(key_N, 1)[None]])
+    assert float((torch.corrcoef(each) - torch.eye(20)).abs().max()) < 6 / 20000**0.5
+    assert len(found.unique()) == 120000
+    assert torch.equal(draws.uniforms(key_N[50:70], 3), found[50:70, :3])
+
+
+def test_columns_share_what_they_make_once() -> None:
+    made = []
+
+    def shared(chunk: Chunk) -> Tensor:
+        return chunk.once("shared", lambda: made.append(len(chunk.label_C)) or chunk.logits_CV.exp())  # type: ignore[func-returns-value]
+
+    wanted = [Column(name, lambda chunk: shared(chunk).sum(-1)) for name in ("one", "two")]
+    logits = draw(100, 4).requires_grad_(True)
+    found = compute(logits, torch.zeros(100, dtype=torch.long), lambda hidden: hidden, wanted, vocabulary=4)
+    # Slices of 64 rows.
+    assert made == [64, 36] and torch.equal(found["one"], found["two"])
+    (found["one"] + found["two"]).sum().backward()
+    assert made == [64, 36] * 2 and torch.allclose(logits.grad, 2 * logits.exp())  # type: ignore[arg-type]
+
+
 def test_a_seed_of_names_is_the_same_everywhere() -> None:
     assert draws.seed_of("half", 0) == 3159472100325578948
     assert draws.seed_of("a", "b") != draws.seed_of("ab") and draws.seed_of(1, 11) != draws.seed_of(11, 1)

@@ -174,7 +174,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "lora": {"tune": "lora"},
     "half": {"tune": "half"},
     "prompt": {"tune": "plain_prompt"},
-    "two objectives": {"objective": ["cross_entropy", {"masked_thought": HALF}, {"focal": {}}]},
+    "two objectives": {"objective": ["cross_entropy", {"masked_thought": HALF}, {"likely_less": {}}]},
     "two maps": {"objective": ["cross_entropy", {"masked_thought": HALF}, "drop_tokens"]},
 }
 
@@ -360,7 +360,7 @@ def test_objectives_that_minimize_nothing_get_cross_entropy(tmp_path: Path) -> N
         "cross_entropy",
         "masked_thought",
     ]
-    assert [part.name for part in planned(["focal", "masked_thought"]).chosen["objective"]] == ["focal", "masked_thought"]
+    assert [part.name for part in planned(["likely_less", "masked_thought"]).chosen["objective"]] == ["likely_less", "masked_thought"]
     assert alone.engine.inputs.vocabulary.mask == 0 and not bool(alone.engine.inputs.vocabulary.text_V[:3].any())
     assert alone.estimate.activations == plain.estimate.activations > 0, (
         "no memory, and the pass over shapes reads rows as they are"

@@ -51,7 +51,7 @@ def test_the_toys_are_found_and_gone_again() -> None:
     for path in TOYS.glob("*/*.py"):
         assert find(path.stem, (path.parent.name,)).name == path.stem
     registry._added.remove(TOYS)
-    assert "focal" not in names("token_loss")
+    assert "likely_less" not in names("token_loss")
     registry.add_folder(TOYS)
     registry.add_folder(TOYS)
     assert registry._added.count(TOYS) == 1

@@ -8,8 +8,8 @@ from luthier.kinds import TokenLoss, View
 from luthier.registry import method
 
 
-@method(title="Focal loss", reduces_to="gamma 0: cross-entropy")
-def focal(*, gamma: float = 2.0) -> TokenLoss:
+@method(title="Likely less", reduces_to="gamma 0: cross-entropy")
+def likely_less(*, gamma: float = 2.0) -> TokenLoss:
     """Multiply each token's loss with a power of the probability that is missing to 1.
 
     Args:

@@ -1,0 +1,46 @@
+"""What the sampled and the expected form of One-Token Rollout share: the policy that proposes tokens, and the bounds of its options.
+
+Shapes: C positions of one chunk, V vocabulary, K candidates.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from luthier import draws
+from luthier.errors import LuthierError
+from luthier.kinds import Chunk
+
+STREAM = 1
+"""Of the draws, so that they are independent of others that columns make."""
+
+
+def policy(chunk: Chunk, temperature: float) -> Tensor:
+    """Probabilities of the tokens that are proposed, [C, V], without gradient."""
+
+    def make() -> Tensor:
+        return (chunk.logits_CV.detach() / temperature).softmax(-1)
+
+    return chunk.once(f"rollout policy at {temperature}", make)
+
+
+def candidates_of(chunk: Chunk, temperature: float, count: int) -> Tensor:
+    """Token ids drawn from the policy, independent of each other and of how the batch is split: [C, K]."""
+
+    def make() -> Tensor:
+        up_to_CV = policy(chunk, temperature).cumsum(-1, dtype=torch.float64)
+        level_CK = draws.uniforms(chunk.key_C, count, STREAM) * up_to_CV[:, -1:]
+        return torch.searchsorted(up_to_CV, level_CK, right=True).clamp_(max=up_to_CV.shape[1] - 1)
+
+    return chunk.once(f"rollout of {count} at {temperature}", make)
+
+
+def check_temperature(name: str, temperature: float) -> None:
+    """Refuse a temperature that divides by zero or turns the policy around.
+
+    Raises:
+        LuthierError: it is not above 0.
+    """
+    if temperature <= 0.0:
+        raise LuthierError(f"`temperature` is {temperature}", where=f"{name}: temperature", mend="use more than 0, e.g. 1.3")

@@ -1,0 +1,91 @@
+"""Anchored SFT: the family of four losses it ends, and the card's numbers by hand."""
+
+from __future__ import annotations
+
+from math import log
+from typing import Any
+
+import pytest
+import torch
+
+from luthier import registry
+from luthier.kinds import Now, Term, TokenWeight
+from tests.objectives import TUNES, assert_idle, assert_trains, drawn, gradient_of, loss_of, total_of
+from tests.toys.helpers import gap, gradients, rows_of_eight
+
+EVEN = torch.zeros(1, 2, dtype=torch.float64)
+LABELS = [0, 3, 2, 2]
+
+
+def asft(anchor: float, direction: str = "forward") -> dict[str, Any]:
+    return {"asft": {"anchor": anchor, "direction": direction}}
+
+
+def test_it_is_three_parts() -> None:
+    values = registry.part("asft").values
+    assert [type(value) for value in values] == [Term, TokenWeight, Term]
+    assert [value.weight for value in values if isinstance(value, Term)] == [1.0, 0.05]
+
+
+def test_two_words_by_hand() -> None:
+    """The base is even, the model has logits 1 and 0."""
+    found = loss_of(asft(0.05), [[1.0, 0.0]], [0], others={"base": EVEN})
+    assert found == pytest.approx(0.23502, abs=1e-5)
+    slope = gradient_of(asft(0.05), [[1.0, 0.0]], [0], others={"base": EVEN})[0]
+    assert slope == pytest.approx([-0.18506, 0.18506], abs=1e-5)
+    p = 0.7310585786300049
+    reverse = p * log(p / 0.5) + (1 - p) * log((1 - p) / 0.5)
+    found = loss_of(asft(0.05, "reverse"), [[1.0, 0.0]], [0], others={"base": EVEN})
+    assert found == pytest.approx(-p * log(p) + 0.05 * reverse, abs=1e-12)
+
+
+@pytest.mark.parametrize("direction", ["forward", "reverse"])
+def test_the_four_of_the_family(direction: str) -> None:
+    """The gradient is that of minus the probability, plus the anchor's; without the weight, that of cross-entropy plus it."""
+    logits, base = drawn(4, 5), drawn(4, 5, seed=9).detach()
+    more = {"others": {"base": base}}
+    own, other = logits.log_softmax(-1), base.log_softmax(-1)
+    first, second = (other, own) if direction == "forward" else (own, other)
+    anchor = (first.exp() * (first - second)).sum(-1).mean()
+    p_N = own.exp()[torch.arange(4), torch.tensor(LABELS)]
+    kl = {"kl": {"weight": 0.3, "direction": direction}}
+    cases = [
+        ("cross_entropy", None, -p_N.log().mean()),
+        ("cross_entropy", "dft", -p_N.mean()),
+        (["cross_entropy", kl], None, -p_N.log().mean() + 0.3 * anchor),
+        (asft(0.3, direction), None, -p_N.mean() + 0.3 * anchor),
+    ]
+    for objective, weight, wanted in cases:
+        found = total_of(objective, logits, LABELS, weight=weight, **more)
+        slopes = [torch.autograd.grad(one, logits, retain_graph=True)[0] for one in (found, wanted)]
+        assert torch.allclose(*slopes, atol=1e-14)
+
+
+def test_reduces_to_dft_at_anchor_zero(engine: Any, now: Now) -> None:
+    runs = [engine(objective=asft(0.0)), engine(token_weight="dft")]
+    assert gap(*(gradients(run, [rows_of_eight()], now) for run in runs)) == 0.0
+
+
+def test_the_anchor_pulls_once_the_model_has_moved(engine: Any, now: Now) -> None:
+    """At the first step it is zero to the last bits, and each term's share of the loss is logged."""
+    runs = [engine(objective=asft(5.0)), engine(token_weight="dft")]
+    assert gap(*(gradients(run, [rows_of_eight()], now) for run in runs)) < 1e-12
+    far = []
+    for run in runs:
+        for step in range(30):
+            run.step([rows_of_eight()], now._replace(step=step))
+        measured = run.objective.terms[0].term
+        assert measured.unit == "token"
+        far.append(sum(float((one.master - one.start).square().sum()) for one in run.tune.trained.values() if one.start is not None))
+    assert 0.0 < far[0]
+    weighted = runs[0].step([rows_of_eight()], now._replace(step=30))
+    assert weighted.loss == pytest.approx(sum(weighted.parts.values()), abs=1e-12)
+
+
+def test_what_is_no_target_adds_nothing(engine: Any, now: Now) -> None:
+    assert_idle(engine, now, "asft")
+
+
+@pytest.mark.parametrize("tune", TUNES, ids=str)
+def test_it_goes_with_every_kind_of_tune(engine: Any, now: Now, tune: Any) -> None:
+    assert_trains(engine, now, tune, "asft")

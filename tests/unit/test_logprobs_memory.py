@@ -1,0 +1,50 @@
+"""What objectives read of whole distributions fits into little memory, however large the vocabulary."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+STATUS = Path("/proc/self/status")
+POSITIONS, LIMIT = 1024, 1.5e9
+"""Positions for three chunks: more take time and no memory (4,096 were tried)."""
+PROGRAM = """
+import re, sys
+import torch
+from luthier import logprobs, registry
+from luthier.kinds import BASE
+
+def said(name):
+    return int(re.search(name + r":\\s+(\\d+) kB", open("/proc/self/status").read())[1]) * 1024
+
+torch.set_num_threads(1)
+names = ["otr", "otr_expected", "label_smoothing", "z_loss", "f_divergence"]
+wanted = ["entropy", "kl", "kl_forward"] + [c for name in names for value in registry.part(name).values for c in value.columns]
+columns, vocabulary, count = logprobs.resolve(wanted), 150_000, int(sys.argv[1])
+rng = torch.Generator().manual_seed(0)
+weight_VD, base_VD = (torch.randn(vocabulary, 64, generator=rng).bfloat16() for _ in range(2))
+hidden_ND = (0.1 * torch.randn(count, 64, generator=rng)).bfloat16()
+others = {BASE.name: logprobs.Other(hidden_ND.clone(), lambda hidden: hidden @ base_VD.T)}
+weight_VD.requires_grad_(True), hidden_ND.requires_grad_(True)
+before = said("VmRSS")
+found = logprobs.compute(
+    hidden_ND, torch.randint(0, vocabulary, (count,), generator=rng), lambda hidden: hidden @ weight_VD.T, columns,
+    key_N=torch.arange(count), others=others, vocabulary=vocabulary,
+)
+sum(found[one.name].sum() for one in columns if one.gradient).backward()
+assert hidden_ND.grad.isfinite().all() and weight_VD.grad.isfinite().all() and hidden_ND.grad.abs().max() > 0
+print(said("VmHWM") - before)
+"""
+
+
+@pytest.mark.skipif(not STATUS.exists() or "VmHWM" not in STATUS.read_text(), reason="the system does not tell a process's peak memory")
+def test_all_columns_together_stay_small() -> None:
+    """With 150,000 words, forward and backward of all columns at once take less than 1.5 GB; logits in fp32 alone would take 0.6."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    ran = subprocess.run([sys.executable, "-c", PROGRAM, str(POSITIONS)], capture_output=True, text=True, env=environment)
+    assert ran.returncode == 0, ran.stderr
+    assert 0.3e9 < int(ran.stdout) < LIMIT
