@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -54,6 +54,11 @@ class Own:
             for name, one in found.items()
         }
 
+    def now(self) -> Self:
+        """The same with copies of the values as they are, none of which trains."""
+        values = {name: one.clone() for name, one in self.masters().items()}
+        return replace(self, trained={}, frozen=values, shared=None)
+
     def masters(self) -> Tensors:
         """The values, without a graph."""
         found = {} if self.shared is None else self.shared.masters()
@@ -99,6 +104,17 @@ class Site:
         for handle in self.handles:
             handle.remove()
         self.handles.clear()
+
+    def now(self) -> Site:
+        """A copy on no module, which goes on to do what stands here does now."""
+        return Site(self.module, lambda: False, [one.now() for one in self.additions], [one.now() for one in self.edits])
+
+    def run(self, x: Tensor, compute: Callable[[Tensor], Tensor]) -> Tensor:
+        """What a module that computes `compute` returns with all this."""
+        changed = self._before(self.module, (x,), {})
+        x = x if changed is None else changed[0][0]
+        y = compute(x)
+        return self._after(self.module, (x,), {}, y)  # type: ignore[no-any-return]
 
     def _before_embedding(self, module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
         # Virtual ids are negative: the table must not be asked for them.
