@@ -208,10 +208,8 @@ def _mass(
     pieces = []
     for i in range(0, time, size):
         last = min(i + size, time)
-        if mask is None:
-            seen = _causal(last - i, last, query.device, options.get("sliding_window"))
-        else:
-            seen = mask[..., i:last, :]
+        window = options.get("sliding_window")
+        seen = _causal(last - i, last, query.device, window) if mask is None else mask[..., i:last, :]
         seen = functional.pad(seen, (prefix, 0), value=1.0 if seen.dtype == torch.bool else 0.0)
         keys = seen.shape[-1]
         # The heads that share a key stand one behind the other: no copy of the key for each.

@@ -92,7 +92,7 @@ def at_snapshot(tune: Tune, name: str) -> Iterator[None]:
     owned = [(own, dict(own.trained)) for own in tune.owns]
     listening = tune.moved, tune.renewed, tune.left
     # Moments belong to what trains: nobody hears of tensors that come and go for a while.
-    tune.moved = tune.renewed = tune.left = lambda *told: None
+    tune.moved, tune.renewed, tune.left = (lambda *told: None,) * 3
     try:
         put_back(tune, tune.snapshots[name])
         yield

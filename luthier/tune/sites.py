@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any, Self
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from luthier.kinds import Additive, HiddenEdit, Place, Prompt, Tensors
 from luthier.tune.taps import TapSpec, tap
 from luthier.tune.trained import Trained
+
+Owned = TypeVar("Owned", bound="Own")
 
 HIDDEN = "hidden_states"
 """What models call the input of a sub-layer where they pass it by name."""
@@ -54,7 +56,7 @@ class Own:
             for name, one in found.items()
         }
 
-    def now(self) -> Self:
+    def now(self: Owned) -> Owned:
         """The same with copies of the values as they are, none of which trains."""
         values = {name: one.clone() for name, one in self.masters().items()}
         return replace(self, trained={}, frozen=values, shared=None)

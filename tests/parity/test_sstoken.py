@@ -171,7 +171,8 @@ def moved(run: Any) -> Any:
 def test_reduces_to_cross_entropy_when_all_is_kept(engine: Any, now: Now) -> None:
     batches = split(rows_of_eight(), (5, 3))
     plain, all_kept = (
-        engine("lora", model=model_of(), token_weight=weight) for weight in (None, {"sstoken": {"share": 1.0, "attention_only": 0.0}})
+        engine("lora", model=model_of(), token_weight=weight)
+        for weight in (None, {"sstoken": {"share": 1.0, "attention_only": 0.0}})
     )
     assert gap(gradients(moved(all_kept), batches, now), gradients(moved(plain), batches, now)) == 0.0
     assert all_kept.step(batches, now).loss == pytest.approx(plain.step(batches, now).loss, abs=1e-12)

@@ -17,7 +17,6 @@ from luthier.registry import Part
 from luthier.training import services
 from luthier.training.checkpoint import restore, save
 from luthier.training.services import view_of
-from tests.conftest import split
 from tests.toys.helpers import model_of, rows_of_eight, toys  # noqa: F401
 from tests.unit.test_kinds_resume import assert_equal, build, everything, go
 
@@ -78,9 +77,7 @@ def test_an_earlier_state_gives_what_it_gave_then(engine: Any, now: Now, tune: A
     assert float((late_N - early_N).abs().max()) > 1e-4
 
 
-def test_the_head_of_then_is_used_again_where_chunks_are_made_anew(
-    engine: Any, now: Now, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_head_of_then_is_used_again_where_chunks_are_made_anew(engine: Any, now: Now, monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks are recomputed in backward, when the weights are those of now; a divergence from then flows into these alone."""
     column = Column(
         "to_early",

@@ -24,6 +24,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "entries": {"tune": "some_entries", "step": "adamw"},
     "growing": {"tune": "growing", "step": "adamw"},
     "look": {"weight": "drop_easiest"},
+    "attention and an earlier state": {"tune": "lora", "weight": {"sstoken": {"attention_only": 0.25, "every": 2, "average": 0.5}}},
     "reference": {"weight": "beats_reference"},
     "penalty": {"objective": ["cross_entropy", {"pull_to_start": {"weight": 1.0}}, "extra_head"]},
     "masked inputs": {"objective": ["cross_entropy", {"masked_thought": {"warmup": 0.5}}, "drop_tokens"]},

@@ -26,8 +26,8 @@ def _history_nll(chunk: Chunk) -> Tensor:
     paper="arXiv:2510.18250",
     row=1,
     reduces_to="share 1: plain cross-entropy",
-    departs="a target's prompt is all before it in its row that is no target, virtual tokens and prefixes included, where the authors' code "
-    "counts masked labels; attention alone decides in a share of the steps, which is the rule that code means, not in the rows before "
+    departs="a target's prompt is all before it in its row that is no target, virtual tokens and prefixes included, where the authors' "
+    "code counts masked labels; attention alone decides in a share of the steps, which is the rule that code means, not in the rows before "
     "some index; the loss is that of the training pass, with its dropout, and the history's is computed beside it, not stored before; "
     "excess losses that differ by less than 0.01 nats in a row do not count; of equal scores the first in the row is kept",
     claim="sstoken",
@@ -42,7 +42,7 @@ def sstoken(
     gradients. The run reports the mean score of kept targets and how far apart excess losses lie within a row.
 
     Args:
-        share: of each row's targets that is kept, at least one; the paper finds 0.6 good on most models.
+        share: of each row's targets that is kept, at least one; about 0.6 in the paper.
         gamma: how much the excess loss counts, 0 to 1, against the attention.
         attention_only: share of the run's steps at its start in which gamma is 0, since there is no excess loss yet; 10,000 of 50,000 rows
             in the authors' code.
