@@ -121,6 +121,14 @@ def _kl_forward(chunk: Chunk) -> Tensor:
     return (base_CV.exp() * (base_CV - log_CV)).sum(-1)
 
 
+def _not_from_logits(chunk: Chunk) -> Tensor:
+    raise RuntimeError("this column is made where the model runs")
+
+
+CONTEXT_ATTENTION = Column("context_attention", _not_from_logits, gradient=False)
+"""For each target as a query, the share of the last block's attention, a mean over its heads, that goes to the tokens before it in its row
+that are no targets. Made by the pass of the model, see `luthier.models.attention`."""
+
 COLUMNS: Mapping[str, Column] = {
     column.name: column
     for column in (
@@ -131,11 +139,13 @@ COLUMNS: Mapping[str, Column] = {
         Column("kl", _kl, (BASE,)),
         Column("kl_forward", _kl_forward, (BASE,)),
         Column("reference_nll", lambda chunk: nll(chunk.others["base"], chunk.label_C), (BASE,), gradient=False),
+        CONTEXT_ATTENTION,
     )
 }
 """Columns known by name: `nll`; `entropy` of the distribution, without a gradient and at almost no cost beside `nll`;
-`differentiable_entropy`; `right`, 1 where the target is the most likely token; `kl`, from the
-model to the base; `kl_forward`, from the base to the model; `reference_nll`, the base's. All in nats, shape [N]."""
+`differentiable_entropy`; `right`, 1 where the target is the most likely token; `kl`, from the model to the base; `kl_forward`, from the
+base to the model; `reference_nll`, the base's; all in nats. `context_attention`, from 0 to 1, is the attention of the target's own place
+to what is no target. Shape [N]."""
 
 
 def resolve(wanted: Sequence[str | Column]) -> tuple[Column, ...]:

@@ -95,7 +95,11 @@ class Batch(NamedTuple):
     @property
     def supervised(self) -> int:
         """Targets that directly follow an attended token, which can predict them."""
-        return int(((self.label_BT[:, 1:] >= 0) & self.attend_BT[:, :-1]).sum())
+        return int(self.targets_by_row().sum())
+
+    def targets_by_row(self) -> Tensor:
+        """How many such targets each row has, [B]."""
+        return ((self.label_BT[:, 1:] >= 0) & self.attend_BT[:, :-1]).sum(-1)
 
     def take(self, chosen: Tensor) -> Batch:
         """Some rows of it, by their places [B]; as long as the longest of all."""
@@ -173,6 +177,11 @@ class Services(Protocol):
 
     def write(self, trained: TrainedLike, value: Tensor) -> None:
         """Set a trained tensor, and the live weight with it."""
+
+    def remember(self, name: str, share: float = 1.0) -> None:
+        """Make or move a snapshot of all trained numbers, which `OtherPass(at=name)` can run: (1 - share) of what it was and `share` of
+        what they are now, in fp32 or wider; with a share of 1 a copy. A snapshot that is new is a copy. Of a low-rank delta it is
+        the factors that are averaged. Refused, with a share below 1, where numbers come and go."""
 
     def nll(self, hidden_ND: Tensor, label_N: Tensor) -> Tensor:
         """Negative log-likelihood of labels under the language-model head, for any hidden states. Returns loss_N."""

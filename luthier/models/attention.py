@@ -1,5 +1,5 @@
-"""The owner of attention: trained keys and values join here, packed rows are kept apart, and short rows get a form that is quick to
-differentiate.
+"""The owner of attention: trained keys and values join here, packed rows are kept apart, short rows get a form that is quick to
+differentiate, and a block tells how much of its attention goes to the context.
 
 A prefix through `past_key_values` is lost under gradient checkpointing, so luthier has an attention function of its own, on top of
 scaled dot-product attention. What it needs travels as an argument of the forward pass: state on modules would be read by the
@@ -9,11 +9,13 @@ recomputation of another micro-batch, and would make compiled models recompile.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.nn.attention.varlen import varlen_attn
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -27,7 +29,24 @@ SHORT = 256
 """Longest keys for which the plain form is used on processors: in bf16 the fused form's backward takes 5 times as long at 64 tokens,
 1.4 times at 256 and as long at 512 (Xeon with AMX, torch 2.13)."""
 
+MASS_BYTES = 64 * 2**20
+"""Most memory that the weights of some queries may take while their mass is summed."""
+
 _PLAIN_TAKES = frozenset({"scaling", "dropout", "is_causal", "sliding_window", "position_ids", "output_attentions", "use_cache"})
+
+
+@dataclass(eq=False)
+class Mass:
+    """Asks one block for the share of its attention that goes to the context, a mean over its heads.
+
+    What wraps a model may copy tuples and lists that it hands on, but not this: the answer stays where it was asked for.
+    """
+
+    block: int
+    is_context_BT: Tensor
+    """True at tokens that are context, [1, N] where rows are packed; trained prefixes always are."""
+    found_BT: Tensor | None = None
+    """The answer for each token as a query, in fp32 or wider, before dropout."""
 
 
 class Context(NamedTuple):
@@ -37,6 +56,8 @@ class Context(NamedTuple):
     """Trained tensors and the function that makes a block's keys and values of them, [H, P, width of a head] each."""
     lengths: tuple[int, ...] = ()
     """Tokens of each of the rows that stand one behind the other; empty where every row of the batch is one row."""
+    mass: Mass | None = None
+    """Asks where one block looks."""
 
 
 class Handle:
@@ -74,6 +95,9 @@ def attention(
     Returns:
         The output [B, T, H, W], and None for the weights, which are not kept.
     """
+    # Asked once: a checkpointed block runs again in backward.
+    if luthier is not None and luthier.mass is not None and luthier.mass.found_BT is None:
+        _measure(module, query, key, attention_mask, luthier, luthier.mass, options)
     if luthier is not None and luthier.lengths:
         return _row_by_row(module, query, key, value, luthier, **options), None
     if luthier is not None and luthier.prefixes:
@@ -146,6 +170,60 @@ def _with_prefixes(
     return key, value, mask
 
 
+def _measure(
+    module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, context: Context, asked: Mass, options: dict[str, Any]
+) -> None:
+    """Answer if this is the block that is asked."""
+    if int(module.layer_idx) != asked.block:  # type: ignore[arg-type]
+        return
+    if odd := [name for name, value in options.items() if name not in _PLAIN_TAKES and value is not None]:
+        raise LuthierError(
+            f"attention with {', '.join(odd)} does not tell where it looks",
+            where=type(module).__name__,
+            mend="leave out what asks for `context_attention`",
+        )
+    with torch.no_grad():
+        before = [keyvalue(tensors, asked.block)[0].to(key.dtype) for tensors, keyvalue in context.prefixes]
+        prefix_HPW = torch.cat(before, dim=1) if before else key[0, :, :0]
+        pieces, start = [], 0
+        for length in context.lengths or (query.shape[2],):
+            row = slice(start, start + length)
+            here = asked.is_context_BT[:, row]
+            pieces.append(_mass(query[:, :, row], key[:, :, row], mask if not context.lengths else None, prefix_HPW, here, options))
+            start += length
+        asked.found_BT = torch.cat(pieces, dim=1)
+
+
+def _mass(
+    query: Tensor, key: Tensor, mask: Tensor | None, prefix_HPW: Tensor, is_context_BK: Tensor, options: dict[str, Any]
+) -> Tensor:
+    """The attention [B, T] of each query on context and prefix, some queries at a time."""
+    rows, heads, time, width = query.shape
+    prefix = prefix_HPW.shape[1]
+    key = torch.cat([prefix_HPW.expand(rows, -1, -1, -1), key], dim=2)
+    wide = torch.promote_types(query.dtype, torch.float32)
+    counts_BK = functional.pad(is_context_BK.to(wide), (prefix, 0), value=1.0)
+    scale = width**-0.5 if options.get("scaling") is None else options["scaling"]
+    size = max(1, MASS_BYTES // (rows * heads * key.shape[2] * wide.itemsize))
+    pieces = []
+    for i in range(0, time, size):
+        last = min(i + size, time)
+        window = options.get("sliding_window")
+        seen = _causal(last - i, last, query.device, window) if mask is None else mask[..., i:last, :]
+        seen = functional.pad(seen, (prefix, 0), value=1.0 if seen.dtype == torch.bool else 0.0)
+        keys = seen.shape[-1]
+        # The heads that share a key stand one behind the other: no copy of the key for each.
+        shared = (query[:, :, i:last] * scale).reshape(rows, key.shape[1], -1, width)
+        score = (shared @ key[:, :, :keys].transpose(-1, -2)).view(rows, heads, last - i, keys)
+        weight = _masked(score, seen).softmax(-1, dtype=wide)
+        pieces.append((weight @ counts_BK[:, None, :keys, None]).squeeze(-1).mean(1))
+    return torch.cat(pieces, dim=1)
+
+
+def _masked(score: Tensor, mask: Tensor) -> Tensor:
+    return score.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else score + mask
+
+
 def _is_short(query: Tensor, key: Tensor, options: dict[str, Any]) -> bool:
     return (
         query.device.type == "cpu"
@@ -178,7 +256,7 @@ def _plain(
     if mask is None and causal and query.shape[2] > 1:
         mask = _causal(query.shape[2], key.shape[2], query.device)
     if mask is not None:
-        score = score.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else score + mask
+        score = _masked(score, mask)
     weight = score.softmax(-1, dtype=torch.float32).to(query.dtype)
     return (weight @ value).transpose(1, 2).contiguous()
 
@@ -204,7 +282,7 @@ def use_context(model: nn.Module, parts: Parts, context: Callable[[], Context]) 
         )
 
     def give(module: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        return arguments, {**options, "luthier": context()._replace(lengths=options.get("luthier", Context()).lengths)}
+        return arguments, {**options, "luthier": options.get("luthier", Context())._replace(prefixes=context().prefixes)}
 
     backbone = model.get_submodule(parts.backbone)
     return Handle(model, backbone.register_forward_pre_hook(give, with_kwargs=True), before)

@@ -28,14 +28,17 @@ from luthier.kinds import (
     Transform,
     Vocabulary,
 )
+from luthier.logprobs import CONTEXT_ATTENTION
+from luthier.models.attention import use_attention
 from luthier.models.parts import Parts
 from luthier.models.sharding import Root
 from luthier.registry import Part
 from luthier.training.chain import Chain, Link
-from luthier.training.engine import Engine, Kept
+from luthier.training.engine import Engine, Kept, idle_batch
+from luthier.training.forward import hidden
 from luthier.training.inputs import Inputs, Mapped, bare_vocabulary
 from luthier.training.objective import Minimized, Objective, Weighted, as_term
-from luthier.training.services import Calibration, RunServices
+from luthier.training.services import Calibration, RunServices, evaluating
 from luthier.training.world import World
 from luthier.tune import Tune
 
@@ -105,6 +108,9 @@ def build_engine(
     maps = [Mapped(slot, v) for slot, v in values if isinstance(v, InputMap)]
     inputs = Inputs(vocabulary or bare_vocabulary(parts.vocabulary), maps)
     keepers = [(slot, v) for slot, v in values if isinstance(v, Keeper)]
+    looking = goal.readers(CONTEXT_ATTENTION.name)
+    if looking and not use_attention(model):
+        raise _hidden(looking, parts)
     keep_base = keep_base or goal.needs_base() or any("base" in v.needs for _, v in keepers)
     owner = Tune(model, parts, masters=masters, keep_base=keep_base, root=root)
     for slot, value in values:
@@ -113,6 +119,8 @@ def build_engine(
     goal.start(owner, lambda slot: RunServices(owner, slot, now, calibration))
     if not owner.trained:
         raise LuthierError("nothing trains", where="tune", mend="name a technique, e.g. full, half or lora")
+    if looking:
+        _try_looking(owner, looking)
     from_tune = {slot for slot, _ in named[: len(tune)]}
     links = [Link(slot, v, own=slot in from_tune) for slot, v in values if isinstance(v, Transform | Optimizer)]
     sources = [v for _, v in values if isinstance(v, Source)]
@@ -133,6 +141,24 @@ def build_engine(
             mend="use train.sharding: none",
         )
     return engine
+
+
+def _hidden(slots: list[str], parts: Parts) -> LuthierError:
+    return LuthierError(
+        f"`{slots[0]}` asks where the model looks, and the attention of {parts.architecture} does not tell",
+        where=CONTEXT_ATTENTION.name,
+        mend=f"leave `{slots[0]}` out, or use a model with the exchangeable attention of transformers, such as Llama or Qwen",
+    )
+
+
+def _try_looking(tune: Tune, slots: list[str]) -> None:
+    """Try on the model itself whether its last block tells where it looks: some have attention of another kind there."""
+    batch = idle_batch().to(next(tune.model.parameters()).device)
+    try:
+        with evaluating(tune.model):
+            tune.run(lambda: hidden(tune, batch, context_BT=batch.attend_BT))
+    except (LuthierError, TypeError) as error:
+        raise _hidden(slots, tune.parts) from error
 
 
 def _watched(tune: Tune, keepers: list[tuple[str, Keeper]]) -> frozenset[str]:

@@ -109,6 +109,7 @@ def restore(folder: Path, engine: Engine) -> dict[str, Any]:
             raise LuthierError(f"the checkpoint lacks `{name}`", where=str(folder), mend="resume with the recipe it was made by")
     put_back(tune, tensors)
     device = next(tune.model.parameters()).device
+    snapshots: dict[str, dict[str, Tensor]] = {}
     for key, forgotten in plain.items():
         if key.startswith("still|"):
             hold_still(tune, key.removeprefix("still|"), forget=forgotten)
@@ -121,7 +122,8 @@ def restore(folder: Path, engine: Engine) -> dict[str, Any]:
             engine.states.setdefault(slot, {})[name] = value.to(device) if isinstance(value, Tensor) else value
         elif kind == "snapshot":
             name, _, path = rest.partition("|")
-            tune.snapshots.setdefault(name, {})[path] = value.to(device)
+            snapshots.setdefault(name, {})[path] = value.to(device)
+    tune.snapshots.update(snapshots)
     return facts
 
 

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from luthier.errors import LuthierError
 from luthier.kinds import Batch
-from luthier.models.attention import Context
+from luthier.models.attention import Context, Mass
 from luthier.models.head import finish
 from luthier.tune import Tune
-from luthier.tune.trained import read, write
 
 
 class Hidden(NamedTuple):
@@ -24,12 +24,20 @@ class Hidden(NamedTuple):
     """[B, T, D], or [N, D] where the rows were packed."""
     place_BT: Tensor | None = None
     """Where each real token of a packed batch stands in `values`."""
+    mass: Tensor | None = None
+    """The last block's attention to the context, where it was asked for: [B, T], or [N] where the rows were packed."""
 
     def at(self, row_N: Tensor, time_N: Tensor) -> Tensor:
         """The states [N, D] at these tokens."""
-        if self.place_BT is None:
-            return self.values[row_N, time_N]
-        return self.values[self.place_BT[row_N, time_N]]
+        return self._pick(self.values, row_N, time_N)
+
+    def mass_at(self, row_N: Tensor, time_N: Tensor) -> Tensor:
+        """The attention of these tokens to the context, [N]."""
+        assert self.mass is not None
+        return self._pick(self.mass, row_N, time_N)
+
+    def _pick(self, values: Tensor, row_N: Tensor, time_N: Tensor) -> Tensor:
+        return values[row_N, time_N] if self.place_BT is None else values[self.place_BT[row_N, time_N]]
 
     def padded(self, attend_BT: Tensor) -> Tensor:
         """All of them [B, T, D], zero where a packed batch has no token."""
@@ -39,7 +47,7 @@ class Hidden(NamedTuple):
         return torch.where(attend_BT[..., None], spread, torch.zeros((), dtype=spread.dtype, device=spread.device))
 
 
-def hidden(tune: Tune, batch: Batch, *, pack: bool = False) -> Hidden:
+def hidden(tune: Tune, batch: Batch, *, pack: bool = False, context_BT: Tensor | None = None) -> Hidden:
     """Run the model's body on a batch.
 
     A causal model with padding on the right needs no mask: no real token can see the padding behind it.
@@ -48,6 +56,11 @@ def hidden(tune: Tune, batch: Batch, *, pack: bool = False) -> Hidden:
         tune: the model, with what is attached to it.
         batch: the rows.
         pack: leave the padding out and run the real tokens one behind the other.
+        context_BT: True at tokens of which the last block shall say how much it attends to them. What trained prompts and prefixes
+            put before the rows always counts.
+
+    Raises:
+        LuthierError: the last block does not tell where it looks.
     """
     ids_BT, attend_BT = batch.token_ids_BT, batch.attend_BT
     virtual = bool((ids_BT < 0).any())
@@ -60,21 +73,37 @@ def hidden(tune: Tune, batch: Batch, *, pack: bool = False) -> Hidden:
         before = -1 - torch.arange(length, device=ids_BT.device)
         ids_BT = torch.cat([before.expand(len(ids_BT), -1), ids_BT], dim=1)
         attend_BT = torch.cat([attend_BT.new_ones(len(attend_BT), length), attend_BT], dim=1)
+        context_BT = None if context_BT is None else functional.pad(context_BT, (length, 0), value=1.0)
     backbone = tune.model.get_submodule(tune.parts.backbone)
     if pack and not bool(attend_BT.all()):
         place_BT = (attend_BT.flatten().cumsum(0) - 1).view_as(attend_BT)
-        return Hidden(_packed(backbone, ids_BT, attend_BT), place_BT[:, length:])
+        asked = None if context_BT is None else Mass(tune.parts.blocks - 1, context_BT[attend_BT][None])
+        hidden_ND = _packed(backbone, ids_BT, attend_BT, asked)
+        return Hidden(hidden_ND, place_BT[:, length:], None if asked is None else _told(tune, asked)[0])
     arguments: dict[str, Any] = {"input_ids": ids_BT, "attention_mask": None, "use_cache": False}
     padded_left = bool((attend_BT[:, 1:] & ~attend_BT[:, :-1]).any())
     if padded_left or not tune.parts.causal:
         arguments["attention_mask"] = attend_BT.long()
         arguments["position_ids"] = (attend_BT.long().cumsum(-1) - 1).clamp(min=0)
-    output = backbone(**_accepted(backbone, arguments))
+    asked = None if context_BT is None else Mass(tune.parts.blocks - 1, context_BT)
+    extra = {} if asked is None else {"luthier": Context(mass=asked)}
+    output = backbone(**_accepted(backbone, arguments), **extra)
     hidden_BTD: Tensor = output.last_hidden_state
-    return Hidden(hidden_BTD[:, length:] if length else hidden_BTD)
+    mass_BT = None if asked is None else _told(tune, asked)[:, length:]
+    return Hidden(hidden_BTD[:, length:] if length else hidden_BTD, mass=mass_BT)
 
 
-def _packed(backbone: torch.nn.Module, ids_BT: Tensor, attend_BT: Tensor) -> Tensor:
+def _told(tune: Tune, asked: Mass) -> Tensor:
+    if asked.found_BT is None:
+        raise LuthierError(
+            f"the last block of {tune.parts.architecture} does not tell where it looks",
+            where="context_attention",
+            mend="use another token weight, or a model with the exchangeable attention of transformers",
+        )
+    return asked.found_BT
+
+
+def _packed(backbone: torch.nn.Module, ids_BT: Tensor, attend_BT: Tensor, asked: Mass | None) -> Tensor:
     """Last hidden states [N, D] of the real tokens alone."""
     position_BT = attend_BT.long().cumsum(-1) - 1
     output = backbone(
@@ -83,7 +112,7 @@ def _packed(backbone: torch.nn.Module, ids_BT: Tensor, attend_BT: Tensor) -> Ten
         # One that is ready made, so that none is made; attention is told the lengths and looks at no mask.
         attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=ids_BT.device),
         use_cache=False,
-        luthier=Context(lengths=tuple(attend_BT.sum(-1).tolist())),
+        luthier=Context(lengths=tuple(attend_BT.sum(-1).tolist()), mass=asked),
     )
     hidden_ND: Tensor = output.last_hidden_state[0]
     return hidden_ND
@@ -94,27 +123,31 @@ def _accepted(module: torch.nn.Module, arguments: dict[str, Any]) -> dict[str, A
     return {name: value for name, value in arguments.items() if name in known}
 
 
-def base_head(tune: Tune) -> Callable[[Tensor], Tensor]:
-    """The base's head, without swapping the model: hidden states to logits."""
+def head_now(tune: Tune) -> Callable[[Tensor], Tensor]:
+    """The head as the model has it now, hidden states to logits, without a graph of its own numbers: it stays what it is when these
+    are exchanged or trained on. So `with tune.at(name)` gives the head of the base or of a snapshot, to be used afterwards."""
     module: Any = tune.model.get_submodule(tune.parts.head)
-    weight = _base_value(tune, tune.parts.ties.get(tune.parts.head, tune.parts.head), "weight", module.weight)
+    weight = _values_now(tune, tune.parts.ties.get(tune.parts.head, tune.parts.head), "weight", module.weight)
     bias = getattr(module, "bias", None)
-    bias = None if bias is None else _base_value(tune, tune.parts.head, "bias", bias)
+    bias = None if bias is None else _values_now(tune, tune.parts.head, "bias", bias)
+    site = None if tune.is_off or not tune.touches(tune.parts.head) else tune.site(tune.parts.head).now()
     after = finish(tune.model)
-    return lambda hidden_ND: after(functional.linear(hidden_ND, weight, bias))
+
+    def head(hidden_ND: Tensor) -> Tensor:
+        if site is None:
+            return after(functional.linear(hidden_ND, weight, bias))
+        return after(site.run(hidden_ND, lambda x: functional.linear(x, weight, bias)))
+
+    return head
 
 
-def _base_value(tune: Tune, module: str, tensor: str, live: Tensor) -> Tensor:
+def _values_now(tune: Tune, module: str, tensor: str, live: Tensor) -> Tensor:
     name = f"{module}.{tensor}"
-    if name in tune.altered:
-        return tune.altered[name]
-    value = live.detach()
-    for one in tune.trained.values():
-        if one.place is None or one.place.parameter != name or one.form in ("factor", "free") or one.start is None:
-            continue
-        if one.form == "whole":
-            return one.start
-        value = value.clone()
-        rows = value[one.place.start : one.place.stop]
-        write(rows, one.form, one.index, one.start.to(read(rows, one.form, one.index).dtype))
-    return value
+    here = [one for one in tune.trained.values() if one.place is not None and one.place.parameter == name]
+    here = [one for one in here if one.form not in ("factor", "free")]
+    if tune.is_off:
+        # What is kept of the base does not change: no copy is needed.
+        kept = [one.start for one in here if one.form == "whole" and one.start is not None]
+        if name in tune.altered or kept:
+            return tune.altered.get(name, *kept)
+    return live.detach().clone() if here else live.detach()

@@ -126,6 +126,11 @@ class Objective:
         looked = [c for one in self.weights for c in one.weight.columns]
         return any(one.at == "base" for one in logprobs.passes_of((*self.columns(), *logprobs.resolve(looked))))
 
+    def readers(self, name: str) -> list[str]:
+        """The slots whose terms and weights read a column."""
+        asking = [(one.slot, one.term.columns) for one in self.terms] + [(one.slot, one.weight.columns) for one in self.weights]
+        return [slot for slot, columns in asking if any(column.name == name for column in logprobs.resolve(columns))]
+
     def look(
         self, tune: Tune, batches: Sequence[Batch], now: Now, world: World, services_of: Callable[[str], Services]
     ) -> Looked | None:

@@ -15,7 +15,7 @@ from luthier.models import blocks
 from luthier.models.head import head_of
 from luthier.models.sharding import whole
 from luthier.training import calibrate
-from luthier.training.forward import base_head, hidden
+from luthier.training.forward import head_now, hidden
 from luthier.tune import Tune
 
 
@@ -59,6 +59,18 @@ class RunServices:
     def write(self, trained: TrainedLike, value: Tensor) -> None:
         """Set a trained tensor and the live weight with it."""
         self._tune.set({trained.name: value})
+
+    def remember(self, name: str, share: float = 1.0) -> None:
+        """Move a snapshot a share of the way to the trained numbers as they are now."""
+        if name in ("", "base", "best") or "|" in name:
+            raise LuthierError(f"a snapshot of `{self.slot}` cannot be called `{name}`", mend="give it the technique's name")
+        if self._tune.root is not None:
+            raise LuthierError(
+                f"`{self.slot}` runs an earlier state of the model, which a model spread over processes cannot do",
+                where="train.sharding",
+                mend="use train.sharding: none",
+            )
+        self._tune.snapshot(name, share)
 
     def nll(self, hidden_ND: Tensor, label_N: Tensor) -> Tensor:
         """Negative log-likelihood of labels for any hidden states."""
@@ -146,16 +158,19 @@ def view_of(
     def make() -> tuple[Tensor | None, dict[str, Tensor]]:
         # The others run first: exchanging weights under a graph that waits for backward would be wrong.
         others = {one.name: _other(tune, one, batch, where, pack=pack) for one in logprobs.passes_of(columns)}
-        states = hidden(tune, batch if read is None else read, pack=pack)
+        context_BT = _context(batch, where) if logprobs.CONTEXT_ATTENTION in columns else None
+        states = hidden(tune, batch if read is None else read, pack=pack, context_BT=context_BT)
         found = logprobs.compute(
             states.at(where.row_N, where.source_N),
             where.label_N,
             head_of(tune.model, tune.parts),
-            columns,
+            [column for column in columns if column is not logprobs.CONTEXT_ATTENTION],
             key_N=keys,
             others=others,
             vocabulary=tune.parts.vocabulary,
         )
+        if context_BT is not None:
+            found[logprobs.CONTEXT_ATTENTION.name] = states.mass_at(where.row_N, where.source_N + 1)
         return states.padded(batch.attend_BT) if keep_hidden else None, found
 
     hidden_BTD, found = tune.run(make)
@@ -170,8 +185,15 @@ def view_of(
     )
 
 
+def _context(batch: Batch, where: logprobs.Targets) -> Tensor:
+    """True at real tokens that are no targets, [B, T]."""
+    context_BT = batch.attend_BT.clone()
+    context_BT[where.row_N, where.source_N + 1] = False
+    return context_BT
+
+
 def _other(tune: Tune, one: OtherPass, batch: Batch, where: logprobs.Targets, *, pack: bool) -> logprobs.Other:
     """Another pass, as far as the head. The base and snapshots read the batch itself, whatever the model reads in this step."""
     with tune.at(one.at), evaluating(tune.model):
         states_ND = hidden(tune, batch, pack=pack).at(where.row_N, where.source_N)
-    return logprobs.Other(states_ND, base_head(tune))
+        return logprobs.Other(states_ND, head_now(tune))

@@ -87,16 +87,28 @@ def at_snapshot(tune: Tune, name: str) -> Iterator[None]:
     if name not in tune.snapshots:
         known = ", ".join(tune.snapshots) or "none was taken"
         raise LuthierError(f"there is no snapshot `{name}`", mend=f"known: {known}")
-    now = capture(tune)
-    leaves = {key: (one.master, one.leaf) for key, one in tune.trained.items()}
-    put_back(tune, tune.snapshots[name])
+    now, untouched = capture(tune), tune.untouched
+    trained = {key: (one, one.master, one.leaf) for key, one in tune.trained.items()}
+    owned = [(own, dict(own.trained)) for own in tune.owns]
+    listening = tune.moved, tune.renewed, tune.left
+    # Moments belong to what trains: nobody hears of tensors that come and go for a while.
+    tune.moved, tune.renewed, tune.left = (lambda *told: None,) * 3
     try:
+        put_back(tune, tune.snapshots[name])
         yield
     finally:
-        for key, (master, leaf) in leaves.items():
-            one = tune.trained[key]
-            if one.leaf is not leaf:
+        for key, one in list(tune.trained.items()):
+            if trained.get(key, (None,))[0] is not one:
+                tune.forget(one)
+        for own, tensors in owned:
+            own.trained = tensors
+        missing = trained.keys() - tune.trained.keys()
+        tune.trained = {key: one for key, (one, _, _) in trained.items()}
+        for key, (one, master, leaf) in trained.items():
+            if one.leaf is not leaf or key in missing:
                 # A graph may wait for backward with these very tensors.
                 one.master, one.leaf = master, leaf
                 tune.register(one)
         put_back(tune, now)
+        tune.moved, tune.renewed, tune.left = listening
+        tune.untouched = untouched

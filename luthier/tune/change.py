@@ -276,6 +276,28 @@ def capture(tune: Tune) -> Tensors:
     return values
 
 
+def average(tune: Tune, before: Tensors, now: Tensors, share: float) -> Tensors:
+    """What `capture` gave before, moved a share of the way to what it gives now.
+
+    Raises:
+        LuthierError: the entries of a trained tensor may change, so that they are not the same in both.
+    """
+    changing = [one for one in tune.trained.values() if one.changes]
+    if changing:
+        raise LuthierError(
+            f"an average over time needs the same numbers throughout, and those of `{changing[0].slot}` come and go",
+            where=changing[0].name,
+            mend="remember them as they are instead (a share of 1, `average: 0`), or train fixed numbers",
+        )
+    mixed = dict(now)
+    for name in tune.trained:
+        key = f"master|{name}"
+        # A narrow type would lose what a small share adds.
+        wide = torch.promote_types(now[key].dtype, torch.float32)
+        mixed[key] = torch.lerp(before[key].to(wide), now[key].to(wide), share)
+    return mixed
+
+
 FORMS: tuple[Form, ...] = ("whole", "rows", "cols", "flat", "factor", "free")
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from luthier.kinds import Additive, HiddenEdit, Place, Prompt, Tensors
 from luthier.tune.taps import TapSpec, tap
 from luthier.tune.trained import Trained
+
+Owned = TypeVar("Owned", bound="Own")
 
 HIDDEN = "hidden_states"
 """What models call the input of a sub-layer where they pass it by name."""
@@ -53,6 +55,11 @@ class Own:
             name: one if dtype is None or one.dtype == dtype or not one.is_floating_point() else one.to(dtype)
             for name, one in found.items()
         }
+
+    def now(self: Owned) -> Owned:
+        """The same with copies of the values as they are, none of which trains."""
+        values = {name: one.clone() for name, one in self.masters().items()}
+        return replace(self, trained={}, frozen=values, shared=None)
 
     def masters(self) -> Tensors:
         """The values, without a graph."""
@@ -99,6 +106,17 @@ class Site:
         for handle in self.handles:
             handle.remove()
         self.handles.clear()
+
+    def now(self) -> Site:
+        """A copy on no module, which goes on to do what stands here does now."""
+        return Site(self.module, lambda: False, [one.now() for one in self.additions], [one.now() for one in self.edits])
+
+    def run(self, x: Tensor, compute: Callable[[Tensor], Tensor]) -> Tensor:
+        """What a module that computes `compute` returns with all this."""
+        changed = self._before(self.module, (x,), {})
+        x = x if changed is None else changed[0][0]
+        y = compute(x)
+        return self._after(self.module, (x,), {}, y)  # type: ignore[no-any-return]
 
     def _before_embedding(self, module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
         # Virtual ids are negative: the table must not be asked for them.

@@ -173,9 +173,15 @@ class Tune:
         """The base: `at("base")`."""
         return self.at("base")
 
-    def snapshot(self, name: str) -> None:
-        """Remember all trained numbers as they are now, for `at(name)` and `go_back(name)`."""
-        self.snapshots[name] = change.capture(self)
+    def snapshot(self, name: str, share: float = 1.0) -> None:
+        """Remember all trained numbers as they are now, for `at(name)` and `go_back(name)`; with a `share` below 1, move what is
+        remembered that share of the way.
+
+        Raises:
+            LuthierError: an average of numbers that come and go.
+        """
+        now = change.capture(self)
+        self.snapshots[name] = now if share == 1.0 else change.average(self, self.snapshots.get(name, now), now, share)
 
     def go_back(self, name: str) -> None:
         """Make a snapshot's numbers the trained ones again. Optimizer state stays as it is."""

@@ -58,6 +58,7 @@ GIVEN: dict[str, dict[str, Any]] = {
     "prompt_tuning": {"init": "text"},
     "s2ft": {"by": "activation"},
     "spiel": {"every": 3, "gather": 1},
+    "sstoken": {"attention_only": 0.05, "every": 2},
 }
 """Options of techniques that have options without a default, or whose defaults do nothing in the first steps."""
 OTHERS: dict[tuple[str, str], list[Any]] = {

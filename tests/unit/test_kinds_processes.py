@@ -28,6 +28,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "tasks": {"weight": {"task_balance": {"by": "rows"}}},
     "tasks by their probability": {"weight": "task_focal"},
     "tasks by their losses": {"weight": {"convergence_balance": {"validation_source": "other", "every": 1, "window": 2}}},
+    "attention and an earlier state": {"tune": "lora", "weight": {"sstoken": {"attention_only": 0.25, "every": 2, "average": 0.5}}},
     "reference": {"weight": "beats_reference"},
     "penalty": {"objective": ["cross_entropy", {"pull_to_start": {"weight": 1.0}}, "extra_head"]},
     "masked inputs": {"objective": ["cross_entropy", {"masked_thought": {"warmup": 0.5}}, "drop_tokens"]},

@@ -27,11 +27,12 @@ WORDS = ("the", "cat", "sat", "on", "a", "mat", "and", "saw", "red", "blue", "gr
 SETTINGS: dict[str, dict[str, Any]] = {
     "full": {},
     "lora": {"tune": "lora"},
+    "looks": {"tune": "lora", "token_weight": "sstoken"},
     "half": {"tune": "half"},
     # One row a step: one of two processes never has any.
     "lone": {"train": {"batch_rows": 1, "steps": 4}},
 }
-SPREAD = ("full", "lora", "lone")
+SPREAD = ("full", "lora", "looks", "lone")
 
 
 def rows(count: int) -> list[dict[str, str]]:

@@ -43,7 +43,7 @@ def steps(run: Any, now: Now, first: int, count: int) -> None:
 
 def loss_of(run: Any, now: Now) -> Tensor:
     batch = rows_of_eight()
-    units = [float(batch.supervised)]
+    units = [(float(batch.supervised),)]
     sums = run.objective.total(run.tune, batch, units, now, first=True, services_of=lambda slot: run.services(slot, now))
     return sums.loss  # type: ignore[no-any-return]
 
