@@ -260,6 +260,9 @@ def outcome(engine: Any, now: Now, kind: str, name: str, options: dict[str, Any]
     if kind == "row_map":
         part = registry.make({name: options}, (kind,))
         rows = [Row(id=f"row{i}", shape="text", fields={"text": "abc" * i}, where="") for i in range(4)]
+        says = {"user": "Is it open?", "assistant": "is_open()", "tool": "is_open is not defined"}
+        turns = [{"role": role, "content": content} for role, content in says.items()]
+        rows.append(Row(id="tools", shape="messages", fields={"messages": [*turns, turns[1]]}, where=""))
         return [repr(row) for row in part.values[0].map(rows, None)]
     if kind == "row_score":
         texts = [*["a red fox"] * 6, "a red fox runs", "a blue whale", "the tide comes", "the tide", "no fox", "a tall grey bird"]
