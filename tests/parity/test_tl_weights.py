@@ -299,10 +299,15 @@ def test_a_streamed_run_is_the_run_in_memory(tmp_path: Path, monkeypatch: pytest
     plain, streamed = make_plan(recipe(tmp_path)), make_plan(recipe(tmp_path, streaming=True))
     assert tuple(streamed.rows.rows) == plain.rows.rows
     assert [row.token_columns["tool_calls"].count(KEY) for row in plain.rows.rows] == [2, 2, 0]
-    runs = [luthier.train(recipe(tmp_path, **rows)) for rows in ({}, {"streaming": True}, {"streaming": True, "workers": 1})]
-    assert len({run.facts["weights_sha256"] for run in runs}) == 1
-    unweighted = luthier.train(recipe(tmp_path).model_copy(update={"token_weight": None}))
-    assert unweighted.facts["weights_sha256"] != runs[0].facts["weights_sha256"]
+    monkeypatch.setenv("LUTHIER_CACHE", str(tmp_path / "other"))
+    weights = {"tl_weights": {"max_weight": 9.0}, "plain": {"max_weight": 1.0}}
+    runs = [
+        luthier.train({**recipe(tmp_path, **rows).as_plain(), "token_weight": {"tl_weights": weights[name]}}).facts[
+            "weights_sha256"
+        ]
+        for name, rows in (("tl_weights", {}), ("tl_weights", {"streaming": True, "workers": 1}), ("plain", {}))
+    ]
+    assert runs[0] == runs[1] != runs[2]
 
 
 def test_max_weight_is_refused_below_one() -> None:
