@@ -297,17 +297,16 @@ def _encode(
     if purpose == "train":
         rendered = render_training(row, form, loss_on)
 
-        def written(token_ids: Sequence[int]) -> Written:
-            return Written(
-                row,
-                rendered.text,
-                rendered.targets,
-                token_ids,
-                lambda other: render_training(other, form, loss_on).text,
-                lambda start, stop, text: _tokenized(_replaced(rendered, start, stop, text), form)[0],
-            )
+        def write(other: Row) -> str:
+            return render_training(other, form, loss_on).text
 
-        return _limited(row, rendered, form, limits, lambda ids: token_columns(annotations, written(ids)) if annotations else {})
+        def replaced(start: int, stop: int, text: str) -> list[int]:
+            return _tokenized(_replaced(rendered, start, stop, text), form)[0]
+
+        def columns_of(ids: Sequence[int]) -> dict[str, tuple[float, ...]]:
+            return token_columns(annotations, Written(row, rendered.text, rendered.targets, ids, write, replaced))
+
+        return _limited(row, rendered, form, limits, columns_of)
     if limits.too_long == "right":
         raise LuthierError("a prompt cannot be cut on the right, where the answer begins", where=row.where, mend='too_long="left"')
     return _limited(row, render_prompt(row, form), form, limits)
