@@ -198,6 +198,7 @@ def first_facts(plan: Plan, folder: Path, command: str, sets: list[EvalSet]) -> 
             "padding_share": plan.feed.padding(),
             "mixture": plan.feed.shares(),
             "cache": list(plan.cache),
+            "mapped": list(plan.mapped),
             "overlap": {name: len(found) for name, found in overlaps(plan.raw, {one.name: one.rows for one in sets}).items()},
         },
         "plan": plan.lines(),

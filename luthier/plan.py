@@ -27,6 +27,7 @@ from luthier.models.sharding import shard
 from luthier.prepare import check_lengths, check_processes, make_calibration, make_feed, prepare_model
 from luthier.recipe import Recipe
 from luthier.registry import Part
+from luthier.rows.annotate import annotations_of
 from luthier.rows.encode import EncodedRows
 from luthier.rows.gather import encode_rows, mixture_of
 from luthier.rows.mixture import described_share
@@ -81,6 +82,8 @@ class Plan:
     """The finished run this one will be compared with."""
     cache: Sequence[str] = ()
     """When streaming, whether each source's encoded rows were in the cache."""
+    mapped: Sequence[str] = ()
+    """What row maps did."""
     padded: str = ""
     """Why rows run with padding; empty where they are packed."""
     too_large: str = ""
@@ -109,7 +112,7 @@ class Plan:
             + self._losses(),
             f"           {self._padding()}; longest row {max(self.rows.sizes.tokens):,} tokens",
         ]
-        lines += [f"           {said}" for said in (*self.cache, *map(described_share, self.feed.shares()))]
+        lines += [f"           {said}" for said in (*self.cache, *self.mapped, *map(described_share, self.feed.shares()))]
         lines += [f"{key:<10} {_described(parts)}" for key, parts in self.chosen.items() if parts]
         lines += [
             f"trains     {self.trained_numbers:,} numbers, {share:.2f} % of the model's",
@@ -292,11 +295,15 @@ def make_plan(recipe: Recipe, say: Say = lambda text: None) -> Plan:
         model.to(device)  # type: ignore[arg-type]
     context = context_of(model.config)
     raw: Iterable[Any] = Joined(sources)
+    mapped: list[str] = []
     for slot, part in slots(chosen["maps"]):
         for value in part.values:
             if isinstance(value, RowMap):
-                raw = value.map(list(raw), RunServices(Tune(model, parts), slot, Now(seed=recipe.seed)))
-    rows, places, skipped, cache = encode_rows(recipe.rows, sources, raw, tokenizer, context, say)
+                before = list(raw)
+                raw = after = value.map(before, RunServices(Tune(model, parts), slot, Now(seed=recipe.seed)))
+                mapped += [f"{slot}: {value.told(before, after)}"] if value.told is not None else []
+    annotations = annotations_of(value for group in chosen.values() for part in group for value in part.values)
+    rows, places, skipped, cache = encode_rows(recipe.rows, sources, raw, tokenizer, context, say, annotations)
     rate, rate_from = advised_rate(recipe, chosen["tune"])
     feed = make_feed(recipe, rows, world, device, mixture_of(recipe.rows, recipe.seed, sources, rows, places))
     steps = feed.total()
@@ -350,6 +357,7 @@ def make_plan(recipe: Recipe, say: Say = lambda text: None) -> Plan:
         sets=sets,
         control=control,
         cache=cache,
+        mapped=mapped,
         padded=padded,
         too_large=too_large,
     )

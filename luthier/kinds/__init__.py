@@ -28,7 +28,7 @@ from luthier.kinds.base import (
     TrainedLike,
     View,
 )
-from luthier.kinds.objective import InputMap, Reading, Term, TokenLoss, TokenWeight, Vocabulary
+from luthier.kinds.objective import Annotation, InputMap, Reading, Term, TokenLoss, TokenWeight, Vocabulary, Written
 from luthier.kinds.probe import Cell, Comparison, Drawing, Finding, Line, Probe, Table
 from luthier.kinds.rows import RowLikelihood, RowMap, RowScore, RowServices
 from luthier.kinds.step import Freezing, Keeper, Optimizer, Pass, Source, Transform
@@ -41,6 +41,7 @@ __all__ = [
     "STEPS",
     "TUNES",
     "Additive",
+    "Annotation",
     "Batch",
     "Cell",
     "Chunk",
@@ -85,6 +86,7 @@ __all__ = [
     "Transform",
     "View",
     "Vocabulary",
+    "Written",
     "kind_of",
 ]
 

@@ -328,7 +328,12 @@ class View:
 
     def token_column(self, name: str) -> Tensor:
         """A number that the rows carry for each token, at the targets: [N]."""
-        return self.batch.token_columns[name][self.row_N, self.position_N]
+        column_BT = self.batch.token_columns.get(name)
+        if column_BT is None:
+            if len(self.label_N):
+                raise RuntimeError(f"the rows carry no `{name}` for each token: TokenWeight(..., annotation=Annotation(...))")
+            return torch.zeros(0, device=self.label_N.device)
+        return column_BT[self.row_N, self.position_N]
 
     def note(self, name: str, value_N: Tensor) -> None:
         """Log the mean over the step's targets of a column [N], beside the loss."""

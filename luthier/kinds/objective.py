@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Literal, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
 
@@ -70,6 +70,34 @@ class TokenLoss(NamedTuple):
     weight: float = 1.0
 
 
+class Written(NamedTuple):
+    """A row as it is encoded, before anything is cut off."""
+
+    row: Any
+    """The row (`luthier.rows.shapes.Row`)."""
+    text: str
+    targets: Sequence[tuple[int, int]]
+    """Characters of the text that are targets: the first, and the one behind the last; in order, apart from each other."""
+    token_ids: Sequence[int]
+    write: Callable[[Any], str]
+    """The text of another row, written as this one is."""
+    replace: Callable[[int, int, str], Sequence[int]]
+    """`replace(start, stop, text)` returns the row's token ids with another text in place of the characters from start to stop."""
+
+
+class Annotation(NamedTuple):
+    """A number for each token of a row, given once, when rows are encoded: `View.token_column(name)` has it at the targets.
+
+    `annotate(written, **options)` returns one finite number for each of `written.token_ids`. Rows that are streamed are encoded in
+    other processes and kept between runs: for that `annotate` is a function at the top of its module, and what it does follows from
+    that module's text and the options.
+    """
+
+    name: str
+    annotate: Callable[..., Sequence[float]]
+    options: Mapping[str, Any] = {}
+
+
 class TokenWeight(NamedTuple):
     """How much does a token count?
 
@@ -79,9 +107,12 @@ class TokenWeight(NamedTuple):
     `look(table)` is a rule over the whole step: it gets every target of the step, over micro-batches and processes, and returns their
     weights [M]; then those above 0 are counted, and rows of which nothing is kept are not run. Columns come from a pass of their own,
     without gradients and in evaluation mode; a rule that asks for none costs no pass.
+
+    `annotation` gives the rows' tokens numbers of their own, which `weigh` reads.
     """
 
     weigh: Callable[[View], Tensor] | None = None
     columns: tuple[str | Column, ...] = ()
     count: Callable[[Batch], float] | None = None  # type: ignore[assignment]
     look: Callable[[StepTable], Tensor] | None = None
+    annotation: Annotation | None = None

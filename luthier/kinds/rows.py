@@ -45,6 +45,10 @@ class RowScore(NamedTuple):
 
 
 class RowMap(NamedTuple):
-    """Rows in, rows out, before training. `map(rows, services)` returns a list of `luthier.rows.Row`."""
+    """Rows in, rows out, before training. `map(rows, services)` returns a list of `luthier.rows.shapes.Row`.
+
+    `told(before, after)` says in a few words, for the plan and the report, what became of the rows.
+    """
 
     map: Callable[[Sequence[Any], Services], list[Any]]
+    told: Callable[[Sequence[Any], Sequence[Any]], str] | None = None

@@ -35,13 +35,16 @@ def collate(encoded: Sequence[Encoded], *, pad_to_multiple: int = 1, side: Liter
         side: where padding stands: `"right"` to train, `"left"` to generate.
 
     Returns:
-        The batch. Labels are not shifted. Numeric columns become fp32 of shape [B], NaN where a row lacks the column.
+        The batch. Labels are not shifted. Numeric columns become fp32 of shape [B], NaN where a row lacks the column; those of tokens
+        fp32 of shape [B, T], 0 there and where padded.
     """
     time = _rounded_up(max(map(len, encoded), default=0), pad_to_multiple)
     token_ids_BT = torch.zeros(len(encoded), time, dtype=torch.long)
     attend_BT = torch.zeros(len(encoded), time, dtype=torch.bool)
     position_BT = torch.zeros(len(encoded), time, dtype=torch.long)
     label_BT = torch.full((len(encoded), time), NOT_A_TARGET, dtype=torch.long)
+    names = sorted({name for row in encoded for name in row.token_columns})
+    token_columns = {name: torch.zeros(len(encoded), time) for name in names}
     for index, row in enumerate(encoded):
         place = slice(0, len(row)) if side == "right" else slice(time - len(row), time)
         token_ids_T = torch.tensor(row.token_ids, dtype=torch.long)
@@ -49,8 +52,10 @@ def collate(encoded: Sequence[Encoded], *, pad_to_multiple: int = 1, side: Liter
         attend_BT[index, place] = True
         position_BT[index, place] = torch.arange(len(row))
         label_BT[index, place] = token_ids_T.masked_fill(~torch.tensor(row.supervised, dtype=torch.bool), NOT_A_TARGET)
+        for name, numbers in row.token_columns.items():
+            token_columns[name][index, place] = torch.tensor(numbers)
     row_ids = tuple(row.id for row in encoded)
-    return Batch(token_ids_BT, attend_BT, position_BT, label_BT, row_ids, _columns(encoded), _texts(encoded))
+    return Batch(token_ids_BT, attend_BT, position_BT, label_BT, row_ids, _columns(encoded), _texts(encoded), token_columns)
 
 
 def plan_epoch(

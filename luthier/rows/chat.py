@@ -7,7 +7,8 @@ model learns to stop. Templates need no `{% generation %}` marks for this; where
 targets down.
 
 A template may render an earlier turn differently once later turns follow (Qwen3 removes the thinking of earlier turns).
-What would then be trained is not what inference shows, so such a turn is context only, and a note says so.
+What would then be trained is not what inference shows, so such a turn is context only, and a note says so. A message that says
+`learn: false` is context only, too.
 
 Without a chat template rows take a plain form: the prompt, then the completion, then the end-of-sequence token. Where
 the prompt and the completion are texts, nothing stands between them; messages, instructions, inputs and labelled texts
@@ -25,7 +26,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from luthier.errors import LuthierError
-from luthier.rows.shapes import Message, Row
+from luthier.rows.shapes import Message, Row, without_mark
 
 LossOn = Literal["assistant", "last", "all"]
 Span = tuple[int, int]
@@ -39,6 +40,7 @@ _CONTINUED = ("prompt+completion", "prompt+chosen+rejected", "prompt+answer", "p
 
 REWRITES = "the chat template writes earlier turns otherwise than at inference: those assistant turns are context only"
 UNREACHABLE = "the chat template cannot be rendered up to an assistant turn: that turn is context only"
+UNLEARNED = "every assistant turn that would be learned says `learn: false`"
 ALTERS = "the chat template alters or removes text of an assistant turn"
 ENDLESS = "neither the chat template nor the tokenizer ends an assistant turn with a token: no end is learned"
 SPECIAL = "messages hold special tokens as text, which are read as tokens: perhaps a template was already applied"
@@ -90,13 +92,14 @@ class Rendered:
 
 @dataclass(frozen=True)
 class _Dialogue:
-    """Messages, of which the first `given` are a prompt and never targets; `where` is for errors."""
+    """Messages, of which the first `given` are a prompt and never targets, as those at `context` are; `where` is for errors."""
 
     messages: Sequence[Message]
     given: int
     tools: list[Any] | None
     joint: str
     where: str
+    context: frozenset[int] = frozenset()
 
 
 def form_of(tokenizer: PreTrainedTokenizerBase, options: Mapping[str, Any] | None = None) -> Form:
@@ -207,7 +210,14 @@ def _said(role: str, content: str | Sequence[Message]) -> list[Message]:
 
 def _dialogue(row: Row, messages: Sequence[Message], given: int) -> _Dialogue:
     continued = row.shape in _CONTINUED and isinstance(row.fields["prompt"], str)
-    return _Dialogue(messages, given, row.fields.get("tools"), "" if continued else _EMPTY_LINE, row.where)
+    return _Dialogue(
+        list(map(without_mark, messages)),
+        given,
+        row.fields.get("tools"),
+        "" if continued else _EMPTY_LINE,
+        row.where,
+        frozenset(index for index, message in enumerate(messages) if message.get("learn") is False),
+    )
 
 
 def _document(row: Row, form: Form) -> Rendered:
@@ -228,6 +238,7 @@ def _render(dialogue: _Dialogue, form: Form, loss_on: LossOn) -> Rendered:
         )
     if loss_on == "last":
         turns = turns[-1:]
+    learned = [index for index in turns if index not in dialogue.context]
     notes = [] if form.templated else [PLAIN]
     if not form.end_of_turn:
         notes.append(ENDLESS)
@@ -235,9 +246,11 @@ def _render(dialogue: _Dialogue, form: Form, loss_on: LossOn) -> Rendered:
         notes.append(SPECIAL)
     text, marks = _written(dialogue, form)
     if loss_on == "all":
-        return Rendered(text, ((0, len(text)),), plain=not form.templated, notes=tuple(notes))
+        return Rendered(text, _around_context(dialogue, form, text), plain=not form.templated, notes=tuple(notes))
+    if not learned:
+        notes.append(UNLEARNED)
     targets: list[Span] = []
-    for index in turns:
+    for index in learned:
         turn = _turn(dialogue, form, index, text)
         if isinstance(turn, str):
             notes.append(turn)
@@ -267,6 +280,22 @@ def _turn(dialogue: _Dialogue, form: Form, index: int, text: str) -> Span | str:
     if not through.startswith(prefix) or not text.startswith(through[:end]):
         return REWRITES
     return len(prefix), end
+
+
+def _around_context(dialogue: _Dialogue, form: Form, text: str) -> tuple[Span, ...]:
+    """The whole text but for the messages that are context only, each from its beginning to that of the next."""
+    places = [0]
+    for index in sorted(dialogue.context):
+        before = _up_to(dialogue, form, index) if index else ""
+        through = text if index == len(dialogue.messages) - 1 else _up_to(dialogue, form, index + 1)
+        if not through.startswith(before) or not text.startswith(through):
+            raise LuthierError(
+                "the chat template does not write the conversation message by message, so none of them can be left out of the loss",
+                where=dialogue.where,
+                mend="remove `learn: false`, or use loss_on: assistant",
+            )
+        places += [len(before), len(through)]
+    return tuple((start, end) for start, end in zip(places[::2], [*places[1::2], len(text)], strict=True) if start < end)
 
 
 def _narrowed(turn: Span, marks: Sequence[Span]) -> list[Span]:

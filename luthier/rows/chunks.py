@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from luthier import machine
 from luthier.errors import LuthierError
+from luthier.kinds import Annotation
 from luthier.rows.chat import Form, LossOn
 from luthier.rows.encode import TooLong, encode_each
 from luthier.rows.shapes import BadRow, Row
@@ -31,12 +32,14 @@ class Encoding:
     Args:
         form: how the tokenizer writes conversations.
         loss_on, max_tokens, too_long: as for `luthier.rows.encode.encode`.
+        annotations: what gives the rows' tokens numbers.
     """
 
     form: Form
     loss_on: LossOn
     max_tokens: int | None
     too_long: TooLong
+    annotations: tuple[Annotation, ...] = ()
 
 
 class Records(NamedTuple):
@@ -71,6 +74,7 @@ def encode_chunk(records: Records, encoding: Encoding) -> Chunk:
         max_tokens=encoding.max_tokens,
         too_long=encoding.too_long,
         form=encoding.form,
+        annotations=encoding.annotations,
     )
     return Chunk(batch_of(found), found.truncated, records.skipped, bad, list(found.dropped), found.notes)
 

@@ -15,16 +15,19 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate, pairwise
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
 from transformers import PreTrainedTokenizerBase
 
 from luthier.errors import LuthierError
+from luthier.kinds import Annotation, Written
+from luthier.rows.annotate import token_columns
 from luthier.rows.chat import Form, LossOn, Rendered, form_of, render_pair, render_prompt, render_training
 from luthier.rows.shapes import BadRow, Message, Row, Scalar, bad_rows_error
 
 Purpose = Literal["train", "prompt"]
 TooLong = Literal["refuse", "left", "right"]
+T = TypeVar("T")
 _Tokenize = Callable[[str], list[int]]
 
 
@@ -48,6 +51,7 @@ class Encoded:
         truncated: how many tokens were cut off.
         text_shape: the row's shape.
         notes: what about this row deserves a warning.
+        token_columns: numbers for each token, by name, which token weights asked for.
     """
 
     id: str
@@ -58,6 +62,7 @@ class Encoded:
     truncated: int
     text_shape: str
     notes: tuple[str, ...] = ()
+    token_columns: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.token_ids)
@@ -203,12 +208,14 @@ def encode_all(
     too_long: TooLong = "refuse",
     on_bad_row: Literal["stop", "skip"] = "stop",
     template_options: Mapping[str, Any] | None = None,
+    annotations: Sequence[Annotation] = (),
 ) -> EncodedRows:
     """Encode many rows, and account for each of them. The arguments are those of `encode`.
 
     Args:
         on_bad_row: what happens when a row cannot be encoded: `"stop"` raises one error that names up to five of them,
             `"skip"` puts them into `dropped`. A row that is left without a target is dropped in both cases.
+        annotations: what gives the rows' tokens numbers, where they are rows to train on.
 
     Raises:
         LuthierError: a row cannot be encoded and `on_bad_row` is `"stop"`, or no target is left in any row.
@@ -221,6 +228,7 @@ def encode_all(
         max_tokens=max_tokens,
         too_long=too_long,
         template_options=template_options,
+        annotations=annotations,
     )
     total = len(found.rows) + len(found.dropped) + len(bad)
     if not total:
@@ -242,6 +250,7 @@ def encode_each(
     too_long: TooLong = "refuse",
     template_options: Mapping[str, Any] | None = None,
     form: Form | None = None,
+    annotations: Sequence[Annotation] = (),
 ) -> tuple[EncodedRows, list[BadRow]]:
     """`encode_all` without its verdict: what can be encoded, and the rows that cannot.
 
@@ -256,7 +265,7 @@ def encode_each(
     for row in rows:
         where = f"{row.where} (row {row.id})"
         try:
-            one = _encode(row, form, purpose, loss_on, limits)
+            one = _encode(row, form, purpose, loss_on, limits, annotations)
         except LuthierError as problem:
             bad.append(BadRow(where, problem.what, problem.mend))
             continue
@@ -280,17 +289,36 @@ def _check_choice(name: str, value: str, known: Sequence[str]) -> None:
         raise LuthierError(f"{name} is {value!r}", mend="write one of: " + ", ".join(known))
 
 
-def _encode(row: Row, form: Form, purpose: Purpose, loss_on: LossOn, limits: _Limits) -> Encoded:
+def _encode(
+    row: Row, form: Form, purpose: Purpose, loss_on: LossOn, limits: _Limits, annotations: Sequence[Annotation] = ()
+) -> Encoded:
     _check_choice("purpose", purpose, get_args(Purpose))
     _check_choice("loss_on", loss_on, get_args(LossOn))
     if purpose == "train":
-        return _limited(row, render_training(row, form, loss_on), form, limits)
+        rendered = render_training(row, form, loss_on)
+
+        def write(other: Row) -> str:
+            return render_training(other, form, loss_on).text
+
+        def replaced(start: int, stop: int, text: str) -> list[int]:
+            return _tokenized(_replaced(rendered, start, stop, text), form)[0]
+
+        def columns_of(ids: Sequence[int]) -> dict[str, tuple[float, ...]]:
+            return token_columns(annotations, Written(row, rendered.text, rendered.targets, ids, write, replaced))
+
+        return _limited(row, rendered, form, limits, columns_of)
     if limits.too_long == "right":
         raise LuthierError("a prompt cannot be cut on the right, where the answer begins", where=row.where, mend='too_long="left"')
     return _limited(row, render_prompt(row, form), form, limits)
 
 
-def _limited(row: Row, rendered: Rendered, form: Form, limits: _Limits) -> Encoded:
+def _limited(
+    row: Row,
+    rendered: Rendered,
+    form: Form,
+    limits: _Limits,
+    columns_of: Callable[[Sequence[int]], dict[str, tuple[float, ...]]] = lambda ids: {},
+) -> Encoded:
     ids, supervised = _tokenized(rendered, form)
     surplus = max(0, len(ids) - limits.max_tokens) if limits.max_tokens is not None else 0
     if surplus and limits.too_long == "refuse":
@@ -299,13 +327,35 @@ def _limited(row: Row, rendered: Rendered, form: Form, limits: _Limits) -> Encod
             where=row.where,
             mend="raise max_tokens, or cut long rows with too_long",
         )
-    if surplus and limits.too_long == "right":
-        ids, supervised = ids[:-surplus], supervised[:-surplus]
-    elif surplus:
-        kept = 1 if ids[0] == form.tokenizer.bos_token_id else 0
-        ids, supervised = ids[:kept] + ids[kept + surplus :], supervised[:kept] + supervised[kept + surplus :]
-    supervised[:1] = [False] * len(supervised[:1])
-    return Encoded(row.id, tuple(ids), tuple(supervised), row.where, row.columns, surplus, row.shape, rendered.notes)
+    first = 1 if ids[:1] == [form.tokenizer.bos_token_id] else 0
+    start = len(ids) - surplus if limits.too_long == "right" else first
+
+    def cut(values: Sequence[T]) -> tuple[T, ...]:
+        return (*values[:start], *values[start + surplus :])
+
+    return Encoded(
+        id=row.id,
+        token_ids=cut(ids),
+        supervised=tuple(one and place > 0 for place, one in enumerate(cut(supervised))),
+        where=row.where,
+        columns=row.columns,
+        truncated=surplus,
+        text_shape=row.shape,
+        notes=rendered.notes,
+        token_columns={name: cut(numbers) for name, numbers in columns_of(ids).items()},
+    )
+
+
+def _replaced(rendered: Rendered, start: int, stop: int, text: str) -> Rendered:
+    """The same with another text from start to stop; targets that begin or end within it do so at most where it ends."""
+    longer = len(text) - (stop - start)
+
+    def moved(place: int) -> int:
+        return place + longer if place >= stop else min(place, start + len(text))
+
+    targets = [(moved(first), moved(behind)) for first, behind in rendered.targets]
+    whole = rendered.text[:start] + text + rendered.text[stop:]
+    return replace(rendered, text=whole, targets=tuple(target for target in targets if target[0] < target[1]))
 
 
 def _why_nothing_to_learn(row: Encoded) -> str:

@@ -8,7 +8,9 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from luthier.errors import LuthierError
+from luthier.kinds import Annotation
 from luthier.recipe import RowsRecipe
+from luthier.rows.annotate import check_streamed
 from luthier.rows.cache import Kept, keep
 from luthier.rows.chat import form_of
 from luthier.rows.chunks import Encoding
@@ -25,6 +27,7 @@ def encode_rows(
     tokenizer: PreTrainedTokenizerBase,
     context: int | None,
     say: Callable[[str], None],
+    annotations: tuple[Annotation, ...] = (),
 ) -> Kept:
     """Training rows as tokens and targets.
 
@@ -35,9 +38,10 @@ def encode_rows(
         tokenizer: the model's tokenizer.
         context: the most tokens the model reads; no row is longer.
         say: hears what is being done.
+        annotations: what gives the rows' tokens numbers.
 
     Raises:
-        LuthierError: a row cannot be used, or rows may be longer than the model can read.
+        LuthierError: a row cannot be used, rows may be longer than the model can read, or an annotation cannot be streamed.
     """
     limit = recipe.max_tokens
     if limit is not None and context is not None and limit > context:
@@ -48,7 +52,8 @@ def encode_rows(
         )
     if recipe.streaming:
         streamed = [one for one in sources if isinstance(one, Streamed)]
-        encoding = Encoding(form_of(tokenizer), recipe.loss_on, limit or context, recipe.too_long)
+        check_streamed(annotations, recipe.workers)
+        encoding = Encoding(form_of(tokenizer), recipe.loss_on, limit or context, recipe.too_long, annotations)
         return keep(streamed, encoding, on_bad_row=recipe.on_bad_row, workers=recipe.workers, say=say)
     rows = encode_all(
         raw,
@@ -57,6 +62,7 @@ def encode_rows(
         max_tokens=limit or context,
         too_long=recipe.too_long,
         on_bad_row=recipe.on_bad_row,
+        annotations=annotations,
     )
     return Kept(rows, (), tuple(bad for one in sources if isinstance(one, Rows) for bad in one.skipped), ())
 

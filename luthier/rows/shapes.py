@@ -16,7 +16,8 @@ travel with the row into its batch, everything else stays in `fields`.
 | `prompt`, `choices`, `answer` or `question`, `choices`, `answer` | multiple choice; `answer` is a text or its index |
 | `prompt` | an item without an answer |
 
-`prompt`, `completion`, `chosen` and `rejected` are text or a list of messages.
+`prompt`, `completion`, `chosen` and `rejected` are text or a list of messages. A message with `learn: false` is context only: it is read
+and never a target.
 """
 
 from __future__ import annotations
@@ -215,6 +216,11 @@ def _message(value: Any, key: str) -> Message:
     if role not in ROLES:
         offer = nearest(str(role), ROLES)
         raise LuthierError(f"`{key}` has the unknown role {role!r}", mend=offer or "known: " + ", ".join(ROLES))
+    learn = message.get("learn", False)
+    if not isinstance(learn, bool):
+        raise LuthierError(f"`{key}.learn` must be true or false, not {_kind(learn)}", mend="false: the turn is context only")
+    if learn and role != "assistant":
+        raise LuthierError(f"`{key}` is the turn of a {role} and says `learn: true`", mend="only an assistant's turns are learned")
     content = message.get("content")
     calls = message.get("tool_calls") or []
     if not isinstance(calls, list | tuple) or not all(isinstance(call, Mapping) for call in calls):
@@ -228,6 +234,11 @@ def _message(value: Any, key: str) -> Message:
     if role in ("system", "developer", "tool") and content == "":
         return {**message, "content": ""}
     return {**message, "content": _text(content, f"{key}.content")}
+
+
+def without_mark(message: Message) -> Message:
+    """A message as a chat template is given it: whether it is learned is no part of what is said."""
+    return {name: part for name, part in message.items() if name != "learn"}
 
 
 def _joined_parts(parts: Sequence[Any], key: str) -> str:
@@ -258,7 +269,7 @@ def _completion(value: Any, key: str, prompt: str | list[Message]) -> str | list
     if isinstance(completion, str):
         return completion
     asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    if completion[: len(asked)] == asked:
+    if list(map(without_mark, completion[: len(asked)])) == list(map(without_mark, asked)):
         completion = completion[len(asked) :]
     if not completion or completion[0]["role"] != "assistant":
         raise LuthierError(f"`{key}` must begin with an assistant message, or with the messages of `prompt` and then one")

@@ -36,6 +36,7 @@ SCHEMA = pyarrow.schema(
         "truncated": pyarrow.int32(),
         "text_shape": pyarrow.string(),
         "notes": pyarrow.list_(pyarrow.string()),
+        "token_columns": pyarrow.map_(pyarrow.string(), pyarrow.list_(pyarrow.float32())),
         "tokens": pyarrow.int32(),
         "targets": pyarrow.int32(),
         "digest": pyarrow.int64(),
@@ -105,6 +106,7 @@ class StoredRows(Sequence[Encoded]):
             truncated=row["truncated"],
             text_shape=row["text_shape"],
             notes=tuple(row["notes"]),
+            token_columns={name: tuple(numbers) for name, numbers in row["token_columns"]},
         )
 
     def sizes(self) -> Sizes:
@@ -130,6 +132,7 @@ def batch_of(rows: EncodedRows) -> pyarrow.RecordBatch:
             "truncated": row.truncated,
             "text_shape": row.text_shape,
             "notes": row.notes,
+            "token_columns": list(row.token_columns.items()),
             "tokens": tokens,
             "targets": targets,
             "digest": digest(row.id),

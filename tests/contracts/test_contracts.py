@@ -276,6 +276,9 @@ def outcome(engine: Any, now: Now, kind: str, name: str, options: dict[str, Any]
         reasons = {"rationale": "because", "reason": "therefore"}
         asked = [{"prompt": f"{i}?", "completion": "abc" * i} for i in range(4)]
         rows = [Row(f"row{i}", "prompt+completion", fields, "", reasons) for i, fields in enumerate(asked)]
+        says = {"user": "Is it open?", "assistant": "is_open()", "tool": "is_open is not defined"}
+        turns = [{"role": role, "content": content} for role, content in says.items()]
+        rows.append(Row("tools", "messages", {"messages": [*turns, turns[1]]}, "", reasons))
         return [repr(row) for row in part.values[0].map(rows, None)]
     if kind == "row_score":
         texts = [*["a red fox"] * 6, "a red fox runs", "a blue whale", "the tide comes", "the tide", "no fox", "a tall grey bird"]

@@ -34,9 +34,16 @@ def model_of(architecture: str = "llama", **options: Any) -> Any:
     return tiny(architecture, seed=1, **{"layers": 2, **options}).double()
 
 
+ANNOTATED = ("tool_calls",)
+"""Numbers that techniques want of each token."""
+
+
 def rows_of_eight(**options: Any) -> Batch:
-    """Eight rows of unequal length and unequal numbers of targets, one without any; with the free columns of `with_columns`."""
-    return with_columns(make_batch([(9, 4), (6, 5), (12, 2), (5, 0), (7, 6), (10, 9), (4, 1), (8, 3)], **options))
+    """Eight rows of unequal length and unequal numbers of targets, one without any; with the free columns of `with_columns`, and their
+    tokens have numbers from 0 to 8 in turn."""
+    batch = with_columns(make_batch([(9, 4), (6, 5), (12, 2), (5, 0), (7, 6), (10, 9), (4, 1), (8, 3)], **options))
+    numbers_BT = ((batch.position_BT + 2) % 9).float()
+    return batch._replace(token_columns=dict.fromkeys(ANNOTATED, numbers_BT))
 
 
 def gradients(engine: Engine, batches: Sequence[Batch], now: Now) -> dict[str, Tensor]:
