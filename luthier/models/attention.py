@@ -37,6 +37,8 @@ class Context(NamedTuple):
     """Trained tensors and the function that makes a block's keys and values of them, [H, P, width of a head] each."""
     lengths: tuple[int, ...] = ()
     """Tokens of each of the rows that stand one behind the other; empty where every row of the batch is one row."""
+    blocks: Callable[[int, Tensor], Tensor] | None = None
+    """What becomes of a block's output, by the block's number; see `luthier.models.blocks`."""
 
 
 class Handle:
@@ -204,7 +206,7 @@ def use_context(model: nn.Module, parts: Parts, context: Callable[[], Context]) 
         )
 
     def give(module: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        return arguments, {**options, "luthier": context()._replace(lengths=options.get("luthier", Context()).lengths)}
+        return arguments, {**options, "luthier": options.get("luthier", Context())._replace(prefixes=context().prefixes)}
 
     backbone = model.get_submodule(parts.backbone)
     return Handle(model, backbone.register_forward_pre_hook(give, with_kwargs=True), before)
