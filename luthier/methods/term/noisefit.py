@@ -13,6 +13,8 @@ from luthier.registry import method
 
 FIRST, SECOND = "noisefit first", "noisefit second"
 SOFT, CONSISTENCY = "noisefit soft", "noisefit consistency"
+CALIBRATION_ROWS = 4
+"""The authors' batch."""
 SCALES = {"absolute": absolute_scale, "relative": relative_scale}
 
 
@@ -38,13 +40,12 @@ def noisefit(
     scale: Literal["absolute", "relative"] = "absolute",
     detach_clean: bool = True,
     detach_scale: bool = True,
-    calibration_rows: int = 4,
 ) -> tuple[Term, Keeper]:
     """Learn the targets, and predict alike when noise is added behind some blocks: a x cross-entropy + (1 - a) x the divergence of two
     noisy predictions from the clean one + lambda x that of one noisy prediction from the other.
 
     It stands for cross-entropy and contains it. Every step runs the model three times forward and back, and keeps what backward needs
-    of all three. The blocks are chosen once, at the start. Evaluation has no noise.
+    of all three. The blocks are chosen once, at the start, on 4 rows. Evaluation has no noise.
 
     Args:
         noise_std: how strong the noise is.
@@ -56,7 +57,6 @@ def noisefit(
         scale: `absolute`, as in the paper, grows with the square of the hidden states; `relative` with the states.
         detach_clean: whether the soft loss leaves the clean prediction alone; the authors' code does not.
         detach_scale: whether the size of the noise counts as given; in the authors' code the states are also pulled by it.
-        calibration_rows: rows on which the ratio is measured; the authors' batch of 4.
 
     Raises:
         LuthierError: an option is out of its range, the model has fewer blocks, or they cannot be reached.
@@ -66,9 +66,8 @@ def noisefit(
             raise LuthierError(f"`{name}` is {value}", where=f"noisefit: {name}", mend="use 0 to 1" if most else "use 0 or more")
     if temperature <= 0.0:
         raise LuthierError(f"`temperature` is {temperature}", where="noisefit: temperature", mend="use more than 0")
-    for name, value in (("layers", layers), ("calibration_rows", calibration_rows)):
-        if value < 1:
-            raise LuthierError(f"`{name}` is {value}", where=f"noisefit: {name}", mend="use 1 or more")
+    if layers < 1:
+        raise LuthierError(f"`layers` is {layers}", where="noisefit: layers", mend="use 1 or more")
     scale_of = SCALES[scale]
 
     def start(services: Services) -> State:
@@ -77,7 +76,7 @@ def noisefit(
             raise LuthierError(
                 f"`layers` is {layers}, and the model has {blocks} blocks", where="noisefit: layers", mend=f"use 1 to {blocks}"
             )
-        ratios = signal_to_noise(services, services.batches(calibration_rows), scale_of, noise_std)
+        ratios = signal_to_noise(services, services.batches(CALIBRATION_ROWS), scale_of, noise_std)
         ordered = sorted(range(blocks), key=lambda block: ratios[block], reverse=choose == "highest")
         return {_noisy(block): int(block in ordered[:layers]) for block in range(blocks)}
 
