@@ -75,7 +75,9 @@ class Inputs:
         def change(embeds_BTD: Tensor) -> Tensor:
             shape = embeds_BTD.shape
             for slot, embed in maps:
-                embeds_BTD = embed(embeds_BTD, batch, self._reading(slot, key_BT, now)).to(embeds_BTD.dtype)
+                embeds_BTD = embed(embeds_BTD, _copy(batch, batch.token_ids_BT), self._reading(slot, key_BT, now)).to(
+                    embeds_BTD.dtype
+                )
                 if embeds_BTD.shape != shape:
                     raise LuthierError(
                         f"`{slot}` returned embeddings of shape {tuple(embeds_BTD.shape)} for {tuple(shape)}", where="objective"
