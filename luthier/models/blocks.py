@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 
 from luthier.models.attention import Context
@@ -29,4 +30,5 @@ def _hook(number: int) -> Any:
             return None
         return (change(number, output[0]), *output[1:]) if isinstance(output, tuple) else change(number, output)
 
-    return after
+    # Every pass brings another function: compiled blocks would be compiled anew for each.
+    return torch.compiler.disable(after)

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.utils import counters
 
 from luthier import draws
 from luthier.errors import LuthierError
@@ -201,6 +202,21 @@ def test_blocks_that_are_told_nothing_are_refused_before_training(engine: Any, n
     run = engine(model=model, objective=[pushed()])
     with pytest.raises(LuthierError, match="does not hand its blocks"):
         run.step([rows_of_eight()], now)
+
+
+def test_compiled_blocks_are_compiled_once_for_all_disturbed_passes(engine: Any, now: Now) -> None:
+    losses: list[list[float]] = []
+    torch._dynamo.reset()
+    counters.clear()
+    for compiled in (False, True):
+        model = model_of()
+        use_attention(model)
+        run = engine(model=model, objective=["cross_entropy", pushed()])
+        for layer in model.model.layers if compiled else []:
+            layer.compile(backend="eager")
+        losses.append([run.step([rows_of_eight()], now._replace(step=i)).loss for i in range(3)])
+    assert losses[0] == losses[1]
+    assert counters["stats"]["unique_graphs"] == 2 and not counters["graph_break"], "for clean passes and for disturbed ones"
 
 
 def test_detaching_takes_the_hooks_off(engine: Any) -> None:

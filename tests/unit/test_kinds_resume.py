@@ -33,6 +33,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "own head": {"tune": "some_rows", "objective": ["cross_entropy", "extra_head"]},
     "penalty": {"tune": "some_cols", "objective": ["cross_entropy", {"pull_to_start": {"weight": 1.0}}]},
     "masked inputs": {"objective": ["cross_entropy", {"masked_thought": {"warmup": 0.2}}, "drop_tokens"]},
+    "noise": {"objective": [{"noisefit": {"layers": 1}}, "neftune"]},
     "transposed rows": {"tune": "some_rows", "architecture": "gpt2"},
     "per layer": {"tune": "full", "source": "per_layer"},
     "zeroth order": {"tune": "half", "source": "zeroth_order", "step": "sgd"},
