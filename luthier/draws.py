@@ -6,6 +6,7 @@ Nothing here keeps a state, so a resumed run, another split into micro-batches a
 from __future__ import annotations
 
 import hashlib
+from math import pi
 
 import torch
 from torch import Tensor
@@ -51,3 +52,15 @@ def uniforms(key_N: Tensor, count: int, stream: int = 0) -> Tensor:
 
 def _unit(mixed: Tensor) -> Tensor:
     return ((mixed >> 11) & ((1 << 53) - 1)).double() / float(1 << 53)
+
+
+def features(key_N: Tensor, width: int) -> Tensor:
+    """A key for each of `width` numbers of a token, [..., width], from the token's."""
+    return _mix(key_N)[..., None] ^ torch.arange(width, device=key_N.device)
+
+
+def normal(key_N: Tensor, stream: int = 0) -> Tensor:
+    """Standard normal numbers in fp64, one a key; another stream gives independent ones."""
+    # One minus what is below one has a logarithm.
+    radius = (-2.0 * (1.0 - uniform(key_N, seed_of("radius", stream))).log()).sqrt()
+    return radius * (2.0 * pi * uniform(key_N, seed_of("angle", stream))).cos()

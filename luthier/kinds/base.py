@@ -204,6 +204,10 @@ class Services(Protocol):
         """Run the model on batches, and hand over what each linear map reads: `take(place, x_NI)` once a batch and place, without
         padding, detached."""
 
+    def block_outputs(self, batches: Sequence[Batch], take: Callable[[int, Tensor, Tensor], None]) -> None:
+        """Run the model on batches, and hand over what each block gives: `take(block, hidden_BTD, own_BT)` once a batch and block,
+        detached; `own_BT` is False at padding and virtual tokens."""
+
     def gradients(
         self, batches: Sequence[Batch], places: Sequence[Place], moved: Mapping[Place, Tensor] | None = None
     ) -> dict[Place, Tensor]:
@@ -211,14 +215,34 @@ class Services(Protocol):
         With `moved`, as if the weights at these places were changed by it; afterwards they are as before, bit for bit."""
 
 
+class Disturbed(NamedTuple):
+    """What a disturbance sees of one block in one pass."""
+
+    block: int
+    hidden_BTD: Tensor
+    """What the block gives."""
+    own_BT: Tensor
+    """True at the rows' own tokens; padding and virtual tokens stay as they are, whatever a disturbance returns for them."""
+    normal_BTD: Callable[[int], Tensor]
+    """`normal_BTD(stream)` draws standard normal numbers in fp64, by seed, step, row, position, feature, block and pass."""
+    now: Now
+    state: State
+    """Of the technique that asks for the pass."""
+
+
 class OtherPass(NamedTuple):
-    """Another pass over the same rows, whose distributions columns compare with the model's own."""
+    """Another pass over the same rows, whose distributions columns compare with the model's own.
+
+    With the weights that train it reads what the model reads in this step, others read the rows themselves.
+    """
 
     name: str
     at: str = ""
     """The weights it runs with: those that train, `base`, or the name of a snapshot."""
     gradient: bool = False
     """Gradients flow through it, too; for the weights that train alone. Without, it runs in evaluation mode."""
+    disturb: Callable[[Disturbed], Tensor] | None = None
+    """What each block's output becomes before the next block reads it; `hidden_BTD` itself where nothing shall happen."""
 
 
 BASE = OtherPass("base", at="base")

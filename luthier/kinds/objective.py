@@ -27,6 +27,8 @@ class Reading(NamedTuple):
     uniform_BT: Callable[[int], Tensor]
     """`uniform_BT(stream)` draws a number from [0, 1) for each token, in fp64, by seed, step, row and position: whatever is made of it
     does not depend on how a step is split. Streams are independent of each other and of other input maps' streams."""
+    uniform_BTD: Callable[[int, int], Tensor]
+    """`uniform_BTD(stream, width)` draws so many for each token."""
 
 
 class InputMap(NamedTuple):
@@ -35,10 +37,14 @@ class InputMap(NamedTuple):
     `map(batch, reading)` returns the token ids [B, T] that the model reads instead, anew in every step, on the processor. Labels,
     padding, positions and virtual ids stay what they are, and so do evaluation, the base's passes and rules over the whole step.
     `check(vocabulary)` refuses a tokenizer the map cannot work with, before anything trains.
+
+    `embed(embeds_BTD, batch, reading)` returns the embeddings that the model reads instead, in the same passes and on the model's
+    device; `batch` is as the maps of ids left it. Embeddings of virtual ids stay what they are.
     """
 
-    map: Callable[[Batch, Reading], Tensor]
+    map: Callable[[Batch, Reading], Tensor] | None = None
     check: Callable[[Vocabulary], None] | None = None
+    embed: Callable[[Tensor, Batch, Reading], Tensor] | None = None
 
 
 class Term(NamedTuple):

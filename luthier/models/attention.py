@@ -58,6 +58,8 @@ class Context(NamedTuple):
     """Tokens of each of the rows that stand one behind the other; empty where every row of the batch is one row."""
     mass: Mass | None = None
     """Asks where one block looks."""
+    blocks: Callable[[int, Tensor], Tensor] | None = None
+    """What becomes of a block's output, by the block's number; see `luthier.models.block_outputs`."""
 
 
 class Handle:

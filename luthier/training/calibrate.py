@@ -1,4 +1,5 @@
-"""Looking at the model on a few rows before it trains: what its linear maps read, and what full gradients would be."""
+"""Looking at the model on a few rows before it trains: what its linear maps read, what its blocks give, and what full gradients would
+be."""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ from luthier import logprobs
 from luthier.errors import LuthierError
 from luthier.kinds import Batch, Place
 from luthier.models.quantized import QuantizedLinear, holder
-from luthier.training.forward import hidden
+from luthier.training.forward import hidden, own_tokens
 from luthier.tune import Tune
 
 
@@ -48,6 +49,24 @@ def inputs(tune: Tune, batches: Sequence[Batch], places: Sequence[Place], take: 
     finally:
         for handle in handles:
             handle.remove()
+
+
+def block_outputs(tune: Tune, batches: Sequence[Batch], take: Callable[[int, Tensor, Tensor], None]) -> None:
+    """Run the model on batches and hand over what each block gives: `take(block, hidden_BTD, own_BT)`.
+
+    Raises:
+        LuthierError: the model is spread over several processes, or its blocks cannot be reached.
+    """
+    _refuse_spread(tune)
+    with quiet(tune.model), torch.no_grad():
+        for batch in batches:
+            own_BT = own_tokens(batch)
+
+            def look(block: int, hidden_BTD: Tensor, own_BT: Tensor = own_BT) -> Tensor:
+                take(block, hidden_BTD, own_BT)
+                return hidden_BTD
+
+            hidden(tune, batch, blocks=look)
 
 
 def gradients(

@@ -280,13 +280,15 @@ class Work:
     def _sums(self, batch: Batch) -> Sums:
         i = next(i for i, one in enumerate(self.batches) if one is batch)
         engine = self._engine
+        read = engine.inputs.read(batch, self.now)
         sums = engine.objective.total(
             engine.tune,
             batch,
             self._units,
             self.now,
             first=i == 0,
-            read=engine.inputs.read(batch, self.now),
+            read=read,
+            embed=engine.inputs.embed(read, self.now),
             keep_N=self._keeps[i] if self._keeps is not None and i < self._real else None,
             services_of=lambda slot: engine.services(slot, self.now),
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +15,12 @@ from luthier.kinds import Batch
 from luthier.models.attention import Context, Mass
 from luthier.models.head import finish
 from luthier.tune import Tune
+
+EmbedChange = Callable[[Tensor], Tensor]
+"""What becomes of the embeddings [B, T, D] of a batch."""
+
+BlockChange = Callable[[int, Tensor], Tensor]
+"""What becomes of the hidden states [B, T, D] behind a block, by its number."""
 
 
 class Hidden(NamedTuple):
@@ -47,7 +53,41 @@ class Hidden(NamedTuple):
         return torch.where(attend_BT[..., None], spread, torch.zeros((), dtype=spread.dtype, device=spread.device))
 
 
-def hidden(tune: Tune, batch: Batch, *, pack: bool = False, context_BT: Tensor | None = None) -> Hidden:
+class _Layout(NamedTuple):
+    """Where the rows' own tokens stand in what the model runs."""
+
+    own_BT: Tensor
+    before: int
+    """Virtual tokens before every row."""
+    place_BT: Tensor | None
+    """As in `Hidden`."""
+
+    def change(self, values: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
+        """Change the states of the rows' own tokens, which `change` sees as [B, T, D]."""
+        old_BTD = values[:, self.before :] if self.place_BT is None else values[0, self.place_BT.clamp(min=0)]
+        new_BTD = change(old_BTD)
+        if new_BTD is old_BTD:
+            return values
+        if self.place_BT is not None:
+            return values[0].index_put((self.place_BT[self.own_BT],), new_BTD[self.own_BT].to(values.dtype))[None]
+        rows_BTD = torch.where(self.own_BT[..., None], new_BTD.to(values.dtype), old_BTD)
+        return torch.cat([values[:, : self.before], rows_BTD], dim=1) if self.before else rows_BTD
+
+
+def own_tokens(batch: Batch) -> Tensor:
+    """True [B, T] at tokens that are neither padding nor virtual."""
+    return batch.attend_BT & (batch.token_ids_BT >= 0)
+
+
+def hidden(
+    tune: Tune,
+    batch: Batch,
+    *,
+    pack: bool = False,
+    embed: EmbedChange | None = None,
+    blocks: BlockChange | None = None,
+    context_BT: Tensor | None = None,
+) -> Hidden:
     """Run the model's body on a batch.
 
     A causal model with padding on the right needs no mask: no real token can see the padding behind it.
@@ -56,11 +96,14 @@ def hidden(tune: Tune, batch: Batch, *, pack: bool = False, context_BT: Tensor |
         tune: the model, with what is attached to it.
         batch: the rows.
         pack: leave the padding out and run the real tokens one behind the other.
+        embed: what becomes of the embeddings of the rows' own tokens, neither padding nor virtual.
+        blocks: what becomes of their hidden states behind each block.
         context_BT: True at tokens of which the last block shall say how much it attends to them. What trained prompts and prefixes
             put before the rows always counts.
 
     Raises:
-        LuthierError: the last block does not tell where it looks.
+        LuthierError: `embed` or `blocks` are given, and the model's embeddings or blocks cannot be reached; or the last block does not
+            tell where it looks.
     """
     ids_BT, attend_BT = batch.token_ids_BT, batch.attend_BT
     virtual = bool((ids_BT < 0).any())
@@ -75,22 +118,21 @@ def hidden(tune: Tune, batch: Batch, *, pack: bool = False, context_BT: Tensor |
         attend_BT = torch.cat([attend_BT.new_ones(len(attend_BT), length), attend_BT], dim=1)
         context_BT = None if context_BT is None else functional.pad(context_BT, (length, 0), value=1.0)
     backbone = tune.model.get_submodule(tune.parts.backbone)
-    if pack and not bool(attend_BT.all()):
-        place_BT = (attend_BT.flatten().cumsum(0) - 1).view_as(attend_BT)
-        asked = None if context_BT is None else Mass(tune.parts.blocks - 1, context_BT[attend_BT][None])
-        hidden_ND = _packed(backbone, ids_BT, attend_BT, asked)
-        return Hidden(hidden_ND, place_BT[:, length:], None if asked is None else _told(tune, asked)[0])
-    arguments: dict[str, Any] = {"input_ids": ids_BT, "attention_mask": None, "use_cache": False}
-    padded_left = bool((attend_BT[:, 1:] & ~attend_BT[:, :-1]).any())
-    if padded_left or not tune.parts.causal:
-        arguments["attention_mask"] = attend_BT.long()
-        arguments["position_ids"] = (attend_BT.long().cumsum(-1) - 1).clamp(min=0)
-    asked = None if context_BT is None else Mass(tune.parts.blocks - 1, context_BT)
-    extra = {} if asked is None else {"luthier": Context(mass=asked)}
-    output = backbone(**_accepted(backbone, arguments), **extra)
-    hidden_BTD: Tensor = output.last_hidden_state
-    mass_BT = None if asked is None else _told(tune, asked)[:, length:]
-    return Hidden(hidden_BTD[:, length:] if length else hidden_BTD, mass=mass_BT)
+    packed = pack and not bool(attend_BT.all())
+    place_BT = (attend_BT.flatten().cumsum(0) - 1).view_as(attend_BT)[:, length:] if packed else None
+    layout = _Layout(own_tokens(batch), length, place_BT)
+    arguments = _packed(ids_BT, attend_BT) if packed else _padded(backbone, ids_BT, attend_BT, causal=tune.parts.causal)
+    asked = None
+    if context_BT is not None:
+        asked = Mass(tune.parts.blocks - 1, context_BT[attend_BT][None] if packed else context_BT)
+        arguments["luthier"] = arguments.get("luthier", Context())._replace(mass=asked)
+    if embed is not None:
+        arguments["inputs_embeds"] = layout.change(_embedded(tune, arguments.pop("input_ids")), embed)
+    values = _last(backbone, arguments) if blocks is None else _last_open(tune, arguments, layout, blocks)
+    mass_BT = None if asked is None else _told(tune, asked)
+    if packed:
+        return Hidden(values[0], place_BT, None if mass_BT is None else mass_BT[0])
+    return Hidden(values[:, length:], mass=None if mass_BT is None else mass_BT[:, length:])
 
 
 def _told(tune: Tune, asked: Mass) -> Tensor:
@@ -103,24 +145,67 @@ def _told(tune: Tune, asked: Mass) -> Tensor:
     return asked.found_BT
 
 
-def _packed(backbone: torch.nn.Module, ids_BT: Tensor, attend_BT: Tensor, asked: Mass | None) -> Tensor:
-    """Last hidden states [N, D] of the real tokens alone."""
+def _packed(ids_BT: Tensor, attend_BT: Tensor) -> dict[str, Any]:
+    """What the model's body gets of the real tokens alone, [1, N]."""
     position_BT = attend_BT.long().cumsum(-1) - 1
-    output = backbone(
-        input_ids=ids_BT[attend_BT][None],
-        position_ids=position_BT[attend_BT][None],
+    return {
+        "input_ids": ids_BT[attend_BT][None],
+        "position_ids": position_BT[attend_BT][None],
         # One that is ready made, so that none is made; attention is told the lengths and looks at no mask.
-        attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=ids_BT.device),
-        use_cache=False,
-        luthier=Context(lengths=tuple(attend_BT.sum(-1).tolist()), mass=asked),
-    )
-    hidden_ND: Tensor = output.last_hidden_state[0]
-    return hidden_ND
+        "attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool, device=ids_BT.device),
+        "use_cache": False,
+        "luthier": Context(lengths=tuple(attend_BT.sum(-1).tolist())),
+    }
 
 
-def _accepted(module: torch.nn.Module, arguments: dict[str, Any]) -> dict[str, Any]:
-    known = inspect.signature(module.forward).parameters
+def _padded(backbone: torch.nn.Module, ids_BT: Tensor, attend_BT: Tensor, *, causal: bool) -> dict[str, Any]:
+    arguments: dict[str, Any] = {"input_ids": ids_BT, "attention_mask": None, "use_cache": False}
+    padded_left = bool((attend_BT[:, 1:] & ~attend_BT[:, :-1]).any())
+    if padded_left or not causal:
+        arguments["attention_mask"] = attend_BT.long()
+        arguments["position_ids"] = (attend_BT.long().cumsum(-1) - 1).clamp(min=0)
+    known = _known(backbone)
     return {name: value for name, value in arguments.items() if name in known}
+
+
+def _known(backbone: torch.nn.Module) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(backbone.forward).parameters
+
+
+def _embedded(tune: Tune, ids_BT: Tensor) -> Tensor:
+    """The embeddings as the model's body makes them, prompts among them."""
+    if "inputs_embeds" not in _known(tune.model.get_submodule(tune.parts.backbone)):
+        raise LuthierError("this model takes no embeddings", where=tune.parts.architecture, mend="change its token ids instead")
+    embeds: Tensor = tune.model.get_submodule(tune.parts.embedding)(ids_BT)
+    return embeds
+
+
+def _last(backbone: torch.nn.Module, arguments: dict[str, Any]) -> Tensor:
+    """Last hidden states [B, T, D], or [1, N, D] of packed rows."""
+    values: Tensor = backbone(**arguments).last_hidden_state
+    return values
+
+
+def _last_open(tune: Tune, arguments: dict[str, Any], layout: _Layout, blocks: BlockChange) -> Tensor:
+    """The same where each block's output passes through `blocks`."""
+    tune.open_blocks()
+    backbone = tune.model.get_submodule(tune.parts.backbone)
+    reached: set[int] = set()
+
+    def change(number: int, values: Tensor) -> Tensor:
+        reached.add(number)
+        return layout.change(values, lambda hidden_BTD: blocks(number, hidden_BTD))
+
+    if any(one.kind is inspect.Parameter.VAR_KEYWORD for one in _known(backbone).values()):
+        context = arguments.get("luthier", Context())._replace(blocks=change)
+        values = _last(backbone, {**arguments, "luthier": context})
+        if len(reached) == tune.parts.blocks:
+            return values
+    raise LuthierError(
+        "this model does not hand its blocks what a forward pass is told, so hidden states between them cannot be changed",
+        where=tune.parts.architecture,
+        mend="use another model, or a technique that leaves hidden states alone",
+    )
 
 
 def head_now(tune: Tune) -> Callable[[Tensor], Tensor]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -14,6 +13,7 @@ from luthier import draws
 from luthier.errors import LuthierError
 from luthier.kinds import Batch, InputMap, Now, Reading, Vocabulary
 from luthier.rows.encode import end_of_turn_ids
+from luthier.training.forward import EmbedChange
 
 
 class Mapped(NamedTuple):
@@ -45,17 +45,57 @@ class Inputs:
         Raises:
             LuthierError: a map returns another shape or type, or ids that the model does not have.
         """
-        if not self.maps:
+        maps = [(one.slot, one.value.map) for one in self.maps if one.value.map is not None]
+        if not maps:
             return batch
         # On the processor, so that every device draws the same.
         batch_here = batch.to("cpu")
         read_BT = batch_here.token_ids_BT
-        key_BT = _keys(batch_here, now)
-        for one in self.maps:
-            reading = Reading(now, self.vocabulary, _draws_of(one.slot, key_BT, now))
-            found_BT = one.value.map(_copy(batch_here, read_BT), reading)
-            read_BT = self._checked(one.slot, found_BT, batch_here)
+        key_BT = token_keys(batch_here, now)
+        for slot, map in maps:
+            found_BT = map(_copy(batch_here, read_BT), self._reading(slot, key_BT, now))
+            read_BT = self._checked(slot, found_BT, batch_here)
         return batch._replace(token_ids_BT=read_BT.to(batch.token_ids_BT.device))
+
+    def embed(self, batch: Batch, now: Now) -> EmbedChange | None:
+        """What becomes of the embeddings [B, T, D] that the model reads in this step; None: they stay.
+
+        Args:
+            batch: as the model reads it.
+            now: the clock.
+
+        Raises:
+            LuthierError: in the function, a map returns another shape.
+        """
+        maps = [(one.slot, one.value.embed) for one in self.maps if one.value.embed is not None]
+        if not maps:
+            return None
+        key_BT = token_keys(batch, now)
+
+        def change(embeds_BTD: Tensor) -> Tensor:
+            shape = embeds_BTD.shape
+            for slot, embed in maps:
+                embeds_BTD = embed(embeds_BTD, _copy(batch, batch.token_ids_BT), self._reading(slot, key_BT, now)).to(
+                    embeds_BTD.dtype
+                )
+                if embeds_BTD.shape != shape:
+                    raise LuthierError(
+                        f"`{slot}` returned embeddings of shape {tuple(embeds_BTD.shape)} for {tuple(shape)}", where="objective"
+                    )
+            return embeds_BTD
+
+        return change
+
+    def _reading(self, slot: str, key_BT: Tensor, now: Now) -> Reading:
+        def seed_of(stream: int) -> int:
+            return draws.seed_of(slot, now.stage, stream)
+
+        return Reading(
+            now,
+            self.vocabulary,
+            lambda stream: draws.uniform(key_BT, seed_of(stream)),
+            lambda stream, width: draws.uniform(draws.features(key_BT, width), seed_of(stream)),
+        )
 
     def _checked(self, slot: str, found_BT: Tensor, batch: Batch) -> Tensor:
         """What a map returned, with padding and virtual ids put back."""
@@ -76,13 +116,11 @@ class Inputs:
         return found_BT
 
 
-def _keys(batch: Batch, now: Now) -> Tensor:
-    row_B = torch.tensor([draws.seed_of(row) for row in batch.row_ids], dtype=torch.int64)
+def token_keys(batch: Batch, now: Now) -> Tensor:
+    """A key [B, T] for the draws of each token, by seed, step, row and position, on the batch's device."""
+    device = batch.position_BT.device
+    row_B = torch.tensor([draws.seed_of(row) for row in batch.row_ids], dtype=torch.int64, device=device)
     return draws.keys(now.seed, now.step, row_B[:, None], batch.position_BT)
-
-
-def _draws_of(slot: str, key_BT: Tensor, now: Now) -> Callable[[int], Tensor]:
-    return lambda stream: draws.uniform(key_BT, draws.seed_of(slot, now.stage, stream))
 
 
 def _copy(batch: Batch, read_BT: Tensor) -> Batch:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from luthier import draws, logprobs
 from luthier.errors import LuthierError
 from luthier.kinds import Batch, Column, Now, Services, State, StepTable, Tensors, Term, TokenLoss, TokenWeight, View
+from luthier.training.forward import EmbedChange
 from luthier.training.services import evaluating, view_of
 from luthier.training.world import World
 from luthier.tune import Tune
@@ -121,6 +122,12 @@ class Objective:
                 wanted += other.weight.columns
         return logprobs.resolve([*wanted, "entropy"] if self.is_weighted else wanted)
 
+    def _states(self) -> dict[str, State]:
+        """The state of the technique that asks for another pass, by the pass's name."""
+        asked = [(one.term.columns, one.state) for one in self.terms]
+        asked += [(one.weight.columns, one.state) for one in self.weights]
+        return {one.name: state for columns, state in asked for one in logprobs.passes_of(logprobs.resolve(columns))}
+
     def needs_base(self) -> bool:
         """Whether any column compares with the base."""
         looked = [c for one in self.weights for c in one.weight.columns]
@@ -143,7 +150,7 @@ class Objective:
         tables = []
         for batch in batches:
             with evaluating(tune.model):
-                tables.append(_table(tune, batch, wanted, now))
+                tables.append(_table(tune, batch, wanted, now, self._states()))
         whole, of_rows = _gathered(tables, [column.name for column in wanted], world)
         keep = torch.ones(len(whole["row"]), dtype=torch.float64)
         notes: dict[str, float] = {}
@@ -214,12 +221,16 @@ class Objective:
         *,
         first: bool,
         read: Batch | None = None,
+        embed: EmbedChange | None = None,
         keep_N: Tensor | None = None,
         services_of: Callable[[str], Services],
     ) -> Sums:
-        """One micro-batch's part of the step's loss, divided by the units of the whole step. The model reads `read`, if given."""
+        """One micro-batch's part of the step's loss, divided by the units of the whole step. The model reads `read`, if given, and of
+        its embeddings [B, T, D] what `embed` makes of them."""
         hidden_wanted = any(one.term.hidden for one in self.terms)
-        view = view_of(tune, batch, self.columns(), now, read=read, keep_hidden=hidden_wanted)
+        view = view_of(
+            tune, batch, self.columns(), now, read=read, embed=embed, remembered=self._states(), keep_hidden=hidden_wanted
+        )
         weight_N = torch.ones_like(view["nll"].detach()) if keep_N is None else keep_N.to(view["nll"])
         with torch.no_grad():
             for one in self.weights:
@@ -255,7 +266,7 @@ def _counted(view: View, weight_N: Tensor) -> Counted:
     )
 
 
-def _table(tune: Tune, batch: Batch, wanted: Sequence[Column], now: Now) -> dict[str, Tensor]:
+def _table(tune: Tune, batch: Batch, wanted: Sequence[Column], now: Now, states: Mapping[str, State]) -> dict[str, Tensor]:
     """The targets of one micro-batch; free columns of its rows under `rows NAME`."""
     where = logprobs.targets(batch)
     rows_B = torch.tensor([draws.seed_of(row) for row in batch.row_ids], dtype=torch.int64)
@@ -266,7 +277,8 @@ def _table(tune: Tune, batch: Batch, wanted: Sequence[Column], now: Now) -> dict
     for name, texts in batch.texts.items():
         here[f"rows {name}"] = torch.tensor([draws.seed_of(text) for text in texts], dtype=torch.int64)[row_N]
     if wanted:
-        here.update({name: column.float().cpu() for name, column in view_of(tune, batch, wanted, now).columns.items()})
+        view = view_of(tune, batch, wanted, now, remembered=states)
+        here.update({name: column.float().cpu() for name, column in view.columns.items()})
     return here
 
 

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from luthier import draws, logprobs
 from luthier.errors import LuthierError
-from luthier.kinds import Batch, Column, Now, OtherPass, Place, Tensors, TrainedLike, View
+from luthier.kinds import Batch, Column, Now, OtherPass, Place, State, Tensors, TrainedLike, View
 from luthier.models import blocks
 from luthier.models.head import head_of
 from luthier.models.sharding import whole
 from luthier.training import calibrate
-from luthier.training.forward import head_now, hidden
+from luthier.training.disturb import disturbance
+from luthier.training.forward import BlockChange, EmbedChange, Hidden, head_now, hidden
 from luthier.tune import Tune
 
 
@@ -111,6 +113,10 @@ class RunServices:
         """Hand over what each linear map reads, once a batch and place."""
         calibrate.inputs(self._tune, batches, places, take)
 
+    def block_outputs(self, batches: Sequence[Batch], take: Callable[[int, Tensor, Tensor], None]) -> None:
+        """Hand over what each block gives, once a batch and block."""
+        calibrate.block_outputs(self._tune, batches, take)
+
     def gradients(
         self, batches: Sequence[Batch], places: Sequence[Place], moved: Mapping[Place, Tensor] | None = None
     ) -> dict[Place, Tensor]:
@@ -136,6 +142,8 @@ def view_of(
     now: Now,
     *,
     read: Batch | None = None,
+    embed: EmbedChange | None = None,
+    remembered: Mapping[str, State] = {},
     keep_hidden: bool = False,
     pack: bool | None = None,
 ) -> View:
@@ -147,6 +155,8 @@ def view_of(
         columns: what to make.
         now: the clock.
         read: what the model reads instead of the batch; the base reads the batch.
+        embed: what becomes of the embeddings [B, T, D] that the model reads; the base's stay.
+        remembered: the state of the technique that asks for another pass, by the pass's name.
         keep_hidden: keep the last hidden states.
         pack: run the rows without padding; None: as the run does.
     """
@@ -155,11 +165,20 @@ def view_of(
     row_number = torch.tensor([draws.seed_of(row) for row in batch.row_ids], dtype=torch.int64, device=where.row_N.device)
     keys = draws.keys(now.seed, now.step, row_number[where.row_N], where.source_N)
 
+    def run(change: BlockChange | None = None, context_BT: Tensor | None = None) -> Hidden:
+        reading = batch if read is None else read
+        return hidden(tune, reading, pack=pack, embed=embed, blocks=change, context_BT=context_BT)
+
     def make() -> tuple[Tensor | None, dict[str, Tensor]]:
-        # The others run first: exchanging weights under a graph that waits for backward would be wrong.
-        others = {one.name: _other(tune, one, batch, where, pack=pack) for one in logprobs.passes_of(columns)}
+        # Other weights run first: exchanging weights under a graph that waits for backward would be wrong.
+        others = {}
+        for one in sorted(logprobs.passes_of(columns), key=lambda one: one.at == ""):
+            change = disturbance(one, batch, now, remembered.get(one.name, {}))
+            others[one.name] = (
+                _other(tune, one, batch, where, change, pack=pack) if one.at else _again(tune, one, where, partial(run, change))
+            )
         context_BT = _context(batch, where) if logprobs.CONTEXT_ATTENTION in columns else None
-        states = hidden(tune, batch if read is None else read, pack=pack, context_BT=context_BT)
+        states = run(context_BT=context_BT)
         found = logprobs.compute(
             states.at(where.row_N, where.source_N),
             where.label_N,
@@ -192,8 +211,17 @@ def _context(batch: Batch, where: logprobs.Targets) -> Tensor:
     return context_BT
 
 
-def _other(tune: Tune, one: OtherPass, batch: Batch, where: logprobs.Targets, *, pack: bool) -> logprobs.Other:
+def _other(
+    tune: Tune, one: OtherPass, batch: Batch, where: logprobs.Targets, change: BlockChange | None, *, pack: bool
+) -> logprobs.Other:
     """Another pass, as far as the head. The base and snapshots read the batch itself, whatever the model reads in this step."""
     with tune.at(one.at), evaluating(tune.model):
-        states_ND = hidden(tune, batch, pack=pack).at(where.row_N, where.source_N)
+        states_ND = hidden(tune, batch, pack=pack, blocks=change).at(where.row_N, where.source_N)
         return logprobs.Other(states_ND, head_now(tune))
+
+
+def _again(tune: Tune, one: OtherPass, where: logprobs.Targets, run: Callable[[], Hidden]) -> logprobs.Other:
+    """The weights that train once more, as far as the head; with gradients the model runs as it trains."""
+    with nullcontext() if one.gradient else evaluating(tune.model):
+        states_ND = run().at(where.row_N, where.source_N)
+    return logprobs.Other(states_ND, head_of(tune.model, tune.parts), one.gradient)

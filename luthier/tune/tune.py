@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from luthier.kinds import Additive, Freezing, HiddenEdit, Now, Place, Prefix, Prompt, Seen, Selective, Services, State, Tensors
 from luthier.models.attention import Context
+from luthier.models.block_outputs import open_blocks
 from luthier.models.parts import Parts
 from luthier.models.quantized import QuantizedLinear
 from luthier.models.sharding import Root, put
@@ -78,6 +79,7 @@ class Tune:
         self.seeded: Callable[[Trained, Tensor, Seen], None] = lambda trained, is_new, seen: None
         """Called when something is known of the gradients of new entries."""
         self.attention_handle: Any = None
+        self._block_handles: list[Any] = []
         self._handles: dict[str, Any] = {}
         model.requires_grad_(False)
 
@@ -156,6 +158,11 @@ class Tune:
         dtype = next(self.model.parameters()).dtype
         return Context(tuple((own.tensors(dtype), prefix.keyvalue) for own, prefix in self.prefixes))
 
+    def open_blocks(self) -> None:
+        """Let forward passes change what blocks give; done when first asked for, behind whatever stands at the blocks."""
+        if not self._block_handles:
+            self._block_handles = open_blocks(self.model, self.parts)
+
     def at(self, which: str) -> AbstractContextManager[None]:
         """Run the model as it was: `base`, or a snapshot's name. The tuned model comes back afterwards, bit for bit."""
         return base.at_base(self) if which == "base" else base.at_snapshot(self, which)
@@ -225,10 +232,11 @@ class Tune:
         """Take every hook off the model. In-place changes stay."""
         for site in self.sites.values():
             site.detach()
-        for handle in self._handles.values():
+        for handle in (*self._handles.values(), *self._block_handles):
             handle.remove()
         self.sites.clear()
         self._handles.clear()
+        self._block_handles.clear()
         if self.attention_handle is not None:
             self.attention_handle.remove()
             self.attention_handle = None

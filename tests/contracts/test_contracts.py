@@ -55,6 +55,7 @@ GIVEN: dict[str, dict[str, Any]] = {
     "lt_sft": {"first": 0.1},
     "masked_thought": {"warmup": 0.05, "random_share": 0.5, "mask_id": 3},
     "neuroada": {"by": "gradient"},
+    "noisefit": {"layers": 1},
     "prompt_tuning": {"init": "text"},
     "s2ft": {"by": "activation"},
     "spiel": {"every": 3, "gather": 1},

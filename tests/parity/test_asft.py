@@ -76,8 +76,10 @@ def test_the_anchor_pulls_once_the_model_has_moved(engine: Any, now: Now) -> Non
             run.step([rows_of_eight()], now._replace(step=step))
         measured = run.objective.terms[0].term
         assert measured.unit == "token"
-        far.append(sum(float((one.master - one.start).square().sum()) for one in run.tune.trained.values() if one.start is not None))
-    assert 0.0 < far[0]
+        far.append(
+            sum(float((one.master - one.start).square().sum()) for one in run.tune.trained.values() if one.start is not None)
+        )
+    assert far[0] > 0.0
     weighted = runs[0].step([rows_of_eight()], now._replace(step=30))
     assert weighted.loss == pytest.approx(sum(weighted.parts.values()), abs=1e-12)
 

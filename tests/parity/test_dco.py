@@ -81,7 +81,9 @@ def test_one_sample_is_the_summed_cross_entropy_of_rows(engine: Any, now: Now) -
     one = total_of({"dco": {"samples": 1}}, logits, LABELS, rows=ROWS)
     assert one.item() == pytest.approx(6 / 3 * total_of("cross_entropy", logits, LABELS, rows=ROWS).item(), abs=1e-14)
     # 30 targets in 7 rows; the model's norms round to fp32 behind another scale.
-    found, plain = (gradients(engine(objective=name), [rows_of_eight()], now) for name in ({"dco": {"samples": 1}}, "cross_entropy"))
+    found, plain = (
+        gradients(engine(objective=name), [rows_of_eight()], now) for name in ({"dco": {"samples": 1}}, "cross_entropy")
+    )
     assert gap(found, {name: 30 / 7 * value for name, value in plain.items()}) < 1e-6
 
 

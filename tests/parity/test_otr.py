@@ -88,7 +88,7 @@ def test_candidates_by_plain_loops() -> None:
     (value,) = registry.part("otr", **options).values
     view = view_on(logits, LABELS, value.columns)
     value.loss(view)
-    assert 0 < hits and float(view.notes["hit rate"].sum()) == pytest.approx(hits / 5, abs=1e-14)
+    assert hits > 0 and float(view.notes["hit rate"].sum()) == pytest.approx(hits / 5, abs=1e-14)
 
 
 @pytest.mark.parametrize(("beta", "temperature"), [(-0.1, 1.3), (-0.1, 1.0), (0.5, 2.0)])

@@ -36,6 +36,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "weights of tasks by losses measured between steps": {
         "token_weight": {"convergence_balance": {"validation_source": "other", "every": 2, "window": 2}}
     },
+    "noise": {"objective": [{"noisefit": {"layers": 1}}, "neftune"]},
     "transposed rows": {"tune": "some_rows", "architecture": "gpt2"},
     "per layer": {"tune": "full", "source": "per_layer"},
     "zeroth order": {"tune": "half", "source": "zeroth_order", "step": "sgd"},

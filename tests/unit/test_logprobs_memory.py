@@ -41,7 +41,9 @@ print(said("VmHWM") - before)
 """
 
 
-@pytest.mark.skipif(not STATUS.exists() or "VmHWM" not in STATUS.read_text(), reason="the system does not tell a process's peak memory")
+@pytest.mark.skipif(
+    not STATUS.exists() or "VmHWM" not in STATUS.read_text(), reason="the system does not tell a process's peak memory"
+)
 def test_all_columns_together_stay_small() -> None:
     """With 150,000 words, forward and backward of all columns at once take less than 1.5 GB; logits in fp32 alone would take 0.6."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

@@ -360,7 +360,10 @@ def test_objectives_that_minimize_nothing_get_cross_entropy(tmp_path: Path) -> N
         "cross_entropy",
         "masked_thought",
     ]
-    assert [part.name for part in planned(["likely_less", "masked_thought"]).chosen["objective"]] == ["likely_less", "masked_thought"]
+    assert [part.name for part in planned(["likely_less", "masked_thought"]).chosen["objective"]] == [
+        "likely_less",
+        "masked_thought",
+    ]
     assert alone.engine.inputs.vocabulary.mask == 0 and not bool(alone.engine.inputs.vocabulary.text_V[:3].any())
     assert alone.estimate.activations == plain.estimate.activations > 0, (
         "no memory, and the pass over shapes reads rows as they are"

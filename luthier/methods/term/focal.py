@@ -43,7 +43,9 @@ def focal(*, gamma: float = 2.0) -> Term:
         some_B = weight_B > 0
         # q of a long, unlikely row underflows: its sum is scaled by its largest member.
         log_N = view.weight_N.log() - view["nll"]
-        top_B = log_N.new_full(weight_B.shape, -math.inf).scatter_reduce(0, view.row_N, log_N.detach(), "amax").nan_to_num(neginf=0.0)
+        top_B = (
+            log_N.new_full(weight_B.shape, -math.inf).scatter_reduce(0, view.row_N, log_N.detach(), "amax").nan_to_num(neginf=0.0)
+        )
         sum_B = view.sum_rows((log_N - top_B[view.row_N]).exp())
         log_q_B = sum_B[some_B].log() + top_B[some_B] - weight_B[some_B].log()
         missing_B = (-log_q_B.expm1()).clamp(min=LEAST_MISSING)

@@ -1,0 +1,41 @@
+"""NEFTune (Jain et al., 2023), algorithm 1: uniform noise on the embeddings that the model reads while it learns."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from luthier.errors import LuthierError
+from luthier.kinds import Batch, InputMap, Reading
+from luthier.registry import method
+
+
+@method(
+    title="NEFTune",
+    paper="arXiv:2310.05914",
+    reduces_to="alpha 0: the same run without it",
+    departs="L is the row's own length, where common implementations take that of the padded batch; virtual tokens get no noise",
+    claim="neftune",
+)
+def neftune(*, alpha: float = 5.0) -> InputMap:
+    """Add uniform noise to the embeddings in training, which makes answers longer and instructions less often copied word by word.
+
+    Each number of an embedding gets alpha / sqrt(L D) times a draw from (-1, 1), with L the row's tokens and D the width, so that the
+    noise of a whole row is about alpha / sqrt(3) long. Evaluation reads embeddings without noise. It costs no memory to speak of.
+
+    Args:
+        alpha: how strong the noise is; the paper tries 5, 10 and 15.
+
+    Raises:
+        LuthierError: alpha is below 0.
+    """
+    if not 0.0 <= alpha < float("inf"):
+        raise LuthierError(f"`alpha` is {alpha}", where="neftune: alpha", mend="use 0 or more; the paper has 5, 10 and 15")
+
+    def embed(embeds_BTD: Tensor, batch: Batch, reading: Reading) -> Tensor:
+        width = embeds_BTD.shape[-1]
+        length_B = (batch.attend_BT & (batch.token_ids_BT >= 0)).sum(-1).clamp(min=1)
+        size_B11 = alpha / (length_B * width).double().sqrt()[:, None, None]
+        noise_BTD = (2.0 * reading.uniform_BTD(0, width) - 1.0) * size_B11
+        return embeds_BTD + noise_BTD.to(embeds_BTD.dtype)
+
+    return InputMap(embed=embed)
