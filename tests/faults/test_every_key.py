@@ -172,7 +172,7 @@ CASES: dict[str, Case] = {
     "objective": trained(("cross_entropy", {"cross_entropy": {"weight": 2.0}}),
                          lambda run: run.facts["history"][0]["loss"] / run.facts["history"][0]["nll"],
                          (pytest.approx(1.0), pytest.approx(2.0))),
-    "token_weight": trained((None, "probability"), lambda run: run.facts["history"][0].get("kept", 1.0)),
+    "token_weight": trained((None, "dft"), lambda run: run.facts["history"][0].get("kept", 1.0)),
     "step": trained(("sgd", "adamw"), weights),
     "source": trained(("backprop", "zeroth_order"), weights, step="sgd"),
     "keep": trained((None, "average"), weights),

@@ -51,7 +51,7 @@ def test_fault_3_the_logged_loss_is_the_mean_over_tokens(engine: Any, now: Now) 
         logits = model(batch.token_ids_BT).logits[:, :-1].flatten(0, 1)
     label = batch.label_BT[:, 1:].flatten()
     each = functional.cross_entropy(logits, label, reduction="none")[label >= 0]
-    run = engine("full", model=model, objective=["cross_entropy", {"pull_to_start": {"weight": 3.0}}], token_weight="probability")
+    run = engine("full", model=model, objective=["cross_entropy", {"pull_to_start": {"weight": 3.0}}], token_weight="dft")
     result = run.step(split(batch, (3, 5)), now)
     assert result.nll == pytest.approx(float(each.mean()), abs=1e-12)
     assert result.loss == pytest.approx(float(((-each).exp() * each).mean()), abs=1e-12)

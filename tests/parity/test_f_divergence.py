@@ -165,6 +165,6 @@ def test_it_goes_with_every_kind_of_tune(engine: Any, now: Now, objective: str, 
 
 @pytest.mark.parametrize("name", ["f_divergence", "f_divergence_rows"])
 def test_options_out_of_range(name: str) -> None:
-    with pytest.raises(LuthierError, match="`beta` is 0.0") as caught:
+    with pytest.raises(LuthierError, match=r"`beta` is 0\.0") as caught:
         registry.part(name, beta=0.0)
     assert caught.value.where == f"{name}: beta"

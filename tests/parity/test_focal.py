@@ -90,6 +90,6 @@ def test_it_goes_with_every_kind_of_tune(engine: Any, now: Now, weight: Any, tun
 
 
 def test_a_negative_power_is_refused() -> None:
-    with pytest.raises(LuthierError, match="`gamma` is -1.0") as caught:
+    with pytest.raises(LuthierError, match=r"`gamma` is -1\.0") as caught:
         registry.part("focal", gamma=-1.0)
     assert caught.value.where == "focal: gamma"
