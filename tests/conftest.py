@@ -47,7 +47,7 @@ QUALITY = (2.0, 1.0, 2.0, 2.0, 1.0, 3.0, 3.0, 1.0)
 
 def with_columns(batch: Batch) -> Batch:
     """A batch whose rows have the free columns that some techniques read: the text `task`, and the numbers `quality`, two likelihoods
-    under other models, and `right_share`, which row 3, the one of `rows_of_eight` without a target, lacks."""
+    under other models, and two shares, of which `right_share` row 3, the one of `rows_of_eight` without a target, lacks."""
     rows = len(batch.row_ids)
     aligned_B = torch.linspace(-1.4, -0.6, rows)
     share_B = torch.tensor(RIGHT_SHARES[:rows])
@@ -56,6 +56,7 @@ def with_columns(batch: Batch) -> Batch:
         "aligned_log_likelihood": aligned_B,
         "other_log_likelihood": aligned_B.flip(0),
         "right_share": share_B,
+        "other_share": torch.full((rows,), 0.02),
     }
     return batch._replace(columns=numbers, texts={"task": TASKS[:rows]})
 

@@ -63,6 +63,7 @@ GIVEN: dict[str, dict[str, Any]] = {
 }
 """Options of techniques that have options without a default, or whose defaults do nothing in the first steps."""
 OTHERS: dict[tuple[str, str], list[Any]] = {
+    ("answer_coverage", "column"): ["other_share"],
     ("convergence_balance", "column"): ["quality"],
     ("convergence_balance", "validation_rows"): [7],
     ("got_d", "chunk"): [4],

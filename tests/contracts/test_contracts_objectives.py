@@ -66,7 +66,7 @@ def test_it_goes_with_every_other_or_says_why_not(engine: Any, now: Now, kind: s
 TOGETHER = [
     {"token_weight": "dft", "objective": ["cross_entropy", "kl"]},
     {"token_weight": ["sstoken", "tl_weights"], "objective": "cross_entropy"},
-    {"token_weight": "q_tuning", "objective": "masked_thought"},
+    {"token_weight": "q_tuning", "objective": ["cross_entropy", "masked_thought"]},
 ]
 
 

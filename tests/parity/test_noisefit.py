@@ -107,8 +107,8 @@ def test_without_noise_the_soft_losses_are_zero(engine: Any, now: Now) -> None:
 
 
 def test_without_the_soft_losses_it_is_cross_entropy_bit_for_bit(engine: Any, now: Now) -> None:
-    term, _ = term_of(mix=1.0, consistency=0.0)
-    assert term.columns == ("nll",), "no noisy pass is made"
+    term, keeper = term_of(mix=1.0, consistency=0.0)
+    assert term.columns == ("nll",) and keeper.start is None, "no noisy pass is made, and no block is chosen"
     found = []
     for objective in ("cross_entropy", noisefit(mix=1.0, consistency=0.0), noisefit()):
         run = engine(model=model_of(), objective=objective)
@@ -260,7 +260,7 @@ def test_noise_is_new_in_every_step_and_pass(engine: Any, now: Now) -> None:
 def test_it_goes_with_every_kind_of_tune(engine: Any, now: Now, tune: Any) -> None:
     found = []
     for sizes in ((8,), (3, 0, 4, 1)):
-        run = engine(tune, objective=noisefit(), token_weight="dft")
+        run = engine(tune, model=model_of(), objective=noisefit(), token_weight="dft")
         run.tune.model.train()
         batches = split(rows_of_eight(), sizes)
         losses = [run.step(batches, now._replace(step=i)).loss for i in range(2)]
@@ -291,6 +291,8 @@ def test_a_whole_run(tmp_path: Path) -> None:
         ({"mix": 1.5}, "`mix` is 1.5"),
         ({"consistency": -1.0}, "`consistency` is -1.0"),
         ({"temperature": 0.0}, "`temperature` is 0.0"),
+        ({"temperature": float("nan")}, "`temperature` is nan"),
+        ({"noise_std": float("inf")}, "`noise_std` is inf"),
         ({"layers": 0}, "`layers` is 0"),
     ],
 )

@@ -82,13 +82,13 @@ def test_a_step_of_which_nothing_is_kept_is_skipped(engine: Any, now: Now) -> No
 
 def test_a_rule_can_hold_free_columns_that_only_some_micro_batches_have(engine: Any, now: Now) -> None:
     first, second = split(rows_of_eight(), (4, 4))
-    second = second._replace(columns={"number": torch.ones(4)}, texts={"task": ("a",) * 4})
+    second = second._replace(columns={"number": torch.ones(4)}, texts={"topic": ("a",) * 4})
     seen: list[StepTable] = []
     rule = TokenWeight(look=lambda table: (seen.append(table), torch.ones(len(table)))[1])  # type: ignore[func-returns-value]
     engine(model=model_of(), token_weight=rule).step([first, second], now)
-    number, task = seen[0].of_rows("number"), seen[0].of_rows("task")
-    assert number is not None and task is not None
-    assert int(number.isnan().sum()) == first.supervised and int((task == draws.seed_of("")).sum()) == first.supervised
+    number, topic = seen[0].of_rows("number"), seen[0].of_rows("topic")
+    assert number is not None and topic is not None
+    assert int(number.isnan().sum()) == first.supervised and int((topic == draws.seed_of("")).sum()) == first.supervised
 
 
 def test_weights_may_be_any_number_and_their_count_is_that_of_the_kept(engine: Any, now: Now) -> None:

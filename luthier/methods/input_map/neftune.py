@@ -17,10 +17,11 @@ from luthier.registry import method
     claim="neftune",
 )
 def neftune(*, alpha: float = 5.0) -> InputMap:
-    """Add uniform noise to the embeddings in training, which makes answers longer and instructions less often copied word by word.
+    """Add uniform noise to the embeddings in training, so that the model clings less to the wording of its rows.
 
     Each number of an embedding gets alpha / sqrt(L D) times a draw from (-1, 1), with L the row's tokens and D the width, so that the
-    noise of a whole row is about alpha / sqrt(3) long. Evaluation reads embeddings without noise. It costs no memory to speak of.
+    noise of a whole row is about alpha / sqrt(3) long. Evaluation reads embeddings without noise. The paper finds longer
+    answers.
 
     Args:
         alpha: how strong the noise is; the paper tries 5, 10 and 15.

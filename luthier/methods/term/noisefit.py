@@ -1,7 +1,8 @@
-"""NoiseFiT (Khadangi et al., 2025), sections 3.1 to 3.4: noise behind some blocks, and predictions that shall not mind it."""
+"""NoiseFiT (Khadangi et al., 2025), after the authors' first version: noise behind some blocks, and predictions that do not mind it."""
 
 from __future__ import annotations
 
+from math import inf
 from typing import Literal
 
 from torch import Tensor
@@ -61,10 +62,12 @@ def noisefit(
     Raises:
         LuthierError: an option is out of its range, the model has fewer blocks, or they cannot be reached.
     """
-    for name, value, most in (("noise_std", noise_std, None), ("mix", mix, 1.0), ("consistency", consistency, None)):
-        if value < 0.0 or (most is not None and value > most):
-            raise LuthierError(f"`{name}` is {value}", where=f"noisefit: {name}", mend="use 0 to 1" if most else "use 0 or more")
-    if temperature <= 0.0:
+    for name, value, most in (("noise_std", noise_std, inf), ("mix", mix, 1.0), ("consistency", consistency, inf)):
+        if not 0.0 <= value <= most or value == inf:
+            raise LuthierError(
+                f"`{name}` is {value}", where=f"noisefit: {name}", mend="use 0 to 1" if most == 1.0 else "use 0 or more"
+            )
+    if not 0.0 < temperature < inf:
         raise LuthierError(f"`temperature` is {temperature}", where="noisefit: temperature", mend="use more than 0")
     if layers < 1:
         raise LuthierError(f"`layers` is {layers}", where="noisefit: layers", mend="use 1 or more")
@@ -84,7 +87,8 @@ def noisefit(
         if not one.state[_noisy(one.block)]:
             return one.hidden_BTD
         scale_BTD = scale_of(one.hidden_BTD.detach() if detach_scale else one.hidden_BTD, one.own_BT)
-        return one.hidden_BTD + noise_std * scale_BTD * one.normal_BTD(0)
+        noise_BTD = noise_std * scale_BTD * one.normal_BTD(0).to(scale_BTD.dtype)
+        return one.hidden_BTD + noise_BTD.to(one.hidden_BTD.dtype)
 
     passes = tuple(OtherPass(name, gradient=True, disturb=disturb) for name in (FIRST, SECOND))
 
@@ -108,7 +112,7 @@ def noisefit(
             view.note(column.name, view[column.name])
         return (loss_N * view.weight_N).sum()
 
-    return Term(total, columns=("nll", *columns)), Keeper(start=start)
+    return Term(total, columns=("nll", *columns)), Keeper(start=start if columns else None)
 
 
 def divergence(log_of_CV: Tensor, log_from_CV: Tensor) -> Tensor:
