@@ -255,12 +255,14 @@ class _Slices(torch.autograd.Function):
         ctx.columns, ctx.names, ctx.count = columns, names, len(all_CV)
         ctx.save_for_backward(label_C, key_C, *all_CV)
         ctx.set_materialize_grads(False)
+        ctx.kept = []
         pieces = []
         for i in range(0, max(len(label_C), 1), _SLICE):
             part = slice(i, i + _SLICE)
             wide = [_widen(one_CV[part]) for one_CV in all_CV]
             chunk = Chunk(wide[0], label_C[part], key_C[part], dict(zip(names, wide[1:], strict=True)))
             pieces.append([column.value(chunk) for column in columns])
+            ctx.kept.append(chunk.kept)
         made = tuple(torch.cat(one) for one in zip(*pieces, strict=True))
         ctx.mark_non_differentiable(*(value for column, value in zip(columns, made, strict=True) if not column.gradient))
         return made
@@ -275,7 +277,8 @@ class _Slices(torch.autograd.Function):
             part = slice(i, i + _SLICE)
             with torch.enable_grad():
                 wide = [_widen(one[part].detach()).requires_grad_(needed) for one, needed in zip(all_CV, wanted, strict=True)]
-                chunk = Chunk(wide[0], label_C[part], key_C[part], dict(zip(ctx.names, wide[1:], strict=True)))
+                others = dict(zip(ctx.names, wide[1:], strict=True))
+                chunk = Chunk(wide[0], label_C[part], key_C[part], others, ctx.kept[i // _SLICE])
                 values = [(k, ctx.columns[k].value(chunk)) for k in flowing]
             values = [(k, value) for k, value in values if value.requires_grad]
             leaves = [one for one in wide if one.requires_grad]

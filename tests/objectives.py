@@ -101,7 +101,7 @@ def drawn(*shape: int, seed: int = 0) -> Tensor:
 
 
 def assert_slopes(objective: Any, labels: Sequence[int], vocabulary: int = 5, **more: Any) -> None:
-    """The gradient is that of finite differences, also where a token weight multiplies the loss."""
+    """The gradient is that of finite differences."""
     logits = drawn(len(labels), vocabulary)
     assert torch.autograd.gradcheck(lambda one: total_of(objective, one, labels, **more), (logits,), atol=1e-7)
 

@@ -256,8 +256,16 @@ class Chunk:
     do not depend on how a batch is split. `others` are the logits of other passes by name. What several columns need is made once.
     """
 
-    def __init__(self, logits_CV: Tensor, label_C: Tensor, key_C: Tensor, others: Mapping[str, Tensor] | None = None) -> None:
+    def __init__(
+        self,
+        logits_CV: Tensor,
+        label_C: Tensor,
+        key_C: Tensor,
+        others: Mapping[str, Tensor] | None = None,
+        kept: dict[str, Tensor] | None = None,
+    ) -> None:
         self.logits_CV, self.label_C, self.key_C, self.others = logits_CV, label_C, key_C, others or {}
+        self.kept = {} if kept is None else kept
         self._made: dict[str, Tensor] = {}
 
     def once(self, name: str, make: Callable[[], Tensor]) -> Tensor:
@@ -265,6 +273,12 @@ class Chunk:
         if name not in self._made:
             self._made[name] = make()
         return self._made[name]
+
+    def keep(self, name: str, make: Callable[[], Tensor]) -> Tensor:
+        """The same for what has no gradient and is small, far below [C, V]: backward gets it and need not make it again."""
+        if name not in self.kept:
+            self.kept[name] = make()
+        return self.kept[name]
 
     @cached_property
     def log_probabilities(self) -> Tensor:

@@ -75,7 +75,7 @@ def test_the_anchor_pulls_once_the_model_has_moved(engine: Any, now: Now) -> Non
     assert gap(*(gradients(run, [batch], now) for run in runs)) < 1e-12
     for run in runs:
         for step in range(10):
-            run.step([batch], now._replace(step=step, learning_rate=0.02))
+            run.step([batch], now._replace(step=step, learning_rate=0.002))
     anchored, alone = (view_of(run.tune, batch, resolve(["kl_forward"]), now)["kl_forward"].mean().item() for run in runs)
     assert 0.0 < anchored < 0.8 * alone
 

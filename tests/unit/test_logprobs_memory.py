@@ -23,7 +23,8 @@ def said(name):
 
 torch.set_num_threads(1)
 names = ["otr", "otr_expected", "label_smoothing", "z_loss", "f_divergence"]
-wanted = ["entropy", "kl", "kl_forward"] + [c for name in names for value in registry.part(name).values for c in value.columns]
+wanted = ["nll", "differentiable_entropy", "kl", "kl_forward"]
+wanted += [column for name in names for value in registry.part(name).values for column in value.columns]
 columns, vocabulary, count = logprobs.resolve(wanted), 150_000, int(sys.argv[1])
 rng = torch.Generator().manual_seed(0)
 weight_VD, base_VD = (torch.randn(vocabulary, 64, generator=rng).bfloat16() for _ in range(2))

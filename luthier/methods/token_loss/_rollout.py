@@ -18,22 +18,18 @@ STREAM = 1
 
 def policy(chunk: Chunk, temperature: float) -> Tensor:
     """Probabilities of the tokens that are proposed, [C, V], without gradient."""
-
-    def make() -> Tensor:
-        return (chunk.logits_CV.detach() / temperature).softmax(-1)
-
-    return chunk.once(f"rollout policy at {temperature}", make)
+    return (chunk.logits_CV.detach() / temperature).softmax(-1)
 
 
 def candidates_of(chunk: Chunk, temperature: float, count: int) -> Tensor:
     """Token ids drawn from the policy, independent of each other and of how the batch is split: [C, K]."""
 
     def make() -> Tensor:
-        up_to_CV = policy(chunk, temperature).cumsum(-1, dtype=torch.float64)
+        up_to_CV = policy(chunk, temperature).double().cumsum_(-1)
         level_CK = draws.uniforms(chunk.key_C, count, STREAM) * up_to_CV[:, -1:]
         return torch.searchsorted(up_to_CV, level_CK, right=True).clamp_(max=up_to_CV.shape[1] - 1)
 
-    return chunk.once(f"rollout of {count} at {temperature}", make)
+    return chunk.keep(f"{count} candidates at {temperature}", make)
 
 
 def check_temperature(name: str, temperature: float) -> None:

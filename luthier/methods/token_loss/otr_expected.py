@@ -47,13 +47,23 @@ def otr_expected(*, beta: float = -0.1, temperature: float = 1.3) -> TokenLoss:
 def columns(beta: float, temperature: float) -> tuple[Column, Column]:
     """The loss of each target, and its chance of being proposed; the same columns wherever the options are the same."""
 
-    def hit(chunk: Chunk) -> Tensor:
-        return policy(chunk, temperature).gather(-1, chunk.label_C[:, None])[:, 0]
+    name = f"otr expected: beta {beta}, temperature {temperature}"
+
+    def rewarded(chunk: Chunk) -> Tensor:
+        """Each token's chance of being proposed, times its reward; the target's is 1."""
+        label_C1 = chunk.label_C[:, None]
+
+        def make() -> Tensor:
+            chance_CV = policy(chunk, temperature)
+            hit_C1 = chance_CV.gather(-1, label_C1)
+            return chance_CV.mul_(beta).scatter_(-1, label_C1, hit_C1)
+
+        return chunk.once(name, make)
 
     def loss(chunk: Chunk) -> Tensor:
-        # One dot product a position: an elementwise product would be one more [C, V].
-        any_C = (policy(chunk, temperature)[:, None, :] @ chunk.log_probabilities[:, :, None])[:, 0, 0]
-        return -((1.0 - beta) * hit(chunk) * chunk.label_log_probability + beta * any_C)
+        return -(rewarded(chunk) * chunk.log_probabilities).sum(-1)
 
-    name = f"otr expected: beta {beta}, temperature {temperature}"
-    return Column(name, loss), Column(f"{name}, hits", hit, gradient=False)
+    def hits(chunk: Chunk) -> Tensor:
+        return rewarded(chunk).gather(-1, chunk.label_C[:, None])[:, 0]
+
+    return Column(name, loss), Column(f"{name}, hits", hits, gradient=False)
