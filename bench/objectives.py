@@ -15,19 +15,19 @@ from typing import Any
 
 import torch
 
-from bench.techniques import player, rows_of_one_length
+from bench.techniques import LENGTH, common_setting, player, rows_of_one_length
 from bench.turns import Player
 from luthier import machine, registry
 from luthier.kinds import OBJECTIVES
 
 HERE = Path(__file__).parent
-LENGTH, STEP_TOKENS = 256, 1024
+STEP_TOKENS = 1024
 KINDS = ("token_weight", *OBJECTIVES)
-BESIDE = ("kl", "z_loss", "cross_entropy")
+BESIDE = ("kl", "z_loss")
 """Objectives that stand beside another."""
-OPTIONS: dict[str, dict[str, Any]] = {}
-"""Of techniques that cannot run at their defaults here."""
-PROMISED = ("dft", "otr", "otr_expected", "asft")
+OPTIONS: dict[str, dict[str, Any]] = {"caft": {"heads_first": 0.0, "train_heads": True}}
+"""Of techniques whose first steps are not like the others, or that cannot run at their defaults."""
+PROMISED = ("dft", "otr", "otr_expected", "asft", "kl")
 """What luthier promises the cost of: more steps are counted."""
 COLUMNS = {"task": "prose", "aligned_log_likelihood": -3.0, "right_share": 0.05}
 """What some techniques read from rows."""
@@ -55,19 +55,15 @@ def main() -> None:
     names = [(kind, name) for kind in KINDS for name in registry.names(kind) if name != "cross_entropy"]
     names = [(kind, name) for kind, name in names if not chosen.only or name in chosen.only]
     rows = rows_of_one_length((STEP_TOKENS // LENGTH) * (2 * chosen.rounds + 2) * (len(names) + 2))
-    common = {
-        "model": chosen.model,
-        "precision": chosen.precision,
-        "rows_a_step": STEP_TOKENS // LENGTH,
-        "max_tokens": LENGTH,
-        "micro_batch_tokens": STEP_TOKENS,
-        "tune": "full",
-        "rows": [{**row, **COLUMNS} for row in rows],
-    }
+    rows = [{**row, **COLUMNS} for row in rows]
+    common = {**common_setting(chosen, STEP_TOKENS, rows), "tune": "full"}
     results = []
     with tempfile.TemporaryDirectory() as folder:
         plain = player("bench.ours", common, Path(folder), "full")
         plain.step()
+        validation = Path(folder) / "validation.jsonl"
+        validation.write_text("".join(json.dumps(row) + "\n" for row in rows[:8]), encoding="utf-8")
+        OPTIONS["convergence_balance"] = {"validation_source": str(validation)}
         for kind, name in names:
             results.append(
                 {"name": name, "kind": kind, **measured(keys_of(kind, name), common, Path(folder) / name, plain, chosen)}

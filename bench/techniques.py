@@ -52,27 +52,36 @@ def rows_of_one_length(count: int) -> list[dict[str, Any]]:
     return [{"id": f"text-{i}", "text": " ".join(words[i * 40 % len(words) :] + words)[:4000]} for i in range(count)]
 
 
-def main() -> None:
-    """Measure every technique and write the results."""
-    parser = argparse.ArgumentParser(prog="python -m bench.techniques", description=__doc__)
+def arguments(prog: str, about: str | None, *, rounds: int, more: str, out: Path) -> argparse.Namespace:
+    """The command line of a bench of many techniques."""
+    parser = argparse.ArgumentParser(prog=prog, description=about)
     parser.add_argument("--model", default="smollm2-135m-instruct")
-    parser.add_argument(
-        "--rounds", type=int, default=1, help="steps that count, a technique; three times as many where a speed is promised"
-    )
+    parser.add_argument("--rounds", type=int, default=rounds, help=f"steps that count, a technique; {more}")
     parser.add_argument("--precision", default="bf16")
     parser.add_argument("--only", nargs="*", default=[], help="these techniques alone")
-    parser.add_argument("--out", type=Path, default=HERE / "techniques.json")
-    chosen = parser.parse_args()
-    names = [name for kind in TUNES for name in registry.names(kind) if name not in ALREADY]
-    names = [name for name in ("lora", *names, *VARIANTS) if not chosen.only or name in chosen.only]
-    common = {
+    parser.add_argument("--out", type=Path, default=out)
+    return parser.parse_args()
+
+
+def common_setting(chosen: argparse.Namespace, step_tokens: int, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """What all sides of a bench share."""
+    return {
         "model": chosen.model,
         "precision": chosen.precision,
-        "rows_a_step": STEP_TOKENS // LENGTH,
+        "rows_a_step": step_tokens // LENGTH,
         "max_tokens": LENGTH,
-        "micro_batch_tokens": STEP_TOKENS,
-        "rows": rows_of_one_length(8 * (chosen.rounds + 2) * (len(names) + 2)),
+        "micro_batch_tokens": step_tokens,
+        "rows": rows,
     }
+
+
+def main() -> None:
+    """Measure every technique and write the results."""
+    more = "three times as many where a speed is promised"
+    chosen = arguments("python -m bench.techniques", __doc__, rounds=1, more=more, out=HERE / "techniques.json")
+    names = [name for kind in TUNES for name in registry.names(kind) if name not in ALREADY]
+    names = [name for name in ("lora", *names, *VARIANTS) if not chosen.only or name in chosen.only]
+    common = common_setting(chosen, STEP_TOKENS, rows_of_one_length(8 * (chosen.rounds + 2) * (len(names) + 2)))
     with tempfile.TemporaryDirectory() as folder:
         full = player("bench.ours", {**common, "tune": "full"}, Path(folder), "full")
         mine = full.step()
