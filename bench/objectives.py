@@ -6,7 +6,6 @@ is a target, so that whatever is done to distributions costs its most. Results g
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import tempfile
@@ -15,7 +14,7 @@ from typing import Any
 
 import torch
 
-from bench.techniques import LENGTH, common_setting, player, rows_of_one_length
+from bench.techniques import LENGTH, arguments, common_setting, player, rows_of_one_length
 from bench.turns import Player
 from luthier import machine, registry
 from luthier.kinds import OBJECTIVES
@@ -43,19 +42,12 @@ def keys_of(kind: str, name: str) -> dict[str, Any]:
 
 def main() -> None:
     """Measure every technique and write the results."""
-    parser = argparse.ArgumentParser(prog="python -m bench.objectives", description=__doc__)
-    parser.add_argument("--model", default="smollm2-135m-instruct")
-    parser.add_argument(
-        "--rounds", type=int, default=3, help="steps that count, a technique; twice as many where a cost is promised"
-    )
-    parser.add_argument("--precision", default="bf16")
-    parser.add_argument("--only", nargs="*", default=[], help="these techniques alone")
-    parser.add_argument("--out", type=Path, default=HERE / "objectives.json")
-    chosen = parser.parse_args()
+    more = "twice as many where a cost is promised"
+    chosen = arguments("python -m bench.objectives", __doc__, rounds=3, more=more, out=HERE / "objectives.json")
     names = [(kind, name) for kind in KINDS for name in registry.names(kind) if name != "cross_entropy"]
     names = [(kind, name) for kind, name in names if not chosen.only or name in chosen.only]
-    rows = rows_of_one_length((STEP_TOKENS // LENGTH) * (2 * chosen.rounds + 2) * (len(names) + 2))
-    rows = [{**row, **COLUMNS} for row in rows]
+    each = (STEP_TOKENS // LENGTH) * (2 * chosen.rounds + 2)
+    rows = [{**row, **COLUMNS} for row in rows_of_one_length(each * (len(names) + 2))]
     common = {**common_setting(chosen, STEP_TOKENS, rows), "tune": "full"}
     results = []
     with tempfile.TemporaryDirectory() as folder:
@@ -65,9 +57,8 @@ def main() -> None:
         validation.write_text("".join(json.dumps(row) + "\n" for row in rows[:8]), encoding="utf-8")
         OPTIONS["convergence_balance"] = {"validation_source": str(validation)}
         for kind, name in names:
-            results.append(
-                {"name": name, "kind": kind, **measured(keys_of(kind, name), common, Path(folder) / name, plain, chosen)}
-            )
+            setting = {**common, "rows": rows[:each], "keys": keys_of(kind, name)}
+            results.append({"name": name, "kind": kind, **measured(setting, Path(folder) / name, plain, chosen.rounds)})
             print(line(results[-1]), flush=True)
         plain.end()
     written = {
@@ -80,19 +71,16 @@ def main() -> None:
     print(f"written to {chosen.out}")
 
 
-def measured(
-    keys: dict[str, Any], common: dict[str, Any], folder: Path, plain: Player, chosen: argparse.Namespace
-) -> dict[str, Any]:
+def measured(setting: dict[str, Any], folder: Path, plain: Player, rounds: int) -> dict[str, Any]:
     """A technique's steps, each beside one of plain fine-tuning, after one that does not count; why it cannot run otherwise."""
     folder.mkdir()
     try:
-        other = player("bench.ours", {**common, "keys": keys}, folder, "run")
+        other = player("bench.ours", setting, folder, "run")
     except RuntimeError as error:
         return {"error": str(error).strip().splitlines()[-1][:200]}
     try:
         other.step()
-        rounds = chosen.rounds * (2 if folder.name in PROMISED else 1)
-        pairs = [(other.step(), plain.step()) for _ in range(rounds)]
+        pairs = [(other.step(), plain.step()) for _ in range(rounds * (2 if folder.name in PROMISED else 1))]
     finally:
         other.end()
     extra = [one["seconds"] / two["seconds"] - 1 for one, two in pairs]
