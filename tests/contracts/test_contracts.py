@@ -77,7 +77,7 @@ OTHERS: dict[tuple[str, str], list[Any]] = {
     ("poft", "column"): ["other_log_likelihood"],
 }
 """Other values of options for which the type does not tell them, by technique and option."""
-SAME_BY_DESIGN = {frozenset({"backprop", "per_layer"}), frozenset({"dft", "probability"})}
+SAME_BY_DESIGN = {frozenset({"backprop", "per_layer"})}
 
 
 def run_of(engine: Any, kind: str, name: str, options: dict[str, Any] | None = None, **more: Any) -> Any:
