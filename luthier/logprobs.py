@@ -23,8 +23,15 @@ Head = Callable[[Tensor], Tensor]
 LOGIT_BYTES = 256 * 2**20
 """Most memory that the logits of one chunk may take."""
 
-_SLICE = 64
-"""Rows of logits turned to fp32 at a time: small enough to stay in the processor's cache."""
+_SLICE_BYTES = {"cpu": 6 * 2**20}
+"""Most bytes of logits turned to fp32 at a time: on a processor few enough to stay in its cache."""
+_LARGE_SLICE_BYTES = 64 * 2**20
+"""The same on an accelerator, where many small slices would cost more than they save."""
+
+
+def _rows_of_slice(logits_CV: Tensor) -> int:
+    most = _SLICE_BYTES.get(logits_CV.device.type, _LARGE_SLICE_BYTES)
+    return max(1, most // (4 * max(1, logits_CV.shape[1])))
 
 
 class Targets(NamedTuple):
@@ -48,7 +55,8 @@ def targets(batch: Batch) -> Targets:
 
 def _scratch(logits_CV: Tensor, dtype: torch.dtype) -> Tensor:
     """Room for one slice in fp32, used again and again: fresh memory costs more than what is computed in it."""
-    return torch.empty(min(_SLICE, len(logits_CV)), logits_CV.shape[1], dtype=dtype, device=logits_CV.device)
+    rows = min(_rows_of_slice(logits_CV), len(logits_CV))
+    return torch.empty(rows, logits_CV.shape[1], dtype=dtype, device=logits_CV.device)
 
 
 class _Nll(torch.autograd.Function):
@@ -62,8 +70,9 @@ class _Nll(torch.autograd.Function):
         entropy_C = torch.empty_like(total_C) if with_entropy else total_C.new_empty(0)
         scratch = _scratch(logits_CV, wide)
         other = _scratch(logits_CV, wide) if with_entropy else scratch
-        for i in range(0, len(logits_CV), _SLICE):
-            part = slice(i, i + _SLICE)
+        size = _rows_of_slice(logits_CV)
+        for i in range(0, len(logits_CV), size):
+            part = slice(i, i + size)
             soft = scratch[: len(logits_CV) - i].copy_(logits_CV[part])
             top = soft.amax(-1, keepdim=True)
             top = top.masked_fill(top.isinf(), 0.0)
@@ -88,8 +97,9 @@ class _Nll(torch.autograd.Function):
         logits_CV, label_C, total_C = ctx.saved_tensors
         result_CV = torch.empty_like(logits_CV)
         scratch = _scratch(logits_CV, total_C.dtype)
-        for i in range(0, len(logits_CV), _SLICE):
-            part = slice(i, i + _SLICE)
+        size = _rows_of_slice(logits_CV)
+        for i in range(0, len(logits_CV), size):
+            part = slice(i, i + size)
             soft = scratch[: len(logits_CV) - i].copy_(logits_CV[part]).sub_(total_C[part, None]).exp_()
             soft.scatter_add_(-1, label_C[part, None], soft.new_full((len(soft), 1), -1.0))
             result_CV[part] = soft.mul_(gradient_C[part, None])
@@ -257,8 +267,9 @@ class _Slices(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.kept = []
         pieces = []
-        for i in range(0, max(len(label_C), 1), _SLICE):
-            part = slice(i, i + _SLICE)
+        size = _rows_of_slice(all_CV[0])
+        for i in range(0, max(len(label_C), 1), size):
+            part = slice(i, i + size)
             wide = [_widen(one_CV[part]) for one_CV in all_CV]
             chunk = Chunk(wide[0], label_C[part], key_C[part], dict(zip(names, wide[1:], strict=True)))
             pieces.append([column.value(chunk) for column in columns])
@@ -273,12 +284,13 @@ class _Slices(torch.autograd.Function):
         wanted = ctx.needs_input_grad[4:]
         flowing = {k: one for k, one in enumerate(gradients) if one is not None and ctx.columns[k].gradient}
         found = [torch.zeros_like(one) if needed else None for one, needed in zip(all_CV, wanted, strict=True)]
-        for i in range(0, len(label_C) if flowing else 0, _SLICE):
-            part = slice(i, i + _SLICE)
+        size = _rows_of_slice(all_CV[0])
+        for i in range(0, len(label_C) if flowing else 0, size):
+            part = slice(i, i + size)
             with torch.enable_grad():
                 wide = [_widen(one[part].detach()).requires_grad_(needed) for one, needed in zip(all_CV, wanted, strict=True)]
                 others = dict(zip(ctx.names, wide[1:], strict=True))
-                chunk = Chunk(wide[0], label_C[part], key_C[part], others, ctx.kept[i // _SLICE])
+                chunk = Chunk(wide[0], label_C[part], key_C[part], others, ctx.kept[i // size])
                 values = [(k, ctx.columns[k].value(chunk)) for k in flowing]
             values = [(k, value) for k, value in values if value.requires_grad]
             leaves = [one for one in wide if one.requires_grad]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from luthier import draws
+from luthier import draws, logprobs
 from luthier.errors import LuthierError
 from luthier.kinds import Batch, Chunk, Column, Now
 from luthier.logprobs import COLUMNS, Other, compute, nll, resolve, targets
@@ -189,8 +189,10 @@ def test_several_draws_a_key_are_uniform_and_independent() -> None:
 
 
 @pytest.mark.parametrize("limit_bytes", [10**9, 8 * 4 * 80])
-def test_columns_share_what_they_make_once(limit_bytes: int) -> None:
+def test_columns_share_what_they_make_once(limit_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """And backward gets what is kept, in one chunk and in several, which run once more before it."""
+    # Slices of 64 rows.
+    monkeypatch.setitem(logprobs._SLICE_BYTES, "cpu", 64 * 4 * 4)
     made: dict[str, list[int]] = {"once": [], "kept": []}
 
     def shared(chunk: Chunk) -> Tensor:
@@ -205,7 +207,6 @@ def test_columns_share_what_they_make_once(limit_bytes: int) -> None:
     found = compute(
         logits, torch.zeros_like(key_N), lambda hidden: hidden, wanted, key_N=key_N, vocabulary=4, limit_bytes=limit_bytes
     )
-    # Slices of 64 rows.
     slices = [64, 36] if limit_bytes > 10**6 else [64, 16, 20]
     assert made == {"once": slices, "kept": slices} and torch.equal(found["one"], found["two"])
     (found["one"] + found["two"]).sum().backward()
