@@ -146,7 +146,13 @@ def _arithmetic(dice: Dice, difficulty: int, split: Split) -> Item:
     return Item(f"{max(left, right)}-{min(left, right)}", str(abs(left - right)))
 
 
-ARITHMETIC = Skill("arithmetic", "add and subtract two numbers", _arithmetic)
+def _miscounted(item: Item, dice: Dice) -> Item:
+    """A result that is off by 1 to 9, never below 0."""
+    result = int(item.answer)
+    return item._replace(answer=str(dice.pick([one for one in range(max(0, result - 9), result + 10) if one != result])))
+
+
+ARITHMETIC = Skill("arithmetic", "add and subtract two numbers", _arithmetic, spoil=_miscounted)
 TRACES = Skill(
     "traces",
     "add a list of numbers, every step written out",
