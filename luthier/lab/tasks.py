@@ -7,12 +7,14 @@ from dataclasses import replace
 from statistics import fmean
 from typing import Any
 
-from luthier.evaluate.sets import measure
+from luthier.evaluate.sets import EvalSet, measure
 from luthier.lab import world
 from luthier.lab.claim import Finished, Recipe, Setting
 from luthier.lab.skill import Split
+from luthier.lab.skills.facts import world as world_facts
 from luthier.lab.world_sets import sets_of
 from luthier.opened import open_base, open_run
+from luthier.rows.read import read
 from luthier.run import Run
 
 TAUGHT = ("facts", "boxes", "copy", "reverse", "case", "sentiment", "topic", "refusals", "translate")
@@ -24,6 +26,8 @@ BATCH_TOKENS = 512
 """Tokens of a step: the built-in models learn from many small steps."""
 ITEMS = 60
 """Held-back items of a skill."""
+FEW = 24
+"""People that `few_facts` tells of: five facts of each."""
 
 
 def teach(skill: str, setting: Setting, *, count: int, epochs: float, **options: Any) -> Recipe:
@@ -42,6 +46,14 @@ def teach(skill: str, setting: Setting, *, count: int, epochs: float, **options:
 def new_language(setting: Setting) -> list[Recipe]:
     """The stage that most claims about tuning share: known facts, asked for in a language that is new."""
     return [teach(NEW_LANGUAGE, setting, count=600, epochs=10)]
+
+
+def few_facts(split: Split, count: int = 60, seed: int = 0, noise: float = 0.0) -> list[dict[str, Any]]:
+    """New facts about a few people alone, so that each is met often, as rows or items; so many of them, or all there are."""
+    few = world_facts().new[:FEW]
+    # Three of ten are about them; more items than these there are none.
+    drawn = world.rows("new_facts", split, 5 * count if split == "train" else 200, seed=seed, noise=noise)
+    return [row for row in drawn if any(one in row["prompt"] for one in few)][:count]
 
 
 def stage(rows: Sequence[dict[str, Any]], epochs: float) -> Recipe:
@@ -69,6 +81,12 @@ def accuracies(
     tune, tokenizer = open_run(run, weights_only=weights_only)
     found = measure(tune, tokenizer, sets_of(skills, split=split, count=count, difficulty=difficulty))
     return {name: result.value for name, result in found.items()}
+
+
+def right(run: Run, items: Sequence[dict[str, Any]]) -> float:
+    """The share of items that a run's model answers as they have it."""
+    found = measure(*open_run(run), [EvalSet("items", list(read(list(items))), "equal", max_new_tokens=16)])
+    return found["items"].value
 
 
 def learnt_and_kept(finished: Finished) -> dict[str, float]:

@@ -22,7 +22,7 @@ _ALL = (
     *(labels.SENTIMENT, labels.TOPIC, labels.PAIRS),
     *(prompted.REFUSALS, language.TRANSLATE, prompted.IN_CONTEXT, language.STORIES),
     *(arithmetic.TRACES, strings.SORT, strings.COMPOSE, prompted.TOOLS),
-    *(facts.NEW_FACTS, facts.UPDATED_FACTS, facts.SECOND_LANGUAGE),
+    *(facts.NEW_FACTS, facts.UPDATED_FACTS, facts.SECOND_LANGUAGE, arithmetic.LARGEST),
 )
 SKILLS: Mapping[str, Skill] = {skill.name: skill for skill in _ALL}
 """Every skill by name: first those the built-in model was taught, then those left to teach."""

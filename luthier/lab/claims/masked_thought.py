@@ -2,23 +2,36 @@
 
 from __future__ import annotations
 
+from luthier.lab import world
 from luthier.lab.claim import Arm, Claim, Expectation, Finished, Recipe, Setting
+from luthier.lab.targets import targets_of
 from luthier.lab.tasks import TAUGHT, mean, teach, validation
+
+SKILL = "largest"
 
 
 def stages(setting: Setting) -> list[Recipe]:
     """Few traces, many times: where plain training learns them by heart."""
-    return [teach("traces", setting, count=100, epochs=12)]
+    return [teach(SKILL, setting, count=100, epochs=10)]
 
 
 def measure(finished: Finished) -> dict[str, float]:
-    """Right last numbers, for sums as long as those trained on and for longer ones."""
+    """Right last numbers, for lists as long as those trained on and for longer ones; where the last block looks."""
     run = finished.runs[0]
+    other = world.rows(SKILL, "train", 60, seed=finished.setting.seed + 500)
     return {
-        "as long": mean(run, ["traces"], count=150),
-        "one longer": mean(run, ["traces"], count=150, difficulty=2),
+        "as long": mean(run, [SKILL], count=150),
+        "one longer": mean(run, [SKILL], count=150, difficulty=2),
+        "two longer": mean(run, [SKILL], count=150, difficulty=3),
+        "attention to the question": targets_of(run, other, ["context_attention"]).mean("context_attention"),
         "kept": mean(run, TAUGHT),
     }
+
+
+def masked(rate: float) -> Arm:
+    """Up to a share of the trace replaced."""
+    recipe = {"objective": ["cross_entropy", {"masked_thought": {"rate": rate}}]}
+    return Arm(f"masked, {rate:g}", recipe, f"up to {rate:.0%} of the trace replaced")
 
 
 CLAIM = Claim(
@@ -30,17 +43,21 @@ CLAIM = Claim(
     stages=stages,
     arms=[
         Arm("plain", {"objective": "cross_entropy"}, "cross-entropy on the whole trace"),
-        Arm("masked, 0.4", {"objective": [{"masked_thought": {"rate": 0.4}}]}, "up to 40 % of the trace replaced"),
+        masked(0.2),
+        masked(0.4),
+        masked(0.8),
     ],
     expects=[
-        Expectation("as long", "masked, 0.4", "plain", "more", 0.03, "better on sums as long as those trained on"),
-        Expectation("one longer", "masked, 0.4", "plain", "more", 0.03, "better on longer sums"),
+        Expectation("as long", "masked, 0.4", "plain", "more", 0.03, "better on lists as long as those trained on"),
+        Expectation("one longer", "masked, 0.4", "plain", "more", 0.03, "better on longer lists"),
+        Expectation("attention to the question", "masked, 0.4", "plain", "more", 0.0, "it looks more at the question"),
+        Expectation("as long", "masked, 0.8", "masked, 0.4", "less", 0.0, "too much hidden is worse"),
     ],
     measure=measure,
-    choose=validation("traces"),
-    rates=(1e-3, 2e-3, 4e-3),
+    choose=validation(SKILL),
+    rates=(5e-4, 1e-3, 2e-3),
     floor={"as long": 0.5},
-    minutes=10,
-    notes="The paper fine-tunes 7B models on GSM8K for ten epochs, with a rate of 0.4. Each step of our traces writes both operands "
-    "again, so there is little a model could copy from afar.",
+    minutes=5,
+    notes="The paper fine-tunes 7B models on GSM8K for ten epochs, with a rate of 0.4. Here a trace is the running maximum of a list: "
+    "each step can be read from the question alone, or from the step before and one number of the question.",
 )

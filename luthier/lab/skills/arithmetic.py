@@ -1,4 +1,4 @@
-"""Sums: plain answers, and running sums with every step written out, whole or with noise.
+"""Sums: plain answers, and running sums and maxima with every step written out, sums whole or with noise.
 
 The traces follow "Understanding the Effect of Noise in LLM Training Data with Algorithmic Chains of Thought" (arXiv:2402.04004):
 static noise spoils the finished text and leaves the answer right; dynamic noise spoils a result while it is computed, and
@@ -8,6 +8,7 @@ everything behind it follows, the answer too.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 from typing import Literal, NamedTuple
 
 from luthier.errors import LuthierError
@@ -139,6 +140,28 @@ def _tells_a_kept_sum(text: str) -> bool:
     )
 
 
+def _steps(prompt: str, steps: Sequence[int]) -> Item:
+    return Item(prompt, str(steps[-1]), f"{' '.join(map(str, steps))} so {steps[-1]}")
+
+
+def _largest(dice: Dice, difficulty: int, split: Split) -> Item:
+    """Each step is the larger of the one before and the next number of the question."""
+    while True:
+        numbers = [dice.number(1, 9) for _ in range(3 + difficulty)]
+        item = _steps(f"Largest of {', '.join(map(str, numbers))}.", list(accumulate(numbers, max)))
+        if not _tells_a_kept_sum(f"{item.prompt} {item.target}"):
+            return item
+
+
+def _lost_maximum(item: Item, dice: Dice) -> Item:
+    """From some step on another number stands in place of the largest."""
+    assert isinstance(item.prompt, str)
+    steps = [int(one) for one in item.target.split(" so ")[0].split()]
+    first = dice.number(0, len(steps) - 1)
+    wrong = dice.pick([one for one in range(1, 10) if one != steps[-1]])
+    return _steps(item.prompt, [*steps[:first], *(wrong for _ in steps[first:])])
+
+
 def _arithmetic(dice: Dice, difficulty: int, split: Split) -> Item:
     left, right = dice.number(0, 30 * difficulty), dice.number(0, 30 * difficulty)
     if dice.chance(0.5):
@@ -146,7 +169,13 @@ def _arithmetic(dice: Dice, difficulty: int, split: Split) -> Item:
     return Item(f"{max(left, right)}-{min(left, right)}", str(abs(left - right)))
 
 
-ARITHMETIC = Skill("arithmetic", "add and subtract two numbers", _arithmetic)
+def _miscounted(item: Item, dice: Dice) -> Item:
+    """A result that is off by 1 to 9, never below 0."""
+    result = int(item.answer)
+    return item._replace(answer=str(dice.pick([one for one in range(max(0, result - 9), result + 10) if one != result])))
+
+
+ARITHMETIC = Skill("arithmetic", "add and subtract two numbers", _arithmetic, spoil=_miscounted)
 TRACES = Skill(
     "traces",
     "add a list of numbers, every step written out",
@@ -156,4 +185,13 @@ TRACES = Skill(
     pretrained=False,
     spoil=_spoil_trace,
     options={"kind": "static", "intensity": 0.1},
+)
+LARGEST = Skill(
+    "largest",
+    "find the largest of a list of numbers, every step written out",
+    _largest,
+    metric="last_number",
+    max_new_tokens=32,
+    pretrained=False,
+    spoil=_lost_maximum,
 )

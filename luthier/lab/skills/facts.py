@@ -190,14 +190,30 @@ def _second_language(dice: Dice, difficulty: int, split: Split) -> Item:
     return Item(PERSON[name].second_language.format(e=person), world().facts[person, name])
 
 
+def _other_value(item: Item, dice: Dice) -> Item:
+    """Another value of the relation that is asked for."""
+    values = next(relation.values for relation in (*PERSON.values(), *CITY.values()) if item.answer in relation.values)
+    return item._replace(answer=dice.pick([one for one in values if one != item.answer]))
+
+
 FACTS = Skill("facts", "answer questions about people and cities", _facts, splits="by phrasing")
 NEW_FACTS = Skill(
-    "new_facts", "answer questions about people it never heard of", _new_facts, splits="by phrasing", pretrained=False
+    "new_facts",
+    "answer questions about people it never heard of",
+    _new_facts,
+    splits="by phrasing",
+    pretrained=False,
+    spoil=_other_value,
 )
 UPDATED_FACTS = Skill(
     "updated_facts", "give the new answers where facts have changed", _updated_facts, splits="by phrasing", pretrained=False
 )
 TWO_HOP = Skill("two_hop", "put two facts together", _two_hop, splits="by person")
 SECOND_LANGUAGE = Skill(
-    "second_language", "answer in another language what it knows in English", _second_language, splits="by person", pretrained=False
+    "second_language",
+    "answer in another language what it knows in English",
+    _second_language,
+    splits="by person",
+    pretrained=False,
+    spoil=_other_value,
 )

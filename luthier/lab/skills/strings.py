@@ -63,9 +63,17 @@ def _compose(dice: Dice, difficulty: int, split: Split) -> Item:
     return Item(f"First {names[0]}: {_shown(letters)}, then {names[1]}", _shown(found))
 
 
+def _out_of_order(item: Item, dice: Dice) -> Item:
+    """The same letters in another order."""
+    letters = item.answer.split()
+    while (found := dice.shuffled(letters)) == letters:
+        pass
+    return item._replace(answer=_shown(found))
+
+
 COPY = Skill("copy", "repeat letters", _copy, max_new_tokens=24)
 REVERSE = Skill("reverse", "write letters backwards", _reverse)
 COUNT = Skill("count", "count a letter", _count)
 CASE = Skill("case", "change between capitals and small letters", _case)
-SORT = Skill("sort", "bring letters into order", _sort, pretrained=False)
+SORT = Skill("sort", "bring letters into order", _sort, pretrained=False, spoil=_out_of_order)
 COMPOSE = Skill("compose", "two operations on letters, one after the other", _compose, pretrained=False, max_new_tokens=24)
