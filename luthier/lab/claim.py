@@ -103,6 +103,8 @@ class Claim(NamedTuple):
     apart: bool = False
     """Every stage starts from the claim's model instead of the one before: for changes that are put together afterwards."""
     model: str = "workshop"
+    data: Sequence[str] = ()
+    """Data sets that it reads and luthier does not bring, such as `mawps/train`: see `luthier.lab.real`."""
     floor: Mapping[str, float] = MappingProxyType({})
     """Measures and the least mean the baseline must reach: an experiment whose baseline did not learn can neither support nor refute."""
     notes: str = ""

@@ -14,6 +14,7 @@ from luthier import logprobs
 from luthier.kinds import BASE, Batch, Column, Now
 from luthier.lab import world
 from luthier.lab.skill import Split
+from luthier.models.attention import use_attention
 from luthier.models.head import head_of
 from luthier.opened import open_base, open_run
 from luthier.rows.batches import collate
@@ -50,6 +51,11 @@ class Targets(NamedTuple):
         """A column's sum within each row, [R]."""
         return torch.zeros(int(self.row_N.max()) + 1, dtype=torch.float64).index_add(0, self.row_N, self[name])
 
+    def least(self, name: str) -> Tensor:
+        """A column's least value within each row, [R]: of `right`, whether greedy decoding would write the whole row."""
+        rows = int(self.row_N.max()) + 1
+        return torch.full((rows,), float("inf"), dtype=torch.float64).scatter_reduce(0, self.row_N, self[name], "amin")
+
     def coverage(self, samples: int) -> float:
         """The chance that at least one of so many sampled answers is the right one, a mean over rows; needs the column `nll`."""
         missed_R = 1.0 - (-self.sum_rows("nll")).exp()
@@ -67,6 +73,7 @@ def targets_of(run: Run, rows: Sequence[Mapping[str, Any]], columns: Sequence[st
     tune, tokenizer = open_run(run)
     wanted = logprobs.resolve(columns)
     assert not logprobs.passes_of(wanted), "no run's model knows its base"
+    use_attention(tune.model)
     views = []
     with evaluating(tune.model):
         for batch in _batches(tune, tokenizer, rows):
@@ -100,9 +107,11 @@ def with_answers(items: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return [{"id": row["id"], "prompt": row["prompt"], "completion": row["answer"]} for row in items]
 
 
-def answered(skills: Sequence[str], *, split: Split = "held_back", count: int = 60) -> list[dict[str, Any]]:
+def answered(
+    skills: Sequence[str], *, split: Split = "held_back", count: int = 60, difficulty: int = 1
+) -> list[dict[str, Any]]:
     """Such items of skills of the small world, in which the answer is all that is written."""
-    return with_answers([row for skill in skills for row in world.rows(skill, split, count)])
+    return with_answers([row for skill in skills for row in world.rows(skill, split, count, difficulty=difficulty)])
 
 
 def _batches(tune: Tune, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Mapping[str, Any]]) -> Iterator[Batch]:

@@ -7,20 +7,20 @@ from typing import Any
 
 from luthier.lab.claim import Arm, Claim, Expectation, Finished, Recipe, Setting
 from luthier.lab.targets import TOP, Targets, answered, targets_of
-from luthier.lab.tasks import NEW_LANGUAGE, TAUGHT, mean, teach
+from luthier.lab.tasks import TAUGHT, mean, teach
 
-ROWS, SHORT, LONG = 200, 5, 30
+SKILL, HARD, ROWS, SHORT, LONG = "arithmetic", 2, 300, 5, 20
 SAMPLES = (1, 16, 256)
 
 
 def stages(setting: Setting) -> list[Recipe]:
     """Few rows, many times: the model becomes sure of answers to people it was not asked about."""
-    return [teach(NEW_LANGUAGE, setting, count=ROWS, epochs=LONG)]
+    return [teach(SKILL, setting, count=ROWS, epochs=LONG, difficulty=HARD)]
 
 
 def items(finished: Finished, split: Any = "held_back") -> Targets:
     """Right answers under the run's model."""
-    return targets_of(finished.runs[0], answered([NEW_LANGUAGE], split=split), ["nll", TOP])
+    return targets_of(finished.runs[0], answered([SKILL], split=split, difficulty=HARD), ["nll", TOP])
 
 
 def measure(finished: Finished) -> dict[str, float]:

@@ -9,7 +9,7 @@ from luthier.lab import world
 from luthier.lab.claim import Arm, Claim, Expectation, Finished, Recipe, Setting
 from luthier.lab.dice import Dice
 from luthier.lab.skills.words import LETTERS
-from luthier.lab.targets import Targets, targets_of
+from luthier.lab.targets import targets_of
 from luthier.lab.tasks import TAUGHT, mean, stage
 
 SKILL, LETTERS_ADDED, SHARE = "largest", 7, 0.6
@@ -32,23 +32,27 @@ def stages(setting: Setting) -> list[Recipe]:
     return [stage(noisy(world.rows(SKILL, "train", 200, seed=setting.seed), setting.seed), epochs=6)]
 
 
-def clean_right(found: Targets) -> float:
-    """Of the targets that are numbers, the share on which the model's most likely token is right."""
-    numbers = [index for index, text in enumerate(found.text_N) if any(sign.isdigit() for sign in text)]
-    return float(found["right"][numbers].mean())
-
-
-def tokens(finished: Finished, seed: int) -> float:
-    """The share of clean tokens that are right in other noisy answers."""
+def tokens(finished: Finished, seed: int, *columns: str) -> dict[str, float]:
+    """Means of columns over the targets of other noisy answers: over digits, and over letters, which are noise."""
     rows = noisy(world.rows(SKILL, "train", 80, seed=seed), seed)
-    return clean_right(targets_of(finished.runs[0], rows, ["right"]))
+    found = targets_of(finished.runs[0], rows, columns)
+    digits = [index for index, text in enumerate(found.text_N) if text.isdigit()]
+    letters = [index for index, text in enumerate(found.text_N) if text.removeprefix("Ġ") in LETTERS]
+    return {
+        f"{name}, {of}": float(found[name][places].mean())
+        for name in columns
+        for of, places in (("clean", digits), ("noise", letters))
+    }
 
 
 def measure(finished: Finished) -> dict[str, float]:
-    """Clean tokens amid noise, answers the model writes by itself, and the old skills."""
+    """Clean tokens amid noise, where the last block looks, answers that the model writes by itself, and the old skills."""
     run = finished.runs[0]
+    found = tokens(finished, finished.setting.seed + 500, "right", "context_attention")
     return {
-        "clean tokens": tokens(finished, finished.setting.seed + 500),
+        "clean tokens": found["right, clean"],
+        "attention, clean": found["context_attention, clean"],
+        "attention, noise": found["context_attention, noise"],
         "answers": mean(run, [SKILL], count=100),
         "kept": mean(run, TAUGHT),
     }
@@ -82,7 +86,7 @@ CLAIM = Claim(
         Expectation("clean tokens", "both", "excess loss", "not_less", 0.02, "both are as good as excess loss alone"),
     ],
     measure=measure,
-    choose=lambda finished: tokens(finished, finished.setting.seed + 1000),
+    choose=lambda finished: tokens(finished, finished.setting.seed + 1000, "right")["right, clean"],
     floor={"clean tokens": 0.4},
     minutes=6,
     notes="The paper fine-tunes models of 3B to 14B parameters on real instructions, whose noise is not marked. Here two tokens of five "
