@@ -19,6 +19,7 @@ from luthier.lab import claims
 from luthier.lab.cache import forget, lab_folder
 from luthier.lab.claim import Claim
 from luthier.lab.pool import workers
+from luthier.lab.real import FOLDER, missing
 from luthier.lab.results import Result, colored, file_stem, load, result_of, save, shown
 from luthier.lab.runner import Lab, run_claim
 from luthier.plan import Say
@@ -119,6 +120,10 @@ def run_all(asked: Asked, budget: float | None, say: Say) -> Answer:
     failed: list[tuple[str, LuthierError]] = []
     with _lab(asked, say) as lab:
         for claim in sorted(map(claims.find, claims.names()), key=lambda claim: (claim.minutes, claim.name)):
+            if missing(claim):
+                left_out.append({"name": claim.name, "minutes": claim.minutes})
+                say(f"{claim.name} is left out: it needs {', '.join(missing(claim))} in the folder that {FOLDER} names")
+                continue
             left = None if budget is None else budget - (time.monotonic() - began) / 60
             if left is not None and claim.minutes > left:
                 left_out.append({"name": claim.name, "minutes": claim.minutes})

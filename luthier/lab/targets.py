@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,7 +31,8 @@ TOP = Column("top", lambda chunk: chunk.log_probabilities.amax(-1).exp(), gradie
 """The probability of the most likely token."""
 
 
-class Targets(NamedTuple):
+@dataclass(frozen=True)
+class Targets:
     """The targets of some rows, row by row. Shapes: N targets, R rows."""
 
     columns: Mapping[str, Tensor]
@@ -107,9 +109,7 @@ def with_answers(items: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return [{"id": row["id"], "prompt": row["prompt"], "completion": row["answer"]} for row in items]
 
 
-def answered(
-    skills: Sequence[str], *, split: Split = "held_back", count: int = 60, difficulty: int = 1
-) -> list[dict[str, Any]]:
+def answered(skills: Sequence[str], *, split: Split = "held_back", count: int = 60, difficulty: int = 1) -> list[dict[str, Any]]:
     """Such items of skills of the small world, in which the answer is all that is written."""
     return with_answers([row for skill in skills for row in world.rows(skill, split, count, difficulty=difficulty)])
 

@@ -8,17 +8,21 @@ from pathlib import Path
 import pytest
 
 from luthier.catalogue import as_rows
+from luthier.errors import LuthierError
 from luthier.lab import claims, world
 from luthier.lab.claim import CHOOSING_SEED, Recipe, Setting
 from luthier.lab.claims import got_d, repeated_data, trace_noise
 from luthier.lab.dice import Dice
 from luthier.lab.jobs import arm_recipes, full_recipe
+from luthier.lab.real import FOLDER, missing
 from luthier.lab.skills.arithmetic import dynamic, running_sum, static, written
 from luthier.lab.verdict import judge, together
 from luthier.papers import papers
 from luthier.recipe import make_recipe
 
 RESULTS = Path(__file__).parents[2] / "docs" / "claims"
+DATA = Path(__file__).parents[3] / "shared" / "data"
+"""Public sets, where a machine has them."""
 
 
 def all_rows(recipes: list[Recipe]) -> list[str]:
@@ -26,8 +30,11 @@ def all_rows(recipes: list[Recipe]) -> list[str]:
 
 
 @pytest.mark.parametrize("name", claims.names())
-def test_every_arm_is_a_recipe_and_trains_on_nothing_that_is_measured(name: str) -> None:
+def test_every_arm_is_a_recipe_and_trains_on_nothing_that_is_measured(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     claim = claims.find(name)
+    monkeypatch.setenv(FOLDER, str(DATA))
+    if missing(claim):
+        pytest.skip(f"needs the public sets {', '.join(missing(claim))} in {DATA}")
     kept = {world.words(row["prompt"]) for skill, one in world.sets(count=150).items() if skill != "stories" for row in one["rows"]}
     for seed in (0, CHOOSING_SEED):
         setting = Setting(claim.model, seed)
@@ -102,3 +109,12 @@ def test_techniques_tell_the_committed_verdicts() -> None:
     for row in as_rows():
         path = RESULTS / f"{row['claim']}.json"
         assert row["verdict"] == (json.loads(path.read_text(encoding="utf-8"))["verdict"] if row["claim"] else "not measured")
+
+
+def test_claims_about_real_rows_say_where_these_should_lie(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv(FOLDER, str(tmp_path))
+    claim = claims.find("dft_real")
+    assert missing(claim) == list(claim.data)
+    with pytest.raises(LuthierError, match="mawps/train") as caught:
+        claim.stages(Setting("tiny:llama", 0))
+    assert caught.value.where == FOLDER and "mawps/train.jsonl" in caught.value.mend

@@ -8,7 +8,9 @@ from luthier.lab.tasks import TAUGHT, mean, teach
 KNOWN, NEW, WRONG = "arithmetic", "largest", 0.2
 """The built-in model gets two of three sums right and has never met the other; `WRONG` is the share of wrong answers."""
 RATES = (3e-4, 1e-3, 3e-3)
-UNTOUCHED = Arm("untouched", {"train": {"steps": 1, "learning_rate": 1e-12}}, "the model as it was, but for a step too small to matter")
+UNTOUCHED = Arm(
+    "untouched", {"train": {"steps": 1, "learning_rate": 1e-12}}, "the model as it was, but for a step too small to matter"
+)
 
 
 def stages(setting: Setting) -> list[Recipe]:

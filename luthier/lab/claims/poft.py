@@ -79,7 +79,13 @@ CLAIM = Claim(
     arms=[
         Arm("sft", {"objective": "cross_entropy"}, "cross-entropy on all rows"),
         Arm("poft", {"objective": "poft"}, "the preference on all rows"),
-        Arm("sft, half the rate", {"objective": "cross_entropy"}, "control: what weights of a half come to", like="sft", rate_factor=0.5),
+        Arm(
+            "sft, half the rate",
+            {"objective": "cross_entropy"},
+            "control: what weights of a half come to",
+            like="sft",
+            rate_factor=0.5,
+        ),
         Arm("sft, filtered", best_scored, "control: cross-entropy on the 70 % with the best scores"),
     ],
     expects=[

@@ -70,7 +70,9 @@ CLAIM = Claim(
         Expectation("right", "q_tuning", "random rows", "more", 0.05, "better than as many rows by chance"),
         Expectation("right", "q_tuning", "all rows", "not_less", 0.05, "as good as all rows in as many updates"),
         Expectation("right", "q_tuning", "all rows, small steps", "not_less", 0.05, "and with as many tokens looked at"),
-        Expectation("right", "q_tuning, half", "random rows, half", "more", 0.05, "half of the rows, chosen, are better than by chance"),
+        Expectation(
+            "right", "q_tuning, half", "random rows, half", "more", 0.05, "half of the rows, chosen, are better than by chance"
+        ),
         Expectation("nats", "q_tuning", "random rows", "less", 0.0, "right answers are likelier than with random rows"),
     ],
     measure=measure,
