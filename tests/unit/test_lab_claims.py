@@ -83,7 +83,7 @@ def test_got_d_picks_what_pretraining_left_out_and_likeness_does_not() -> None:
     assert shares["got_d"] > 3 * max(shares["random_rows"], shares["nearest"])
 
 
-@pytest.mark.parametrize("name", claims.names())
+@pytest.mark.parametrize("name", sorted(path.stem for path in RESULTS.glob("*.json")))
 def test_committed_results_follow_from_their_numbers(name: str) -> None:
     result = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
     claim = claims.find(name)
@@ -106,9 +106,11 @@ def test_committed_results_follow_from_their_numbers(name: str) -> None:
 
 
 def test_techniques_tell_the_committed_verdicts() -> None:
+    """A claim that no card names, or that was not run yet, is not measured."""
     for row in as_rows():
         path = RESULTS / f"{row['claim']}.json"
-        assert row["verdict"] == (json.loads(path.read_text(encoding="utf-8"))["verdict"] if row["claim"] else "not measured")
+        assert not row["claim"] or row["claim"] in claims.names()
+        assert row["verdict"] == (json.loads(path.read_text(encoding="utf-8"))["verdict"] if path.is_file() else "not measured")
 
 
 def test_claims_about_real_rows_say_where_these_should_lie(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

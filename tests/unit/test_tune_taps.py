@@ -106,7 +106,7 @@ def test_a_tap_sees_what_the_weight_gave_not_what_an_edit_made_of_it(engine: Any
         run.tune.set({name: value})
         losses.append(
             run.objective.total(
-                run.tune, batch, [float(batch.supervised)], now, first=True, services_of=lambda s: run.services(s, now)
+                run.tune, batch, [(float(batch.supervised),)], now, first=True, services_of=lambda s: run.services(s, now)
             ).loss.item()
         )
         run.tune.set({name: before})

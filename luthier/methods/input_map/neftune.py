@@ -14,7 +14,6 @@ from luthier.registry import method
     paper="arXiv:2310.05914",
     reduces_to="alpha 0: the same run without it",
     departs="L is the row's own length, where common implementations take that of the padded batch; virtual tokens get no noise",
-    claim="neftune",
 )
 def neftune(*, alpha: float = 5.0) -> InputMap:
     """Add uniform noise to the embeddings in training, so that the model clings less to the wording of its rows.

@@ -37,7 +37,6 @@ WENT_WELL = ("ok", "okay", "success", "successful", "succeeded", "completed")
     "chat template writes earlier turns as at inference; where a reply says itself whether it failed, that decides, and the code's marker "
     "`error`, which also hits `no errors found`, is left out with those of single tools; any failed reply to parallel calls counts; the "
     "code also drops turns in mid-conversation that call no tool, which are learned here",
-    claim="tl_training",
 )
 def failed_calls(*, markers: tuple[str, ...] = MARKERS) -> RowMap:
     """Make assistant turns context only where the tool's reply reports an error, so that a model learns to recover and not to fail.

@@ -26,7 +26,6 @@ ANSWER, RATIONALE = "answer", "rationale"
     departs="the prompt of the rationale says that a rationale is wanted, where the authors' prompts are the same and leave open which "
     "target is; prompts are no targets (rows.loss_on: all makes them so); both losses are means over the step, whose rows need not "
     "be whole pairs: where a step has rows of one target only, the loss is that one's mean; no noise on the embeddings",
-    claim="morepair",
 )
 def morepair(
     *,

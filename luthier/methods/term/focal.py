@@ -20,7 +20,6 @@ LEAST_MISSING = 1e-12
     row=251,
     reduces_to="gamma 0: minus the logarithm of each row's mean token probability",
     departs="without the factor of a row's task; the released code has no focal loss",
-    claim="focal",
 )
 def focal(*, gamma: float = 2.0) -> Term:
     """Learn each row by `-(1 - q)^gamma log q`, with q the mean probability of its targets, so that hard rows come first.

@@ -22,7 +22,6 @@ NAME = "convergence_balance"
     reduces_to="until the losses were measured `window` times: task_balance",
     departs="the divergence factor is capped at 1, as in the paper and not in the code; losses are measured on the same rows every time, "
     "first before training, where the code takes one batch after another; a task's mean is over the whole step",
-    claim="convergence_balance",
 )
 def convergence_balance(
     *,

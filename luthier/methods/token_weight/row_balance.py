@@ -16,7 +16,6 @@ from luthier.registry import method
     row=251,
     reduces_to="rows with equally many targets: plain cross-entropy",
     departs="the mean is over the rows of the whole step, where the authors' code takes one for each micro-batch and process",
-    claim="row_balance",
 )
 def row_balance() -> TokenWeight:
     """Let every row of a step count alike, however many targets it has: the loss is the mean over rows of each row's mean.

@@ -18,7 +18,6 @@ from luthier.registry import method
     reduces_to="one task, by tokens: plain cross-entropy; one task, by rows: row_balance",
     departs="a task's mean is over the whole step, where the authors' code takes one for each micro-batch and process, which makes a "
     "rare task count by how the step was cut",
-    claim="task_balance",
 )
 def task_balance(*, by: Unit = "tokens", column: str = "task", weights: dict[str, float] | None = None) -> TokenWeight:
     """Let every task of a step count by its weight, not by how much of the step it takes: L = sum of w_k L_k / sum of w_k.

@@ -18,7 +18,6 @@ from luthier.registry import method
     reduces_to="gamma 0: task_balance",
     departs="the factor is a number without a gradient; means are over the whole step; the released code has no focal form, so this "
     "follows the paper's, with alpha 1",
-    claim="task_focal",
 )
 def task_focal(*, gamma: float = 2.0, by: Unit = "rows", column: str = "task") -> TokenWeight:
     """Weigh each task's mean loss by (1 - P)^gamma, where P is the mean probability that the model gives the task's targets.

@@ -21,7 +21,6 @@ from luthier.registry import method
     departs="the paper's batch is one turn and its loss that turn's weighted mean; here every turn's weighted mean counts by its number of "
     "targets, and all calls of a turn have their key tokens, not the first alone; tokens are found in the text, not by their spelling in "
     "one tokenizer; the third stage, PPO with a reward by rules, is left out",
-    claim="tl_training",
 )
 def tl_weights(*, max_weight: float = 9.0) -> TokenWeight:
     """Let the tokens that choose a tool weigh as much as all others of the turn together, but at most so many times one of them.
