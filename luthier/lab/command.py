@@ -109,7 +109,8 @@ def listed(out: Path) -> list[dict[str, Any]]:
 
 
 def run_all(asked: Asked, budget: float | None, say: Say) -> Answer:
-    """Run the claims one by one, the quickest first, and none that would take longer than what is left of the budget.
+    """Run the claims one by one, the quickest first, and none that would take longer than what is left of the budget or that needs
+    data sets that are not there.
 
     Raises:
         LuthierError: some claims could not be run; those after them were, and all results are written.
@@ -120,9 +121,9 @@ def run_all(asked: Asked, budget: float | None, say: Say) -> Answer:
     failed: list[tuple[str, LuthierError]] = []
     with _lab(asked, say) as lab:
         for claim in sorted(map(claims.find, claims.names()), key=lambda claim: (claim.minutes, claim.name)):
-            if missing(claim):
-                left_out.append({"name": claim.name, "minutes": claim.minutes})
-                say(f"{claim.name} is left out: it needs {', '.join(missing(claim))} in the folder that {FOLDER} names")
+            if lacks := missing(claim):
+                left_out.append({"name": claim.name, "minutes": claim.minutes, "missing": lacks})
+                say(f"{claim.name} is left out: {FOLDER} has no {', '.join(lacks)}")
                 continue
             left = None if budget is None else budget - (time.monotonic() - began) / 60
             if left is not None and claim.minutes > left:

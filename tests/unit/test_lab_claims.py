@@ -3,26 +3,42 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from luthier.catalogue import as_rows
 from luthier.errors import LuthierError
 from luthier.lab import claims, world
 from luthier.lab.claim import CHOOSING_SEED, Recipe, Setting
-from luthier.lab.claims import got_d, repeated_data, trace_noise
+from luthier.lab.claims import caft, dft, got_d, poft, q_tuning, q_tuning_real, repeated_data, sstoken, trace_noise
 from luthier.lab.dice import Dice
 from luthier.lab.jobs import arm_recipes, full_recipe
-from luthier.lab.real import FOLDER, missing
+from luthier.lab.real import FOLDER, equations, missing
 from luthier.lab.skills.arithmetic import dynamic, running_sum, static, written
+from luthier.lab.skills.words import FIRST_NAMES
+from luthier.lab.targets import Targets
+from luthier.lab.tasks import FEW, few_facts
 from luthier.lab.verdict import judge, together
 from luthier.papers import papers
 from luthier.recipe import make_recipe
+from tests.unit.real_rows import write_sets
 
 RESULTS = Path(__file__).parents[2] / "docs" / "claims"
-DATA = Path(__file__).parents[3] / "shared" / "data"
-"""Public sets, where a machine has them."""
+
+
+@pytest.fixture(autouse=True, scope="module")
+def sets(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Made-up rows in place of the public data sets that some claims read."""
+    folder = tmp_path_factory.mktemp("sets")
+    write_sets(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(FOLDER, str(folder))
+        yield
 
 
 def all_rows(recipes: list[Recipe]) -> list[str]:
@@ -30,11 +46,8 @@ def all_rows(recipes: list[Recipe]) -> list[str]:
 
 
 @pytest.mark.parametrize("name", claims.names())
-def test_every_arm_is_a_recipe_and_trains_on_nothing_that_is_measured(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_arm_is_a_recipe_and_trains_on_nothing_that_is_measured(name: str) -> None:
     claim = claims.find(name)
-    monkeypatch.setenv(FOLDER, str(DATA))
-    if missing(claim):
-        pytest.skip(f"needs the public sets {', '.join(missing(claim))} in {DATA}")
     kept = {world.words(row["prompt"]) for skill, one in world.sets(count=150).items() if skill != "stories" for row in one["rows"]}
     for seed in (0, CHOOSING_SEED):
         setting = Setting(claim.model, seed)
@@ -81,6 +94,87 @@ def test_got_d_picks_what_pretraining_left_out_and_likeness_does_not() -> None:
         shares[arm.name] = sum(row["id"].startswith(got_d.RARE) for row in rows) / len(rows)
         assert task["rows"]["train"] == got_d.target(1)
     assert shares["got_d"] > 3 * max(shares["random_rows"], shares["nearest"])
+
+
+def test_few_facts_are_about_few_people_and_training_tells_all_that_is_asked() -> None:
+    taught, asked = few_facts("train", 480, seed=1), [*few_facts("held_back"), *few_facts("validation")]
+    assert len(taught) == 480 and len(asked) > 80
+    people = {" ".join(one) for one in _names(taught)}
+    assert len(people) == FEW and {" ".join(one) for one in _names(asked)} <= people
+    told = {(" ".join(name), row["completion"]) for name, row in zip(_names(taught), taught, strict=True)}
+    assert sum((" ".join(name), row["answer"]) in told for name, row in zip(_names(asked), asked, strict=True)) > 0.95 * len(asked)
+
+
+def _names(rows: list[Any]) -> list[list[str]]:
+    """First and last name of whom each row is about."""
+    split = [[word.strip(".?") for word in row["prompt"].split()] for row in rows]
+    return [next(words[i : i + 2] for i, word in enumerate(words) if word in FIRST_NAMES) for words in split]
+
+
+def test_arms_of_dft_on_a_new_skill_have_its_rows_and_rates() -> None:
+    setting = Setting("workshop", 0)
+    claim = claims.find("otr")
+    recipes = {arm.name: arm_recipes(arm, 1e-3, setting, dft.stages(setting))[0] for arm in claim.arms}
+    assert {name: name.endswith("new skill") for name in recipes} == {
+        name: recipe["rows"]["train"][0]["id"].startswith(dft.NEW) for name, recipe in recipes.items()
+    }
+    assert recipes["otr"]["objective"] == recipes["otr, new skill"]["objective"] == "otr"
+    clean = world.rows(dft.KNOWN, "train", 1000)
+    wrong = [one != other for one, other in zip(recipes["sft"]["rows"]["train"], clean, strict=True)]
+    assert sum(wrong) == dft.WRONG * 1000
+
+
+@pytest.mark.parametrize("claim", [q_tuning, q_tuning_real])
+def test_a_quarter_is_wrong_and_a_quarter_repeated(claim: Any) -> None:
+    rows = claim.mixed(2)
+    clean = few_facts("train", 450, 2) if claim is q_tuning else equations("train", 120, 2)
+    quarter = claim.ROWS // 4
+    again = [row for row in rows if row["id"].endswith("-again")]
+    assert len(rows) == len({row["id"] for row in rows}) == claim.ROWS and len(again) == quarter
+    right = {row["id"]: row for row in clean}
+    wrong = [row for row in rows[:-quarter] if row != right[row["id"]]]
+    assert len(wrong) == quarter
+    assert all({**row, "id": row["id"].removesuffix("-again")} == right[row["id"].removesuffix("-again")] for row in again)
+    small = arm_recipes(claim.CLAIM.arms[-1], 1e-3, Setting("workshop", 0), claim.stages(Setting("workshop", 0)))[0]["train"]
+    assert small["steps"] * small["batch_tokens"] == claim.STEPS * claim.POOL
+
+
+def test_noise_between_steps_leaves_them_whole() -> None:
+    clean = world.rows(sstoken.SKILL, "train", 200, seed=4)
+    noisy = sstoken.noisy(clean, 4)
+    for row, other in zip(clean, noisy, strict=True):
+        words = other["completion"].split()
+        kept = [word for word in words if len(word) > 1 or not word.isalpha()]
+        assert " ".join(kept) == row["completion"] and len(words) - len(kept) == sstoken.LETTERS_ADDED
+    first = Counter(row["completion"].split()[0].isalpha() for row in noisy)
+    assert 0.3 < first[True] / 200 < 0.8
+
+
+def test_an_aligned_model_finds_wrong_answers_unlikely() -> None:
+    rows = poft.scored("workshop", 0)[: poft.ROWS]
+    clean = world.rows("second_language", "train", poft.ROWS, seed=0)
+    wrong = [row["completion"] != other["completion"] for row, other in zip(rows, clean, strict=True)]
+    assert sum(wrong) == round(poft.WRONG * poft.ROWS)
+    kept = poft.best_scored(poft.stages(Setting("workshop", 0))[0], 0, Setting("workshop", 0))
+    left = {row["id"] for row in kept["rows"]["train"]}
+    assert len(left) == poft.ROWS - sum(wrong)
+    assert sum(is_wrong for row, is_wrong in zip(rows, wrong, strict=True) if row["id"] in left) < 0.05 * len(left)
+    assert kept["train"]["epochs"] * len(left) == pytest.approx(poft.EPOCHS * poft.ROWS)
+    assert poft.in_english("Mira Tolen talan velo?") == "What work does Mira Tolen do?"
+
+
+def test_names_stand_between_the_mark_and_a_color() -> None:
+    text = ("Ġred", "Ġis", "Ġke", "r", "Ġblue", "Ġis", "Ġz", "in")
+    right_N = torch.tensor([1.0, 1, 1, 0, 1, 1, 1, 1]).double()
+    found = Targets({"right": right_N}, torch.tensor([0, 0, 0, 0, 0, 0, 1, 1]), text)
+    assert caft.names(found) == [[2, 3], []]
+    found = Targets({"right": right_N}, torch.tensor([0, 0, 0, 0, 0, 1, 1, 1]), text)
+    assert caft.names(found) == [[2, 3], [6, 7]] and caft.whole(found) == 0.5
+    rows = caft.rows(200, 0)
+    assert {row["completion"].split(" is ")[1].rsplit(" ", 1)[0].split()[0] for row in rows} <= {
+        name.split()[0] for name in caft.concepts().values()
+    }
+    assert len(caft.concepts()) == len(set(caft.concepts().values())) == caft.CONCEPTS
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in RESULTS.glob("*.json")))

@@ -137,6 +137,18 @@ def test_a_claim_from_the_command_line_in_processes_of_its_own(folder: Path) -> 
 
 
 @pytest.mark.usefixtures("in_process")
+def test_claims_whose_data_sets_are_not_there_are_left_out(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LUTHIER_DATA", str(folder / "data"))
+    (folder / "data" / "mawps").mkdir(parents=True)
+    (folder / "data" / "mawps" / "train.jsonl").write_text("{}")
+    needing = TOY.replace('name="toy"', 'name="needing"').replace("minutes=1,", 'minutes=1, data=("mawps/train", "mawps/test"),')
+    (folder / "needing.py").write_text(needing)
+    found = facts(call("--all", "--seeds", 1, "--out", folder / "out", "--json"))
+    assert [one["claim"] for one in found["results"]] == ["toy"]
+    assert found["left_out"] == [{"name": "needing", "minutes": 1, "missing": ["mawps/test"]}]
+
+
+@pytest.mark.usefixtures("in_process")
 def test_all_claims_within_a_budget(folder: Path) -> None:
     long = TOY.replace('name="toy"', 'name="long"').replace("minutes=1,", "minutes=50,")
     (folder / "long.py").write_text(long)

@@ -149,7 +149,7 @@ def test_every_answer_is_right(name: str) -> None:
         for row in [*asked(name, seed, difficulty), *asked(name, seed, difficulty, "validation")]:
             assert is_right(name, row["prompt"], row["answer"]), row
         for row in taught(name, seed, difficulty):
-            answer = row["completion"].split(" so ")[1] if name == "traces" else row["completion"]
+            answer = row["completion"].split(" so ")[-1]
             assert is_right(name, row["prompt"], answer), row
 
 
@@ -224,6 +224,7 @@ GOLDEN = {
     "new_facts": "bbdc7d00a24b5649",
     "updated_facts": "27abd2bf25d111cb",
     "second_language": "7943e62a25f31bed",
+    "largest": "22565bdbbc93eb2f",
 }
 """SHA-256 of each skill's first rows on both sides: a change here is a change of the world, and makes earlier results another world's."""
 
@@ -274,7 +275,7 @@ def test_dice_are_equal_for_equal_names_and_on_every_platform() -> None:
 
 DRAWN = [897, 952, 65, 563, 413, 20, 737, 600]
 GROWS = ("boxes", "copy", "reverse", "count", "case", "pairs", "refusals", "translate", "in_context", "stories", "arithmetic")
-GROWS += ("traces", "sort", "compose")
+GROWS += ("traces", "sort", "compose", "largest")
 
 
 @pytest.mark.parametrize(("name", "last"), [*((name, 3) for name in GROWS), ("sentiment", 2), ("topic", 2)])
@@ -286,16 +287,36 @@ def test_a_higher_difficulty_is_longer(name: str, last: int) -> None:
     assert all(longer > 1.02 * shorter for shorter, longer in pairwise(lengths)), lengths
 
 
-@pytest.mark.parametrize("name", [name for name, skill in world.SKILLS.items() if skill.spoil and name != "traces"])
+SPOILED = [name for name, skill in world.SKILLS.items() if skill.spoil and name != "traces"]
+
+
+@pytest.mark.parametrize("name", SPOILED)
 @pytest.mark.parametrize("noise", [0.0, 0.1, 0.333, 1.0])
-def test_noise_makes_exactly_its_share_of_the_labels_wrong(name: str, noise: float) -> None:
+def test_noise_makes_exactly_its_share_of_the_answers_wrong(name: str, noise: float) -> None:
     clean = world.rows(name, "train", 101)
     noisy = world.rows(name, "train", 101, noise=noise)
-    labels = {row["completion"] for row in clean}
-    wrong = [row for row in noisy if not is_right(name, row["prompt"], row["completion"])]
-    assert len(wrong) == round(noise * 101) and {row["completion"] for row in wrong} <= labels
+    wrong = [row for row in noisy if not is_right(name, row["prompt"], row["completion"].split(" so ")[-1])]
+    assert len(wrong) == round(noise * 101)
     assert [(row["id"], row["prompt"]) for row in noisy] == [(row["id"], row["prompt"]) for row in clean]
     assert sum(old != new for old, new in zip(clean, noisy, strict=True)) == len(wrong)
+
+
+@pytest.mark.parametrize("name", SPOILED)
+def test_a_wrong_answer_looks_like_a_right_one(name: str) -> None:
+    clean, noisy = world.rows(name, "train", 1500), world.rows(name, "train", 300, noise=1.0)
+    for row, right in zip(noisy, clean, strict=False):
+        answer = row["completion"]
+        if name == "sort":
+            assert sorted(answer.split()) == right["completion"].split()
+        elif name == "arithmetic":
+            assert answer.isdigit() and 1 <= abs(int(answer) - int(right["completion"])) <= 9
+        elif name == "largest":
+            steps, last = answer.split(" so ")
+            assert len(steps.split()) == len(right["completion"].split()) - 2 and steps.split()[-1] == last and 1 <= int(last) <= 9
+        else:
+            kind = facts.PERSON if name in ("new_facts", "second_language") else {}
+            alike = [one.values for one in kind.values() if right["completion"] in one.values]
+            assert answer in (alike[0] if alike else {one["completion"] for one in clean})
 
 
 def test_noise_makes_every_other_label_as_likely() -> None:
@@ -315,7 +336,7 @@ def test_noise_makes_every_other_label_as_likely() -> None:
         (("topic", "train", 5), {"noise": -0.5}, "write a number from 0 to 1"),
         (("topic", "train", 5), {"kind": "dynamic"}, "there is no option `kind`"),
         (("traces", "train", 5), {"knd": "dynamic"}, "did you mean `kind`?"),
-        (("copy", "train", 5), {"noise": 0.5}, "noise is for training rows of: sentiment, topic, pairs, traces"),
+        (("copy", "train", 5), {"noise": 0.5}, "noise is for training rows of: arithmetic, sentiment, topic, pairs, traces, sort, "),
         (("topic", "held_back", 5), {"noise": 0.5}, "there is no noise here"),
         (("two_hop", "held_back", 5000), {}, "has no 5000 different held_back items at difficulty 1"),
     ],

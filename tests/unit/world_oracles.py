@@ -197,6 +197,7 @@ ORACLES: Mapping[str, Callable[[Any], str]] = {
     "new_facts": fact,
     "updated_facts": changed_fact,
     "second_language": fact,
+    "largest": lambda prompt: max(re.findall(r"\d", prompt)),
 }
 """Skills whose answer follows from the prompt; `translate` is judged by `back_to_english`."""
 
