@@ -27,7 +27,8 @@ def _sets() -> dict[str, Iterable[dict[str, Any]]]:
 
 def _problems(split: str, count: int) -> list[dict[str, Any]]:
     return [
-        {"id": n, "original_text": f"{split} : {n} apples and {n + 1} pears .", "equation": f"X=({n}.0+{n + 1}.0)"} for n in range(count)
+        {"id": n, "original_text": f"{split} : {n} apples and {n + 1} pears .", "equation": f"X=({n}.0+{n + 1}.0)"}
+        for n in range(count)
     ]
 
 

@@ -47,7 +47,9 @@ def test_equations_are_written_alike(equation: str, side: str) -> None:
 def test_equations_of_short_problems(sets: Path) -> None:
     rows = real.equations("train", 50, 1)
     assert len({row["id"] for row in rows}) == 50 and rows == real.equations("train", 50, 1) != real.equations("train", 50, 2)
-    assert all(words(row)[0] == f"train : {row['id'].split('-')[1]} apples and {words(row)[1].split('+')[1]} pears ." for row in rows)
+    assert all(
+        words(row)[0] == f"train : {row['id'].split('-')[1]} apples and {words(row)[1].split('+')[1]} pears ." for row in rows
+    )
     assert len(real.equations("test", 10_000, 0)) == 320, "all there are"
     long = sets / "mawps" / "long.jsonl"
     long.write_text('{"id": 1, "original_text": "%s", "equation": "x=1+2"}' % ("word " * (real.LONGEST + 1)))
@@ -83,7 +85,9 @@ def test_what_is_not_there_is_told(sets: Path, monkeypatch: pytest.MonkeyPatch) 
     assert real.missing(claim) == []
     (sets / "banking77" / "test.jsonl").unlink()
     assert real.missing(claim) == ["banking77/test"]
-    with pytest.raises(LuthierError, match=r"banking77/test.*\n.*LUTHIER_DATA\n.*set LUTHIER_DATA to a folder that has banking77/test"):
+    with pytest.raises(
+        LuthierError, match=r"banking77/test.*\n.*LUTHIER_DATA\n.*set LUTHIER_DATA to a folder that has banking77/test"
+    ):
         real.intents("test", 5, 0)
     monkeypatch.delenv(real.FOLDER)
     assert real.missing(claim) == ["banking77/train", "banking77/test"]
@@ -103,4 +107,3 @@ def test_a_claim_names_all_that_it_reads(name: str, sets: Path, monkeypatch: pyt
     assert ("other_facts(" in source) == ("counterfact/train" in claim.data)
     assert ("changed_facts(" in source) == ("counterfact/edit" in claim.data)
     assert ("intents(" in source) == ("banking77/train" in claim.data)
-

@@ -336,7 +336,11 @@ def test_noise_makes_every_other_label_as_likely() -> None:
         (("topic", "train", 5), {"noise": -0.5}, "write a number from 0 to 1"),
         (("topic", "train", 5), {"kind": "dynamic"}, "there is no option `kind`"),
         (("traces", "train", 5), {"knd": "dynamic"}, "did you mean `kind`?"),
-        (("copy", "train", 5), {"noise": 0.5}, "noise is for training rows of: arithmetic, sentiment, topic, pairs, traces, sort, "),
+        (
+            ("copy", "train", 5),
+            {"noise": 0.5},
+            "noise is for training rows of: arithmetic, sentiment, topic, pairs, traces, sort, ",
+        ),
         (("topic", "held_back", 5), {"noise": 0.5}, "there is no noise here"),
         (("two_hop", "held_back", 5000), {}, "has no 5000 different held_back items at difficulty 1"),
     ],
