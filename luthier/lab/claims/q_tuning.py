@@ -58,8 +58,6 @@ CLAIM = Claim(
         Arm("all rows", {}, "every row of every step; as many updates, and as many tokens looked at"),
         Arm("q_tuning", {"token_weight": {"q_tuning": {"rows": SHARE}}}, "an eighth of the rows of every step, chosen"),
         Arm("random rows", {"token_weight": {"random_step_rows": {"share": SHARE}}}, "control: an eighth of them by chance"),
-        Arm("q_tuning, half", {"token_weight": {"q_tuning": {"rows": 0.5}}}, "half of the rows, chosen"),
-        Arm("random rows, half", {"token_weight": {"random_step_rows": {"share": 0.5}}}, "control: half of them by chance"),
         Arm(
             "all rows, small steps",
             {"train": {"steps": round(STEPS / SHARE), "batch_tokens": round(POOL * SHARE), "micro_batch_tokens": POOL}},
@@ -70,9 +68,6 @@ CLAIM = Claim(
         Expectation("right", "q_tuning", "random rows", "more", 0.05, "better than as many rows by chance"),
         Expectation("right", "q_tuning", "all rows", "not_less", 0.05, "as good as all rows in as many updates"),
         Expectation("right", "q_tuning", "all rows, small steps", "not_less", 0.05, "and with as many tokens looked at"),
-        Expectation(
-            "right", "q_tuning, half", "random rows, half", "more", 0.05, "half of the rows, chosen, are better than by chance"
-        ),
         Expectation("nats", "q_tuning", "random rows", "less", 0.0, "right answers are likelier than with random rows"),
     ],
     measure=measure,
