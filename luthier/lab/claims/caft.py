@@ -109,7 +109,7 @@ CLAIM = Claim(
     choose=choose,
     rates=(1e-3, 3e-3, 6e-3),
     floor={"whole names": 0.3},
-    minutes=5,
+    minutes=4,
     notes="The paper trains heads on text that a base model of 1B to 8B parameters wrote, before and on the task. Here the heads learn "
     "in the first sixth of the same run, so the model itself trains a sixth less than with cross-entropy.",
 )

@@ -68,7 +68,7 @@ CLAIM = Claim(
     measure=measure,
     choose=choose,
     floor={"pass@1": 0.1},
-    minutes=6,
+    minutes=5,
     notes="The paper fine-tunes Llama 3 8B on competition mathematics and proves theorems. Here answers are one or two tokens, so a row's "
     "probability is that of its answer, and pass@N follows from it without sampling.",
 )

@@ -57,7 +57,7 @@ CLAIM = Claim(
     choose=validation(SKILL),
     rates=(5e-4, 1e-3, 2e-3),
     floor={"as long": 0.5},
-    minutes=5,
+    minutes=4,
     notes="The paper fine-tunes 7B models on GSM8K for ten epochs, with a rate of 0.4. Here a trace is the running maximum of a list: "
     "each step can be read from the question alone, or from the step before and one number of the question.",
 )

@@ -44,7 +44,7 @@ CLAIM = Claim(
     choose=dft.choose,
     rates=(1e-4, 3e-4, 1e-3),
     floor={"right": 0.35},
-    minutes=6,
+    minutes=5,
     notes="The paper fine-tunes models of 3B to 8B parameters on mathematics and compares with cross-entropy alone. Here one answer in "
     "five is wrong. The closed form turns the randomness off, and once the temperature and the reward of misses as well, to tell whether "
     "anything but DFT is at work.",

@@ -73,7 +73,7 @@ CLAIM = Claim(
     measure=measure,
     choose=choose,
     floor={"right": 0.4},
-    minutes=6,
+    minutes=5,
     notes="The paper prunes for models of 1.7B to 8B parameters on real sets. Here a quarter of the rows has wrong answers and a quarter "
     "occurs twice; a step looks at about 100 rows and learns from an eighth. Wrong answers here are not errors of a model that is sure.",
 )

@@ -88,7 +88,7 @@ CLAIM = Claim(
     measure=measure,
     choose=lambda finished: tokens(finished, finished.setting.seed + 1000, "right")["right, clean"],
     floor={"clean tokens": 0.4},
-    minutes=6,
+    minutes=5,
     notes="The paper fine-tunes models of 3B to 14B parameters on real instructions, whose noise is not marked. Here two tokens of five "
     "in an answer are letters drawn by chance, so what should be left out is known.",
 )
