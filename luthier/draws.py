@@ -6,6 +6,7 @@ Nothing here keeps a state, so a resumed run, another split into micro-batches a
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from math import pi
 
 import torch
@@ -18,6 +19,11 @@ def seed_of(*names: object) -> int:
     """A 63-bit seed from names and numbers, equal on every platform."""
     text = "\x1f".join(str(name) for name in names)
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") & _MASK
+
+
+def seeds_of(names: Iterable[str], device: torch.device | str = "cpu") -> Tensor:
+    """A seed for each name, such as a row's id, in int64."""
+    return torch.tensor([seed_of(name) for name in names], dtype=torch.int64, device=device)
 
 
 def generator(*names: object, device: torch.device | str = "cpu") -> torch.Generator:

@@ -121,14 +121,9 @@ def _entropy(chunk: Chunk) -> Tensor:
     return -(log_CV.exp() * log_CV).sum(-1)
 
 
-def _kl(chunk: Chunk) -> Tensor:
-    log_CV, base_CV = chunk.log_probabilities, chunk.other_log_probabilities("base")
-    return (log_CV.exp() * (log_CV - base_CV)).sum(-1)
-
-
-def _kl_forward(chunk: Chunk) -> Tensor:
-    log_CV, base_CV = chunk.log_probabilities, chunk.other_log_probabilities("base")
-    return (base_CV.exp() * (base_CV - log_CV)).sum(-1)
+def kl(log_of_CV: Tensor, log_from_CV: Tensor) -> Tensor:
+    """KL(of || from) from log-probabilities, in nats: [C]."""
+    return (log_of_CV.exp() * (log_of_CV - log_from_CV)).sum(-1)
 
 
 def _not_from_logits(chunk: Chunk) -> Tensor:
@@ -146,8 +141,8 @@ COLUMNS: Mapping[str, Column] = {
         Column("entropy", lambda chunk: nll_and_entropy(chunk.logits_CV, chunk.label_C)[1], gradient=False),
         Column("differentiable_entropy", _entropy),
         Column("right", lambda chunk: (chunk.logits_CV.argmax(-1) == chunk.label_C).float(), gradient=False),
-        Column("kl", _kl, (BASE,)),
-        Column("kl_forward", _kl_forward, (BASE,)),
+        Column("kl", lambda chunk: kl(chunk.log_probabilities, chunk.other_log_probabilities()), (BASE,)),
+        Column("kl_forward", lambda chunk: kl(chunk.other_log_probabilities(), chunk.log_probabilities), (BASE,)),
         Column("reference_nll", lambda chunk: nll(chunk.others["base"], chunk.label_C), (BASE,), gradient=False),
         CONTEXT_ATTENTION,
     )

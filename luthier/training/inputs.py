@@ -118,8 +118,7 @@ class Inputs:
 
 def token_keys(batch: Batch, now: Now) -> Tensor:
     """A key [B, T] for the draws of each token, by seed, step, row and position, on the batch's device."""
-    device = batch.position_BT.device
-    row_B = torch.tensor([draws.seed_of(row) for row in batch.row_ids], dtype=torch.int64, device=device)
+    row_B = draws.seeds_of(batch.row_ids, batch.position_BT.device)
     return draws.keys(now.seed, now.step, row_B[:, None], batch.position_BT)
 
 

@@ -157,7 +157,7 @@ class Objective:
         for rule in rules:
             assert rule.weight.look is not None
             table = StepTable(
-                {name: whole[name] for name in (column.name for column in wanted)},
+                {column.name: whole[column.name] for column in wanted},
                 row_M=whole["row"].unique(return_inverse=True)[1],
                 position_M=whole["position"],
                 of_rows=of_rows,
@@ -269,13 +269,13 @@ def _counted(view: View, weight_N: Tensor) -> Counted:
 def _table(tune: Tune, batch: Batch, wanted: Sequence[Column], now: Now, states: Mapping[str, State]) -> dict[str, Tensor]:
     """The targets of one micro-batch; free columns of its rows under `rows NAME`."""
     where = logprobs.targets(batch)
-    rows_B = torch.tensor([draws.seed_of(row) for row in batch.row_ids], dtype=torch.int64)
+    rows_B = draws.seeds_of(batch.row_ids)
     row_N = where.row_N.cpu()
     here = {"row": rows_B[row_N], "position": where.source_N.cpu() + 1}
     for name, numbers in batch.columns.items():
         here[f"rows {name}"] = numbers.cpu().double()[row_N]
     for name, texts in batch.texts.items():
-        here[f"rows {name}"] = torch.tensor([draws.seed_of(text) for text in texts], dtype=torch.int64)[row_N]
+        here[f"rows {name}"] = draws.seeds_of(texts)[row_N]
     if wanted:
         view = view_of(tune, batch, wanted, now, remembered=states)
         here.update({name: column.float().cpu() for name, column in view.columns.items()})

@@ -162,7 +162,7 @@ def view_of(
     """
     pack = tune.packs if pack is None else pack
     where = logprobs.targets(batch)
-    row_number = torch.tensor([draws.seed_of(row) for row in batch.row_ids], dtype=torch.int64, device=where.row_N.device)
+    row_number = draws.seeds_of(batch.row_ids, where.row_N.device)
     keys = draws.keys(now.seed, now.step, row_number[where.row_N], where.source_N)
 
     def run(change: BlockChange | None = None, context_BT: Tensor | None = None) -> Hidden:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from statistics import fmean
 
 from luthier.lab.claim import Arm, Claim, Expectation, Finished, Recipe, Setting
+from luthier.lab.claims.dft import DFT, SFT
 from luthier.lab.targets import answered, drift
 from luthier.lab.tasks import TAUGHT, few_facts, mean, right, stage, teach
 
@@ -46,8 +47,8 @@ CLAIM = Claim(
     says="DFT learns no facts and drifts from the base; with a KL anchor it learns better than DFT and cross-entropy and stays near.",
     stages=stages,
     arms=[
-        Arm("sft", {"objective": "cross_entropy"}, "cross-entropy"),
-        Arm("dft", {"objective": "cross_entropy", "token_weight": "dft"}, "each target counts its own probability"),
+        SFT,
+        DFT,
         Arm("sft, anchored", {"objective": ["cross_entropy", ANCHOR]}, "control: the anchor without DFT"),
         Arm("asft", {"objective": "asft"}, "DFT and KL to the base, 0.05"),
     ],

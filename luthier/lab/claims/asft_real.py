@@ -6,6 +6,7 @@ from statistics import fmean
 
 from luthier.lab.claim import Arm, Claim, Expectation, Finished, Recipe, Setting
 from luthier.lab.claims.asft import ANCHOR
+from luthier.lab.claims.dft import DFT, SFT
 from luthier.lab.real import MODEL, changed_facts, equations, other_facts, rephrased, stage
 from luthier.lab.targets import drift, targets_of
 
@@ -50,8 +51,8 @@ CLAIM = Claim(
     says="DFT learns no facts and drifts from the base; with a KL anchor it learns better than DFT and cross-entropy and stays near.",
     stages=stages,
     arms=[
-        Arm("sft", {"objective": "cross_entropy"}, "cross-entropy"),
-        Arm("dft", {"objective": "cross_entropy", "token_weight": "dft"}, "each target counts its own probability"),
+        SFT,
+        DFT,
         Arm("sft, anchored", {"objective": ["cross_entropy", ANCHOR]}, "control: the anchor without DFT", like="sft"),
         Arm("asft", {"objective": "asft"}, "DFT and KL to the base, 0.05"),
     ],

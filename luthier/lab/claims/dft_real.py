@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from luthier.lab.claim import Arm, Claim, Expectation, Finished, Recipe, Setting
+from luthier.lab.claims.dft import DFT, SFT
 from luthier.lab.real import MODEL, equations, other_facts, stage, wrong_answers
 from luthier.lab.targets import targets_of
 
@@ -34,8 +35,8 @@ CLAIM = Claim(
     says="Cross-entropy times the target's own probability, or a policy gradient on one token, generalizes better than cross-entropy.",
     stages=stages,
     arms=[
-        Arm("sft", {"objective": "cross_entropy"}, "cross-entropy"),
-        Arm("dft", {"objective": "cross_entropy", "token_weight": "dft"}, "each target counts its own probability"),
+        SFT,
+        DFT,
         Arm("otr, expected", {"objective": "otr_expected"}, "one-token rollout without the noise of its draws"),
     ],
     expects=[

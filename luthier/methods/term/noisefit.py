@@ -9,6 +9,7 @@ from torch import Tensor
 
 from luthier.errors import LuthierError
 from luthier.kinds import Chunk, Column, Disturbed, Keeper, OtherPass, Services, State, Tensors, Term, View
+from luthier.logprobs import kl
 from luthier.methods.term._noise import absolute_scale, relative_scale, signal_to_noise
 from luthier.registry import method
 
@@ -94,11 +95,11 @@ def noisefit(
     def soft(chunk: Chunk) -> Tensor:
         clean_CV = chunk.logits_CV.detach() if detach_clean else chunk.logits_CV
         target_CV = (clean_CV / temperature).log_softmax(-1)
-        first_C, second_C = (divergence(target_CV, chunk.other_log_probabilities(name)) for name in (FIRST, SECOND))
+        first_C, second_C = (kl(target_CV, chunk.other_log_probabilities(name)) for name in (FIRST, SECOND))
         return 0.5 * (first_C + second_C)
 
     def between(chunk: Chunk) -> Tensor:
-        return divergence(chunk.other_log_probabilities(SECOND), chunk.other_log_probabilities(FIRST))
+        return kl(chunk.other_log_probabilities(SECOND), chunk.other_log_probabilities(FIRST))
 
     weights = {SOFT: 1.0 - mix, CONSISTENCY: consistency}
     made = (Column(SOFT, soft, passes), Column(CONSISTENCY, between, passes))
@@ -112,11 +113,6 @@ def noisefit(
         return (loss_N * view.weight_N).sum()
 
     return Term(total, columns=("nll", *columns)), Keeper(start=start if columns else None)
-
-
-def divergence(log_of_CV: Tensor, log_from_CV: Tensor) -> Tensor:
-    """KL(of || from) from log-probabilities, in nats: [C]."""
-    return (log_of_CV.exp() * (log_of_CV - log_from_CV)).sum(-1)
 
 
 def _noisy(block: int) -> str:
