@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import platform
 import resource
@@ -94,6 +95,11 @@ def peak_bytes(device: torch.device) -> int:
         return peak
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def free_what_is_gone() -> None:
+    """Free the models that nothing holds any more: they lie in cycles, which Python frees only now and then."""
+    gc.collect()
 
 
 def wait_for(device: torch.device) -> None:

@@ -284,6 +284,7 @@ def make_plan(recipe: Recipe, say: Say = lambda text: None) -> Plan:
     torch.manual_seed(draws.seed_of(recipe.seed, "model"))
     source = resolve(recipe.model, revision=recipe.revision, trust_remote_code=recipe.trust_remote_code, say=say)
     say(f"loading {source.name} ({source.origin})")
+    machine.free_what_is_gone()
     tokenizer = load_tokenizer(source)
     model = load_model(source, dtype=dtype, quantize=recipe.quantize)
     parts = map_parts(model)

@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 
 from filelock import FileLock
 
-from luthier import disk
+from luthier import disk, machine
 from luthier.errors import LuthierError
 from luthier.flow import train
 from luthier.lab import claims
@@ -137,6 +137,9 @@ def _told(work: Callable[[], None], job: Job) -> LuthierError | None:
     except LuthierError as error:
         where = f"claim {job.claim}, arm {job.arm}, seed {job.setting.seed}, learning rate {job.rate}: {error.where}"
         return LuthierError(error.what, where=where, mend=error.mend)
+    finally:
+        # The same process does the next job.
+        machine.free_what_is_gone()
     return None
 
 

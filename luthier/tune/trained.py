@@ -7,6 +7,7 @@ where they are used.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -133,13 +134,19 @@ def decays(place: Place | None, master: Tensor) -> bool:
 
 
 def watch(trained: Trained, arrived: Callable[[Trained], None]) -> torch.utils.hooks.RemovableHandle:
-    """Move each gradient off the leaf into the trained tensor as soon as it is complete for a micro-batch."""
+    """Move each gradient off the leaf into the trained tensor as soon as it is complete for a micro-batch.
+
+    `arrived` must hold neither the model nor the tensor, and the hook holds neither: Python's collector does not see through the
+    hooks of tensors, so what they hold would stay in memory after the run.
+    """
+    known = weakref.ref(trained)
 
     def take(leaf: Tensor) -> None:
-        if leaf.grad is not None:
-            trained.arrive(leaf.grad)
+        one = known()
+        if leaf.grad is not None and one is not None:
+            one.arrive(leaf.grad)
             leaf.grad = None
-            arrived(trained)
+            arrived(one)
 
     moves = trained.leaf.requires_grad
     trained.leaf.requires_grad_(True)

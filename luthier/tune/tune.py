@@ -6,6 +6,7 @@ compiled in between.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, TypeVar
@@ -126,7 +127,14 @@ class Tune:
         if trained.name in self._handles:
             self._handles[trained.name].remove()
         self.trained[trained.name] = trained
-        self._handles[trained.name] = watch(trained, lambda one: self.arrived(one))
+        here = weakref.ref(self)
+
+        def arrived(one: Trained) -> None:
+            tune = here()
+            if tune is not None:
+                tune.arrived(one)
+
+        self._handles[trained.name] = watch(trained, arrived)
 
     def forget(self, trained: Trained) -> None:
         """Take a tensor out of the run."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import inspect
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -134,6 +136,17 @@ def test_fault_1_any_split_gives_the_same_gradient(engine: Any, now: Now, kind: 
             found.append(gradients(run, split(batch, sizes), now._replace(step=1)))
     for other in found[1:]:
         assert gap(other, found[0]) < (1e-7 if kind in BY_STEP else 1e-10)
+
+
+@pytest.mark.parametrize(("kind", "name"), RUNS)
+def test_a_run_that_nobody_holds_leaves_nothing_in_memory(engine: Any, now: Now, kind: str, name: str) -> None:
+    """Python's collector cannot see through the hooks of tensors: what these hold would stay until the process ends."""
+    run = run_of(engine, kind, name)
+    take_steps(run, split(rows_of_eight(), (5, 3)), now, 2)
+    model = weakref.ref(run.tune.model)
+    del run
+    gc.collect()
+    assert model() is None
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
