@@ -15,7 +15,7 @@ from luthier.errors import LuthierError
 from luthier.kinds import Now
 from luthier.methods.term._coverage import coverage_factor
 from tests.conftest import split
-from tests.objectives import TUNES, assert_idle, assert_trains, drawn, gradient_of, loss_of, total_of, view_on
+from tests.objectives import TUNES, assert_idle, assert_trains, differences, drawn, gradient_of, loss_of, total_of, view_on
 from tests.toys.helpers import gap, gradients, rows_of_eight
 
 LABELS, ROWS = [0, 3, 2, 2, 1, 4], [0, 0, 0, 1, 1, 2]
@@ -71,9 +71,10 @@ def lost_coverage(logits: Tensor, samples: int) -> Tensor:
 @pytest.mark.parametrize("samples", [1, 4, 64])
 def test_the_gradient_is_that_of_coverage(samples: int) -> None:
     leaf = drawn(6, 5)
-    (wanted,) = torch.autograd.grad(lost_coverage(leaf, samples), leaf)
     (found,) = torch.autograd.grad(total_of({"dco": {"samples": samples}}, leaf, LABELS, rows=ROWS), leaf)
+    (wanted,) = torch.autograd.grad(lost_coverage(leaf, samples), leaf)
     assert torch.allclose(found, wanted, atol=1e-13)
+    assert torch.allclose(found, differences(lambda one: lost_coverage(one, samples), leaf), atol=1e-9)
 
 
 def test_one_sample_is_the_summed_cross_entropy_of_rows(engine: Any, now: Now) -> None:

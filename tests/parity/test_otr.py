@@ -13,7 +13,7 @@ from luthier.errors import LuthierError
 from luthier.kinds import Now
 from luthier.methods.token_loss._rollout import STREAM
 from tests.conftest import make_batch, split
-from tests.objectives import TUNES, assert_idle, assert_trains, drawn, gradient_of, loss_of, total_of, view_on
+from tests.objectives import TUNES, assert_idle, assert_trains, differences, drawn, gradient_of, loss_of, total_of, view_on
 from tests.toys.helpers import gap, gradients, logits_of, model_of, rows_of_eight
 
 LABELS = [0, 3, 6, 2, 2, 5, 1]
@@ -63,7 +63,10 @@ def test_the_closed_form_of_the_gradient() -> None:
     one_hot = torch.nn.functional.one_hot(torch.tensor(LABELS), 9).double()
     hit = (policy * one_hot).sum(-1, keepdim=True)
     wanted = (-1.1 * hit * (one_hot - own) + 0.1 * (policy - own)) / 7
-    assert torch.allclose(torch.tensor(gradient_of(expected(), logits.tolist(), LABELS), dtype=torch.float64), wanted, atol=1e-15)
+    found = torch.tensor(gradient_of(expected(), logits.tolist(), LABELS), dtype=torch.float64)
+    assert torch.allclose(found, wanted, atol=1e-15)
+    reward = -0.1 * policy + 1.1 * hit * one_hot
+    assert torch.allclose(found, differences(lambda one: -(reward * one.log_softmax(-1)).sum(-1).mean(), logits), atol=1e-10)
 
 
 def test_candidates_by_plain_loops() -> None:
