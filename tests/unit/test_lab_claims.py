@@ -15,7 +15,7 @@ from luthier.catalogue import as_rows
 from luthier.errors import LuthierError
 from luthier.lab import claims, world
 from luthier.lab.claim import CHOOSING_SEED, Recipe, Setting
-from luthier.lab.claims import caft, dft, got_d, poft, q_tuning, q_tuning_real, repeated_data, sstoken, trace_noise
+from luthier.lab.claims import caft, dft, got_d, noisefit, poft, q_tuning, q_tuning_real, repeated_data, sstoken, trace_noise
 from luthier.lab.dice import Dice
 from luthier.lab.jobs import arm_recipes, full_recipe
 from luthier.lab.real import FOLDER, equations, missing
@@ -161,6 +161,18 @@ def test_an_aligned_model_finds_wrong_answers_unlikely() -> None:
     assert sum(is_wrong for row, is_wrong in zip(rows, wrong, strict=True) if row["id"] in left) < 0.05 * len(left)
     assert kept["train"]["epochs"] * len(left) == pytest.approx(poft.EPOCHS * poft.ROWS)
     assert poft.in_english("Mira Tolen talan velo?") == "What work does Mira Tolen do?"
+
+
+def test_calibration_errors_by_hand_and_people_of_whom_nothing_was_told() -> None:
+    """Two of three are right where the model is 0.91 sure; none where it is 0.35 sure, and all where it is certain."""
+    sure, right = torch.tensor([0.91, 0.91, 0.91, 0.35, 1.0]).double(), torch.tensor([1.0, 1, 0, 0, 1]).double()
+    assert noisefit.calibration_error(sure[:3], right[:3]) == pytest.approx(0.91 - 2 / 3)
+    assert noisefit.calibration_error(sure[:4], right[:4]) == pytest.approx((3 * (0.91 - 2 / 3) + 0.35) / 4)
+    # Certainty belongs to the last bin.
+    assert noisefit.calibration_error(sure, right) == pytest.approx((abs(3 * 0.91 + 1 - 3) + 0.35) / 5)
+    told = {tuple(one) for one in _names(noisefit.stages(Setting("workshop", 0))[0]["rows"]["train"])}
+    asked = noisefit.never_told()
+    assert len(asked) == noisefit.ASKED and not told & {tuple(one) for one in _names(asked)}
 
 
 def test_names_stand_between_the_mark_and_a_color() -> None:

@@ -29,6 +29,7 @@ SCALES = {"absolute": absolute_scale, "relative": relative_scale}
     "noise once, where their training multiplies it twice; blocks are compared by the noise's expectation instead of 10 draws, and the "
     "last one before the final norm; targets are shifted, where they weigh unshifted logits; without a gradient through the noise's "
     "size and through the clean distribution, unless asked for",
+    claim="noisefit",
 )
 def noisefit(
     *,
