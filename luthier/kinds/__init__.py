@@ -12,23 +12,8 @@ saves in checkpoints and shares among the values one technique returns. Every fu
 
 from __future__ import annotations
 
-from luthier.kinds.base import (
-    BASE,
-    Batch,
-    Chunk,
-    Column,
-    Disturbed,
-    Form,
-    Now,
-    OtherPass,
-    Place,
-    Services,
-    State,
-    StepTable,
-    Tensors,
-    TrainedLike,
-    View,
-)
+from luthier.kinds.base import Batch, Form, Now, Place, Services, State, Tensors, TrainedLike
+from luthier.kinds.columns import BASE, Chunk, Column, Disturbed, OtherPass, StepTable, View
 from luthier.kinds.objective import Annotation, InputMap, Reading, Term, TokenLoss, TokenWeight, Vocabulary, Written
 from luthier.kinds.probe import Cell, Comparison, Drawing, Finding, Line, Probe, Table
 from luthier.kinds.rows import RowLikelihood, RowMap, RowScore, RowServices

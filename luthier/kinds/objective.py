@@ -7,7 +7,8 @@ from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
 
-from luthier.kinds.base import Batch, Column, Now, Services, StepTable, Tensors, View
+from luthier.kinds.base import Batch, Now, Services, Tensors
+from luthier.kinds.columns import Column, StepTable, View
 
 
 class Vocabulary(NamedTuple):

@@ -1,0 +1,227 @@
+"""What objectives see: other passes over the rows, chunks of logits, columns made of them, and the targets of a micro-batch or a step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from luthier.kinds.base import Batch, Now, Services, State
+
+
+class Disturbed(NamedTuple):
+    """What a disturbance sees of one block in one pass."""
+
+    block: int
+    hidden_BTD: Tensor
+    """What the block gives."""
+    own_BT: Tensor
+    """True at the rows' own tokens; padding and virtual tokens stay as they are, whatever a disturbance returns for them."""
+    normal_BTD: Callable[[int], Tensor]
+    """`normal_BTD(stream)` draws standard normal numbers in fp64, by seed, step, row, position, feature, block and pass."""
+    now: Now
+    state: State
+    """Of the technique that asks for the pass."""
+
+
+class OtherPass(NamedTuple):
+    """Another pass over the same rows, whose distributions columns compare with the model's own.
+
+    With the weights that train it reads what the model reads in this step, others read the rows themselves.
+    """
+
+    name: str
+    at: str = ""
+    """The weights it runs with: those that train, `base`, or the name of a snapshot."""
+    gradient: bool = False
+    """Gradients flow through it, too; for the weights that train alone. Without, it runs in evaluation mode."""
+    disturb: Callable[[Disturbed], Tensor] | None = None
+    """What each block's output becomes before the next block reads it; `hidden_BTD` itself where nothing shall happen."""
+
+
+BASE = OtherPass("base", at="base")
+"""The model before training."""
+
+
+class Chunk:
+    """Some labelled positions with their whole distributions: the only place where logits exist.
+
+    `logits_CV` in fp32 or wider, `label_C`, and `key_C`, one integer a position, from (seed, step, row, position): draws made with it
+    do not depend on how a batch is split. `others` are the logits of other passes by name. What several columns need is made once.
+    """
+
+    def __init__(
+        self,
+        logits_CV: Tensor,
+        label_C: Tensor,
+        key_C: Tensor,
+        others: Mapping[str, Tensor] | None = None,
+        kept: dict[str, Tensor] | None = None,
+    ) -> None:
+        self.logits_CV, self.label_C, self.key_C, self.others = logits_CV, label_C, key_C, others or {}
+        self.kept = {} if kept is None else kept
+        self._made: dict[str, Tensor] = {}
+
+    def once(self, name: str, make: Callable[[], Tensor]) -> Tensor:
+        """What columns of their own share, made by the first of them that asks. `name` says all that it depends on."""
+        if name not in self._made:
+            self._made[name] = make()
+        return self._made[name]
+
+    def keep(self, name: str, make: Callable[[], Tensor]) -> Tensor:
+        """The same for what has no gradient and is small, far below [C, V]: backward gets it and need not make it again."""
+        if name not in self.kept:
+            self.kept[name] = make()
+        return self.kept[name]
+
+    @cached_property
+    def log_probabilities(self) -> Tensor:
+        """Log-probabilities of the whole vocabulary, [C, V]."""
+        return self.logits_CV.log_softmax(-1)
+
+    @cached_property
+    def label_log_probability(self) -> Tensor:
+        """The label's log-probability, [C]."""
+        return self.log_probabilities.gather(-1, self.label_C[:, None])[:, 0]
+
+    def other_log_probabilities(self, name: str = "base") -> Tensor:
+        """Log-probabilities in another pass, [C, V]."""
+        if name not in self.others:
+            raise RuntimeError(f"a column reads the pass `{name}` without asking for it: Column(..., passes=(...,))")
+        return self.others[name].log_softmax(-1)
+
+
+class Column(NamedTuple):
+    """A value for each labelled position, made where the logits are. `value(chunk)` returns [C]."""
+
+    name: str
+    value: Callable[[Chunk], Tensor]
+    passes: tuple[OtherPass, ...] = ()
+    """Other passes whose logits it reads."""
+    gradient: bool = True
+    """False: computed without a graph, which saves memory."""
+
+
+class View:
+    """The labelled positions of one micro-batch: columns by name (`view["nll"]`, shape [N]) and where each belongs.
+
+    `label_N`, `row_N` (the row's place in the batch), `position_N` (the target's place in its row), `weight_N` (the product of
+    all token weights), `hidden_BTD` (last hidden states, with their graph) and the batch itself.
+    """
+
+    def __init__(
+        self,
+        batch: Batch,
+        columns: Mapping[str, Tensor],
+        *,
+        label_N: Tensor,
+        row_N: Tensor,
+        position_N: Tensor,
+        hidden_BTD: Tensor | None = None,
+        weight_N: Tensor | None = None,
+        now: Now = Now(),
+        services: Services | None = None,
+        state: State | None = None,
+    ) -> None:
+        self.batch, self.columns, self.hidden_BTD = batch, dict(columns), hidden_BTD
+        self.label_N, self.row_N, self.position_N = label_N, row_N, position_N
+        self.weight_N = torch.ones(len(label_N), device=label_N.device) if weight_N is None else weight_N
+        self.now, self.services, self.state = now, services, {} if state is None else state
+        self.notes: dict[str, Tensor] = {}
+        """What to log beside the loss, a number for each target, by name."""
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.columns[name]
+
+    def for_technique(self, state: State, weight_N: Tensor | None = None) -> View:
+        """The same view with another technique's state, and weights when given."""
+        view = View(
+            self.batch,
+            self.columns,
+            label_N=self.label_N,
+            row_N=self.row_N,
+            position_N=self.position_N,
+            hidden_BTD=self.hidden_BTD,
+            weight_N=self.weight_N if weight_N is None else weight_N,
+            now=self.now,
+            services=self.services,
+            state=state,
+        )
+        view.notes = self.notes
+        return view
+
+    def sum_rows(self, value_N: Tensor) -> Tensor:
+        """Sum a column within each row: [N] to [B]."""
+        return value_N.new_zeros(len(self.batch.row_ids)).index_add(0, self.row_N, value_N)
+
+    def targets_by_row(self) -> Tensor:
+        """How many targets each row has, [B]."""
+        return self.row_N.bincount(minlength=len(self.batch.row_ids))
+
+    def token_column(self, name: str) -> Tensor:
+        """A number that the rows carry for each token, at the targets: [N]."""
+        column_BT = self.batch.token_columns.get(name)
+        if column_BT is None:
+            if len(self.label_N):
+                raise RuntimeError(f"the rows carry no `{name}` for each token: TokenWeight(..., annotation=Annotation(...))")
+            return torch.zeros(0, device=self.label_N.device)
+        return column_BT[self.row_N, self.position_N]
+
+    def note(self, name: str, value_N: Tensor) -> None:
+        """Log the mean over the step's targets of a column [N], beside the loss."""
+        self.notes[name] = value_N.detach()
+
+
+class StepTable:
+    """Every target of a step, over micro-batches and processes, sorted by row id and position: what a rule over the whole step sees.
+
+    Shapes: M targets. `row_M` numbers the step's rows that have targets from 0, `position_M` is the target's place in its row, and
+    `table["nll"]` a column that the rule asked for. All on the processor.
+    """
+
+    def __init__(
+        self,
+        columns: Mapping[str, Tensor],
+        *,
+        row_M: Tensor,
+        position_M: Tensor,
+        of_rows: Mapping[str, Tensor],
+        now: Now = Now(),
+        state: State | None = None,
+        services: Services | None = None,
+    ) -> None:
+        self.columns, self.row_M, self.position_M, self._of_rows = columns, row_M, position_M, of_rows
+        self.now, self.state, self.services = now, {} if state is None else state, services
+        self.notes: dict[str, float] = {}
+        """What to log beside the loss, by name."""
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.columns[name]
+
+    def __len__(self) -> int:
+        return len(self.row_M)
+
+    @property
+    def rows(self) -> int:
+        """Rows with targets."""
+        return int(self.row_M.max()) + 1 if len(self.row_M) else 0
+
+    def of_rows(self, name: str) -> Tensor | None:
+        """A free column of the rows at each target, [M]: numbers in fp64, texts as `luthier.draws.seed_of(text)`; None where no row has
+        it."""
+        return self._of_rows.get(name)
+
+    def sum_rows(self, value_M: Tensor) -> Tensor:
+        """Sum a column within each row: [M] to [rows]."""
+        return value_M.new_zeros(self.rows).index_add(0, self.row_M, value_M)
+
+    def targets_by_row(self) -> Tensor:
+        """How many targets each row has."""
+        return self.row_M.bincount(minlength=self.rows)
+
+    def note(self, name: str, value: float) -> None:
+        """Log a number beside the loss."""
+        self.notes[name] = float(value)
