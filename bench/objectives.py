@@ -22,8 +22,6 @@ from luthier.kinds import OBJECTIVES
 HERE = Path(__file__).parent
 STEP_TOKENS = 1024
 KINDS = ("token_weight", *OBJECTIVES)
-BESIDE = ("kl", "z_loss")
-"""Objectives that stand beside another."""
 OPTIONS: dict[str, dict[str, Any]] = {"caft": {"heads_first": 0.0, "train_heads": True}}
 """Of techniques whose first steps are not like the others, or that cannot run at their defaults."""
 PROMISED = ("dft", "otr", "otr_expected", "asft", "kl")
@@ -35,9 +33,7 @@ COLUMNS = {"task": "prose", "aligned_log_likelihood": -3.0, "right_share": 0.05}
 def keys_of(kind: str, name: str) -> dict[str, Any]:
     """A recipe's keys for one technique."""
     spec = {name: OPTIONS.get(name, {})}
-    if kind == "token_weight":
-        return {"token_weight": spec}
-    return {"objective": ["cross_entropy", spec] if name in BESIDE else spec}
+    return {"token_weight" if kind == "token_weight" else "objective": spec}
 
 
 def main() -> None:

@@ -106,7 +106,7 @@ class Plan:
         tokens, supervised = self.feed.tokens()
         rates = [clock.learning_rate * clock.factor(s) for s in self._moments()]
         lines = [
-            f"model      {self.source.name}: {self.parts.architecture}, {self.total_numbers:,} numbers, from {self.source.origin}",
+            f"model      {self.source.name}: {self.parts.architecture}, {self.total_numbers:,} numbers ({self.source.origin})",
             *(f"holds      {said}" for said in described(self.model, self.dtype)),
             f"rows       {len(self.rows.rows):,} rows, {self.rows.tokens:,} tokens, {self.rows.supervised_tokens:,} of them targets"
             + self._losses(),

@@ -28,7 +28,8 @@ def read_yaml(path: Path) -> Any:
             f"this cannot be read as YAML: {problem}", where=where, mend="check indentation, quotes and keys"
         ) from None
     except (OSError, UnicodeDecodeError) as error:
-        raise LuthierError(f"the file cannot be read: {error}", where=str(path), mend="give a YAML file") from None
+        mend = "give the YAML file first, and KEY=VALUE after it" if "=" in path.name else "give a YAML file"
+        raise LuthierError(f"the file cannot be read: {error}", where=str(path), mend=mend) from None
     except (ValueError, RecursionError) as error:
         mend = "shorten the number, date or nesting that YAML cannot hold"
         raise LuthierError(f"the file cannot be read: {error}", where=str(path), mend=mend) from None

@@ -67,6 +67,8 @@ class Term(NamedTuple):
     """Ask for `view.hidden_BTD`."""
     rate: float = 1.0
     """What the learning rate of its own tensors is multiplied with."""
+    penalty: bool = False
+    """It holds something back and teaches nothing by itself: a recipe that names nothing else minimizes cross-entropy, too."""
 
 
 class TokenLoss(NamedTuple):
@@ -75,6 +77,8 @@ class TokenLoss(NamedTuple):
     loss: Callable[[View], Tensor]
     columns: tuple[str | Column, ...] = ("nll",)
     weight: float = 1.0
+    penalty: bool = False
+    """As a Term's."""
 
 
 class Written(NamedTuple):

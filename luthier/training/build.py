@@ -56,13 +56,14 @@ def slots(parts: Sequence[Part]) -> list[tuple[str, Part]]:
 
 
 def objectives(spec: object) -> list[Part]:
-    """The parts under `objective`: where they change what the model reads but minimize nothing, cross-entropy joins them.
+    """The parts under `objective`: where they teach nothing by themselves, input maps and penalties, cross-entropy joins them.
 
     Raises:
         LuthierError: unknown technique or option, with the nearest name, or an option of the wrong type.
     """
     parts = registry.make_all(spec, OBJECTIVES, where="objective")
-    if any(isinstance(value, Term | TokenLoss) for part in parts for value in part.values) or not parts:
+    values = [value for part in parts for value in part.values]
+    if any(isinstance(value, Term | TokenLoss) and not value.penalty for value in values) or not parts:
         return parts
     return [*parts, registry.part("cross_entropy")]
 

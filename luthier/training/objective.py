@@ -28,7 +28,7 @@ def as_term(value: Term | TokenLoss) -> Term:
     def total(view: View, own: Tensors) -> Tensor:
         return (loss(view) * view.weight_N).sum()
 
-    return Term(total, columns=value.columns, weight=value.weight)
+    return Term(total, columns=value.columns, weight=value.weight, penalty=value.penalty)
 
 
 @dataclass

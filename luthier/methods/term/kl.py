@@ -17,7 +17,7 @@ def kl(*, weight: float = 0.05, direction: Literal["forward", "reverse"] = "forw
     """Keep the model's distributions near those of the model before training.
 
     The divergence is over the whole vocabulary, in nats, a mean over all targets of the step, whatever token weights there are. It
-    costs one forward pass of the base without gradients. Use it beside another objective.
+    costs one forward pass of the base without gradients. It stands beside another objective: cross-entropy, unless one is named.
 
     Args:
         weight: multiplies the term; Anchored SFT's examples have 0.05, its scripts 0.1.
@@ -31,4 +31,4 @@ def kl(*, weight: float = 0.05, direction: Literal["forward", "reverse"] = "forw
     def total(view: View, own: Tensors) -> Tensor:
         return view[column].sum()
 
-    return Term(total, count=count, columns=(column,), weight=weight)
+    return Term(total, count=count, columns=(column,), weight=weight, penalty=True)
