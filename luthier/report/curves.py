@@ -22,6 +22,8 @@ BETWEEN = 34
 """Pixels between two panels: room for a title."""
 MOST_POINTS = 300
 """Longer curves are drawn as means of equally many neighboring steps, so that a page stays light."""
+MOST_PARTS = 4
+"""Objectives drawn; all of them stand in the run's `steps.jsonl`."""
 MOST_NOTES = 4
 """Curves of what techniques log; all of it stands in the run's `steps.jsonl`."""
 MOST_SETS = 6
@@ -51,6 +53,7 @@ def training_figure(run: Facts, sets: Sequence[SetFacts]) -> Markup:
     curves = [
         Curve("loss", _column(history, "loss"), 170, 5, _smoothed),
         *_likelihood_curves(history),
+        *_part_curves(history),
         *_weight_curves(history),
         *_evaluation_curves(run, sets),
         Curve("learning rate", _column(history, "learning_rate"), 46, 3, _plain),
@@ -157,6 +160,19 @@ def _likelihood_curves(history: Iterable[Mapping[str, Any]]) -> list[Curve]:
     loss, nll = _column(history, "loss"), _column(history, "nll")
     same = all(a is None or b is None or math.isclose(a, b, rel_tol=1e-6) for (_, a), (_, b) in zip(loss, nll, strict=True))
     return [] if same else [Curve("negative log-likelihood", nll, 80, 3, _smoothed)]
+
+
+def _part_curves(history: Sequence[Mapping[str, Any]]) -> list[Curve]:
+    """What each of several objectives adds to the loss, but for one that is the plain negative log-likelihood."""
+    names = list(dict.fromkeys(name for line in history for name in line.get("parts") or ()))
+    plain = dict(_column(history, "nll"))
+    drawn = []
+    for name in names if len(names) > 1 else ():
+        points = [(line["step"], (line.get("parts") or {}).get(name)) for line in history]
+        pairs = [(value, plain.get(step)) for step, value in points if measured(value)]
+        if not all(other is not None and math.isclose(value, other, rel_tol=1e-6) for value, other in pairs):
+            drawn.append(Curve(f"{name}, its part of the loss", points, 60, 3, _smoothed))
+    return drawn[:MOST_PARTS]
 
 
 def _weight_curves(history: Sequence[Mapping[str, Any]]) -> list[Curve]:

@@ -219,6 +219,37 @@ def test_a_curve_breaks_where_a_loss_is_missing() -> None:
     assert [len(line.get("points", "").split()) for line in svg.iter("polyline")] == [2, 2]
 
 
+def test_curves_say_what_several_objectives_add_and_what_weights_leave() -> None:
+    """The part that is the plain likelihood is drawn once; one objective alone has no parts."""
+    history = [
+        {
+            "step": i,
+            "loss": 2.0,
+            "nll": 1.5,
+            "parts": {"cross_entropy": 1.5, "kl": 0.5},
+            "share": 0.5,
+            "effective": 4.0,
+            "supervised": 16,
+        }
+        for i in range(4)
+    ]
+    titles = _titles(history)
+    assert titles == [
+        "loss",
+        "negative log-likelihood",
+        "kl, its part of the loss",
+        "share of targets kept",
+        "effective share of targets",
+    ]
+    assert _titles([{**line, "parts": {"dft": 2.0}, "share": 1.0, "effective": None} for line in history]) == titles[:2]
+    assert _titles([{"step": i, "loss": 2.0, "nll": 2.0} for i in range(4)]) == ["loss"]
+
+
+def _titles(history: list[dict[str, Any]]) -> list[str]:
+    svg = ElementTree.fromstring(training_figure({"history": history}, []))
+    return [one.text or "" for one in svg.iter("text") if one.get("class") == "panel-title"]
+
+
 def test_every_named_value_of_a_curve_reads_differently() -> None:
     run = SAMPLE.sample_run(evaluations=[])
     run["metrics"] = {"prose": run["metrics"]["prose"] | {"before": 21.40, "after": 21.52}}
