@@ -6,8 +6,9 @@ Nothing here keeps a state, so a resumed run, another split into micro-batches a
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
-from math import pi
+from collections.abc import Iterable, Sequence
+from itertools import zip_longest
+from math import isnan, pi
 
 import torch
 from torch import Tensor
@@ -24,6 +25,14 @@ def seed_of(*names: object) -> int:
 def seeds_of(names: Iterable[str], device: torch.device | str = "cpu") -> Tensor:
     """A seed for each name, such as a row's id, in int64."""
     return torch.tensor([seed_of(name) for name in names], dtype=torch.int64, device=device)
+
+
+def names_of(texts: Sequence[str], number_B: Tensor | None = None) -> list[str]:
+    """A name for each row from a column that has texts, numbers or both; 3.0 reads 3, and a row that has neither is empty."""
+    numbers = [
+        "" if isnan(number) else str(number).removesuffix(".0") for number in ([] if number_B is None else number_B.tolist())
+    ]
+    return [text or number for text, number in zip_longest(texts, numbers, fillvalue="")]
 
 
 def generator(*names: object, device: torch.device | str = "cpu") -> torch.Generator:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import accumulate, pairwise
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 from unittest import mock
@@ -13,6 +14,8 @@ from torch import Tensor, nn
 from luthier import logprobs, registry
 from luthier.kinds import OBJECTIVES, Batch, Now, TokenWeight, View
 from luthier.registry import Part
+from luthier.rows.batches import collate
+from luthier.rows.encode import Encoded
 from luthier.training import objective
 from luthier.training.objective import Minimized, Objective, Weighted, as_term
 from luthier.training.world import World
@@ -45,9 +48,10 @@ class Stepped(NamedTuple):
 
 
 def step_on(rows: Mapping[str, Given], weight: Any, sizes: Sequence[int] = (), *, state: dict[str, Any] | None = None) -> Stepped:
-    """The loss of cross-entropy under a token weight, for rows in micro-batches of these sizes, else all in one."""
+    """The loss of cross-entropy under one or several token weights, for rows in micro-batches of these sizes, else all in one."""
     leaves = {name: torch.tensor(row.nll, dtype=torch.float64, requires_grad=True) for name, row in rows.items()}
-    batches = split(_batch(rows), sizes or (len(rows),))
+    ends = list(accumulate(sizes or (len(rows),), initial=0))
+    batches = [_batch(dict(list(rows.items())[first:last])) for first, last in pairwise(ends)]
     passes: list[Batch] = []
 
     def view(tune: Any, batch: Batch, columns: Any, now: Now, **more: Any) -> View:
@@ -61,10 +65,10 @@ def step_on(rows: Mapping[str, Given], weight: Any, sizes: Sequence[int] = (), *
         }
         return View(batch, each, label_N=where.label_N, row_N=where.row_N, position_N=where.source_N + 1, now=now)
 
-    part = weight if isinstance(weight, Part) else registry.make(weight, ("token_weight",))
-    (rule,) = [value for value in part.values if isinstance(value, TokenWeight)]
+    made = [one if isinstance(one, Part) else registry.make(one, ("token_weight",)) for one in _list(weight)]
+    rules = [Weighted(part.name, value, state or {}) for part in made for value in part.values if isinstance(value, TokenWeight)]
     ((plain,),) = [one.values for one in registry.make_all("cross_entropy", OBJECTIVES)]
-    goal = Objective([Minimized("cross_entropy", as_term(plain), {})], [Weighted(part.name, rule, state or {})])
+    goal = Objective([Minimized("cross_entropy", as_term(plain), {})], rules)
 
     def services(slot: str) -> Any:
         return None
@@ -83,6 +87,10 @@ def step_on(rows: Mapping[str, Given], weight: Any, sizes: Sequence[int] = (), *
     return Stepped(float(loss.detach()), dict(zip(ran, (one.tolist() for one in found), strict=True)), looked.notes, taken)
 
 
+def _list(weight: Any) -> list[Any]:
+    return weight if isinstance(weight, list) else [weight]
+
+
 def _batch(rows: Mapping[str, Given]) -> Batch:
     places = {name: list(row.positions) or list(range(1, len(row.nll) + 1)) for name, row in rows.items()}
     time = max([1, *(max(place, default=0) + 1 for place in places.values())])
@@ -91,10 +99,8 @@ def _batch(rows: Mapping[str, Given]) -> Batch:
     for i, place in enumerate(places.values()):
         label_BT[i, place] = 1
         attend_BT[i, : max(place, default=0) + 1] = True
-    free = {key for row in rows.values() for key in row.free}
-    is_text = {key: any(isinstance(row.free.get(key), str) for row in rows.values()) for key in free}
-    numbers = {key: torch.tensor([float(row.free.get(key, "nan")) for row in rows.values()]) for key in free if not is_text[key]}
-    texts = {key: tuple(str(row.free.get(key, "")) for row in rows.values()) for key in free if is_text[key]}
+    made = collate([Encoded(name, (1,), (False,), "", row.free, 0, "") for name, row in rows.items()]) if rows else None
+    numbers, texts = ({}, {}) if made is None else (made.columns, made.texts)
     position_BT = torch.arange(time).expand(len(rows), -1)
     return Batch(label_BT.clamp(min=0), attend_BT, position_BT, label_BT, tuple(rows), numbers, texts)
 

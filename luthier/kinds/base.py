@@ -81,7 +81,7 @@ class Batch(NamedTuple):
     """The token id where that token is a target, -100 elsewhere."""
     row_ids: tuple[str, ...]
     columns: Mapping[str, Tensor] = {}
-    """Free numeric columns of the rows, shape [B]; NaN where a row lacks one."""
+    """Free numeric columns of the rows, shape [B], in fp64 where the device has it; NaN where a row lacks one."""
     texts: Mapping[str, tuple[str, ...]] = {}
     """Free text columns of the rows, one text each; empty where a row lacks one."""
     token_columns: Mapping[str, Tensor] = {}
@@ -117,13 +117,15 @@ class Batch(NamedTuple):
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""
+        # Apple's accelerators have no fp64.
+        wide = torch.float32 if torch.device(device).type == "mps" else None
         return Batch(
             self.token_ids_BT.to(device),
             self.attend_BT.to(device),
             self.position_BT.to(device),
             self.label_BT.to(device),
             self.row_ids,
-            {name: column.to(device) for name, column in self.columns.items()},
+            {name: column.to(device, wide) for name, column in self.columns.items()},
             self.texts,
             {name: column.to(device) for name, column in self.token_columns.items()},
         )

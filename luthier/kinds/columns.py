@@ -210,8 +210,8 @@ class StepTable:
         return int(self.row_M.max()) + 1 if len(self.row_M) else 0
 
     def of_rows(self, name: str) -> Tensor | None:
-        """A free column of the rows at each target, [M]: numbers in fp64, texts as `luthier.draws.seed_of(text)`; None where no row has
-        it."""
+        """A free column of the rows at each target, [M]: numbers in fp64, texts as `luthier.draws.seed_of(text)`, and so numbers where
+        other rows of the step have texts; None where no row has it."""
         return self._of_rows.get(name)
 
     def sum_rows(self, value_M: Tensor) -> Tensor:

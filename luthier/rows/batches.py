@@ -182,12 +182,16 @@ def _rounded_up(length: int, multiple: int) -> int:
 
 def _columns(encoded: Sequence[Encoded]) -> Mapping[str, Tensor]:
     names = {name for row in encoded for name, value in row.columns.items() if not isinstance(value, str)}
-    return {name: torch.tensor([_number(row.columns.get(name)) for row in encoded], dtype=torch.float32) for name in sorted(names)}
+    return {name: torch.tensor([_number(row.columns.get(name)) for row in encoded], dtype=torch.float64) for name in sorted(names)}
 
 
 def _texts(encoded: Sequence[Encoded]) -> Mapping[str, tuple[str, ...]]:
     names = {name for row in encoded for name, value in row.columns.items() if isinstance(value, str)}
-    return {name: tuple(str(row.columns.get(name, "")) for row in encoded) for name in sorted(names)}
+    return {name: tuple(_text(row.columns.get(name)) for row in encoded) for name in sorted(names)}
+
+
+def _text(value: float | int | str | None) -> str:
+    return value if isinstance(value, str) else ""
 
 
 def _number(value: float | int | str | None) -> float:

@@ -142,7 +142,8 @@ class Objective:
         self, tune: Tune, batches: Sequence[Batch], now: Now, world: World, services_of: Callable[[str], Services]
     ) -> Looked | None:
         """Rules over the whole step: one pass without gradients if they ask for columns, gathered over processes and sorted by row id
-        and position, so that neither the split into micro-batches nor the number of processes matters."""
+        and position, so that neither the split into micro-batches nor the number of processes matters. They take turns in their order,
+        each on the targets that those before it keep, and their weights multiply."""
         rules = [one for one in self.weights if one.weight.look is not None]
         if not rules:
             return None
@@ -156,23 +157,21 @@ class Objective:
         notes: dict[str, float] = {}
         for rule in rules:
             assert rule.weight.look is not None
+            kept_L = (keep != 0).nonzero()[:, 0]
             table = StepTable(
-                {column.name: whole[column.name] for column in wanted},
-                row_M=whole["row"].unique(return_inverse=True)[1],
-                position_M=whole["position"],
-                of_rows=of_rows,
+                {column.name: whole[column.name][kept_L] for column in wanted},
+                row_M=whole["row"][kept_L].unique(return_inverse=True)[1],
+                position_M=whole["position"][kept_L],
+                of_rows={name: values[kept_L] for name, values in of_rows.items()},
                 now=now,
                 state=rule.state,
                 services=services_of(rule.slot),
             )
-            keep = keep * rule.weight.look(table).double()
+            keep[kept_L] *= rule.weight.look(table).double()
             notes.update(table.notes)
-        place = {(int(r), int(p)): i for i, (r, p) in enumerate(zip(whole["row"], whole["position"], strict=True))}
         found = Looked([], [], notes)
         for batch, mine in zip(batches, tables, strict=True):
-            keys = zip(mine["row"], mine["position"], strict=True)
-            keep_N = keep[torch.tensor([place[int(r), int(p)] for r, p in keys], dtype=torch.int64)]
-            left, left_N = _pruned(batch, keep_N)
+            left, left_N = _pruned(batch, keep[_places(whole, mine)])
             if left.row_ids:
                 found.batches.append(left)
                 found.keeps.append(left_N)
@@ -275,7 +274,7 @@ def _table(tune: Tune, batch: Batch, wanted: Sequence[Column], now: Now, states:
     for name, numbers in batch.columns.items():
         here[f"rows {name}"] = numbers.cpu().double()[row_N]
     for name, texts in batch.texts.items():
-        here[f"rows {name}"] = draws.seeds_of(texts)[row_N]
+        here[f"rows {name}"] = draws.seeds_of(draws.names_of(texts, batch.columns.get(name)))[row_N]
     if wanted:
         view = view_of(tune, batch, wanted, now, remembered=states)
         here.update({name: column.float().cpu() for name, column in view.columns.items()})
@@ -291,23 +290,31 @@ def _gathered(
     """
     kinds = {name: str(values.dtype) for table in tables for name, values in table.items() if name.startswith("rows ")}
     everyone = world.gather_plain(kinds)
-    free = sorted({(name, kind) for kinds in everyone for name, kind in kinds.items()})
-    types = {"torch.int64": (torch.int64, draws.seed_of("")), "torch.float64": (torch.float64, float("nan"))}
+    # Where some rows have texts and others numbers, all are names: of two kinds the later in the alphabet, int64, is that of texts.
+    free = dict(sorted((name, kind) for kinds in everyone for name, kind in kinds.items()))
     local: dict[str, Tensor] = {}
     for name in ("row", "position", *wanted):
         kind = torch.int64 if name in ("row", "position") else torch.float32
         local[name] = torch.cat([torch.zeros(0, dtype=kind), *(table[name] for table in tables)])
-    for name, spelled in free:
-        dtype, nothing = types[spelled]
-        pieces = [
-            table[name] if name in table and table[name].dtype == dtype else torch.full((len(table["row"]),), nothing, dtype=dtype)
-            for table in tables
-        ]
-        local[name] = torch.cat([torch.zeros(0, dtype=dtype), *pieces])
+    for name, spelled in free.items():
+        nothing = torch.tensor(float("nan") if spelled == "torch.float64" else draws.seed_of(""))
+        nothing = nothing.to(torch.float64 if spelled == "torch.float64" else torch.int64)
+        pieces = [table.get(name, nothing.expand(len(table["row"]))) for table in tables]
+        if nothing.dtype == torch.int64:
+            pieces = [draws.seeds_of(draws.names_of((), one)) if one.is_floating_point() else one for one in pieces]
+        local[name] = torch.cat([nothing.new_zeros(0), *pieces])
     whole = world.gather(local)
     order = _sorted(whole)
     table = {name: values[order] for name, values in whole.items()}
-    return table, {name.removeprefix("rows "): table[name] for name, _ in free}
+    return table, {name.removeprefix("rows "): table[name] for name in free}
+
+
+def _places(whole: dict[str, Tensor], some: dict[str, Tensor]) -> Tensor:
+    """Where some targets are among all, which are sorted by row and position."""
+    row_R, row_M = whole["row"].unique(return_inverse=True)
+    longest = int(whole["position"].max()) + 1 if len(row_M) else 1
+    key_M = row_M * longest + whole["position"]
+    return torch.searchsorted(key_M, torch.searchsorted(row_R, some["row"]) * longest + some["position"])
 
 
 def _pruned(batch: Batch, keep_N: Tensor) -> tuple[Batch, Tensor]:

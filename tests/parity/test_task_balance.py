@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from luthier.errors import LuthierError
-from luthier.kinds import Now
+from luthier.kinds import Now, StepTable, TokenWeight
+from luthier.registry import Part
 from luthier.training import objective
 from tests.conftest import split
 from tests.steps import TUNES, Given, assert_trains, step_on
@@ -61,6 +63,35 @@ def test_weights_are_divided_by_those_of_the_tasks_that_are_there() -> None:
     assert step_on(b, {"task_balance": {"weights": {"a": 1.0, "b": 0.0}}}).slopes == {}
     by_number = {"a": Given([1.0], {"task": 1}), "b": Given([3.0], {"task": 2.5})}
     assert step_on(by_number, {"task_balance": {"weights": {"1": 1.0, "2.5": 3.0}}}).loss == pytest.approx(2.5, abs=1e-12)
+
+
+def test_tasks_named_by_large_numbers_and_by_numbers_and_texts() -> None:
+    """Neighbors that fp32 cannot tell apart, fractions as they are written, and a step whose micro-batches have different kinds."""
+    rows = {"a": Given([1.0] * 9, {"task": 20240100}), "b": Given([3.0], {"task": 20240101})}
+    assert step_on(rows, CASE_3).loss == pytest.approx(2.0, abs=1e-12)
+    tenth = {"a": Given([1.0], {"task": 0.1}), "b": Given([3.0], {"task": 7})}
+    assert step_on(tenth, {"task_balance": {"weights": {"0.1": 3.0, "7": 1.0}}}).loss == pytest.approx(1.5, abs=1e-12)
+    mixed = {"a1": Given([1.0], {"task": 1}), "b": Given([3.0], {"task": "b"}), "a2": Given([1.0] * 3, {"task": "1"})}
+    for sizes in ((3,), (1, 2), (2, 1), (1, 1, 1)):
+        assert step_on(mixed, CASE_3, sizes).loss == pytest.approx(2.0, abs=1e-12)
+
+
+def test_a_rule_balances_what_the_rule_before_it_keeps() -> None:
+    """The first keeps rows whose number is odd: task a is left with one row, and each task has half of the loss."""
+    rows = {
+        "a1": Given([1.0, 2.0], {**A, "number": 1}),
+        "a2": Given([5.0] * 4, {**A, "number": 2}),
+        "b": Given([4.0], {**B, "number": 3}),
+    }
+    for sizes in ((3,), (1, 2), (1, 1, 1)):
+        found = step_on(rows, [Part("odd", "token_weight", {}, (TokenWeight(look=_odd),)), CASE_3], sizes)
+        assert found.loss == pytest.approx((1.5 + 4.0) / 2, abs=1e-12) and found.slopes.keys() == {"a1", "b"}
+
+
+def _odd(table: StepTable) -> Tensor:
+    number_M = table.of_rows("number")
+    assert number_M is not None
+    return (number_M % 2).float()
 
 
 def test_micro_batches_are_one_step() -> None:

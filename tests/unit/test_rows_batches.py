@@ -42,7 +42,7 @@ def test_columns_do_not_depend_on_the_mates() -> None:
     assert set(batch.columns) == {"score", "rank"}
     assert batch.columns["score"].tolist() == [1.0, 0.5]
     assert math.isnan(batch.columns["rank"][0]) and batch.columns["rank"][1] == 3
-    assert batch.columns["score"].dtype == collate([encoded(1, 2, score=1)]).columns["score"].dtype == torch.float32
+    assert batch.columns["score"].dtype == collate([encoded(1, 2, score=1)]).columns["score"].dtype == torch.float64
 
 
 def test_an_empty_batch() -> None:

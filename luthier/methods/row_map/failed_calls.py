@@ -41,8 +41,9 @@ WENT_WELL = ("ok", "okay", "success", "successful", "succeeded", "completed")
 def failed_calls(*, markers: tuple[str, ...] = MARKERS) -> RowMap:
     """Make assistant turns context only where the tool's reply reports an error, so that a model learns to recover and not to fail.
 
-    A call to which no tool replies is context only, too. The last message is always learned. A reply fails where it, as a message or
-    as a JSON object, says so by `is_error`, `error` or `status`; where it has none of these, a marker in its text decides.
+    A message with `tool_calls` to which no tool replies is context only, too. The last message is always learned. A reply fails where
+    it, as a message or as a JSON object, says so by `is_error`, `error` or `status`; where it has none of these, a marker in its text
+    decides.
 
     Args:
         markers: texts by which a reply reports an error; letters and digits are compared, in lower case. The general ones of the

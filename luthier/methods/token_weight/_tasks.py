@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from luthier.draws import seed_of
+from luthier.draws import names_of, seed_of, seeds_of
 from luthier.errors import LuthierError
 from luthier.kinds import Batch, StepTable
 
@@ -35,12 +34,9 @@ def tasks_of(table: StepTable, column: str, technique: str) -> tuple[Tensor, Ten
     if values_M is None:
         values_M = torch.full((len(table),), seed_of(""))
     if values_M.is_floating_point():
-        lacks_M = values_M.isnan()
         number_U, place_M = values_M.unique(return_inverse=True)
-        values_M = torch.tensor([seed_of(_written(number)) for number in number_U.tolist()], dtype=torch.int64)[place_M]
-    else:
-        lacks_M = values_M == seed_of("")
-    if bool(lacks_M.any()):
+        values_M = seeds_of(names_of((), number_U))[place_M]
+    if bool((values_M == seed_of("")).any()):
         raise _without_task("a row of this step", column, technique)
     key_K, task_M = values_M.unique(return_inverse=True)
     return key_K, task_M
@@ -52,17 +48,11 @@ def task_names(batch: Batch, column: str, technique: str) -> list[str]:
     Raises:
         LuthierError: a row has no such column.
     """
-    names = list(batch.texts.get(column, ()))
-    if not names:
-        names = ["" if math.isnan(number) else _written(number) for number in batch.columns.get(column, torch.zeros(0)).tolist()]
+    names = names_of(batch.texts.get(column, ()), batch.columns.get(column))
     for row, name in zip(batch.row_ids, names or [""] * len(batch.row_ids), strict=True):
         if not name:
             raise _without_task(f"the row `{row}`", column, technique)
     return names
-
-
-def _written(number: float) -> str:
-    return str(number).removesuffix(".0")
 
 
 def _without_task(row: str, column: str, technique: str) -> LuthierError:

@@ -19,7 +19,8 @@ from luthier.registry import method
     paper="arXiv:2502.07154",
     row=193,
     reduces_to="samples 1 and a threshold above 1: cross-entropy",
-    departs="the share of right samples stands in the rows, measured beforehand; the authors draw it anew while training",
+    departs="the share of right samples stands in the rows, measured beforehand; the authors draw it anew while training; every target "
+    "kept counts alike, where their code takes each row's mean first",
     claim="dco",
 )
 def answer_coverage(*, samples: int = 256, threshold: float = 0.1, column: str = "right_share") -> TokenWeight:

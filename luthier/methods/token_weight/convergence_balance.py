@@ -21,7 +21,8 @@ NAME = "convergence_balance"
     row=251,
     reduces_to="until the losses were measured `window` times: task_balance",
     departs="the divergence factor is capped at 1, as in the paper and not in the code; losses are measured on the same rows every time, "
-    "first before training, where the code takes one batch after another; a task's mean is over the whole step",
+    "first before training, where the code takes one batch after another; weights begin to differ when `window` losses are there, where "
+    "the code begins after 100 and fits to as many as there are up to 200; a task's mean is over the whole step",
 )
 def convergence_balance(
     *,

@@ -16,8 +16,9 @@ from luthier.registry import method
     paper="arXiv:2311.02303",
     row=251,
     reduces_to="gamma 0: task_balance",
-    departs="the factor is a number without a gradient; means are over the whole step; the released code has no focal form, so this "
-    "follows the paper's, with alpha 1",
+    departs="it multiplies the task's mean cross-entropy, where the paper has the logarithm of the mean probability: the same where all "
+    "targets are equally likely; the factor is a number without a gradient; means are over the whole step; alpha is 1; the paper's "
+    "form for single rows is left out (`focal` is that of targets), and the released code has neither",
 )
 def task_focal(*, gamma: float = 2.0, by: Unit = "rows", column: str = "task") -> TokenWeight:
     """Weigh each task's mean loss by (1 - P)^gamma, where P is the mean probability that the model gives the task's targets.
