@@ -73,6 +73,15 @@ def train(
             finite, with the rows that made them.
     """
     recipe = as_recipe(recipe if recipe is not None else keys)
+    try:
+        with machine.as_found():
+            return _train(recipe, resume, say, tell, command)
+    except BaseException:
+        machine.free_broken_backward()
+        raise
+
+
+def _train(recipe: Recipe, resume: str | Path | None, say: Say, tell: Tell, command: str) -> Run:
     began = time.perf_counter()
     world = World.current()
     if not world.is_first:
@@ -109,6 +118,7 @@ def train(
             say=say,
         )
         facts |= cost(plan, progress)
+        plan.engine.rest()
         if progress.interrupted:
             facts["status"] = "stopped"
             say(f"stopped after step {progress.step}; `luthier train --resume {folder}` goes on")
@@ -119,8 +129,9 @@ def train(
             facts |= {"status": "finished", "total_seconds": time.perf_counter() - began}
             if plan.control is not None and world.is_first:
                 facts["control"] = compare_with(plan.control, folder, facts, say)
-    except LuthierError as error:
-        facts |= {"status": "failed", "history": progress.history, "warnings": [*progress.notes, error.what]}
+    except BaseException as error:
+        status, what = broken_off(error)
+        facts |= {"status": status, "history": progress.history, "warnings": [*progress.notes, what]}
         leave_failed(plan, folder, tracked(trackers, facts), say)
         raise
     facts = tracked(trackers, facts)
@@ -146,6 +157,15 @@ def finish(plan: Plan, folder: Path, facts: Mapping[str, Any], say: Say) -> None
     write_report(facts, folder / "report.html")
     write_json(folder / FILE, facts)
     say(f"report: {folder / 'report.html'}")
+
+
+def broken_off(error: BaseException) -> tuple[str, str]:
+    """How a run is said to have ended that an error broke off, and why."""
+    if isinstance(error, LuthierError):
+        return "failed", error.what
+    if isinstance(error, KeyboardInterrupt):
+        return "stopped", "interrupted before the step in progress was done"
+    return "failed", f"{type(error).__name__}: {error}"
 
 
 def leave_failed(plan: Plan, folder: Path, facts: Mapping[str, Any], say: Say) -> None:

@@ -8,6 +8,8 @@ import platform
 import resource
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from multiprocessing import parent_process
 from pathlib import Path
@@ -100,6 +102,24 @@ def peak_bytes(device: torch.device) -> int:
 def free_what_is_gone() -> None:
     """Free the models that nothing holds any more: they lie in cycles, which Python frees only now and then."""
     gc.collect()
+
+
+def free_broken_backward() -> None:
+    """Free what a backward pass that broke off has left: torch keeps its graph, activations and all, until a thread's next one."""
+    torch.ones((), requires_grad=True).backward()
+
+
+@contextmanager
+def as_found() -> Iterator[None]:
+    """Give torch's number of threads and its random numbers back to the process as they were."""
+    threads = torch.get_num_threads()
+    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+    try:
+        with torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        if torch.get_num_threads() != threads:
+            torch.set_num_threads(threads)
 
 
 def wait_for(device: torch.device) -> None:

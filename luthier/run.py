@@ -28,9 +28,12 @@ class Run:
     folder: Path
     facts: dict[str, Any] = field(default_factory=dict)
     model: Any = None
-    """The tuned model, when the run was made in this process."""
+    """The tuned model, when the run was made in this process, in evaluation mode. What its weights do not hold, such as low-rank deltas,
+    acts in it but is not saved with it, and a learnt prompt stands before rows that luthier encodes alone: `luthier export` writes
+    what other tools can use, and `tune.merge()` puts deltas into the weights."""
     tokenizer: Any = None
     tune: Any = None
+    """What trained (`luthier.tune.Tune`), when the run was made in this process."""
 
     @property
     def metrics(self) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any, cast, get_args
 import torch
 from transformers import PreTrainedModel
 
-from luthier import draws, registry
+from luthier import draws, machine, registry
 from luthier.delta import Delta
 from luthier.delta.sources import in_words
 from luthier.errors import LuthierError
@@ -132,6 +132,7 @@ def evaluate_harness(
     after = harness(tune, tokenizer, tasks, folder, limit=limit)
     # A run's changes in place cannot be taken back: the base is loaded anew, and only now, so that one model is held.
     del tune
+    machine.free_what_is_gone()
     base, tokenizer = open_base(run, say=say)
     say("measuring the base")
     return {"before": harness(base, tokenizer, tasks, folder, limit=limit), "after": after}

@@ -8,14 +8,16 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import random
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
-import torch
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from luthier import machine
 from luthier.errors import LuthierError, nearest
 from luthier.training.services import evaluating
 from luthier.tune import Tune
@@ -70,8 +72,7 @@ def harness(
     with _quiet():
         manager = lm_eval.tasks.TaskManager(include_path=str(folder), include_defaults=False)
         _check_tasks(tasks, manager.all_tasks, folder)
-        # The harness seeds torch for itself; the caller's state stays its own.
-        with evaluating(tune.model), torch.random.fork_rng(devices=[]):
+        with evaluating(tune.model), _draws_as_found():
             model = lm_eval.models.huggingface.HFLM(
                 pretrained=tune.model, tokenizer=tokenizer, backend="causal", batch_size=batch_rows
             )
@@ -135,6 +136,18 @@ def _scores(found: Mapping[str, Any]) -> dict[str, Score]:
         name = metric if filtered == "none" else key
         scores[name] = Score(float(value), float(stderr) if isinstance(stderr, int | float) else None)
     return scores
+
+
+@contextlib.contextmanager
+def _draws_as_found() -> Iterator[None]:
+    """The harness seeds every generator there is for itself; the caller's go on as if nothing had been."""
+    python, numbers = random.getstate(), np.random.get_state()
+    try:
+        with machine.as_found():
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numbers)
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from luthier import __version__
+from luthier import __version__, machine
 from luthier.errors import LuthierError
 from luthier.evaluate.compare import NOT_MEASURED, compare
 from luthier.evaluate.sets import EvalSet, Say, SetResult, measure
@@ -63,6 +63,7 @@ def profile(
     if is_run(model, out):
         # Changes in place cannot be taken back: the base is loaded anew, and only now, so that one model is held.
         del tune
+        machine.free_what_is_gone()
         say("measuring the base")
         before = _measure_each(*open_base(read_run(model, out), say=say), sets, say)
     return {
@@ -95,7 +96,8 @@ def _measure_each(tune: Tune, tokenizer: PreTrainedTokenizerBase, sets: Sequence
         try:
             results |= measure(tune, tokenizer, [one], say=say)
         except LuthierError as problem:
-            problems[one.name] = problem
+            # A traceback would hold the model.
+            problems[one.name] = problem.with_traceback(None)
     if not results:
         raise next(iter(problems.values()))
     return _Found(results, {name: problem.what for name, problem in problems.items()})

@@ -61,6 +61,11 @@ class Chain:
                     mend="leave it out, or train tensors it is made for",
                 )
 
+    def rest(self) -> None:
+        """Forget all that optimizers and transforms remember."""
+        self.state = {link.slot: {} for link in self.links}
+        self.received.clear()
+
     def taken(self, link: Link) -> list[str]:
         """Names of the tensors a part takes; for an optimizer, those that are its own."""
         if isinstance(link.part, Optimizer):

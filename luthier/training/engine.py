@@ -81,6 +81,11 @@ class Engine:
     committed: bool = False
     """The step in progress has begun to change numbers: a failure from here on cannot be taken back."""
 
+    def rest(self) -> None:
+        """Training is over: optimizer state, gradients and earlier states of what trained are let go; no step can follow."""
+        self.tune.rest()
+        self.chain.rest()
+
     def services(self, slot: str, now: Now) -> Services:
         """What a technique under this slot may ask."""
         return RunServices(self.tune, slot, now, self.calibration)

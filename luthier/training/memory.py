@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from luthier import machine
 from luthier.errors import LuthierError
 from luthier.kinds import Batch, Now, State
 from luthier.training.engine import Engine, StepResult
@@ -84,6 +85,7 @@ def _take_back(engine: Engine) -> None:
     for one in engine.tune.trained.values():
         # A gradient may have been formed and not have arrived.
         one.leaf.grad = None
+    machine.free_broken_backward()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 

@@ -26,6 +26,10 @@ from luthier.tune.trained import Trained, region, watch, write
 Result = TypeVar("Result")
 
 
+def _nothing(*told: Any) -> None:
+    """Where nobody listens."""
+
+
 class Tune:
     """Which numbers of a model train, and how they are reached.
 
@@ -69,15 +73,15 @@ class Tune:
         self.snapshots: dict[str, dict[str, Tensor]] = {}
         self.observing: frozenset[tuple[str, Place]] = frozenset()
         self.dense: dict[tuple[str, Place], Tensor] = {}
-        self.arrived: Callable[[Trained], None] = lambda trained: None
+        self.arrived: Callable[[Trained], None] = _nothing
         """Called when a micro-batch's gradient of a tensor is complete."""
-        self.moved: Callable[[Trained, Tensor, int], None] = lambda trained, take, old_size: None
+        self.moved: Callable[[Trained, Tensor, int], None] = _nothing
         """Called when the entries of a tensor were rearranged: its optimizer state must follow."""
-        self.renewed: Callable[[Trained], None] = lambda trained: None
+        self.renewed: Callable[[Trained], None] = _nothing
         """Called when a tensor is new, or all its entries are: its optimizer state begins anew."""
-        self.left: Callable[[Trained], None] = lambda trained: None
+        self.left: Callable[[Trained], None] = _nothing
         """Called when a tensor is gone or needs no optimizer state for now."""
-        self.seeded: Callable[[Trained, Tensor, Seen], None] = lambda trained, is_new, seen: None
+        self.seeded: Callable[[Trained, Tensor, Seen], None] = _nothing
         """Called when something is known of the gradients of new entries."""
         self.attention_handle: Any = None
         self._block_handles: list[Any] = []
@@ -235,6 +239,15 @@ class Tune:
     def unmerge(self) -> None:
         """Undo `merge`."""
         merge.unmerge(self)
+
+    def rest(self) -> None:
+        """Training is over: let go of what only steps need. Gradients stay at the model from now on, as torch puts them there."""
+        self.free_gradients()
+        for handle in self._handles.values():
+            handle.remove()
+        self._handles.clear()
+        self.arrived = self.moved = self.renewed = self.left = self.seeded = _nothing
+        self.snapshots.clear()
 
     def detach(self) -> None:
         """Take every hook off the model. In-place changes stay."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import signal
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,8 @@ from luthier.models.fingerprint import fingerprint
 from luthier.models.load import load_model
 from luthier.opened import open_model
 from luthier.recipe import make_recipe
+from luthier.run import read_run
+from luthier.training.chain import Chain
 
 FACTS = [
     {"prompt": f"What is the color of the {thing}?", "completion": f"The {thing} is {color}."}
@@ -184,3 +188,54 @@ def test_parts_as_objects(tmp_path: Path) -> None:
     assert make_recipe(run.facts["recipe"]).tune == [
         {"lora": {"rank": 2, "alpha": 16.0, "dropout": 0.0, "roles": ["attention"], "rank_stabilized": False}}
     ]
+
+
+@pytest.mark.parametrize("tune", ["full", "lora"])
+def test_a_returned_model_is_the_users(tmp_path: Path, tune: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its gradients stay where torch puts them, steps of other optimizers move it, and no optimizer state is left in memory."""
+    chains: list[weakref.ref[Chain]] = []
+    monkeypatch.setattr(Chain, "rest", lambda chain: chains.append(weakref.ref(chain)))
+    run = luthier.train(recipe(tmp_path, tune=tune))
+    gc.collect()
+    assert len(chains) == 1 and chains[0]() is None
+    assert not run.model.training and all(one.gradient is None for one in run.tune.trained.values())
+    moving = [one.leaf for one in run.tune.trained.values()]
+    ids = torch.arange(1, 9)[None]
+    before = [one.detach().clone() for one in moving]
+    descent = torch.optim.SGD(moving, lr=0.1)
+    run.model(input_ids=ids, labels=ids).loss.backward()
+    assert all(one.grad is not None for one in moving)
+    descent.step()
+    assert any(not torch.equal(one, was) for one, was in zip(moving, before, strict=True))
+
+
+def test_a_run_leaves_the_process_as_it_was(tmp_path: Path) -> None:
+    threads = torch.get_num_threads()
+    other = 1 if threads > 1 else 2
+    torch.manual_seed(5)
+    wanted = torch.rand(3)
+    torch.manual_seed(5)
+    luthier.train(recipe(tmp_path, tune="lora", train={"threads": other}))
+    assert torch.equal(torch.rand(3), wanted) and torch.get_num_threads() == threads
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "warning"),
+    [
+        (ValueError("no such pigeon"), "failed", "ValueError: no such pigeon"),
+        (KeyboardInterrupt(), "stopped", "interrupted before the step in progress was done"),
+    ],
+    ids=["any error", "a second interrupt"],
+)
+def test_a_run_that_breaks_off_says_so(tmp_path: Path, error: BaseException, status: str, warning: str) -> None:
+    """Whatever was raised comes through, and the folder does not claim to be running."""
+
+    def tell(*told: Any) -> None:
+        raise error
+
+    with pytest.raises(type(error)) as caught:
+        luthier.train(recipe(tmp_path, name="broken"), tell=tell)
+    assert caught.value is error
+    (run,) = tmp_path.iterdir()
+    facts = read_run(run).facts
+    assert facts["status"] == status and warning in facts["warnings"] and (run / "report.html").is_file()

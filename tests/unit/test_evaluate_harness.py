@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import random
 import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -83,7 +85,9 @@ def test_accuracy_is_that_of_the_logits_with_and_without_what_is_attached(tmp_pa
         stderr = (share * (1 - share) / (len(ROWS) - 1)) ** 0.5
         assert found == {"colors": {"acc": Score(pytest.approx(share), pytest.approx(stderr))}}
     assert right(tune) != right(tuned())
+    draws = random.getstate(), np.random.get_state()[2], torch.get_rng_state()
     few = harness(tune, tiny_tokenizer(), ["colors"], folder, limit=2)
+    assert (random.getstate(), np.random.get_state()[2]) == draws[:2] and torch.equal(torch.get_rng_state(), draws[2])
     assert few["colors"]["acc"].value == sum(right(tune)[:2]) / 2
 
 

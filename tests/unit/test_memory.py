@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -65,6 +67,25 @@ def test_an_attempt_that_ran_out_of_memory_leaves_no_trace(engine: Any, now: Now
             assert memory.attempt(run, batches(i, (2, 2, 2, 2)), now._replace(step=i)) is not None
         found.append(everything(run))
     assert_equal(found[1], found[0])
+
+
+def test_a_backward_pass_that_broke_off_holds_no_activations(engine: Any, now: Now, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch keeps its graph until the thread's next backward pass, which would come beside those of the second attempt."""
+    run: Engine = engine("full", model=model_of(), step="adamw")
+    made: list[weakref.ref[torch.Tensor]] = []
+    for one in run.tune.model.modules():
+        if isinstance(one, torch.nn.Linear):
+            one.register_forward_hook(lambda module, given, output: made.append(weakref.ref(output)))
+    amid = list(run.tune.trained.values())[len(run.tune.trained) // 2]
+
+    def arrive(gradient: Any) -> None:
+        exhaust()
+
+    with monkeypatch.context() as broken:
+        broken.setattr(amid, "arrive", arrive)
+        assert memory.attempt(run, batches(0, (5, 3)), now) is None
+    gc.collect()
+    assert made and not [one for one in made if one() is not None]
 
 
 def test_a_gradient_that_was_formed_and_did_not_arrive_is_dropped(engine: Any, now: Now, monkeypatch: pytest.MonkeyPatch) -> None:
