@@ -58,6 +58,11 @@ def measure(finished: Finished) -> dict[str, float]:
     }
 
 
+def choose(finished: Finished) -> float:
+    """Judges a learning rate by how likely the facts are in other words: nearly all are answered rightly at every rate."""
+    return -targets_of(finished.runs[0], with_answers(few_facts("validation", ASKED)), ["nll"]).mean("nll")
+
+
 def noisefit(**options: Any) -> dict[str, Any]:
     """A recipe's key for NoiseFiT."""
     return {"objective": {"noisefit": options}}
@@ -88,7 +93,7 @@ CLAIM = Claim(
         Expectation("sure and wrong", "noisefit", "neftune", "not_more", 0.03, "noise on embeddings does not do better"),
     ],
     measure=measure,
-    choose=lambda finished: right(finished.runs[0], few_facts("validation", ASKED)),
+    choose=choose,
     floor={"new facts": 0.5},
     minutes=6,
     notes="The paper trains low-rank adapters of models of 1B to 70B parameters on short questions and has other models judge what they "
