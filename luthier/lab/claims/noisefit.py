@@ -83,6 +83,7 @@ CLAIM = Claim(
         Arm(
             "noisefit", noisefit(), "the paper's: noise as large as the states' square, behind the three blocks that mind it least"
         ),
+        Arm("noisefit, sft's rate", noisefit(), "control: sureness grows with the learning rate", like="sft"),
         Arm("noisefit, relative", noisefit(scale="relative"), "noise as large as the states"),
     ],
     expects=[
@@ -90,6 +91,7 @@ CLAIM = Claim(
         Expectation("sure and wrong", "noisefit", "sft", "less", 0.03, "it is less often sure of what it was not told"),
         Expectation("calibration error", "noisefit", "sft", "less", 0.02, "its probabilities are nearer to the truth"),
         Expectation("sure and wrong", "noisefit", "sft, same compute", "less", 0.03, "than with the same compute, too"),
+        Expectation("sure and wrong", "noisefit, sft's rate", "sft", "less", 0.03, "than at the same rate, too"),
         Expectation("sure and wrong", "noisefit", "neftune", "not_more", 0.03, "noise on embeddings does not do better"),
     ],
     measure=measure,
