@@ -72,11 +72,11 @@ def total_of(objective: Any, logits: Tensor, labels: Sequence[int], *, weight: A
     for one in weights:
         assert one.weigh is not None
         weight_N = weight_N * one.weigh(view).detach()
-        targets = one.count(view.batch) if one.count is not None else targets
+        targets = float(one.count(view.batch).sum()) if one.count is not None else targets
     loss = logits.new_zeros(())
     for term in terms:
         counted = term.count(view.batch) if term.count is not None else None
-        rows = float(len(view.row_N.unique()))
+        rows = float(len(view.row_N[weight_N != 0].unique()))
         unit = counted if counted is not None else {"token": targets, "row": rows, "step": 1.0}[term.unit]
         units = torch.tensor(unit if isinstance(unit, tuple) else (unit,), dtype=logits.dtype)
         loss = loss + term.weight * (term.total(view.for_technique({}, weight_N), {}).reshape(-1) / units).sum()

@@ -112,8 +112,8 @@ class Annotation(NamedTuple):
 class TokenWeight(NamedTuple):
     """How much does a token count?
 
-    `weigh(view)` returns [N], from columns of whole rows, without gradient. `count(batch)` gives the units where they are known
-    beforehand and differ from the targets.
+    `weigh(view)` returns [N], from columns of whole rows, without gradient. `count(batch)` gives the targets of each row that will be
+    kept, [B], where that is known beforehand and differs from all of them; a row that keeps none counts as no row.
 
     `look(table)` is a rule over the whole step: it gets every target of the step, over micro-batches and processes, and returns their
     weights [M]; then those above 0 are counted, and rows of which nothing is kept are not run. Columns come from a pass of their own,
@@ -124,6 +124,6 @@ class TokenWeight(NamedTuple):
 
     weigh: Callable[[View], Tensor] | None = None
     columns: tuple[str | Column, ...] = ()
-    count: Callable[[Batch], float] | None = None  # type: ignore[assignment]
+    count: Callable[[Batch], Tensor] | None = None  # type: ignore[assignment]
     look: Callable[[StepTable], Tensor] | None = None
     annotation: Annotation | None = None

@@ -112,11 +112,17 @@ def build_engine(
     looking = goal.readers(CONTEXT_ATTENTION.name)
     if looking and not use_attention(model):
         raise _hidden(looking, parts)
-    keep_base = keep_base or goal.needs_base() or any("base" in v.needs for _, v in keepers)
+    keep_base = keep_base or bool(goal.comparing()) or any("base" in v.needs for _, v in keepers)
     owner = Tune(model, parts, masters=masters, keep_base=keep_base, root=root)
     for slot, value in values:
         if isinstance(value, FREES):
             owner.add(slot, value, RunServices(owner, slot, now, calibration), states[slot])
+    if goal.comparing() and owner.prompt_labels is not None and bool((owner.prompt_labels >= 0).any()):
+        raise LuthierError(
+            f"`{goal.comparing()[0]}` compares with the base, which does not read the virtual tokens that are targets here",
+            where="objective",
+            mend="leave it out, or use a prompt without targets, such as prompt_tuning",
+        )
     goal.start(owner, lambda slot: RunServices(owner, slot, now, calibration))
     if not owner.trained:
         raise LuthierError("nothing trains", where="tune", mend="name a technique, e.g. full, half or lora")

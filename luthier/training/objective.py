@@ -128,15 +128,17 @@ class Objective:
         asked += [(one.weight.columns, one.state) for one in self.weights]
         return {one.name: state for columns, state in asked for one in logprobs.passes_of(logprobs.resolve(columns))}
 
-    def needs_base(self) -> bool:
-        """Whether any column compares with the base."""
-        looked = [c for one in self.weights for c in one.weight.columns]
-        return any(one.at == "base" for one in logprobs.passes_of((*self.columns(), *logprobs.resolve(looked))))
+    def _asking(self) -> list[tuple[str, tuple[Column, ...]]]:
+        asked = [(one.slot, one.term.columns) for one in self.terms] + [(one.slot, one.weight.columns) for one in self.weights]
+        return [(slot, logprobs.resolve(columns)) for slot, columns in asked]
+
+    def comparing(self) -> list[str]:
+        """The slots whose terms and weights compare with the base."""
+        return [slot for slot, columns in self._asking() if any(one.at == "base" for one in logprobs.passes_of(columns))]
 
     def readers(self, name: str) -> list[str]:
         """The slots whose terms and weights read a column."""
-        asking = [(one.slot, one.term.columns) for one in self.terms] + [(one.slot, one.weight.columns) for one in self.weights]
-        return [slot for slot, columns in asking if any(column.name == name for column in logprobs.resolve(columns))]
+        return [slot for slot, columns in self._asking() if any(column.name == name for column in columns)]
 
     def look(
         self, tune: Tune, batches: Sequence[Batch], now: Now, world: World, services_of: Callable[[str], Services]
@@ -190,23 +192,25 @@ class Objective:
 
     def idle(self, units: Sequence[tuple[float, ...]]) -> bool:
         """Whether a step has nothing to learn from: penalties alone, which count 1 a step, must not move a model."""
-        data = [unit for one, unit in zip(self.terms, units, strict=True) if one.term.unit != "step"]
+        data = [unit for one, unit in zip(self.terms, units, strict=True) if one.term.unit != "step" and not one.term.penalty]
         return not any(number for several in data or units for number in several)
 
     def _count(self, term: Term, batches: Sequence[Batch], keeps: list[Tensor] | None) -> list[tuple[float, ...]]:
+        counts = [one.weight.count for one in self.weights if one.weight.count is not None]
+        if term.unit == "row" and counts:
+            batches = [batch.take(torch.stack([count(batch) > 0 for count in counts]).all(0).nonzero()[:, 0]) for batch in batches]
         if term.count is not None:
             found = [term.count(batch) for batch in batches]
             return [one if isinstance(one, tuple) else (one,) for one in found]
         if term.unit == "step":
             return [(1.0,)] if batches else []
         if term.unit == "row":
-            return [(float(len(logprobs.targets(batch).row_N.unique())),) for batch in batches]
-        counts = [one.weight.count for one in self.weights if one.weight.count is not None]
+            return [(float((batch.targets_by_row() > 0).sum()),) for batch in batches]
         if len(counts) + (keeps is not None) > 1:
             slots = ", ".join(one.slot for one in self.weights if one.weight.count or one.weight.look)
             raise LuthierError(f"{slots} count tokens differently", where="token_weight", mend="use one of them")
         if counts:
-            return [(counts[0](batch),) for batch in batches]
+            return [(float(counts[0](batch).sum()),) for batch in batches]
         if keeps is not None:
             return [(float((keep != 0).sum()),) for keep in keeps]
         return [(float(batch.supervised),) for batch in batches]

@@ -13,7 +13,7 @@ import luthier
 from luthier import registry
 from luthier.errors import LuthierError
 from luthier.kinds import Keeper, Now, RowMap, TokenWeight
-from luthier.methods.row_map.morepair import morepair
+from luthier.methods.row_map.morepair import marked, morepair
 from luthier.models.tiny import tiny_tokenizer
 from luthier.plan import make_plan
 from luthier.recipe import make_recipe
@@ -97,6 +97,18 @@ def test_every_shape_with_a_prompt(shape: str) -> None:
         assert "A: Add" in before and "R: Add" in asked
 
 
+def test_a_marker_stands_before_what_the_user_asks_and_not_in_a_tools_reply() -> None:
+    turns = [
+        {"role": "user", "content": "Add 1 2."},
+        {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": {"name": "add", "arguments": "{}"}}]},
+        {"role": "tool", "content": '{"sum": 3}'},
+    ]
+    for fields in ({"messages": [*turns, {"role": "assistant", "content": "3"}]}, {"prompt": turns, "completion": "3"}):
+        row = marked(row_of(fields, id="one", where=""), "A: ")
+        contents = [one["content"] for one in row.fields.get("messages") or row.fields["prompt"]]
+        assert contents[:3] == ["A: Add 1 2.", "", '{"sum": 3}']
+
+
 def rows(a: list[float], b: list[float]) -> dict[str, Given]:
     return {"1#answer": Given(a, {"target": "answer"}), "1#rationale": Given(b, {"target": "rationale"})}
 
@@ -159,6 +171,7 @@ def test_a_weight_of_zero_is_the_run_without_it(tmp_path: Path) -> None:
         )
     ]
     plain, none, both = (run.facts for run in runs)
+    assert [row.id for row in made({"prompt": "a", "completion": "b"}, weight=0.0)] == ["one"], "draws are keyed by ids"
     assert none["weights_sha256"] == plain["weights_sha256"] != both["weights_sha256"]
     assert none["history"][0]["tokens"] == plain["history"][0]["tokens"] < both["history"][0]["tokens"] / 2
 

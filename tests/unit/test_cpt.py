@@ -178,3 +178,12 @@ def test_a_context_is_rows_one_behind_the_other() -> None:
 def test_impossible_options_are_refused(options: dict[str, Any], says: str) -> None:
     with pytest.raises(LuthierError, match=says):
         cpt(**options)
+
+
+@pytest.mark.parametrize("objective", ["kl", "asft", "f_divergence"])
+def test_what_compares_with_the_base_is_refused_by_name(engine: Any, objective: str) -> None:
+    """The base reads no virtual tokens, so it has nothing to say of those that are targets."""
+    with pytest.raises(LuthierError, match=f"`{objective}` compares with the base") as caught:
+        engine({"cpt": {"examples": 3}}, model=model_of(), objective=["cross_entropy", objective], calibration=rows)
+    assert "prompt_tuning" in caught.value.mend
+    engine("prompt_tuning", model=model_of(), objective=["cross_entropy", objective], calibration=rows)

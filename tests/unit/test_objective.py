@@ -198,3 +198,31 @@ def test_a_recipe_with_any_one_objective_makes_targets_likelier(engine: Any, now
     run = engine(objective=objectives({name: options}), step="adamw")
     steps = [run.step([batch], now._replace(step=i, learning_rate=0.003)).nll for i in range(6)]
     assert steps[-1] < steps[0] - 0.05
+
+
+COVERED = torch.tensor([0.0, 0.5, 0.0, 0.5, 0.5, 0.0, 0.0, 0.5])
+"""Shares by which `answer_coverage` leaves out every other row or so."""
+
+
+@pytest.mark.parametrize("objective", ["focal", "dco", "poft", "f_divergence_rows", "cross_entropy"])
+def test_rows_of_which_a_token_weight_leaves_nothing_are_no_rows(engine: Any, now: Now, objective: str) -> None:
+    """The loss is that of the rows that are left, whatever it is a mean over, and so is its gradient for any split."""
+    columns = {"right_share": COVERED, "aligned_log_likelihood": torch.full((8,), -3.0)}
+    batch = rows_of_eight()._replace(columns=columns)
+    left = batch.take((COVERED == 0).nonzero()[:, 0])
+    wanted, *found = (
+        (engine(model=model_of(), objective=objective, token_weight="answer_coverage"), batches)
+        for batches in ([left], [batch], split(batch, (3, 1, 4)))
+    )
+    slopes = [gradients(run, batches, now) for run, batches in (wanted, *found)]
+    assert max(gap(one, slopes[0]) for one in slopes[1:]) < 1e-12
+    losses = [run.step(batches, now).loss for run, batches in (wanted, *found)]
+    assert losses[1:] == pytest.approx([losses[0]] * 2, rel=1e-12)
+
+
+def test_a_penalty_alone_moves_nothing(engine: Any, now: Now) -> None:
+    """Where every row is left out, there is nothing to learn from, however far the base is."""
+    batch = rows_of_eight()
+    run = engine(model=model_of(), objective=["cross_entropy", "kl"], token_weight="answer_coverage")
+    assert not run.step([batch._replace(columns={"right_share": torch.zeros(8)})], now).skipped
+    assert run.step([batch._replace(columns={"right_share": torch.full((8,), 0.5)})], now).skipped

@@ -42,8 +42,8 @@ def morepair(
     Args:
         weight: lambda, what a rationale counts; 1 as in the paper, and 0 makes no second row.
         field: the rows' free text column that holds the rationale.
-        answer_marker: stands before the prompt of the answer; in a conversation, before its last message that is not the answer. Empty,
-            so that the trained model is asked as without this technique.
+        answer_marker: stands before the prompt of the answer; in a conversation, before the last message of the user. Empty, so that the
+            trained model is asked as without this technique.
         rationale_marker: stands there for the rationale.
 
     Raises:
@@ -62,7 +62,9 @@ def morepair(
         return [made for row in rows for made in ([answered(row), explained(row)] if weight else [answered(row)])]
 
     def answered(row: Row) -> Row:
-        return _target(marked(row, answer_marker), ANSWER)
+        made = _target(marked(row, answer_marker), ANSWER)
+        # Draws are keyed by the row's id: where no row is made, none is renamed.
+        return made if weight else replace(made, id=row.id)
 
     def explained(row: Row) -> Row:
         rationale = row.columns.get(field)
@@ -107,6 +109,7 @@ def marked(row: Row, marker: str) -> Row:
     value = row.fields[key]
     if isinstance(value, str):
         return replace(row, fields={**row.fields, key: marker + value})
-    place = len(value) - (2 if key == "messages" else 1)
+    asking = value[:-1] if key == "messages" else value
+    place = max((i for i, one in enumerate(asking) if one["role"] == "user"), default=len(asking) - 1)
     turns = [{**one, "content": marker + one["content"]} if i == place else one for i, one in enumerate(value)]
     return replace(row, fields={**row.fields, key: turns})

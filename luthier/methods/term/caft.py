@@ -35,7 +35,8 @@ SCHEDULES: Mapping[str, Callable[[float], float]] = {
     departs="the default heads are the authors' smaller ones, with a bias that is zero too, so that they start as the identity; heads "
     "learn from the run's own rows and always read the last hidden state, where the authors first train them on text that the base "
     "wrote, on the state one block earlier; a head's loss is a mean over its targets of the whole step, not of a micro-batch; the "
-    "schedule runs over the steps in which the model trains",
+    "schedule runs over the steps in which the model trains; a token weight that leaves targets out makes the heads' part smaller by as "
+    "much",
     claim="caft",
 )
 def caft(

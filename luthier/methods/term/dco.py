@@ -17,7 +17,9 @@ from luthier.registry import method
     paper="arXiv:2502.07154",
     row=193,
     reduces_to="samples 1: each row's summed cross-entropy",
-    departs="the factor in a form that is exact for every probability, where the authors' code has a series for small ones",
+    departs="the factor in a form that is exact for every probability, where the authors' code has a series for small ones; a row's "
+    "losses are summed, which is the gradient of coverage, where their training takes the mean over its tokens (`reduction: mean`), "
+    "and to that their learning rate of 2e-5 belongs",
     claim="dco",
 )
 def dco(*, samples: int = 256, reduction: Literal["sum", "mean"] = "sum") -> Term:

@@ -50,8 +50,8 @@ def answer_coverage(*, samples: int = 256, threshold: float = 0.1, column: str =
         weight_B = coverage_factor(-share_B.double().log(), samples).where(kept(share_B), 0.0)
         return weight_B[view.row_N].to(view["nll"].dtype)
 
-    def count(batch: Batch) -> float:
-        return float(kept(shares(batch, column))[targets(batch).row_N].sum())
+    def count(batch: Batch) -> Tensor:
+        return batch.targets_by_row() * kept(shares(batch, column))
 
     return TokenWeight(weigh, ("nll",), count)
 

@@ -30,7 +30,7 @@ def random_tokens(*, share: float = 0.6) -> TokenWeight:
     def weigh(view: View) -> Tensor:
         return top_in_rows(view[DRAW.name], view.row_N, kept(view.targets_by_row(), share)).to(view["nll"])
 
-    def count(batch: Batch) -> float:
-        return float(kept(batch.targets_by_row(), share).sum())
+    def count(batch: Batch) -> Tensor:
+        return kept(batch.targets_by_row(), share)
 
     return TokenWeight(weigh, ("nll", DRAW), count)

@@ -86,8 +86,8 @@ def sstoken(
         view.note("kept_score", score_N * kept_N * (count_B / keep_B.clamp(min=1))[view.row_N])
         return kept_N
 
-    def count(batch: Batch) -> float:
-        return float(kept(batch.targets_by_row(), share).sum())
+    def count(batch: Batch) -> Tensor:
+        return kept(batch.targets_by_row(), share)
 
     weight = TokenWeight(weigh, columns, count)
     if every is None:

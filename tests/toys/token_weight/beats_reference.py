@@ -33,7 +33,7 @@ def beats_reference(*, share: float = 0.6) -> TokenWeight:
         rank_N[order] = torch.arange(len(order), device=order.device) - first_B[view.row_N[order]]
         return (rank_N < kept(view.row_N, len(count_B))[view.row_N]).to(excess_N.dtype)
 
-    def count(batch: Batch) -> float:
-        return float(kept(targets(batch).row_N, len(batch.row_ids)).sum())
+    def count(batch: Batch) -> Tensor:
+        return kept(targets(batch).row_N, len(batch.row_ids))
 
     return TokenWeight(weigh, ("nll", "reference_nll"), count)
