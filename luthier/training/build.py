@@ -106,6 +106,8 @@ def build_engine(
     )
     if not goal.terms:
         raise LuthierError("nothing is minimized", where="objective", mend="name one, e.g. cross_entropy")
+    # Refuses two parts that define a column differently.
+    goal.columns()
     maps = [Mapped(slot, v) for slot, v in values if isinstance(v, InputMap)]
     inputs = Inputs(vocabulary or bare_vocabulary(parts.vocabulary), maps)
     keepers = [(slot, v) for slot, v in values if isinstance(v, Keeper)]
