@@ -35,6 +35,12 @@ def names_of(texts: Sequence[str], number_B: Tensor | None = None) -> list[str]:
     return [text or number for text, number in zip_longest(texts, numbers, fillvalue="")]
 
 
+def seeds_of_numbers(number_N: Tensor) -> Tensor:
+    """Seeds of the names of numbers, which may repeat."""
+    number_U, place_N = number_N.unique(return_inverse=True)
+    return seeds_of(names_of((), number_U))[place_N]
+
+
 def generator(*names: object, device: torch.device | str = "cpu") -> torch.Generator:
     """A generator seeded by names and numbers."""
     return torch.Generator(device=device).manual_seed(seed_of(*names))

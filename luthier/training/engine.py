@@ -149,7 +149,7 @@ class Engine:
 
     def _look(self, batches: list[Batch], now: Now) -> Looked | None:
         """What rules over the whole step keep. Where passes gather a model that is spread, all processes make equally many."""
-        if not any(one.weight.look is not None for one in self.objective.weights):
+        if not self.objective.rules:
             return None
         passes = [*batches, *self._idle_passes(len(batches))]
         return self.objective.look(self.tune, passes, now, self.world, lambda slot: self.services(slot, now))

@@ -108,6 +108,11 @@ class Objective:
                 one.own = tune.add_free(one.slot, one.term.start(services_of(one.slot)), one.term.rate)
 
     @property
+    def rules(self) -> list[Weighted]:
+        """The weights that are rules over the whole step."""
+        return [one for one in self.weights if one.weight.look is not None]
+
+    @property
     def is_weighted(self) -> bool:
         """Whether targets count differently, so that the loss alone does not tell how training goes."""
         return bool(self.weights)
@@ -124,32 +129,26 @@ class Objective:
 
     def _states(self) -> dict[str, State]:
         """The state of the technique that asks for another pass, by the pass's name."""
-        asked = [(one.term.columns, one.state) for one in self.terms]
-        asked += [(one.weight.columns, one.state) for one in self.weights]
-        return {one.name: state for columns, state in asked for one in logprobs.passes_of(logprobs.resolve(columns))}
+        return {one.name: asking.state for asking, columns in self._asking() for one in logprobs.passes_of(columns)}
 
-    def _asking(self) -> list[tuple[str, tuple[Column, ...]]]:
-        asked = [(one.slot, one.term.columns) for one in self.terms] + [(one.slot, one.weight.columns) for one in self.weights]
-        return [(slot, logprobs.resolve(columns)) for slot, columns in asked]
+    def _asking(self) -> list[tuple[Minimized | Weighted, tuple[Column, ...]]]:
+        """Every term and weight, with the columns that it reads."""
+        terms = [(one, logprobs.resolve(one.term.columns)) for one in self.terms]
+        return [*terms, *((one, logprobs.resolve(one.weight.columns)) for one in self.weights)]
 
     def comparing(self) -> list[str]:
         """The slots whose terms and weights compare with the base."""
-        return [slot for slot, columns in self._asking() if any(one.at == "base" for one in logprobs.passes_of(columns))]
+        return [asking.slot for asking, columns in self._asking() if any(one.at == "base" for one in logprobs.passes_of(columns))]
 
     def readers(self, name: str) -> list[str]:
         """The slots whose terms and weights read a column."""
-        return [slot for slot, columns in self._asking() if any(column.name == name for column in columns)]
+        return [asking.slot for asking, columns in self._asking() if any(column.name == name for column in columns)]
 
-    def look(
-        self, tune: Tune, batches: Sequence[Batch], now: Now, world: World, services_of: Callable[[str], Services]
-    ) -> Looked | None:
+    def look(self, tune: Tune, batches: Sequence[Batch], now: Now, world: World, services_of: Callable[[str], Services]) -> Looked:
         """Rules over the whole step: one pass without gradients if they ask for columns, gathered over processes and sorted by row id
         and position, so that neither the split into micro-batches nor the number of processes matters. They take turns in their order,
         each on the targets that those before it keep, and their weights multiply."""
-        rules = [one for one in self.weights if one.weight.look is not None]
-        if not rules:
-            return None
-        wanted = logprobs.resolve([column for one in rules for column in one.weight.columns])
+        wanted = logprobs.resolve([column for one in self.rules for column in one.weight.columns])
         tables = []
         for batch in batches:
             with evaluating(tune.model):
@@ -157,7 +156,7 @@ class Objective:
         whole, of_rows = _gathered(tables, [column.name for column in wanted], world)
         keep = torch.ones(len(whole["row"]), dtype=torch.float64)
         notes: dict[str, float] = {}
-        for rule in rules:
+        for rule in self.rules:
             assert rule.weight.look is not None
             kept_L = (keep != 0).nonzero()[:, 0]
             table = StepTable(
@@ -305,7 +304,7 @@ def _gathered(
         nothing = nothing.to(torch.float64 if spelled == "torch.float64" else torch.int64)
         pieces = [table.get(name, nothing.expand(len(table["row"]))) for table in tables]
         if nothing.dtype == torch.int64:
-            pieces = [draws.seeds_of(draws.names_of((), one)) if one.is_floating_point() else one for one in pieces]
+            pieces = [draws.seeds_of_numbers(one) if one.is_floating_point() else one for one in pieces]
         local[name] = torch.cat([nothing.new_zeros(0), *pieces])
     whole = world.gather(local)
     order = _sorted(whole)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from luthier.lab import world
 from luthier.lab.claim import Arm, Claim, Expectation, Finished, Recipe, Setting
+from luthier.lab.claims.dft import SFT
 from luthier.lab.skills.facts import world as world_facts
 from luthier.lab.targets import TOP, targets_of, with_answers
 from luthier.lab.tasks import FEW, TAUGHT, few_facts, mean, right, stage
@@ -76,7 +77,7 @@ CLAIM = Claim(
     says="Noise behind some blocks, and predictions tied to each other, make a model hallucinate less than cross-entropy does.",
     stages=stages,
     arms=[
-        Arm("sft", {"objective": "cross_entropy"}, "cross-entropy"),
+        SFT,
         Arm("sft, same compute", {"objective": "cross_entropy", "train": {"epochs": PASSES * EPOCHS}}, "three times the steps"),
         Arm("neftune", {"objective": ["cross_entropy", {"neftune": {}}]}, "control: noise on the embeddings"),
         Arm("label smoothing", {"objective": {"label_smoothing": {}}}, "control: less sure of everything"),

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from luthier.draws import names_of, seed_of, seeds_of
+from luthier.draws import names_of, seed_of, seeds_of_numbers
 from luthier.errors import LuthierError
 from luthier.kinds import Batch, StepTable
 
@@ -34,8 +34,7 @@ def tasks_of(table: StepTable, column: str, technique: str) -> tuple[Tensor, Ten
     if values_M is None:
         values_M = torch.full((len(table),), seed_of(""))
     if values_M.is_floating_point():
-        number_U, place_M = values_M.unique(return_inverse=True)
-        values_M = seeds_of(names_of((), number_U))[place_M]
+        values_M = seeds_of_numbers(values_M)
     if bool((values_M == seed_of("")).any()):
         raise _without_task("a row of this step", column, technique)
     key_K, task_M = values_M.unique(return_inverse=True)
