@@ -5,6 +5,9 @@ VENV = .venv
 BIN = $(VENV)/bin
 RANGE = pyproject.toml constraints.txt
 INSTALL = $(BIN)/python -m pip install -qq --disable-pip-version-check --constraint constraints.txt --editable
+# What PROCESSOR=plain sets for the tests: libraries then leave alone what a processor with AVX2 and without bf16 does not have.
+PLAIN = ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 MKL_CBWR=AVX2 OPENBLAS_CORETYPE=Haswell \
+	NPY_DISABLE_CPU_FEATURES=X86_V4,AVX512_ICL,AVX512_SPR
 SUITABLE = import sys, importlib.util as u; v = sys.version_info; sys.exit( \
 	"is Python %d.%d" % v[:2] if not (3, 10) <= v[:2] <= (3, 13) else \
 	None if u.find_spec("venv") and u.find_spec("ensurepip") else \
@@ -19,9 +22,13 @@ quickstart: $(VENV)/.core ## teach a small model some facts and show what it lea
 	@echo "training by recipes/quickstart.yaml"
 	@$(BIN)/luthier train recipes/quickstart.yaml $(ARGS)
 
-test: $(VENV)/.test ## run every test, ARGS="-k word" some of them
-	@echo "testing"
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal --cov --cov-report= $(ARGS)
+test: $(VENV)/.test ## run every test, ARGS="-k word" some of them, PROCESSOR=plain as with AVX2 and without bf16
+	@case "$(PROCESSOR)" in \
+		"") echo "testing" ;; \
+		plain) echo "testing as on a plain processor"; export $(PLAIN) ;; \
+		*) echo "PROCESSOR is $(PROCESSOR); leave it out, or say plain" >&2; exit 2 ;; \
+	esac; \
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal --cov --cov-report= $(ARGS)
 	@echo "tests run $$($(BIN)/python -m coverage report --format=total) % of the lines of luthier/"
 
 lint: $(VENV)/.lint ## check style, types and the direction of imports

@@ -18,9 +18,15 @@ from luthier.models.parts import map_parts
 from luthier.models.tiny import tiny
 from luthier.training.build import build_engine
 from luthier.training.engine import Engine
+from tests.processor import describe
 from tests.unit.browser import Browser, find_browser, running
 
 torch.set_num_threads(int(os.environ.get("LUTHIER_TEST_THREADS", "1")))
+
+
+def pytest_report_header() -> str:
+    """Tell the processor: results differ in the last digits between processors, and times in much more."""
+    return f"processor: {describe()}"
 
 
 def make_batch(rows: Sequence[tuple[int, int]], *, vocabulary: int = 250, seed: int = 0, first: int = 0, pad_to: int = 0) -> Batch:

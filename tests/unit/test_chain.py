@@ -13,7 +13,12 @@ from luthier.kinds import Keeper, Now, Place, Select, Selective, Services, Tenso
 from luthier.methods.optimizer.adamw import _correction
 from luthier.training.world import World
 from tests.conftest import split
+from tests.tolerance import assert_rounded, rounding
 from tests.toys.helpers import gradients, model_of, plain_gradients, rows_of_eight, toys  # noqa: F401
+
+
+ROUNDINGS = 10 * 8
+"""Ten steps of AdamW, each of them two moments, their corrections, a root, a quotient, the decay and the sum."""
 
 
 def give(run: Any, step: int) -> dict[str, Tensor]:
@@ -30,9 +35,9 @@ def masters(run: Any) -> dict[str, Tensor]:
     return {name: one.master.detach().clone() for name, one in run.tune.trained.items()}
 
 
-@pytest.mark.parametrize(("fused", "tolerance"), [(True, 0.0), (False, 1e-7)])
-def test_adamw_equals_pytorchs_over_ten_steps(engine: Any, now: Now, fused: bool, tolerance: float) -> None:
-    run = engine("full", model=model_of(), step={"adamw": {"decay": 0.1}}, dtype=torch.float32)
+@pytest.mark.parametrize(("fused", "dtype"), [(True, torch.float32), (False, torch.float64)])
+def test_adamw_equals_pytorchs_over_ten_steps(engine: Any, now: Now, fused: bool, dtype: torch.dtype) -> None:
+    run = engine("full", model=model_of(), step={"adamw": {"decay": 0.1}}, dtype=dtype)
     copies = {name: one.clone().requires_grad_(True) for name, one in masters(run).items()}
     groups = [
         {"params": [copies[n] for n, one in run.tune.trained.items() if one.decay], "weight_decay": 0.1},
@@ -49,13 +54,14 @@ def test_adamw_equals_pytorchs_over_ten_steps(engine: Any, now: Now, fused: bool
         torchs.step()
         run.chain.step(now._replace(step=i, learning_rate=rate))
     for name, value in masters(run).items():
-        assert torch.allclose(value, copies[name].detach(), rtol=tolerance, atol=tolerance), name
+        if fused:
+            assert torch.equal(value, copies[name].detach()), name
+        else:
+            assert_rounded(value, copies[name].detach(), ROUNDINGS, what=name)
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 3e-7), (torch.float64, 1e-13)])
-def test_an_age_for_each_entry_equals_one_age_when_nothing_changes(
-    engine: Any, now: Now, dtype: torch.dtype, tolerance: float
-) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_an_age_for_each_entry_equals_one_age_when_nothing_changes(engine: Any, now: Now, dtype: torch.dtype) -> None:
     def choose(parts: Any, services: Services) -> dict[Place, Select]:
         return {place: Select("rows", torch.arange(0, 30, 3)) for place in parts.select(roles=["mlp_down"])}
 
@@ -71,13 +77,14 @@ def test_an_age_for_each_entry_equals_one_age_when_nothing_changes(
     aged = next(iter(runs[1].chain.state["adamw"].values()))["age"]
     assert aged.shape == (10, 1) and (aged == 10).all()
     for name, value in masters(runs[1]).items():
-        assert torch.allclose(value, masters(runs[0])[name], rtol=tolerance, atol=tolerance)
+        assert_rounded(value, masters(runs[0])[name], ROUNDINGS, what=name)
 
 
 def test_the_correction_of_young_moments_loses_no_digits_in_fp32() -> None:
     age = torch.tensor([1.0, 2.0, 1000.0])
     exact = 1 - 0.999 ** age.double()
-    assert torch.allclose(_correction(0.999, age, torch.float32).double(), exact, rtol=2e-7, atol=0)
+    # The logarithm, its product with the age, and the function itself are rounded.
+    assert torch.allclose(_correction(0.999, age, torch.float32).double(), exact, rtol=rounding(torch.float32, 3), atol=0)
     assert torch.equal(_correction(0.0, age, torch.float32), torch.ones(3))
 
 
@@ -119,10 +126,10 @@ def test_sgd_by_hand(engine: Any, now: Now) -> None:
     before = one.master.detach().clone()
     first, second = give(run, 0)[name], None
     run.chain.step(now._replace(learning_rate=0.2))
-    assert torch.allclose(one.master, before - 0.1 * first, rtol=1e-14, atol=0)
+    assert_rounded(one.master, before - 0.1 * first, 3)
     second = give(run, 1)[name]
     run.chain.step(now._replace(learning_rate=0.2))
-    assert torch.allclose(one.master, before - 0.1 * first - 0.1 * (0.9 * first + second), rtol=1e-13, atol=1e-15)
+    assert_rounded(one.master, before - 0.1 * first - 0.1 * (0.9 * first + second), 6)
 
 
 def test_the_order_decides_whether_gradients_or_updates_are_projected(engine: Any, now: Now) -> None:
