@@ -11,6 +11,11 @@ import torch
 from torch import Tensor
 
 
+TINY = 2 * (32 + 32 + 32 + 96) + 32
+"""Roundings that one logit of a tiny model of two blocks goes through: the lengths of the sums of its products, from the map into attention
+to the head."""
+
+
 def rounding(dtype: torch.dtype, terms: int = 1, *, size: float = 1.0, condition: float = 1.0) -> float:
     """How far two results may be apart.
 

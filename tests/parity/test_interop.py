@@ -18,6 +18,7 @@ from luthier.models import map_parts, tiny, tiny_tokenizer
 from luthier.training.services import RunServices
 from luthier.tune import Tune
 from luthier.use import export
+from tests.tolerance import TINY, assert_rounded
 
 peft = pytest.importorskip("peft")
 
@@ -81,7 +82,7 @@ def test_an_adapter_trained_by_peft_goes_on_training_here(tmp_path: Path) -> Non
     theirs, before = trained_by_peft(tmp_path / "adapter", STEPS)
     assert before[-1] < before[0] - 0.01
     tune = attached(load_peft(tmp_path / "adapter", Tune(tiny(), map_parts(tiny()))))
-    torch.testing.assert_close(logits(tune.model), logits(theirs), rtol=1e-5, atol=1e-5)
+    assert_rounded(logits(tune.model), logits(theirs), TINY)
     assert float((logits(tune.model) - logits(tiny())).abs().max()) > 0.01
     here, there = descend_here(tune, STEPS), descend_peft(theirs, STEPS)
     assert here == pytest.approx(there, rel=1e-5) and here[-1] < before[-1]
@@ -89,7 +90,7 @@ def test_an_adapter_trained_by_peft_goes_on_training_here(tmp_path: Path) -> Non
     # And back: what was trained on is an adapter again.
     export_peft(tune, tmp_path / "again", "tiny:llama")
     again = peft.PeftModel.from_pretrained(tiny(), tmp_path / "again")
-    torch.testing.assert_close(logits(again), logits(tune.model), rtol=1e-5, atol=1e-5)
+    assert_rounded(logits(again), logits(tune.model), TINY)
 
 
 def test_an_adapter_trained_here_goes_on_training_in_peft(tmp_path: Path) -> None:
@@ -98,7 +99,7 @@ def test_an_adapter_trained_here_goes_on_training_in_peft(tmp_path: Path) -> Non
     assert before[-1] < before[0]
     export_peft(tune, tmp_path / "adapter", "tiny:llama")
     theirs = peft.PeftModel.from_pretrained(tiny(), tmp_path / "adapter", is_trainable=True)
-    torch.testing.assert_close(logits(theirs), logits(tune.model), rtol=1e-5, atol=1e-5)
+    assert_rounded(logits(theirs), logits(tune.model), TINY)
     assert descend_peft(theirs, STEPS) == pytest.approx(descend_here(tune, STEPS), rel=1e-5)
 
 
@@ -109,8 +110,8 @@ def test_a_merged_export_is_the_adapter_that_peft_merges(tmp_path: Path) -> None
     export_model(tune, tiny_tokenizer(), tmp_path / "model")
     plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     merged: Any = peft.PeftModel.from_pretrained(tiny(), tmp_path / "adapter").merge_and_unload()
-    torch.testing.assert_close(logits(plain), logits(merged), rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(logits(plain), logits(tune.model), rtol=1e-5, atol=1e-5)
+    assert_rounded(logits(plain), logits(merged), TINY)
+    assert_rounded(logits(plain), logits(tune.model), TINY)
 
 
 def test_a_run_leaves_in_every_form_with_the_same_logits(tmp_path: Path) -> None:
@@ -131,4 +132,4 @@ def test_a_run_leaves_in_every_form_with_the_same_logits(tmp_path: Path) -> None
     plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     adapted = peft.PeftModel.from_pretrained(tiny(), tmp_path / "adapter")
     for model in (plain, adapted):
-        torch.testing.assert_close(logits(model), expected, rtol=1e-5, atol=1e-5)
+        assert_rounded(logits(model), expected, TINY)

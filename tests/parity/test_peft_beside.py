@@ -27,6 +27,7 @@ from luthier.training.services import RunServices
 from luthier.tune import Tune
 from luthier.use import export
 from tests.conftest import calibration, make_batch
+from tests.tolerance import TINY, assert_rounded, rounding
 
 peft = pytest.importorskip("peft")
 
@@ -71,7 +72,7 @@ def assert_same_in_peft(tune: Tune, fresh: Callable[[], Any], folder: Path) -> d
     found = export_peft(tune, folder, "tiny:model")
     here, there = logits_here(tune), logits_there(folder, fresh())
     assert float((here - logits_here(Tune(fresh(), tune.parts))).abs().max()) > 0.1
-    torch.testing.assert_close(there, here, rtol=1e-5, atol=1e-5)
+    assert_rounded(there, here, TINY)
     config: dict[str, Any] = json.loads((folder / "adapter_config.json").read_text())
     assert config["peft_type"] == found["peft_type"] and config["base_model_name_or_path"] == "tiny:model"
     return config
@@ -133,9 +134,13 @@ def test_prefixes_leave_in_every_precision(dtype: torch.dtype, tmp_path: Path) -
     tune = tuned(PREFIX, tiny(dtype=dtype))
     export_peft(tune, tmp_path / "adapter", "tiny:llama")
     here, there = logits_here(tune), logits_there(tmp_path / "adapter", tiny(dtype=dtype))
-    # The network computes in the model's precision here; rotations are fp32 everywhere.
-    allowed = {torch.float64: 1e-5, torch.bfloat16: 0.15}[dtype]
-    torch.testing.assert_close(there, here, rtol=0.0, atol=allowed)
+    if dtype == torch.float64:
+        # Rotations are computed in fp32 everywhere.
+        assert_rounded(there, here, TINY, dtype=torch.float32)
+    else:
+        # The network computes in the model's precision here. Single logits are off by much in bf16, all of them together are not.
+        assert float((there - here).norm() / here.norm()) < rounding(dtype)
+        assert float((here - logits_here(Tune(tiny(dtype=dtype), tune.parts))).norm() / here.norm()) > 4 * rounding(dtype)
 
 
 def test_keys_are_turned_by_the_length_and_laid_out_as_peft_reads_them(tmp_path: Path) -> None:
@@ -251,7 +256,7 @@ def test_runs_leave_as_adapters(spec: Any, tmp_path: Path) -> None:
     tune, _ = open_run(read_run(str(folder)))
     here = logits_here(tune)
     assert float((here - logits_here(Tune(tiny(), tune.parts))).abs().max()) > 0.01
-    torch.testing.assert_close(logits_there(tmp_path / "adapter", tiny()), here, rtol=1e-5, atol=1e-5)
+    assert_rounded(logits_there(tmp_path / "adapter", tiny()), here, TINY)
 
 
 def test_weights_that_changed_beside_a_prompt_are_not_lost(tmp_path: Path) -> None:
@@ -268,4 +273,4 @@ def test_a_delta_leaves_without_the_prompt_it_was_trained_with(tmp_path: Path) -
         export(folder, tmp_path / "adapter", form="peft")
     export(folder, tmp_path / "adapter", form="peft", weights_only=True)
     tune, _ = open_run(read_run(folder), merged=False, weights_only=True)
-    torch.testing.assert_close(logits_there(tmp_path / "adapter", tiny()), logits_here(tune), rtol=1e-5, atol=1e-5)
+    assert_rounded(logits_there(tmp_path / "adapter", tiny()), logits_here(tune), TINY)

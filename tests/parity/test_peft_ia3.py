@@ -12,6 +12,7 @@ from luthier.methods.hidden_edit.ia3 import ia3
 from luthier.models import map_parts, tiny
 from luthier.training.services import RunServices
 from luthier.tune import Tune
+from tests.tolerance import TINY, assert_rounded
 
 peft = pytest.importorskip("peft")
 
@@ -56,7 +57,7 @@ def test_the_same_factors_give_the_same_logits_and_gradients(architecture: str) 
     with torch.no_grad():
         one, other, base = (model(IDS).logits for model in (tune.model, theirs, tiny(architecture)))
     assert float((one - base).abs().max()) > 0.1
-    torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+    assert_rounded(one, other, TINY)
     for model in (theirs, tune.model):
         model(input_ids=IDS, labels=IDS).loss.backward()
     for own in tune.owns:

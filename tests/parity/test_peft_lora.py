@@ -17,6 +17,7 @@ from luthier.methods.additive.lora import lora
 from luthier.models import map_parts, tiny
 from luthier.training.services import RunServices
 from luthier.tune import Tune
+from tests.tolerance import TINY, assert_rounded
 
 peft = pytest.importorskip("peft")
 
@@ -62,7 +63,7 @@ def assert_same_logits(left: Any, right: Any) -> None:
     with torch.no_grad():
         one, other = left(IDS).logits, right(IDS).logits
     assert float((one - tiny_logits(left)).abs().max()) > 0.1
-    torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+    assert_rounded(one, other, TINY)
 
 
 def tiny_logits(model: Any) -> Tensor:

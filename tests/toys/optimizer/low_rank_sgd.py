@@ -23,7 +23,9 @@ def low_rank_sgd(*, rank: int = 4, every: int = 2) -> Optimizer:
 
     def step(value: Tensor, gradient: Tensor, state: State, trained: TrainedLike, now: Now) -> None:
         if "basis_OR" not in state or now.step % every == 0:
-            state["basis_OR"] = torch.linalg.svd(gradient, full_matrices=False)[0][:, :rank].clone()
+            basis_OR = torch.linalg.svd(gradient, full_matrices=False)[0][:, :rank]
+            # A checkpoint keeps numbers, not how they lie in memory, by which products round.
+            state["basis_OR"] = basis_OR.clone(memory_format=torch.contiguous_format)
         basis_OR = state["basis_OR"]
         value.sub_(basis_OR @ (basis_OR.T @ gradient) * (now.learning_rate * trained.rate))
 
