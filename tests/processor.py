@@ -39,6 +39,4 @@ def describe() -> str:
     model = models[0] if models else platform.processor() or platform.machine()
     narrow = "quick" if multiplies_bf16() else "slow"
     load = ", ".join(f"{one:.1f}" for one in os.getloadavg())
-    return (
-        f"{model}, {os.cpu_count()} cores, torch uses {torch.backends.cpu.get_cpu_capability()}, bf16 products are {narrow}, load {load}"
-    )
+    return f"{model}, {os.cpu_count()} cores, torch uses {torch.backends.cpu.get_cpu_capability()}, bf16 products are {narrow}, load {load}"

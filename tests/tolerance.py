@@ -10,7 +10,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-
 TINY = 2 * (32 + 32 + 32 + 96) + 32
 """Roundings that one logit of a tiny model of two blocks goes through: the lengths of the sums of its products, from the map into attention
 to the head."""

@@ -24,6 +24,7 @@ from luthier.models import map_parts, tiny, tiny_tokenizer
 from luthier.models.parts import Parts
 from luthier.training.services import RunServices
 from luthier.tune import Tune
+from tests.tolerance import TINY, assert_rounded
 
 IDS = [[5, 9, 200, 31, 77, 8], [14, 15]]
 
@@ -149,7 +150,7 @@ def test_a_start_that_is_taken_out_of_the_base_is_the_base_up_to_rounding() -> N
     tune = tuned(tiny(), train=0.0, started=plain._replace(start=start, subtract=True))
     assert different(state(tune.model), state(base)) != []
     for one, other in zip(outputs(tune.model, IDS), outputs(base, IDS), strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+        assert_rounded(one, other, TINY)
     tune.merge()
     for name, values in state(tune.model).items():
         torch.testing.assert_close(values, state(base)[name], rtol=0, atol=1e-6)
@@ -177,7 +178,7 @@ def test_tied_embeddings_survive_merge_save_and_reload(architecture: str, techni
     found = export_model(tune, tiny_tokenizer(), tmp_path / "model")
     reloaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     for one, other in zip(outputs(reloaded, IDS), live, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+        assert_rounded(one, other, TINY)
     tied = technique == "embedding in place"
     assert found["untied"] is not tied
     assert reloaded.config.tie_word_embeddings is tied
@@ -201,7 +202,7 @@ def test_a_delta_on_a_tied_head_leaves_the_embedding_alone() -> None:
     assert torch.equal(model.model.embed_tokens.weight, tiny(tied=True).model.embed_tokens.weight)
     assert model.config.tie_word_embeddings is False and model.all_tied_weights_keys == {}
     for one, other in zip(outputs(model, IDS), live, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+        assert_rounded(one, other, TINY)
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -16,7 +16,6 @@ from tests.conftest import split
 from tests.tolerance import assert_rounded, rounding
 from tests.toys.helpers import gradients, model_of, plain_gradients, rows_of_eight, toys  # noqa: F401
 
-
 ROUNDINGS = 10 * 8
 """Ten steps of AdamW, each of them two moments, their corrections, a root, a quotient, the decay and the sum."""
 

@@ -21,6 +21,7 @@ from luthier.models import fingerprint, map_parts, tiny
 from luthier.models.parts import Parts
 from luthier.training.services import RunServices
 from luthier.tune import Tune
+from tests.tolerance import TINY, assert_rounded
 
 
 def attach(model: nn.Module, **values: Any) -> Tune:
@@ -216,12 +217,12 @@ def test_a_tied_embedding_that_trains_under_a_head_with_a_delta(head: Additive) 
     expected = tune.model(ids).logits
     model = tiny(tied=True)
     delta.apply(model)
-    torch.testing.assert_close(model(ids).logits, expected, rtol=1e-5, atol=1e-5)
+    assert_rounded(model(ids).logits, expected, TINY)
     with merged(tune):
         assert_same(state(model), state(tune.model))
     again = attach(tiny(tied=True), head=head)
     delta.restore(again)
-    torch.testing.assert_close(again.model(ids).logits, expected, rtol=1e-5, atol=1e-5)
+    assert_rounded(again.model(ids).logits, expected, TINY)
 
 
 def test_restore_takes_factors_of_another_rank_and_scale() -> None:
@@ -230,7 +231,7 @@ def test_restore_takes_factors_of_another_rank_and_scale() -> None:
     again = attach(tiny(), lora=lora(rank=8, alpha=8.0))
     Delta.of(tune).restore(again)
     ids = torch.arange(3, 15)[None]
-    torch.testing.assert_close(again.model(ids).logits, tune.model(ids).logits, rtol=1e-5, atol=1e-5)
+    assert_rounded(again.model(ids).logits, tune.model(ids).logits, TINY)
     # What was restored trains.
     again.model(ids).logits.sum().backward()
     assert all(one.gradient is not None for one in again.trained.values())

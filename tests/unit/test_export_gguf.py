@@ -27,6 +27,7 @@ from luthier.models import load_model, load_tokenizer, map_parts, tiny
 from luthier.models.tiny import CHAT_TEMPLATE
 from luthier.training.services import RunServices
 from luthier.tune import Tune
+from tests.tolerance import TINY, assert_rounded
 
 VOCABULARY = 320
 LLAMA3 = (
@@ -277,7 +278,7 @@ def test_a_run_becomes_a_file_on_the_command_line(tmp_path: Path) -> None:
     assert json.loads(result.stdout)["file"] == str(target) and json.loads(result.stdout)["weights"] == "f32"
     ids = [[5, 9, 200, 31, 77, 8]]
     found, base = outputs(load_model(str(target)), ids)[0], outputs(model_of("llama"), ids)[0]
-    torch.testing.assert_close(found, outputs(run.model, ids)[0], rtol=1e-5, atol=1e-5)
+    assert_rounded(found, outputs(run.model, ids)[0], TINY)
     assert float((found - base).abs().max()) > 1e-2
     refused = CliRunner().invoke(app, ["export", str(run.folder), str(tmp_path / "one"), "--weights", "q8_0", "--json"])
     assert refused.exit_code == 2 and "GGUF" in json.loads(refused.stdout)["error"]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from luthier.errors import LuthierError
 from luthier.models.parts import Parts, map_parts
 from luthier.models.tiny import ARCHITECTURES, tiny
+from tests.tolerance import TINY, assert_rounded
 
 TOKEN_IDS_BT = torch.arange(3, 23).reshape(2, 10)
 SPLIT_ATTENTION = [name for name in ARCHITECTURES if name != "gpt_neox"]
@@ -69,7 +70,7 @@ def test_query_key_and_value_are_where_the_map_says(architecture: str) -> None:
         parts = map_parts(model)
         change(model, parts, role, torch.zeros_like)
         results[role] = hidden(model)
-    torch.testing.assert_close(results["attention_query"], results["attention_key"], rtol=0, atol=1e-6)
+    assert_rounded(results["attention_query"], results["attention_key"], TINY)
     assert not torch.allclose(results["attention_query"], results["attention_value"], atol=1e-2)
 
     # Zeroed values must make the scores irrelevant, whatever queries are.
@@ -78,13 +79,13 @@ def test_query_key_and_value_are_where_the_map_says(architecture: str) -> None:
     change(model, parts, "attention_value", torch.zeros_like)
     before = hidden(model)
     change(model, parts, "attention_query", lambda view: view * 3)
-    torch.testing.assert_close(hidden(model), before, rtol=0, atol=1e-6)
+    assert_rounded(hidden(model), before, TINY)
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "opt", "bert", "roberta", "distilbert"])
 def test_keys_are_told_from_queries(architecture: str) -> None:
     """Without rotary positions, one vector added to all keys moves all scores of a query alike: nothing changes."""
-    model = tiny(architecture)
+    model = tiny(architecture).double()
     parts = map_parts(model)
     before = hidden(model)
     for role, same in (("attention_key", True), ("attention_query", False)):

@@ -38,6 +38,7 @@ from luthier.training.checkpoint import TENSORS, restore, save
 from luthier.training.services import RunServices
 from luthier.tune import Tune
 from tests.conftest import calibration, make_batch, split
+from tests.tolerance import TINY, assert_rounded
 from tests.toys.helpers import toys  # noqa: F401
 
 BESIDE = [name for kind in ("additive", "hidden_edit", "prefix", "prompt") for name in registry.names(kind)]
@@ -215,11 +216,13 @@ def test_lora_beside_codes_has_the_gradients_it_has_beside_the_same_dense_weight
     left, right = (gradients(run, batches, now) for run in runs)
     assert left.keys() == right.keys() and left
     for name, value in left.items():
-        assert value.abs().max() > 0 and (value - right[name]).abs().max() <= 1e-6 * max(1.0, float(value.abs().max())), name
+        assert value.abs().max() > 0, name
+        assert_rounded(value, right[name], TINY, size=max(1.0, float(value.abs().max())), what=name)
     model.activation_checkpointing_enable({"use_reentrant": False})
     model.train()
     recomputed = gradients(runs[0], batches, now)
-    assert all(torch.allclose(recomputed[name], value, atol=1e-7) for name, value in left.items())
+    for name, value in left.items():
+        assert_rounded(recomputed[name], value, TINY, what=name)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -228,7 +231,7 @@ def test_training_starts_at_the_quantized_base(architecture: str, scheme: str) -
     model = held(architecture, scheme)
     base = outputs(model, IDS)
     for dense, quantum in zip(outputs(twin(model), IDS), base, strict=True):
-        assert torch.allclose(dense, quantum, atol=1e-6)
+        assert_rounded(dense, quantum, TINY)
     tune = tuned(model, 0.0, lora=lora())
     assert all(torch.equal(now, then) for now, then in zip(outputs(model, IDS), base, strict=True))
     tune.set({name: one.master.detach() + 0.1 for name, one in tune.trained.items()})

@@ -22,6 +22,7 @@ from luthier.training.checkpoint import restore, save
 from luthier.training.services import RunServices
 from luthier.tune import Tune
 from tests.conftest import CALIBRATION, calibration, make_batch, split
+from tests.tolerance import assert_rounded
 from tests.toys.helpers import gradients, logits_of, model_of, plain_gradients, rows_of_eight
 from tests.unit.selective_oracles import dense_of, live, mask_of, untouched
 from tests.unit.test_kinds_resume import assert_equal, build, everything, go
@@ -281,7 +282,7 @@ def test_two_deltas_of_one_base_switch_and_fuse(engine: Any, now: Now, tmp_path:
         ]
         overlap += int(((sides[0] != 0) & (sides[1] != 0)).sum())
         found = fused.spread(name) if name in fused.changes else torch.zeros(before[name].shape)
-        assert float((found - 0.25 * sides[0] - 0.75 * sides[1]).abs().max()) < 1e-7
+        assert_rounded(found, 0.25 * sides[0] + 0.75 * sides[1], 2, what=name)
     assert overlap, "the two deltas train nothing in common: the test does not reach sums"
 
     fused.apply(model)
