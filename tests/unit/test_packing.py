@@ -26,9 +26,11 @@ from luthier.training.packing import obstacle
 from luthier.training.services import view_of
 from luthier.tune import Tune
 from tests.conftest import make_batch
+from tests.tolerance import TINY, assert_rounded
 from tests.toys.helpers import TOYS
 
 CAUSAL = [name for name in ARCHITECTURES if tiny_kind(name) == "causal"]
+EXPERTS = ("mixtral", "qwen3_moe")
 PACKED = [name for name in CAUSAL if name != "gemma2"]
 ROWS = [(9, 4), (3, 1), (6, 5), (1, 0), (4, 2)]
 """Tokens of each row, and how many of the last are targets."""
@@ -63,14 +65,18 @@ def test_fault_6_packed_rows_equal_rows_alone(architecture: str, form: str, clos
 
 @pytest.mark.parametrize("architecture", PACKED)
 def test_fault_6_no_row_sees_its_neighbor(architecture: str) -> None:
-    """Fault 6: other tokens in one row leave the states of all others as they were, bit for bit."""
+    """Fault 6: other tokens in one row leave the states of all others as they were, bit for bit; where tokens choose experts, but for
+    rounding, since each expert then takes another number of tokens, and products of other shapes round otherwise."""
     tune, batch = tune_of(architecture, dtype=torch.float32), make_batch(ROWS)
     before = states(tune, batch, pack=True)
     ids_BT = batch.token_ids_BT.clone()
     ids_BT[2] = ids_BT[2].flip(0) * batch.attend_BT[2]
     after = states(tune, batch._replace(token_ids_BT=ids_BT), pack=True)
     for i, (old, new) in enumerate(zip(before, after, strict=True)):
-        assert torch.equal(old, new) == (i != 2)
+        if architecture in EXPERTS and i != 2:
+            assert_rounded(new, old, TINY)
+        else:
+            assert torch.equal(old, new) == (i != 2)
 
 
 def test_fault_6_the_first_token_of_a_row_is_not_predicted_from_the_row_before() -> None:
