@@ -26,6 +26,7 @@ from luthier.probing import Weights, of_delta, of_models
 from luthier.report.probe import draw, found, write_figure
 from luthier.run import Run
 from luthier.use import compare_weights, export
+from tests.tolerance import assert_rounded
 
 ROWS = [{"prompt": f"Say {word}.", "completion": f"{word}!"} for word in ("one", "two", "three", "four")]
 
@@ -100,7 +101,7 @@ def test_deltas_and_models_tell_the_same_change(full: str) -> None:
     assert one.changed == other.changed == parts.places
     for place in one.changed:
         assert torch.equal(one.change(place), other.change(place)) and torch.equal(one.base(place), parts.view(base, place))
-        assert torch.allclose(one.tuned(place), parts.view(tuned, place), rtol=1e-6)
+        assert_rounded(one.tuned(place), parts.view(tuned, place), 2, what=place)
 
 
 def test_rounding_to_bf16_is_no_change_of_a_low_rank_run(out: Path) -> None:
