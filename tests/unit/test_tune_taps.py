@@ -14,6 +14,7 @@ from luthier.kinds import Place, Select, Selective
 from luthier.models.parts import map_parts
 from luthier.tune.trained import region
 from tests.conftest import make_batch
+from tests.tolerance import TINY, assert_rounded
 from tests.toys.helpers import gap, gradients, model_of, plain_gradients, rows_of_eight, toys  # noqa: F401
 
 RNG = torch.Generator().manual_seed(5)
@@ -149,7 +150,7 @@ def test_a_whole_part_of_a_fused_projection_trains_as_rows(engine: Any, now: Any
     run = engine({"full": {"roles": ["attention_value"], "blocks": [0]}}, model=model)
     found = gradients(run, [batch], now)
     (weight,) = [g for n, g in found.items() if "weight" in n]
-    assert torch.allclose(weight, full.T[64:], rtol=1e-10, atol=0)
+    assert_rounded(weight, full.T[64:], TINY)
 
 
 @pytest.mark.parametrize(
