@@ -13,9 +13,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from luthier import registry
-from luthier.kinds import OBJECTIVES, TUNES, Batch, Now
+from luthier.kinds import Batch, Now
 from luthier.models.parts import map_parts
 from luthier.models.tiny import tiny
+from luthier.registry import kinds_under
 from luthier.training.build import build_engine
 from luthier.training.engine import Engine
 from tests.processor import describe
@@ -123,8 +124,8 @@ def engine() -> Callable[..., Engine]:
         return build_engine(
             model.to(dtype),
             map_parts(model),
-            tune=registry.make_all(tune, TUNES),
-            objective=registry.make_all(objective, OBJECTIVES),
+            tune=registry.make_all(tune, kinds_under("tune")),
+            objective=registry.make_all(objective, kinds_under("objective")),
             token_weight=registry.make_all(token_weight, ("token_weight",)),
             step=registry.make_all(step, ("transform", "optimizer")),
             source=registry.make(source, ("source",)),

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from luthier.kinds.parts import Parts
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -21,7 +22,6 @@ from luthier.kinds import Now, Place, Select, Selective, Services, Tensors
 from luthier.methods.additive.lora import lora
 from luthier.methods.selective.full import full
 from luthier.models import map_parts, tiny, tiny_tokenizer
-from luthier.models.parts import Parts
 from luthier.training.services import RunServices
 from luthier.tune import Tune
 from tests.tolerance import TINY, assert_rounded

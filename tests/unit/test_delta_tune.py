@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from luthier.kinds.parts import Parts
 from torch import Tensor, nn
 
 from luthier import registry
@@ -18,7 +19,6 @@ from luthier.export import merged
 from luthier.kinds import Additive, Now, Place, Select, Selective, Services, Tensors
 from luthier.methods.additive.lora import lora
 from luthier.models import fingerprint, map_parts, tiny
-from luthier.models.parts import Parts
 from luthier.training.services import RunServices
 from luthier.tune import Tune
 from tests.tolerance import TINY, assert_rounded

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from luthier.runs.train import train
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
@@ -20,7 +21,6 @@ from luthier.errors import LuthierError
 from luthier.export import export_gguf
 from luthier.export.gguf import _check_weights, _neighbors
 from luthier.export.model import PROBES, outputs
-from luthier.flow import train
 from luthier.kinds import Now
 from luthier.methods.additive.lora import lora
 from luthier.models import load_model, load_tokenizer, map_parts, tiny

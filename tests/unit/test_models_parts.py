@@ -8,10 +8,11 @@ from collections.abc import Callable
 import pytest
 import torch
 import transformers
+from luthier.kinds.parts import Parts
 from torch import Tensor, nn
 
 from luthier.errors import LuthierError
-from luthier.models.parts import Parts, map_parts
+from luthier.models.parts import map_parts
 from luthier.models.tiny import ARCHITECTURES, tiny
 from tests.tolerance import TINY, assert_rounded
 

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from luthier.planning.estimate import standing
 from torch import Tensor, nn
 from torch.nn import functional
 
 from luthier import registry
 from luthier.errors import LuthierError
-from luthier.estimate import standing
 from luthier.export.model import divergence, outputs
 from luthier.kinds import Now
 from luthier.methods.additive.lora import lora
