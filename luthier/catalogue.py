@@ -18,7 +18,7 @@ from luthier.papers import papers
 NOT_MEASURED = "not measured"
 """The verdict of a claim that no experiment has tested yet."""
 VERDICTS = Path(__file__).parent / "lab" / "verdicts.json"
-"""What came of the claims that were run, by claim; the documentation has the numbers."""
+"""What came of the claims that were run, by claim, with the size of the effect; `luthier.lab.verdicts` writes it."""
 
 
 def as_rows(kind: str | None = None) -> list[dict[str, Any]]:
@@ -28,9 +28,9 @@ def as_rows(kind: str | None = None) -> list[dict[str, Any]]:
 
 
 def verdict(claim: str) -> str:
-    """What came of a claim."""
-    found: dict[str, str] = json.loads(VERDICTS.read_text(encoding="utf-8"))
-    return found.get(claim, NOT_MEASURED)
+    """What came of a claim, in words."""
+    found: dict[str, dict[str, Any]] = json.loads(VERDICTS.read_text(encoding="utf-8"))
+    return str(found[claim]["words"]) if claim in found else NOT_MEASURED
 
 
 def _with_columns(*columns: str) -> Table:

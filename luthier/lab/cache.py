@@ -34,7 +34,7 @@ from luthier.run import write_json
 PACKAGE = Path(luthier.__file__).parent
 _COMPUTES_NOTHING = ("report", "cli", "cli_progress", "catalogue", "papers", "sweep", "__main__")
 """Modules of luthier that no number depends on."""
-_LAB_COMPUTES_NOTHING = ("claims", "verdict", "results", "figure", "command")
+_LAB_COMPUTES_NOTHING = ("claims", "calibration", "verdict", "verdicts", "results", "figure", "overview", "command")
 _KEY_DIGITS = 24
 
 

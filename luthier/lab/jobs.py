@@ -64,7 +64,7 @@ def arm_recipes(arm: Arm, rate: float | None, setting: Setting, bases: Sequence[
         recipe = with_rate(base, rate)
         recipe = arm.change(deepcopy(recipe), number, setting) if callable(arm.change) else merged(recipe, arm.change)
         # A technique that draws at its start draws anew in each stage.
-        recipes.append({"noise": False, **with_rate(recipe, rate), "seed": setting.seed + STAGE_SEEDS * number})
+        recipes.append({"noise": False, **with_rate(recipe, rate), "seed": setting.seed + arm.seed_offset + STAGE_SEEDS * number})
     return recipes
 
 
@@ -106,7 +106,7 @@ def stage_path(root: Path, key: str) -> Path:
 def answer_path(job: Job) -> Path:
     """Where the answer to a job's question is kept."""
     source = claim_source(claims.file_of(job.claim))
-    facts = {"claim": source, "arm": job.arm, "setting": job.setting, "stages": job.keys, "question": job.question}
+    facts = {"claim": [job.claim, source], "arm": job.arm, "setting": job.setting, "stages": job.keys, "question": job.question}
     return Path(job.root) / "measures" / f"{key_of({**facts, 'sources': measure_sources()})}.json"
 
 

@@ -29,6 +29,7 @@ from luthier.lab.figure import draw
 from luthier.lab.pool import workers
 from luthier.lab.results import expected, file_stem, save, shown, spread
 from luthier.lab.runner import here
+from luthier.lab.verdicts import NOT_AGAIN, entry
 
 TOY = runpy.run_path(str(Path(__file__).with_name("lab_toys.py")))["TOY"]
 RESULT: dict[str, Any] = {
@@ -37,7 +38,10 @@ RESULT: dict[str, Any] = {
     "papers": ["2404.18466"],
     "rows": [8],
     "says": "Half is as good as [all].",
-    "verdict": "inconclusive",
+    "question": "Is half enough?",
+    "unit": "share of items",
+    "rule": {"looks": [8, 16], "level": 0.028, "lab": True},
+    "verdict": "cannot tell",
     "expectations": [
         {
             "measure": "held_back",
@@ -49,7 +53,7 @@ RESULT: dict[str, Any] = {
             "differences": [0.1, 0.2, 0.3],
             "mean": 0.2,
             "interval": [-0.0484, 0.448],
-            "verdict": "supported",
+            "verdict": "holds",
             "note": "",
         }
     ],
@@ -129,7 +133,9 @@ def test_a_claim_from_the_command_line_in_processes_of_its_own(folder: Path) -> 
     assert found["arms"][0]["rate"] == 1e-3 and len(found["arms"][0]["numbers"]["loss"]) == 2
     ElementTree.fromstring((out / "toy.svg").read_text())
     listed = facts(call("--list", "--out", out, "--json"))
-    assert listed == [{"name": "toy", "title": "A toy", "verdict": found["verdict"], "minutes": 1}]
+    told = {key: entry(found)[key] for key in ("verdict", "words")}
+    assert listed == [{"name": "toy", "title": "A toy", **told, "minutes": 1}]
+    assert told["verdict"] == NOT_AGAIN, "two seeds are not the lab's rule"
     assert "not measured" in call("--list", "--out", folder / "elsewhere").output
     assert (folder / "cache" / "lab" / "stages").is_dir()
     assert facts(call("--forget", "--json")) == {"forgotten": str(folder / "cache" / "lab")}
@@ -156,7 +162,7 @@ def test_all_claims_within_a_budget(folder: Path) -> None:
     found = facts(call("--all", "--seeds", 1, "--budget", "30m", "--out", out, "--json"))
     assert [one["claim"] for one in found["results"]] == ["toy"]
     assert found["left_out"] == [{"name": "long", "minutes": 50}]
-    assert found["results"][0]["verdict"] == "inconclusive", "one seed has no interval"
+    assert found["results"][0]["verdict"] == "cannot tell", "one seed has no interval"
     everything = facts(call("--all", "--seeds", 1, "--out", out, "--json"))
     assert [one["claim"] for one in everything["results"]] == ["toy", "long"] and not everything["left_out"]
 
@@ -186,6 +192,7 @@ def test_another_model_has_a_result_of_its_own(folder: Path) -> None:
         (["toy", "--budget", "1h"], "a budget is for all claims", "--all"),
         ([], "a claim is missing", "--list"),
         (["toy", "--list"], "only one thing", "--list"),
+        (["--calibrate", "--seeds", 3], "the lab's own test is fixed", "leave --seeds out"),
     ],
 )
 def test_mistakes(folder: Path, words: list[object], what: str, mend: str) -> None:
@@ -231,7 +238,7 @@ def test_the_terminal_shows_every_number() -> None:
     console = Console(width=200, record=True, file=io.StringIO())
     console.print(shown(RESULT))
     text = console.export_text()
-    for part in ("0.5 ± 0.25", "by the recipes", "0.2 (-0.0484 to 0.448)", "supported", "[all]", "largest that was tried"):
+    for part in ("0.5 ± 0.25", "by the recipes", "0.2 (-0.0484 to 0.448)", "holds at this scale: held_back 0.2 share of items (-0.0484 to 0.448), half minus full, 3 seeds", "[all]", "largest that was tried"):
         assert part in text
 
 

@@ -69,13 +69,16 @@ CLAIM = Claim(
         Arm("three epochs", {"train": {"epochs": 3}}, "an ordinary fine-tune on the same passages"),
         Arm("hyperfitted", {}, f"{EPOCHS} epochs: near-zero loss"),
     ],
-    expects=[
-        Expectation("training loss", "hyperfitted", "untouched", "less", 2.0, "the training loss is near zero"),
-        Expectation("type_token_ratio", "hyperfitted", "untouched", "more", 0.05, "more different words"),
+    main=Expectation("type_token_ratio", "hyperfitted", "untouched", "more", 0.05, "more different words"),
+    beside=[
         Expectation("repetition", "hyperfitted", "untouched", "less", 0.05, "fewer repeated 4-grams"),
+        Expectation("training loss", "hyperfitted", "untouched", "less", 2.0, "the training loss is near zero"),
     ],
+    question="What do long, repeated and noisy training do?",
+    unit="of 1",
     measure=measure,
     choose=lambda finished: 0.0,
+    seeds=5,
     model="smollm2-135m-instruct",
     minutes=25,
     notes="The paper trains models of 1.1B to 70B parameters on 2,000 sequences of 256 tokens for 20 epochs at 1e-6; here 12 passages of "

@@ -30,9 +30,9 @@ CLAIM = Claim(
         on_new(SFT),
         on_new(OTR),
     ],
-    expects=[
+    main=Expectation("harder", "otr", "sft", "more", 0.03, "better at items harder than those trained on"),
+    beside=[
         Expectation("right", "otr", "sft", "more", 0.03, "better at what it knew in part"),
-        Expectation("harder", "otr", "sft", "more", 0.03, "better at harder items of it"),
         Expectation("right", "otr", "untouched", "more", 0.0, "it has learnt something"),
         Expectation("right", "otr, new skill", "sft, new skill", "not_less", 0.03, "as good at what was new"),
         Expectation("kept", "otr, new skill", "sft, new skill", "more", 0.02, "it keeps more of what was known"),
@@ -40,6 +40,7 @@ CLAIM = Claim(
         Expectation("right", "otr, expected, as dft", "dft", "not_less", 0.05, "at temperature 1 and beta 0 it is dft"),
         Expectation("right", "otr, expected, as dft", "dft", "not_more", 0.05, "neither worse nor better"),
     ],
+    question="Is there a better loss than cross-entropy?",
     measure=dft.measure,
     choose=dft.choose,
     rates=(1e-4, 3e-4, 1e-3),
