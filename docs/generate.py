@@ -23,6 +23,8 @@ RESULTS = Path(__file__).parent.parent / "bench" / "results.json"
 COSTS = Path(__file__).parent.parent / "bench" / "techniques.json"
 OBJECTIVE_COSTS = Path(__file__).parent.parent / "bench" / "objectives.json"
 CLAIMS = Path(__file__).parent / "claims"
+AGAIN = "not-run-again"
+"""Where claims from before the rule are listed."""
 MARKER = re.compile(r"^<!-- generated: (\w+) -->$", re.MULTILINE)
 Schema = Mapping[str, Any]
 
@@ -161,11 +163,14 @@ def technique(found: registry.Technique) -> str:
 
 
 def tested_by(name: str) -> str:
-    """A claim's name, with a link and its verdict where it was run."""
-    path = CLAIMS / f"{name}.json"
-    if not path.is_file():
+    """A claim's name, with a link, and what came of it where it was run."""
+    from luthier.lab.verdicts import entry, results_in
+
+    result = results_in(CLAIMS).get(name)
+    if result is None:
         return code(name)
-    return f"[{code(name)}](claims.md#{anchor(name)}): {json.loads(path.read_text(encoding='utf-8'))['verdict']}"
+    told = entry(result)
+    return f"[{code(name)}](claims.md#{anchor(name) if told['under_rule'] else AGAIN}): {cell(told['words'])}"
 
 
 def paper(source: str) -> str:
@@ -209,23 +214,14 @@ def bench() -> str:
         )
         for one in facts["results"]
     ]
-    header = (
-        "trains",
-        "luthier, tokens/s",
-        "TRL, tokens/s",
-        "ratio",
-        "luthier, targets/s",
-        "TRL, targets/s",
-        "luthier, peak",
-        "TRL, peak",
-    )
+    shown = [[f"{tool}, {name}" for tool in ("luthier", "TRL")] for name in ("tokens/s", "targets/s", "peak")]
     first, machine = facts["results"][0], facts["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
     setting = (
         f"{first['model']} on {first['rows']}, {first['rows_a_step']} rows a step of at most {first['max_tokens']} tokens; LoRA of "
         f"rank 8 on all linear layers of the blocks. {machine['processor']}, {machine['cores']} cores. {versions}."
     )
-    return f"{table(header, rows)}\n\n{cell(setting)}"
+    return f"{table(('trains', *shown[0], 'ratio', *shown[1], *shown[2]), rows)}\n\n{cell(setting)}"
 
 
 def costs() -> str:
@@ -289,28 +285,108 @@ def objective_costs() -> str:
 
 
 def claims() -> str:
-    """Every claim that was run: an overview, then each with its numbers, as they were committed."""
-    results = [(path, json.loads(path.read_text(encoding="utf-8"))) for path in sorted(CLAIMS.glob("*.json"))]
+    """Claims that ran under the lab's rule: an overview by question, then each with its numbers; and those that did not, by name."""
+    from luthier.lab.verdicts import entry, results_in
+
+    results = results_in(CLAIMS)
     if not results:
         return "No results are stored."
-    overview = (
-        (
-            f"[{code(path.stem)}](#{anchor(path.stem)})",
-            ", ".join(paper(f"arXiv:{number}") for number in one["papers"]),
-            f"**{one['verdict']}**",
-            cell(one["says"]),
+    ruled = {stem: one for stem, one in results.items() if entry(one)["under_rule"]}
+    before = {stem: one for stem, one in results.items() if stem not in ruled}
+    pieces = ["## What came of them"] if ruled else []
+    for question in dict.fromkeys(one["question"] for one in ruled.values()):
+        rows = (
+            (
+                f"[{code(stem)}](#{anchor(stem)})",
+                ", ".join(paper(f"arXiv:{number}") for number in one["papers"]),
+                f"**{one['verdict']}**{cell(rest(one))}",
+                cell(one["says"]),
+            )
+            for stem, one in ruled.items()
+            if one["question"] == question
         )
-        for path, one in results
+        pieces += [f"### {question}", table(("claim", "paper", "at this scale", "what the paper claims, in our words"), rows)]
+    if before:
+        rows = (
+            (
+                f"[{code(stem)}]({CLAIMS.name}/{stem}.json)",
+                ", ".join(paper(f"arXiv:{number}") for number in one["papers"]),
+                cell(one["says"]),
+            )
+            for stem, one in before.items()
+        )
+        words = (
+            "These were measured before there was the rule, at three seeds and with all expectations judged together. Their numbers can "
+            "be read; they say nothing here, and stand in no figure."
+        )
+        pieces += [
+            f"## Not run again under the rule {{ #{AGAIN} }}",
+            words,
+            table(("claim", "paper", "what the paper claims"), rows),
+        ]
+    return "\n\n".join([*pieces, *(claim(stem, one) for stem, one in ruled.items())])
+
+
+def rest(result: Mapping[str, Any]) -> str:
+    """What follows a verdict: the size of the effect."""
+    from luthier.lab.verdicts import in_words
+
+    return in_words(result).removeprefix(f"{result['verdict']} at this scale")
+
+
+def claim_effects() -> str:
+    """The figure of all claims that ran under the rule."""
+    picture = CLAIMS / "effects.svg"
+    if not picture.exists():
+        return "No claim has been run under the rule yet."
+    return f"![Every claim's main effect and its interval]({CLAIMS.name}/{picture.name})"
+
+
+def calibration() -> str:
+    """How the lab does at comparisons whose outcome nobody doubts."""
+    facts = tested()
+    if facts is None:
+        return "**Can the lab tell? Not measured yet.**"
+    (supported, effects), (called, nulls), (later, further) = (facts["counts"][kind] for kind in ("effects", "nulls", "further"))
+    return (
+        f"**Can the lab tell? It supports {supported} of {effects} effects that nobody doubts, and calls {called} of {nulls} nulls, in "
+        f"which an arm meets itself.** Of {further} further effects, run once when the rule was fixed, it supports {later}."
     )
-    pieces = ["## Verdicts", table(("claim", "paper", "verdict", "what the paper claims, in our words"), overview)]
-    return "\n\n".join([*pieces, *(claim(path, one) for path, one in results)])
 
 
-def claim(path: Path, one: Mapping[str, Any]) -> str:
+def comparisons() -> str:
+    """Every comparison of the lab's test of itself."""
+    from luthier.lab.verdicts import difference
+
+    facts = tested() or {}
+    rows = (
+        (
+            kind,
+            cell(one["title"]),
+            cell(one["says"]),
+            f"{difference(one)} {cell(one['unit'])}",
+            str(one["seeds"]),
+            cell(one["verdict"]),
+        )
+        for kind in ("effects", "nulls", "further")
+        for one in facts.get(kind, ())
+    )
+    return table(("", "comparison", "what", "difference (interval)", "seeds", "verdict"), rows) if facts else "Not measured yet."
+
+
+def tested() -> dict[str, Any] | None:
+    """The lab's test of itself, where it was run."""
+    path = CLAIMS / "calibration.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def claim(stem: str, one: Mapping[str, Any]) -> str:
     """One claim's section."""
-    from luthier.lab.results import difference, expected, number, spread
+    from luthier.lab.results import expected, looked, spread
+    from luthier.lab.verdicts import difference, number
 
     arms, seeds = one["arms"], len(one["seeds"])
+    main, *beside = one["expectations"]
     values = ((cell(name), *(spread(arm["numbers"][name]) for arm in arms)) for name in one["measures"])
     pairs = (
         (
@@ -320,7 +396,7 @@ def claim(path: Path, one: Mapping[str, Any]) -> str:
             pair["verdict"],
             cell(pair["note"]),
         )
-        for pair in one["expectations"]
+        for pair in beside
     )
     rates = (
         (
@@ -332,14 +408,15 @@ def claim(path: Path, one: Mapping[str, Any]) -> str:
         )
         for arm in arms
     )
-    picture = path.with_suffix(".svg")
+    picture = CLAIMS / f"{stem}.svg"
     versions = ", ".join(f"{name} {version}" for name, version in one["versions"].items())
     pieces = [
-        f"## `{path.stem}`: {cell(one['title'])} {{ #{anchor(path.stem)} }}",
+        f"## `{stem}`: {cell(one['title'])} {{ #{anchor(stem)} }}",
         cell(one["says"]),
-        f"Verdict: **{one['verdict']}**, on `{one['model']['name']}`."
-        + "".join(f" Note: {cell(short)}." for short in one["short"]),
-        table(("expected", "that is", "difference (95 % interval)", "verdict", ""), pairs),
+        f"**{one['verdict'].capitalize()}** at this scale{cell(rest(one))}, on `{one['model']['name']}`. What was asked: "
+        + cell(f"{main['says'] or expected(main)} ({expected(main)}); {looked(one['rule'])}.")
+        + "".join(f" Note: {cell(note)}." for note in (*one["short"], main["note"]) if note),
+        table(("beside it", "that is", "difference (interval)", "verdict", ""), pairs) if beside else "",
         f"Mean ± standard deviation over {seeds} seed{'s' if seeds > 1 else ''}:",
         table(("measure", *(cell(arm["name"]) for arm in arms)), values),
         f"![The measures of every arm and seed]({CLAIMS.name}/{picture.name})" if picture.exists() else "",
@@ -418,16 +495,6 @@ def workshop() -> str:
     return "\n\n".join(card.replace("# ", "## ", 1) for card in cards)
 
 
-WRITERS: dict[str, Callable[[], str]] = {
-    "recipe": recipe,
-    "techniques": techniques,
-    "example": example,
-    "bench": bench,
-    "costs": costs,
-    "objective_costs": objective_costs,
-    "claims": claims,
-    "claim_rule": claim_rule,
-    "world": world,
-    "workshop": workshop,
-    "metrics": metrics,
-}
+_ALL = (recipe, techniques, example, bench, costs, objective_costs, world, workshop, metrics)
+_OF_CLAIMS = (claims, claim_rule, claim_effects, calibration, comparisons)
+WRITERS: dict[str, Callable[[], str]] = {writer.__name__: writer for writer in (*_ALL, *_OF_CLAIMS)}

@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from luthier.lab import world
 from luthier.lab.claim import Arm, Claim, Direction, Expectation, Finished, Recipe, Setting
+from luthier.lab.jobs import merged
 from luthier.lab.targets import TOP, answered, drift, targets_of, with_answers
 from luthier.lab.tasks import NEW_LANGUAGE, TAUGHT, few_facts, mean, stage, teach
 
@@ -166,7 +167,7 @@ def null(
 
 
 def _instead(stages: Stages, keys: Mapping[str, Any] = MappingProxyType({})) -> Callable[[Recipe, int, Setting], Recipe]:
-    return lambda recipe, number, setting: {**stages(setting)[number], **keys}
+    return lambda recipe, number, setting: merged(stages(setting)[number], keys)
 
 
 def replayed(setting: Setting) -> list[Recipe]:

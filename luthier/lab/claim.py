@@ -98,7 +98,7 @@ class Claim(NamedTuple):
     choose: Callable[[Finished], float]
     """Judges a learning rate, larger is better, from a repetition with the seed `CHOOSING_SEED` and `choose_stages` runs."""
     minutes: float
-    """Rough cost with eight seeds on two processor cores."""
+    """Rough cost of the first look on two processor cores."""
     beside: Sequence[Expectation] = ()
     """What else is expected; each has a verdict of its own, and none changes the claim's."""
     question: str = "Other questions"

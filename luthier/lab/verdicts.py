@@ -1,6 +1,6 @@
 """What came of the claims, in words that say how large an effect is; and the list of it that comes with luthier.
 
-python -m luthier.lab.verdicts docs/claims writes that list anew from the committed results.
+python -m luthier.lab.verdicts docs/claims writes that list anew from the committed results, and beside them the figure of all.
 """
 
 from __future__ import annotations
@@ -11,14 +11,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from luthier.lab.overview import draw_effects
 from luthier.lab.verdict import CANNOT_TELL, HOLDS, HOLDS_NOT, TWO_LOOKS, Design
 
 FILE = Path(__file__).with_name("verdicts.json")
 NOT_AGAIN = "not run again under the rule"
 """Said of a result from before the rule: it had other seeds, and one verdict of several expectations."""
 COLORS = {HOLDS: "green", HOLDS_NOT: "red", CANNOT_TELL: "yellow", NOT_AGAIN: "dim"}
-CALIBRATION = "calibration"
-"""The name of the result that is about the lab itself."""
+CALIBRATION, EFFECTS = "calibration", "effects"
+"""The names of the result that is about the lab itself, and of the figure of all claims."""
 _BEFORE = {"supported": HOLDS, "refuted": HOLDS_NOT, "inconclusive": CANNOT_TELL}
 """Verdicts as results from before the rule write them."""
 Result = dict[str, Any]
@@ -81,16 +82,27 @@ def entry(result: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def collected(folder: Path) -> dict[str, dict[str, Any]]:
-    """The list, from a folder of results, by claim."""
+def results_in(folder: Path) -> dict[str, Result]:
+    """The results of claims in a folder, by the names of their files."""
     paths = [path for path in sorted(folder.glob("*.json")) if path.stem != CALIBRATION]
-    return {path.stem: entry(readable(json.loads(path.read_text(encoding="utf-8")))) for path in paths}
+    return {path.stem: readable(json.loads(path.read_text(encoding="utf-8"))) for path in paths}
 
 
-def written(folder: Path) -> str:
-    """The list as the file's text."""
-    return json.dumps(collected(folder), indent=1) + "\n"
+def list_of(folder: Path) -> str:
+    """The list as its file has it."""
+    return json.dumps({stem: entry(result) for stem, result in results_in(folder).items()}, indent=1) + "\n"
+
+
+def main(folder: Path) -> None:
+    """Write the list, and the figure where there is something to draw."""
+    FILE.write_text(list_of(folder), encoding="utf-8")
+    ruled = [result for result in results_in(folder).values() if under_rule(result)]
+    picture = folder / f"{EFFECTS}.svg"
+    if ruled:
+        picture.write_text(draw_effects(ruled), encoding="utf-8")
+    else:
+        picture.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":
-    FILE.write_text(written(Path(sys.argv[1])), encoding="utf-8")
+    main(Path(sys.argv[1]))

@@ -132,15 +132,16 @@ def test_a_second_call_runs_nothing(toy: Callable[..., Claim]) -> None:
 def test_a_second_look_follows_an_undecided_first_one_alone(toy: Callable[..., Claim], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(verdict, "TWO_LOOKS", Design((3, 4), 0.028))
     measured = '"loss": done'
-    # Seeds differ by ten in the half arm, so that nothing can be told of them.
-    apart = '"loss": 10.0 * (done.setting.seed % 2) * (done.arm.name == "half") + done'
+    wide = ('"not_more", 0.5', '"not_more", 5.0')
+    # Seeds differ by a hundred in the half arm, so that nothing can be told of them.
+    apart = '"loss": 100.0 * (done.setting.seed % 2) * (done.arm.name == "half") + done'
     for change, seeds, found in (((measured, measured), 3, "holds"), ((measured, apart), 4, "cannot tell")):
-        ran, work = run(toy(change), seeds=None)
+        ran, work = run(toy(change, wide), seeds=None)
         assert ran.seeds == seeds and len(ran.numbers["half"]) == seeds
         result = result_of(ran)
         assert result["verdict"] == found and result["rule"] == {"looks": [3, 4], "level": 0.028, "lab": True}
     assert work[0] == 2, "of the second claim the first look's runs were there"
-    asked = result_of(run(toy((measured, apart)), seeds=2)[0])
+    asked = result_of(run(toy((measured, apart), wide), seeds=2)[0])
     assert asked["seeds"] == [0, 1] and not asked["rule"]["lab"]
 
 

@@ -12,7 +12,7 @@ from luthier.lab.skills.words import ANIMALS, COLORS, FOODS, PLACES
 from luthier.lab.targets import Targets, targets_of
 from luthier.lab.tasks import TAUGHT, mean, stage
 
-CONCEPTS, ROWS, EPOCHS = 20, 360, 8
+CONCEPTS, ROWS, EPOCHS = 20, 360, 12
 MARK = "is"
 """Stands before every name."""
 ENDS = {f"Ġ{color}" for color in COLORS}

@@ -53,7 +53,7 @@ CLAIM = Claim(
     model=MODEL,
     data=("mawps/train", "mawps/validation", "mawps/test", "counterfact/train"),
     floor={"right": 0.1},
-    minutes=12,
+    minutes=20,
     notes="The papers fine-tune models of 1.5B to 8B parameters on solutions of mathematical problems; here 100 problems of MAWPS, and "
     "the equation alone is learnt. What is right is told with the right tokens before it, which is what greedy decoding would write.",
 )

@@ -58,7 +58,7 @@ CLAIM = Claim(
     unit="nats",
     measure=measure,
     choose=validation(NEW_LANGUAGE),
-    floor={"learnt": 0.4},
+    floor={"learnt": 0.3},
     minutes=6,
     notes="The paper judges models of 7B and 8B parameters by what a preference optimization (DPO) makes of them afterwards. That is not "
     "asked here, but what is said to be the reason: how near to the base each stays, and what it learns.",

@@ -55,7 +55,7 @@ CLAIM = Claim(
     question="Is it enough to train some of the numbers?",
     measure=measure,
     choose=validation(STREAM[0]),
-    floor={"learnt": 0.5},
+    floor={"learnt": 0.3},
     minutes=14,
     notes="The paper fine-tunes Llama 2 7B on instructions and on eight tasks of TRACE. Embeddings train in both arms, as in the paper.",
 )

@@ -80,7 +80,7 @@ CLAIM = Claim(
     choose=lambda finished: 0.0,
     seeds=5,
     model="smollm2-135m-instruct",
-    minutes=25,
+    minutes=42,
     notes="The paper trains models of 1.1B to 70B parameters on 2,000 sequences of 256 tokens for 20 epochs at 1e-6; here 12 passages of "
     "about 120 tokens at 1e-4, and continuations of 96 tokens instead of 256.",
 )

@@ -49,7 +49,7 @@ CLAIM = Claim(
     measure=measure,
     choose=validation(SKILL),
     unit="a matrix",
-    floor={"learnt": 0.5},
+    floor={"learnt": 0.3},
     minutes=8,
     notes="The paper's first version says LoRA with intruders forgets more, the later ones that it forgets less: the later are tested. "
     "Intruders: among the ten largest left singular vectors, those whose cosine with every vector of the base is below 0.5.",
