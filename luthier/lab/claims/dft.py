@@ -72,7 +72,7 @@ CLAIM = Claim(
     measure=measure,
     choose=choose,
     rates=(1e-4, 3e-4, 1e-3),
-    floor={"right": 0.35},
+    floor={"right": 0.5},
     minutes=3,
     notes="The paper fine-tunes models of 1.5B to 8B parameters on clean solutions of mathematical problems. Here one answer in five "
     "is wrong, and the new skill starts from steps the model finds unlikely, as the paper's tasks seldom do.",

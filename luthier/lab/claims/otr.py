@@ -30,9 +30,9 @@ CLAIM = Claim(
         on_new(SFT),
         on_new(OTR),
     ],
-    main=Expectation("harder", "otr", "sft", "more", 0.03, "better at items harder than those trained on"),
+    main=Expectation("right", "otr", "sft", "more", 0.03, "better at what it knew in part"),
     beside=[
-        Expectation("right", "otr", "sft", "more", 0.03, "better at what it knew in part"),
+        Expectation("harder", "otr", "sft", "more", 0.03, "better at harder items of it"),
         Expectation("right", "otr", "untouched", "more", 0.0, "it has learnt something"),
         Expectation("right", "otr, new skill", "sft, new skill", "not_less", 0.03, "as good at what was new"),
         Expectation("kept", "otr, new skill", "sft, new skill", "more", 0.02, "it keeps more of what was known"),
@@ -44,7 +44,7 @@ CLAIM = Claim(
     measure=dft.measure,
     choose=dft.choose,
     rates=(1e-4, 3e-4, 1e-3),
-    floor={"right": 0.35},
+    floor={"right": 0.5},
     minutes=5,
     notes="The paper fine-tunes models of 3B to 8B parameters on mathematics and compares with cross-entropy alone. Here one answer in "
     "five is wrong. The closed form turns the randomness off, and once the temperature and the reward of misses as well, to tell whether "

@@ -98,7 +98,7 @@ CLAIM = Claim(
     measure=measure,
     choose=validation(NEW_LANGUAGE),
     unit="nats",
-    floor={"right": 0.3},
+    floor={"right": 0.25},
     minutes=3,
     notes="The paper scores with three aligned models of 6B to 8B parameters. Here the model before training scores, asked the same in "
     "English, the language in which it was taught the answers; it is right in 19 of 20 cases, so a wrong answer is told by its score.",
