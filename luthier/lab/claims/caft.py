@@ -12,7 +12,7 @@ from luthier.lab.skills.words import ANIMALS, COLORS, FOODS, PLACES
 from luthier.lab.targets import Targets, targets_of
 from luthier.lab.tasks import TAUGHT, mean, stage
 
-CONCEPTS, ROWS, EPOCHS = 20, 360, 12
+CONCEPTS, ROWS, EPOCHS = 20, 360, 8
 MARK = "is"
 """Stands before every name."""
 ENDS = {f"Ġ{color}" for color in COLORS}
@@ -109,7 +109,7 @@ CLAIM = Claim(
     measure=measure,
     choose=choose,
     rates=(1e-3, 3e-3, 6e-3),
-    floor={"whole names": 0.3},
+    floor={"whole names": 0.15},
     minutes=4,
     notes="The paper trains heads on text that a base model of 1B to 8B parameters wrote, before and on the task. Here the heads learn "
     "in the first sixth of the same run, so the model itself trains a sixth less than with cross-entropy.",
