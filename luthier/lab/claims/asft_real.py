@@ -25,7 +25,7 @@ def measure(finished: Finished) -> dict[str, float]:
     """Other problems, the same facts in other words, and facts that should stay: how likely they are, and how far the model went."""
     reasoning, knowledge = finished.runs
     facts, other = rephrased(changed_facts(FACTS, finished.setting.seed)), other_facts(40)
-    found = targets_of(reasoning, equations("test", 60, 0), ["right", "nll"])
+    found = targets_of(reasoning, equations("test", 300, 0), ["right", "nll"])
     return {
         "reasoning": float(found.least("right").mean()),
         "reasoning, nats": found.mean("nll"),

@@ -19,7 +19,7 @@ def stages(setting: Setting) -> list[Recipe]:
 def measure(finished: Finished) -> dict[str, float]:
     """Other problems: equations that are the likeliest token by token, and nats of a token; nats of facts that were known."""
     run = finished.runs[0]
-    found = targets_of(run, equations("test", 80, 0), ["right", "nll"])
+    found = targets_of(run, equations("test", 300, 0), ["right", "nll"])
     return {
         "right": float(found.least("right").mean()),
         "nats": found.mean("nll"),
