@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from luthier import registry
-from luthier.kinds import KINDS, TUNES
+from luthier.registry import KINDS, TUNES
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "toy_technique.py"
 RESULTS = Path(__file__).parent.parent / "bench" / "results.json"

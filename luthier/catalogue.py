@@ -12,8 +12,8 @@ from rich.table import Table
 from rich.text import Text
 
 from luthier import registry
-from luthier.kinds import KINDS
-from luthier.papers import papers
+from luthier.registry import KINDS
+from luthier.registry.papers import papers
 
 NOT_MEASURED = "not measured"
 """The verdict of a claim that no experiment has tested yet."""

@@ -17,7 +17,7 @@ from luthier.lab.results import colored, machine_in_words, result_of
 from luthier.lab.runner import Lab, run_claim
 from luthier.lab.verdict import HOLDS, TWO_LOOKS
 from luthier.lab.verdicts import CALIBRATION, difference, rule_facts
-from luthier.run import write_json
+from luthier.results.folder import write_json
 
 Result = dict[str, Any]
 

@@ -21,7 +21,7 @@ from luthier.lab.figure import draw
 from luthier.lab.runner import Choice, Ran
 from luthier.lab.verdict import CANNOT_TELL, judge
 from luthier.lab.verdicts import COLORS, difference, in_words, readable, rule_facts
-from luthier.run import write_json
+from luthier.results.folder import write_json
 
 Result = dict[str, Any]
 Values = Mapping[str, Sequence[float | None]]

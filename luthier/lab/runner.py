@@ -13,7 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-from luthier.errors import LuthierError
+from luthier.errors import LuthierError, Say
 from luthier.lab.cache import read
 from luthier.lab.claim import CHOOSING_SEED, Arm, Claim, Recipe, Setting
 from luthier.lab.jobs import (
@@ -34,7 +34,6 @@ from luthier.lab.jobs import (
 from luthier.lab.verdict import CANNOT_TELL, Design, design_of, judge
 from luthier.models.fingerprint import fingerprint
 from luthier.models.load import load_model
-from luthier.plan import Say
 
 Numbers = Mapping[str, tuple[Mapping[str, float | None], ...]]
 """By arm, the measures of each seed."""

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from luthier.registry.catalogue import as_rows
+from luthier.registry.papers import papers
 
-from luthier.catalogue import as_rows
 from luthier.errors import LuthierError
 from luthier.lab import claims, world
 from luthier.lab.calibration import COMPARISONS, EFFECTS, FURTHER, NULLS, OFFSET
@@ -26,7 +27,6 @@ from luthier.lab.tasks import FEW, few_facts
 from luthier.lab.verdict import design_of, judge
 from luthier.lab.verdicts import EFFECTS as FIGURE
 from luthier.lab.verdicts import FILE, entry, list_of, results_in, under_rule
-from luthier.papers import papers
 from luthier.recipe import make_recipe
 from tests.unit.real_rows import write_sets
 
