@@ -11,7 +11,8 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
-from luthier import logprobs, registry
+from luthier import registry
+from luthier.columns.targets import find_targets
 from luthier.kinds import OBJECTIVES, Batch, Now, TokenWeight, View
 from luthier.registry import Part
 from luthier.rows.batches import collate
@@ -56,7 +57,7 @@ def step_on(rows: Mapping[str, Given], weight: Any, sizes: Sequence[int] = (), *
 
     def view(tune: Any, batch: Batch, columns: Any, now: Now, **more: Any) -> View:
         passes.append(batch)
-        where = logprobs.targets(batch)
+        where = find_targets(batch)
         each = {
             "nll": torch.cat([leaves[name] for name in batch.row_ids]),
             "entropy": torch.tensor(

@@ -22,7 +22,7 @@ def techniques(
 ) -> None:
     """List every technique with its card, or show one."""
     with face(as_json) as speak:
-        from luthier.catalogue import as_rows, one_technique, table
+        from luthier.registry.catalogue import as_rows, one_technique, table
 
         if name is not None:
             facts, text = one_technique(name)
@@ -39,7 +39,7 @@ def papers(
 ) -> None:
     """List the 270 papers and what stands for each."""
     with face(as_json) as speak:
-        from luthier.catalogue import paper_rows, paper_table
+        from luthier.registry.catalogue import paper_rows, paper_table
 
         rows = paper_rows(area, done)
         speak.show(rows, lambda: paper_table(rows))

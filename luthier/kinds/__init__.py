@@ -12,9 +12,10 @@ saves in checkpoints and shares among the values one technique returns. Every fu
 
 from __future__ import annotations
 
-from luthier.kinds.base import Batch, Form, Now, Place, Services, State, Tensors, TrainedLike
+from luthier.kinds.base import Batch, Form, Now, Services, State, Tensors, TrainedLike
 from luthier.kinds.columns import BASE, Chunk, Column, Disturbed, OtherPass, StepTable, View
 from luthier.kinds.objective import Annotation, InputMap, Reading, Term, TokenLoss, TokenWeight, Vocabulary, Written
+from luthier.kinds.parts import Place
 from luthier.kinds.probe import Cell, Comparison, Drawing, Finding, Line, Probe, Table
 from luthier.kinds.rows import RowLikelihood, RowMap, RowScore, RowServices
 from luthier.kinds.step import Freezing, Keeper, Optimizer, Pass, Source, Transform

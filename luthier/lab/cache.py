@@ -23,13 +23,13 @@ from typing import Any
 
 import luthier
 from luthier import disk, machine, registry
-from luthier.beside_recipe import SOURCES
 from luthier.errors import LuthierError
 from luthier.kinds import KINDS
 from luthier.models.wheel import cache_folder
 from luthier.recipe import TECHNIQUES, Recipe
+from luthier.recipe.paths import SOURCES
+from luthier.results.folder import write_json
 from luthier.rows.ids import canonical
-from luthier.run import write_json
 
 PACKAGE = Path(luthier.__file__).parent
 _COMPUTES_NOTHING = ("report", "cli", "cli_progress", "catalogue", "papers", "sweep", "__main__")

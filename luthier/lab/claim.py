@@ -11,7 +11,7 @@ from types import MappingProxyType
 from typing import Any, Literal, NamedTuple, get_args
 
 from luthier.errors import LuthierError, nearest
-from luthier.run import Run
+from luthier.results.folder import Run
 
 CHOOSING_SEED = 10_000
 """Seed of the runs that choose learning rates: a claim makes its rows from the seed, so these see other rows than the measured."""

@@ -14,7 +14,7 @@ from rich.console import Group, RenderableType
 from rich.markup import escape
 from rich.table import Table
 
-from luthier.errors import LuthierError
+from luthier.errors import LuthierError, Say
 from luthier.lab import claims
 from luthier.lab.cache import forget, lab_folder
 from luthier.lab.claim import Claim
@@ -22,7 +22,6 @@ from luthier.lab.pool import workers
 from luthier.lab.real import FOLDER, missing
 from luthier.lab.results import Result, colored, file_stem, load, result_of, save, shown
 from luthier.lab.runner import Lab, run_claim
-from luthier.plan import Say
 
 _UNITS = {"s": 1 / 60, "m": 1.0, "h": 60.0}
 

@@ -17,13 +17,13 @@ from filelock import FileLock
 
 from luthier import disk, machine
 from luthier.errors import LuthierError
-from luthier.flow import train
 from luthier.lab import claims
 from luthier.lab.cache import claim_source, content, keep, key_of, measure_sources, read, stage_key
 from luthier.lab.claim import Arm, Claim, Finished, Recipe, Setting
 from luthier.recipe import TECHNIQUES, make_recipe
-from luthier.run import Run, read_run
-from luthier.use import export
+from luthier.results.folder import Run, read_run
+from luthier.runs.export import export
+from luthier.runs.train import train
 
 Question = Literal["measure", "choose"]
 STAGE_SEEDS = 1_000_000

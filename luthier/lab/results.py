@@ -20,7 +20,7 @@ from luthier.lab.claim import Arm, Claim, Expectation
 from luthier.lab.figure import draw
 from luthier.lab.runner import Choice, Ran
 from luthier.lab.verdict import judge, together
-from luthier.run import write_json
+from luthier.results.folder import write_json
 
 Result = dict[str, Any]
 Values = Mapping[str, Sequence[float | None]]

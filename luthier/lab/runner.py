@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-from luthier.errors import LuthierError
+from luthier.errors import LuthierError, Say
 from luthier.lab.cache import read
 from luthier.lab.claim import CHOOSING_SEED, Arm, Claim, Recipe, Setting
 from luthier.lab.jobs import (
@@ -32,7 +32,6 @@ from luthier.lab.jobs import (
 )
 from luthier.models.fingerprint import fingerprint
 from luthier.models.load import load_model
-from luthier.plan import Say
 
 
 class Lab(NamedTuple):

@@ -13,9 +13,9 @@ from luthier.lab.claim import Finished, Recipe, Setting
 from luthier.lab.skill import Split
 from luthier.lab.skills.facts import world as world_facts
 from luthier.lab.world_sets import sets_of
-from luthier.opened import open_base, open_run
+from luthier.results.folder import Run
+from luthier.results.opened import open_base, open_run
 from luthier.rows.read import read
-from luthier.run import Run
 
 TAUGHT = ("facts", "boxes", "copy", "reverse", "case", "sentiment", "topic", "refusals", "translate")
 """What the built-in models answer rightly in four of five cases or more: what a fine-tune should leave alone."""

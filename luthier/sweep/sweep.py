@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 from filelock import FileLock, Timeout
 
 from luthier import __version__
-from luthier.errors import LuthierError
+from luthier.errors import LuthierError, Say
 from luthier.lab.claim import CHOOSING_SEED
 from luthier.lab.runner import Choice
-from luthier.plan import Say, advised_rate, choose_parts
-from luthier.run import write_json
+from luthier.planning.assemble import advised_rate, choose_parts
+from luthier.results.folder import write_json
 from luthier.sweep.facts import Measures, Rated, arm_facts, score_of, set_facts
 from luthier.sweep.grid import RATE_KEY, Arm, Asked, arms_of, choosing_set, read_words, skill_set
 from luthier.sweep.page import write_sweep

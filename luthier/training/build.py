@@ -6,10 +6,9 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from luthier import registry
+from luthier.columns.chunked import CONTEXT_ATTENTION
 from luthier.errors import LuthierError
 from luthier.kinds import (
-    OBJECTIVES,
     Additive,
     Freezing,
     HiddenEdit,
@@ -28,44 +27,21 @@ from luthier.kinds import (
     Transform,
     Vocabulary,
 )
-from luthier.logprobs import CONTEXT_ATTENTION
+from luthier.kinds.parts import Parts
 from luthier.models.attention import use_attention
-from luthier.models.parts import Parts
+from luthier.models.modes import evaluating
 from luthier.models.sharding import Root
-from luthier.registry import Part
+from luthier.registry import Part, slots
 from luthier.training.chain import Chain, Link
 from luthier.training.engine import Engine, Kept, idle_batch
-from luthier.training.forward import hidden
 from luthier.training.inputs import Inputs, Mapped, bare_vocabulary
 from luthier.training.objective import Minimized, Objective, Weighted, as_term
-from luthier.training.services import Calibration, RunServices, evaluating
+from luthier.training.services import Calibration, RunServices
 from luthier.training.world import World
 from luthier.tune import Tune
+from luthier.tune.forward import hidden
 
 FREES = (Selective, Additive, HiddenEdit, Prefix, Prompt)
-
-
-def slots(parts: Sequence[Part]) -> list[tuple[str, Part]]:
-    """Every part with a name of its own: techniques used twice are numbered."""
-    seen: dict[str, int] = {}
-    named = []
-    for part in parts:
-        seen[part.name] = seen.get(part.name, 0) + 1
-        named.append((part.name if seen[part.name] == 1 else f"{part.name}.{seen[part.name]}", part))
-    return named
-
-
-def objectives(spec: object) -> list[Part]:
-    """The parts under `objective`: where they teach nothing by themselves, input maps and penalties, cross-entropy joins them.
-
-    Raises:
-        LuthierError: unknown technique or option, with the nearest name, or an option of the wrong type.
-    """
-    parts = registry.make_all(spec, OBJECTIVES, where="objective")
-    values = [value for part in parts for value in part.values]
-    if any(isinstance(value, Term | TokenLoss) and not value.penalty for value in values) or not parts:
-        return parts
-    return [*parts, registry.part("cross_entropy")]
 
 
 def build_engine(

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from luthier.errors import LuthierError
 from luthier.kinds import Additive, Form, HiddenEdit, Place, Prefix, Prompt, Select, Selective, Services, State, Tensors
+from luthier.kinds.parts import SUBLAYERS
 from luthier.models.attention import use_context
 from luthier.models.embedding import scale_of
 from luthier.models.quantized import quantized, refuse_change, shape_of
-from luthier.models.roles import SUBLAYERS
 from luthier.models.sharding import whole
 from luthier.tune.sites import Addition, Edit, Own
 from luthier.tune.taps import TapSpec

@@ -14,9 +14,9 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 
 from luthier.kinds import Additive, Freezing, HiddenEdit, Now, Place, Prefix, Prompt, Seen, Selective, Services, State, Tensors
+from luthier.kinds.parts import Parts
 from luthier.models.attention import Context
 from luthier.models.block_outputs import open_blocks
-from luthier.models.parts import Parts
 from luthier.models.quantized import QuantizedLinear
 from luthier.models.sharding import Root, put
 from luthier.tune import attach, base, change, merge

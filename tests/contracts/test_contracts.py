@@ -15,16 +15,16 @@ import pytest
 import torch
 
 from luthier import registry
+from luthier.delta.weights import Weights, of_models
 from luthier.errors import LuthierError
 from luthier.kinds import KINDS, OBJECTIVES, TUNES, Now
 from luthier.models.attention import use_attention
 from luthier.models.parts import map_parts
 from luthier.models.tiny import tiny
-from luthier.probing import Weights, of_models
 from luthier.rows.embed import HASH, embedder
 from luthier.rows.select import ScoringServices
 from luthier.rows.shapes import Row
-from luthier.use import likelihood_of_rows
+from luthier.runs.measure import likelihood_of_rows
 from tests.conftest import split
 from tests.toys.helpers import TOYS, gap, gradients, logits_of, model_of, rows_of_eight, toys  # noqa: F401
 
@@ -33,7 +33,7 @@ from tests.toys.helpers import TOYS, gap, gradients, logits_of, model_of, rows_o
 def _toys_listed() -> Iterator[None]:
     registry.add_folder(TOYS)
     yield
-    registry._added.remove(TOYS)
+    registry.remove_folder(TOYS)
 
 
 with _toys_listed():
@@ -255,7 +255,7 @@ def test_options_make_the_same_part_again(kind: str, name: str) -> None:
 
 def test_a_technique_is_one_short_file() -> None:
     """150 lines at most; what several share stands beside them, in files that begin with an underscore."""
-    files = [*(Path(registry.__file__).parent / "methods").glob("*/*.py"), *TOYS.glob("*/*.py")]
+    files = [*(Path(registry.__file__).parents[1] / "methods").glob("*/*.py"), *TOYS.glob("*/*.py")]
     long = {str(file): lines for file in files if (lines := len(file.read_text(encoding="utf-8").splitlines())) > 150}
     assert not long
 

@@ -14,9 +14,9 @@ import torch
 
 import luthier
 from luthier.errors import LuthierError
-from luthier.flow import cost
-from luthier.plan import make_plan
+from luthier.planning.plan import make_plan
 from luthier.recipe import make_recipe
+from luthier.runs.train import cost
 from luthier.training.loop import Progress
 from tests.toys.helpers import gradients, model_of, plain_gradients
 

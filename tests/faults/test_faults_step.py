@@ -20,7 +20,7 @@ from luthier.errors import LuthierError
 from luthier.kinds import OBJECTIVES, TUNES, Batch, Now
 from luthier.models.parts import map_parts
 from luthier.models.tiny import tiny
-from luthier.run import Run, read_run
+from luthier.results.folder import Run, read_run
 from luthier.training.build import build_engine
 from luthier.training.engine import Engine
 from luthier.tune.trained import decays

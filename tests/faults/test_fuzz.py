@@ -18,11 +18,11 @@ from luthier import registry
 from luthier.cli import app
 from luthier.errors import LuthierError
 from luthier.models.tiny import tiny_tokenizer
-from luthier.plan import choose_parts
+from luthier.planning.assemble import choose_parts
 from luthier.recipe import Recipe, make_recipe, read_recipe
+from luthier.results.folder import list_runs, read_run
 from luthier.rows.encode import encode_all
 from luthier.rows.read import read
-from luthier.run import list_runs, read_run
 
 PATIENT = settings(derandomize=True, deadline=None, max_examples=150, database=None, suppress_health_check=[HealthCheck.too_slow])
 NUMBERS = st.integers() | st.sampled_from([10**400, -1, 0, 2**63]) | st.floats()

@@ -10,22 +10,21 @@ from typing import Any
 
 import pytest
 import torch
+from luthier.tune.forward import hidden
 from safetensors.torch import load_file
 from torch import Tensor
 
 from luthier.errors import LuthierError
 from luthier.export import export_peft, peft_prefix
-from luthier.flow import train
 from luthier.kinds import TUNES, Now, kind_of
 from luthier.models import map_parts, tiny
-from luthier.opened import open_run
-from luthier.registry import make_all
-from luthier.run import read_run
-from luthier.training.build import slots
-from luthier.training.forward import hidden
+from luthier.registry import make_all, slots
+from luthier.results.folder import read_run
+from luthier.results.opened import open_run
+from luthier.runs.export import export
+from luthier.runs.train import train
 from luthier.training.services import RunServices
 from luthier.tune import Tune
-from luthier.use import export
 from tests.conftest import calibration, make_batch
 
 peft = pytest.importorskip("peft")

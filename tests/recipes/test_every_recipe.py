@@ -8,7 +8,7 @@ import pytest
 
 import luthier
 from luthier.evaluate.planned import evaluation_sets
-from luthier.plan import choose_parts
+from luthier.planning.assemble import choose_parts
 from luthier.rows.sources import read_rows
 
 RECIPES = sorted((Path(__file__).parent.parent.parent / "recipes").glob("*.yaml"))

@@ -10,9 +10,9 @@ import pytest
 import yaml
 
 import luthier
-from luthier.control import find_control
 from luthier.errors import LuthierError
 from luthier.recipe import make_recipe, read_recipe
+from luthier.results.control import find_control
 
 ROWS = [{"prompt": f"Say {word}.", "completion": f"{word}!"} for word in ("one", "two", "three", "four")]
 

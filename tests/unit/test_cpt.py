@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from luthier.tune.forward import hidden
 from torch import Tensor
 from torch.nn import functional
 
@@ -16,7 +17,6 @@ from luthier.kinds import Batch, Now
 from luthier.methods.prompt.cpt import at_width, context_of, cpt, project
 from luthier.models.parts import map_parts
 from luthier.training.engine import with_context
-from luthier.training.forward import hidden
 from luthier.training.services import RunServices
 from luthier.tune import Tune
 from tests.conftest import make_batch, split

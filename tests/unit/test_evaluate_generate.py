@@ -7,17 +7,17 @@ from typing import Any
 
 import pytest
 import torch
+from luthier.tune.forward import hidden
 from torch import Tensor
 
 from luthier import registry
 from luthier.errors import LuthierError
-from luthier.evaluate.generate import context_of, generate, stop_ids
+from luthier.generation.generate import context_of, generate, stop_ids
 from luthier.kinds import TUNES, Now, Prefix, Prompt
 from luthier.models.parts import map_parts
 from luthier.models.tiny import tiny, tiny_tokenizer
 from luthier.rows.batches import collate
 from luthier.rows.encode import Encoded
-from luthier.training.forward import hidden
 from luthier.training.services import RunServices
 from luthier.tune import Tune
 

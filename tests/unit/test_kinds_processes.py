@@ -69,7 +69,7 @@ def run(rank: int, size: int, folder: str) -> None:
             result = engine.step(mine, Now(step=step, steps=4, learning_rate=0.02))
             found[f"{name} loss {step}"] = torch.tensor([result.loss, result.nll, result.kept, float(result.tokens)])
         found |= {f"{name} {key}": one.master.detach().clone() for key, one in engine.tune.trained.items()}
-    registry._added.remove(TOYS)
+    registry.remove_folder(TOYS)
     save_file(found, f"{folder}/{size}-{rank}.safetensors")
     if size > 1:
         dist.destroy_process_group()

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 
-from luthier.catalogue import as_rows
 from luthier.errors import LuthierError
 from luthier.lab import claims, world
 from luthier.lab.claim import CHOOSING_SEED, Recipe, Setting
@@ -24,8 +23,9 @@ from luthier.lab.skills.words import FIRST_NAMES
 from luthier.lab.targets import Targets
 from luthier.lab.tasks import FEW, few_facts
 from luthier.lab.verdict import judge, together
-from luthier.papers import papers
 from luthier.recipe import make_recipe
+from luthier.registry.catalogue import as_rows
+from luthier.registry.papers import papers
 from tests.unit.real_rows import write_sets
 
 RESULTS = Path(__file__).parents[2] / "docs" / "claims"

@@ -21,8 +21,8 @@ from luthier.lab.results import result_of
 from luthier.lab.runner import Choice, Lab, Ran, Tried, best, here, run_claim
 from luthier.models.fingerprint import fingerprint
 from luthier.models.load import load_model
-from luthier.opened import open_run
-from luthier.run import read_run
+from luthier.results.folder import read_run
+from luthier.results.opened import open_run
 
 TOY = runpy.run_path(str(Path(__file__).with_name("lab_toys.py")))["TOY"]
 SETTING = Setting("tiny:llama", 0)

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from luthier import draws, registry
-from luthier.cli_progress import losses
+from luthier.cli.progress import losses
 from luthier.kinds import OBJECTIVES, Batch, Now, StepTable, Tensors, Term, TokenWeight, View
+from luthier.planning.assemble import objectives
 from luthier.rows.batches import collate
 from luthier.rows.encode import Encoded
-from luthier.training.build import objectives
 from luthier.training.engine import with_context
 from tests.conftest import split
 from tests.toys.helpers import gap, gradients, model_of, rows_of_eight, toys  # noqa: F401

@@ -11,20 +11,20 @@ import torch
 from torch import Tensor
 
 from luthier import registry
+from luthier.columns.chunked import resolve
 from luthier.kinds import OBJECTIVES, TUNES, Batch, Now
-from luthier.logprobs import resolve
 from luthier.models import attention
 from luthier.models.attention import Context, use_attention
 from luthier.models.parts import map_parts
 from luthier.models.tiny import ARCHITECTURES, tiny, tiny_kind
-from luthier.plan import make_plan
+from luthier.planning.plan import make_plan
 from luthier.recipe import make_recipe
 from luthier.rows.batches import padding_share, plan_epoch
 from luthier.training.build import build_engine
-from luthier.training.forward import hidden
 from luthier.training.packing import obstacle
 from luthier.training.services import view_of
 from luthier.tune import Tune
+from luthier.tune.forward import hidden
 from tests.conftest import make_batch
 from tests.toys.helpers import TOYS
 
@@ -142,7 +142,7 @@ def toys() -> Any:
     """The toy techniques."""
     registry.add_folder(TOYS)
     yield
-    registry._added.remove(TOYS)
+    registry.remove_folder(TOYS)
 
 
 @pytest.mark.parametrize("architecture", CAUSAL)

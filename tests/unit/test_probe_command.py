@@ -17,15 +17,16 @@ import luthier
 from luthier import registry
 from luthier.cli import app
 from luthier.delta import Delta
+from luthier.delta.weights import Weights, of_delta, of_models
 from luthier.errors import LuthierError
 from luthier.kinds import TUNES, Drawing, Finding, Line
 from luthier.models.load import load_model
 from luthier.models.parts import map_parts
 from luthier.models.tiny import tiny
-from luthier.probing import Weights, of_delta, of_models
 from luthier.report.probe import draw, found, write_figure
-from luthier.run import Run
-from luthier.use import compare_weights, export
+from luthier.results.folder import Run
+from luthier.runs.export import export
+from luthier.runs.probe import compare_weights
 
 ROWS = [{"prompt": f"Say {word}.", "completion": f"{word}!"} for word in ("one", "two", "three", "four")]
 

@@ -10,7 +10,7 @@ import pytest
 from luthier import registry
 from luthier.errors import LuthierError
 from luthier.kinds import KINDS, TUNES, Now, Place, Select, Selective, Transform, kind_of
-from luthier.registry import find, make, make_all, method, names
+from luthier.registry import find, make, make_all, method, names, techniques
 from tests.toys.helpers import TOYS, toys  # noqa: F401
 
 CARD = '''
@@ -50,11 +50,11 @@ def test_a_dropped_in_file_is_found_with_no_edit_elsewhere(folder: Path) -> None
 def test_the_toys_are_found_and_gone_again() -> None:
     for path in TOYS.glob("*/*.py"):
         assert find(path.stem, (path.parent.name,)).name == path.stem
-    registry._added.remove(TOYS)
+    registry.remove_folder(TOYS)
     assert "likely_less" not in names("token_loss")
     registry.add_folder(TOYS)
     registry.add_folder(TOYS)
-    assert registry._added.count(TOYS) == 1
+    assert techniques._added.count(TOYS) == 1
 
 
 def test_the_packages_own_technique_cannot_be_replaced(folder: Path) -> None:

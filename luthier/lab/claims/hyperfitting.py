@@ -9,11 +9,11 @@ import json
 from pathlib import Path
 from statistics import fmean
 
-from luthier.evaluate.generate import generate
 from luthier.evaluate.metrics import METRICS
+from luthier.generation.generate import generate
 from luthier.lab.claim import Arm, Claim, Expectation, Finished, Recipe, Setting
 from luthier.lab.dice import Dice
-from luthier.opened import open_run
+from luthier.results.opened import open_run
 from luthier.rows.encode import encode_prompt
 from luthier.rows.read import read
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from luthier.lab.claim import Arm, Claim, Expectation, Finished, Recipe, Setting
 from luthier.lab.tasks import TAUGHT, mean, teach, validation
-from luthier.use import probe
+from luthier.runs.probe import probe
 
 SKILL = "second_language"
 FASTER = (1e-3, 3e-3, 1e-2)

@@ -12,7 +12,7 @@ from luthier.lab import world
 from luthier.lab.claim import Arm, Claim, Expectation, Finished, Recipe, Setting
 from luthier.lab.skill import Split
 from luthier.lab.tasks import ITEMS, NEW_LANGUAGE, stage, teach
-from luthier.opened import open_base, open_run
+from luthier.results.opened import open_base, open_run
 from luthier.rows.read import read
 
 SHARE = 0.08

@@ -13,7 +13,7 @@ from luthier.lab.claim import Arm, Claim, Expectation, Finished, Recipe, Setting
 from luthier.lab.skills.facts import PERSON
 from luthier.lab.targets import answered, targets_of
 from luthier.lab.tasks import NEW_LANGUAGE, TAUGHT, mean, stage, validation
-from luthier.opened import open_model
+from luthier.results.opened import open_model
 from luthier.rows.encode import encode
 from luthier.rows.read import read
 

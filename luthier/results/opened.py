@@ -14,16 +14,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from luthier import disk, registry
 from luthier.delta import Delta
 from luthier.delta.beside import standing
-from luthier.errors import LuthierError
+from luthier.errors import LuthierError, Say, silent
 from luthier.export.peft import parted
 from luthier.kinds import TUNES, Additive, HiddenEdit, Now, Prefix, Prompt, Tensors
 from luthier.models.load import ModelSource, load_model, load_tokenizer, resolve
 from luthier.models.parts import map_parts
 from luthier.models.quantized import holder, quantized
-from luthier.plan import Say
 from luthier.recipe import Recipe, make_recipe
-from luthier.run import FILE, Run, read_run
-from luthier.training.build import slots
+from luthier.registry import slots
+from luthier.results.folder import FILE, Run, read_run
 from luthier.training.precision import pick, pick_device
 from luthier.training.services import RunServices
 from luthier.tune import Tune
@@ -32,10 +31,6 @@ from luthier.tune.sites import Addition
 BESIDE = "beside.safetensors"
 """What no delta of the weights can hold: the tensors of prompts, prefixes and edits."""
 PROMPT_LENGTH = "prompt_length"
-
-
-def silent(text: str) -> None:
-    """Says nothing."""
 
 
 def save_result(folder: Path, tune: Tune, delta: Delta) -> None:

@@ -11,13 +11,15 @@ import torch
 
 from luthier import registry
 from luthier.errors import LuthierError
-from luthier.estimate import Estimate, estimate, standing, waiting
 from luthier.kinds import STEPS, TUNES, Now
-from luthier.models.parts import Parts, map_parts
+from luthier.kinds.parts import Parts
+from luthier.models.parts import map_parts
 from luthier.models.quantized import quantize as quantize_blocks
+from luthier.planning.assemble import objectives
+from luthier.planning.estimate import Estimate, estimate, standing, waiting
 from luthier.recipe import Recipe
 from luthier.rows.encode import EncodedRows
-from luthier.training.build import build_engine, objectives
+from luthier.training.build import build_engine
 from luthier.training.engine import Engine
 from luthier.training.feed import Feed
 

@@ -8,13 +8,13 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from luthier.plan import Plan
+from luthier.planning.plan import Plan
 from luthier.training.engine import StepResult
 from luthier.training.loop import Progress as At
 
 
 class Bar:
-    """Shows a run's progress on a console; `say` and `step` are what `luthier.flow.train` calls."""
+    """Shows a run's progress on a console; `say` and `step` are what `luthier.runs.train.train` calls."""
 
     def __init__(self, console: Console, *, quiet: bool) -> None:
         self.console, self.quiet = console, quiet

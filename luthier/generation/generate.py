@@ -17,8 +17,8 @@ from luthier import draws
 from luthier.errors import LuthierError
 from luthier.models import context
 from luthier.models.head import head_of
+from luthier.models.modes import evaluating
 from luthier.rows.encode import end_of_turn_ids
-from luthier.training.services import evaluating
 from luthier.tune import Tune
 
 BATCH_TOKENS = 8192

@@ -14,19 +14,20 @@ import torch
 
 from luthier import __version__, disk, machine
 from luthier.delta import Delta, summary
-from luthier.errors import LuthierError
+from luthier.errors import LuthierError, Say
 from luthier.evaluate.compare import base_noise, compare, share_kept
 from luthier.evaluate.overlap import overlaps
 from luthier.evaluate.sets import EvalSet, SetResult, measure
 from luthier.models.fingerprint import fingerprint
 from luthier.models.load import load_model
 from luthier.models.sharding import whole
-from luthier.opened import save_result
-from luthier.plan import Plan, Say, make_plan
+from luthier.planning.plan import Plan, make_plan
 from luthier.recipe import Recipe, make_recipe, read_recipe
 from luthier.report import write_report
 from luthier.report.compare import compared, write_comparison
-from luthier.resume import (
+from luthier.results.folder import FILE, Run, new_folder, write_json
+from luthier.results.opened import save_result
+from luthier.runs.resume import (
     CHECKPOINTS,
     Before,
     check_resumable,
@@ -36,8 +37,7 @@ from luthier.resume import (
     save_checkpoint,
     write_recipe,
 )
-from luthier.run import FILE, Run, new_folder, write_json
-from luthier.trackers import Trackers, check_trackers, run_numbers, start_trackers
+from luthier.runs.trackers import Trackers, check_trackers, run_numbers, start_trackers
 from luthier.training.engine import StepResult
 from luthier.training.loop import Plans, Progress
 from luthier.training.loop import train as run_loop

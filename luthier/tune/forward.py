@@ -14,7 +14,7 @@ from luthier.errors import LuthierError
 from luthier.kinds import Batch
 from luthier.models.attention import Context, Mass
 from luthier.models.head import finish
-from luthier.tune import Tune
+from luthier.tune.tune import Tune
 
 EmbedChange = Callable[[Tensor], Tensor]
 """What becomes of the embeddings [B, T, D] of a batch."""

@@ -25,7 +25,7 @@ class Paper:
 
 def papers() -> list[Paper]:
     """All papers, by number."""
-    text = resources.files("luthier").joinpath("papers.tsv").read_text(encoding="utf-8")
+    text = resources.files("luthier.registry").joinpath("papers.tsv").read_text(encoding="utf-8")
     # Titles may hold quotation marks, which mean nothing here.
     lines = csv.DictReader(text.splitlines(), delimiter="\t", quoting=csv.QUOTE_NONE)
     # The file also has arXiv numbers found by title alone: none is confirmed, so none is read.

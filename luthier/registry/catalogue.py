@@ -13,11 +13,11 @@ from rich.text import Text
 
 from luthier import registry
 from luthier.kinds import KINDS
-from luthier.papers import papers
+from luthier.registry.papers import papers
 
 NOT_MEASURED = "not measured"
 """The verdict of a claim that no experiment has tested yet."""
-VERDICTS = Path(__file__).parent / "lab" / "verdicts.json"
+VERDICTS = Path(__file__).parents[1] / "lab" / "verdicts.json"
 """What came of the claims that were run, by claim; the documentation has the numbers."""
 
 

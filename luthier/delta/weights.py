@@ -13,7 +13,7 @@ from luthier.delta import Delta
 from luthier.delta.delta import places_of
 from luthier.errors import LuthierError
 from luthier.kinds import Place
-from luthier.models.parts import Parts
+from luthier.kinds.parts import Parts
 
 Change = Callable[[], Tensor]
 """Makes the change of one parameter as it is stored, in fp32 or wider, when it is asked for."""

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from luthier import machine
+from luthier.columns.chunked import LOGIT_BYTES
 from luthier.errors import LuthierError
 from luthier.kinds import Batch
-from luthier.logprobs import LOGIT_BYTES
-from luthier.models.parts import Parts
+from luthier.kinds.parts import Parts
 from luthier.models.quantized import code_tensors, count
 from luthier.training.dryrun import Peak, peak_of
 from luthier.training.engine import Engine, idle_batch

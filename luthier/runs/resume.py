@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from luthier import disk
-from luthier.errors import LuthierError
+from luthier.errors import LuthierError, Say
 from luthier.evaluate.sets import SetResult
-from luthier.plan import Plan, Say
+from luthier.planning.plan import Plan
 from luthier.recipe import Recipe, same_steps
-from luthier.run import read_run, write_json
+from luthier.results.folder import read_run, write_json
 from luthier.training import checkpoint
 from luthier.training.loop import Progress
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,31 +10,33 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from luthier import draws, machine, registry
-from luthier.control import find_control
-from luthier.cuts import too_much
-from luthier.errors import LuthierError
-from luthier.estimate import Estimate, estimate
+from luthier import draws, machine
+from luthier.errors import Say
 from luthier.evaluate.planned import evaluation_sets
 from luthier.evaluate.sets import EvalSet, check
-from luthier.kinds import STEPS, TUNES, Now, Optimizer, RowMap
+from luthier.kinds import Now, Optimizer, RowMap
+from luthier.kinds.parts import GROUPS, Parts
 from luthier.models.context import context_of
 from luthier.models.fingerprint import fingerprint
 from luthier.models.load import ModelSource, load_model, load_tokenizer, resolve
-from luthier.models.parts import GROUPS, Parts, map_parts
+from luthier.models.parts import map_parts
 from luthier.models.quantized import count, described
 from luthier.models.sharding import shard
-from luthier.prepare import check_lengths, check_processes, make_calibration, make_feed, prepare_model
+from luthier.planning.assemble import advised_rate, choose_parts
+from luthier.planning.cuts import too_much
+from luthier.planning.estimate import Estimate, estimate
+from luthier.planning.prepare import check_lengths, check_processes, make_calibration, make_feed, prepare_model
 from luthier.recipe import Recipe
-from luthier.registry import Part
+from luthier.registry import Part, slots
+from luthier.results.control import find_control
+from luthier.results.folder import Run
 from luthier.rows.annotate import annotations_of
 from luthier.rows.encode import EncodedRows
 from luthier.rows.gather import encode_rows, mixture_of
 from luthier.rows.mixture import described_share
 from luthier.rows.shapes import BadRow
 from luthier.rows.sources import Joined, read_rows
-from luthier.run import Run
-from luthier.training.build import build_engine, objectives, slots
+from luthier.training.build import build_engine
 from luthier.training.engine import Engine
 from luthier.training.feed import Feed
 from luthier.training.inputs import vocabulary_of
@@ -45,9 +47,6 @@ from luthier.training.services import RunServices
 from luthier.training.trial import Measured, measure
 from luthier.training.world import World
 from luthier.tune import Tune
-
-Say = Callable[[str], None]
-RATE_WITHOUT_ADVICE = 1e-4
 
 
 @dataclass
@@ -228,34 +227,6 @@ def _short(value: Any) -> str:
 
 def _minutes(seconds: float) -> str:
     return f"{seconds:.0f} seconds" if seconds < 120 else f"{seconds / 60:.1f} minutes"
-
-
-def choose_parts(recipe: Recipe) -> dict[str, list[Part]]:
-    """All techniques a recipe names, looked up and checked, by key."""
-    sources = registry.make_all(recipe.source, ("source",), where="source")
-    if len(sources) != 1:
-        raise LuthierError("a run has exactly one source of gradients", where="source", mend="name one, e.g. backprop")
-    return {
-        "maps": registry.make_all(recipe.rows.map, ("row_map",), where="rows.map"),
-        "tune": registry.make_all(recipe.tune, TUNES, where="tune"),
-        "objective": objectives(recipe.objective),
-        "weight": registry.make_all(recipe.token_weight, ("token_weight",), where="token_weight"),
-        "chain": registry.make_all(recipe.step, STEPS, where="step"),
-        "source": sources,
-        "keep": registry.make_all(recipe.keep, ("keeper",), where="keep"),
-        "freeze": registry.make_all(recipe.freeze, ("freezing",), where="freeze"),
-    }
-
-
-def advised_rate(recipe: Recipe, tune: Sequence[Part]) -> tuple[float, str]:
-    """The learning rate and where it comes from: the recipe, or the most careful advice among the techniques that train."""
-    if recipe.train.learning_rate is not None:
-        return recipe.train.learning_rate, "the recipe"
-    advice = [(part.card.learning_rate, part.name) for part in tune if part.card.learning_rate is not None]
-    if not advice:
-        return RATE_WITHOUT_ADVICE, "the default"
-    rate, name = min(advice)
-    return rate, f"{name}'s default"
 
 
 def make_plan(recipe: Recipe, say: Say = lambda text: None) -> Plan:

@@ -13,17 +13,16 @@ import inspect
 import os
 import sys
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, get_type_hints
 
 import pydantic
 
 from luthier.errors import LuthierError, explain, nearest, refuse_truth
 from luthier.kinds import KINDS, OBJECTIVES, STEPS, TUNES, kind_of
-
-Factory = TypeVar("Factory", bound=Callable[..., Any])
+from luthier.registry.cards import Card, Part, Technique
 
 KEYS: Mapping[str, str] = {
     "row_map": "rows.map",
@@ -37,81 +36,16 @@ KEYS: Mapping[str, str] = {
 }
 """The recipe key under which each kind goes."""
 
+
 COMMANDS: Mapping[str, str] = {"probe": "luthier probe", "row_score": "luthier rows select --by"}
 """The command that uses a kind which no recipe holds."""
+
 
 NOTHING = "none"
 """What a recipe's key for techniques holds where none is used."""
 
+
 _added: list[Path] = []
-
-
-@dataclass(frozen=True)
-class Card:
-    """The facts about a technique. They stand on its function and nowhere else."""
-
-    title: str
-    paper: str = ""
-    """arXiv number or other source, checked by the technique's author."""
-    row: int | None = None
-    """Its number in `luthier/papers.tsv`; None for parts that no paper of the list is about."""
-    needs: frozenset[str] = frozenset()
-    gives: frozenset[str] = frozenset()
-    reduces_to: str = ""
-    """The setting under which it becomes something simpler; a test executes it."""
-    departs: str = ""
-    """Where and why it differs from the paper or the authors' code."""
-    step0: str = "base exactly"
-    """base exactly | base up to rounding | on purpose not the base."""
-    merges: str = "exactly"
-    """exactly | as another form | never | is in place."""
-    claim: str = ""
-    """The lab experiment that tests the paper's claim."""
-    learning_rate: float | None = None
-    """What a recipe gets that names none, for techniques that decide which numbers train."""
-    name: str = ""
-    kind: str = ""
-    summary: str = ""
-
-    def as_json(self) -> dict[str, Any]:
-        """The card as plain data; sets become sorted lists."""
-        return {key: sorted(value) if isinstance(value, frozenset) else value for key, value in asdict(self).items()}
-
-
-@dataclass(frozen=True)
-class Technique:
-    """A technique that was looked up."""
-
-    name: str
-    kind: str
-    factory: Callable[..., Any]
-    card: Card
-
-
-@dataclass(frozen=True)
-class Part:
-    """A technique with its options, ready to use: what a recipe's `{name: {option: value}}` becomes."""
-
-    name: str
-    kind: str
-    options: Mapping[str, Any]
-    values: tuple[Any, ...]
-    card: Card = field(default_factory=lambda: Card(title=""))
-
-
-def method(*, title: str, needs: Iterable[str] = (), gives: Iterable[str] = (), **facts: Any) -> Callable[[Factory], Factory]:
-    """Put a card on a technique's function. The fields are those of `Card`."""
-
-    def put(factory: Factory) -> Factory:
-        for parameter in inspect.signature(factory).parameters.values():
-            if parameter.kind is not inspect.Parameter.KEYWORD_ONLY:
-                raise TypeError(f"{factory.__name__}: options are keyword-only, `{parameter.name}` is not")
-        summary = (inspect.getdoc(factory) or "").split("\n\n")[0].replace("\n", " ")
-        card = Card(title=title, needs=frozenset(needs), gives=frozenset(gives), summary=summary, **facts)
-        factory.card = card  # type: ignore[attr-defined]
-        return factory
-
-    return put
 
 
 def add_folder(folder: str | Path) -> None:
@@ -123,9 +57,14 @@ def add_folder(folder: str | Path) -> None:
         _added.append(path)
 
 
+def remove_folder(folder: str | Path) -> None:
+    """Take a folder out again that `add_folder` let in."""
+    _added.remove(Path(folder).resolve())
+
+
 def _folders(kind: str) -> list[Path]:
     named = [Path(p) for p in os.environ.get("LUTHIER_METHODS", "").split(os.pathsep) if p]
-    roots = [Path(__file__).parent / "methods", *named, *_added]
+    roots = [Path(__file__).parents[1] / "methods", *named, *_added]
     return [root / kind for root in roots if (root / kind).is_dir()]
 
 
@@ -147,7 +86,7 @@ def names(kind: str) -> list[str]:
 
 
 def _module(kind: str, name: str, path: Path) -> ModuleType:
-    if path.parent.parent == Path(__file__).parent / "methods":
+    if path.parent.parent == Path(__file__).parents[1] / "methods":
         return importlib.import_module(f"luthier.methods.{kind}.{name}")
     return module_at(path, f"luthier_methods.{kind}.{name}", "a technique")
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from luthier.errors import LuthierError
 from luthier.recipe import Recipe, read_recipe, same_steps
-from luthier.run import Run, list_runs, read_run
+from luthier.results.folder import Run, list_runs, read_run
 
 
 def find_control(recipe: Recipe) -> Run | None:
