@@ -11,12 +11,12 @@ import inspect
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping
-from importlib.util import find_spec
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
 
 from luthier import registry
-from luthier.kinds import KINDS, TUNES
+from luthier.registry import KINDS, kinds_under
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "toy_technique.py"
 RESULTS = Path(__file__).parent.parent / "bench" / "results.json"
@@ -139,8 +139,8 @@ def technique(found: registry.Technique) -> str:
     facts = {
         "Paper": paper(card.paper),
         # Only what decides which numbers train can start away from the base, or be merged.
-        "At the first step": cell(card.step0) if found.kind in TUNES else "",
-        "Merges": cell(card.merges) if found.kind in TUNES else "",
+        "At the first step": cell(card.step0) if found.kind in kinds_under("tune") else "",
+        "Merges": cell(card.merges) if found.kind in kinds_under("tune") else "",
         "Becomes simpler": cell(card.reduces_to),
         "Departs from the paper": cell(card.departs),
         "Needs": ", ".join(map(code, sorted(card.needs))),
@@ -418,7 +418,20 @@ def workshop() -> str:
     return "\n\n".join(card.replace("# ", "## ", 1) for card in cards)
 
 
+def rooms() -> str:
+    """The packages and their arrows, and what each says of itself."""
+    path = Path(__file__).parent / "rooms.py"
+    spec = spec_from_file_location("docs_rooms", path)
+    assert spec is not None and spec.loader is not None
+    found = module_from_spec(spec)
+    spec.loader.exec_module(found)
+    arrows = found.rooms()
+    lines = table(("room", "what it is"), ((code(room), cell(found.sentence(room).replace("`", ""))) for room in arrows))
+    return f"{found.draw(arrows)}\n\n{lines}"
+
+
 WRITERS: dict[str, Callable[[], str]] = {
+    "rooms": rooms,
     "recipe": recipe,
     "techniques": techniques,
     "example": example,

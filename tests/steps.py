@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from luthier import registry
 from luthier.columns.targets import find_targets
-from luthier.kinds import OBJECTIVES, Batch, Now, TokenWeight, View
+from luthier.kinds import Batch, Now, TokenWeight, View
 from luthier.registry import Part
 from luthier.rows.batches import collate
 from luthier.rows.encode import Encoded
@@ -68,7 +68,7 @@ def step_on(rows: Mapping[str, Given], weight: Any, sizes: Sequence[int] = (), *
 
     made = [one if isinstance(one, Part) else registry.make(one, ("token_weight",)) for one in _list(weight)]
     rules = [Weighted(part.name, value, state or {}) for part in made for value in part.values if isinstance(value, TokenWeight)]
-    ((plain,),) = [one.values for one in registry.make_all("cross_entropy", OBJECTIVES)]
+    ((plain,),) = [one.values for one in registry.make_all("cross_entropy", "objective")]
     goal = Objective([Minimized("cross_entropy", as_term(plain), {})], rules)
 
     def services(slot: str) -> Any:

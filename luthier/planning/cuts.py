@@ -9,15 +9,14 @@ from typing import Any, NamedTuple
 
 import torch
 
-from luthier import registry
 from luthier.errors import LuthierError
-from luthier.kinds import STEPS, TUNES, Now
+from luthier.kinds import Now
 from luthier.kinds.parts import Parts
 from luthier.models.parts import map_parts
 from luthier.models.quantized import quantize as quantize_blocks
-from luthier.planning.assemble import objectives
 from luthier.planning.estimate import Estimate, estimate, standing, waiting
 from luthier.recipe import Recipe
+from luthier.recipe.parts import completed
 from luthier.rows.encode import EncodedRows
 from luthier.training.build import build_engine
 from luthier.training.engine import Engine
@@ -160,10 +159,7 @@ def _standing(
     made = build_engine(
         bare,
         parts,
-        tune=registry.make_all(tune or recipe.tune, TUNES, where="tune"),
-        objective=objectives(recipe.objective),
-        step=registry.make_all(recipe.step, STEPS, where="step"),
-        source=registry.make_all(recipe.source, ("source",), where="source")[0],
+        completed({"tune": tune or recipe.tune, "objective": recipe.objective, "step": recipe.step, "source": recipe.source}),
         now=Now(seed=recipe.seed),
         vocabulary=engine.inputs.vocabulary,
         masters=masters or recipe.train.masters,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,43 +10,35 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from luthier import draws, machine
+from luthier import machine
 from luthier.errors import Say
 from luthier.evaluate.planned import evaluation_sets
 from luthier.evaluate.sets import EvalSet, check
-from luthier.kinds import Now, Optimizer, RowMap
+from luthier.kinds import Optimizer
 from luthier.kinds.parts import GROUPS, Parts
-from luthier.models.context import context_of
-from luthier.models.fingerprint import fingerprint
-from luthier.models.load import ModelSource, load_model, load_tokenizer, resolve
-from luthier.models.parts import map_parts
+from luthier.models.load import ModelSource
 from luthier.models.quantized import count, described
-from luthier.models.sharding import shard
-from luthier.planning.assemble import advised_rate, choose_parts
+from luthier.planning.attach import attach
 from luthier.planning.cuts import too_much
 from luthier.planning.estimate import Estimate, estimate
-from luthier.planning.prepare import check_lengths, check_processes, make_calibration, make_feed, prepare_model
+from luthier.planning.load import load
+from luthier.planning.prepare import check_processes
+from luthier.planning.read import read
 from luthier.recipe import Recipe
-from luthier.registry import Part, slots
+from luthier.recipe.parts import Chosen, choose_parts
+from luthier.registry import Part
 from luthier.results.control import find_control
 from luthier.results.folder import Run
-from luthier.rows.annotate import annotations_of
 from luthier.rows.encode import EncodedRows
-from luthier.rows.gather import encode_rows, mixture_of
 from luthier.rows.mixture import described_share
 from luthier.rows.shapes import BadRow
-from luthier.rows.sources import Joined, read_rows
-from luthier.training.build import build_engine
+from luthier.rows.sources import read_rows
 from luthier.training.engine import Engine
 from luthier.training.feed import Feed
-from luthier.training.inputs import vocabulary_of
 from luthier.training.loop import Clock
-from luthier.training.precision import pick, pick_device
-from luthier.training.schedule import find_schedule, warmup_steps
-from luthier.training.services import RunServices
+from luthier.training.schedule import find_schedule
 from luthier.training.trial import Measured, measure
 from luthier.training.world import World
-from luthier.tune import Tune
 
 
 @dataclass
@@ -71,7 +63,7 @@ class Plan:
     dtype: torch.dtype
     precision: str
     rate_from: str
-    chosen: Mapping[str, list[Part]]
+    chosen: Chosen
     estimate: Estimate
     fingerprint: str
     """Of the base."""
@@ -243,95 +235,44 @@ def make_plan(recipe: Recipe, say: Say = lambda text: None) -> Plan:
     machine.bound_kernels()
     if recipe.train.threads is not None:
         torch.set_num_threads(recipe.train.threads)
-    sets = evaluation_sets(recipe)
+    sets = evaluation_sets(recipe.evaluate, recipe.train)
     schedule = find_schedule(recipe.train.schedule)
-    control = find_control(recipe)
+    control = find_control(recipe.control, recipe.out)
     world = World.current()
-    check_processes(recipe, world)
+    check_processes(recipe.train.sharding, world)
     sources = read_rows(recipe.rows)
-    device = pick_device(recipe.train.device)
-    dtype, precision = pick(recipe.train.precision, device)
-    # Before the model exists: nothing in it may depend on what ran earlier.
-    torch.manual_seed(draws.seed_of(recipe.seed, "model"))
-    source = resolve(recipe.model, revision=recipe.revision, trust_remote_code=recipe.trust_remote_code, say=say)
-    say(f"loading {source.name} ({source.origin})")
-    machine.free_what_is_gone()
-    tokenizer = load_tokenizer(source)
-    model = load_model(source, dtype=dtype, quantize=recipe.quantize)
-    parts = map_parts(model)
-    identity = fingerprint(model)
-    root = None
-    if recipe.train.sharding == "full":
-        root = shard(model, parts.block_modules, device, world.size)
-    else:
-        model.to(device)  # type: ignore[arg-type]
-    context = context_of(model.config)
-    raw: Iterable[Any] = Joined(sources)
-    mapped: list[str] = []
-    for slot, part in slots(chosen["maps"]):
-        for value in part.values:
-            if isinstance(value, RowMap):
-                before = list(raw)
-                raw = after = value.map(before, RunServices(Tune(model, parts), slot, Now(seed=recipe.seed)))
-                mapped += [f"{slot}: {value.told(before, after)}"] if value.told is not None else []
-    annotations = annotations_of(value for group in chosen.values() for part in group for value in part.values)
-    rows, places, skipped, cache = encode_rows(recipe.rows, sources, raw, tokenizer, context, say, annotations)
-    rate, rate_from = advised_rate(recipe, chosen["tune"])
-    feed = make_feed(recipe, rows, world, device, mixture_of(recipe.rows, recipe.seed, sources, rows, places))
-    steps = feed.total()
-    clock = Clock(steps, rate, schedule, warmup_steps(recipe.train.warmup, steps), recipe.seed)
-    engine = build_engine(
-        model,
-        parts,
-        tune=chosen["tune"],
-        objective=chosen["objective"],
-        token_weight=chosen["weight"],
-        step=chosen["chain"],
-        source=chosen["source"][0],
-        keep=chosen["keep"],
-        freeze=chosen["freeze"],
-        row_maps=chosen["maps"],
-        calibration=make_calibration(recipe, rows, tokenizer, context),
-        now=clock.at(0, 0.0),
-        vocabulary=vocabulary_of(tokenizer, parts.vocabulary),
-        masters=recipe.train.masters,
-        world=world,
-        root=root,
-    )
-    check_lengths(engine.tune, rows, context)
-    clock.restarts = tuple(sorted({share for _, one, _ in engine.tune.freezings for share in one.restarts}))
-    check(engine.tune, tokenizer, sets)
-    padded = prepare_model(recipe, engine.tune, feed)
-    if engine.tune.packs:
-        feed.pack()
-    cost = estimate(engine, parts, feed, dtype, checkpointing=recipe.train.checkpointing)
-    too_large = too_much(recipe, engine, parts, feed, dtype, cost, machine.available_bytes(device))
+    loaded = load(recipe, world, say)
+    rows = read(recipe.rows, recipe.seed, sources, chosen, loaded, say)
+    engine, feed, clock, rate_from, padded = attach(recipe, schedule, chosen, loaded, rows, world)
+    check(engine.tune, loaded.tokenizer, sets)
+    cost = estimate(engine, loaded.parts, feed, loaded.dtype, checkpointing=recipe.train.checkpointing)
+    room = machine.available_bytes(loaded.device)
     return Plan(
         recipe=recipe,
-        source=source,
-        model=model,
-        parts=parts,
-        tokenizer=tokenizer,
-        sources=[one.name for one in sources],
-        rows=rows,
-        raw=raw,
-        skipped=skipped,
+        source=loaded.source,
+        model=loaded.model,
+        parts=loaded.parts,
+        tokenizer=loaded.tokenizer,
+        sources=rows.sources,
+        rows=rows.encoded,
+        raw=rows.raw,
+        skipped=rows.skipped,
         engine=engine,
         feed=feed,
         clock=clock,
-        device=device,
-        dtype=dtype,
-        precision=precision,
+        device=loaded.device,
+        dtype=loaded.dtype,
+        precision=loaded.precision,
         rate_from=rate_from,
         chosen=chosen,
         estimate=cost,
-        fingerprint=identity,
+        fingerprint=loaded.fingerprint,
         sets=sets,
         control=control,
-        cache=cache,
-        mapped=mapped,
+        cache=rows.cache,
+        mapped=rows.mapped,
         padded=padded,
-        too_large=too_large,
+        too_large=too_much(recipe, engine, loaded.parts, feed, loaded.dtype, cost, room),
     )
 
 

@@ -14,7 +14,7 @@ from luthier import draws
 from luthier.errors import LuthierError
 from luthier.kinds import Batch
 from luthier.models.attention import use_attention
-from luthier.recipe import Recipe, RowsRecipe
+from luthier.recipe import RowsRecipe, TrainRecipe
 from luthier.rows.batches import collate, plan_epoch
 from luthier.rows.encode import EncodedRows
 from luthier.rows.gather import encode_rows
@@ -30,13 +30,12 @@ SHORT_ROWS = 128
 40 tokens (a quarter quicker), not at 270."""
 
 
-def check_processes(recipe: Recipe, world: World) -> None:
+def check_processes(sharding: str, world: World) -> None:
     """Refuse what the launcher and the recipe ask for differently.
 
     Raises:
         LuthierError: a model can be spread over several processes only, or the launcher wants FSDP or DeepSpeed on its own account.
     """
-    sharding = recipe.train.sharding
     if sharding == "full" and world.size == 1:
         raise LuthierError(
             "there is one process, and a model is spread over several",
@@ -55,12 +54,13 @@ def check_processes(recipe: Recipe, world: World) -> None:
         )
 
 
-def make_feed(recipe: Recipe, rows: EncodedRows, world: World, device: torch.device, mixture: Mixture | None) -> Feed:
+def make_feed(
+    train: TrainRecipe, seed: int, rows: EncodedRows, world: World, device: torch.device, mixture: Mixture | None
+) -> Feed:
     """The order in which rows are seen."""
-    train = recipe.train
     return Feed(
         rows,
-        recipe.seed,
+        seed,
         train.micro_batch_tokens,
         epochs=train.epochs,
         steps=train.steps,
@@ -73,7 +73,12 @@ def make_feed(recipe: Recipe, rows: EncodedRows, world: World, device: torch.dev
 
 
 def make_calibration(
-    recipe: Recipe, rows: EncodedRows, tokenizer: PreTrainedTokenizerBase, context: int | None
+    recipe: RowsRecipe,
+    micro_batch_tokens: int,
+    seed: int,
+    rows: EncodedRows,
+    tokenizer: PreTrainedTokenizerBase,
+    context: int | None,
 ) -> Callable[[int, str], list[Batch]]:
     """Gives batches for techniques that look at rows before they train: rows of the run, drawn by its seed, or of another source."""
 
@@ -81,18 +86,17 @@ def make_calibration(
     @functools.cache
     def calibration(count: int, source: str) -> list[Batch]:
         if not source:
-            order = torch.randperm(len(rows.rows), generator=draws.generator(recipe.seed, "calibration"))
+            order = torch.randperm(len(rows.rows), generator=draws.generator(seed, "calibration"))
             chosen = [rows.rows[i] for i in order[:count].tolist()]
         else:
-            given = recipe.rows
-            other = RowsRecipe(train=source, loss_on=given.loss_on, max_tokens=given.max_tokens, too_long=given.too_long)
+            other = RowsRecipe(train=source, loss_on=recipe.loss_on, max_tokens=recipe.max_tokens, too_long=recipe.too_long)
             sources = read_rows(other)
             chosen = list(encode_rows(other, sources, Joined(sources), tokenizer, context, lambda text: None).rows.rows[:count])
         plan = plan_epoch(
             [len(row.token_ids) for row in chosen],
-            micro_batch_tokens=recipe.train.micro_batch_tokens,
+            micro_batch_tokens=micro_batch_tokens,
             batch_rows=len(chosen),
-            seed=recipe.seed,
+            seed=seed,
             epoch=0,
         )
         return [collate([chosen[i] for i in group]) for step in plan for group in step]
@@ -115,36 +119,36 @@ def check_lengths(tune: Tune, rows: EncodedRows, context: int | None) -> None:
         )
 
 
-def prepare_model(recipe: Recipe, tune: Tune, feed: Feed) -> str:
+def prepare_model(train: TrainRecipe, tune: Tune, feed: Feed) -> str:
     """Attention, packing, checkpointing and compilation, block by block. Returns why rows are padded, if they are."""
     model: Any = tune.model
     if model.config._attn_implementation == "sdpa":
         use_attention(model)
-    padded = why_padded(recipe, tune, feed)
+    padded = why_padded(train, tune, feed)
     tune.packs = not padded
-    if recipe.train.checkpointing:
+    if train.checkpointing:
         # transformers renamed it; the non-reentrant form is the only one that reaches every kind of trained tensor.
         names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
         enable = next(getattr(model, name) for name in names if hasattr(model, name))
         enable({"use_reentrant": False})
-    if recipe.train.compile:
+    if train.compile:
         for name in tune.parts.block_modules:
             model.get_submodule(name).compile()
     return padded
 
 
-def why_padded(recipe: Recipe, tune: Tune, feed: Feed) -> str:
+def why_padded(train: TrainRecipe, tune: Tune, feed: Feed) -> str:
     """Why rows run with padding; nothing where they are packed.
 
     Raises:
         LuthierError: the recipe insists on packing, and it cannot be.
     """
-    if recipe.train.packing is False:
+    if train.packing is False:
         return "as the recipe asks"
     mean = feed.rows.tokens / max(1, len(feed.rows.rows))
-    if recipe.train.packing == "auto" and feed.device.type == "cpu" and mean < SHORT_ROWS:
+    if train.packing == "auto" and feed.device.type == "cpu" and mean < SHORT_ROWS:
         return "rows this short are quicker side by side"
-    reason = "blocks would be compiled anew for every micro-batch" if recipe.train.compile else obstacle(tune)
-    if reason and recipe.train.packing is True:
+    reason = "blocks would be compiled anew for every micro-batch" if train.compile else obstacle(tune)
+    if reason and train.packing is True:
         raise LuthierError(f"rows cannot be packed: {reason}", where="train.packing", mend="use packing: auto or false")
     return reason

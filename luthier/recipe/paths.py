@@ -6,10 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from luthier.registry import KEYS
+
 SOURCES = ("calibration_source", "validation_source")
 """Options of techniques that name rows."""
-HELD_BY = ("tune", "objective", "token_weight", "step", "source", "keep", "freeze")
-"""The keys under which techniques with such options stand."""
 
 
 def with_paths(data: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -38,7 +38,19 @@ def with_paths(data: dict[str, Any], folder: Path) -> dict[str, Any]:
         data["model"] = found(data["model"])
     if isinstance(data.get("control"), str):
         data["control"] = found(data["control"])
-    return {key: _with_sources(value, found) if key in HELD_BY else value for key, value in data.items()}
+    for key in KEYS.values():
+        data = _changed(data, key.path, lambda spec: _with_sources(spec, found))
+    return data
+
+
+def _changed(data: dict[str, Any], path: tuple[str, ...], change: Callable[[Any], Any]) -> dict[str, Any]:
+    """Data in which what stands at a path, if anything does, is changed."""
+    key, *rest = path
+    if key not in data:
+        return data
+    if not rest:
+        return {**data, key: change(data[key])}
+    return {**data, key: _changed(data[key], tuple(rest), change)} if isinstance(data[key], dict) else data
 
 
 def _with_sources(spec: Any, found: Callable[[Any], Any]) -> Any:

@@ -13,8 +13,9 @@ import yaml
 
 from luthier.errors import LuthierError, explain, nearest
 from luthier.recipe.paths import with_paths
-from luthier.recipe.schema import TECHNIQUES, EvaluationSet, Recipe, Strict, issubclass_safe, plain
+from luthier.recipe.schema import EvaluationSet, Recipe, Strict, issubclass_safe, plain
 from luthier.recipe.yaml_text import parse, read_yaml
+from luthier.registry import KEYS
 
 
 def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -40,7 +41,9 @@ def same_steps(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     def steps(plain: Mapping[str, Any]) -> str:
         train = {key: value for key, value in (plain.get("train") or {}).items() if key != "micro_batch_tokens"}
         # Runs from before there were trackers or quantized bases say nothing of them, and a tracker changes no step.
-        return json.dumps({"quantize": "none", **plain, "train": train, "track": None}, sort_keys=True)
+        # Where nothing is named, the technique that joins does the same as if it were.
+        same = {name: None for name, key in KEYS.items() if key.otherwise and plain.get(name) == key.otherwise}
+        return json.dumps({"quantize": "none", **plain, **same, "train": train, "track": None}, sort_keys=True)
 
     return steps(one) == steps(other)
 
@@ -61,7 +64,7 @@ def apply_overrides(data: dict[str, Any], overrides: Sequence[str]) -> dict[str,
         here = data
         for depth, step in enumerate(path):
             found = here.get(step)
-            if isinstance(found, str) and ".".join(path[: depth + 1]) in TECHNIQUES:
+            if isinstance(found, str) and ".".join(path[: depth + 1]) in KEYS:
                 # `tune.lora.rank=16` on `tune: lora` turns the name into a mapping.
                 here[step] = {found: {}}
             elif found is None:

@@ -1,7 +1,6 @@
 """The recipe: one strict, frozen schema for a whole run. An unknown key is an error that offers the nearest name.
 
-Technique keys (`tune`, `objective`, `token_weight`, `step`, `source`, `keep`, `rows: map`) hold a technique's name, `{name: {option:
-value}}`, a list of either, or in Python a part itself.
+The keys of `luthier.registry.KEYS` hold a technique's name, `{name: {option: value}}`, a list of either, or in Python a part itself.
 """
 
 from __future__ import annotations
@@ -9,17 +8,17 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from copy import deepcopy
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import pydantic
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from luthier.errors import LuthierError, explain, nearest, refuse_truth
-
-TECHNIQUES = ("rows.map", "tune", "objective", "token_weight", "step", "source", "keep")
-"""Keys that hold techniques."""
+from luthier.registry import fields_under
 
 
 class Strict(BaseModel):
@@ -34,6 +33,17 @@ class Strict(BaseModel):
     def _check_truth(cls, value: Any, info: ValidationInfo) -> Any:
         refuse_truth(value, cls.model_fields[str(info.field_name)].annotation)
         return value
+
+    if TYPE_CHECKING:
+        # Keys that hold techniques come from the registry's table.
+        def __getattr__(self, key: str) -> Any: ...
+
+
+def _techniques(section: str, body: dict[str, Any]) -> None:
+    """Put the keys of a section that hold techniques into the body of its class, in the place where this is called."""
+    for name, key in fields_under(section):
+        body["__annotations__"][name] = Any
+        body[name] = Field(default_factory=partial(deepcopy, key.default), description=key.meaning)
 
 
 def _source_of_rows(value: Any) -> Any:
@@ -88,7 +98,7 @@ class RowsRecipe(Strict):
     streaming: bool = Field(False, description="keep encoded rows in a file instead of in memory")
     workers: int = Field(0, ge=0, description="processes that encode rows when streaming; 0: the run's own")
     shape: str | None = Field(None, description="the rows' shape, where it cannot be recognized")
-    map: Any = Field(None, description="row maps: what else to learn from")
+    _techniques("rows", vars())
     loss_on: Literal["assistant", "last", "all"] = Field("assistant", description="which turns are targets")
     max_tokens: int | None = Field(None, ge=2, description="longest row; none: the model's context")
     too_long: Literal["refuse", "left", "right"] = Field("refuse", description="refuse long rows, or cut this side")
@@ -171,16 +181,7 @@ class Recipe(Strict):
     quantize: Literal["none", "int8", "nf4"] = Field("none", description="hold the frozen matrices of the blocks in 8 or 4 bits")
     seed: int = Field(0, ge=0, description="every random draw of the run follows from it")
     rows: RowsRecipe
-    tune: Any = Field("full", description="which numbers may change")
-    objective: Any = Field(
-        "cross_entropy",
-        description="what is minimized, and what the model reads meanwhile; cross_entropy where nothing is minimized",
-    )
-    token_weight: Any = Field(None, description="how much each token counts")
-    step: Any = Field(default_factory=lambda: ["clip", "adamw"], description="transforms and optimizers, in order")
-    source: Any = Field("backprop", description="where gradients come from")
-    keep: Any = Field(None, description="what happens between steps")
-    freeze: Any = Field(None, description="what stands still, and when")
+    _techniques("", vars())
     train: TrainRecipe = Field(default_factory=TrainRecipe)
     evaluate: Mapping[str, EvaluationSet] = Field(default_factory=dict, description="sets measured before and after")
     noise: bool = Field(True, description="measure the base twice, to know what repeating alone changes")

@@ -33,6 +33,8 @@ class Card:
     """The lab experiment that tests the paper's claim."""
     learning_rate: float | None = None
     """What a recipe gets that names none, for techniques that decide which numbers train."""
+    key: str = ""
+    """The key of a recipe under which people look for it, where its kind goes under another one."""
     name: str = ""
     kind: str = ""
     summary: str = ""
@@ -86,3 +88,9 @@ def slots(parts: Sequence[Part]) -> list[tuple[str, Part]]:
         seen[part.name] = seen.get(part.name, 0) + 1
         named.append((part.name if seen[part.name] == 1 else f"{part.name}.{seen[part.name]}", part))
     return named
+
+
+def values_of(chosen: Mapping[str, Sequence[Part]], *kinds: type) -> list[tuple[str, Any]]:
+    """All values of some kinds among a run's parts, by slot, in the order of the parts, whatever key they stand under."""
+    named = slots([part for parts in chosen.values() for part in parts])
+    return [(slot, value) for slot, part in named for value in part.values if isinstance(value, kinds or object)]

@@ -12,7 +12,6 @@ from rich.table import Table
 from rich.text import Text
 
 from luthier import registry
-from luthier.kinds import KINDS
 from luthier.registry.papers import papers
 
 NOT_MEASURED = "not measured"
@@ -23,7 +22,7 @@ VERDICTS = Path(__file__).parents[1] / "lab" / "verdicts.json"
 
 def as_rows(kind: str | None = None) -> list[dict[str, Any]]:
     """Every technique's card and verdict."""
-    kinds = tuple(KINDS) if kind is None else (kind,)
+    kinds = tuple(registry.KINDS) if kind is None else (kind,)
     return [{**card.as_json(), "verdict": verdict(card.claim)} for card in registry.cards(kinds)]
 
 

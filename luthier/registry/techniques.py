@@ -14,6 +14,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any, get_type_hints
@@ -21,25 +22,8 @@ from typing import Any, get_type_hints
 import pydantic
 
 from luthier.errors import LuthierError, explain, nearest, refuse_truth
-from luthier.kinds import KINDS, OBJECTIVES, STEPS, TUNES, kind_of
 from luthier.registry.cards import Card, Part, Technique
-
-KEYS: Mapping[str, str] = {
-    "row_map": "rows.map",
-    **dict.fromkeys(TUNES, "tune"),
-    **dict.fromkeys(OBJECTIVES, "objective"),
-    "token_weight": "token_weight",
-    **dict.fromkeys(STEPS, "step"),
-    "source": "source",
-    "keeper": "keep",
-    "freezing": "freeze",
-}
-"""The recipe key under which each kind goes."""
-
-
-COMMANDS: Mapping[str, str] = {"probe": "luthier probe", "row_score": "luthier rows select --by"}
-"""The command that uses a kind which no recipe holds."""
-
+from luthier.registry.keys import COMMANDS, KINDS, key_of, kind_of, kinds_under
 
 NOTHING = "none"
 """What a recipe's key for techniques holds where none is used."""
@@ -127,31 +111,51 @@ def find(name: str, kinds: Iterable[str] = tuple(KINDS), *, where: str = "") -> 
     """
     kinds = tuple(kinds)
     for kind in kinds:
-        path = _files(kind).get(name)
-        if path is None:
-            continue
-        factory = getattr(_module(kind, name, path), name, None)
-        card = getattr(factory, "card", None)
-        if factory is None or card is None:
-            raise LuthierError(
-                f"`{path.name}` must define a function `{name}` with a card",
-                where=str(path),
-                mend="name the function like its file and put @method(...) on it",
-            )
-        return Technique(name, kind, factory, replace(card, name=name, kind=kind))
+        if name in _files(kind):
+            return _load(kind, name)
+    raise _unknown(name, kinds, where)
+
+
+def find_under(name: str, key: str, *, where: str = "") -> Technique:
+    """Look up a technique that belongs under a recipe's key: one of its kinds, or one whose card names the key.
+
+    Raises:
+        LuthierError: as `find`, or the technique belongs under another key.
+    """
+    kinds = kinds_under(key)
+    for kind in (*kinds, *(other for other in KINDS if other not in kinds)):
+        if name in _files(kind) and (found := _load(kind, name)).card.key == key:
+            return found
+    raise _unknown(name, kinds, where, key)
+
+
+def _load(kind: str, name: str) -> Technique:
+    path = _files(kind)[name]
+    factory = getattr(_module(kind, name, path), name, None)
+    card = getattr(factory, "card", None)
+    if factory is None or card is None:
+        raise LuthierError(
+            f"`{path.name}` must define a function `{name}` with a card",
+            where=str(path),
+            mend="name the function like its file and put @method(...) on it",
+        )
+    return Technique(name, kind, factory, replace(card, name=name, kind=kind, key=card.key or key_of(kind)))
+
+
+def _unknown(name: str, kinds: tuple[str, ...], where: str, key: str = "") -> LuthierError:
     known = [other for kind in kinds for other in names(kind)]
-    elsewhere = [kind for kind in KINDS if kind not in kinds and name in _files(kind)]
+    elsewhere = [kind for kind in KINDS if name in _files(kind) and (key or kind not in kinds)]
     mend = nearest(name, known) or f"known: {', '.join(known) or 'none yet'}"
     if elsewhere:
         mend = f"its kind is {elsewhere[0]}: {_place_of(elsewhere[0], name)}"
-    raise LuthierError(f"there is no technique `{name}` among {', '.join(kinds)}", where=where, mend=mend)
+    return LuthierError(f"there is no technique `{name}` among {', '.join(kinds)}", where=where, mend=mend)
 
 
 def _place_of(kind: str, name: str) -> str:
     """Where a technique of a kind belongs, as an instruction."""
     if kind in COMMANDS:
-        return f"it takes no part in training; use `{COMMANDS[kind]} {name}`"
-    return f"put it under `{KEYS[kind]}`"
+        return f"it takes no part in training; use `{COMMANDS[kind][0]} {name}`"
+    return f"put it under `{_load(kind, name).card.key}`"
 
 
 def cards(kinds: Iterable[str] = tuple(KINDS)) -> list[Card]:
@@ -178,16 +182,20 @@ def options_model(factory: Callable[..., Any], name: str = "") -> type[pydantic.
 
 
 def make(spec: object, kinds: Iterable[str], *, where: str = "") -> Part:
-    """A part from what a recipe says: `name`, `{name: {option: value}}`, or a kind's value given in Python.
+    """A part of one of some kinds from what a recipe says: `name`, `{name: {option: value}}`, or a kind's value given in Python.
 
     Raises:
         LuthierError: unknown technique or option (with the nearest name), or an option of the wrong type.
     """
     kinds = tuple(kinds)
+    return _make(spec, kinds, lambda name: find(name, kinds, where=where), where)
+
+
+def _make(spec: object, kinds: tuple[str, ...], look_up: Callable[[str], Technique], where: str) -> Part:
     if isinstance(spec, Part):
         return spec
     if isinstance(spec, str):
-        return _build(spec, {}, kinds, where)
+        return _build(look_up(spec), {}, where)
     if isinstance(spec, Mapping):
         if len(spec) != 1:
             raise LuthierError(
@@ -202,7 +210,7 @@ def make(spec: object, kinds: Iterable[str], *, where: str = "") -> Part:
                 where=where,
                 mend=f"write {name}: {{option: value}}",
             )
-        return _build(str(name), {str(key): value for key, value in (options or {}).items()}, kinds, where)
+        return _build(look_up(str(name)), {str(key): value for key, value in (options or {}).items()}, where)
     values = spec if isinstance(spec, tuple) and not hasattr(spec, "_fields") else (spec,)
     try:
         kind = kind_of(values[0])
@@ -224,16 +232,25 @@ def part(name: str, **options: Any) -> Part:
     return make({name: options}, tuple(KINDS))
 
 
-def make_all(specs: object, kinds: Iterable[str], *, where: str = "") -> list[Part]:
-    """A list of parts from one spec or a list of them; None and `none` name nothing, so that a sweep can say it."""
+def make_all(specs: object, key: str) -> list[Part]:
+    """The parts under a recipe's key, from one spec or a list of them; None and `none` name nothing, so that a sweep can say it.
+
+    Raises:
+        LuthierError: as `make`, or a technique belongs under another key.
+    """
     if specs is None or specs == NOTHING:
         return []
     many = specs if isinstance(specs, list) else [specs]
-    return [make(spec, kinds, where=f"{where}[{i}]" if len(many) > 1 else where) for i, spec in enumerate(many)]
+    parts = []
+    for i, spec in enumerate(many):
+        where = f"{key}[{i}]" if len(many) > 1 else key
+        look_up = partial(find_under, key=key, where=where)
+        parts.append(_make(spec, kinds_under(key), look_up, where))
+    return parts
 
 
-def _build(name: str, options: dict[str, Any], kinds: tuple[str, ...], where: str) -> Part:
-    technique = find(name, kinds, where=where)
+def _build(technique: Technique, options: dict[str, Any], where: str) -> Part:
+    name = technique.name
     try:
         checked = options_model(technique.factory, name)(**options)
     except pydantic.ValidationError as error:

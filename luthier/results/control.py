@@ -7,25 +7,24 @@ from pathlib import Path
 from typing import Any
 
 from luthier.errors import LuthierError
-from luthier.recipe import Recipe, read_recipe, same_steps
+from luthier.recipe import read_recipe, same_steps
 from luthier.results.folder import Run, list_runs, read_run
 
 
-def find_control(recipe: Recipe) -> Run | None:
-    """The run that a recipe's `control` names; None where it names none.
+def find_control(named: str | None, out: str) -> Run | None:
+    """The run that a recipe's `control` names among the runs under `out`; None where it names none.
 
     A recipe file stands for its newest finished run under `out`; anything else is a run's folder, or its name under `out`.
 
     Raises:
         LuthierError: there is no such run or file, the run has not finished, or the recipe has no finished run.
     """
-    named = recipe.control
     if named is None:
         return None
     if Path(named).is_file():
-        return _newest_run_of(Path(named), recipe.out)
+        return _newest_run_of(Path(named), out)
     try:
-        run = read_run(named, recipe.out)
+        run = read_run(named, out)
     except LuthierError as error:
         raise LuthierError(error.what, where=f"control, under {error.where}", mend=error.mend) from None
     status = run.facts.get("status", "unknown")

@@ -11,17 +11,18 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from luthier import disk, registry
+from luthier import disk
 from luthier.delta import Delta
 from luthier.delta.beside import standing
 from luthier.errors import LuthierError, Say, silent
 from luthier.export.peft import parted
-from luthier.kinds import TUNES, Additive, HiddenEdit, Now, Prefix, Prompt, Tensors
+from luthier.kinds import Additive, HiddenEdit, Now, Prefix, Prompt, Tensors
 from luthier.models.load import ModelSource, load_model, load_tokenizer, resolve
 from luthier.models.parts import map_parts
 from luthier.models.quantized import holder, quantized
 from luthier.recipe import Recipe, make_recipe
-from luthier.registry import slots
+from luthier.recipe.parts import choose_parts
+from luthier.registry import values_of
 from luthier.results.folder import FILE, Run, read_run
 from luthier.training.precision import pick, pick_device
 from luthier.training.services import RunServices
@@ -132,9 +133,8 @@ def load_base(recipe: Recipe, say: Say) -> tuple[ModelSource, PreTrainedModel, t
 
 
 def _values(recipe: Recipe) -> list[tuple[str, Any]]:
-    """What a recipe tunes with, by slot."""
-    named = slots(registry.make_all(recipe.tune, TUNES, where="tune"))
-    return [(slot, value) for slot, part in named for value in part.values]
+    """What a recipe is made of, by slot."""
+    return values_of(choose_parts(recipe))
 
 
 def _put_beside(tune: Tune, recipe: Recipe, delta: Delta) -> None:

@@ -21,7 +21,7 @@ from luthier.runs.rows import turns_of
 
 def evaluate(model: str, recipe: Recipe, *, say: Say = silent, weights_only: bool = False) -> dict[str, SetResult]:
     """Measure a model or a run on the evaluation sets of a recipe."""
-    sets = evaluation_sets(recipe)
+    sets = evaluation_sets(recipe.evaluate, recipe.train)
     if not sets:
         raise LuthierError("the recipe has no evaluation sets", where="evaluate", mend="add `evaluate: {name: {rows: FILE}}`")
     tune, tokenizer = open_model(model, out=recipe.out, say=say, precision=recipe.train.precision, weights_only=weights_only)

@@ -17,10 +17,11 @@ import torch
 from luthier import registry
 from luthier.delta.weights import Weights, of_models
 from luthier.errors import LuthierError
-from luthier.kinds import KINDS, OBJECTIVES, TUNES, Now
+from luthier.kinds import Now
 from luthier.models.attention import use_attention
 from luthier.models.parts import map_parts
 from luthier.models.tiny import tiny
+from luthier.registry import KINDS, kinds_under
 from luthier.rows.embed import HASH, embedder
 from luthier.rows.select import ScoringServices
 from luthier.rows.shapes import Row
@@ -38,7 +39,7 @@ def _toys_listed() -> Iterator[None]:
 
 with _toys_listed():
     ALL = [(kind, name) for kind in KINDS for name in registry.names(kind)]
-FREES = [(kind, name) for kind, name in ALL if kind in TUNES]
+FREES = [(kind, name) for kind, name in ALL if kind in kinds_under("tune")]
 OUTSIDE = ("row_score", "row_map", "probe")
 """Kinds that take no part in the steps of a run."""
 RUNS = [(kind, name) for kind, name in ALL if kind not in OUTSIDE]
@@ -87,9 +88,9 @@ def run_of(engine: Any, kind: str, name: str, options: dict[str, Any] | None = N
     spec = {name: {**GIVEN.get(name, {}), **(options or {})}}
     part = registry.make(spec, (kind,))
     places: dict[str, Any] = {"model": model_of(), "tune": "full", "step": ["adamw"]}
-    if kind in TUNES:
+    if kind in kinds_under("tune"):
         places["tune"] = [part]
-    elif kind in OBJECTIVES:
+    elif kind in kinds_under("objective"):
         places["objective"] = ["cross_entropy", part]
     elif kind in ("transform", "optimizer"):
         takes_all = kind == "optimizer" and part.values[0].takes is None

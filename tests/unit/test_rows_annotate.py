@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from luthier import registry
 from luthier.errors import LuthierError
 from luthier.kinds import Annotation, Term, TokenWeight, View, Written
 from luthier.models.tiny import tiny_tokenizer
