@@ -103,13 +103,13 @@ def module_at(path: Path, key: str, what: str) -> ModuleType:
     return module
 
 
-def find(name: str, kinds: Iterable[str] = tuple(KINDS), *, where: str = "") -> Technique:
-    """Look a technique up by name among some kinds.
+def find(name: str, kinds: Iterable[str] | None = None, *, where: str = "") -> Technique:
+    """Look a technique up by name among some kinds, or all.
 
     Raises:
         LuthierError: no kind has it (with the nearest names), or its file lacks a function of its name with a card.
     """
-    kinds = tuple(kinds)
+    kinds = tuple(KINDS if kinds is None else kinds)
     for kind in kinds:
         if name in _files(kind):
             return _load(kind, name)
@@ -158,9 +158,9 @@ def _place_of(kind: str, name: str) -> str:
     return f"put it under `{_load(kind, name).card.key}`"
 
 
-def cards(kinds: Iterable[str] = tuple(KINDS)) -> list[Card]:
+def cards(kinds: Iterable[str] | None = None) -> list[Card]:
     """The cards of all techniques, by kind and name. Imports every technique."""
-    return [find(name, (kind,)).card for kind in kinds for name in names(kind)]
+    return [find(name, (kind,)).card for kind in (KINDS if kinds is None else kinds) for name in names(kind)]
 
 
 def options_model(factory: Callable[..., Any], name: str = "") -> type[pydantic.BaseModel]:
