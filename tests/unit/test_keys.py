@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -68,7 +69,7 @@ def test_what_a_technique_brings_is_not_added_to_it() -> None:
     assert [part.name for part in choose_parts(recipe_of(tune=holds))["objective"]] == ["cross_entropy"]
 
 
-def test_row_maps_act_under_any_key_those_of_the_recipe_first() -> None:
+def test_row_maps_act_under_any_key_those_of_the_recipe_first(tmp_path: Path) -> None:
     def adds(letter: str) -> RowMap:
         return RowMap(
             lambda rows, services: [*rows, replace(rows[-1], id=rows[-1].id + letter)], told=lambda a, b: f"{len(a)} to {len(b)}"
@@ -79,8 +80,10 @@ def test_row_maps_act_under_any_key_those_of_the_recipe_first() -> None:
     plan = make_plan(recipe_of(token_weight=tuned, rows={"train": ROWS, "map": adds("a")}))
     assert len(plan.rows.rows) == 5 and plan.mapped == ["row_map: 3 to 4", "mine: 4 to 5"]
     assert plan.rows.rows[-1].id.endswith("ab")
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in ROWS), encoding="utf-8")
     with pytest.raises(LuthierError, match="the row map `mine` needs all rows in memory"):
-        make_plan(recipe_of(token_weight=tuned, rows={"train": ROWS, "streaming": True}))
+        make_plan(recipe_of(token_weight=tuned, rows={"train": str(file), "streaming": True}))
 
 
 def test_a_run_from_before_names_what_now_joins_by_itself() -> None:
