@@ -19,9 +19,15 @@ from luthier.models.tiny import tiny
 from luthier.registry import Part
 from luthier.training.build import build_engine
 from luthier.training.engine import Engine
+from tests.costs import Costs
 from tests.unit.browser import Browser, find_browser, running
 
 torch.set_num_threads(int(os.environ.get("LUTHIER_TEST_THREADS", "1")))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Measure what the tests cost."""
+    config.pluginmanager.register(Costs(config), "costs")
 
 
 def make_batch(rows: Sequence[tuple[int, int]], *, vocabulary: int = 250, seed: int = 0, first: int = 0, pad_to: int = 0) -> Batch:

@@ -41,6 +41,12 @@ from luthier.training.trial import Measured, measure
 from luthier.training.world import World
 
 
+LABEL = 12
+"""How wide the words are that each line of a plan begins with."""
+NOTHING_BEFORE = " " * (LABEL + 1)
+"""Stands before a line of the plan that goes on with what the line above is about."""
+
+
 @dataclass
 class Plan:
     """A run that is ready to start."""
@@ -97,29 +103,33 @@ class Plan:
         tokens, supervised = self.feed.tokens()
         rates = [clock.learning_rate * clock.factor(s) for s in self._moments()]
         lines = [
-            f"model      {self.source.name}: {self.parts.architecture}, {self.total_numbers:,} numbers ({self.source.origin})",
-            *(f"holds      {said}" for said in described(self.model, self.dtype)),
-            f"rows       {len(self.rows.rows):,} rows, {self.rows.tokens:,} tokens, {self.rows.supervised_tokens:,} of them targets"
+            f"model        {self.source.name}: {self.parts.architecture}, {self.total_numbers:,} numbers ({self.source.origin})",
+            *(f"holds        {said}" for said in described(self.model, self.dtype)),
+            f"rows         {len(self.rows.rows):,} rows, {self.rows.tokens:,} tokens, {self.rows.supervised_tokens:,} of them targets"
             + self._losses(),
-            f"           {self._padding()}; longest row {max(self.rows.sizes.tokens):,} tokens",
+            f"{NOTHING_BEFORE}{self._padding()}; longest row {max(self.rows.sizes.tokens):,} tokens",
         ]
-        lines += [f"           {said}" for said in (*self.cache, *self.mapped, *map(described_share, self.feed.shares()))]
-        lines += [f"{key:<10} {_described(parts)}" for key, parts in self.chosen.items() if parts]
+        lines += [f"{NOTHING_BEFORE}{said}" for said in (*self.cache, *self.mapped, *map(described_share, self.feed.shares()))]
+        lines += [f"{key:<12} {_described(parts)}" for key, parts in self.chosen.items() if parts]
         lines += [
-            f"trains     {self.trained_numbers:,} numbers, {share:.2f} % of the model's",
+            f"trains       {self.trained_numbers:,} numbers, {share:.2f} % of the model's",
             *self._roles(),
-            *(f"           {slot} adds its deltas times {one.scale:g}" for slot, one, _ in self.engine.tune.additives if one.pair),
+            *(
+                f"{NOTHING_BEFORE}{slot} adds its deltas times {one.scale:g}"
+                for slot, one, _ in self.engine.tune.additives
+                if one.pair
+            ),
             *self._optimizers(),
-            f"precision  {self.precision}; fp32 copies of trained numbers: {'yes' if recipe.train.masters == 'fp32' else 'no'}",
-            f"steps      {clock.steps:,} steps, {tokens:,} tokens, {supervised:,} targets; device {self.device}{self._processes()}",
-            f"rate       {clock.learning_rate:g} ({self.rate_from}), {recipe.train.schedule}, warm-up {clock.warmup} steps: "
+            f"precision    {self.precision}; fp32 copies of trained numbers: {'yes' if recipe.train.masters == 'fp32' else 'no'}",
+            f"steps        {clock.steps:,} steps, {tokens:,} tokens, {supervised:,} targets; device {self.device}{self._processes()}",
+            f"rate         {clock.learning_rate:g} ({self.rate_from}), {recipe.train.schedule}, warm-up {clock.warmup} steps: "
             + ", ".join(f"{rate:.2g}" for rate in rates)
             + " at 0, 25, 50, 75, 100 %",
-            f"evaluates  {', '.join(recipe.evaluate) or 'nothing'}, before and after",
-            *([f"compares   with {self.control.folder}"] if self.control is not None else []),
-            f"memory     about {self.estimate.total_bytes / 2**20:,.0f} MiB at the peak ({self.estimate.described()})",
-            f"time       about {_minutes(self.estimate.seconds)} of training, from the speed of this machine's matrix products",
-            *(f"warning    {text}" for text in self.warnings()),
+            f"evaluates    {', '.join(recipe.evaluate) or 'nothing'}, before and after",
+            *([f"compares     with {self.control.folder}"] if self.control is not None else []),
+            f"memory       about {self.estimate.total_bytes / 2**20:,.0f} MiB at the peak ({self.estimate.described()})",
+            f"time         about {_minutes(self.estimate.seconds)} of training, from the speed of this machine's matrix products",
+            *(f"warning      {text}" for text in self.warnings()),
         ]
         return lines
 
@@ -168,7 +178,7 @@ class Plan:
             count[0] += 1
             count[1] += one.numel
         shown = [f"{role} {number:,} in {tensors}" for role, (tensors, number) in counts.items()]
-        return ["           " + "; ".join(shown) + " tensors"]
+        return [NOTHING_BEFORE + "; ".join(shown) + " tensors"]
 
     def _optimizers(self) -> list[str]:
         chain = self.engine.chain
@@ -176,7 +186,7 @@ class Plan:
         for i, link in enumerate(chain.links):
             taken = chain.taken(link)
             what = "moves" if isinstance(link.part, Optimizer) else "acts on"
-            lines.append(f"step {i + 1}     {link.slot} {what} {len(taken)} of {len(self.engine.tune.trained)} tensors")
+            lines.append(f"step {i + 1:<7} {link.slot} {what} {len(taken)} of {len(self.engine.tune.trained)} tensors")
         return lines
 
     def as_json(self) -> dict[str, Any]:

@@ -18,7 +18,7 @@ class Card:
     paper: str = ""
     """arXiv number or other source, checked by the technique's author."""
     row: int | None = None
-    """Its number in `luthier/papers.tsv`; None for parts that no paper of the list is about."""
+    """Its number in `luthier/registry/papers.tsv`; None for parts that no paper of the list is about."""
     needs: frozenset[str] = frozenset()
     gives: frozenset[str] = frozenset()
     reduces_to: str = ""
