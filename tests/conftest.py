@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -28,6 +29,12 @@ torch.set_num_threads(int(os.environ.get("LUTHIER_TEST_THREADS", "1")))
 def pytest_configure(config: pytest.Config) -> None:
     """Measure what the tests cost."""
     config.pluginmanager.register(Costs(config), "costs")
+
+
+def pytest_collection_finish() -> None:
+    """Leave what stands for the whole session out of the garbage collector's rounds: every run of luthier asks for one."""
+    gc.collect()
+    gc.freeze()
 
 
 def make_batch(rows: Sequence[tuple[int, int]], *, vocabulary: int = 250, seed: int = 0, first: int = 0, pad_to: int = 0) -> Batch:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -238,6 +239,7 @@ def _seconds(engine: Engine, parts: Parts, feed: Feed, dtype: torch.dtype) -> fl
     return 2 * multiply_adds / (_speed(dtype) * EFFICIENCY)
 
 
+@cache
 def _speed(dtype: torch.dtype, size: int = 1024) -> float:
     """Floating point operations a second of a matrix product here."""
     left, right = torch.ones(size, size, dtype=dtype), torch.ones(size, size, dtype=dtype)

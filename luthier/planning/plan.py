@@ -40,7 +40,6 @@ from luthier.training.schedule import find_schedule
 from luthier.training.trial import Measured, measure
 from luthier.training.world import World
 
-
 LABEL = 12
 """How wide the words are that each line of a plan begins with."""
 NOTHING_BEFORE = " " * (LABEL + 1)
