@@ -91,7 +91,7 @@ def test_the_seed_alone_fixes_the_start_the_order_and_dropout(tmp_path: Path) ->
 
 SCRIPT = """
 import sys, torch, luthier
-from luthier.use import Chat
+from luthier.runs.chat import Chat
 torch.set_num_threads(1)
 torch.manual_seed(int(sys.argv[2]))
 run = luthier.train(model="tiny:llama", rows={"train": ROWS}, tune={"lora": {"dropout": 0.3}}, out=sys.argv[1],

@@ -25,9 +25,9 @@ TRAIN = """
 import json, sys, torch
 torch.set_num_threads(1)
 import luthier
-from luthier import flow
+from luthier.runs import train as runs
 told = []
-flow.keep_what_changed = lambda plan, folder, say: told.append(plan.estimate.total_bytes) or {}
+runs.keep_what_changed = lambda plan, folder, say: told.append(plan.estimate.total_bytes) or {}
 run = luthier.train(json.loads(sys.argv[1]))
 print(json.dumps([told[0], run.facts["peak_memory_bytes"]]))
 """
