@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -13,14 +14,27 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from luthier import registry
-from luthier.kinds import OBJECTIVES, TUNES, Batch, Now
+from luthier.kinds import Batch, Now
 from luthier.models.parts import map_parts
 from luthier.models.tiny import tiny
+from luthier.registry import Part
 from luthier.training.build import build_engine
 from luthier.training.engine import Engine
+from tests.costs import Costs
 from tests.unit.browser import Browser, find_browser, running
 
 torch.set_num_threads(int(os.environ.get("LUTHIER_TEST_THREADS", "1")))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Measure what the tests cost."""
+    config.pluginmanager.register(Costs(config), "costs")
+
+
+def pytest_collection_finish() -> None:
+    """Leave what stands for the whole session out of the garbage collector's rounds: every run of luthier asks for one."""
+    gc.collect()
+    gc.freeze()
 
 
 def make_batch(rows: Sequence[tuple[int, int]], *, vocabulary: int = 250, seed: int = 0, first: int = 0, pad_to: int = 0) -> Batch:
@@ -94,6 +108,11 @@ def calibration(rows: int, source: str) -> list[Batch]:
     return split(whole, sizes)
 
 
+def parts_of(**specs: Any) -> dict[str, list[Part]]:
+    """Just the parts that are named, by key: nothing joins them, as it would in a recipe."""
+    return {name: registry.make_all(specs.get(name), name) for name in registry.KEYS}
+
+
 @pytest.fixture
 def engine() -> Callable[..., Engine]:
     """Make an engine on a tiny model: `engine(tune="half", dtype=torch.float64, ...)`."""
@@ -117,13 +136,7 @@ def engine() -> Callable[..., Engine]:
         return build_engine(
             model.to(dtype),
             map_parts(model),
-            tune=registry.make_all(tune, TUNES),
-            objective=registry.make_all(objective, OBJECTIVES),
-            token_weight=registry.make_all(token_weight, ("token_weight",)),
-            step=registry.make_all(step, ("transform", "optimizer")),
-            source=registry.make(source, ("source",)),
-            keep=registry.make_all(keep, ("keeper",)),
-            freeze=registry.make_all(freeze, ("freezing",)),
+            parts_of(tune=tune, objective=objective, token_weight=token_weight, step=step, source=source, keep=keep, freeze=freeze),
             now=Now(steps=20, learning_rate=0.1, seed=seed),
             **{"calibration": calibration, **options},
         )

@@ -84,7 +84,7 @@ class Claim(NamedTuple):
     papers: Sequence[str]
     """arXiv ids."""
     rows: Sequence[int]
-    """The papers' numbers in `luthier/papers.tsv`."""
+    """The papers' numbers in `luthier/registry/papers.tsv`."""
     says: str
     """The paper's claim in one sentence, in our words."""
     stages: Callable[[Setting], Sequence[Recipe]]

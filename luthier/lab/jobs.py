@@ -15,12 +15,12 @@ from typing import Any, Literal, NamedTuple
 
 from filelock import FileLock
 
-from luthier import disk, machine
+from luthier import disk, machine, registry
 from luthier.errors import LuthierError
 from luthier.lab import claims
 from luthier.lab.cache import claim_source, content, keep, key_of, measure_sources, read, stage_key
 from luthier.lab.claim import Arm, Claim, Finished, Recipe, Setting
-from luthier.recipe import TECHNIQUES, make_recipe
+from luthier.recipe import make_recipe
 from luthier.results.folder import Run, read_run
 from luthier.runs.export import export
 from luthier.runs.train import train
@@ -79,7 +79,7 @@ def merged(recipe: Mapping[str, Any], change: Mapping[str, Any], where: str = ""
     result = dict(recipe)
     for key, value in change.items():
         mine, place = result.get(key), f"{where}{key}"
-        deeper = isinstance(mine, Mapping) and isinstance(value, Mapping) and place not in TECHNIQUES
+        deeper = isinstance(mine, Mapping) and isinstance(value, Mapping) and place not in registry.KEYS
         result[key] = merged(mine, value, f"{place}.") if deeper else value  # type: ignore[arg-type]
     return result
 

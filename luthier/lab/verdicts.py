@@ -13,8 +13,9 @@ from typing import Any
 
 from luthier.lab.overview import draw_effects
 from luthier.lab.verdict import CANNOT_TELL, HOLDS, HOLDS_NOT, TWO_LOOKS, Design
+from luthier.registry.catalogue import VERDICTS
 
-FILE = Path(__file__).with_name("verdicts.json")
+FILE = VERDICTS
 NOT_AGAIN = "not run again under the rule"
 """Said of a result from before the rule: it had other seeds, and one verdict of several expectations."""
 COLORS = {HOLDS: "green", HOLDS_NOT: "red", CANNOT_TELL: "yellow", NOT_AGAIN: "dim"}

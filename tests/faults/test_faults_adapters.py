@@ -18,10 +18,10 @@ from luthier.errors import LuthierError
 from luthier.export import export_model, export_peft, load_peft
 from luthier.export.model import divergence, merged, outputs
 from luthier.kinds import Now, Place, Select, Selective, Services, Tensors
+from luthier.kinds.parts import Parts
 from luthier.methods.additive.lora import lora
 from luthier.methods.selective.full import full
 from luthier.models import map_parts, tiny, tiny_tokenizer
-from luthier.models.parts import Parts
 from luthier.training.services import RunServices
 from luthier.tune import Tune
 

@@ -11,13 +11,13 @@ import transformers
 from torch import Tensor
 
 from luthier.export import export_model, export_peft, load_peft
-from luthier.flow import train
 from luthier.kinds import Now
 from luthier.methods.additive.lora import lora
 from luthier.models import map_parts, tiny, tiny_tokenizer
+from luthier.runs.export import export
+from luthier.runs.train import train
 from luthier.training.services import RunServices
 from luthier.tune import Tune
-from luthier.use import export
 
 peft = pytest.importorskip("peft")
 

@@ -16,9 +16,9 @@ from luthier.delta.forms import bits
 from luthier.errors import LuthierError
 from luthier.export import merged
 from luthier.kinds import Additive, Now, Place, Select, Selective, Services, Tensors
+from luthier.kinds.parts import Parts
 from luthier.methods.additive.lora import lora
 from luthier.models import fingerprint, map_parts, tiny
-from luthier.models.parts import Parts
 from luthier.training.services import RunServices
 from luthier.tune import Tune
 

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from luthier import machine
 from luthier.cli import app
 from luthier.models.tiny import tiny, tiny_tokenizer
-from luthier.plan import make_plan, measure_plan
+from luthier.planning.plan import make_plan, measure_plan
 from luthier.recipe import make_recipe
 
 ROWS = [{"prompt": "abc " * (12 + i % 29), "completion": "xyz " * (30 + i % 31)} for i in range(40)]
@@ -25,9 +25,9 @@ TRAIN = """
 import json, sys, torch
 torch.set_num_threads(1)
 import luthier
-from luthier import flow
+from luthier.runs import train as runs
 told = []
-flow.keep_what_changed = lambda plan, folder, say: told.append(plan.estimate.total_bytes) or {}
+runs.keep_what_changed = lambda plan, folder, say: told.append(plan.estimate.total_bytes) or {}
 run = luthier.train(json.loads(sys.argv[1]))
 print(json.dumps([told[0], run.facts["peak_memory_bytes"]]))
 """
@@ -111,7 +111,7 @@ def test_it_says_what_to_cut_when_memory_will_not_do(tmp_path: Path, monkeypatch
 
 
 def test_a_cut_saves_what_it_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from luthier.cuts import find_cuts
+    from luthier.planning.cuts import find_cuts
 
     plan = make_plan(make_recipe(recipe("tiny:llama", tmp_path, precision="fp32")))
     cuts = dict(find_cuts(plan.recipe, plan.engine, plan.parts, plan.feed, plan.dtype, plan.estimate, 0))

@@ -20,11 +20,11 @@ from luthier.errors import LuthierError
 from luthier.export import export_gguf
 from luthier.export.gguf import _check_weights, _neighbors
 from luthier.export.model import PROBES, outputs
-from luthier.flow import train
 from luthier.kinds import Now
 from luthier.methods.additive.lora import lora
 from luthier.models import load_model, load_tokenizer, map_parts, tiny
 from luthier.models.tiny import CHAT_TEMPLATE
+from luthier.runs.train import train
 from luthier.training.services import RunServices
 from luthier.tune import Tune
 

@@ -9,8 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from luthier.registry.catalogue import as_rows
-from luthier.registry.papers import papers
 
 from luthier.errors import LuthierError
 from luthier.lab import claims, world
@@ -28,6 +26,8 @@ from luthier.lab.verdict import design_of, judge
 from luthier.lab.verdicts import EFFECTS as FIGURE
 from luthier.lab.verdicts import FILE, entry, list_of, results_in, under_rule
 from luthier.recipe import make_recipe
+from luthier.registry.catalogue import as_rows
+from luthier.registry.papers import papers
 from tests.unit.real_rows import write_sets
 
 RESULTS = Path(__file__).parents[2] / "docs" / "claims"

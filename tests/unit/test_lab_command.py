@@ -278,20 +278,19 @@ def test_the_figure_places_every_number() -> None:
 
 
 @pytest.fixture
-def generate(tmp_path: Path) -> ModuleType:
-    """The maker of the docs' pages, with a folder of results of its own."""
-    path = Path(__file__).parents[2] / "docs" / "generate.py"
-    spec = importlib.util.spec_from_file_location("docs_generate_claims", path)
+def generate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """What fills the pages, with results of its own."""
+    spec = importlib.util.spec_from_file_location("docs_generate", Path(__file__).parents[2] / "docs" / "generate.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    module.CLAIMS = tmp_path / "claims"  # type: ignore[attr-defined]
+    monkeypatch.setattr(module.claims, "CLAIMS", tmp_path / "claims")
     return module
 
 
 def test_the_page_of_claims(generate: ModuleType) -> None:
     assert generate.on_page_markdown("<!-- generated: claims -->") == "No results are stored."
-    save(RESULT, generate.CLAIMS, "toy")
+    save(RESULT, generate.claims.CLAIMS, "toy")
     page = generate.on_page_markdown("<!-- generated: claims -->")
     told = "**cannot tell**: held_back 0.2 share of items (-0.0484 to 0.448), half minus full, 3 seeds"
     assert f"| [`toy`](#claim-toy) | [arXiv:2404.18466](https://arxiv.org/abs/2404.18466) | {told} |" in page
@@ -300,26 +299,26 @@ def test_the_page_of_claims(generate: ModuleType) -> None:
     assert "| held_back | 0.5 ± 0.25 | 0.825 ± 0.32 |" in page and "| nothing | none | none |" in page
     assert "0.2 (-0.0484 to 0.448) | does not hold" in page and "0.0003: none, 0.001: 0.5" in page
     assert "(claims/toy.svg)" in page and "Smaller." in page and "2 minutes of training" in page
-    (generate.CLAIMS / "toy.svg").unlink()
+    (generate.claims.CLAIMS / "toy.svg").unlink()
     assert "toy.svg" not in generate.on_page_markdown("<!-- generated: claims -->")
 
 
 def test_a_technique_links_to_its_claim(generate: ModuleType) -> None:
-    assert generate.tested_by("") == "" and generate.tested_by("toy") == "`toy`"
-    save(RESULT, generate.CLAIMS, "toy")
-    assert generate.tested_by("toy").startswith("[`toy`](claims.md#claim-toy): cannot tell at this scale: held_back 0.2 share")
+    assert generate.claims.tested_by("") == "" and generate.claims.tested_by("toy") == "`toy`"
+    save(RESULT, generate.claims.CLAIMS, "toy")
+    assert generate.claims.tested_by("toy").startswith("[`toy`](claims.md#claim-toy): cannot tell at this scale: held_back 0.2 share")
 
 
 def test_a_result_from_before_the_rule_is_listed_and_told_of_nowhere_else(generate: ModuleType) -> None:
     before = {**RESULT, "verdict": "refuted", "expectations": [{**RESULT["expectations"][0], "verdict": "supported"}]}
     for name in ("rule", "question", "unit"):
         del before[name]
-    save(RESULT, generate.CLAIMS, "toy")
-    (generate.CLAIMS / "old.json").write_text(json.dumps({**before, "claim": "old"}))
+    save(RESULT, generate.claims.CLAIMS, "toy")
+    (generate.claims.CLAIMS / "old.json").write_text(json.dumps({**before, "claim": "old"}))
     page = generate.on_page_markdown("<!-- generated: claims -->")
     assert page.count("`old`") == 1 and "[`old`](claims/old.json)" in page and "refuted" not in page
-    assert generate.tested_by("old") == "[`old`](claims.md#not-run-again): not run again under the rule"
-    result = load(generate.CLAIMS, "old")
+    assert generate.claims.tested_by("old") == "[`old`](claims.md#not-run-again): not run again under the rule"
+    result = load(generate.claims.CLAIMS, "old")
     assert result is not None and result["verdict"] == "does not hold" and result["rule"] is None
     console = Console(width=200, record=True, file=io.StringIO())
     console.print(shown(result))
@@ -345,19 +344,19 @@ def test_the_figure_of_all_claims_turns_effects_towards_the_claim() -> None:
 
 @pytest.mark.usefixtures("in_process")
 def test_the_lab_tests_itself(folder: Path, monkeypatch: pytest.MonkeyPatch, generate: ModuleType) -> None:
-    assert "Not measured yet" in generate.calibration() and "Not measured yet" in generate.comparisons()
+    assert "Not measured yet" in generate.claims.calibration() and "Not measured yet" in generate.claims.comparisons()
     toy = claims.find("toy")
     far = toy.main._replace(margin=50.0)
     null = toy._replace(main=far._replace(direction="more"), beside=[far._replace(direction="less")])
     monkeypatch.setattr(verdict, "TWO_LOOKS", Design((3, 4), 0.028))
     for name, found in (("EFFECTS", toy), ("NULLS", null), ("FURTHER", toy)):
         monkeypatch.setattr(calibrating, name, [found])
-    told = facts(call("--calibrate", "--out", generate.CLAIMS, "--json"))
+    told = facts(call("--calibrate", "--out", generate.claims.CLAIMS, "--json"))
     assert told["counts"] == {"effects": [1, 1], "nulls": [0, 1], "further": [1, 1]}
-    assert told == json.loads((generate.CLAIMS / "calibration.json").read_text())
-    assert "supports 1 of 1 effects" in generate.calibration() and "0 of 1 nulls" in generate.calibration()
-    assert "| nulls | A toy |" in generate.comparisons()
-    assert generate.claims() == "No results are stored.", "the lab's test of itself is no claim"
+    assert told == json.loads((generate.claims.CLAIMS / "calibration.json").read_text())
+    assert "supports 1 of 1 effects" in generate.claims.calibration() and "0 of 1 nulls" in generate.claims.calibration()
+    assert "| nulls | A toy |" in generate.claims.comparisons()
+    assert generate.claims.claims() == "No results are stored.", "the lab's test of itself is no claim"
 
 
 def test_the_rule_on_the_page_is_the_one_in_the_code(generate: ModuleType) -> None:

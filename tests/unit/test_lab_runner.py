@@ -12,8 +12,6 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import pytest
-from luthier.results.folder import read_run
-from luthier.results.opened import open_run
 
 from luthier.errors import LuthierError
 from luthier.lab import cache, claims, jobs, verdict
@@ -24,6 +22,8 @@ from luthier.lab.runner import Choice, Lab, Ran, Tried, best, here, run_claim
 from luthier.lab.verdict import Design
 from luthier.models.fingerprint import fingerprint
 from luthier.models.load import load_model
+from luthier.results.folder import read_run
+from luthier.results.opened import open_run
 
 TOY = runpy.run_path(str(Path(__file__).with_name("lab_toys.py")))["TOY"]
 SETTING = Setting("tiny:llama", 0)

@@ -14,7 +14,8 @@ POSITIONS, LIMIT = 4096, 1.5e9
 PROGRAM = """
 import re, sys
 import torch
-from luthier import logprobs, registry
+from luthier import registry
+from luthier.columns import chunked
 from luthier.kinds import BASE
 
 def said(name):
@@ -24,14 +25,14 @@ torch.set_num_threads(1)
 names = ["otr", "label_smoothing"]
 wanted = ["nll", "entropy", "kl"]
 wanted += [column for name in names for value in registry.part(name).values for column in value.columns]
-columns, vocabulary, count = logprobs.resolve(wanted), 150_000, int(sys.argv[1])
+columns, vocabulary, count = chunked.resolve(wanted), 150_000, int(sys.argv[1])
 rng = torch.Generator().manual_seed(0)
 weight_VD, base_VD = (torch.randn(vocabulary, 64, generator=rng).bfloat16() for _ in range(2))
 hidden_ND = (0.1 * torch.randn(count, 64, generator=rng)).bfloat16()
-others = {BASE.name: logprobs.Other(hidden_ND.clone(), lambda hidden: hidden @ base_VD.T)}
+others = {BASE.name: chunked.Other(hidden_ND.clone(), lambda hidden: hidden @ base_VD.T)}
 weight_VD.requires_grad_(True), hidden_ND.requires_grad_(True)
 before = said("VmRSS")
-found = logprobs.compute(
+found = chunked.compute(
     hidden_ND, torch.randint(0, vocabulary, (count,), generator=rng), lambda hidden: hidden @ weight_VD.T, columns,
     key_N=torch.arange(count), others=others, vocabulary=vocabulary,
 )

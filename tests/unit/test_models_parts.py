@@ -11,7 +11,8 @@ import transformers
 from torch import Tensor, nn
 
 from luthier.errors import LuthierError
-from luthier.models.parts import Parts, map_parts
+from luthier.kinds.parts import Parts
+from luthier.models.parts import map_parts
 from luthier.models.tiny import ARCHITECTURES, tiny
 
 TOKEN_IDS_BT = torch.arange(3, 23).reshape(2, 10)

@@ -17,15 +17,17 @@ import luthier
 from luthier import registry
 from luthier.cli import app
 from luthier.delta import Delta
+from luthier.delta.weights import Weights, of_delta, of_models
 from luthier.errors import LuthierError
-from luthier.kinds import TUNES, Drawing, Finding, Line
+from luthier.kinds import Drawing, Finding, Line
 from luthier.models.load import load_model
 from luthier.models.parts import map_parts
 from luthier.models.tiny import tiny
-from luthier.probing import Weights, of_delta, of_models
+from luthier.registry import kinds_under
 from luthier.report.probe import draw, found, write_figure
-from luthier.run import Run
-from luthier.use import compare_weights, export
+from luthier.results.folder import Run
+from luthier.runs.export import export
+from luthier.runs.probe import compare_weights
 
 ROWS = [{"prompt": f"Say {word}.", "completion": f"{word}!"} for word in ("one", "two", "three", "four")]
 
@@ -178,7 +180,7 @@ def test_a_changed_base_is_noticed(out: Path, tmp_path: Path) -> None:
         luthier.probe("intruder_dimensions", str(run.folder))
 
 
-@pytest.mark.parametrize(("key", "kinds"), [("tune", TUNES), ("keep", ("keeper",))])
+@pytest.mark.parametrize(("key", "kinds"), [("tune", kinds_under("tune")), ("keep", ("keeper",))])
 def test_recipes_hold_no_probes(key: str, kinds: tuple[str, ...]) -> None:
     with pytest.raises(LuthierError) as error:
         registry.make("intruder_dimensions", kinds, where=key)

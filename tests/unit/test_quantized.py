@@ -14,7 +14,6 @@ from torch.nn import functional
 
 from luthier import registry
 from luthier.errors import LuthierError
-from luthier.estimate import standing
 from luthier.export.model import divergence, outputs
 from luthier.kinds import Now
 from luthier.methods.additive.lora import lora
@@ -32,6 +31,7 @@ from luthier.models.quantized import (
     quantized,
 )
 from luthier.models.tiny import ARCHITECTURES, tiny
+from luthier.planning.estimate import standing
 from luthier.recipe import make_recipe
 from luthier.training import calibrate
 from luthier.training.checkpoint import TENSORS, restore, save
