@@ -66,9 +66,10 @@ def circle(arrows: Mapping[str, frozenset[str]]) -> list[str]:
 
 
 def sentence(room: str, package: Path = PACKAGE) -> str:
-    """What a room says of itself: the first paragraph of its docstring."""
+    """What a room says of itself: the first sentence of its docstring."""
     path = package / room / "__init__.py" if (package / room).is_dir() else package / f"{room}.py"
-    return (ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "").split("\n\n")[0].replace("\n", " ")
+    text = " ".join((ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "").split())
+    return f"{text.split('. ')[0].rstrip('.')}." if text else ""
 
 
 def sentences() -> dict[str, str]:
