@@ -17,11 +17,11 @@ import torch
 from bench.techniques import LENGTH, arguments, common_setting, player, rows_of_one_length
 from bench.turns import Player
 from luthier import machine, registry
-from luthier.kinds import OBJECTIVES
+from luthier.registry import kinds_under
 
 HERE = Path(__file__).parent
 STEP_TOKENS = 1024
-KINDS = ("token_weight", *OBJECTIVES)
+KINDS = ("token_weight", *kinds_under("objective"))
 OPTIONS: dict[str, dict[str, Any]] = {"caft": {"heads_first": 0.0, "train_heads": True}}
 """Of techniques whose first steps are not like the others, or that cannot run at their defaults."""
 PROMISED = ("dft", "otr", "otr_expected", "asft", "kl")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.turns import Turn
-from luthier.plan import make_plan
+from luthier.planning.plan import make_plan
 from luthier.recipe import make_recipe
 from luthier.training.engine import StepResult
 from luthier.training.loop import Plans, Progress, train

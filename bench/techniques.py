@@ -18,7 +18,7 @@ import torch
 
 from bench.turns import Player
 from luthier import machine, registry
-from luthier.kinds import TUNES
+from luthier.registry import kinds_under
 from luthier.rows.read import read
 
 HERE = Path(__file__).parent
@@ -79,7 +79,7 @@ def main() -> None:
     """Measure every technique and write the results."""
     more = "three times as many where a speed is promised"
     chosen = arguments("python -m bench.techniques", __doc__, rounds=1, more=more, out=HERE / "techniques.json")
-    names = [name for kind in TUNES for name in registry.names(kind) if name not in ALREADY]
+    names = [name for kind in kinds_under("tune") for name in registry.names(kind) if name not in ALREADY]
     names = [name for name in ("lora", *names, *VARIANTS) if not chosen.only or name in chosen.only]
     common = common_setting(chosen, STEP_TOKENS, rows_of_one_length(8 * (chosen.rounds + 2) * (len(names) + 2)))
     with tempfile.TemporaryDirectory() as folder:

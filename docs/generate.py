@@ -6,23 +6,27 @@ neither can fall behind the code.
 
 from __future__ import annotations
 
-import html
 import inspect
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping
+import sys
+from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parent))
+
+from generated import claims, rooms
+from generated.tables import cell, code, paper, table
+
 from luthier import registry
-from luthier.kinds import KINDS, TUNES
+from luthier.registry import KINDS, kinds_under
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "toy_technique.py"
 RESULTS = Path(__file__).parent.parent / "bench" / "results.json"
 COSTS = Path(__file__).parent.parent / "bench" / "techniques.json"
 OBJECTIVE_COSTS = Path(__file__).parent.parent / "bench" / "objectives.json"
-CLAIMS = Path(__file__).parent / "claims"
 MARKER = re.compile(r"^<!-- generated: (\w+) -->$", re.MULTILINE)
 Schema = Mapping[str, Any]
 
@@ -30,23 +34,6 @@ Schema = Mapping[str, Any]
 def on_page_markdown(markdown: str, **_: object) -> str:
     """Replace each marker of a page; mkdocs calls this for every page."""
     return MARKER.sub(lambda found: WRITERS[found[1]](), markdown)
-
-
-def cell(text: str) -> str:
-    """Text that stays within one cell of a table."""
-    return html.escape(" ".join(text.split()), quote=False).replace("|", "\\|")
-
-
-def code(text: str) -> str:
-    """The same, as code, which Markdown shows as it stands."""
-    return "`" + " ".join(text.split()).replace("`", "'") + "`" if text else ""
-
-
-def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    """A Markdown table."""
-    names = list(header)
-    lines = [names, ["---"] * len(names), *map(list, rows)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def recipe() -> str:
@@ -139,14 +126,14 @@ def technique(found: registry.Technique) -> str:
     facts = {
         "Paper": paper(card.paper),
         # Only what decides which numbers train can start away from the base, or be merged.
-        "At the first step": cell(card.step0) if found.kind in TUNES else "",
-        "Merges": cell(card.merges) if found.kind in TUNES else "",
+        "At the first step": cell(card.step0) if found.kind in kinds_under("tune") else "",
+        "Merges": cell(card.merges) if found.kind in kinds_under("tune") else "",
         "Becomes simpler": cell(card.reduces_to),
         "Departs from the paper": cell(card.departs),
         "Needs": ", ".join(map(code, sorted(card.needs))),
         "Gives": ", ".join(map(code, sorted(card.gives))),
         "Learning rate unless named": "" if card.learning_rate is None else code(f"{card.learning_rate:g}"),
-        "Claim tested by": tested_by(card.claim),
+        "Claim tested by": claims.tested_by(card.claim),
     }
     schema = registry.options_model(found.factory).model_json_schema()
     meaning = described_arguments(found.factory)
@@ -158,20 +145,6 @@ def technique(found: registry.Technique) -> str:
         "\n".join(f"- **{name}:** {text}" for name, text in facts.items() if text),
     ]
     return "\n\n".join(piece for piece in pieces if piece)
-
-
-def tested_by(name: str) -> str:
-    """A claim's name, with a link and its verdict where it was run."""
-    path = CLAIMS / f"{name}.json"
-    if not path.is_file():
-        return code(name)
-    return f"[{code(name)}](claims.md#{anchor(name)}): {json.loads(path.read_text(encoding='utf-8'))['verdict']}"
-
-
-def paper(source: str) -> str:
-    """A paper's source, with a link where it is an arXiv number."""
-    number = re.fullmatch(r"arXiv:(\d{4}\.\d{4,5})", source)
-    return f"[{source}](https://arxiv.org/abs/{number[1]})" if number else cell(source)
 
 
 def described_arguments(function: Callable[..., Any]) -> dict[str, str]:
@@ -209,23 +182,14 @@ def bench() -> str:
         )
         for one in facts["results"]
     ]
-    header = (
-        "trains",
-        "luthier, tokens/s",
-        "TRL, tokens/s",
-        "ratio",
-        "luthier, targets/s",
-        "TRL, targets/s",
-        "luthier, peak",
-        "TRL, peak",
-    )
+    shown = [[f"{tool}, {name}" for tool in ("luthier", "TRL")] for name in ("tokens/s", "targets/s", "peak")]
     first, machine = facts["results"][0], facts["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
     setting = (
         f"{first['model']} on {first['rows']}, {first['rows_a_step']} rows a step of at most {first['max_tokens']} tokens; LoRA of "
         f"rank 8 on all linear layers of the blocks. {machine['processor']}, {machine['cores']} cores. {versions}."
     )
-    return f"{table(header, rows)}\n\n{cell(setting)}"
+    return f"{table(('trains', *shown[0], 'ratio', *shown[1], *shown[2]), rows)}\n\n{cell(setting)}"
 
 
 def costs() -> str:
@@ -288,81 +252,6 @@ def objective_costs() -> str:
     return f"{table(header, rows)}\n\n{cell(circumstances(facts))}"
 
 
-def claims() -> str:
-    """Every claim that was run: an overview, then each with its numbers, as they were committed."""
-    results = [(path, json.loads(path.read_text(encoding="utf-8"))) for path in sorted(CLAIMS.glob("*.json"))]
-    if not results:
-        return "No results are stored."
-    overview = (
-        (
-            f"[{code(path.stem)}](#{anchor(path.stem)})",
-            ", ".join(paper(f"arXiv:{number}") for number in one["papers"]),
-            f"**{one['verdict']}**",
-            cell(one["says"]),
-        )
-        for path, one in results
-    )
-    pieces = ["## Verdicts", table(("claim", "paper", "verdict", "what the paper claims, in our words"), overview)]
-    return "\n\n".join([*pieces, *(claim(path, one) for path, one in results)])
-
-
-def claim(path: Path, one: Mapping[str, Any]) -> str:
-    """One claim's section."""
-    from luthier.lab.results import difference, expected, number, spread
-
-    arms, seeds = one["arms"], len(one["seeds"])
-    values = ((cell(name), *(spread(arm["numbers"][name]) for arm in arms)) for name in one["measures"])
-    pairs = (
-        (
-            cell(pair["says"] or expected(pair)),
-            cell(expected(pair)) if pair["says"] else "",
-            difference(pair),
-            pair["verdict"],
-            cell(pair["note"]),
-        )
-        for pair in one["expectations"]
-    )
-    rates = (
-        (
-            cell(arm["name"]),
-            cell(arm["meaning"]),
-            "as the recipes say" if arm["rate"] is None else code(f"{arm['rate']:g}"),
-            ", ".join(f"{tried['rate']:g}: {number(tried['score'])}" for tried in arm["tried"]),
-            cell(arm["rate_note"]),
-        )
-        for arm in arms
-    )
-    picture = path.with_suffix(".svg")
-    versions = ", ".join(f"{name} {version}" for name, version in one["versions"].items())
-    pieces = [
-        f"## `{path.stem}`: {cell(one['title'])} {{ #{anchor(path.stem)} }}",
-        cell(one["says"]),
-        f"Verdict: **{one['verdict']}**, on `{one['model']['name']}`."
-        + "".join(f" Note: {cell(short)}." for short in one["short"]),
-        table(("expected", "that is", "difference (95 % interval)", "verdict", ""), pairs),
-        f"Mean ± standard deviation over {seeds} seed{'s' if seeds > 1 else ''}:",
-        table(("measure", *(cell(arm["name"]) for arm in arms)), values),
-        f"![The measures of every arm and seed]({CLAIMS.name}/{picture.name})" if picture.exists() else "",
-        "Learning rates, chosen alike for all arms with a seed and rows of their own:",
-        table(("arm", "what it is", "learning rate", "tried: score", ""), rates),
-        f"**How this differs from the paper.** {cell(one['notes'])}" if one["notes"] else "",
-        cell(f"{one['runs']} runs, {one['seconds'] / 60:.0f} minutes of training. {one['machine']}. {versions}."),
-    ]
-    return "\n\n".join(piece for piece in pieces if piece)
-
-
-def anchor(stem: str) -> str:
-    """Where a claim's section is linked to."""
-    return "claim-" + re.sub(r"[^a-z0-9]+", "-", stem.lower())
-
-
-def claim_rule() -> str:
-    """The rule of verdicts, as it stands in the code."""
-    from luthier.lab import verdict
-
-    return (inspect.getdoc(verdict) or "").partition("\n\n")[2]
-
-
 def world() -> str:
     """The skills of the small world, each with the first row that teaches it."""
     from luthier.lab.world import SKILLS, rows
@@ -418,16 +307,6 @@ def workshop() -> str:
     return "\n\n".join(card.replace("# ", "## ", 1) for card in cards)
 
 
-WRITERS: dict[str, Callable[[], str]] = {
-    "recipe": recipe,
-    "techniques": techniques,
-    "example": example,
-    "bench": bench,
-    "costs": costs,
-    "objective_costs": objective_costs,
-    "claims": claims,
-    "claim_rule": claim_rule,
-    "world": world,
-    "workshop": workshop,
-    "metrics": metrics,
-}
+_ALL = (recipe, techniques, example, bench, costs, objective_costs, world, workshop, metrics)
+_OF_CLAIMS = (claims.claims, claims.claim_rule, claims.claim_effects, claims.calibration, claims.comparisons)
+WRITERS: dict[str, Callable[[], str]] = {writer.__name__: writer for writer in (*_ALL, *_OF_CLAIMS)} | {"rooms": rooms.page}

@@ -13,27 +13,27 @@ from luthier.errors import LuthierError
 
 if TYPE_CHECKING:
     from luthier.delta import Delta
-    from luthier.flow import train
-    from luthier.opened import open_model, open_run
     from luthier.recipe import Recipe, read_recipe
     from luthier.registry import method, part
-    from luthier.run import Run, read_run
-    from luthier.use import probe
+    from luthier.results.folder import Run, read_run
+    from luthier.results.opened import open_model, open_run
+    from luthier.runs.probe import probe
+    from luthier.runs.train import train
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "train": "luthier.flow",
+    "train": "luthier.runs.train",
     "part": "luthier.registry",
     "method": "luthier.registry",
     "Recipe": "luthier.recipe",
     "read_recipe": "luthier.recipe",
-    "Run": "luthier.run",
-    "read_run": "luthier.run",
+    "Run": "luthier.results.folder",
+    "read_run": "luthier.results.folder",
     "Delta": "luthier.delta",
-    "open_model": "luthier.opened",
-    "open_run": "luthier.opened",
-    "probe": "luthier.use",
+    "open_model": "luthier.results.opened",
+    "open_run": "luthier.results.opened",
+    "probe": "luthier.runs.probe",
 }
 
 __all__ = [

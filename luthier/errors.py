@@ -4,8 +4,15 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, get_args
+
+Say = Callable[[str], None]
+"""Hears what is being done, a line at a time."""
+
+
+def silent(text: str) -> None:
+    """Hears and says nothing."""
 
 
 class LuthierError(Exception):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -16,9 +17,10 @@ from luthier import registry
 from luthier.kinds import Batch, Now
 from luthier.models.parts import map_parts
 from luthier.models.tiny import tiny
-from luthier.registry import kinds_under
+from luthier.registry import Part
 from luthier.training.build import build_engine
 from luthier.training.engine import Engine
+from tests.costs import Costs
 from tests.processor import describe
 from tests.unit.browser import Browser, find_browser, running
 
@@ -28,6 +30,17 @@ torch.set_num_threads(int(os.environ.get("LUTHIER_TEST_THREADS", "1")))
 def pytest_report_header() -> str:
     """Tell the processor: results differ in the last digits between processors, and times in much more."""
     return f"processor: {describe()}"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Measure what the tests cost."""
+    config.pluginmanager.register(Costs(config), "costs")
+
+
+def pytest_collection_finish() -> None:
+    """Leave what stands for the whole session out of the garbage collector's rounds: every run of luthier asks for one."""
+    gc.collect()
+    gc.freeze()
 
 
 def make_batch(rows: Sequence[tuple[int, int]], *, vocabulary: int = 250, seed: int = 0, first: int = 0, pad_to: int = 0) -> Batch:
@@ -101,6 +114,11 @@ def calibration(rows: int, source: str) -> list[Batch]:
     return split(whole, sizes)
 
 
+def parts_of(**specs: Any) -> dict[str, list[Part]]:
+    """Just the parts that are named, by key: nothing joins them, as it would in a recipe."""
+    return {name: registry.make_all(specs.get(name), name) for name in registry.KEYS}
+
+
 @pytest.fixture
 def engine() -> Callable[..., Engine]:
     """Make an engine on a tiny model: `engine(tune="half", dtype=torch.float64, ...)`."""
@@ -124,13 +142,7 @@ def engine() -> Callable[..., Engine]:
         return build_engine(
             model.to(dtype),
             map_parts(model),
-            tune=registry.make_all(tune, kinds_under("tune")),
-            objective=registry.make_all(objective, kinds_under("objective")),
-            token_weight=registry.make_all(token_weight, ("token_weight",)),
-            step=registry.make_all(step, ("transform", "optimizer")),
-            source=registry.make(source, ("source",)),
-            keep=registry.make_all(keep, ("keeper",)),
-            freeze=registry.make_all(freeze, ("freezing",)),
+            parts_of(tune=tune, objective=objective, token_weight=token_weight, step=step, source=source, keep=keep, freeze=freeze),
             now=Now(steps=20, learning_rate=0.1, seed=seed),
             **{"calibration": calibration, **options},
         )

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from luthier import logprobs, registry
-from luthier.kinds import OBJECTIVES, Batch, Now, Term, TokenLoss, TokenWeight, View
+from luthier import registry
+from luthier.columns import chunked
+from luthier.kinds import Batch, Now, Term, TokenLoss, TokenWeight, View
 from luthier.training.objective import as_term
 from tests.conftest import split
 from tests.toys.helpers import gap, gradients, rows_of_eight
@@ -44,15 +45,15 @@ def view_on(
     ids_BT = label_BT.clamp(min=0)
     attend_BT = torch.arange(time)[None] <= (label_BT >= 0).sum(-1)[:, None]
     names = tuple(f"row{i}" for i in range(count))
-    columns = logprobs.resolve(wanted)
-    flows = {one.name: one.gradient for one in logprobs.passes_of(columns)}
-    found = logprobs.compute(
+    columns = chunked.resolve(wanted)
+    flows = {one.name: one.gradient for one in chunked.passes_of(columns)}
+    found = chunked.compute(
         logits,
         torch.tensor(labels),
         lambda hidden: hidden,
         columns,
         key_N=torch.arange(len(labels)),
-        others={name: logprobs.Other(one, torch.clone, flows.get(name, False)) for name, one in (others or {}).items()},
+        others={name: chunked.Other(one, torch.clone, flows.get(name, False)) for name, one in (others or {}).items()},
         vocabulary=logits.shape[1],
     )
     made = Batch(ids_BT, attend_BT, torch.arange(time).expand(count, -1), label_BT, names, **batch)
@@ -61,8 +62,8 @@ def view_on(
 
 def total_of(objective: Any, logits: Tensor, labels: Sequence[int], *, weight: Any = None, **more: Any) -> Tensor:
     """The loss of an objective, divided by its units, with a token weight if given."""
-    values = [value for part in registry.make_all(objective, OBJECTIVES) for value in part.values]
-    weights = [value for part in registry.make_all(weight, ("token_weight",)) for value in part.values] if weight else []
+    values = [value for part in registry.make_all(objective, "objective") for value in part.values]
+    weights = [value for part in registry.make_all(weight, "token_weight") for value in part.values] if weight else []
     terms = [as_term(value) for value in values if isinstance(value, Term | TokenLoss)]
     weights += [value for value in values if isinstance(value, TokenWeight)]
     wanted = ["nll", *(column for one in (*terms, *weights) for column in one.columns)]

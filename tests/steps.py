@@ -11,8 +11,9 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
-from luthier import logprobs, registry
-from luthier.kinds import OBJECTIVES, Batch, Now, TokenWeight, View
+from luthier import registry
+from luthier.columns.targets import find_targets
+from luthier.kinds import Batch, Now, TokenWeight, View
 from luthier.registry import Part
 from luthier.rows.batches import collate
 from luthier.rows.encode import Encoded
@@ -56,7 +57,7 @@ def step_on(rows: Mapping[str, Given], weight: Any, sizes: Sequence[int] = (), *
 
     def view(tune: Any, batch: Batch, columns: Any, now: Now, **more: Any) -> View:
         passes.append(batch)
-        where = logprobs.targets(batch)
+        where = find_targets(batch)
         each = {
             "nll": torch.cat([leaves[name] for name in batch.row_ids]),
             "entropy": torch.tensor(
@@ -67,7 +68,7 @@ def step_on(rows: Mapping[str, Given], weight: Any, sizes: Sequence[int] = (), *
 
     made = [one if isinstance(one, Part) else registry.make(one, ("token_weight",)) for one in _list(weight)]
     rules = [Weighted(part.name, value, state or {}) for part in made for value in part.values if isinstance(value, TokenWeight)]
-    ((plain,),) = [one.values for one in registry.make_all("cross_entropy", OBJECTIVES)]
+    ((plain,),) = [one.values for one in registry.make_all("cross_entropy", "objective")]
     goal = Objective([Minimized("cross_entropy", as_term(plain), {})], rules)
 
     def services(slot: str) -> Any:

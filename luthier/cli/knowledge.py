@@ -22,7 +22,7 @@ def techniques(
 ) -> None:
     """List every technique with its card, or show one."""
     with face(as_json) as speak:
-        from luthier.catalogue import as_rows, one_technique, table
+        from luthier.registry.catalogue import as_rows, one_technique, table
 
         if name is not None:
             facts, text = one_technique(name)
@@ -39,7 +39,7 @@ def papers(
 ) -> None:
     """List the 270 papers and what stands for each."""
     with face(as_json) as speak:
-        from luthier.catalogue import paper_rows, paper_table
+        from luthier.registry.catalogue import paper_rows, paper_table
 
         rows = paper_rows(area, done)
         speak.show(rows, lambda: paper_table(rows))
@@ -47,10 +47,13 @@ def papers(
 
 def lab(
     name: Annotated[str | None, typer.Argument(help="A claim to run.")] = None,
-    seeds: Annotated[int, typer.Option(help="Repetitions of every arm; an interval needs 2.")] = 3,
+    seeds: Annotated[int | None, typer.Option(help="Repetitions of every arm and one look at them, instead of the rule.")] = None,
     model: Annotated[str | None, typer.Option(help="Instead of the claim's own.")] = None,
     listed: Annotated[bool, typer.Option("--list", help="List the claims, with their verdicts.")] = False,
     every: Annotated[bool, typer.Option("--all", help="Run all claims, the quickest first.")] = False,
+    calibrate: Annotated[
+        bool, typer.Option("--calibrate", help="Test the lab: known effects, and arms against themselves.")
+    ] = False,
     budget: Annotated[str | None, typer.Option(help="With --all: begin none that would take longer, e.g. 60m.")] = None,
     jobs: Annotated[int | None, typer.Option(help="Runs at the same time; one for each processor core.")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda or mps.")] = "cpu",
@@ -66,7 +69,7 @@ def lab(
     with face(as_json, quiet) as speak:
         from luthier.lab.command import Asked, answer
 
-        asked = Asked(name, seeds, model, every, listed, forget, budget, jobs, device, folder)
+        asked = Asked(name, seeds, model, every, listed, calibrate, forget, budget, jobs, device, folder)
         try:
             found = answer(asked, speak.say)
         except KeyboardInterrupt:

@@ -43,8 +43,8 @@ def evaluate(
         from luthier.evaluate.harness import plain_scores
         from luthier.recipe import read_recipe
         from luthier.report.terminal import measured, scored
-        from luthier.use import evaluate as run_evaluation
-        from luthier.use import evaluate_harness
+        from luthier.runs.measure import evaluate as run_evaluation
+        from luthier.runs.measure import evaluate_harness
 
         if (tasks != "") + (recipe is not None) + world > 1:
             raise LuthierError("more than one of a recipe, --harness and --world", where="luthier eval", mend="give one of them")
@@ -86,7 +86,7 @@ def chat(
 ) -> None:
     """Talk to a model or a run."""
     with face(as_json, quiet=as_json) as speak:
-        from luthier.use import Chat
+        from luthier.runs.chat import Chat
 
         talk = Chat(model, say=speak.say, max_new_tokens=max_new_tokens, temperature=temperature, weights_only=weights_only)
         if prompt is not None or as_json:
@@ -119,7 +119,7 @@ def runs(
     """List the runs, or show one."""
     with face(as_json) as speak:
         from luthier.report.terminal import run_table, summary
-        from luthier.run import list_runs, read_run
+        from luthier.results.folder import list_runs, read_run
 
         if name is not None:
             run = read_run(name, folder)
@@ -139,7 +139,7 @@ def compare(
     """Put runs side by side: what differs in their recipes, and what came of it."""
     with face(as_json) as speak:
         from luthier.report.compare import compare_runs, compared, write_comparison
-        from luthier.run import read_run
+        from luthier.results.folder import read_run
 
         facts = [read_run(one, folder).facts for one in [first, *others]]
         if page is not None:
@@ -167,7 +167,7 @@ def probe(
     with face(as_json, quiet) as speak:
         from luthier.recipe import apply_overrides
         from luthier.report.probe import found, write_figure
-        from luthier.use import look_inside
+        from luthier.runs.probe import look_inside
 
         options = [word for word in words if "=" in word and not os.path.exists(word)]
         models = [word for word in words if word not in options]
@@ -195,7 +195,7 @@ def export(
 ) -> None:
     """Write a run's result for other tools, and check that it reads back the same."""
     with face(as_json, quiet=as_json) as speak:
-        from luthier.use import export as run_export
+        from luthier.runs.export import export as run_export
 
         facts = run_export(run, target, form=form, weights=weights, out=folder, say=speak.say, weights_only=weights_only)
         speak.show(facts, lambda: "\n".join(f"{key:<24}{escape(str(value))}" for key, value in facts.items()))

@@ -36,7 +36,7 @@ def rows_look(
     """Show shape, counts, lengths, and some rows as the model sees them, with what is learnt in color."""
     with face(as_json, quiet=as_json) as speak:
         from luthier.rows.look import render
-        from luthier.use import look_at_rows
+        from luthier.runs.rows import look_at_rows
 
         looked = look_at_rows(source, model, shape=shape, loss_on=loss_on, rows=rows, say=speak.say)
         speak.show(looked.as_json(), lambda: render(looked))
@@ -78,7 +78,7 @@ def rows_score(
     with face(as_json, quiet=as_json) as speak:
         from luthier.recipe import apply_overrides
         from luthier.rows.select import score_rows
-        from luthier.use import likelihood_of_rows
+        from luthier.runs.measure import likelihood_of_rows
 
         scored = score_rows(
             source,
@@ -114,7 +114,7 @@ def rows_select(
     with face(as_json, quiet=as_json) as speak:
         from luthier.recipe import apply_overrides
         from luthier.rows.select import select_rows
-        from luthier.use import likelihood_of_rows
+        from luthier.runs.measure import likelihood_of_rows
 
         spec = {by: apply_overrides({}, options or [])}
         chosen = select_rows(

@@ -44,10 +44,10 @@ def train(
     interrupt stops at once.
     """
     with face(as_json, quiet) as speak:
-        from luthier.cli_progress import Bar
-        from luthier.flow import train as run_training
+        from luthier.cli.progress import Bar
         from luthier.recipe import read_recipe
         from luthier.report.terminal import summary
+        from luthier.runs.train import train as run_training
 
         if recipe is None:
             if resume is None:
@@ -78,7 +78,7 @@ def plan(
 ) -> None:
     """Show a run in order, with what trains, steps, memory and time. Trains nothing that is kept."""
     with face(as_json, quiet) as speak:
-        from luthier.plan import make_plan, measure_plan
+        from luthier.planning.plan import LABEL, make_plan, measure_plan
         from luthier.recipe import read_recipe
 
         made = make_plan(_measuring_world(read_recipe(recipe, overrides or []), world, skills, count), speak.say)
@@ -86,12 +86,12 @@ def plan(
         if measure:
             measured = measure_plan(made)
             facts["measured"] = measured.as_json()
-            lines.append(f"measured   {measured.described()}")
+            lines.append(f"{'measured':<{LABEL}} {measured.described()}")
 
         def render() -> Table:
             table = Table.grid(padding=(0, 2))
             for line in lines:
-                key, text = line[:10].rstrip(), line[10:].strip()
+                key, text = line[:LABEL].rstrip(), line[LABEL:].strip()
                 table.add_row(f"[bold]{escape(key)}[/bold]", escape(text))
             return table
 

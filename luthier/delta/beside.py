@@ -13,8 +13,8 @@ from luthier.delta.forms import Dense, Form, LowRank
 from luthier.delta.sources import live, ties, untie
 from luthier.errors import LuthierError
 from luthier.kinds import Additive, Place, Services, Tensors
+from luthier.kinds.parts import Parts
 from luthier.models.fingerprint import fingerprint
-from luthier.models.parts import Parts
 from luthier.models.quantized import refuse_change, shape_of
 
 if TYPE_CHECKING:

@@ -19,8 +19,8 @@ from luthier.delta.sources import Source, fits, in_words, live, ties, untie, wei
 from luthier.delta.storage import Base
 from luthier.errors import LuthierError, nearest
 from luthier.kinds import Place
+from luthier.kinds.parts import Parts
 from luthier.models.fingerprint import fingerprint as fingerprint_of
-from luthier.models.parts import Parts
 from luthier.models.quantized import quantized, refuse_change
 
 if TYPE_CHECKING:

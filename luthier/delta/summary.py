@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from luthier.delta.delta import Delta, places_of
 from luthier.delta.sources import live
 from luthier.kinds import Place
-from luthier.models.parts import Parts
+from luthier.kinds.parts import Parts
 from luthier.models.quantized import quantized
 
 

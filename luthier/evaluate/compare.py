@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy
 from transformers import PreTrainedTokenizerBase
 
-from luthier.errors import LuthierError
+from luthier.errors import LuthierError, Say
 from luthier.evaluate.intervals import (
     FALSE_POSITIVES,
     FEWEST,
@@ -24,7 +24,7 @@ from luthier.evaluate.intervals import (
     sign_flip,
 )
 from luthier.evaluate.metrics import METRICS
-from luthier.evaluate.sets import EvalSet, Item, Say, SetResult, is_binary, measure, statistic_of
+from luthier.evaluate.sets import EvalSet, Item, SetResult, is_binary, measure, statistic_of
 from luthier.tune import Tune
 
 NOT_MEASURED = "not measured"

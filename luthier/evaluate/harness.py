@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from luthier import machine
 from luthier.errors import LuthierError, nearest
-from luthier.training.services import evaluating
+from luthier.models.modes import evaluating
 from luthier.tune import Tune
 
 _BOOTSTRAP = 1000

@@ -10,15 +10,16 @@ from typing import NamedTuple
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from luthier import logprobs
+from luthier.columns import chunked
 from luthier.errors import LuthierError
-from luthier.evaluate.generate import BATCH_TOKENS, context_of
+from luthier.generation.generate import BATCH_TOKENS, context_of
 from luthier.kinds import Now, RowLikelihood
+from luthier.models.modes import evaluating
 from luthier.rows.batches import collate, plan_epoch
 from luthier.rows.chat import LossOn
 from luthier.rows.encode import Encoded, encode_each, encode_pair, end_of_turn_ids
 from luthier.rows.shapes import Row, bad_rows_error
-from luthier.training.services import evaluating, view_of
+from luthier.training.services import view_of
 from luthier.tune import Tune
 
 
@@ -43,7 +44,7 @@ def likelihoods(tune: Tune, rows: Sequence[Encoded], *, batch_tokens: int = BATC
     """
     found: dict[int, Likelihood] = {}
     device = next(tune.model.parameters()).device
-    columns = logprobs.resolve(["nll"])
+    columns = chunked.resolve(["nll"])
     lengths = [len(row) for row in rows]
     # All rows are one step of an epoch: sorted by length and cut so that little is padded.
     plan = plan_epoch(lengths, micro_batch_tokens=batch_tokens, batch_rows=max(1, len(rows)), seed=0, epoch=0)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from luthier.evaluate.metrics import contains, words_of
 from luthier.evaluate.sets import accepted_answers
+from luthier.rows.answers import contains, words_of
 from luthier.rows.shapes import Row
 
 Words = tuple[str, ...]

@@ -12,18 +12,17 @@ from typing import Any, Literal, NamedTuple, cast, get_args
 import numpy
 from transformers import PreTrainedTokenizerBase
 
-from luthier.errors import LuthierError, nearest
-from luthier.evaluate.generate import BATCH_TOKENS, context_of, generate
+from luthier.errors import LuthierError, Say, nearest
 from luthier.evaluate.intervals import FEWEST, Interval, Numbers, bootstrap, wilson
 from luthier.evaluate.likelihood import encode_choices, likelihoods, most_likely
 from luthier.evaluate.metrics import METRICS, Metric
+from luthier.generation.generate import BATCH_TOKENS, context_of, generate
 from luthier.models.head import head_of
 from luthier.rows.encode import Encoded, encode, encode_prompt
 from luthier.rows.shapes import Row
 from luthier.tune import Tune
 
 Side = Literal["learnt", "kept"]
-Say = Callable[[str], None]
 
 _NEEDED_SHAPES = {
     "generation": "a `prompt` and an `answer`",

@@ -18,9 +18,9 @@ from luthier.delta.sources import live, tied, untie
 from luthier.errors import LuthierError
 from luthier.export.folder import new_folder
 from luthier.models.load import load_tokenizer
+from luthier.models.modes import evaluating
 from luthier.models.quiet import quiet
 from luthier.models.weights import load_weights
-from luthier.training.services import evaluating
 from luthier.tune import Tune
 
 PROBES = (

@@ -20,11 +20,11 @@ from luthier.errors import LuthierError, nearest
 from luthier.export.peft_adapter import CONFIG, PREFIX, TENSORS, Adapter, write_adapter
 from luthier.export.peft_beside import WEIGHTS_ALONE, writer_of
 from luthier.kinds import Additive, Place, Services, Tensors
+from luthier.kinds.parts import Parts
 from luthier.machine import versions
 from luthier.methods.additive.lora import lora
 from luthier.models.fingerprint import fingerprint as fingerprint_of
 from luthier.models.known import KNOWN
-from luthier.models.parts import Parts
 from luthier.tune import Tune
 from luthier.tune.sites import Addition
 

@@ -12,7 +12,7 @@ from transformers import DynamicCache
 from luthier.errors import LuthierError
 from luthier.export.model import outputs
 from luthier.export.peft_adapter import Adapter
-from luthier.training.services import evaluating
+from luthier.models.modes import evaluating
 from luthier.tune import Tune
 
 INSTEAD = "train prompt_tuning instead, or export the weights without it: --as model --weights-only"

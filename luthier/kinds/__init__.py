@@ -12,9 +12,10 @@ saves in checkpoints and shares among the values one technique returns. Every fu
 
 from __future__ import annotations
 
-from luthier.kinds.base import Batch, Form, Now, Place, Services, State, Tensors, TrainedLike
+from luthier.kinds.base import Batch, Form, Now, Services, State, Tensors, TrainedLike
 from luthier.kinds.columns import BASE, Chunk, Column, Disturbed, OtherPass, StepTable, View
 from luthier.kinds.objective import Annotation, InputMap, Reading, Term, TokenLoss, TokenWeight, Vocabulary, Written
+from luthier.kinds.parts import Place
 from luthier.kinds.probe import Cell, Comparison, Drawing, Finding, Line, Probe, Table
 from luthier.kinds.rows import RowLikelihood, RowMap, RowScore, RowServices
 from luthier.kinds.step import Freezing, Keeper, Optimizer, Pass, Source, Transform
@@ -22,10 +23,6 @@ from luthier.kinds.tune import Additive, HiddenEdit, Prefix, Prompt, Refresh, Re
 
 __all__ = [
     "BASE",
-    "KINDS",
-    "OBJECTIVES",
-    "STEPS",
-    "TUNES",
     "Additive",
     "Annotation",
     "Batch",
@@ -74,38 +71,4 @@ __all__ = [
     "View",
     "Vocabulary",
     "Written",
-    "kind_of",
 ]
-
-KINDS: dict[str, type] = {
-    "row_score": RowScore,
-    "row_map": RowMap,
-    "selective": Selective,
-    "additive": Additive,
-    "hidden_edit": HiddenEdit,
-    "prefix": Prefix,
-    "prompt": Prompt,
-    "input_map": InputMap,
-    "term": Term,
-    "token_loss": TokenLoss,
-    "token_weight": TokenWeight,
-    "transform": Transform,
-    "optimizer": Optimizer,
-    "source": Source,
-    "keeper": Keeper,
-    "freezing": Freezing,
-    "probe": Probe,
-}
-"""Folder under `luthier/methods/` to kind."""
-
-TUNES = ("selective", "additive", "hidden_edit", "prefix", "prompt")
-OBJECTIVES = ("input_map", "term", "token_loss")
-STEPS = ("transform", "optimizer")
-
-
-def kind_of(value: object) -> str:
-    """The folder name of a value's kind."""
-    for name, kind in KINDS.items():
-        if isinstance(value, kind):
-            return name
-    raise TypeError(f"{type(value).__name__} is no kind of luthier")

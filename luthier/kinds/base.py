@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from luthier.kinds.parts import Parts, Place
+
 if TYPE_CHECKING:
     from luthier.kinds.columns import View
-    from luthier.models.parts import Parts
 
 
 State = dict[str, Any]
@@ -42,30 +43,6 @@ class Now(NamedTuple):
     def phase(self, ends: Sequence[float]) -> int:
         """Which phase of the run this step is in, from 0, where phases end at these shares of all steps."""
         return sum(self.step >= round(end * self.steps) for end in ends)
-
-
-class Place(NamedTuple):
-    """Where one tensor of a model lives: enough to find it again, never the tensor itself."""
-
-    module: str
-    """Dotted name of the module, e.g. `model.layers.3.self_attn.q_proj`."""
-    tensor: str
-    """`weight`, `bias` or another parameter's name."""
-    role: str
-    """What it does: `attention_query`, `mlp_down`, `embedding` ..., see `luthier.models.parts`."""
-    block: int | None
-    """The transformer block, None outside the blocks."""
-    start: int | None = None
-    """First output row of this place in a fused projection; None: the whole tensor."""
-    stop: int | None = None
-
-    @property
-    def parameter(self) -> str:
-        """Dotted name of the parameter."""
-        return ".".join(part for part in (self.module, self.tensor) if part)
-
-    def __str__(self) -> str:
-        return self.parameter if self.start is None else f"{self.parameter}[{self.start}:{self.stop}]"
 
 
 class Batch(NamedTuple):

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from torch import Tensor
 
-from luthier.kinds.base import Place
+from luthier.kinds.parts import Place
 
 if TYPE_CHECKING:
-    from luthier.models.parts import Parts
+    from luthier.kinds.parts import Parts
 
 
 class Comparison(Protocol):

@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from torch import Tensor
 
-from luthier.kinds.base import Now, Place, Services, State, Tensors
+from luthier.kinds.base import Now, Services, State, Tensors
+from luthier.kinds.parts import Place
 
 if TYPE_CHECKING:
-    from luthier.models.parts import Parts
+    from luthier.kinds.parts import Parts
 
 
 class Select(NamedTuple):

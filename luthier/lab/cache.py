@@ -23,18 +23,17 @@ from typing import Any
 
 import luthier
 from luthier import disk, machine, registry
-from luthier.beside_recipe import SOURCES
 from luthier.errors import LuthierError
-from luthier.kinds import KINDS
 from luthier.models.wheel import cache_folder
-from luthier.recipe import TECHNIQUES, Recipe
+from luthier.recipe import Recipe
+from luthier.recipe.paths import SOURCES
+from luthier.results.folder import write_json
 from luthier.rows.ids import canonical
-from luthier.run import write_json
 
 PACKAGE = Path(luthier.__file__).parent
-_COMPUTES_NOTHING = ("report", "cli", "cli_progress", "catalogue", "papers", "sweep", "__main__")
+_COMPUTES_NOTHING = ("report", "cli", "sweep", "__main__", "registry/catalogue", "registry/papers")
 """Modules of luthier that no number depends on."""
-_LAB_COMPUTES_NOTHING = ("claims", "verdict", "results", "figure", "command")
+_LAB_COMPUTES_NOTHING = ("claims", "calibration", "verdict", "verdicts", "results", "figure", "overview", "command")
 _KEY_DIGITS = 24
 
 
@@ -108,11 +107,8 @@ def _names_file(value: str, where: str) -> bool:
 def technique_names(recipe: Recipe) -> frozenset[str]:
     """Every word under a recipe's technique keys that could name a technique."""
     found: set[str] = set()
-    for key in TECHNIQUES:
-        value: Any = recipe
-        for step in key.split("."):
-            value = getattr(value, step)
-        found.update(_words(content(value, key)))
+    for name, key in registry.KEYS.items():
+        found.update(_words(content(key.of(recipe), name)))
     return frozenset(found)
 
 
@@ -132,7 +128,8 @@ def _words(value: Any) -> Iterator[str]:
 def core_sources() -> str:
     """Identifies the code that every stage runs."""
     skipped = {"lab", "methods", *_COMPUTES_NOTHING}
-    return _digest(path for path in PACKAGE.rglob("*.py") if path.relative_to(PACKAGE).parts[0].removesuffix(".py") not in skipped)
+    files = {path: path.relative_to(PACKAGE).with_suffix("") for path in PACKAGE.rglob("*.py")}
+    return _digest(path for path, name in files.items() if not skipped & {name.as_posix(), name.parts[0]})
 
 
 @cache
@@ -141,7 +138,7 @@ def technique_sources(names: frozenset[str]) -> str:
     files: dict[str, list[Path]] = {}
     for path in (PACKAGE / "methods").rglob("*.py"):
         files.setdefault(path.stem, []).append(path)
-    for kind in KINDS:
+    for kind in registry.KINDS:
         for name in names.intersection(registry.names(kind)):
             # A technique's file may lie outside the package.
             own = Path(inspect.getfile(registry.find(name, (kind,)).factory))

@@ -11,7 +11,7 @@ from types import MappingProxyType
 from typing import Any, Literal, NamedTuple, get_args
 
 from luthier.errors import LuthierError, nearest
-from luthier.run import Run
+from luthier.results.folder import Run
 
 CHOOSING_SEED = 10_000
 """Seed of the runs that choose learning rates: a claim makes its rows from the seed, so these see other rows than the measured."""
@@ -47,6 +47,8 @@ class Arm(NamedTuple):
     """Takes the learning rate chosen for the arm of this name instead of choosing its own: for controls."""
     rate_factor: float = 1.0
     """With `like`: multiplies the rate that is taken over."""
+    seed_offset: int = 0
+    """Added to the seed of the training, not to that of the rows: what is drawn while training is then drawn anew."""
 
 
 class Expectation(NamedTuple):
@@ -82,40 +84,55 @@ class Claim(NamedTuple):
     papers: Sequence[str]
     """arXiv ids."""
     rows: Sequence[int]
-    """The papers' numbers in `luthier/papers.tsv`."""
+    """The papers' numbers in `luthier/registry/papers.tsv`."""
     says: str
     """The paper's claim in one sentence, in our words."""
     stages: Callable[[Setting], Sequence[Recipe]]
     """Recipes of the stages, one after another: each starts from the merged result of the one before."""
     arms: Sequence[Arm]
     """The baseline first."""
-    expects: Sequence[Expectation]
+    main: Expectation
+    """What the paper's claim comes to: its verdict is the claim's, and only it decides whether more seeds are run."""
     measure: Callable[[Finished], Mapping[str, float]]
     """The numbers of one finished repetition, the same names for every arm."""
     choose: Callable[[Finished], float]
     """Judges a learning rate, larger is better, from a repetition with the seed `CHOOSING_SEED` and `choose_stages` runs."""
     minutes: float
-    """Rough cost with three seeds on two processor cores."""
+    """Rough cost of the first look on two processor cores."""
+    beside: Sequence[Expectation] = ()
+    """What else is expected; each has a verdict of its own, and none changes the claim's."""
+    question: str = "Other questions"
+    """What a reader asks: claims of one question stand together."""
+    unit: str = "share of items"
+    """Of the main expectation's measure."""
+    seeds: int | None = None
+    """Where runs are too dear for the lab's two looks: so many seeds and one look."""
     rates: Sequence[float] = (3e-4, 1e-3, 3e-3)
     """Learning rates to choose from. A stage that names its own `train.learning_rate` keeps it."""
     choose_stages: int = 1
     """How many stages are run to judge a learning rate."""
     apart: bool = False
     """Every stage starts from the claim's model instead of the one before: for changes that are put together afterwards."""
-    model: str = "workshop"
+    model: str = "workshop-small"
     data: Sequence[str] = ()
     """Data sets that it reads and luthier does not bring, such as `mawps/train`: see `luthier.lab.real`."""
     floor: Mapping[str, float] = MappingProxyType({})
-    """Measures and the least mean the baseline must reach: an experiment whose baseline did not learn can neither support nor refute."""
+    """Measures and the least mean the baseline must reach: an experiment whose baseline did not learn can tell nothing."""
     notes: str = ""
     """Where and why the experiment differs from the paper's."""
+
+
+def expectations(claim: Claim) -> tuple[Expectation, ...]:
+    """All that is expected, the main expectation first."""
+    return (claim.main, *claim.beside)
 
 
 def check(claim: Claim) -> None:
     """Refuse a claim that contradicts itself, before anything runs.
 
     Raises:
-        LuthierError: two arms of one name, an unknown arm, grids of different lengths, a negative margin or an unknown direction.
+        LuthierError: two arms of one name, an unknown arm, grids of different lengths, no main expectation, a negative margin or an
+            unknown direction.
     """
     names = [arm.name for arm in claim.arms]
     searching = [arm.name for arm in claim.arms if arm.like is None]
@@ -128,15 +145,22 @@ def check(claim: Claim) -> None:
         _demand(alike, claim, f"arm {arm.name}", "arms choose among unlike numbers of rates", "give each as many as the claim has")
         known = arm.like is None or arm.like in searching
         _demand(known, claim, f"arm {arm.name}", f"no arm `{arm.like}` chooses a rate", nearest(str(arm.like), searching))
-    _demand(len(claim.expects) > 0, claim, "expects", "nothing is expected", "say what would support the claim")
-    for one in claim.expects:
+    _demand(isinstance(claim.main, Expectation), claim, "main", "a claim has one main expectation", "give one Expectation")
+    _demand(claim.seeds is None or claim.seeds >= 2, claim, "seeds", "an interval needs two seeds", "give 2 or more, or none")
+    for one in expectations(claim):
         for name in (one.arm, one.versus):
-            _demand(name in names, claim, "expects", f"there is no arm `{name}`", nearest(name, names))
+            _demand(name in names, claim, "expectations", f"there is no arm `{name}`", nearest(name, names))
         directions = get_args(Direction)
         _demand(
-            one.direction in directions, claim, "expects", f"`{one.direction}` is no direction", nearest(one.direction, directions)
+            one.direction in directions,
+            claim,
+            "expectations",
+            f"`{one.direction}` is no direction",
+            nearest(one.direction, directions),
         )
-        _demand(one.margin >= 0, claim, "expects", f"the margin {one.margin:g} is below 0", "turn the direction around instead")
+        _demand(
+            one.margin >= 0, claim, "expectations", f"the margin {one.margin:g} is below 0", "turn the direction around instead"
+        )
 
 
 def _demand(holds: bool, claim: Claim, part: str, what: str, mend: str) -> None:

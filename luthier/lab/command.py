@@ -1,11 +1,11 @@
-"""What `luthier lab` does: list the claims, run one or all, forget what was kept."""
+"""What `luthier lab` does: list the claims, run one or all, test the lab itself, forget what was kept."""
 
 from __future__ import annotations
 
 import os
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,15 +14,15 @@ from rich.console import Group, RenderableType
 from rich.markup import escape
 from rich.table import Table
 
-from luthier.errors import LuthierError
-from luthier.lab import claims
+from luthier.errors import LuthierError, Say
+from luthier.lab import calibrating, claims
 from luthier.lab.cache import forget, lab_folder
 from luthier.lab.claim import Claim
 from luthier.lab.pool import workers
 from luthier.lab.real import FOLDER, missing
 from luthier.lab.results import Result, colored, file_stem, load, result_of, save, shown
 from luthier.lab.runner import Lab, run_claim
-from luthier.plan import Say
+from luthier.lab.verdicts import entry, in_words
 
 _UNITS = {"s": 1 / 60, "m": 1.0, "h": 60.0}
 
@@ -31,10 +31,12 @@ class Asked(NamedTuple):
     """The command's options."""
 
     name: str | None = None
-    seeds: int = 3
+    seeds: int | None = None
+    """None: as many as the lab's rule asks for."""
     model: str | None = None
     every: bool = False
     listed: bool = False
+    calibrated: bool = False
     forgotten: bool = False
     budget: str | None = None
     """`90s`, `60m` or `2h`."""
@@ -57,12 +59,12 @@ def answer(asked: Asked, say: Say) -> Answer:
     Raises:
         LuthierError: an unknown claim, options that make no sense, or a claim that could not be run.
     """
-    wanted = [asked.name is not None, asked.every, asked.listed, asked.forgotten]
+    wanted = [asked.name is not None, asked.every, asked.listed, asked.calibrated, asked.forgotten]
     if sum(wanted) != 1:
         raise LuthierError(
             "a claim is missing" if not any(wanted) else "only one thing can be done at a time",
             where="luthier lab",
-            mend="give a claim's name, --all, --list or --forget",
+            mend="give a claim's name, --all, --list, --calibrate or --forget",
         )
     if asked.forgotten:
         folder = forget()
@@ -70,8 +72,10 @@ def answer(asked: Asked, say: Say) -> Answer:
     if asked.listed:
         found = listed(asked.out)
         return Answer(found, lambda: _table(found))
-    if asked.seeds < 1:
+    if asked.seeds is not None and asked.seeds < 1:
         raise LuthierError(f"{asked.seeds} seeds", where="--seeds", mend="use 1 or more; an interval needs 2")
+    if asked.calibrated:
+        return _calibrated(asked, say)
     budget = minutes_of(asked.budget)
     if asked.name is not None:
         if budget is not None:
@@ -81,6 +85,16 @@ def answer(asked: Asked, say: Say) -> Answer:
             result = _run(claim, asked, lab)
         return Answer(result, lambda: shown(result))
     return run_all(asked, budget, say)
+
+
+def _calibrated(asked: Asked, say: Say) -> Answer:
+    for given, option in ((asked.seeds, "--seeds"), (asked.model, "--model"), (asked.budget, "--budget")):
+        if given is not None:
+            raise LuthierError("the lab's own test is fixed", where=option, mend=f"leave {option} out")
+    with _lab(asked, say) as lab:
+        facts = calibrating.run(lab)
+    say(f"written: {calibrating.save(facts, asked.out)}")
+    return Answer(facts, lambda: calibrating.shown(facts))
 
 
 def minutes_of(budget: str | None) -> float | None:
@@ -103,8 +117,9 @@ def listed(out: Path) -> list[dict[str, Any]]:
     for name in claims.names():
         claim = claims.find(name)
         result = load(out, name)
-        verdict = None if result is None else result["verdict"]
-        found.append({"name": name, "title": claim.title, "verdict": verdict, "minutes": claim.minutes})
+        told = None if result is None else entry(result)
+        facts = {key: None if told is None else told[key] for key in ("verdict", "words")}
+        found.append({"name": name, "title": claim.title, **facts, "minutes": claim.minutes})
     return found
 
 
@@ -171,12 +186,19 @@ def _table(found: list[dict[str, Any]]) -> RenderableType:
     for column in ("claim", "title", "verdict", "minutes"):
         made.add_column(column)
     for one in found:
-        verdict = "[dim]not measured[/dim]" if one["verdict"] is None else colored(one["verdict"])
+        verdict = "[dim]not measured[/dim]" if one["verdict"] is None else _worded(one)
         made.add_row(f"[bold]{escape(one['name'])}[/bold]", escape(one["title"]), verdict, f"{one['minutes']:g}")
     return made
 
 
+def _worded(told: Mapping[str, str]) -> str:
+    """A verdict in its color, and the rest of what is said of it."""
+    return colored(told["verdict"]) + escape(told["words"].removeprefix(told["verdict"]))
+
+
 def _summary(results: list[Result], left_out: list[dict[str, Any]]) -> Group:
-    lines: list[RenderableType] = [f"[bold]{escape(one['claim'])}[/bold]: {colored(one['verdict'])}" for one in results]
+    lines: list[RenderableType] = [
+        f"[bold]{escape(one['claim'])}[/bold]: {_worded({'verdict': one['verdict'], 'words': in_words(one)})}" for one in results
+    ]
     lines += [f"[dim]left out: {escape(one['name'])}, about {one['minutes']:g} minutes[/dim]" for one in left_out]
     return Group(*lines)

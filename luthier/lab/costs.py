@@ -9,9 +9,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from luthier.lab import world
 from luthier.lab.claim import Finished
-from luthier.plan import make_plan
+from luthier.planning.plan import make_plan
 from luthier.recipe import make_recipe
-from luthier.run import Run
+from luthier.results.folder import Run
 
 _SAMPLE = 16
 """Rows of the step that is counted."""

@@ -33,7 +33,7 @@ def draw(result: Mapping[str, Any]) -> str:
     panels = [(name, values) for name, values in panels if any(values)]
     tall = HEAD + LINE * len(arms) + FOOT + GAP
     height = max(tall * len(panels), 2 * HEAD)
-    svg = figure(WIDTH, height, f"{result['title']}: {result['verdict']}", "claim")
+    svg = figure(WIDTH, height, f"{result['title']}: {result['verdict']} at this scale", "claim")
     svg.set("xmlns", "http://www.w3.org/2000/svg")
     # A picture cannot know whether its page is light or dark, so it brings its own paper.
     add(svg, "style", STYLE)

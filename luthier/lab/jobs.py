@@ -15,15 +15,15 @@ from typing import Any, Literal, NamedTuple
 
 from filelock import FileLock
 
-from luthier import disk, machine
+from luthier import disk, machine, registry
 from luthier.errors import LuthierError
-from luthier.flow import train
 from luthier.lab import claims
 from luthier.lab.cache import claim_source, content, keep, key_of, measure_sources, read, stage_key
 from luthier.lab.claim import Arm, Claim, Finished, Recipe, Setting
-from luthier.recipe import TECHNIQUES, make_recipe
-from luthier.run import Run, read_run
-from luthier.use import export
+from luthier.recipe import make_recipe
+from luthier.results.folder import Run, read_run
+from luthier.runs.export import export
+from luthier.runs.train import train
 
 Question = Literal["measure", "choose"]
 STAGE_SEEDS = 1_000_000
@@ -64,7 +64,7 @@ def arm_recipes(arm: Arm, rate: float | None, setting: Setting, bases: Sequence[
         recipe = with_rate(base, rate)
         recipe = arm.change(deepcopy(recipe), number, setting) if callable(arm.change) else merged(recipe, arm.change)
         # A technique that draws at its start draws anew in each stage.
-        recipes.append({"noise": False, **with_rate(recipe, rate), "seed": setting.seed + STAGE_SEEDS * number})
+        recipes.append({"noise": False, **with_rate(recipe, rate), "seed": setting.seed + arm.seed_offset + STAGE_SEEDS * number})
     return recipes
 
 
@@ -79,7 +79,7 @@ def merged(recipe: Mapping[str, Any], change: Mapping[str, Any], where: str = ""
     result = dict(recipe)
     for key, value in change.items():
         mine, place = result.get(key), f"{where}{key}"
-        deeper = isinstance(mine, Mapping) and isinstance(value, Mapping) and place not in TECHNIQUES
+        deeper = isinstance(mine, Mapping) and isinstance(value, Mapping) and place not in registry.KEYS
         result[key] = merged(mine, value, f"{place}.") if deeper else value  # type: ignore[arg-type]
     return result
 
@@ -106,7 +106,7 @@ def stage_path(root: Path, key: str) -> Path:
 def answer_path(job: Job) -> Path:
     """Where the answer to a job's question is kept."""
     source = claim_source(claims.file_of(job.claim))
-    facts = {"claim": source, "arm": job.arm, "setting": job.setting, "stages": job.keys, "question": job.question}
+    facts = {"claim": [job.claim, source], "arm": job.arm, "setting": job.setting, "stages": job.keys, "question": job.question}
     return Path(job.root) / "measures" / f"{key_of({**facts, 'sources': measure_sources()})}.json"
 
 

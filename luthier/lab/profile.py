@@ -8,13 +8,13 @@ from typing import Any, NamedTuple
 from transformers import PreTrainedTokenizerBase
 
 from luthier import __version__, machine
-from luthier.errors import LuthierError
+from luthier.errors import LuthierError, Say, silent
 from luthier.evaluate.compare import NOT_MEASURED, compare
-from luthier.evaluate.sets import EvalSet, Say, SetResult, measure
+from luthier.evaluate.sets import EvalSet, SetResult, measure
 from luthier.lab import world
 from luthier.lab.world_sets import sets_of
-from luthier.opened import is_run, open_base, open_model, silent
-from luthier.run import read_run
+from luthier.results.folder import read_run
+from luthier.results.opened import is_run, open_base, open_model
 from luthier.tune import Tune
 
 COUNT = 100

@@ -16,16 +16,16 @@ from rich.table import Table
 
 from luthier import disk, machine
 from luthier.errors import LuthierError, nearest
-from luthier.lab.claim import Arm, Claim, Expectation
+from luthier.lab.claim import Arm, Claim, Expectation, expectations
 from luthier.lab.figure import draw
 from luthier.lab.runner import Choice, Ran
-from luthier.lab.verdict import judge, together
-from luthier.run import write_json
+from luthier.lab.verdict import CANNOT_TELL, judge
+from luthier.lab.verdicts import COLORS, difference, in_words, readable, rule_facts
+from luthier.results.folder import write_json
 
 Result = dict[str, Any]
 Values = Mapping[str, Sequence[float | None]]
 """Of one arm: each measure's numbers, one a seed; None where training broke off."""
-_COLORS = {"supported": "green", "refuted": "red", "inconclusive": "yellow"}
 _WORDS = {
     "more": ("more than", "by"),
     "less": ("less than", "by"),
@@ -36,7 +36,7 @@ _VERSIONS = ("luthier", "torch", "transformers", "python")
 
 
 def result_of(ran: Ran) -> Result:
-    """What came of a claim, as plain data: two results of the same runs are equal.
+    """What came of a claim, as plain data: two results of the same runs are equal. The first expectation is the main one.
 
     Raises:
         LuthierError: an expectation is about a measure that no arm has.
@@ -44,7 +44,7 @@ def result_of(ran: Ran) -> Result:
     claim = ran.claim
     measures = list(dict.fromkeys(name for seeds in ran.numbers.values() for numbers in seeds for name in numbers))
     values = {arm: {name: [numbers.get(name) for numbers in seeds] for name in measures} for arm, seeds in ran.numbers.items()}
-    expectations = [_expectation(claim, one, values, measures, ran.seeds) for one in claim.expects]
+    judged = [_expectation(claim, one, values, measures, ran) for one in expectations(claim)]
     short = _short_of(claim, values[claim.arms[0].name])
     versions = machine.versions()
     return {
@@ -53,9 +53,12 @@ def result_of(ran: Ran) -> Result:
         "papers": list(claim.papers),
         "rows": list(claim.rows),
         "says": claim.says,
-        "verdict": "inconclusive" if short else together([one["verdict"] for one in expectations]),
+        "question": claim.question,
+        "unit": claim.unit,
+        "verdict": CANNOT_TELL if short else judged[0]["verdict"],
+        "rule": rule_facts(ran.design),
         "short": short,
-        "expectations": expectations,
+        "expectations": judged,
         "measures": measures,
         "arms": [_arm(arm, ran.choices[arm.name], values[arm.name]) for arm in claim.arms],
         "notes": claim.notes,
@@ -80,13 +83,13 @@ def _short_of(claim: Claim, baseline: Values) -> list[str]:
     return found
 
 
-def _expectation(claim: Claim, one: Expectation, values: Mapping[str, Values], measures: Sequence[str], seeds: int) -> Result:
+def _expectation(claim: Claim, one: Expectation, values: Mapping[str, Values], measures: Sequence[str], ran: Ran) -> Result:
     if measures and one.measure not in measures:
-        where = f"claim {claim.name}, expects"
+        where = f"claim {claim.name}, expectations"
         raise LuthierError(f"nothing measures `{one.measure}`", where=where, mend=nearest(one.measure, measures))
     # Where training broke off in all arms there are no measures either.
-    arm, versus = (values[name].get(one.measure, [None] * seeds) for name in (one.arm, one.versus))
-    judged = judge(arm, versus, one.direction, one.margin)
+    arm, versus = (values[name].get(one.measure, [None] * ran.seeds) for name in (one.arm, one.versus))
+    judged = judge(arm, versus, one.direction, one.margin, ran.design.level)
     return {**one._asdict(), **judged._asdict()}
 
 
@@ -137,12 +140,7 @@ def load(folder: Path, stem: str) -> Result | None:
         result: Result = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise LuthierError(f"this result cannot be read: {error}", where=str(path), mend=f"luthier lab {stem}") from None
-    return result
-
-
-def number(value: float | None) -> str:
-    """A number of a table."""
-    return "none" if value is None else f"{value:.3g}"
+    return readable(result)
 
 
 def spread(values: Sequence[float | None]) -> str:
@@ -151,12 +149,6 @@ def spread(values: Sequence[float | None]) -> str:
     if not known:
         return "none"
     return f"{fmean(known):.3g}" + (f" ± {stdev(known):.2g}" if len(known) > 1 else "")
-
-
-def difference(one: Mapping[str, Any]) -> str:
-    """An expectation's mean difference with its interval."""
-    text = number(one["mean"])
-    return text + (f" ({number(one['interval'][0])} to {number(one['interval'][1])})" if one["interval"] else "")
 
 
 def expected(one: Mapping[str, Any]) -> str:
@@ -168,7 +160,7 @@ def expected(one: Mapping[str, Any]) -> str:
 
 def colored(verdict: str) -> str:
     """A verdict for the terminal."""
-    return f"[{_COLORS[verdict]}]{verdict}[/{_COLORS[verdict]}]"
+    return f"[{COLORS[verdict]}]{verdict}[/{COLORS[verdict]}]"
 
 
 def shown(result: Result) -> Group:
@@ -178,11 +170,12 @@ def shown(result: Result) -> Group:
     numbers.add_row("[dim]learning rate[/dim]", *(f"[dim]{rate}[/dim]" for rate in rates))
     for name in result["measures"]:
         numbers.add_row(escape(name), *(spread(arm["numbers"][name]) for arm in result["arms"]))
-    pairs = _table("expected", "difference (95 % interval)", "verdict")
-    for one in result["expectations"]:
+    main, *beside = result["expectations"]
+    seeds = len(result["seeds"])
+    pairs = _table("beside it", "difference (interval)", "verdict")
+    for one in beside:
         pairs.add_row(escape(one["says"] or expected(one)), difference(one), colored(one["verdict"]))
     remarks = [*result["short"], *result["edge"], *dict.fromkeys(one["note"] for one in result["expectations"] if one["note"])]
-    seeds = len(result["seeds"])
     return Group(
         f"[bold]{escape(result['title'])}[/bold]",
         escape(result["says"]),
@@ -190,11 +183,30 @@ def shown(result: Result) -> Group:
         numbers,
         f"[dim]mean ± standard deviation over {seeds} seed{'s' if seeds > 1 else ''}; {escape(result['model']['name'])}[/dim]",
         "",
-        pairs,
-        *(f"[dim]{escape(remark)}[/dim]" for remark in remarks),
+        *([pairs] if beside else []),
+        *(f"[dim]{escape(remark)}[/dim]" for remark in [*remarks, looked(result["rule"])]),
         "",
-        f"[bold]{escape(result['claim'])}[/bold]: {colored(result['verdict'])}",
+        f"[bold]{escape(result['claim'])}[/bold]: {colored(result['verdict'])}{escape(_rest(result))}",
+        escape(main["says"] or expected(main)),
     )
+
+
+def _rest(result: Result) -> str:
+    """What follows a verdict: the size of the effect."""
+    return in_words(result).removeprefix(result["verdict"])
+
+
+def looked(rule: Mapping[str, Any] | None) -> str:
+    """How the lab looked, in words.
+
+    Args:
+        rule: what `luthier.lab.verdicts.rule_facts` gives, or None for a result from before the rule.
+    """
+    if rule is None:
+        return "from before the lab's rule"
+    looks = " and, where still undecided, ".join(map(str, rule["looks"]))
+    words = f"looked at {looks} seeds, {100 * (1 - rule['level']):.1f} % intervals"
+    return words if rule["lab"] else f"{words}; not the lab's rule, which is what runs without --seeds"
 
 
 def _table(*columns: str) -> Table:

@@ -1,4 +1,5 @@
-"""Runs a claim: learning rates are chosen first, each arm's alike; then every arm runs at every seed.
+"""Runs a claim: learning rates are chosen first, each arm's alike; then every arm runs at the seeds of each look, as many looks
+as the rule asks for.
 
 Work is cut into jobs, one stage or one measurement each, which leave their results in the lab's cache. A lab that was killed goes on
 where it was when it is called again, and ends in the same numbers.
@@ -12,7 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-from luthier.errors import LuthierError
+from luthier.errors import LuthierError, Say
 from luthier.lab.cache import read
 from luthier.lab.claim import CHOOSING_SEED, Arm, Claim, Recipe, Setting
 from luthier.lab.jobs import (
@@ -30,9 +31,12 @@ from luthier.lab.jobs import (
     stage_path,
     train_stage,
 )
+from luthier.lab.verdict import CANNOT_TELL, Design, design_of, judge
 from luthier.models.fingerprint import fingerprint
 from luthier.models.load import load_model
-from luthier.plan import Say
+
+Numbers = Mapping[str, tuple[Mapping[str, float | None], ...]]
+"""By arm, the measures of each seed."""
 
 
 class Lab(NamedTuple):
@@ -80,9 +84,11 @@ class Ran(NamedTuple):
     model: str
     fingerprint: str
     seeds: int
+    """At the last look."""
+    design: Design
     choices: Mapping[str, Choice]
     """By arm."""
-    numbers: Mapping[str, tuple[Mapping[str, float | None], ...]]
+    numbers: Numbers
     """By arm, of each seed; empty where training broke off."""
     seconds: float
     """Training time of all stages, those from the cache included."""
@@ -92,13 +98,13 @@ class Ran(NamedTuple):
     """What had to be done now, because the cache did not hold it."""
 
 
-def run_claim(claim: Claim, lab: Lab, *, seeds: int = 3, model: str | None = None) -> Ran:
-    """Run every arm of a claim.
+def run_claim(claim: Claim, lab: Lab, *, seeds: int | None = None, model: str | None = None) -> Ran:
+    """Run every arm of a claim, at the seeds 0, 1, ... of each look until the main expectation is decided.
 
     Args:
         claim: from `luthier.lab.claims.find`.
         lab: where and how.
-        seeds: repetitions, with the seeds 0, 1, ...
+        seeds: repetitions at a single look, instead of the lab's rule.
         model: instead of the claim's.
 
     Raises:
@@ -107,10 +113,21 @@ def run_claim(claim: Claim, lab: Lab, *, seeds: int = 3, model: str | None = Non
     model = model or claim.model
     work = Work(claim, lab, model, fingerprint(load_model(model)))
     choices = choose_rates(work)
-    chains = [work.chain(arm, choices[arm.name].rate, seed) for arm in claim.arms for seed in range(seeds)]
-    answers = iter(work.ask(chains, "measure"))
-    numbers = {arm.name: tuple(next(answers) for _ in range(seeds)) for arm in claim.arms}
-    return Ran(claim, model, work.start, seeds, choices, numbers, work.seconds(), len(work.stages), work.jobs)
+    design = design_of(claim, seeds)
+    for look in design.looks:
+        chains = [work.chain(arm, choices[arm.name].rate, seed) for arm in claim.arms for seed in range(look)]
+        answers = iter(work.ask(chains, "measure"))
+        numbers = {arm.name: tuple(next(answers) for _ in range(look)) for arm in claim.arms}
+        if decided(claim, numbers, design.level):
+            break
+    return Ran(claim, model, work.start, look, design, choices, numbers, work.seconds(), len(work.stages), work.jobs)
+
+
+def decided(claim: Claim, numbers: Numbers, level: float) -> bool:
+    """Whether the main expectation has a verdict at this look."""
+    main = claim.main
+    arm, versus = ([one.get(main.measure) for one in numbers[name]] for name in (main.arm, main.versus))
+    return judge(arm, versus, main.direction, main.margin, level).verdict != CANNOT_TELL
 
 
 class Work:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 
-from luthier.evaluate.metrics import words_of
 from luthier.lab.skill import Prompt, Split
+from luthier.rows.answers import words_of
 
 _HELD_BACK, _VALIDATION = 8, 4
 """One prompt in so many is kept from training; of these, one in so many is for validation."""

@@ -11,20 +11,22 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from luthier import logprobs
+from luthier.columns import chunked
+from luthier.columns.targets import find_targets
 from luthier.kinds import BASE, Batch, Column, Now
 from luthier.lab import world
 from luthier.lab.skill import Split
 from luthier.models.attention import use_attention
 from luthier.models.head import head_of
-from luthier.opened import open_base, open_run
+from luthier.models.modes import evaluating
+from luthier.results.folder import Run
+from luthier.results.opened import open_base, open_run
 from luthier.rows.batches import collate
 from luthier.rows.encode import encode
 from luthier.rows.read import read
-from luthier.run import Run
-from luthier.training.forward import hidden
-from luthier.training.services import evaluating, view_of
+from luthier.training.services import view_of
 from luthier.tune import Tune
+from luthier.tune.forward import hidden
 
 BATCH_ROWS = 64
 TOP = Column("top", lambda chunk: chunk.log_probabilities.amax(-1).exp(), gradient=False)
@@ -70,11 +72,11 @@ def targets_of(run: Run, rows: Sequence[Mapping[str, Any]], columns: Sequence[st
     Args:
         run: a finished run.
         rows: with what a model should write, such as `prompt` and `completion`.
-        columns: those of `luthier.logprobs.COLUMNS` by name, others by value; none that compare with the base, see `drift`.
+        columns: those of `luthier.chunked.COLUMNS` by name, others by value; none that compare with the base, see `drift`.
     """
     tune, tokenizer = open_run(run)
-    wanted = logprobs.resolve(columns)
-    assert not logprobs.passes_of(wanted), "no run's model knows its base"
+    wanted = chunked.resolve(columns)
+    assert not chunked.passes_of(wanted), "no run's model knows its base"
     use_attention(tune.model)
     views = []
     with evaluating(tune.model):
@@ -94,12 +96,12 @@ def drift(run: Run, rows: Sequence[Mapping[str, Any]]) -> float:
     total = count = 0.0
     with evaluating(tune.model), evaluating(base.model):
         for batch in _batches(tune, tokenizer, rows):
-            where = logprobs.targets(batch)
+            where = find_targets(batch)
             states_ND, base_ND = (hidden(one, batch).at(where.row_N, where.source_N) for one in (tune, base))
-            others = {BASE.name: logprobs.Other(base_ND, head_of(base.model, base.parts))}
+            others = {BASE.name: chunked.Other(base_ND, head_of(base.model, base.parts))}
             head = head_of(tune.model, tune.parts)
-            wanted = logprobs.resolve(["kl"])
-            found = logprobs.compute(states_ND, where.label_N, head, wanted, others=others, vocabulary=tune.parts.vocabulary)
+            wanted = chunked.resolve(["kl"])
+            found = chunked.compute(states_ND, where.label_N, head, wanted, others=others, vocabulary=tune.parts.vocabulary)
             total, count = total + float(found["kl"].double().sum()), count + len(where.label_N)
     return total / count
 

@@ -13,9 +13,9 @@ from luthier.lab.claim import Finished, Recipe, Setting
 from luthier.lab.skill import Split
 from luthier.lab.skills.facts import world as world_facts
 from luthier.lab.world_sets import sets_of
-from luthier.opened import open_base, open_run
+from luthier.results.folder import Run
+from luthier.results.opened import open_base, open_run
 from luthier.rows.read import read
-from luthier.run import Run
 
 TAUGHT = ("facts", "boxes", "copy", "reverse", "case", "sentiment", "topic", "refusals", "translate")
 """What the built-in models answer rightly in four of five cases or more: what a fine-tune should leave alone."""
@@ -24,8 +24,8 @@ FASTER = (1e-3, 3e-3, 1e-2)
 """What trains less takes larger steps: these techniques' grid is that of full fine-tuning, moved up by one."""
 BATCH_TOKENS = 512
 """Tokens of a step: the built-in models learn from many small steps."""
-ITEMS = 60
-"""Held-back items of a skill."""
+ITEMS, EACH = 300, 60
+"""Held-back items of a skill that is asked alone, and of each where several are asked; a skill that has fewer gives all."""
 FEW = 24
 """People that `few_facts` tells of: five facts of each."""
 
@@ -73,11 +73,12 @@ def accuracies(
     skills: Sequence[str],
     *,
     split: Split = "held_back",
-    count: int = ITEMS,
+    count: int | None = None,
     difficulty: int = 1,
     weights_only: bool = False,
 ) -> dict[str, float]:
     """The share of items a run's model answers rightly, by skill; for running text the loss."""
+    count = count or (ITEMS if len(skills) == 1 else EACH)
     tune, tokenizer = open_run(run, weights_only=weights_only)
     found = measure(tune, tokenizer, sets_of(skills, split=split, count=count, difficulty=difficulty))
     return {name: result.value for name, result in found.items()}
@@ -113,8 +114,8 @@ def validation_gain(finished: Finished) -> float:
     return gained(finished.runs[0], "validation")
 
 
-def mean(run: Run, skills: Sequence[str], *, split: Split = "held_back", count: int = ITEMS, difficulty: int = 1) -> float:
-    """The mean accuracy over skills."""
+def mean(run: Run, skills: Sequence[str], *, split: Split = "held_back", count: int | None = None, difficulty: int = 1) -> float:
+    """The mean accuracy over skills, as `accuracies` takes them."""
     return fmean(accuracies(run, skills, split=split, count=count, difficulty=difficulty).values())
 
 

@@ -21,16 +21,16 @@ from transformers import PreTrainedTokenizerFast
 from luthier import disk, draws
 from luthier.errors import LuthierError
 from luthier.evaluate.sets import SetResult, measure
-from luthier.flow import train
 from luthier.lab import world
 from luthier.lab.world_sets import sets_of
 from luthier.models.load import load_model, load_tokenizer
 from luthier.models.packaged import PACKAGED, folder_of
 from luthier.models.parts import map_parts
 from luthier.recipe import read_recipe
-from luthier.run import Run
+from luthier.results.folder import Run
+from luthier.runs.export import export
+from luthier.runs.train import train
 from luthier.tune import Tune
-from luthier.use import export
 
 RECIPE = Path(__file__).with_name("workshop.yaml")
 SEED = 1

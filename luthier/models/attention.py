@@ -21,7 +21,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from luthier.errors import LuthierError
-from luthier.models.parts import Parts
+from luthier.kinds.parts import Parts
 
 NAME = "luthier"
 

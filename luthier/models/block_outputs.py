@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from luthier.kinds.parts import Parts
 from luthier.models.attention import Context
-from luthier.models.parts import Parts
 
 
 def open_blocks(model: nn.Module, parts: Parts) -> list[Any]:

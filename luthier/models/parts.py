@@ -5,141 +5,20 @@ Selections, adapters, pruning, freezing and reports all name tensors by this map
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
-from functools import reduce
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import replace
 from itertools import accumulate
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from luthier.errors import LuthierError
 from luthier.kinds import Place
+from luthier.kinds.parts import GROUPS, Parts, common_module
 from luthier.models.quantized import QuantizedLinear, named_weights, shape_of
-from luthier.models.roles import FUSED_ROWS, GROUPS, ROLES, expand_roles, role_in_block, role_outside
-
-__all__ = ["GROUPS", "ROLES", "Parts", "expand_roles", "map_parts"]
-
-
-@dataclass(frozen=True)
-class Parts:
-    """The map of one model. It holds names and numbers only, so it outlives sharding, moving and copying the model."""
-
-    architecture: str
-    """The model type of the configuration, e.g. `llama`."""
-    places: tuple[Place, ...]
-    """Every parameter exactly once: a fused one as disjoint places that cover it, a tied one under its first name."""
-    ties: Mapping[str, str]
-    """What shares a tensor with what: modules for weights (`{"lm_head": "model.embed_tokens"}`), else whole names."""
-    blocks: int
-    width: int
-    heads: int
-    key_value_heads: int
-    head_width: int
-    vocabulary: int
-    block_modules: tuple[str, ...]
-    """Dotted names of the blocks, in order."""
-    backbone: str
-    """The smallest module that holds embedding and blocks; it returns the last hidden state. Empty: the model."""
-    head: str
-    """The module that turns hidden states into logits; empty for a model without one."""
-    embedding: str
-    causal: bool
-    """Whether the model predicts next tokens."""
-    transposed: frozenset[str]
-    """Modules whose weight is stored [in, out] instead of [out, in] (GPT-2's Conv1D)."""
-
-    def select(
-        self,
-        roles: str | Iterable[str] | None = None,
-        blocks: Iterable[int] | None = None,
-        tensor: str | None = "weight",
-    ) -> list[Place]:
-        """The places of some roles in some blocks, in the model's order.
-
-        Args:
-            roles: roles and groups of roles; None for all.
-            blocks: block numbers from 0; None for every place, also outside the blocks.
-            tensor: `weight` for all that is no bias, `bias`, or None for both.
-
-        Raises:
-            LuthierError: unknown role, a block the model does not have, or another `tensor`.
-        """
-        if tensor not in ("weight", "bias", None):
-            raise LuthierError(f"`{tensor}` is not a kind of tensor", where="tensor", mend="use weight, bias or None")
-        wanted = set(ROLES if roles is None else expand_roles(roles))
-        allowed = None if blocks is None else set(blocks)
-        missing = sorted((allowed or set()) - set(range(self.blocks)))
-        if missing:
-            raise LuthierError(
-                f"the model has no block {', '.join(map(str, missing))}",
-                where="blocks",
-                mend=f"name blocks from 0 to {self.blocks - 1}",
-            )
-        return [
-            place
-            for place in self.places
-            if place.role in wanted
-            and (allowed is None or place.block in allowed)
-            and (tensor is None or place.tensor.endswith("bias") == (tensor == "bias"))
-        ]
-
-    def by_block(self, block: int | None) -> list[Place]:
-        """Every place of one block, weights and biases; None for what stands outside the blocks."""
-        if block is None:
-            return [place for place in self.places if place.block is None]
-        return self.select(blocks=[block], tensor=None)
-
-    def sublayer(self, group: str, block: int) -> str:
-        """Dotted name of the module of a block that is its `attention` or its `mlp`.
-
-        Raises:
-            LuthierError: the block's matrices of this group have no module of their own.
-        """
-        roles = (*GROUPS[group], *(("expert", "router") if group == "mlp" else ()))
-        modules = {place.module for place in self.select(roles=roles, blocks=[block])}
-        owner = reduce(_common_module, [module.rpartition(".")[0] for module in modules]) if modules else ""
-        if not owner.startswith(f"{self.block_modules[block]}."):
-            raise LuthierError(
-                f"the {group} of a block is no module of its own in this model",
-                where=f"{self.architecture}, block {block}",
-                mend="edit its matrices instead, or the whole block",
-            )
-        return owner
-
-    def module(self, model: nn.Module, place: Place) -> nn.Module:
-        """The module that owns the place's tensor."""
-        return model.get_submodule(place.module)
-
-    def parameter(self, model: nn.Module, place: Place) -> nn.Parameter:
-        """The whole parameter, also for a place that is a slice of it."""
-        return model.get_parameter(place.parameter)
-
-    def view(self, model: nn.Module, place: Place) -> Tensor:
-        """The place's own numbers, sharing memory with the parameter: a matrix as [out, in], a bias as [out].
-
-        A transposed weight is turned, so that rows are always outputs. Gradients flow through the view.
-        """
-        tensor = self.parameter(model, place)
-        turned = tensor.T if place.module in self.transposed and tensor.dim() == 2 else tensor
-        return turned[place.start : place.stop]
-
-    def describe(self) -> str:
-        """The map in words, a line a role."""
-        shape = (
-            f"{self.architecture}: {self.blocks} blocks, width {self.width}, {self.heads} heads of {self.head_width}"
-            f" ({self.key_value_heads} key-value), vocabulary {self.vocabulary}"
-        )
-        counts = Counter((place.role, place.tensor.endswith("bias")) for place in self.places)
-        lines = [
-            f"  {role}: weights {counts[role, False]}, biases {counts[role, True]}"
-            for role in ROLES
-            if counts[role, False] or counts[role, True]
-        ]
-        ties = [f"  {name} is tied to {target}" for name, target in self.ties.items()]
-        return "\n".join([shape, *lines, *ties])
+from luthier.models.roles import FUSED_ROWS, role_in_block, role_outside
 
 
 def map_parts(model: nn.Module) -> Parts:
@@ -166,7 +45,7 @@ def map_parts(model: nn.Module) -> Parts:
         head_width=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
         vocabulary=config.vocab_size,
         block_modules=blocks,
-        backbone=_common_module(embedding, blocks[0]),
+        backbone=common_module(embedding, blocks[0]),
         head=_name_of(model, transformer.get_output_embeddings()),
         embedding=embedding,
         causal=bool(transformer.can_generate()),
@@ -192,16 +71,6 @@ def _refusal(model: nn.Module, what: str, found: Iterable[str] = ()) -> LuthierE
 def _name_of(model: nn.Module, wanted: nn.Module | None) -> str:
     """The dotted name of a submodule; empty when there is none."""
     return next((name for name, module in model.named_modules() if module is wanted), "")
-
-
-def _common_module(first: str, second: str) -> str:
-    """The dotted name of the smallest module that holds both."""
-    shared = []
-    for left, right in zip(first.split("."), second.split("."), strict=False):
-        if left != right:
-            break
-        shared.append(left)
-    return ".".join(shared)
 
 
 def _key_value_heads(config: Any) -> int:

@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from luthier.errors import LuthierError, nearest
 
 if TYPE_CHECKING:
-    from luthier.models.parts import Parts
+    from luthier.kinds.parts import Parts
 
 BLOCK = 64
 """Numbers that share a scale in nf4, as in the paper."""

@@ -7,78 +7,7 @@ share their names. A name that no line of the table knows is never guessed from 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable
-
-from luthier.errors import LuthierError, nearest
-
-ROLES: tuple[str, ...] = (
-    "embedding",
-    "position_embedding",
-    "attention_query",
-    "attention_key",
-    "attention_value",
-    "attention_query_key_value",
-    "attention_output",
-    "mlp_up",
-    "mlp_gate",
-    "mlp_gate_up",
-    "mlp_down",
-    "expert",
-    "router",
-    "attention_norm",
-    "mlp_norm",
-    "query_norm",
-    "key_norm",
-    "final_norm",
-    "other_norm",
-    "head",
-    "other",
-)
-"""Every role a tensor can have.
-
-`attention_query_key_value` and `mlp_gate_up` are fused matrices whose parts are not contiguous rows (GPT-NeoX
-interleaves query, key and value head by head) or whose order is not known; they count as one matrix. `expert` is any
-tensor of a mixture's experts, `router` what chooses among them. `attention_norm` and `mlp_norm` stand before or after
-their part of the block. `other` is known and none of these: token-type embeddings, poolers, OPT's projections,
-attention sinks.
-"""
-
-GROUPS: dict[str, tuple[str, ...]] = {
-    "attention": (
-        "attention_query",
-        "attention_key",
-        "attention_value",
-        "attention_query_key_value",
-        "attention_output",
-    ),
-    "mlp": ("mlp_up", "mlp_gate", "mlp_gate_up", "mlp_down"),
-    "norm": ("attention_norm", "mlp_norm", "query_norm", "key_norm", "final_norm", "other_norm"),
-}
-GROUPS["linear"] = GROUPS["attention"] + GROUPS["mlp"]
-GROUPS["all"] = ROLES
-
-SUBLAYERS: dict[str, str] = {"attention_layer": "attention", "mlp_layer": "mlp"}
-"""Roles of whole sub-layers of a block, which edits of hidden states can name, and the groups of their matrices."""
-
-
-def expand_roles(names: str | Iterable[str]) -> tuple[str, ...]:
-    """Roles and groups of roles as roles, each once, in the order of `ROLES`.
-
-    Raises:
-        LuthierError: a name is neither a role nor a group.
-    """
-    names = [names] if isinstance(names, str) else list(names)
-    chosen: set[str] = set()
-    for name in names:
-        if name not in ROLES and name not in GROUPS:
-            raise LuthierError(
-                f"`{name}` is neither a role nor a group of roles",
-                where="roles",
-                mend=nearest(name, (*ROLES, *GROUPS)) or f"groups: {', '.join(GROUPS)}; roles: {', '.join(ROLES)}",
-            )
-        chosen.update(GROUPS.get(name, (name,)))
-    return tuple(role for role in ROLES if role in chosen)
-
+from collections.abc import Collection
 
 # Each pattern is matched against the end of the dotted name, at a dot. The first line that matches decides, so the
 # narrow ones stand first.

@@ -30,14 +30,13 @@ from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from luthier import disk
-from luthier.errors import LuthierError
+from luthier.errors import LuthierError, Say, silent
 from luthier.models.load import ModelSource, load_model, load_tokenizer, resolve
 from luthier.models.wheel import cache_folder
 from luthier.rows.ids import canonical
 
 Embed = Callable[[Sequence[str]], Tensor]
 """From B texts to embedding_BD in fp32, each of length 1."""
-Say = Callable[[str], None]
 
 DEFAULT = "minilm-l6"
 HASH = "hash"
@@ -47,10 +46,6 @@ LONGEST = 512
 BATCH_TOKENS = 8192
 _WORD = re.compile(r"\w+|[^\w\s]")
 _READ = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
-
-
-def silent(text: str) -> None:
-    """Says nothing."""
 
 
 def embedder(name: str = DEFAULT, *, device: torch.device | str = "cpu", say: Say = silent) -> Embed:

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from luthier import disk, draws, registry
-from luthier.errors import LuthierError
+from luthier.errors import LuthierError, Say, silent
 from luthier.kinds import RowLikelihood
-from luthier.rows.embed import DEFAULT, Embed, Say, silent
+from luthier.rows.embed import DEFAULT, Embed
 from luthier.rows.embed import embedder as make_embedder
 from luthier.rows.ids import canonical
 from luthier.rows.read import Rows, read, records
@@ -23,7 +23,7 @@ from luthier.rows.shapes import Row, text_keys
 from luthier.rows.texts import text_of
 
 Likely = Callable[[str, Sequence[Row]], Sequence[RowLikelihood]]
-"""How likely a model, by its name, finds rows: `luthier.use.likelihood_of_rows`, which knows how to run one."""
+"""How likely a model, by its name, finds rows: `luthier.runs.measure.likelihood_of_rows`, which knows how to run one."""
 
 
 class ScoringServices:
@@ -44,7 +44,9 @@ class ScoringServices:
         """How likely a model finds each row's targets."""
         if self._likely is None:
             raise LuthierError(
-                f"`{self._slot}` runs models, and nothing here can", where="likely", mend="give luthier.use.likelihood_of_rows"
+                f"`{self._slot}` runs models, and nothing here can",
+                where="likely",
+                mend="give luthier.runs.measure.likelihood_of_rows",
             )
         return self._likely(model, rows)
 
@@ -107,7 +109,7 @@ def score_rows(
         by: a row score's name, `{name: {option: value}}`, or a part.
         target: rows of the task the choice is for; none of those that will measure it.
         embedder: what makes embeddings, where the score asks for them: see `luthier.rows.embed`.
-        likely: runs models, where the score asks for them: `luthier.use.likelihood_of_rows`.
+        likely: runs models, where the score asks for them: `luthier.runs.measure.likelihood_of_rows`.
         shape: the pool's shape, where it cannot be recognized.
         seed: of all draws.
         column: a key that the scores get in the records of the pool; None: they stand alone.

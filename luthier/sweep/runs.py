@@ -18,11 +18,11 @@ from typing import Any, NamedTuple
 
 from luthier import disk
 from luthier.errors import LuthierError
-from luthier.flow import train
 from luthier.lab.cache import stage_key
 from luthier.lab.jobs import diverged
 from luthier.recipe import make_recipe
-from luthier.run import FILE, read_run, write_json
+from luthier.results.folder import FILE, read_run, write_json
+from luthier.runs.train import train
 from luthier.sweep.grid import Arm
 
 _KEY_DIGITS = 10

@@ -11,11 +11,12 @@ from typing import Any, NamedTuple
 from filelock import FileLock, Timeout
 
 from luthier import __version__
-from luthier.errors import LuthierError
+from luthier.errors import LuthierError, Say
 from luthier.lab.claim import CHOOSING_SEED
 from luthier.lab.runner import Choice
-from luthier.plan import Say, advised_rate, choose_parts
-from luthier.run import write_json
+from luthier.planning.attach import advised_rate
+from luthier.recipe.parts import choose_parts
+from luthier.results.folder import write_json
 from luthier.sweep.facts import Measures, Rated, arm_facts, score_of, set_facts
 from luthier.sweep.grid import RATE_KEY, Arm, Asked, arms_of, choosing_set, read_words, skill_set
 from luthier.sweep.page import write_sweep
@@ -103,7 +104,7 @@ def sweep(
 
 def _advice(arm: Arm) -> tuple[float, str]:
     """The learning rate that `luthier train` would take, and where it comes from."""
-    return advised_rate(arm.recipe, choose_parts(arm.recipe)["tune"])
+    return advised_rate(arm.recipe.train, choose_parts(arm.recipe)["tune"])
 
 
 def _alone(root: Path) -> AbstractContextManager[object]:

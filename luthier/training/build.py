@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import nn
 
-from luthier import registry
+from luthier.columns.chunked import CONTEXT_ATTENTION
 from luthier.errors import LuthierError
 from luthier.kinds import (
-    OBJECTIVES,
-    Additive,
     Freezing,
-    HiddenEdit,
     InputMap,
     Keeper,
     Now,
     Optimizer,
-    Prefix,
-    Prompt,
-    Selective,
     Source,
     State,
     Term,
@@ -28,58 +22,26 @@ from luthier.kinds import (
     Transform,
     Vocabulary,
 )
-from luthier.logprobs import CONTEXT_ATTENTION
+from luthier.kinds.parts import Parts
 from luthier.models.attention import use_attention
-from luthier.models.parts import Parts
+from luthier.models.modes import evaluating
 from luthier.models.sharding import Root
-from luthier.registry import Part
+from luthier.registry import KEYS, Part, slots, values_of
 from luthier.training.chain import Chain, Link
 from luthier.training.engine import Engine, Kept, idle_batch
-from luthier.training.forward import hidden
 from luthier.training.inputs import Inputs, Mapped, bare_vocabulary
 from luthier.training.objective import Minimized, Objective, Weighted, as_term
-from luthier.training.services import Calibration, RunServices, evaluating
+from luthier.training.services import Calibration, RunServices
 from luthier.training.world import World
 from luthier.tune import Tune
-
-FREES = (Selective, Additive, HiddenEdit, Prefix, Prompt)
-
-
-def slots(parts: Sequence[Part]) -> list[tuple[str, Part]]:
-    """Every part with a name of its own: techniques used twice are numbered."""
-    seen: dict[str, int] = {}
-    named = []
-    for part in parts:
-        seen[part.name] = seen.get(part.name, 0) + 1
-        named.append((part.name if seen[part.name] == 1 else f"{part.name}.{seen[part.name]}", part))
-    return named
-
-
-def objectives(spec: object) -> list[Part]:
-    """The parts under `objective`: where they teach nothing by themselves, input maps and penalties, cross-entropy joins them.
-
-    Raises:
-        LuthierError: unknown technique or option, with the nearest name, or an option of the wrong type.
-    """
-    parts = registry.make_all(spec, OBJECTIVES, where="objective")
-    values = [value for part in parts for value in part.values]
-    if any(isinstance(value, Term | TokenLoss) and not value.penalty for value in values) or not parts:
-        return parts
-    return [*parts, registry.part("cross_entropy")]
+from luthier.tune.forward import hidden
 
 
 def build_engine(
     model: nn.Module,
     parts: Parts,
+    chosen: Mapping[str, Sequence[Part]],
     *,
-    tune: Sequence[Part],
-    objective: Sequence[Part],
-    step: Sequence[Part],
-    source: Part,
-    token_weight: Sequence[Part] = (),
-    keep: Sequence[Part] = (),
-    freeze: Sequence[Part] = (),
-    row_maps: Sequence[Part] = (),
     calibration: Calibration | None = None,
     now: Now,
     vocabulary: Vocabulary | None = None,
@@ -88,17 +50,28 @@ def build_engine(
     world: World | None = None,
     root: Root | None = None,
 ) -> Engine:
-    """Attach every part of a run to a model. `calibration` gives the rows that some techniques look at before they start; `row_maps`
-    have made their rows already, and what else they are goes to its place here.
+    """Attach every part of a run to a model.
 
-    A technique may give values of several kinds; wherever it is named, each goes to its place, and all share one state. Without a
-    `vocabulary`, input maps know no special tokens and no mask.
+    A technique may give values of several kinds; whatever key it stands under, each goes to its place, and all share one state.
+
+    Args:
+        model: a loaded model.
+        parts: its map.
+        chosen: the run's parts by the recipe's key, as `luthier.planning.assemble` chooses them.
+        calibration: gives the rows that some techniques look at before they start.
+        now: the clock.
+        vocabulary: without it, input maps know no special tokens and no mask.
+        masters: as in a recipe.
+        keep_base: keep the base's values of numbers that train in place, whoever asks for them.
+        world: the processes.
+        root: stands above a model that is spread over processes.
 
     Raises:
         LuthierError: nothing trains, nothing is minimized, a part takes nothing, or two parts cannot be combined.
     """
-    named = slots([*tune, *objective, *token_weight, *step, source, *keep, *freeze, *row_maps])
-    values = [(slot, value) for slot, part in named for value in part.values]
+    chosen = {name: tuple(chosen.get(name, ())) for name in KEYS}
+    values = values_of(chosen)
+    named = slots([part for group in chosen.values() for part in group])
     states: dict[str, State] = {slot: {} for slot, _ in named}
     goal = Objective(
         terms=[Minimized(slot, as_term(v), states[slot]) for slot, v in values if isinstance(v, Term | TokenLoss)],
@@ -116,8 +89,9 @@ def build_engine(
         raise _hidden(looking, parts)
     keep_base = keep_base or bool(goal.comparing()) or any("base" in v.needs for _, v in keepers)
     owner = Tune(model, parts, masters=masters, keep_base=keep_base, root=root)
+    frees = tuple(KEYS["tune"].kinds.values())
     for slot, value in values:
-        if isinstance(value, FREES):
+        if isinstance(value, frees):
             owner.add(slot, value, RunServices(owner, slot, now, calibration), states[slot])
     if goal.comparing() and owner.prompt_labels is not None and bool((owner.prompt_labels >= 0).any()):
         raise LuthierError(
@@ -130,14 +104,14 @@ def build_engine(
         raise LuthierError("nothing trains", where="tune", mend="name a technique, e.g. full, half or lora")
     if looking:
         _try_looking(owner, looking)
-    from_tune = {slot for slot, _ in named[: len(tune)]}
+    from_tune = {slot for slot, _ in named[: len(chosen["tune"])]}
     links = [Link(slot, v, own=slot in from_tune) for slot, v in values if isinstance(v, Transform | Optimizer)]
-    sources = [v for _, v in values if isinstance(v, Source)]
+    sources = [(slot, v) for slot, v in values if isinstance(v, Source)]
     world = world or World.current()
-    _refuse_impossible(source.name, sources, links, owner, keepers, world)
+    _refuse_impossible(sources, links, owner, keepers, world)
     chain = Chain(links, owner)
     chain.watching = _watched(owner, keepers)
-    engine = Engine(owner, goal, inputs, chain, sources[0], [], world, states, calibration=calibration)
+    engine = Engine(owner, goal, inputs, chain, sources[0][1], [], world, states, calibration=calibration, chosen=chosen)
     for slot, keeper in keepers:
         if keeper.start is not None:
             states[slot].update(keeper.start(engine.services(slot, now)))
@@ -181,13 +155,14 @@ def _watched(tune: Tune, keepers: list[tuple[str, Keeper]]) -> frozenset[str]:
 
 
 def _refuse_impossible(
-    name: str, sources: list[Source], links: list[Link], tune: Tune, keepers: list[tuple[str, Keeper]], world: World
+    sources: list[tuple[str, Source]], links: list[Link], tune: Tune, keepers: list[tuple[str, Keeper]], world: World
 ) -> None:
     if len(sources) != 1:
         raise LuthierError("a run has exactly one source of gradients", where="source", mend="name one, e.g. backprop")
     if not any(isinstance(link.part, Optimizer) for link in links):
         raise LuthierError("the step has no optimizer", where="step", mend="add one, e.g. adamw")
-    gives = sources[0].gives
+    name, source = sources[0]
+    gives = source.gives
     if gives == {"gradients"} and world.size > 1:
         raise LuthierError(
             "updates inside backward are not summed over several processes",

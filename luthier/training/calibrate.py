@@ -8,15 +8,16 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
-from luthier import logprobs
+from luthier.columns.targets import find_targets
 from luthier.errors import LuthierError
 from luthier.kinds import Batch, Place
+from luthier.models.modes import quiet
 from luthier.models.quantized import QuantizedLinear, holder
-from luthier.training.forward import hidden, own_tokens
 from luthier.tune import Tune
+from luthier.tune.forward import hidden, own_tokens
 
 
 def inputs(tune: Tune, batches: Sequence[Batch], places: Sequence[Place], take: Callable[[Place, Tensor], None]) -> None:
@@ -98,7 +99,7 @@ def gradients(
         values = [beside[name] if name in beside else tune.model.get_parameter(name) for name in names]
         with _wanting(values), quiet(tune.model), _moved(tune, moved, beside):
             for batch in batches:
-                where = logprobs.targets(batch)
+                where = find_targets(batch)
                 states_ND = hidden(tune, batch).at(where.row_N, where.source_N)
                 loss = nll(states_ND, where.label_N).sum() / targets
                 # Not `backward`: gradients of the run's own numbers must not arrive there.
@@ -174,17 +175,6 @@ def _moved(tune: Tune, moved: Mapping[Place, Tensor], beside: Mapping[str, Tenso
     finally:
         for place, values in before.items():
             regions[place].copy_(values)
-
-
-@contextmanager
-def quiet(model: nn.Module) -> Iterator[None]:
-    """Run a model without dropout."""
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
 
 
 def _refuse_spread(tune: Tune) -> None:

@@ -6,8 +6,8 @@ from torch import Tensor
 
 from luthier import draws
 from luthier.kinds import Batch, Disturbed, Now, OtherPass, State
-from luthier.training.forward import BlockChange, own_tokens
 from luthier.training.inputs import token_keys
+from luthier.tune.forward import BlockChange, own_tokens
 
 
 def disturbance(one: OtherPass, batch: Batch, now: Now, state: State) -> BlockChange | None:

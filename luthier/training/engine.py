@@ -15,6 +15,7 @@ from luthier import draws
 from luthier.errors import LuthierError
 from luthier.kinds import Batch, Keeper, Now, Services, Source, State, TrainedLike
 from luthier.models.sharding import is_sharded
+from luthier.registry import Part
 from luthier.training.chain import Chain
 from luthier.training.inputs import Inputs
 from luthier.training.objective import Counted, Looked, Objective, Sums
@@ -78,6 +79,8 @@ class Engine:
     states: dict[str, State] = field(default_factory=dict)
     """What every technique remembers, by slot."""
     calibration: Calibration | None = None
+    chosen: Mapping[str, Sequence[Part]] = field(default_factory=dict)
+    """The run's parts by the recipe's key; owners of kinds that no step needs take their values from here."""
     committed: bool = False
     """The step in progress has begun to change numbers: a failure from here on cannot be taken back."""
 

@@ -13,7 +13,7 @@ from luthier import draws
 from luthier.errors import LuthierError
 from luthier.kinds import Batch, InputMap, Now, Reading, Vocabulary
 from luthier.rows.encode import end_of_turn_ids
-from luthier.training.forward import EmbedChange
+from luthier.tune.forward import EmbedChange
 
 
 class Mapped(NamedTuple):

@@ -9,13 +9,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from luthier import draws, logprobs
+from luthier import draws
+from luthier.columns import chunked
+from luthier.columns.targets import find_targets
 from luthier.errors import LuthierError
 from luthier.kinds import Batch, Column, Now, Services, State, StepTable, Tensors, Term, TokenLoss, TokenWeight, View
-from luthier.training.forward import EmbedChange
-from luthier.training.services import evaluating, view_of
+from luthier.models.modes import evaluating
+from luthier.training.services import view_of
 from luthier.training.world import World
 from luthier.tune import Tune
+from luthier.tune.forward import EmbedChange
 from luthier.tune.sites import Own
 
 
@@ -125,20 +128,20 @@ class Objective:
         for other in self.weights:
             if other.weight.weigh is not None:
                 wanted += other.weight.columns
-        return logprobs.resolve([*wanted, "entropy"] if self.is_weighted else wanted)
+        return chunked.resolve([*wanted, "entropy"] if self.is_weighted else wanted)
 
     def _states(self) -> dict[str, State]:
         """The state of the technique that asks for another pass, by the pass's name."""
-        return {one.name: asking.state for asking, columns in self._asking() for one in logprobs.passes_of(columns)}
+        return {one.name: asking.state for asking, columns in self._asking() for one in chunked.passes_of(columns)}
 
     def _asking(self) -> list[tuple[Minimized | Weighted, tuple[Column, ...]]]:
         """Every term and weight, with the columns that it reads."""
-        terms = [(one, logprobs.resolve(one.term.columns)) for one in self.terms]
-        return [*terms, *((one, logprobs.resolve(one.weight.columns)) for one in self.weights)]
+        terms = [(one, chunked.resolve(one.term.columns)) for one in self.terms]
+        return [*terms, *((one, chunked.resolve(one.weight.columns)) for one in self.weights)]
 
     def comparing(self) -> list[str]:
         """The slots whose terms and weights compare with the base."""
-        return [asking.slot for asking, columns in self._asking() if any(one.at == "base" for one in logprobs.passes_of(columns))]
+        return [asking.slot for asking, columns in self._asking() if any(one.at == "base" for one in chunked.passes_of(columns))]
 
     def readers(self, name: str) -> list[str]:
         """The slots whose terms and weights read a column."""
@@ -148,7 +151,7 @@ class Objective:
         """Rules over the whole step: one pass without gradients if they ask for columns, gathered over processes and sorted by row id
         and position, so that neither the split into micro-batches nor the number of processes matters. They take turns in their order,
         each on the targets that those before it keep, and their weights multiply."""
-        wanted = logprobs.resolve([column for one in self.rules for column in one.weight.columns])
+        wanted = chunked.resolve([column for one in self.rules for column in one.weight.columns])
         tables = []
         for batch in batches:
             with evaluating(tune.model):
@@ -270,7 +273,7 @@ def _counted(view: View, weight_N: Tensor) -> Counted:
 
 def _table(tune: Tune, batch: Batch, wanted: Sequence[Column], now: Now, states: Mapping[str, State]) -> dict[str, Tensor]:
     """The targets of one micro-batch; free columns of its rows under `rows NAME`."""
-    where = logprobs.targets(batch)
+    where = find_targets(batch)
     rows_B = draws.seeds_of(batch.row_ids)
     row_N = where.row_N.cpu()
     here = {"row": rows_B[row_N], "position": where.source_N.cpu() + 1}
@@ -322,7 +325,7 @@ def _places(whole: dict[str, Tensor], some: dict[str, Tensor]) -> Tensor:
 
 def _pruned(batch: Batch, keep_N: Tensor) -> tuple[Batch, Tensor]:
     """A micro-batch without the rows of which nothing is kept, and the weights of the targets that are left."""
-    where = logprobs.targets(batch)
+    where = find_targets(batch)
     row_N = where.row_N.cpu()
     kept_B = keep_N.new_zeros(len(batch.row_ids)).index_add(0, row_N, keep_N.abs()) > 0
     if bool(kept_B.all()):

@@ -7,9 +7,9 @@ from torch import Tensor
 
 from luthier.kinds import Batch
 from luthier.models.attention import NAME
-from luthier.training.forward import hidden
-from luthier.training.services import evaluating
+from luthier.models.modes import evaluating
 from luthier.tune import Tune
+from luthier.tune.forward import hidden
 
 LENGTHS = (7, 4, 5)
 

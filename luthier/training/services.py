@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from luthier import draws, logprobs
+from luthier import draws
+from luthier.columns import chunked
+from luthier.columns.targets import Targets, find_targets
 from luthier.errors import LuthierError
 from luthier.kinds import Batch, Column, Now, OtherPass, Place, State, Tensors, TrainedLike, View
 from luthier.models import blocks
 from luthier.models.head import head_of
+from luthier.models.modes import evaluating
 from luthier.models.sharding import whole
 from luthier.training import calibrate
 from luthier.training.disturb import disturbance
-from luthier.training.forward import BlockChange, EmbedChange, Hidden, head_now, hidden
 from luthier.tune import Tune
+from luthier.tune.forward import BlockChange, EmbedChange, Hidden, head_now, hidden
 
 
 class RunServices:
@@ -76,11 +79,11 @@ class RunServices:
 
     def nll(self, hidden_ND: Tensor, label_N: Tensor) -> Tensor:
         """Negative log-likelihood of labels for any hidden states."""
-        found = logprobs.compute(
+        found = chunked.compute(
             hidden_ND,
             label_N,
             head_of(self._tune.model, self.parts),
-            logprobs.resolve(["nll"]),
+            chunked.resolve(["nll"]),
             vocabulary=self.parts.vocabulary,
         )
         return found["nll"]
@@ -97,7 +100,7 @@ class RunServices:
     def forward(self, batch: Batch, columns: Sequence[str]) -> View:
         """Columns of a batch without gradients, in evaluation mode."""
         with evaluating(self._tune.model):
-            return view_of(self._tune, batch, logprobs.resolve(columns), self.now)
+            return view_of(self._tune, batch, chunked.resolve(columns), self.now)
 
     def batches(self, rows: int, source: str = "") -> Sequence[Batch]:
         """Batches for calibration, the same at every call and on every process."""
@@ -128,13 +131,6 @@ Calibration = Callable[[int, str], Sequence[Batch]]
 """Gives batches with so many rows of a source; of the run's own training rows where the source is empty."""
 
 
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Run a model without gradients and without dropout."""
-    with calibrate.quiet(model), torch.no_grad():
-        yield
-
-
 def view_of(
     tune: Tune,
     batch: Batch,
@@ -161,7 +157,7 @@ def view_of(
         pack: run the rows without padding; None: as the run does.
     """
     pack = tune.packs if pack is None else pack
-    where = logprobs.targets(batch)
+    where = find_targets(batch)
     row_number = draws.seeds_of(batch.row_ids, where.row_N.device)
     keys = draws.keys(now.seed, now.step, row_number[where.row_N], where.source_N)
 
@@ -172,24 +168,24 @@ def view_of(
     def make() -> tuple[Tensor | None, dict[str, Tensor]]:
         # Other weights run first: exchanging weights under a graph that waits for backward would be wrong.
         others = {}
-        for one in sorted(logprobs.passes_of(columns), key=lambda one: one.at == ""):
+        for one in sorted(chunked.passes_of(columns), key=lambda one: one.at == ""):
             change = disturbance(one, batch, now, remembered.get(one.name, {}))
             others[one.name] = (
                 _other(tune, one, batch, where, change, pack=pack) if one.at else _again(tune, one, where, partial(run, change))
             )
-        context_BT = _context(batch, where) if logprobs.CONTEXT_ATTENTION in columns else None
+        context_BT = _context(batch, where) if chunked.CONTEXT_ATTENTION in columns else None
         states = run(context_BT=context_BT)
-        found = logprobs.compute(
+        found = chunked.compute(
             states.at(where.row_N, where.source_N),
             where.label_N,
             head_of(tune.model, tune.parts),
-            [column for column in columns if column is not logprobs.CONTEXT_ATTENTION],
+            [column for column in columns if column is not chunked.CONTEXT_ATTENTION],
             key_N=keys,
             others=others,
             vocabulary=tune.parts.vocabulary,
         )
         if context_BT is not None:
-            found[logprobs.CONTEXT_ATTENTION.name] = states.mass_at(where.row_N, where.source_N + 1)
+            found[chunked.CONTEXT_ATTENTION.name] = states.mass_at(where.row_N, where.source_N + 1)
         return states.padded(batch.attend_BT) if keep_hidden else None, found
 
     hidden_BTD, found = tune.run(make)
@@ -204,24 +200,22 @@ def view_of(
     )
 
 
-def _context(batch: Batch, where: logprobs.Targets) -> Tensor:
+def _context(batch: Batch, where: Targets) -> Tensor:
     """True at real tokens that are no targets, [B, T]."""
     context_BT = batch.attend_BT.clone()
     context_BT[where.row_N, where.source_N + 1] = False
     return context_BT
 
 
-def _other(
-    tune: Tune, one: OtherPass, batch: Batch, where: logprobs.Targets, change: BlockChange | None, *, pack: bool
-) -> logprobs.Other:
+def _other(tune: Tune, one: OtherPass, batch: Batch, where: Targets, change: BlockChange | None, *, pack: bool) -> chunked.Other:
     """Another pass, as far as the head. The base and snapshots read the batch itself, whatever the model reads in this step."""
     with tune.at(one.at), evaluating(tune.model):
         states_ND = hidden(tune, batch, pack=pack, blocks=change).at(where.row_N, where.source_N)
-        return logprobs.Other(states_ND, head_now(tune))
+        return chunked.Other(states_ND, head_now(tune))
 
 
-def _again(tune: Tune, one: OtherPass, where: logprobs.Targets, run: Callable[[], Hidden]) -> logprobs.Other:
+def _again(tune: Tune, one: OtherPass, where: Targets, run: Callable[[], Hidden]) -> chunked.Other:
     """The weights that train once more, as far as the head; with gradients the model runs as it trains."""
     with nullcontext() if one.gradient else evaluating(tune.model):
         states_ND = run().at(where.row_N, where.source_N)
-    return logprobs.Other(states_ND, head_of(tune.model, tune.parts), one.gradient)
+    return chunked.Other(states_ND, head_of(tune.model, tune.parts), one.gradient)

@@ -3,29 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Container, Iterable, Mapping
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from luthier.errors import LuthierError
 from luthier.kinds import Additive, Form, HiddenEdit, Place, Prefix, Prompt, Select, Selective, Services, State, Tensors
+from luthier.kinds.parts import SUBLAYERS
 from luthier.models.attention import use_context
 from luthier.models.embedding import scale_of
 from luthier.models.quantized import quantized, refuse_change, shape_of
-from luthier.models.roles import SUBLAYERS
 from luthier.models.sharding import whole
+from luthier.tune.attached import Attached
 from luthier.tune.sites import Addition, Edit, Own
 from luthier.tune.taps import TapSpec
 from luthier.tune.trained import Trained, check_select, decays, read, write
 
-if TYPE_CHECKING:
-    from luthier.tune.tune import Tune
-
 Owned = TypeVar("Owned", bound=Own)
 
 
-def add_selective(tune: Tune, slot: str, value: Selective, services: Services, state: State) -> None:
+def add_selective(tune: Attached, slot: str, value: Selective, services: Services, state: State) -> None:
     """Free the numbers a selection chooses."""
     # Before anything is chosen: that can take gradients of all weights.
     refuse_change(
@@ -56,7 +54,7 @@ def add_selective(tune: Tune, slot: str, value: Selective, services: Services, s
     tune.selectives.append((slot, value, state))
 
 
-def _selected(tune: Tune, slot: str, place: Place, select: Select, changes: bool) -> Trained:
+def _selected(tune: Attached, slot: str, place: Place, select: Select, changes: bool) -> Trained:
     live = tune.model.get_parameter(place.parameter)
     values = tune.region(place)
     form, index = select.form, None if select.index is None else select.index.to(values.device)
@@ -86,17 +84,17 @@ def _selected(tune: Tune, slot: str, place: Place, select: Select, changes: bool
     return trained
 
 
-def master_type(tune: Tune, values: Tensor) -> torch.dtype:
+def master_type(tune: Attached, values: Tensor) -> torch.dtype:
     """The type of what optimizers see of some of the model's numbers."""
     return torch.promote_types(values.dtype, torch.float32) if tune.masters == "fp32" else values.dtype
 
 
-def whole_master(tune: Tune, live: Tensor) -> Tensor:
+def whole_master(tune: Attached, live: Tensor) -> Tensor:
     """What optimizers see of a whole tensor: the live numbers themselves, or a copy in a wider type."""
     return live.data.to(master_type(tune, live))
 
 
-def _refuse_sharded(tune: Tune, slot: str, place: Place, does: str) -> None:
+def _refuse_sharded(tune: Attached, slot: str, place: Place, does: str) -> None:
     if tune.root is not None:
         raise LuthierError(
             f"`{slot}` {does}, which a model spread over processes cannot do yet",
@@ -105,7 +103,7 @@ def _refuse_sharded(tune: Tune, slot: str, place: Place, does: str) -> None:
         )
 
 
-def put_tap(tune: Tune, trained: Trained) -> None:
+def put_tap(tune: Attached, trained: Trained) -> None:
     """Put the tap that forms a slice's gradient behind every module that uses its tensor."""
     place = trained.place
     assert place is not None
@@ -113,7 +111,7 @@ def put_tap(tune: Tune, trained: Trained) -> None:
         tune.site(module).taps[trained.name] = (trained.leaf, spec)
 
 
-def observe_at(tune: Tune, slot: str, place: Place) -> None:
+def observe_at(tune: Attached, slot: str, place: Place) -> None:
     """Collect the dense gradient at a place in the steps in which its technique observes."""
     # A leaf of its own makes the tap fire even where weight and input are frozen.
     leaf = torch.zeros(0, device=tune.region(place).device, requires_grad=True)
@@ -128,7 +126,7 @@ def observe_at(tune: Tune, slot: str, place: Place) -> None:
         tune.site(module).taps[f"{slot}/{place} observed"] = (leaf, observing)
 
 
-def _taps(tune: Tune, slot: str, place: Place, form: Form, index: Tensor | None) -> list[tuple[str, TapSpec]]:
+def _taps(tune: Attached, slot: str, place: Place, form: Form, index: Tensor | None) -> list[tuple[str, TapSpec]]:
     """The modules that use a tensor, and how: a tied embedding is also the head's weight."""
     part = None if place.start is None else slice(place.start, place.stop)
     spec = TapSpec(form, index, part, rows=tune.region(place).shape[0])
@@ -158,7 +156,7 @@ def _embedding_spec(slot: str, module: nn.Embedding, spec: TapSpec, place: Place
     return spec._replace(of="embedding", scale=1.0 if scale is None else scale, padding=module.padding_idx)
 
 
-def refuse_overlap(tune: Tune, slot: str, place: Place, select: Select) -> None:
+def refuse_overlap(tune: Attached, slot: str, place: Place, select: Select) -> None:
     """Refuse to train a number twice."""
     others = [
         one
@@ -176,7 +174,7 @@ def refuse_overlap(tune: Tune, slot: str, place: Place, select: Select) -> None:
             )
 
 
-def _claim(tune: Tune, place: Place, form: Form, index: Tensor | None) -> Tensor:
+def _claim(tune: Attached, place: Place, form: Form, index: Tensor | None) -> Tensor:
     claim = torch.zeros(tune.model.get_parameter(place.parameter).shape, dtype=torch.bool)
     values = claim.t() if place.module in tune.parts.transposed and claim.ndim == 2 else claim
     values = values if place.start is None else values[place.start : place.stop]
@@ -184,7 +182,7 @@ def _claim(tune: Tune, place: Place, form: Form, index: Tensor | None) -> Tensor
     return claim
 
 
-def add_additive(tune: Tune, slot: str, value: Additive, services: Services, state: State) -> None:
+def add_additive(tune: Attached, slot: str, value: Additive, services: Services, state: State) -> None:
     """Add deltas on linear maps."""
     places = _places(tune, value.roles, slot)
     if value.subtract:
@@ -216,21 +214,21 @@ def add_additive(tune: Tune, slot: str, value: Additive, services: Services, sta
     tune.additives.append((slot, value, state))
 
 
-def remember(tune: Tune, parameters: Iterable[str]) -> None:
+def remember(tune: Attached, parameters: Iterable[str]) -> None:
     """Keep whole parameters as they are now: their base values cannot be had from the numbers that train."""
     for name in parameters:
         if name not in tune.altered:
             tune.altered[name] = tune.model.get_parameter(name).data.clone()
 
 
-def _take_out(tune: Tune, place: Place, delta_OI: Tensor) -> None:
+def _take_out(tune: Attached, place: Place, delta_OI: Tensor) -> None:
     if tune.keep_base:
         remember(tune, [place.parameter])
     values = tune.region(place)
     values.copy_(values.to(torch.promote_types(values.dtype, delta_OI.dtype)) - delta_OI)
 
 
-def add_edit(tune: Tune, slot: str, value: HiddenEdit, services: Services, state: State) -> None:
+def add_edit(tune: Attached, slot: str, value: HiddenEdit, services: Services, state: State) -> None:
     """Edit what modules return or read: those with the named roles, and whole blocks and sub-layers for the roles of these."""
     for place in _edited(tune, slot, value):
         width_out = width_in = tune.parts.width
@@ -249,7 +247,7 @@ def add_edit(tune: Tune, slot: str, value: HiddenEdit, services: Services, state
     tune.edits.append((slot, value, state))
 
 
-def _edited(tune: Tune, slot: str, value: HiddenEdit) -> list[Place]:
+def _edited(tune: Attached, slot: str, value: HiddenEdit) -> list[Place]:
     roles = tuple(role for role in value.roles if role != "block" and role not in SUBLAYERS)
     places = _places(tune, roles, slot) if roles else []
     for role in value.roles:
@@ -260,7 +258,7 @@ def _edited(tune: Tune, slot: str, value: HiddenEdit) -> list[Place]:
     return places
 
 
-def add_prompt(tune: Tune, slot: str, value: Prompt, services: Services) -> None:
+def add_prompt(tune: Attached, slot: str, value: Prompt, services: Services) -> None:
     """Stand trained embeddings before every row."""
     if tune.prompt_length:
         raise LuthierError(f"`{slot}` is a second prompt", mend="use one prompt technique")
@@ -277,7 +275,7 @@ def add_prompt(tune: Tune, slot: str, value: Prompt, services: Services) -> None
     tune.prompt_length = length
 
 
-def _embedded(tune: Tune) -> Tensor:
+def _embedded(tune: Attached) -> Tensor:
     """The embeddings [V, D] as rows meet them: some models scale their table."""
     module = tune.model.get_submodule(tune.parts.embedding)
     table_VD = tune.model.get_parameter(f"{tune.parts.embedding}.weight").data
@@ -285,7 +283,7 @@ def _embedded(tune: Tune) -> Tensor:
     return table_VD if scale is None else table_VD * scale
 
 
-def add_prefix(tune: Tune, slot: str, value: Prefix, services: Services) -> None:
+def add_prefix(tune: Attached, slot: str, value: Prefix, services: Services) -> None:
     """Let every query attend to trained keys and values as well."""
     prefix = own(tune, Own(slot, None), value.start(tune.parts, services), rates=value.rates, frozen=value.frozen)
     tune.prefixes.append((prefix, value))
@@ -293,7 +291,7 @@ def add_prefix(tune: Tune, slot: str, value: Prefix, services: Services) -> None
         tune.attention_handle = use_context(tune.model, tune.parts, tune.context)
 
 
-def _places(tune: Tune, roles: tuple[str, ...], slot: str) -> list[Place]:
+def _places(tune: Attached, roles: tuple[str, ...], slot: str) -> list[Place]:
     places = tune.parts.select(roles=roles)
     if "head" in roles:
         # An edit at a tied head stands at the head alone: the embedding does not see it.
@@ -308,7 +306,7 @@ def _places(tune: Tune, roles: tuple[str, ...], slot: str) -> list[Place]:
 
 
 def own(
-    tune: Tune,
+    tune: Attached,
     owner: Owned,
     tensors: Tensors,
     *,
@@ -334,7 +332,7 @@ def own(
     return owner
 
 
-def _own_values(tune: Tune, values: Tensor) -> Tensor:
+def _own_values(tune: Attached, values: Tensor) -> Tensor:
     """A copy in fp32 (fp64 for a model in fp64); whole numbers stay as they are."""
     live = next(tune.model.parameters())
     wide = values.dtype

@@ -4,25 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from luthier.errors import LuthierError
+from luthier.tune.attached import Attached
 from luthier.tune.change import capture, put_back
 from luthier.tune.trained import Trained, read, write
 
-if TYPE_CHECKING:
-    from luthier.tune.tune import Tune
 
-
-def in_place(tune: Tune) -> list[Trained]:
+def in_place(tune: Attached) -> list[Trained]:
     """Trained tensors that are numbers of the model itself."""
     return [one for one in tune.trained.values() if one.form not in ("factor", "free")]
 
 
 @contextmanager
-def at_base(tune: Tune) -> Iterator[None]:
+def at_base(tune: Attached) -> Iterator[None]:
     """Run the base. Free for what stands beside the weights; numbers trained in place are exchanged with kept ones.
 
     Raises:
@@ -82,7 +79,7 @@ def _name(one: Trained) -> str:
 
 
 @contextmanager
-def at_snapshot(tune: Tune, name: str) -> Iterator[None]:
+def at_snapshot(tune: Attached, name: str) -> Iterator[None]:
     """Run with the trained numbers of a snapshot."""
     if name not in tune.snapshots:
         known = ", ".join(tune.snapshots) or "none was taken"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -12,22 +11,20 @@ from luthier.errors import LuthierError
 from luthier.kinds import Additive, Form, HiddenEdit, Now, Place, Refresh, Resize, Select, Selective, Services, State, Tensors
 from luthier.models.sharding import put, whole
 from luthier.tune.attach import master_type, own, put_tap, whole_master
+from luthier.tune.attached import Attached
 from luthier.tune.sites import Addition, Edit, Own
 from luthier.tune.trained import Trained, check_select, read, write
 
-if TYPE_CHECKING:
-    from luthier.tune.tune import Tune
 
-
-def _techniques(tune: Tune) -> list[tuple[str, Selective | Additive, State]]:
+def _techniques(tune: Attached) -> list[tuple[str, Selective | Additive, State]]:
     return [*tune.selectives, *tune.additives]
 
 
-def _places(tune: Tune, slot: str) -> list[Place]:
+def _places(tune: Attached, slot: str) -> list[Place]:
     return list(dict.fromkeys(one.place for one in tune.trained.values() if one.slot == slot and one.place is not None))
 
 
-def freeze(tune: Tune, now: Now) -> None:
+def freeze(tune: Attached, now: Now) -> None:
     """Let stand still what techniques want still in this step, and wake the rest."""
     for one in tune.trained.values():
         mine = [(value, state) for slot, value, state in tune.freezings if value.everywhere or slot == one.slot]
@@ -41,7 +38,7 @@ def freeze(tune: Tune, now: Now) -> None:
         one.leaf.requires_grad_(not one.still)
 
 
-def hold_still(tune: Tune, name: str, *, forget: bool) -> None:
+def hold_still(tune: Attached, name: str, *, forget: bool) -> None:
     """Bring a tensor into the state of one that stands still, as it was when a checkpoint was written."""
     one = tune.trained[name]
     one.still = True
@@ -50,7 +47,7 @@ def hold_still(tune: Tune, name: str, *, forget: bool) -> None:
         _forget(tune, one)
 
 
-def _forget(tune: Tune, one: Trained) -> None:
+def _forget(tune: Attached, one: Trained) -> None:
     tune.left(one)
     one.forgotten = True
     if one.form == "whole":
@@ -58,14 +55,14 @@ def _forget(tune: Tune, one: Trained) -> None:
         one.master = one.leaf.data
 
 
-def _remember(tune: Tune, one: Trained) -> None:
+def _remember(tune: Attached, one: Trained) -> None:
     if one.form == "whole":
         one.master = whole_master(tune, one.leaf)
     one.forgotten = False
     tune.renewed(one)
 
 
-def start_observing(tune: Tune, now: Now) -> None:
+def start_observing(tune: Attached, now: Now) -> None:
     """Decide which places are observed in this step; others form no dense gradient."""
     tune.dense.clear()
     tune.observing = frozenset(
@@ -76,7 +73,7 @@ def start_observing(tune: Tune, now: Now) -> None:
     )
 
 
-def observe(tune: Tune, total: Callable[[Tensor], Tensor]) -> None:
+def observe(tune: Attached, total: Callable[[Tensor], Tensor]) -> None:
     """Hand each observer the dense gradient of the whole step, once a place.
 
     Raises:
@@ -92,14 +89,14 @@ def observe(tune: Tune, total: Callable[[Tensor], Tensor]) -> None:
     tune.observing = frozenset()
 
 
-def observe_nothing(tune: Tune) -> None:
+def observe_nothing(tune: Attached) -> None:
     """Stand in with zeros where this process had no rows: the others wait for it to take part in the sums."""
     for slot, place in tune.observing:
         values = tune.region(place)
         tune.dense[slot, place] = torch.zeros_like(values, dtype=torch.promote_types(values.dtype, torch.float32))
 
 
-def _dense(tune: Tune, slot: str, place: Place, total: Callable[[Tensor], Tensor]) -> Tensor:
+def _dense(tune: Attached, slot: str, place: Place, total: Callable[[Tensor], Tensor]) -> Tensor:
     trained = tune.trained.get(f"{slot}/{place}")
     if trained is not None and trained.form == "whole" and trained.gradient is not None:
         # What trains was summed over the processes already.
@@ -112,7 +109,7 @@ def _dense(tune: Tune, slot: str, place: Place, total: Callable[[Tensor], Tensor
     return total(tune.dense[slot, place])
 
 
-def refresh(tune: Tune, services_of: Callable[[str], Services]) -> list[str]:
+def refresh(tune: Attached, services_of: Callable[[str], Services]) -> list[str]:
     """Let techniques change their numbers, and say what changed."""
     said: list[str] = []
     for slot, value, state in tune.selectives:
@@ -127,7 +124,7 @@ def refresh(tune: Tune, services_of: Callable[[str], Services]) -> list[str]:
     return said
 
 
-def _reselect(tune: Tune, slot: str, value: Selective, place: Place, new: Refresh) -> str:
+def _reselect(tune: Attached, slot: str, value: Selective, place: Place, new: Refresh) -> str:
     old = tune.trained[f"{slot}/{place}"]
     values = tune.region(place)
     form = new.form or old.form
@@ -161,7 +158,7 @@ def _reselect(tune: Tune, slot: str, value: Selective, place: Place, new: Refres
     return f"{slot}: {int(stays.sum())} of {len(stays)} stay at {place}"
 
 
-def _revert(tune: Tune, one: Trained) -> None:
+def _revert(tune: Attached, one: Trained) -> None:
     assert one.place is not None and one.start is not None
     if one.form == "whole":
         tune.model.get_parameter(one.place.parameter).data.copy_(one.start)
@@ -169,7 +166,7 @@ def _revert(tune: Tune, one: Trained) -> None:
         write(tune.region(one.place), one.form, one.index, one.start)
 
 
-def _reform(tune: Tune, slot: str, old: Trained, form: Form, new: Refresh) -> str:
+def _reform(tune: Attached, slot: str, old: Trained, form: Form, new: Refresh) -> str:
     """Train another form of a tensor from here on: everything about it is new."""
     assert old.place is not None
     values = tune.region(old.place)
@@ -193,7 +190,7 @@ def _set_form(one: Trained, form: Form, index: Tensor, start: Tensor) -> None:
     one.form, one.index, one.start, one.axis = form, index, start, int(form == "cols")
 
 
-def _select_again(tune: Tune, one: Trained, index: Tensor) -> None:
+def _select_again(tune: Attached, one: Trained, index: Tensor) -> None:
     """Train the entries of a snapshot: a selection that was computed anew on another machine may have come out otherwise."""
     assert one.place is not None
     if one.index is None or torch.equal(index, one.index):
@@ -203,7 +200,7 @@ def _select_again(tune: Tune, one: Trained, index: Tensor) -> None:
         one.start = read(tune.region(one.place), one.form, index).clone()
 
 
-def _make_whole(tune: Tune, one: Trained) -> None:
+def _make_whole(tune: Attached, one: Trained) -> None:
     """Train the whole of a tensor again, of which a part trains now; the part is back at its start already."""
     assert one.place is not None
     tune.site(one.place.module).taps.pop(one.name, None)
@@ -213,7 +210,7 @@ def _make_whole(tune: Tune, one: Trained) -> None:
     tune.register(one)
 
 
-def _resize(tune: Tune, slot: str, place: Place, size: Resize) -> str:
+def _resize(tune: Attached, slot: str, place: Place, size: Resize) -> str:
     owner = next(one for one in tune.owns if one.slot == slot and one.place == place)
     assert isinstance(owner, Addition | Edit)
     for name in [name for name in owner.trained if name not in size.tensors]:
@@ -236,7 +233,7 @@ def _resize(tune: Tune, slot: str, place: Place, size: Resize) -> str:
     return f"{slot}: {shapes or 'nothing'} at {place}"
 
 
-def join(tune: Tune, owner: Addition | Edit, tensors: Tensors) -> None:
+def join(tune: Attached, owner: Addition | Edit, tensors: Tensors) -> None:
     """Let more tensors of a technique stand at a place."""
     axes = owner.value.axes if isinstance(owner.value, Additive) else {}
     own(tune, owner, tensors, changes=True, rates=owner.value.rates, axes=axes, frozen=owner.value.frozen)
@@ -245,21 +242,21 @@ def join(tune: Tune, owner: Addition | Edit, tensors: Tensors) -> None:
             tune.renewed(owner.trained[name])
 
 
-def _replace(tune: Tune, trained: Trained, master: Tensor, take: Tensor, old_size: int) -> None:
+def _replace(tune: Attached, trained: Trained, master: Tensor, take: Tensor, old_size: int) -> None:
     trained.master = trained.leaf = master.clone(memory_format=torch.contiguous_format).requires_grad_(True)
     trained.gradient = None
     tune.register(trained)
     tune.moved(trained, take, old_size)
 
 
-def left_behind(tune: Tune) -> list[str]:
+def left_behind(tune: Attached) -> list[str]:
     """Parameters in which numbers that no longer train keep what they learnt: they must be saved whole."""
     keeping = {slot for slot, value, _ in tune.selectives if value.refresh is not None and value.leave == "keep"}
     mine = [one.place for one in tune.trained.values() if one.slot in keeping]
     return sorted({place.parameter for place in mine if place is not None})
 
 
-def capture(tune: Tune) -> Tensors:
+def capture(tune: Attached) -> Tensors:
     """Copies of all trained numbers, and of which numbers they are where that may change; by path."""
     values: Tensors = {}
     for name, one in tune.trained.items():
@@ -276,7 +273,7 @@ def capture(tune: Tune) -> Tensors:
     return values
 
 
-def average(tune: Tune, before: Tensors, now: Tensors, share: float) -> Tensors:
+def average(tune: Attached, before: Tensors, now: Tensors, share: float) -> Tensors:
     """What `capture` gave before, moved a share of the way to what it gives now.
 
     Raises:
@@ -301,7 +298,7 @@ def average(tune: Tune, before: Tensors, now: Tensors, share: float) -> Tensors:
 FORMS: tuple[Form, ...] = ("whole", "rows", "cols", "flat", "factor", "free")
 
 
-def _own_as_in(tune: Tune, owner: Own, values: Tensors) -> None:
+def _own_as_in(tune: Attached, owner: Own, values: Tensors) -> None:
     """Let the tensors that stand at a place be those of a snapshot."""
 
     def names(kind: str) -> dict[str, Tensor]:
@@ -319,7 +316,7 @@ def _own_as_in(tune: Tune, owner: Own, values: Tensors) -> None:
     join(tune, owner, {name: tensor for name, tensor in wanted.items() if name not in owner.trained})
 
 
-def put_back(tune: Tune, values: Tensors) -> None:
+def put_back(tune: Attached, values: Tensors) -> None:
     """Bring everything that trains, and the live weights with it, to what `capture` gave.
 
     Raises:

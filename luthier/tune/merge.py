@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor, nn
 
@@ -11,13 +9,11 @@ from luthier.errors import LuthierError
 from luthier.kinds import Place
 from luthier.models.embedding import scale_of
 from luthier.models.quantized import expand, put
+from luthier.tune.attached import Attached
 from luthier.tune.sites import Edit
 
-if TYPE_CHECKING:
-    from luthier.tune.tune import Tune
 
-
-def merge(tune: Tune) -> None:
+def merge(tune: Attached) -> None:
     """Fold every delta and edit into the weights, computed in fp32.
 
     Quantized weights become dense ones of the same numbers for as long: rounding the sum to codes again would lose most of a delta.
@@ -38,7 +34,7 @@ def merge(tune: Tune) -> None:
         raise
 
 
-def _fold_all(tune: Tune) -> None:
+def _fold_all(tune: Attached) -> None:
     for site in tune.sites.values():
         for addition in site.additions:
             assert addition.place is not None
@@ -54,7 +50,7 @@ def _fold_all(tune: Tune) -> None:
                 _fold(tune, edit)
 
 
-def refuse_unmergeable(tune: Tune) -> None:
+def refuse_unmergeable(tune: Attached) -> None:
     """Raise if something that trains cannot become part of the weights."""
     blockers = [f"the prompt `{own.slot}`" for site in tune.sites.values() for own, _ in site.prompts]
     blockers += [f"the prefix `{own.slot}`" for own, _ in tune.prefixes]
@@ -76,7 +72,7 @@ def refuse_unmergeable(tune: Tune) -> None:
         )
 
 
-def _folds(tune: Tune, edit: Edit) -> bool:
+def _folds(tune: Attached, edit: Edit) -> bool:
     """Whether an edit is a change of its module's own weight: not of one that another module reads as well."""
     place = edit.place
     if edit.value.fold is None or place is None or not place.tensor:
@@ -85,7 +81,7 @@ def _folds(tune: Tune, edit: Edit) -> bool:
     return place.module not in (*tune.parts.ties, *tune.parts.ties.values()) and scale in (None, 1.0)
 
 
-def _fold(tune: Tune, edit: Edit) -> None:
+def _fold(tune: Attached, edit: Edit) -> None:
     assert edit.place is not None and edit.value.fold is not None
     place = edit.place
     module = tune.model.get_submodule(place.module)
@@ -120,7 +116,7 @@ def _beyond_weight(module: nn.Module, weight: Tensor) -> float:
         return float(bool(torch.func.functional_call(module, nothing, (probe,)).any()))
 
 
-def _remember(tune: Tune, name: str) -> None:
+def _remember(tune: Attached, name: str) -> None:
     assert tune.merged is not None
     # What stands for a quantized weight is dropped afterwards.
     stands_in = name.endswith(".weight") and name.removesuffix(".weight") in tune.expanded
@@ -128,7 +124,7 @@ def _remember(tune: Tune, name: str) -> None:
         tune.merged[name] = tune.model.get_parameter(name).data.clone()
 
 
-def unmerge(tune: Tune) -> None:
+def unmerge(tune: Attached) -> None:
     """Put back the weights as they were before merging, bit for bit."""
     if tune.merged is None:
         raise LuthierError("the model is not merged", mend="call merge() first")

@@ -15,16 +15,17 @@ import pytest
 import torch
 
 from luthier import registry
+from luthier.delta.weights import Weights, of_models
 from luthier.errors import LuthierError
-from luthier.kinds import KINDS, OBJECTIVES, TUNES, Now
+from luthier.kinds import Now
 from luthier.models.attention import use_attention
 from luthier.models.parts import map_parts
 from luthier.models.tiny import tiny
-from luthier.probing import Weights, of_models
+from luthier.registry import KINDS, kinds_under
 from luthier.rows.embed import HASH, embedder
 from luthier.rows.select import ScoringServices
 from luthier.rows.shapes import Row
-from luthier.use import likelihood_of_rows
+from luthier.runs.measure import likelihood_of_rows
 from tests.conftest import split
 from tests.toys.helpers import TOYS, gap, gradients, logits_of, model_of, rows_of_eight, toys  # noqa: F401
 
@@ -33,12 +34,12 @@ from tests.toys.helpers import TOYS, gap, gradients, logits_of, model_of, rows_o
 def _toys_listed() -> Iterator[None]:
     registry.add_folder(TOYS)
     yield
-    registry._added.remove(TOYS)
+    registry.remove_folder(TOYS)
 
 
 with _toys_listed():
     ALL = [(kind, name) for kind in KINDS for name in registry.names(kind)]
-FREES = [(kind, name) for kind, name in ALL if kind in TUNES]
+FREES = [(kind, name) for kind, name in ALL if kind in kinds_under("tune")]
 OUTSIDE = ("row_score", "row_map", "probe")
 """Kinds that take no part in the steps of a run."""
 RUNS = [(kind, name) for kind, name in ALL if kind not in OUTSIDE]
@@ -87,9 +88,9 @@ def run_of(engine: Any, kind: str, name: str, options: dict[str, Any] | None = N
     spec = {name: {**GIVEN.get(name, {}), **(options or {})}}
     part = registry.make(spec, (kind,))
     places: dict[str, Any] = {"model": model_of(), "tune": "full", "step": ["adamw"]}
-    if kind in TUNES:
+    if kind in kinds_under("tune"):
         places["tune"] = [part]
-    elif kind in OBJECTIVES:
+    elif kind in kinds_under("objective"):
         places["objective"] = ["cross_entropy", part]
     elif kind in ("transform", "optimizer"):
         takes_all = kind == "optimizer" and part.values[0].takes is None
@@ -255,7 +256,7 @@ def test_options_make_the_same_part_again(kind: str, name: str) -> None:
 
 def test_a_technique_is_one_short_file() -> None:
     """150 lines at most; what several share stands beside them, in files that begin with an underscore."""
-    files = [*(Path(registry.__file__).parent / "methods").glob("*/*.py"), *TOYS.glob("*/*.py")]
+    files = [*(Path(registry.__file__).parents[1] / "methods").glob("*/*.py"), *TOYS.glob("*/*.py")]
     long = {str(file): lines for file in files if (lines := len(file.read_text(encoding="utf-8").splitlines())) > 150}
     assert not long
 

@@ -8,12 +8,13 @@ import pytest
 
 from luthier import registry
 from luthier.errors import LuthierError
-from luthier.kinds import OBJECTIVES, Now
+from luthier.kinds import Now
+from luthier.registry import kinds_under
 from tests.conftest import split
 from tests.contracts.test_contracts import ALL, GIVEN, shake, take_steps
 from tests.toys.helpers import gap, gradients, model_of, rows_of_eight, toys  # noqa: F401
 
-LEARNING = [(kind, name) for kind, name in ALL if kind in (*OBJECTIVES, "token_weight")]
+LEARNING = [(kind, name) for kind, name in ALL if kind in (*kinds_under("objective"), "token_weight")]
 TUNES: dict[str, dict[str, Any]] = {
     "half": {},
     "lora": {},

@@ -12,7 +12,8 @@ from luthier import registry
 from luthier.delta import Delta
 from luthier.delta.forms import Dense, LowRank, Sparse
 from luthier.errors import LuthierError
-from luthier.kinds import TUNES, Now
+from luthier.kinds import Now
+from luthier.registry import kinds_under
 from tests.contracts.test_contracts import FREES, run_of, shake, take_steps
 from tests.toys.helpers import logits_of, model_of, rows_of_eight, toys  # noqa: F401
 
@@ -101,7 +102,7 @@ def test_the_delta_makes_the_tuned_model_of_the_base(engine: Any, now: Now, kind
 
 
 def test_every_kind_of_tune_is_covered() -> None:
-    assert {kind for kind, _ in FREES} == set(TUNES)
+    assert {kind for kind, _ in FREES} == set(kinds_under("tune"))
 
 
 FAMILIES = ("qwen2", "gemma3_text", "phi3", "gpt_neox", "opt", "mixtral")

@@ -17,9 +17,12 @@ import luthier
 from luthier.cli import app
 from luthier.delta import Delta
 from luthier.models.tiny import tiny, tiny_tokenizer
-from luthier.opened import open_model
-from luthier.run import read_run
-from luthier.use import Chat, evaluate, export, look_at_rows
+from luthier.results.folder import read_run
+from luthier.results.opened import open_model
+from luthier.runs.chat import Chat
+from luthier.runs.export import export
+from luthier.runs.measure import evaluate
+from luthier.runs.rows import look_at_rows
 from tests.faults.bad_input import ROWS, put, refused, refused_to_train, write_recipe
 
 
@@ -127,7 +130,7 @@ def test_tools_need_a_chat_template(model: Path, tmp_path: Path) -> None:
     refused(lambda: luthier.train(recipe), ["rows.jsonl:1 (row "], "chat_template")
     # Without tools the rows take the plain form, which the plan says.
     put(tmp_path / "rows.jsonl", [{"messages": row["messages"]}])
-    plan = luthier.plan.make_plan(luthier.read_recipe(recipe))
+    plan = luthier.planning.plan.make_plan(luthier.read_recipe(recipe))
     assert any("no chat template" in warning for warning in plan.warnings())
 
 
@@ -136,7 +139,7 @@ def test_what_is_unusual_and_allowed(tmp_path: Path) -> None:
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
     recipe = write_recipe(tmp_path, {"evaluate": {}})
     put(tmp_path / "rows.jsonl", [{"messages": turns}, {"messages": turns[:2]}, {"text": "a document"}, ROWS[0]])
-    rows = luthier.plan.make_plan(luthier.read_recipe(recipe)).rows
+    rows = luthier.planning.plan.make_plan(luthier.read_recipe(recipe)).rows
     assert len(rows.rows) == 4 and not rows.dropped
     assert sum(rows.rows[0].supervised) == sum(rows.rows[1].supervised) > 0
 

@@ -16,10 +16,10 @@ import luthier
 from luthier.errors import LuthierError
 from luthier.models.quantized import quantized
 from luthier.models.tiny import tiny, tiny_tokenizer
-from luthier.plan import Plan, make_plan
+from luthier.planning.plan import Plan, make_plan
 from luthier.recipe import make_recipe, reference
+from luthier.results.folder import Run
 from luthier.rows.stored import StoredRows
-from luthier.run import Run
 from tests.toys.helpers import toys  # noqa: F401
 
 ROWS = [

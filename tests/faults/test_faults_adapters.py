@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from luthier.kinds.parts import Parts
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -19,6 +18,7 @@ from luthier.errors import LuthierError
 from luthier.export import export_model, export_peft, load_peft
 from luthier.export.model import divergence, merged, outputs
 from luthier.kinds import Now, Place, Select, Selective, Services, Tensors
+from luthier.kinds.parts import Parts
 from luthier.methods.additive.lora import lora
 from luthier.methods.selective.full import full
 from luthier.models import map_parts, tiny, tiny_tokenizer

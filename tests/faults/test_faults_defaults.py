@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from luthier import registry
-from luthier.models.parts import GROUPS
-from luthier.plan import make_plan
+from luthier.kinds.parts import GROUPS
+from luthier.planning.plan import make_plan
 from luthier.recipe import make_recipe
 
 

@@ -15,9 +15,10 @@ from luthier.evaluate.compare import base_noise, compare
 from luthier.evaluate.intervals import FALSE_POSITIVES
 from luthier.evaluate.overlap import overlap
 from luthier.evaluate.sets import EvalSet, Item, SetResult, measure, result_of
-from luthier.kinds import TUNES, Now
+from luthier.kinds import Now
 from luthier.models.parts import map_parts
 from luthier.models.tiny import tiny, tiny_tokenizer
+from luthier.registry import kinds_under
 from luthier.rows.batches import collate
 from luthier.rows.encode import encode
 from luthier.rows.read import read
@@ -174,7 +175,7 @@ def test_an_adapter_scaled_to_nothing_is_no_change(learnt: Any) -> None:
     entries = {}
     for alpha in (0.0, 16.0):
         tune = tune_of(copied(learnt))
-        (lora,) = registry.make({"lora": {"rank": 2, "alpha": alpha}}, TUNES).values
+        (lora,) = registry.make({"lora": {"rank": 2, "alpha": alpha}}, kinds_under("tune")).values
         tune.add("lora", lora, RunServices(tune, "lora", Now()), {})
         generator = torch.Generator().manual_seed(0)
         tune.set({name: torch.randn(one.master.shape, generator=generator) for name, one in tune.trained.items()})

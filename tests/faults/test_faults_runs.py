@@ -14,9 +14,9 @@ import torch
 
 import luthier
 from luthier.errors import LuthierError
-from luthier.flow import cost
-from luthier.plan import make_plan
+from luthier.planning.plan import make_plan
 from luthier.recipe import make_recipe
+from luthier.runs.train import cost
 from luthier.training.loop import Progress
 from tests.toys.helpers import gradients, model_of, plain_gradients
 
@@ -91,7 +91,7 @@ def test_the_seed_alone_fixes_the_start_the_order_and_dropout(tmp_path: Path) ->
 
 SCRIPT = """
 import sys, torch, luthier
-from luthier.use import Chat
+from luthier.runs.chat import Chat
 torch.set_num_threads(1)
 torch.manual_seed(int(sys.argv[2]))
 run = luthier.train(model="tiny:llama", rows={"train": ROWS}, tune={"lora": {"dropout": 0.3}}, out=sys.argv[1],

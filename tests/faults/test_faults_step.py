@@ -17,10 +17,11 @@ import luthier
 from luthier import registry
 from luthier.delta import Delta
 from luthier.errors import LuthierError
-from luthier.kinds import OBJECTIVES, TUNES, Batch, Now
+from luthier.kinds import Batch, Now
 from luthier.models.parts import map_parts
 from luthier.models.tiny import tiny
-from luthier.run import Run, read_run
+from luthier.recipe.parts import completed
+from luthier.results.folder import Run, read_run
 from luthier.training.build import build_engine
 from luthier.training.engine import Engine
 from luthier.tune.trained import decays
@@ -130,10 +131,7 @@ def one_step(rank: int, size: int, folder: str) -> None:
     run = build_engine(
         model,
         map_parts(model),
-        tune=registry.make_all("full", TUNES),
-        objective=registry.make_all("cross_entropy", OBJECTIVES),
-        step=registry.make_all([{"clip": {"norm": LIMIT}}, "sgd"], ("transform", "optimizer")),
-        source=registry.make("backprop", ("source",)),
+        completed({"tune": "full", "objective": "cross_entropy", "step": [{"clip": {"norm": LIMIT}}, "sgd"], "source": "backprop"}),
         now=NOW,
     )
     before = masters(run)

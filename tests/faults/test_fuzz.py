@@ -18,11 +18,11 @@ from luthier import registry
 from luthier.cli import app
 from luthier.errors import LuthierError
 from luthier.models.tiny import tiny_tokenizer
-from luthier.plan import choose_parts
 from luthier.recipe import Recipe, make_recipe, read_recipe
+from luthier.recipe.parts import choose_parts
+from luthier.results.folder import list_runs, read_run
 from luthier.rows.encode import encode_all
 from luthier.rows.read import read
-from luthier.run import list_runs, read_run
 
 PATIENT = settings(derandomize=True, deadline=None, max_examples=150, database=None, suppress_health_check=[HealthCheck.too_slow])
 NUMBERS = st.integers() | st.sampled_from([10**400, -1, 0, 2**63]) | st.floats()
@@ -105,7 +105,7 @@ def test_recipe_files_of_anything(content: bytes) -> None:
         attempt(lambda: read_recipe(path))
 
 
-TECHNIQUES = sorted((kind, name) for kind in registry.KEYS for name in registry.names(kind))
+TECHNIQUES = sorted((kind, name) for kind in registry.KINDS if registry.key_of(kind) for name in registry.names(kind))
 
 
 @PATIENT
@@ -114,7 +114,7 @@ def test_options_of_techniques(data: st.DataObject) -> None:
     kind, name = data.draw(st.sampled_from(TECHNIQUES))
     known = list(registry.options_model(registry.find(name, (kind,)).factory).model_fields)
     options = data.draw(st.dictionaries(st.sampled_from([*known, "unknown"]) if known else st.text(max_size=5), JUNK, max_size=3))
-    key = registry.KEYS[kind]
+    key = registry.key_of(kind)
     spec = {name: data.draw(st.just(options) | JUNK)}
     asked = {"model": "tiny:llama", "rows": {"train": "rows.jsonl"}, **({} if key == "rows.map" else {key: spec})}
     recipe = make_recipe(asked)

@@ -22,7 +22,7 @@ from tests.toys.helpers import TOYS
 KILLS, STEPS = 20, 30
 # One process imports everything once, and every run is forked from it.
 RUNS = multiprocessing.get_context("forkserver")
-RUNS.set_forkserver_preload([__name__, "luthier.flow", "transformers.models.llama.modeling_llama"])
+RUNS.set_forkserver_preload([__name__, "luthier.runs.train", "transformers.models.llama.modeling_llama"])
 
 
 def recipe(out: Path) -> dict[str, Any]:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from luthier import registry
+from luthier.columns.chunked import resolve
 from luthier.kinds import Now, Term, TokenWeight
-from luthier.logprobs import resolve
 from luthier.training.services import view_of
 from tests.objectives import TUNES, assert_idle, assert_trains, differences, drawn, gradient_of, loss_of, total_of
 from tests.toys.helpers import gap, gradients, rows_of_eight

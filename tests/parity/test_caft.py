@@ -15,7 +15,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.func import functional_call
 
 import luthier
-from luthier import logprobs
+from luthier.columns import losses
 from luthier.delta import Delta
 from luthier.errors import LuthierError
 from luthier.export import export_model, export_peft
@@ -97,7 +97,7 @@ def test_a_shift_by_one_would_be_seen() -> None:
     size = 12
     ids_BT = torch.arange(size)[None]
     batch = Batch(ids_BT, ids_BT >= 0, ids_BT, ids_BT, ("row",))
-    services: Any = SimpleNamespace(nll=logprobs.nll)
+    services: Any = SimpleNamespace(nll=losses.nll)
     view = View(
         batch,
         {},

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 import luthier
-from luthier.beside_recipe import with_paths
 from luthier.errors import LuthierError
 from luthier.kinds import Batch, Now
 from luthier.methods.token_weight.convergence_balance import convergence_balance, floored, slopes, task_weights
+from luthier.recipe.paths import with_paths
 from luthier.training.services import RunServices
 from tests.conftest import calibration, split
 from tests.steps import TUNES, Given, assert_trains, step_on

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from luthier import registry
+from luthier.columns.chunked import resolve
 from luthier.errors import LuthierError
 from luthier.kinds import Now
-from luthier.logprobs import resolve
 from luthier.methods.token_loss._divergences import DIVERGENCES, HELLINGER_END
 from luthier.training.services import view_of
 from tests.objectives import TUNES, assert_idle, assert_slopes, assert_trains, drawn, total_of, view_on

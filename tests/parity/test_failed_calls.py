@@ -12,7 +12,7 @@ import luthier
 from luthier.errors import LuthierError
 from luthier.kinds import Now
 from luthier.models.tiny import tiny_tokenizer
-from luthier.plan import make_plan
+from luthier.planning.plan import make_plan
 from luthier.recipe import make_recipe
 from luthier.rows.batches import collate
 from luthier.rows.encode import encode_all

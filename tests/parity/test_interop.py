@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from luthier.runs.export import export
-from luthier.runs.train import train
 from torch import Tensor
 
 from luthier.export import export_model, export_peft, load_peft
 from luthier.kinds import Now
 from luthier.methods.additive.lora import lora
 from luthier.models import map_parts, tiny, tiny_tokenizer
+from luthier.runs.export import export
+from luthier.runs.train import train
 from luthier.training.services import RunServices
 from luthier.tune import Tune
 from tests.tolerance import TINY, assert_rounded

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
+from luthier.columns.chunked import resolve
 from luthier.kinds import Now
-from luthier.logprobs import resolve
 from luthier.training.services import view_of
 from tests.objectives import TUNES, assert_idle, assert_slopes, assert_trains, drawn, gradient_of, loss_of, total_of
 from tests.toys.helpers import gap, gradients, rows_of_eight

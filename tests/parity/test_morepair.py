@@ -15,7 +15,7 @@ from luthier.errors import LuthierError
 from luthier.kinds import Keeper, Now, RowMap, TokenWeight
 from luthier.methods.row_map.morepair import marked, morepair
 from luthier.models.tiny import tiny_tokenizer
-from luthier.plan import make_plan
+from luthier.planning.plan import make_plan
 from luthier.recipe import make_recipe
 from luthier.registry import Part
 from luthier.rows.encode import encode

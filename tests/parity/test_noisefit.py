@@ -13,9 +13,9 @@ from torch import Tensor
 
 import luthier
 from luthier import registry
+from luthier.columns.chunked import resolve
 from luthier.errors import LuthierError
 from luthier.kinds import Keeper, Now, Term, TokenWeight
-from luthier.logprobs import resolve
 from luthier.methods.term._noise import absolute_scale, relative_scale, signal_to_noise
 from luthier.models.attention import use_attention
 from luthier.training.disturb import disturbance

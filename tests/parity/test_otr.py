@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from luthier import draws, logprobs, registry
+from luthier import draws, registry
+from luthier.columns import chunked
 from luthier.errors import LuthierError
 from luthier.kinds import Now
 from luthier.methods.token_loss._rollout import STREAM
@@ -138,7 +139,7 @@ def test_chunks_change_nothing() -> None:
     found = []
     for limit in (10**9, 8 * 11 * 40):
         leaf, weight = drawn(150, 6), drawn(11, 6, seed=1)
-        made = logprobs.compute(
+        made = chunked.compute(
             leaf, label_N, lambda h, w=weight: h @ w.T, value.columns, key_N=key_N, vocabulary=11, limit_bytes=limit
         )
         column = made[value.columns[0].name]

@@ -10,11 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from luthier.results.folder import read_run
-from luthier.results.opened import open_run
-from luthier.runs.export import export
-from luthier.runs.train import train
-from luthier.tune.forward import hidden
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -23,8 +18,13 @@ from luthier.export import export_peft, peft_prefix
 from luthier.kinds import Now
 from luthier.models import map_parts, tiny
 from luthier.registry import kind_of, kinds_under, make_all, slots
+from luthier.results.folder import read_run
+from luthier.results.opened import open_run
+from luthier.runs.export import export
+from luthier.runs.train import train
 from luthier.training.services import RunServices
 from luthier.tune import Tune
+from luthier.tune.forward import hidden
 from tests.conftest import calibration, make_batch
 from tests.tolerance import TINY, assert_rounded, rounding
 
@@ -42,9 +42,9 @@ DIRECT = {"prefix_tuning": {"length": LENGTH, "reparameterization": "none"}}
 def tuned(spec: Any, model: Any) -> Tune:
     """A model with techniques attached as a recipe names them, and what trains moved away from the start."""
     tune = Tune(model, map_parts(model), keep_base=True)
-    for slot, part in slots(make_all(spec, kinds_under("tune"))):
+    for slot, part in slots(make_all(spec, "tune")):
         for value in part.values:
-            if kind_of(value) in TUNES:
+            if kind_of(value) in kinds_under("tune"):
                 tune.add(slot, value, RunServices(tune, slot, Now(), calibration), {})
     rng = torch.Generator().manual_seed(5)
     tune.set({name: one.master.detach() + 0.2 * torch.randn(one.master.shape, generator=rng) for name, one in tune.trained.items()})

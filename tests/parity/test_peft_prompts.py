@@ -12,9 +12,9 @@ from luthier.kinds import Batch, Now
 from luthier.methods.prompt.cpt import at_width, context_of, cpt, project
 from luthier.models.parts import map_parts
 from luthier.models.tiny import tiny
-from luthier.training.forward import hidden
 from luthier.training.services import RunServices
 from luthier.tune import Tune
+from luthier.tune.forward import hidden
 from tests.conftest import make_batch
 from tests.toys.helpers import gradients
 

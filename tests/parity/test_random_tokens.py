@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from luthier import logprobs, registry
+from luthier import registry
+from luthier.columns import chunked
 from luthier.errors import LuthierError
 from luthier.kinds import Batch, Now, TokenWeight
 from luthier.methods.token_weight.random_tokens import DRAW
@@ -29,7 +30,7 @@ def kept_tokens(share: float, batch: Batch, steps: int) -> torch.Tensor:
     assert isinstance(value, TokenWeight) and value.weigh is not None
     model = model_of(layers=1)
     tune = Tune(model, map_parts(model))
-    columns = logprobs.resolve(["nll", DRAW])
+    columns = chunked.resolve(["nll", DRAW])
     with torch.no_grad():
         views = [view_of(tune, batch, columns, Now(step=step, seed=3)) for step in range(steps)]
     return torch.stack([value.weigh(view) for view in views])

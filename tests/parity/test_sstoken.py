@@ -15,8 +15,9 @@ from luthier.errors import LuthierError
 from luthier.kinds import Now, TokenWeight, View
 from luthier.methods.token_weight._ranks import span_in_rows, top_in_rows
 from luthier.methods.token_weight.sstoken import FLOOR, kept
+from luthier.models.modes import evaluating
 from luthier.registry import Part
-from luthier.training.services import evaluating, view_of
+from luthier.training.services import view_of
 from tests.conftest import make_batch, split
 from tests.objectives import view_on
 from tests.toys.helpers import gap, gradients, model_of, rows_of_eight, toys  # noqa: F401

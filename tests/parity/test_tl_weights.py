@@ -17,7 +17,7 @@ from luthier.errors import LuthierError
 from luthier.kinds import Now
 from luthier.methods.token_weight._tool_calls import END, KEY, TOOL_CALLS
 from luthier.models.tiny import tiny_tokenizer
-from luthier.plan import make_plan
+from luthier.planning.plan import make_plan
 from luthier.recipe import make_recipe
 from luthier.rows.batches import collate
 from luthier.rows.encode import Encoded, encode_all

@@ -16,11 +16,11 @@ QUICKSTART = Path(__file__).parents[2] / "recipes" / "quickstart.yaml"
 TRAIN = """
 import json, sys
 import luthier
-from luthier import flow
+from luthier.runs import train as runs
 from luthier.recipe import read_recipe
 told = []
 # What is saved afterwards needs a second model in memory, which is no part of training.
-flow.keep_what_changed = lambda plan, folder, say: told.append(plan.estimate.total_bytes) or {}
+runs.keep_what_changed = lambda plan, folder, say: told.append(plan.estimate.total_bytes) or {}
 run = luthier.train(read_recipe(sys.argv[1], sys.argv[2:]))
 print(json.dumps([told[0], run.facts["peak_memory_bytes"]]))
 """

@@ -10,7 +10,7 @@ import luthier
 from luthier.export.model import PROBES, divergence, outputs
 from luthier.models import load_model, load_tokenizer
 from luthier.models.quantized import code_tensors, count, quantized
-from luthier.use import export
+from luthier.runs.export import export
 
 pytestmark = pytest.mark.realmodel
 

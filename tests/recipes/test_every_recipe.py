@@ -8,7 +8,7 @@ import pytest
 
 import luthier
 from luthier.evaluate.planned import evaluation_sets
-from luthier.plan import choose_parts
+from luthier.recipe.parts import choose_parts
 from luthier.rows.sources import read_rows
 
 RECIPES = sorted((Path(__file__).parent.parent.parent / "recipes").glob("*.yaml"))
@@ -17,7 +17,7 @@ RECIPES = sorted((Path(__file__).parent.parent.parent / "recipes").glob("*.yaml"
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_a_recipe_is_whole(path: Path) -> None:
     recipe = luthier.read_recipe(path)
-    assert choose_parts(recipe)["tune"] and evaluation_sets(recipe)
+    assert choose_parts(recipe)["tune"] and evaluation_sets(recipe.evaluate, recipe.train)
     assert all(source.rows for source in read_rows(recipe.rows))
 
 

@@ -16,9 +16,9 @@ import luthier
 from luthier.errors import LuthierError
 from luthier.models.fingerprint import fingerprint
 from luthier.models.load import load_model
-from luthier.opened import open_model
 from luthier.recipe import make_recipe
-from luthier.run import read_run
+from luthier.results.folder import read_run
+from luthier.results.opened import open_model
 from luthier.training.chain import Chain
 
 FACTS = [

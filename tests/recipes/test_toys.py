@@ -10,7 +10,7 @@ import pytest
 
 import luthier
 from luthier import registry
-from luthier.kinds import KINDS, OBJECTIVES, STEPS, TUNES
+from luthier.registry import KINDS, kinds_under
 from luthier.rows.select import select_rows
 
 TOYS = Path(__file__).parent.parent / "toys"
@@ -18,8 +18,8 @@ FOUND = sorted((path.parent.name, path.stem) for path in TOYS.glob("*/*.py") if 
 ROWS = [{"prompt": f"Say {word}.", "completion": f"{word}!"} for word in ("one", "two", "three", "four")]
 
 RECIPE_KEYS = {
-    **dict.fromkeys(TUNES, "tune"),
-    **dict.fromkeys(OBJECTIVES, "objective"),
+    **dict.fromkeys(kinds_under("tune"), "tune"),
+    **dict.fromkeys(kinds_under("objective"), "objective"),
     "token_weight": "token_weight",
     "source": "source",
     "keeper": "keep",
@@ -57,7 +57,7 @@ def test_a_toy_runs_from_a_recipe(kind: str, name: str, tmp_path: Path) -> None:
         return
     if kind == "row_map":
         recipe["rows"]["map"] = name
-    elif kind in STEPS:
+    elif kind in kinds_under("step"):
         rest = ["adamw"] if kind == "optimizer" else []
         recipe["step"] = [name, *rest] if kind == "optimizer" else ["adamw", name]
     else:

@@ -26,7 +26,7 @@ def toys() -> Iterator[None]:
     """The toys stand in the registry for one test, and other tests see none of them."""
     registry.add_folder(TOYS)
     yield
-    registry._added.remove(TOYS)
+    registry.remove_folder(TOYS)
 
 
 def model_of(architecture: str = "llama", **options: Any) -> Any:

@@ -11,17 +11,18 @@ import torch
 from torch import Tensor
 
 from luthier import registry
+from luthier.columns.chunked import resolve
 from luthier.errors import LuthierError
 from luthier.kinds import Batch, Now, StepTable, TokenLoss, TokenWeight, View
-from luthier.logprobs import resolve
 from luthier.models import attention
 from luthier.models.attention import use_attention
+from luthier.models.modes import evaluating
 from luthier.models.parts import map_parts
 from luthier.models.tiny import ARCHITECTURES, tiny, tiny_kind
 from luthier.training.dryrun import peak_of
-from luthier.training.forward import hidden
-from luthier.training.services import evaluating, view_of
+from luthier.training.services import view_of
 from luthier.tune import Tune
+from luthier.tune.forward import hidden
 from tests.conftest import make_batch, split
 from tests.toys.helpers import gap, gradients, model_of, rows_of_eight, toys  # noqa: F401
 

@@ -10,11 +10,16 @@ import pytest
 import yaml
 
 import luthier
-from luthier.control import find_control
 from luthier.errors import LuthierError
-from luthier.recipe import make_recipe, read_recipe
+from luthier.recipe import Recipe, make_recipe, read_recipe
+from luthier.results.control import find_control
+from luthier.results.folder import Run
 
 ROWS = [{"prompt": f"Say {word}.", "completion": f"{word}!"} for word in ("one", "two", "three", "four")]
+
+
+def control_of(recipe: Recipe) -> Run | None:
+    return find_control(recipe.control, recipe.out)
 
 
 def data_of(tmp_path: Path, **keys: Any) -> dict[str, Any]:
@@ -52,16 +57,16 @@ def test_a_recipe_stands_for_its_newest_finished_run(tmp_path: Path) -> None:
     asks = tmp_path / "tuned.yaml"
     asks.write_text(yaml.safe_dump({**data, "control": "plain.yaml"}), encoding="utf-8")
     with pytest.raises(LuthierError, match="no finished run") as caught:
-        find_control(read_recipe(asks))
+        control_of(read_recipe(asks))
     assert caught.value.where == "control" and "luthier train" in caught.value.mend
     runs = [luthier.train(file) for _ in range(2)]
     # Of the same name, but it did something else.
     luthier.train(read_recipe(file, ["train.steps=2"]))
-    found = find_control(read_recipe(asks))
+    found = control_of(read_recipe(asks))
     assert found is not None and found.folder == runs[1].folder
     facts = {**runs[1].facts, "status": "stopped"}
     (runs[1].folder / "run.json").write_text(json.dumps(facts), encoding="utf-8")
-    found = find_control(read_recipe(asks))
+    found = control_of(read_recipe(asks))
     assert found is not None and found.folder == runs[0].folder
 
 
@@ -79,4 +84,4 @@ def test_a_control_that_cannot_serve_stops_the_run_before_it_starts(tmp_path: Pa
 
 
 def test_without_a_control_nothing_is_looked_for() -> None:
-    assert find_control(make_recipe({"model": "tiny:llama", "rows": {"train": ROWS}})) is None
+    assert control_of(make_recipe({"model": "tiny:llama", "rows": {"train": ROWS}})) is None

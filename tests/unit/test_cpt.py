@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from luthier.tune.forward import hidden
 from torch import Tensor
 from torch.nn import functional
 
@@ -19,6 +18,7 @@ from luthier.models.parts import map_parts
 from luthier.training.engine import with_context
 from luthier.training.services import RunServices
 from luthier.tune import Tune
+from luthier.tune.forward import hidden
 from tests.conftest import make_batch, split
 from tests.tolerance import TINY, assert_rounded
 from tests.toys.helpers import model_of

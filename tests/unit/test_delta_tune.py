@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from luthier.kinds.parts import Parts
 from torch import Tensor, nn
 
 from luthier import registry
@@ -17,6 +16,7 @@ from luthier.delta.forms import bits
 from luthier.errors import LuthierError
 from luthier.export import merged
 from luthier.kinds import Additive, Now, Place, Select, Selective, Services, Tensors
+from luthier.kinds.parts import Parts
 from luthier.methods.additive.lora import lora
 from luthier.models import fingerprint, map_parts, tiny
 from luthier.training.services import RunServices

@@ -10,15 +10,17 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 from luthier import draws
+from luthier.columns.chunked import resolve
+from luthier.columns.losses import nll
 from luthier.errors import LuthierError
 from luthier.kinds import Column, Disturbed, Now, OtherPass, Term
-from luthier.logprobs import nll, resolve
 from luthier.models.attention import use_attention
+from luthier.models.modes import evaluating
 from luthier.models.tiny import ARCHITECTURES, tiny_kind
 from luthier.registry import Part
 from luthier.training.engine import with_context
-from luthier.training.forward import hidden
-from luthier.training.services import RunServices, evaluating, view_of
+from luthier.training.services import RunServices, view_of
+from luthier.tune.forward import hidden
 from tests.conftest import split
 from tests.toys.helpers import gap, gradients, model_of, rows_of_eight, toys  # noqa: F401
 

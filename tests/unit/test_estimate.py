@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-from luthier.planning.plan import make_plan, measure_plan
 from typer.testing import CliRunner
 
 from luthier import machine
 from luthier.cli import app
 from luthier.models.tiny import tiny, tiny_tokenizer
+from luthier.planning.plan import make_plan, measure_plan
 from luthier.recipe import make_recipe
 from tests.processor import multiplies_bf16
 
@@ -26,9 +26,9 @@ TRAIN = """
 import json, sys, torch
 torch.set_num_threads(1)
 import luthier
-from luthier import flow
+from luthier.runs import train as runs
 told = []
-flow.keep_what_changed = lambda plan, folder, say: told.append(plan.estimate.total_bytes) or {}
+runs.keep_what_changed = lambda plan, folder, say: told.append(plan.estimate.total_bytes) or {}
 run = luthier.train(json.loads(sys.argv[1]))
 print(json.dumps([told[0], run.facts["peak_memory_bytes"]]))
 """

@@ -11,15 +11,16 @@ from torch import Tensor
 
 from luthier import registry
 from luthier.errors import LuthierError
-from luthier.evaluate.generate import context_of, generate, stop_ids
-from luthier.kinds import TUNES, Now, Prefix, Prompt
+from luthier.generation.generate import context_of, generate, stop_ids
+from luthier.kinds import Now, Prefix, Prompt
 from luthier.models.parts import map_parts
 from luthier.models.tiny import tiny, tiny_tokenizer
+from luthier.registry import kinds_under
 from luthier.rows.batches import collate
 from luthier.rows.encode import Encoded
-from luthier.training.forward import hidden
 from luthier.training.services import RunServices
 from luthier.tune import Tune
+from luthier.tune.forward import hidden
 
 TOKENIZER: Any = tiny_tokenizer()
 PROMPTS = [TOKENIZER(text)["input_ids"] for text in ("Who?", "What is the color of the gate?", "a", "Name the mill.", "b")]
@@ -110,7 +111,7 @@ def test_what_is_attached_takes_part(attached: str, architecture: str) -> None:
     tune = tune_of(architecture)
     plain = generate(tune, TOKENIZER, PROMPTS, max_new_tokens=8)
     if attached == "lora":
-        add(tune, *registry.make({"lora": {"rank": 2}}, TUNES).values)
+        add(tune, *registry.make({"lora": {"rank": 2}}, kinds_under("tune")).values)
         generator = torch.Generator().manual_seed(0)
         tune.set({name: torch.randn(one.master.shape, generator=generator) for name, one in tune.trained.items()})
     add(tune, *([prompt_of(3)] if "prompt" in attached else []), *([prefix_of(2)] if "prefix" in attached else []))

@@ -16,10 +16,10 @@ from typer.testing import CliRunner
 from luthier.cli import app
 from luthier.errors import LuthierError
 from luthier.evaluate.harness import Score, _scores, harness
-from luthier.flow import train
 from luthier.kinds import Now, Prompt
 from luthier.methods.additive.lora import lora
 from luthier.models import map_parts, tiny, tiny_tokenizer
+from luthier.runs.train import train
 from luthier.training.services import RunServices
 from luthier.tune import Tune
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from luthier.evaluate.metrics import (
-    METRICS,
+from luthier.evaluate.metrics import METRICS
+from luthier.rows.answers import (
     contains,
     equal,
     exact_match,

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from luthier.runs.train import train
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
@@ -25,6 +24,7 @@ from luthier.kinds import Now
 from luthier.methods.additive.lora import lora
 from luthier.models import load_model, load_tokenizer, map_parts, tiny
 from luthier.models.tiny import CHAT_TEMPLATE
+from luthier.runs.train import train
 from luthier.training.services import RunServices
 from luthier.tune import Tune
 from tests.tolerance import TINY, assert_rounded

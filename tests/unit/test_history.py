@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from luthier.columns.chunked import resolve
+from luthier.columns.losses import nll
 from luthier.errors import LuthierError
 from luthier.kinds import Column, HiddenEdit, Keeper, Now, OtherPass, Resize, TokenWeight
-from luthier.logprobs import nll, resolve
 from luthier.registry import Part
 from luthier.training import services
 from luthier.training.checkpoint import restore, save

@@ -13,7 +13,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from luthier.errors import LuthierError
 from luthier.kinds import Batch, Now
 from luthier.models.attention import Context, attention
-from luthier.training.forward import hidden
+from luthier.tune.forward import hidden
 from tests.conftest import make_batch, split
 from tests.toys.helpers import gap, gradients, model_of, rows_of_eight, toys  # noqa: F401
 

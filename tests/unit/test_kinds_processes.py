@@ -13,8 +13,9 @@ from torch import Tensor
 
 from luthier import registry
 from luthier.errors import LuthierError
-from luthier.kinds import OBJECTIVES, TUNES, Batch, Now
+from luthier.kinds import Batch, Now
 from luthier.models.parts import map_parts
+from luthier.recipe.parts import completed
 from luthier.training.build import build_engine
 from tests.conftest import calibration, make_batch, split
 from tests.toys.helpers import TOYS, model_of, rows_of_eight
@@ -56,11 +57,15 @@ def run(rank: int, size: int, folder: str) -> None:
         engine = build_engine(
             model,
             map_parts(model),
-            tune=registry.make_all(setting.get("tune", "full"), TUNES),
-            objective=registry.make_all(setting.get("objective", "cross_entropy"), OBJECTIVES),
-            token_weight=registry.make_all(setting.get("weight"), ("token_weight",)),
-            step=registry.make_all(setting.get("step", "sgd"), ("transform", "optimizer")),
-            source=registry.make(setting.get("source", "backprop"), ("source",)),
+            completed(
+                {
+                    "tune": setting.get("tune", "full"),
+                    "objective": setting.get("objective", "cross_entropy"),
+                    "token_weight": setting.get("weight"),
+                    "step": setting.get("step", "sgd"),
+                    "source": setting.get("source", "backprop"),
+                }
+            ),
             calibration=calibration,
             now=Now(steps=4),
         )
@@ -69,7 +74,7 @@ def run(rank: int, size: int, folder: str) -> None:
             result = engine.step(mine, Now(step=step, steps=4, learning_rate=0.02))
             found[f"{name} loss {step}"] = torch.tensor([result.loss, result.nll, result.kept, float(result.tokens)])
         found |= {f"{name} {key}": one.master.detach().clone() for key, one in engine.tune.trained.items()}
-    registry._added.remove(TOYS)
+    registry.remove_folder(TOYS)
     save_file(found, f"{folder}/{size}-{rank}.safetensors")
     if size > 1:
         dist.destroy_process_group()
@@ -95,10 +100,7 @@ def break_one(rank: int, folder: str) -> None:
     engine = build_engine(
         model,
         map_parts(model),
-        tune=registry.make_all("full", TUNES),
-        objective=registry.make_all("cross_entropy", OBJECTIVES),
-        step=registry.make_all("sgd", ("transform", "optimizer")),
-        source=registry.make("backprop", ("source",)),
+        completed({"tune": "full", "objective": "cross_entropy", "step": "sgd", "source": "backprop"}),
         now=Now(steps=1),
     )
     before = [parameter.detach().clone() for parameter in model.parameters()]

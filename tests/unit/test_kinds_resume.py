@@ -12,8 +12,8 @@ from torch import Tensor
 
 from luthier import registry
 from luthier.errors import LuthierError
-from luthier.kinds import TUNES, Now, Place, Select, Selective
-from luthier.registry import Part
+from luthier.kinds import Now, Place, Select, Selective
+from luthier.registry import Part, kinds_under
 from luthier.training.checkpoint import FACTS, TENSORS, latest, prune, read, restore, save
 from tests.conftest import split
 from tests.toys.helpers import model_of, rows_of_eight, toys  # noqa: F401
@@ -51,7 +51,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "phases of whole and flat": {"tune": {"lt_sft": {"share": 0.15}}},
     "phases of edits": {"tune": {"lofit": {"share": 0.15}}},
     "phases of a prompt": {"tune": [{"promot": {"share": 0.15}}, "half"]},
-    **{f"technique {name}": {"tune": name} for kind in TUNES for name in registry.names(kind) if name not in ("full", "half")},
+    **{
+        f"technique {name}": {"tune": name}
+        for kind in kinds_under("tune")
+        for name in registry.names(kind)
+        if name not in ("full", "half")
+    },
     "many": {"tune": ["some_entries", "lora", "plain_prefix", "plain_prompt", "bottleneck"], "keep": "average"},
 }
 

@@ -23,12 +23,15 @@ from typer.testing import CliRunner, Result
 
 from luthier.cli import app
 from luthier.errors import LuthierError
-from luthier.lab import command
+from luthier.lab import calibrating, claims, command, verdict
 from luthier.lab.command import minutes_of
 from luthier.lab.figure import draw
+from luthier.lab.overview import draw_effects, effect_of
 from luthier.lab.pool import workers
-from luthier.lab.results import expected, file_stem, save, shown, spread
+from luthier.lab.results import expected, file_stem, load, looked, save, shown, spread
 from luthier.lab.runner import here
+from luthier.lab.verdict import Design
+from luthier.lab.verdicts import NOT_AGAIN, entry, under_rule
 
 TOY = runpy.run_path(str(Path(__file__).with_name("lab_toys.py")))["TOY"]
 RESULT: dict[str, Any] = {
@@ -37,7 +40,10 @@ RESULT: dict[str, Any] = {
     "papers": ["2404.18466"],
     "rows": [8],
     "says": "Half is as good as [all].",
-    "verdict": "inconclusive",
+    "question": "Is half enough?",
+    "unit": "share of items",
+    "rule": {"looks": [8, 16], "level": 0.028, "lab": True},
+    "verdict": "cannot tell",
     "expectations": [
         {
             "measure": "held_back",
@@ -49,9 +55,22 @@ RESULT: dict[str, Any] = {
             "differences": [0.1, 0.2, 0.3],
             "mean": 0.2,
             "interval": [-0.0484, 0.448],
-            "verdict": "supported",
+            "verdict": "holds",
             "note": "",
-        }
+        },
+        {
+            "measure": "held_back",
+            "arm": "half",
+            "versus": "full",
+            "direction": "more",
+            "margin": 0.5,
+            "says": "much better",
+            "differences": [0.1, 0.2, 0.3],
+            "mean": 0.2,
+            "interval": [-0.0484, 0.448],
+            "verdict": "does not hold",
+            "note": "",
+        },
     ],
     "measures": ["held_back", "nothing"],
     "arms": [
@@ -129,7 +148,9 @@ def test_a_claim_from_the_command_line_in_processes_of_its_own(folder: Path) -> 
     assert found["arms"][0]["rate"] == 1e-3 and len(found["arms"][0]["numbers"]["loss"]) == 2
     ElementTree.fromstring((out / "toy.svg").read_text())
     listed = facts(call("--list", "--out", out, "--json"))
-    assert listed == [{"name": "toy", "title": "A toy", "verdict": found["verdict"], "minutes": 1}]
+    told = {key: entry(found)[key] for key in ("verdict", "words")}
+    assert listed == [{"name": "toy", "title": "A toy", **told, "minutes": 1}]
+    assert told["verdict"] == NOT_AGAIN, "two seeds are not the lab's rule"
     assert "not measured" in call("--list", "--out", folder / "elsewhere").output
     assert (folder / "cache" / "lab" / "stages").is_dir()
     assert facts(call("--forget", "--json")) == {"forgotten": str(folder / "cache" / "lab")}
@@ -156,7 +177,7 @@ def test_all_claims_within_a_budget(folder: Path) -> None:
     found = facts(call("--all", "--seeds", 1, "--budget", "30m", "--out", out, "--json"))
     assert [one["claim"] for one in found["results"]] == ["toy"]
     assert found["left_out"] == [{"name": "long", "minutes": 50}]
-    assert found["results"][0]["verdict"] == "inconclusive", "one seed has no interval"
+    assert found["results"][0]["verdict"] == "cannot tell", "one seed has no interval"
     everything = facts(call("--all", "--seeds", 1, "--out", out, "--json"))
     assert [one["claim"] for one in everything["results"]] == ["toy", "long"] and not everything["left_out"]
 
@@ -186,6 +207,7 @@ def test_another_model_has_a_result_of_its_own(folder: Path) -> None:
         (["toy", "--budget", "1h"], "a budget is for all claims", "--all"),
         ([], "a claim is missing", "--list"),
         (["toy", "--list"], "only one thing", "--list"),
+        (["--calibrate", "--seeds", 3], "the lab's own test is fixed", "leave --seeds out"),
     ],
 )
 def test_mistakes(folder: Path, words: list[object], what: str, mend: str) -> None:
@@ -231,7 +253,14 @@ def test_the_terminal_shows_every_number() -> None:
     console = Console(width=200, record=True, file=io.StringIO())
     console.print(shown(RESULT))
     text = console.export_text()
-    for part in ("0.5 ± 0.25", "by the recipes", "0.2 (-0.0484 to 0.448)", "supported", "[all]", "largest that was tried"):
+    for part in (
+        "0.5 ± 0.25",
+        "by the recipes",
+        "0.2 (-0.0484 to 0.448)",
+        "cannot tell at this scale: held_back 0.2 share of items (-0.0484 to 0.448), half minus full, 3 seeds",
+        "[all]",
+        "largest that was tried",
+    ):
         assert part in text
 
 
@@ -249,34 +278,87 @@ def test_the_figure_places_every_number() -> None:
 
 
 @pytest.fixture
-def generate(tmp_path: Path) -> ModuleType:
-    """The maker of the docs' pages, with a folder of results of its own."""
-    path = Path(__file__).parents[2] / "docs" / "generate.py"
-    spec = importlib.util.spec_from_file_location("docs_generate_claims", path)
+def generate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """What fills the pages, with results of its own."""
+    spec = importlib.util.spec_from_file_location("docs_generate", Path(__file__).parents[2] / "docs" / "generate.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    module.CLAIMS = tmp_path / "claims"  # type: ignore[attr-defined]
+    monkeypatch.setattr(module.claims, "CLAIMS", tmp_path / "claims")
     return module
 
 
 def test_the_page_of_claims(generate: ModuleType) -> None:
     assert generate.on_page_markdown("<!-- generated: claims -->") == "No results are stored."
-    save(RESULT, generate.CLAIMS, "toy")
+    save(RESULT, generate.claims.CLAIMS, "toy")
     page = generate.on_page_markdown("<!-- generated: claims -->")
-    assert "| [`toy`](#claim-toy) | [arXiv:2404.18466](https://arxiv.org/abs/2404.18466) | **inconclusive** |" in page
+    told = "**cannot tell**: held_back 0.2 share of items (-0.0484 to 0.448), half minus full, 3 seeds"
+    assert f"| [`toy`](#claim-toy) | [arXiv:2404.18466](https://arxiv.org/abs/2404.18466) | {told} |" in page
+    assert "### Is half enough?" in page and "Not run again" not in page
     assert "## `toy`: A &lt;toy&gt; \\| one { #claim-toy }" in page
     assert "| held_back | 0.5 ± 0.25 | 0.825 ± 0.32 |" in page and "| nothing | none | none |" in page
-    assert "0.2 (-0.0484 to 0.448) | supported" in page and "0.0003: none, 0.001: 0.5" in page
+    assert "0.2 (-0.0484 to 0.448) | does not hold" in page and "0.0003: none, 0.001: 0.5" in page
     assert "(claims/toy.svg)" in page and "Smaller." in page and "2 minutes of training" in page
-    (generate.CLAIMS / "toy.svg").unlink()
+    (generate.claims.CLAIMS / "toy.svg").unlink()
     assert "toy.svg" not in generate.on_page_markdown("<!-- generated: claims -->")
 
 
 def test_a_technique_links_to_its_claim(generate: ModuleType) -> None:
-    assert generate.tested_by("") == "" and generate.tested_by("toy") == "`toy`"
-    save(RESULT, generate.CLAIMS, "toy")
-    assert generate.tested_by("toy") == "[`toy`](claims.md#claim-toy): inconclusive"
+    assert generate.claims.tested_by("") == "" and generate.claims.tested_by("toy") == "`toy`"
+    save(RESULT, generate.claims.CLAIMS, "toy")
+    assert generate.claims.tested_by("toy").startswith(
+        "[`toy`](claims.md#claim-toy): cannot tell at this scale: held_back 0.2 share"
+    )
+
+
+def test_a_result_from_before_the_rule_is_listed_and_told_of_nowhere_else(generate: ModuleType) -> None:
+    before = {**RESULT, "verdict": "refuted", "expectations": [{**RESULT["expectations"][0], "verdict": "supported"}]}
+    for name in ("rule", "question", "unit"):
+        del before[name]
+    save(RESULT, generate.claims.CLAIMS, "toy")
+    (generate.claims.CLAIMS / "old.json").write_text(json.dumps({**before, "claim": "old"}))
+    page = generate.on_page_markdown("<!-- generated: claims -->")
+    assert page.count("`old`") == 1 and "[`old`](claims/old.json)" in page and "refuted" not in page
+    assert generate.claims.tested_by("old") == "[`old`](claims.md#not-run-again): not run again under the rule"
+    result = load(generate.claims.CLAIMS, "old")
+    assert result is not None and result["verdict"] == "does not hold" and result["rule"] is None
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(shown(result))
+    assert "from before the lab's rule" in console.export_text()
+    asked = {**RESULT, "rule": {"looks": [3], "level": 0.05, "lab": False}}
+    assert not under_rule(asked) and not under_rule(result) and under_rule(RESULT)
+    assert under_rule({**RESULT, "rule": {"looks": [5], "level": 0.05, "lab": True}})
+    assert "not the lab's rule" in looked(asked["rule"])
+
+
+def test_the_figure_of_all_claims_turns_effects_towards_the_claim() -> None:
+    more = {**RESULT["expectations"][0], "direction": "more", "differences": [1.0, 2.0, 3.0], "mean": 2.0, "interval": [-0.5, 4.5]}
+    less, within = {**more, "direction": "less"}, {**more, "direction": "not_less"}
+    right, left, allowed = (effect_of({**RESULT, "expectations": [{**one, "margin": 0.5}]}) for one in (more, less, within))
+    assert right is not None and left is not None and allowed is not None
+    # The differences deviate by 1.
+    assert right[2:] == (2.0, -0.5, 4.5, 0.5) and left[2:] == (-2.0, -4.5, 0.5, 0.5) and allowed.margin == -0.5
+    assert effect_of({**RESULT, "expectations": [{**more, "interval": None}]}) is None
+    svg = draw_effects([RESULT, {**RESULT, "question": "", "expectations": [{**less, "mean": 9.0, "interval": [6.5, 11.5]}]}])
+    assert "Is half enough?" in svg and "Other questions" in svg and "polygon" in svg
+    ElementTree.fromstring(svg)
+
+
+@pytest.mark.usefixtures("in_process")
+def test_the_lab_tests_itself(folder: Path, monkeypatch: pytest.MonkeyPatch, generate: ModuleType) -> None:
+    assert "Not measured yet" in generate.claims.calibration() and "Not measured yet" in generate.claims.comparisons()
+    toy = claims.find("toy")
+    far = toy.main._replace(margin=50.0)
+    null = toy._replace(main=far._replace(direction="more"), beside=[far._replace(direction="less")])
+    monkeypatch.setattr(verdict, "TWO_LOOKS", Design((3, 4), 0.028))
+    for name, found in (("EFFECTS", toy), ("NULLS", null), ("FURTHER", toy)):
+        monkeypatch.setattr(calibrating, name, [found])
+    told = facts(call("--calibrate", "--out", generate.claims.CLAIMS, "--json"))
+    assert told["counts"] == {"effects": [1, 1], "nulls": [0, 1], "further": [1, 1]}
+    assert told == json.loads((generate.claims.CLAIMS / "calibration.json").read_text())
+    assert "supports 1 of 1 effects" in generate.claims.calibration() and "0 of 1 nulls" in generate.claims.calibration()
+    assert "| nulls | A toy |" in generate.claims.comparisons()
+    assert generate.claims.claims() == "No results are stored.", "the lab's test of itself is no claim"
 
 
 def test_the_rule_on_the_page_is_the_one_in_the_code(generate: ModuleType) -> None:

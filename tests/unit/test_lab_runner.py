@@ -14,15 +14,16 @@ from pathlib import Path
 import pytest
 
 from luthier.errors import LuthierError
-from luthier.lab import cache, claims, jobs
+from luthier.lab import cache, claims, jobs, verdict
 from luthier.lab.claim import Arm, Claim, Setting
 from luthier.lab.jobs import Do, Job, arm_recipes, chain_keys, merged
 from luthier.lab.results import result_of
 from luthier.lab.runner import Choice, Lab, Ran, Tried, best, here, run_claim
+from luthier.lab.verdict import Design
 from luthier.models.fingerprint import fingerprint
 from luthier.models.load import load_model
-from luthier.opened import open_run
-from luthier.run import read_run
+from luthier.results.folder import read_run
+from luthier.results.opened import open_run
 
 TOY = runpy.run_path(str(Path(__file__).with_name("lab_toys.py")))["TOY"]
 SETTING = Setting("tiny:llama", 0)
@@ -63,7 +64,7 @@ class Counting:
         return here(do, todo)
 
 
-def run(claim: Claim, seeds: int = 1, model: str | None = None) -> tuple[Ran, tuple[int, int]]:
+def run(claim: Claim, seeds: int | None = 1, model: str | None = None) -> tuple[Ran, tuple[int, int]]:
     """Run a claim; with what had to be trained and asked."""
     counting = Counting()
     ran = run_claim(claim, Lab(cache.lab_folder(), counting), seeds=seeds, model=model)
@@ -128,6 +129,29 @@ def test_a_second_call_runs_nothing(toy: Callable[..., Claim]) -> None:
     assert more.numbers["half"][:2] == first.numbers["half"]
 
 
+def test_a_second_look_follows_an_undecided_first_one_alone(toy: Callable[..., Claim], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(verdict, "TWO_LOOKS", Design((3, 4), 0.028))
+    measured = '"loss": done'
+    wide = ('"not_more", 0.5', '"not_more", 5.0')
+    # Seeds differ by a hundred in the half arm, so that nothing can be told of them.
+    apart = '"loss": 100.0 * (done.setting.seed % 2) * (done.arm.name == "half") + done'
+    for change, seeds, found in (((measured, measured), 3, "holds"), ((measured, apart), 4, "cannot tell")):
+        ran, work = run(toy(change, wide), seeds=None)
+        assert ran.seeds == seeds and len(ran.numbers["half"]) == seeds
+        result = result_of(ran)
+        assert result["verdict"] == found and result["rule"] == {"looks": [3, 4], "level": 0.028, "lab": True}
+    assert work[0] == 2, "of the second claim the first look's runs were there"
+    asked = result_of(run(toy((measured, apart), wide), seeds=2)[0])
+    assert asked["seeds"] == [0, 1] and not asked["rule"]["lab"]
+
+
+def test_a_seed_of_the_training_alone(toy: Callable[..., Claim]) -> None:
+    again = ('Arm("half", {"tune": "half"})', 'Arm("half", seed_offset=50)')
+    claim = toy(again)
+    once, other = (arm_recipes(arm, 0.1, SETTING, claim.stages(SETTING)) for arm in claim.arms)
+    assert once[0]["rows"] == other[0]["rows"] and (once[0]["seed"], other[0]["seed"]) == (0, 50)
+
+
 def test_claims_share_a_baseline(toy: Callable[..., Claim]) -> None:
     first, _ = run(toy())
     other = toy(
@@ -168,7 +192,7 @@ def test_an_arm_that_breaks_off_has_no_number_and_no_verdict(toy: Callable[..., 
     assert ran.choices["half"].rate is None and "own learning rates" in ran.choices["half"].note
     assert ran.numbers["half"] == ({}, {})
     result = result_of(ran)
-    assert result["verdict"] == "inconclusive" and result["expectations"][0]["differences"] == (None, None)
+    assert result["verdict"] == "cannot tell" and result["expectations"][0]["differences"] == (None, None)
     assert result["arms"][1]["numbers"] == {"loss": [None, None]}
 
 
@@ -337,7 +361,8 @@ def test_claims_that_contradict_themselves(toy: Callable[..., Claim]) -> None:
         "there is no arm `haf`": ('"half", "full"', '"haf", "full"'),
         "no direction": ('"not_more", 0.5', '"fewer", 0.5'),
         "below 0": ('"not_more", 0.5', '"not_more", -0.5'),
-        "nothing is expected": ('[Expectation("loss", "half", "full", "not_more", 0.5)]', "[]"),
+        "one main expectation": ('Expectation("loss", "half", "full", "not_more", 0.5)', "None"),
+        "needs two seeds": ("minutes=1,", "minutes=1, seeds=1,"),
         "must export": ('name="toy"', 'name="other"'),
     }
     for what, change in mistakes.items():

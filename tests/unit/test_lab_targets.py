@@ -9,13 +9,13 @@ import pytest
 import torch
 
 import luthier
-from luthier import logprobs
+from luthier.columns.targets import find_targets
 from luthier.lab.targets import TOP, Targets, answered, drift, targets_of, with_answers
-from luthier.opened import open_base, open_run
+from luthier.results.folder import Run
+from luthier.results.opened import open_base, open_run
 from luthier.rows.batches import collate
 from luthier.rows.encode import encode
 from luthier.rows.read import read
-from luthier.run import Run
 
 ROWS: list[dict[str, Any]] = [
     {"id": str(number), "prompt": f"what is {number}?", "completion": "it is " + "very " * number + "far"} for number in range(5)
@@ -36,7 +36,7 @@ def log_probabilities(opened: Any) -> torch.Tensor:
     found = []
     for row in read(ROWS).rows:
         batch = collate([encode(row, tokenizer)])
-        where = logprobs.targets(batch)
+        where = find_targets(batch)
         with torch.no_grad():
             logits_BTV = tune.model(input_ids=batch.token_ids_BT).logits
         found.append(logits_BTV[0, where.source_N].double().log_softmax(-1))

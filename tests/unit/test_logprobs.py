@@ -9,10 +9,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from luthier import draws, logprobs
+from luthier import draws
+from luthier.columns import chunked
+from luthier.columns.chunked import COLUMNS, Other, compute, resolve
+from luthier.columns.losses import nll
+from luthier.columns.targets import find_targets
 from luthier.errors import LuthierError
 from luthier.kinds import Batch, Chunk, Column, Now
-from luthier.logprobs import COLUMNS, Other, compute, nll, resolve, targets
 from luthier.training.services import view_of
 from tests.conftest import make_batch, split
 from tests.toys.helpers import model_of, rows_of_eight
@@ -117,15 +120,15 @@ def batch_of(ids: list[int], label: list[int], attend: list[bool] | None = None)
 
 def test_fault_7_the_shift_is_done_once() -> None:
     """Fault 7: each target is predicted from the position before it, the last one too."""
-    where = targets(batch_of([10, 11, 12, 13], [10, -100, 12, 13]))
+    where = find_targets(batch_of([10, 11, 12, 13], [10, -100, 12, 13]))
     assert where.source_N.tolist() == [1, 2] and where.label_N.tolist() == [12, 13]
-    assert targets(batch_of([10, 11], [-100, 11])).source_N.tolist() == [0]
-    assert len(targets(batch_of([10], [10])).label_N) == 0
+    assert find_targets(batch_of([10, 11], [-100, 11])).source_N.tolist() == [0]
+    assert len(find_targets(batch_of([10], [10])).label_N) == 0
 
 
 def test_the_first_real_token_of_a_left_padded_row_is_no_target() -> None:
     batch = batch_of([0, 0, 12, 13], [-100, -100, 12, 13], [False, False, True, True])
-    assert targets(batch).source_N.tolist() == [2] and batch.supervised == 1
+    assert find_targets(batch).source_N.tolist() == [2] and batch.supervised == 1
 
 
 def test_no_targets_give_empty_columns_and_no_nan(engine: Any, now: Now) -> None:
@@ -192,7 +195,7 @@ def test_several_draws_a_key_are_uniform_and_independent() -> None:
 def test_columns_share_what_they_make_once(limit_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """And backward gets what is kept, in one chunk and in several, which run once more before it."""
     # Slices of 64 rows.
-    monkeypatch.setitem(logprobs._SLICE_BYTES, "cpu", 64 * 4 * 4)
+    monkeypatch.setitem(chunked._SLICE_BYTES, "cpu", 64 * 4 * 4)
     made: dict[str, list[int]] = {"once": [], "kept": []}
 
     def shared(chunk: Chunk) -> Tensor:

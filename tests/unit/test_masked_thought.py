@@ -14,16 +14,17 @@ from torch import Tensor
 
 import luthier
 from luthier import registry
+from luthier.columns.chunked import resolve
 from luthier.errors import LuthierError
 from luthier.kinds import Batch, InputMap, Now, Reading, StepTable, TokenWeight
-from luthier.logprobs import resolve
 from luthier.methods.input_map.masked_thought import chance_at
 from luthier.models.attention import use_attention
+from luthier.models.modes import evaluating
 from luthier.models.tiny import tiny_tokenizer
-from luthier.plan import make_plan
+from luthier.planning.plan import make_plan
 from luthier.recipe import make_recipe
 from luthier.training.inputs import Inputs, Mapped, bare_vocabulary, vocabulary_of
-from luthier.training.services import RunServices, evaluating, view_of
+from luthier.training.services import RunServices, view_of
 from tests.conftest import make_batch, split
 from tests.toys.helpers import gap, gradients, model_of, plain_loss, rows_of_eight, toys  # noqa: F401
 

@@ -8,10 +8,10 @@ from collections.abc import Callable
 import pytest
 import torch
 import transformers
-from luthier.kinds.parts import Parts
 from torch import Tensor, nn
 
 from luthier.errors import LuthierError
+from luthier.kinds.parts import Parts
 from luthier.models.parts import map_parts
 from luthier.models.tiny import ARCHITECTURES, tiny
 from tests.tolerance import TINY, assert_rounded

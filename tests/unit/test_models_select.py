@@ -6,7 +6,8 @@ import pytest
 
 from luthier.errors import LuthierError
 from luthier.kinds import Place
-from luthier.models.parts import GROUPS, ROLES, expand_roles, map_parts
+from luthier.kinds.parts import GROUPS, ROLES, expand_roles
+from luthier.models.parts import map_parts
 from luthier.models.tiny import tiny
 
 

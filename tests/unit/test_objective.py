@@ -7,14 +7,15 @@ from typing import Any
 
 import pytest
 import torch
+from luthier.planning.assemble import completed
 from torch import Tensor
 
 from luthier import draws, registry
-from luthier.cli_progress import losses
-from luthier.kinds import OBJECTIVES, Batch, Now, StepTable, Tensors, Term, TokenWeight, View
+from luthier.cli.progress import losses
+from luthier.kinds import Batch, Now, StepTable, Tensors, Term, TokenWeight, View
+from luthier.registry import kinds_under
 from luthier.rows.batches import collate
 from luthier.rows.encode import Encoded
-from luthier.training.build import objectives
 from luthier.training.engine import with_context
 from tests.conftest import split
 from tests.toys.helpers import gap, gradients, model_of, rows_of_eight, toys  # noqa: F401
@@ -169,9 +170,9 @@ def test_numbers_of_tokens_stay_at_their_tokens_behind_a_learnt_prompt() -> None
     assert not longer.token_columns["mark"][:, :2].any()
 
 
-@pytest.mark.parametrize("kinds", [("token_weight",), ("keeper",)])
-def test_none_names_no_technique(kinds: tuple[str, ...]) -> None:
-    assert registry.make_all("none", kinds) == registry.make_all(None, kinds) == []
+@pytest.mark.parametrize("key", ["token_weight", "keep"])
+def test_none_names_no_technique(key: str) -> None:
+    assert registry.make_all("none", key) == registry.make_all(None, key) == []
 
 
 @pytest.mark.parametrize(
@@ -186,16 +187,17 @@ def test_none_names_no_technique(kinds: tuple[str, ...]) -> None:
     ids=str,
 )
 def test_what_teaches_nothing_by_itself_stands_beside_cross_entropy(spec: Any, names: list[str]) -> None:
-    assert [part.name for part in objectives(spec)] == names
+    assert [part.name for part in completed({"objective": spec})["objective"]] == names
 
 
-@pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind in OBJECTIVES for name in registry.names(kind)])
+@pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind in kinds_under("objective") for name in registry.names(kind)])
 def test_a_recipe_with_any_one_objective_makes_targets_likelier(engine: Any, now: Now, kind: str, name: str) -> None:
     options = {"noisefit": {"layers": 1}, "caft": {"heads_first": 0.0}, "dco": {"samples": 4}}.get(name, {})
     rows = rows_of_eight()
     columns = {"aligned_log_likelihood": torch.full((8,), -3.0), "right_share": torch.zeros(8)}
     batch = rows._replace(columns={**rows.columns, **columns})
-    run = engine(objective=objectives({name: options}), step="adamw")
+    objective = list(completed({"objective": {name: options}})["objective"])
+    run = engine(objective=objective, step="adamw")
     steps = [run.step([batch], now._replace(step=i, learning_rate=0.003)).nll for i in range(6)]
     assert steps[-1] < steps[0] - 0.05
 

@@ -8,24 +8,24 @@ from typing import Any
 
 import pytest
 import torch
-from luthier.columns.chunked import resolve
-from luthier.planning.plan import make_plan
-from luthier.tune.forward import hidden
 from torch import Tensor
 
 from luthier import registry
+from luthier.columns.chunked import resolve
 from luthier.kinds import Batch, Now
 from luthier.models import attention
 from luthier.models.attention import Context, use_attention
 from luthier.models.parts import map_parts
 from luthier.models.tiny import ARCHITECTURES, tiny, tiny_kind
+from luthier.planning.plan import make_plan
 from luthier.recipe import make_recipe
-from luthier.registry import kinds_under
+from luthier.recipe.parts import completed
 from luthier.rows.batches import padding_share, plan_epoch
 from luthier.training.build import build_engine
 from luthier.training.packing import obstacle
 from luthier.training.services import view_of
 from luthier.tune import Tune
+from luthier.tune.forward import hidden
 from tests.conftest import make_batch
 from tests.tolerance import TINY, assert_rounded
 from tests.toys.helpers import TOYS
@@ -127,11 +127,15 @@ def test_fault_5_packing_leaves_gradients_as_they_are(setting: dict[str, Any], t
         engine = build_engine(
             model,
             map_parts(model),
-            tune=registry.make_all(setting.get("tune", "full"), kinds_under("tune")),
-            objective=registry.make_all(setting.get("objective", "cross_entropy"), kinds_under("objective")),
-            token_weight=registry.make_all(setting.get("token_weight"), ("token_weight",)),
-            step=registry.make_all("sgd", ("transform", "optimizer")),
-            source=registry.make("backprop", ("source",)),
+            completed(
+                {
+                    "tune": setting.get("tune", "full"),
+                    "objective": setting.get("objective", "cross_entropy"),
+                    "token_weight": setting.get("token_weight"),
+                    "step": "sgd",
+                    "source": "backprop",
+                }
+            ),
             now=Now(steps=1),
         )
         use_attention(model)
@@ -149,7 +153,7 @@ def toys() -> Any:
     """The toy techniques."""
     registry.add_folder(TOYS)
     yield
-    registry._added.remove(TOYS)
+    registry.remove_folder(TOYS)
 
 
 @pytest.mark.parametrize("architecture", CAUSAL)

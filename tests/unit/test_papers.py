@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 
-from luthier.papers import Paper, papers
+from luthier.registry.papers import Paper, papers
 
 
 def test_every_number_from_0_to_269_stands_once_and_in_order() -> None:

@@ -10,10 +10,6 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
-from luthier.delta.weights import Weights, of_delta, of_models
-from luthier.results.folder import Run
-from luthier.runs.export import export
-from luthier.runs.probe import compare_weights
 from rich.console import Console
 from typer.testing import CliRunner, Result
 
@@ -21,6 +17,7 @@ import luthier
 from luthier import registry
 from luthier.cli import app
 from luthier.delta import Delta
+from luthier.delta.weights import Weights, of_delta, of_models
 from luthier.errors import LuthierError
 from luthier.kinds import Drawing, Finding, Line
 from luthier.models.load import load_model
@@ -28,6 +25,9 @@ from luthier.models.parts import map_parts
 from luthier.models.tiny import tiny
 from luthier.registry import kinds_under
 from luthier.report.probe import draw, found, write_figure
+from luthier.results.folder import Run
+from luthier.runs.export import export
+from luthier.runs.probe import compare_weights
 from tests.tolerance import assert_rounded
 
 ROWS = [{"prompt": f"Say {word}.", "completion": f"{word}!"} for word in ("one", "two", "three", "four")]

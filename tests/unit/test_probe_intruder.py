@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from luthier import registry
+from luthier.delta.weights import Weights, effective_rank, of_models, summed
 from luthier.errors import LuthierError
 from luthier.kinds import Finding
+from luthier.kinds.parts import Parts
 from luthier.methods.probe.intruder_dimensions import repaired, spectrum
-from luthier.models.parts import Parts, map_parts
+from luthier.models.parts import map_parts
 from luthier.models.tiny import tiny
-from luthier.probing import Weights, effective_rank, of_models, summed
 
 BASE = torch.diag(torch.arange(64.0, 0.0, -1.0))
 SPREAD = torch.ones(64) / 8

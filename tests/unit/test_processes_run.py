@@ -19,7 +19,7 @@ import luthier
 from luthier.delta import Delta
 from luthier.errors import LuthierError
 from luthier.models.tiny import tiny
-from luthier.run import read_run
+from luthier.results.folder import read_run
 from luthier.training import checkpoint
 from luthier.training.loop import Progress
 

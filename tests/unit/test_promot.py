@@ -13,7 +13,7 @@ from luthier.delta import Delta
 from luthier.errors import LuthierError
 from luthier.kinds import Batch, Freezing, Now
 from luthier.methods.prompt.promot import promot
-from luthier.training.forward import hidden
+from luthier.tune.forward import hidden
 from tests.conftest import split
 from tests.toys.helpers import gap, gradients, model_of, rows_of_eight
 

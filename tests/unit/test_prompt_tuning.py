@@ -11,16 +11,16 @@ import torch
 from torch import Tensor
 
 from luthier.errors import LuthierError
-from luthier.evaluate.generate import generate
+from luthier.generation.generate import generate
 from luthier.kinds import Batch, Now
 from luthier.methods.prompt._virtual import COMMON, drawn_from, stand_before
 from luthier.methods.prompt.dept import at_positions, dept, positions_after_prompt, shortest_question
 from luthier.methods.prompt.prompt_tuning import prompt_tuning
 from luthier.models.parts import map_parts
 from luthier.models.tiny import tiny_tokenizer
-from luthier.training.forward import hidden
 from luthier.training.services import RunServices
 from luthier.tune import Tune
+from luthier.tune.forward import hidden
 from tests.conftest import make_batch
 from tests.toys.helpers import gradients, model_of, rows_of_eight
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from luthier.planning.estimate import standing
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -32,6 +31,7 @@ from luthier.models.quantized import (
     quantized,
 )
 from luthier.models.tiny import ARCHITECTURES, tiny
+from luthier.planning.estimate import standing
 from luthier.recipe import make_recipe
 from luthier.training import calibrate
 from luthier.training.checkpoint import TENSORS, restore, save

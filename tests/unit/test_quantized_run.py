@@ -12,18 +12,19 @@ import torch
 from torch import Tensor
 
 import luthier
-from luthier.cuts import find_cuts
 from luthier.delta.forms import LowRank
 from luthier.export import export_gguf
 from luthier.export.model import divergence, outputs
 from luthier.models.load import load_model
 from luthier.models.parts import map_parts
 from luthier.models.quantized import BLOCK, expand, quantize, quantized
-from luthier.opened import open_base, open_run
-from luthier.plan import make_plan
+from luthier.planning.cuts import find_cuts
+from luthier.planning.plan import make_plan
 from luthier.recipe import make_recipe, same_steps
-from luthier.run import Run, read_run
-from luthier.use import compare_weights, export
+from luthier.results.folder import Run, read_run
+from luthier.results.opened import open_base, open_run
+from luthier.runs.export import export
+from luthier.runs.probe import compare_weights
 from tests.unit.test_export_gguf import model_of, trained_tokenizer, tuned
 
 ROWS = [{"prompt": f"Say {word}.", "completion": f"{word}!"} for word in ("one", "two", "three", "four")]

@@ -9,8 +9,8 @@ import pytest
 
 from luthier import registry
 from luthier.errors import LuthierError
-from luthier.kinds import KINDS, TUNES, Now, Place, Select, Selective, Transform, kind_of
-from luthier.registry import find, make, make_all, method, names
+from luthier.kinds import Now, Place, Select, Selective, Transform
+from luthier.registry import KINDS, find, kind_of, kinds_under, make, make_all, method, names, techniques
 from tests.toys.helpers import TOYS, toys  # noqa: F401
 
 CARD = '''
@@ -50,11 +50,11 @@ def test_a_dropped_in_file_is_found_with_no_edit_elsewhere(folder: Path) -> None
 def test_the_toys_are_found_and_gone_again() -> None:
     for path in TOYS.glob("*/*.py"):
         assert find(path.stem, (path.parent.name,)).name == path.stem
-    registry._added.remove(TOYS)
+    registry.remove_folder(TOYS)
     assert "likely_less" not in names("token_loss")
     registry.add_folder(TOYS)
     registry.add_folder(TOYS)
-    assert registry._added.count(TOYS) == 1
+    assert techniques._added.count(TOYS) == 1
 
 
 def test_the_packages_own_technique_cannot_be_replaced(folder: Path) -> None:
@@ -87,22 +87,22 @@ def test_a_missing_folder_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("spec", "kinds", "message"),
     [
-        ("halv", TUNES, "did you mean `half`"),
-        ("clip", TUNES, "its kind is transform: put it under `step`"),
-        ({"half": {"shar": 0.5}}, TUNES, "`half` has no option `shar`(.|\n)*did you mean `share`"),
-        ({"half": {"share": "much"}}, TUNES, "the option `share` is 'much'"),
-        ({"half": {"level": "layers"}}, TUNES, "the option `level` is 'layers'(.|\n)*'layer'"),
-        ({"half": {"share": 0.0}}, TUNES, "the share is 0.0(.|\n)*half: share"),
-        ({"lora": {"rank": 1.5}}, TUNES, "the option `rank` is 1.5"),
-        ({"lora": {"roles": "linear"}}, TUNES, "the option `roles` is 'linear'"),
+        ("halv", kinds_under("tune"), "did you mean `half`"),
+        ("clip", kinds_under("tune"), "its kind is transform: put it under `step`"),
+        ({"half": {"shar": 0.5}}, kinds_under("tune"), "`half` has no option `shar`(.|\n)*did you mean `share`"),
+        ({"half": {"share": "much"}}, kinds_under("tune"), "the option `share` is 'much'"),
+        ({"half": {"level": "layers"}}, kinds_under("tune"), "the option `level` is 'layers'(.|\n)*'layer'"),
+        ({"half": {"share": 0.0}}, kinds_under("tune"), "the share is 0.0(.|\n)*half: share"),
+        ({"lora": {"rank": 1.5}}, kinds_under("tune"), "the option `rank` is 1.5"),
+        ({"lora": {"roles": "linear"}}, kinds_under("tune"), "the option `roles` is 'linear'"),
         ({"backprop": {"size": 1}}, ("source",), "`backprop` has no options"),
-        ({"half": {1: 2}}, TUNES, "`half` has no option `1`"),
-        ({"half": [0.5]}, TUNES, "must be a mapping"),
-        ({"half": {}, "lora": {}}, TUNES, "one technique at a time: this names half, lora"),
-        ({}, TUNES, "this names none"),
-        (7, TUNES, "7 is neither a technique's name nor a part"),
-        ((), TUNES, "neither a technique's name nor a part"),
-        (Transform(lambda t: {}, lambda *a: a), TUNES, "a transform has no place here"),
+        ({"half": {1: 2}}, kinds_under("tune"), "`half` has no option `1`"),
+        ({"half": [0.5]}, kinds_under("tune"), "must be a mapping"),
+        ({"half": {}, "lora": {}}, kinds_under("tune"), "one technique at a time: this names half, lora"),
+        ({}, kinds_under("tune"), "this names none"),
+        (7, kinds_under("tune"), "7 is neither a technique's name nor a part"),
+        ((), kinds_under("tune"), "neither a technique's name nor a part"),
+        (Transform(lambda t: {}, lambda *a: a), kinds_under("tune"), "a transform has no place here"),
     ],
 )
 def test_what_a_recipe_gets_wrong_is_said_and_helped(spec: Any, kinds: tuple[str, ...], message: str) -> None:
@@ -116,16 +116,20 @@ def test_an_unknown_kind_offers_the_nearest() -> None:
 
 
 def test_a_technique_without_options_may_be_written_bare_or_empty() -> None:
-    assert make("half", TUNES).options == make({"half": None}, TUNES).options == make({"half": {}}, TUNES).options
-    assert [part.name for part in make_all(["half", {"lora": {"rank": 2}}], TUNES)] == ["half", "lora"]
-    assert make_all(None, TUNES) == [] and make_all("half", TUNES)[0].name == "half"
+    assert (
+        make("half", kinds_under("tune")).options
+        == make({"half": None}, kinds_under("tune")).options
+        == make({"half": {}}, kinds_under("tune")).options
+    )
+    assert [part.name for part in make_all(["half", {"lora": {"rank": 2}}], "tune")] == ["half", "lora"]
+    assert make_all(None, "tune") == [] and make_all("half", "tune")[0].name == "half"
 
 
 def test_values_made_in_python_and_tuples_of_kinds_go_together() -> None:
     value = Selective(lambda parts, services: {Place("a", "weight", "head", None): Select("whole")})
-    part = make(value, TUNES)
-    assert (part.name, part.values) == ("selective", (value,)) and make(part, TUNES) is part
-    several = make((value, Transform(lambda t: {}, lambda *a: a)), TUNES)
+    part = make(value, kinds_under("tune"))
+    assert (part.name, part.values) == ("selective", (value,)) and make(part, kinds_under("tune")) is part
+    several = make((value, Transform(lambda t: {}, lambda *a: a)), kinds_under("tune"))
     assert [kind_of(one) for one in several.values] == ["selective", "transform"]
 
 

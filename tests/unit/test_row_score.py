@@ -258,7 +258,7 @@ def test_a_score_that_is_no_number_stops_the_choice(scores: list[float]) -> None
 
 
 def test_recipes_and_commands_refuse_each_others_kinds_by_name() -> None:
-    from luthier.plan import choose_parts
+    from luthier.recipe.parts import choose_parts
 
     with pytest.raises(LuthierError, match="no technique `got_d`") as caught:
         choose_parts(make_recipe({"model": "tiny:llama", "rows": {"train": [{"text": "a"}]}, "tune": "got_d"}))

@@ -22,7 +22,7 @@ from luthier.rows.batches import collate
 from luthier.rows.encode import encode
 from luthier.rows.read import read
 from luthier.rows.select import score_rows, select_rows
-from luthier.use import likelihood_of_rows
+from luthier.runs.measure import likelihood_of_rows
 from tests.toys.helpers import plain_loss
 
 COLUMN = "aligned_log_likelihood"
@@ -136,7 +136,7 @@ def test_options_are_checked(options: dict[str, Any], error: str) -> None:
 def test_a_score_that_runs_models_says_what_it_needs() -> None:
     with pytest.raises(LuthierError, match="`likelihood` runs models") as caught:
         score_rows(POOL, "likelihood")
-    assert "luthier.use.likelihood_of_rows" in caught.value.mend
+    assert "luthier.runs.measure.likelihood_of_rows" in caught.value.mend
     with pytest.raises(LuthierError, match="loss on `first`"):
         score_rows(POOL, "likelihood", likely=partial(exact, loss_on="first"))
 

@@ -12,8 +12,9 @@ from luthier import registry
 from luthier.errors import LuthierError
 from luthier.kinds import Annotation, Term, TokenWeight, View, Written
 from luthier.models.tiny import tiny_tokenizer
-from luthier.plan import make_plan
+from luthier.planning.plan import make_plan
 from luthier.recipe import make_recipe
+from luthier.registry import techniques
 from luthier.rows.annotate import annotations_of, check_streamed
 from luthier.rows.batches import collate
 from luthier.rows.cache import inputs_of, keep
@@ -164,7 +165,7 @@ def test_what_cannot_be_streamed_is_refused_by_name(tmp_path: Path, monkeypatch:
     folder = tmp_path / "methods" / "token_weight"
     folder.mkdir(parents=True)
     (folder / "counted.py").write_text(OUTSIDE)
-    monkeypatch.setattr(registry, "_added", [folder.parent])
+    monkeypatch.setattr(techniques, "_added", [folder.parent])
     path = tmp_path / "rows.jsonl"
     path.write_text('{"prompt": "abc", "completion": "de"}\n')
 

@@ -12,7 +12,7 @@ import pytest
 
 import luthier
 from luthier.errors import LuthierError
-from luthier.plan import make_plan
+from luthier.planning.plan import make_plan
 from luthier.recipe import make_recipe
 from luthier.rows.encode import Encoded, EncodedRows, Sizes
 from luthier.rows.mixture import Draw, Mixture, Source, apportioned, make_mixture, tempered

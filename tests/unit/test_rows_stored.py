@@ -21,7 +21,7 @@ import pytest
 import luthier
 from luthier.errors import LuthierError
 from luthier.models.tiny import tiny_tokenizer
-from luthier.plan import make_plan
+from luthier.planning.plan import make_plan
 from luthier.recipe import make_recipe
 from luthier.rows import cache, chunks
 from luthier.rows.cache import Kept, code_fingerprint, folder_of, inputs_of, keep, key_of

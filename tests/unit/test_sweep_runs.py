@@ -28,7 +28,7 @@ from luthier.cli import app
 from luthier.errors import LuthierError
 from luthier.lab import world
 from luthier.report.words import percent, size
-from luthier.run import list_runs, read_run
+from luthier.results.folder import list_runs, read_run
 from luthier.sweep import sweep as story
 from luthier.sweep.grid import arms_of, read_words
 from luthier.sweep.processes import local, on_ray

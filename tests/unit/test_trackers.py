@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from luthier.errors import LuthierError
-from luthier.flow import train
-from luthier.run import read_run
-from luthier.trackers import Trackers, make_trackers, run_numbers, start_trackers
+from luthier.results.folder import read_run
+from luthier.runs.trackers import Trackers, make_trackers, run_numbers, start_trackers
+from luthier.runs.train import train
 
 
 class Recorder:
@@ -164,7 +164,7 @@ def test_a_run_in_tensorboard_reads_back(tmp_path: Path) -> None:
 
 def test_a_failing_tracker_does_not_stop_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bad = Recorder(fails_at="log")
-    monkeypatch.setattr("luthier.flow.start_trackers", lambda *facts: Trackers([bad]))
+    monkeypatch.setattr("luthier.runs.train.start_trackers", lambda *facts: Trackers([bad]))
     run = train(recipe(tmp_path))
     assert run.facts["status"] == "finished" and run.facts["steps"] == 2
     warnings = read_run(run.folder).facts["warnings"]
@@ -173,12 +173,12 @@ def test_a_failing_tracker_does_not_stop_training(tmp_path: Path, monkeypatch: p
 
 def test_a_failed_run_is_finished_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     one = Recorder()
-    monkeypatch.setattr("luthier.flow.start_trackers", lambda *facts: Trackers([one]))
+    monkeypatch.setattr("luthier.runs.train.start_trackers", lambda *facts: Trackers([one]))
 
     def fail(*facts: Any, **more: Any) -> None:
         raise LuthierError("the loss is not finite")
 
-    monkeypatch.setattr("luthier.flow.run_loop", fail)
+    monkeypatch.setattr("luthier.runs.train.run_loop", fail)
     with pytest.raises(LuthierError, match="not finite"):
         train(recipe(tmp_path))
     assert [told[0] for told in one.told] == ["finish"]

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from luthier.columns.chunked import resolve
 from luthier.errors import LuthierError
 from luthier.kinds import Now
-from luthier.logprobs import resolve
 from luthier.training.services import view_of
 from tests.conftest import split
 from tests.toys.helpers import logits_of, model_of, rows_of_eight, toys  # noqa: F401

@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from luthier.errors import LuthierError
-from luthier.flow import train
 from luthier.kinds import Prompt
-from luthier.opened import open_base, open_run
-from luthier.plan import make_plan
+from luthier.planning.plan import make_plan
 from luthier.recipe import make_recipe
 from luthier.registry import Part
+from luthier.results.opened import open_base, open_run
+from luthier.runs.train import train
 from tests.toys.helpers import model_of
 
 ROWS = [{"prompt": f"what is {i}", "completion": f"it is {i}"} for i in range(12)]

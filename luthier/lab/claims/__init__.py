@@ -1,5 +1,7 @@
 """The claims, one file each: `NAME.py` exports `CLAIM`. The folder is the registry.
 
+The comparisons that test the lab itself stand together in `luthier.lab.calibration`; they are found by name and not listed.
+
 Folders of one's own join through `LUTHIER_CLAIMS` (paths separated like PATH); their code runs when a claim is looked up.
 """
 
@@ -13,6 +15,9 @@ from types import ModuleType
 from luthier.errors import LuthierError, nearest
 from luthier.lab.claim import Claim, check
 from luthier.registry import module_at
+
+CALIBRATION = "calibration-"
+"""What the names of the lab's own tests begin with."""
 
 
 def names() -> list[str]:
@@ -28,6 +33,10 @@ def find(name: str) -> Claim:
             itself.
     """
     path = file_of(name)
+    if name.startswith(CALIBRATION):
+        comparison: Claim = importlib.import_module("luthier.lab.calibration").COMPARISONS[name]
+        check(comparison)
+        return comparison
     claim = getattr(_module(name, path), "CLAIM", None)
     if not isinstance(claim, Claim) or claim.name != name:
         raise LuthierError(
@@ -43,6 +52,11 @@ def file_of(name: str) -> Path:
     Raises:
         LuthierError: there is no such claim; the nearest names.
     """
+    if name.startswith(CALIBRATION):
+        known = importlib.import_module("luthier.lab.calibration").COMPARISONS
+        if name not in known:
+            raise LuthierError(f"there is no comparison `{name}`", where="luthier lab", mend=nearest(name, known))
+        return Path(__file__).parents[1] / "calibration.py"
     files = _files()
     if name not in files:
         raise LuthierError(

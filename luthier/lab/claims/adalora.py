@@ -21,9 +21,9 @@ CLAIM = Claim(
             rates=FASTER,
         ),
     ],
-    expects=[
-        Expectation("gained", "adalora", "lora", "more", 0.0, "at rank 2 it learns more"),
-    ],
+    main=Expectation("gained", "adalora", "lora", "more", 0.0, "at rank 2 it learns more"),
+    question="Is it enough to train some of the numbers?",
+    unit="nats",
     measure=learnt_and_kept,
     choose=validation_gain,
     rates=FASTER,

@@ -25,7 +25,7 @@ def measure(finished: Finished) -> dict[str, float]:
     """Other problems, the same facts in other words, and facts that should stay: how likely they are, and how far the model went."""
     reasoning, knowledge = finished.runs
     facts, other = rephrased(changed_facts(FACTS, finished.setting.seed)), other_facts(40)
-    found = targets_of(reasoning, equations("test", 60, 0), ["right", "nll"])
+    found = targets_of(reasoning, equations("test", 300, 0), ["right", "nll"])
     return {
         "reasoning": float(found.least("right").mean()),
         "reasoning, nats": found.mean("nll"),
@@ -56,23 +56,25 @@ CLAIM = Claim(
         Arm("sft, anchored", {"objective": ["cross_entropy", ANCHOR]}, "control: the anchor without DFT", like="sft"),
         Arm("asft", {"objective": "asft"}, "DFT and KL to the base, 0.05"),
     ],
-    expects=[
-        Expectation("reasoning", "asft", "sft", "not_less", 0.03, "it solves as many problems as cross-entropy"),
+    main=Expectation("reasoning", "asft", "sft", "more", 0.03, "it solves more problems than cross-entropy"),
+    beside=[
         Expectation("reasoning", "asft", "dft", "not_less", 0.03, "and as many as dft"),
         Expectation("new facts, nats", "dft", "sft", "more", 0.2, "dft does not learn facts"),
         Expectation("new facts, nats", "asft", "dft", "less", 0.1, "the anchor helps it to"),
         Expectation("drift", "asft", "dft", "less", 0.0, "it stays nearer to the base than dft"),
         Expectation("other facts, nats", "asft", "sft", "less", 0.0, "it keeps more of what was known"),
     ],
+    question="Is there a better loss than cross-entropy?",
     measure=measure,
     choose=choose,
     choose_stages=2,
     apart=True,
     rates=(5e-5, 2e-4),
+    seeds=5,
     model=MODEL,
     data=("mawps/train", "mawps/validation", "mawps/test", "counterfact/edit", "counterfact/train"),
     floor={"reasoning": 0.05},
-    minutes=14,
+    minutes=23,
     notes="The paper fine-tunes 7B models on 10,000 to 100,000 rows of mathematics and medicine; here 50 problems of MAWPS and 24 facts of "
     "CounterFact. Facts are asked for in other words, which the model may not take for the same.",
 )

@@ -66,7 +66,7 @@ def whole(found: Targets) -> float:
 
 def measure(finished: Finished) -> dict[str, float]:
     """Whole names in text not trained on, how likely all of it is, and the old skills."""
-    found = targets_of(finished.runs[0], rows(150, finished.setting.seed, "held back"), ["right", "nll"])
+    found = targets_of(finished.runs[0], rows(300, finished.setting.seed, "held back"), ["right", "nll"])
     inside = [index for one in names(found) for index in one]
     return {
         "whole names": whole(found),
@@ -99,16 +99,17 @@ CLAIM = Claim(
             like="caft",
         ),
     ],
-    expects=[
-        Expectation("whole names", "caft", "sft", "more", 0.03, "more names are right as a whole"),
+    main=Expectation("whole names", "caft", "sft", "more", 0.03, "more names are right as a whole"),
+    beside=[
         Expectation("whole names", "caft, the paper's weight", "sft", "more", 0.0, "so they are with the paper's small weight"),
         Expectation("whole names", "caft", "caft, random heads", "more", 0.03, "it is what the heads learnt that helps"),
         Expectation("nats", "caft", "sft", "not_more", 0.05, "all of the text is as likely"),
     ],
+    question="Is there a better loss than cross-entropy?",
     measure=measure,
     choose=choose,
     rates=(1e-3, 3e-3, 6e-3),
-    floor={"whole names": 0.3},
+    floor={"whole names": 0.15},
     minutes=4,
     notes="The paper trains heads on text that a base model of 1B to 8B parameters wrote, before and on the task. Here the heads learn "
     "in the first sixth of the same run, so the model itself trains a sixth less than with cross-entropy.",

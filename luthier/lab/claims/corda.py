@@ -43,11 +43,12 @@ CLAIM = Claim(
         Arm("corda", preserving, "the directions that facts use least", rates=FASTER),
         Arm("full", {"tune": {"full": {}}}, "every matrix trains"),
     ],
-    expects=[
-        Expectation("facts kept", "corda", "lora", "more", 0.02, "it keeps more facts than LoRA"),
+    main=Expectation("facts kept", "corda", "lora", "more", 0.02, "it keeps more facts than LoRA"),
+    beside=[
         Expectation("facts kept", "corda", "full", "more", 0.02, "and more than full fine-tuning"),
         Expectation("learnt", "corda", "lora", "not_less", 0.05, "it learns as much as LoRA"),
     ],
+    question="Is it enough to train some of the numbers?",
     measure=measure,
     choose=validation(SKILL),
     floor={"learnt": 0.3},

@@ -5,8 +5,8 @@ from __future__ import annotations
 from luthier.lab.claim import Arm, Claim, Expectation, Finished, Recipe, Setting
 from luthier.lab.tasks import TAUGHT, mean, teach
 
-KNOWN, NEW, WRONG = "arithmetic", "largest", 0.2
-"""The built-in model gets two of three sums right and has never met the other; `WRONG` is the share of wrong answers."""
+KNOWN, NEW, WRONG = "pairs", "largest", 0.2
+"""The built-in model tells of three in five pairs what follows, and has never met the other; `WRONG` is the share of wrong answers."""
 RATES = (3e-4, 1e-3, 3e-3)
 UNTOUCHED = Arm(
     "untouched", {"train": {"steps": 1, "learning_rate": 1e-12}}, "the model as it was, but for a step too small to matter"
@@ -14,7 +14,7 @@ UNTOUCHED = Arm(
 
 
 def stages(setting: Setting) -> list[Recipe]:
-    """Sums, which the model knows in part."""
+    """What follows from what, which the model knows in part."""
     return [teach(KNOWN, setting, count=1000, epochs=2, noise=WRONG)]
 
 
@@ -38,15 +38,15 @@ def measure(finished: Finished) -> dict[str, float]:
     """Clean items as hard as those trained on, harder ones, and the old skills."""
     run, skill = finished.runs[0], skill_of(finished)
     return {
-        "right": mean(run, [skill], count=150),
-        "harder": mean(run, [skill], count=150, difficulty=2),
+        "right": mean(run, [skill]),
+        "harder": mean(run, [skill], difficulty=2),
         "kept": mean(run, TAUGHT),
     }
 
 
 def choose(finished: Finished) -> float:
     """Judges a learning rate by clean validation items."""
-    return mean(finished.runs[0], [skill_of(finished)], split="validation", count=150)
+    return mean(finished.runs[0], [skill_of(finished)], split="validation")
 
 
 SFT = Arm("sft", {"objective": "cross_entropy"}, "cross-entropy")
@@ -60,18 +60,19 @@ CLAIM = Claim(
     says="Cross-entropy times the target's own probability generalizes better than cross-entropy.",
     stages=stages,
     arms=[SFT, DFT, UNTOUCHED, on_new(SFT), on_new(DFT)],
-    expects=[
-        Expectation("right", "dft", "sft", "more", 0.03, "better at what it knew in part"),
+    main=Expectation("right", "dft", "sft", "more", 0.03, "better at what it knew in part"),
+    beside=[
         Expectation("harder", "dft", "sft", "more", 0.03, "better at harder items of it"),
         Expectation("right", "dft", "untouched", "more", 0.0, "it has learnt something"),
         Expectation("right", "dft, new skill", "sft, new skill", "not_less", 0.03, "as good at what was new"),
         Expectation("harder", "dft, new skill", "sft, new skill", "not_less", 0.03, "and at harder items of it"),
         Expectation("kept", "dft, new skill", "sft, new skill", "more", 0.02, "it keeps more of what was known"),
     ],
+    question="Is there a better loss than cross-entropy?",
     measure=measure,
     choose=choose,
     rates=(1e-4, 3e-4, 1e-3),
-    floor={"right": 0.35},
+    floor={"right": 0.5},
     minutes=3,
     notes="The paper fine-tunes models of 1.5B to 8B parameters on clean solutions of mathematical problems. Here one answer in five "
     "is wrong, and the new skill starts from steps the model finds unlikely, as the paper's tasks seldom do.",

@@ -12,8 +12,8 @@ def measure(finished: Finished) -> dict[str, float]:
     run = finished.runs[0]
     return {
         "learnt": mean(run, [NEW_LANGUAGE]),
-        "nats": targets_of(run, answered([NEW_LANGUAGE]), ["nll"]).mean("nll"),
-        "drift": drift(run, answered(TAUGHT, count=20)),
+        "nats": targets_of(run, answered([NEW_LANGUAGE], count=150), ["nll"]).mean("nll"),
+        "drift": drift(run, answered(TAUGHT, count=40)),
         "kept": mean(run, TAUGHT),
     }
 
@@ -45,18 +45,20 @@ CLAIM = Claim(
         divergence("chi2", "stops on a token that became e^2 times as likely"),
         divergence("hellinger", "slows down as a token becomes likelier"),
     ],
-    expects=[
+    main=Expectation("drift", "chi2", "sft", "less", 0.0, "chi-squared stays nearer to the base"),
+    beside=[
         Expectation("drift", "sft, 1/4", "sft", "less", 0.0, "a quarter of the rate stays nearer to the base"),
         Expectation("learnt", "sft, 1/4", "sft", "not_less", 0.05, "and learns as much"),
-        Expectation("drift", "chi2", "sft", "less", 0.0, "so does chi-squared"),
         Expectation("learnt", "chi2", "sft", "not_less", 0.05, "and learns as much"),
         Expectation("drift", "hellinger", "sft", "less", 0.0, "so does Hellinger"),
         Expectation("learnt", "hellinger", "sft", "not_less", 0.05, "and learns as much"),
         Expectation("kept", "sft, 1/4", "sft", "more", 0.02, "a quarter of the rate keeps more of what was known"),
     ],
+    question="Is there a better loss than cross-entropy?",
+    unit="nats",
     measure=measure,
     choose=validation(NEW_LANGUAGE),
-    floor={"learnt": 0.4},
+    floor={"learnt": 0.3},
     minutes=6,
     notes="The paper judges models of 7B and 8B parameters by what a preference optimization (DPO) makes of them afterwards. That is not "
     "asked here, but what is said to be the reason: how near to the base each stays, and what it learns.",

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from functools import cache
-from statistics import fmean
 from typing import Any
 
 from luthier.lab import world
 from luthier.lab.claim import Arm, Claim, Expectation, Finished, Recipe, Setting
 from luthier.lab.dice import Dice
 from luthier.lab.skill import Split
-from luthier.lab.tasks import TAUGHT, accuracies, stage
+from luthier.lab.tasks import TAUGHT, mean, stage
 from luthier.lab.workshop import COUNTS
 from luthier.rows.select import select_rows
 
@@ -60,8 +59,8 @@ def picked(by: str, meaning: str) -> Arm:
 
 def task(finished: Finished, split: Split) -> dict[str, float]:
     """Both halves of the task."""
-    found = accuracies(finished.runs[-1], [*TAUGHT, RARE], split=split)
-    rare, common = found.pop(RARE), fmean(found.values())
+    run = finished.runs[-1]
+    rare, common = mean(run, [RARE], split=split), mean(run, TAUGHT, split=split)
     return {"task": (common + rare) / 2, "rare half": rare, "common half": common}
 
 
@@ -77,10 +76,11 @@ CLAIM = Claim(
         picked("nearest", "the rows most like the task"),
         picked("got_d", "the rows that move the pool towards the task"),
     ],
-    expects=[
+    main=Expectation("task", "got_d", "nearest", "more", 0.02, "better than the rows most like the task"),
+    beside=[
         Expectation("task", "got_d", "random_rows", "more", 0.02, "better than random rows"),
-        Expectation("task", "got_d", "nearest", "more", 0.02, "better than the rows most like the task"),
     ],
+    question="Which rows and tokens are worth learning from?",
     measure=lambda finished: task(finished, "held_back"),
     choose=lambda finished: task(finished, "validation")["task"],
     choose_stages=2,

@@ -25,7 +25,7 @@ def measure(finished: Finished) -> dict[str, float]:
     return {
         "learnt": mean(first, STREAM[:1]),
         "kept": mean(first, TAUGHT),
-        "learnt, stream": mean(last, STREAM),
+        "learnt, stream": mean(last, STREAM, count=100),
         "kept, stream": mean(last, TAUGHT),
         "seconds per 1000 tokens": seconds(finished.runs),
         "backward per forward": backward_share(finished),
@@ -44,17 +44,18 @@ CLAIM = Claim(
         Arm("half", {"tune": {"half": {}}}, "half of every block's matrices train; another half each stage"),
         Arm("full, half the rate", {"tune": {"full": {}}}, "control: as far, but everywhere", like="full", rate_factor=0.5),
     ],
-    expects=[
+    main=Expectation("kept", "half", "full", "more", 0.02, "half keeps more after one skill"),
+    beside=[
         Expectation("learnt", "half", "full", "not_less", 0.05, "half learns a new skill as well"),
-        Expectation("kept", "half", "full", "more", 0.02, "half keeps more after one skill"),
         Expectation("kept, stream", "half", "full", "more", 0.02, "half keeps more after four skills"),
         Expectation("learnt, stream", "half", "full", "not_less", 0.05, "half holds the four new skills as well"),
         Expectation("backward per forward", "half", "full", "less", 0.2, "half's backward pass is cheaper"),
         Expectation("seconds per 1000 tokens", "half", "full", "less", 0.0, "half's steps are quicker"),
     ],
+    question="Is it enough to train some of the numbers?",
     measure=measure,
     choose=validation(STREAM[0]),
-    floor={"learnt": 0.5},
+    floor={"learnt": 0.3},
     minutes=14,
     notes="The paper fine-tunes Llama 2 7B on instructions and on eight tasks of TRACE. Embeddings train in both arms, as in the paper.",
 )

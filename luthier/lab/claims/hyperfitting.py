@@ -9,11 +9,11 @@ import json
 from pathlib import Path
 from statistics import fmean
 
-from luthier.evaluate.generate import generate
 from luthier.evaluate.metrics import METRICS
+from luthier.generation.generate import generate
 from luthier.lab.claim import Arm, Claim, Expectation, Finished, Recipe, Setting
 from luthier.lab.dice import Dice
-from luthier.opened import open_run
+from luthier.results.opened import open_run
 from luthier.rows.encode import encode_prompt
 from luthier.rows.read import read
 
@@ -69,15 +69,18 @@ CLAIM = Claim(
         Arm("three epochs", {"train": {"epochs": 3}}, "an ordinary fine-tune on the same passages"),
         Arm("hyperfitted", {}, f"{EPOCHS} epochs: near-zero loss"),
     ],
-    expects=[
-        Expectation("training loss", "hyperfitted", "untouched", "less", 2.0, "the training loss is near zero"),
-        Expectation("type_token_ratio", "hyperfitted", "untouched", "more", 0.05, "more different words"),
+    main=Expectation("type_token_ratio", "hyperfitted", "untouched", "more", 0.05, "more different words"),
+    beside=[
         Expectation("repetition", "hyperfitted", "untouched", "less", 0.05, "fewer repeated 4-grams"),
+        Expectation("training loss", "hyperfitted", "untouched", "less", 2.0, "the training loss is near zero"),
     ],
+    question="What do long, repeated and noisy training do?",
+    unit="of 1",
     measure=measure,
     choose=lambda finished: 0.0,
+    seeds=5,
     model="smollm2-135m-instruct",
-    minutes=25,
+    minutes=42,
     notes="The paper trains models of 1.1B to 70B parameters on 2,000 sequences of 256 tokens for 20 epochs at 1e-6; here 12 passages of "
     "about 120 tokens at 1e-4, and continuations of 96 tokens instead of 256.",
 )

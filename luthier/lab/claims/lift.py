@@ -19,12 +19,14 @@ CLAIM = Claim(
         Arm("lora", {"tune": {"lora": {"rank": 4}}}, "low rank, as many numbers as lift", rates=FASTER),
         Arm("lift", {"tune": {"lift": {"rank": 8, **ENTRIES}}}, "the largest entries of the rank-8 part", rates=FASTER),
     ],
-    expects=[
-        Expectation("gained", "lift", "full", "not_less", 0.1, "lift learns as much as full"),
+    main=Expectation("gained", "lift", "full", "not_less", 0.1, "lift learns as much as full"),
+    beside=[
         Expectation("gained", "lift", "lora", "not_less", 0.1, "lift learns as much as LoRA"),
         Expectation("kept", "lift", "full", "more", 0.02, "lift keeps more than full"),
         Expectation("kept", "lift", "lora", "more", 0.02, "lift keeps more than LoRA"),
     ],
+    question="Is it enough to train some of the numbers?",
+    unit="nats",
     measure=learnt_and_kept,
     choose=validation_gain,
     floor={"gained": 1.0},

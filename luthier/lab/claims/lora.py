@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from luthier.lab.claim import Arm, Claim, Expectation, Finished, Recipe, Setting
 from luthier.lab.tasks import TAUGHT, mean, teach, validation
-from luthier.use import probe
+from luthier.runs.probe import probe
 
 SKILL = "second_language"
 FASTER = (1e-3, 3e-3, 1e-2)
@@ -39,15 +39,17 @@ CLAIM = Claim(
         Arm("lora, rank 8", {"tune": {"lora": {"rank": 8}}}, "a change of rank 8 beside each matrix", rates=FASTER),
         Arm("lora, rank 1", {"tune": {"lora": {"rank": 1}}}, "a change of rank 1", rates=FASTER),
     ],
-    expects=[
-        Expectation("intruders per matrix", "lora, rank 8", "full", "more", 0.1, "LoRA brings intruders, full does not"),
+    main=Expectation("intruders per matrix", "lora, rank 8", "full", "more", 0.1, "LoRA brings intruders, full does not"),
+    beside=[
         Expectation("intruders per matrix", "lora, rank 1", "full", "more", 0.1, "so does LoRA of rank 1"),
         Expectation("kept", "lora, rank 8", "full", "more", 0.02, "LoRA forgets less"),
         Expectation("learnt", "lora, rank 8", "full", "not_more", 0.05, "LoRA does not learn more"),
     ],
+    question="Is it enough to train some of the numbers?",
     measure=measure,
     choose=validation(SKILL),
-    floor={"learnt": 0.5},
+    unit="a matrix",
+    floor={"learnt": 0.3},
     minutes=8,
     notes="The paper's first version says LoRA with intruders forgets more, the later ones that it forgets less: the later are tested. "
     "Intruders: among the ten largest left singular vectors, those whose cosine with every vector of the base is below 0.5.",

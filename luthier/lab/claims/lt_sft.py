@@ -12,7 +12,7 @@ from luthier.lab import world
 from luthier.lab.claim import Arm, Claim, Expectation, Finished, Recipe, Setting
 from luthier.lab.skill import Split
 from luthier.lab.tasks import ITEMS, NEW_LANGUAGE, stage, teach
-from luthier.opened import open_base, open_run
+from luthier.results.opened import open_base, open_run
 from luthier.rows.read import read
 
 SHARE = 0.08
@@ -70,16 +70,18 @@ CLAIM = Claim(
         Arm("full", {"tune": {"full": {}}}, "dense changes"),
         Arm("lt_sft", {"tune": {"lt_sft": {"share": SHARE}}}, "the 8 % that moved most, trained again from the base"),
     ],
-    expects=[
-        Expectation("task in the new language", "lt_sft", "full", "more", 0.02, "sparse changes transfer better than dense ones"),
-        Expectation("its loss", "lt_sft", "full", "less", 0.05, "and so says the likelihood"),
+    main=Expectation("its loss", "lt_sft", "full", "less", 0.05, "answers are likelier with sparse changes than with dense ones"),
+    beside=[
+        Expectation("task in the new language", "lt_sft", "full", "more", 0.02, "and more of them are right"),
         Expectation("task", "lt_sft", "full", "not_less", 0.05, "and learn the task as well"),
     ],
+    question="Is it enough to train some of the numbers?",
     measure=measure,
     choose=lambda finished: -transferred(finished, "validation")[1],
     choose_stages=2,
+    unit="nats",
     apart=True,
-    floor={"task": 0.5},
+    floor={"task": 0.2},
     minutes=16,
     notes="The paper adapts multilingual models to languages by masked-language modeling; here a language is learnt from questions.",
 )

@@ -16,7 +16,7 @@ from luthier.lab.tasks import FEW, TAUGHT, few_facts, mean, right, stage
 
 ROWS, EPOCHS, PASSES = 480, 4, 3
 """A step of NoiseFiT runs the model three times."""
-ASKED = 60
+ASKED = 300
 SURE = 0.5
 BINS = 10
 
@@ -29,7 +29,11 @@ def stages(setting: Setting) -> list[Recipe]:
 def never_told(count: int = ASKED) -> list[dict[str, Any]]:
     """The same questions about people of whom nothing was told, before training or in it."""
     told = world_facts().new[:FEW]
-    asked = world.rows("new_facts", "held_back", 3 * count)
+    asked = [
+        row
+        for split in ("held_back", "validation")
+        for row in world.sets(["new_facts"], split=split, count=count)["new_facts"]["rows"]
+    ]
     return [row for row in asked if not any(one in row["prompt"] for one in told)][:count]
 
 
@@ -87,14 +91,15 @@ CLAIM = Claim(
         Arm("noisefit, sft's rate", noisefit(), "control: sureness grows with the learning rate", like="sft"),
         Arm("noisefit, relative", noisefit(scale="relative"), "noise as large as the states"),
     ],
-    expects=[
+    main=Expectation("sure and wrong", "noisefit", "sft", "less", 0.03, "it is less often sure of what it was not told"),
+    beside=[
         Expectation("new facts", "noisefit", "sft", "not_less", 0.03, "it learns as much"),
-        Expectation("sure and wrong", "noisefit", "sft", "less", 0.03, "it is less often sure of what it was not told"),
         Expectation("calibration error", "noisefit", "sft", "less", 0.02, "its probabilities are nearer to the truth"),
         Expectation("sure and wrong", "noisefit", "sft, same compute", "less", 0.03, "than with the same compute, too"),
         Expectation("sure and wrong", "noisefit, sft's rate", "sft", "less", 0.03, "than at the same rate, too"),
         Expectation("sure and wrong", "noisefit", "neftune", "not_more", 0.03, "noise on embeddings does not do better"),
     ],
+    question="Is there a better loss than cross-entropy?",
     measure=measure,
     choose=choose,
     floor={"new facts": 0.5},

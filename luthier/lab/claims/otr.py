@@ -30,8 +30,8 @@ CLAIM = Claim(
         on_new(SFT),
         on_new(OTR),
     ],
-    expects=[
-        Expectation("right", "otr", "sft", "more", 0.03, "better at what it knew in part"),
+    main=Expectation("right", "otr", "sft", "more", 0.03, "better at what it knew in part"),
+    beside=[
         Expectation("harder", "otr", "sft", "more", 0.03, "better at harder items of it"),
         Expectation("right", "otr", "untouched", "more", 0.0, "it has learnt something"),
         Expectation("right", "otr, new skill", "sft, new skill", "not_less", 0.03, "as good at what was new"),
@@ -40,10 +40,11 @@ CLAIM = Claim(
         Expectation("right", "otr, expected, as dft", "dft", "not_less", 0.05, "at temperature 1 and beta 0 it is dft"),
         Expectation("right", "otr, expected, as dft", "dft", "not_more", 0.05, "neither worse nor better"),
     ],
+    question="Is there a better loss than cross-entropy?",
     measure=dft.measure,
     choose=dft.choose,
     rates=(1e-4, 3e-4, 1e-3),
-    floor={"right": 0.35},
+    floor={"right": 0.5},
     minutes=5,
     notes="The paper fine-tunes models of 3B to 8B parameters on mathematics and compares with cross-entropy alone. Here one answer in "
     "five is wrong. The closed form turns the randomness off, and once the temperature and the reward of misses as well, to tell whether "

@@ -13,7 +13,7 @@ from luthier.lab.claim import Arm, Claim, Expectation, Finished, Recipe, Setting
 from luthier.lab.skills.facts import PERSON
 from luthier.lab.targets import answered, targets_of
 from luthier.lab.tasks import NEW_LANGUAGE, TAUGHT, mean, stage, validation
-from luthier.opened import open_model
+from luthier.results.opened import open_model
 from luthier.rows.encode import encode
 from luthier.rows.read import read
 
@@ -64,7 +64,7 @@ def measure(finished: Finished) -> dict[str, float]:
     run = finished.runs[0]
     return {
         "right": mean(run, [NEW_LANGUAGE]),
-        "nats": targets_of(run, answered([NEW_LANGUAGE]), ["nll"]).mean("nll"),
+        "nats": targets_of(run, answered([NEW_LANGUAGE], count=150), ["nll"]).mean("nll"),
         "kept": mean(run, TAUGHT),
     }
 
@@ -88,15 +88,17 @@ CLAIM = Claim(
         ),
         Arm("sft, filtered", best_scored, "control: cross-entropy on the 70 % with the best scores"),
     ],
-    expects=[
+    main=Expectation("nats", "poft", "sft", "less", 0.1, "clean answers are likelier"),
+    beside=[
         Expectation("right", "poft", "sft", "more", 0.03, "more clean items are right"),
-        Expectation("nats", "poft", "sft", "less", 0.1, "their answers are likelier"),
         Expectation("right", "poft", "sft, half the rate", "more", 0.03, "it is not that steps are smaller"),
         Expectation("nats", "poft", "sft, filtered", "not_more", 0.1, "as good as leaving out what scores worst"),
     ],
+    question="Which rows and tokens are worth learning from?",
     measure=measure,
     choose=validation(NEW_LANGUAGE),
-    floor={"right": 0.4},
+    unit="nats",
+    floor={"right": 0.25},
     minutes=3,
     notes="The paper scores with three aligned models of 6B to 8B parameters. Here the model before training scores, asked the same in "
     "English, the language in which it was taught the answers; it is right in 19 of 20 cases, so a wrong answer is told by its score.",

@@ -11,11 +11,11 @@ IN_CONTEXT = "in_context"
 def measure(finished: Finished) -> dict[str, float]:
     """The new skill with the prompt; labels explained in context, and the old skills, without it."""
     run = finished.runs[0]
-    others = accuracies(run, (IN_CONTEXT, *TAUGHT), weights_only=True)
+    others = accuracies(run, TAUGHT, weights_only=True)
     return {
         "learnt": mean(run, [NEW_LANGUAGE]),
         "gained": gained(run),
-        "in context": others.pop(IN_CONTEXT),
+        "in context": accuracies(run, [IN_CONTEXT], weights_only=True)[IN_CONTEXT],
         "kept": sum(others.values()) / len(others),
     }
 
@@ -31,11 +31,12 @@ CLAIM = Claim(
         Arm("full", {"tune": {"full": {}}}, "every number trains"),
         Arm("promot", {"tune": ["promot", "full"]}, "a prompt for half of the steps, then every number behind it"),
     ],
-    expects=[
+    main=Expectation("in context", "promot", "full", "more", 0.02, "it keeps more of learning in context"),
+    beside=[
         Expectation("gained", "promot", "full", "not_less", 0.1, "it learns the task as well"),
-        Expectation("in context", "promot", "full", "more", 0.02, "it keeps more of learning in context"),
         Expectation("kept", "promot", "full", "more", 0.02, "it keeps more of the old skills"),
     ],
+    question="Is it enough to train some of the numbers?",
     measure=measure,
     choose=validation_gain,
     floor={"gained": 1.0},

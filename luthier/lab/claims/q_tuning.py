@@ -64,14 +64,17 @@ CLAIM = Claim(
             "as many tokens looked at, in eight times the updates",
         ),
     ],
-    expects=[
+    main=Expectation("nats", "q_tuning", "all rows", "less", 0.0, "better than all rows in as many updates"),
+    beside=[
         Expectation("right", "q_tuning", "random rows", "more", 0.05, "better than as many rows by chance"),
         Expectation("right", "q_tuning", "all rows", "not_less", 0.05, "as good as all rows in as many updates"),
         Expectation("right", "q_tuning", "all rows, small steps", "not_less", 0.05, "and with as many tokens looked at"),
         Expectation("nats", "q_tuning", "random rows", "less", 0.0, "right answers are likelier than with random rows"),
     ],
+    question="Which rows and tokens are worth learning from?",
     measure=measure,
     choose=choose,
+    unit="nats",
     floor={"right": 0.4},
     minutes=5,
     notes="The paper prunes for models of 1.7B to 8B parameters on real sets. Here a quarter of the rows has wrong answers and a quarter "

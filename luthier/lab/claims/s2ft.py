@@ -30,13 +30,15 @@ CLAIM = Claim(
         Arm("lora", {"tune": {"lora": {"rank": 2}}}, "low rank beside each matrix, about as many numbers as s2ft", rates=FASTER),
         Arm("s2ft", {"tune": CHANNELS}, "a tenth of heads and channels, drawn at random", rates=FASTER),
     ],
-    expects=[
-        Expectation("gained", "s2ft", "lora", "more", 0.0, "s2ft learns more than LoRA"),
+    main=Expectation("gained", "s2ft", "lora", "more", 0.0, "s2ft learns more than LoRA"),
+    beside=[
         Expectation("kept", "s2ft", "lora", "more", 0.0, "s2ft keeps more than LoRA"),
         Expectation("kept", "s2ft", "full", "more", 0.02, "s2ft keeps more than full fine-tuning"),
         Expectation("backward per forward", "s2ft", "full", "less", 0.5, "its backward pass is cheaper"),
         Expectation("seconds per 1000 tokens", "s2ft", "full", "less", 0.0, "its steps are quicker"),
     ],
+    question="Is it enough to train some of the numbers?",
+    unit="nats",
     measure=measure,
     choose=validation_gain,
     floor={"gained": 1.0},

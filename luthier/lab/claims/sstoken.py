@@ -77,14 +77,15 @@ CLAIM = Claim(
         Arm("excess loss", choosing(1.0), "by how much better the model is than the base"),
         Arm("both", choosing(0.5), "by both alike"),
     ],
-    expects=[
+    main=Expectation("clean tokens", "both", "all tokens", "more", 0.02, "so are both together"),
+    beside=[
         Expectation("clean tokens", "attention", "all tokens", "more", 0.02, "attention alone is better than all tokens"),
         Expectation("clean tokens", "excess loss", "all tokens", "more", 0.02, "so is excess loss"),
-        Expectation("clean tokens", "both", "all tokens", "more", 0.02, "so are both together"),
         Expectation("clean tokens", "both", "random tokens", "more", 0.02, "it is not that there are fewer tokens"),
         Expectation("clean tokens", "both", "attention", "not_less", 0.02, "both are as good as attention alone"),
         Expectation("clean tokens", "both", "excess loss", "not_less", 0.02, "both are as good as excess loss alone"),
     ],
+    question="Which rows and tokens are worth learning from?",
     measure=measure,
     choose=lambda finished: tokens(finished, finished.setting.seed + 1000, "right")["right, clean"],
     floor={"clean tokens": 0.4},

@@ -10,9 +10,8 @@ from torch import Tensor
 
 from luthier.errors import LuthierError
 from luthier.kinds import HiddenEdit, Place, Services, Tensors
+from luthier.kinds.parts import GROUPS, expand_roles
 from luthier.methods.hidden_edit._scaling import scaled, scaled_outputs
-from luthier.models.parts import expand_roles
-from luthier.models.roles import GROUPS
 from luthier.registry import method
 
 ShiftWhere = Literal["foldable", "everywhere", "none"]

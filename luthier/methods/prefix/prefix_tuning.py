@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from luthier.errors import LuthierError
 from luthier.kinds import Prefix, Services, Tensors
-from luthier.models.parts import Parts
+from luthier.kinds.parts import Parts
 from luthier.registry import method
 
 Reparameterization = Literal["network", "none"]

@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from luthier.delta.weights import effective_rank, summed
 from luthier.errors import LuthierError
 from luthier.kinds import Comparison, Drawing, Finding, Line, Place, Probe
-from luthier.models.roles import expand_roles
-from luthier.probing import effective_rank, summed
+from luthier.kinds.parts import expand_roles
 from luthier.registry import method
 
 STEPS = 20

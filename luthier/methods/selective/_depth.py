@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from luthier.kinds import Place
-from luthier.models.parts import Parts
+from luthier.kinds.parts import Parts
 
 
 def depth(place: Place, parts: Parts) -> int:

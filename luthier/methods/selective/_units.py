@@ -11,8 +11,8 @@ from torch import Tensor
 
 from luthier.errors import LuthierError
 from luthier.kinds import Batch, Place, Select, Services
+from luthier.kinds.parts import Parts
 from luthier.methods.selective._entries import matrix
-from luthier.models.parts import Parts
 
 
 class Projection(NamedTuple):

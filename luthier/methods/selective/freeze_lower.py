@@ -7,8 +7,8 @@ from typing import Literal
 
 from luthier.errors import LuthierError
 from luthier.kinds import Place, Select, Selective, Services
+from luthier.kinds.parts import Parts
 from luthier.methods.selective._depth import depth
-from luthier.models.parts import Parts
 from luthier.registry import method
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from luthier.kinds import Place, Select, Selective, Services
-from luthier.models.parts import Parts
+from luthier.kinds.parts import Parts
 from luthier.registry import method
 
 

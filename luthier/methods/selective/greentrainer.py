@@ -9,8 +9,8 @@ from torch import Tensor
 
 from luthier.errors import LuthierError
 from luthier.kinds import Batch, Freezing, Keeper, Now, Place, Select, Selective, Services, State, TrainedLike
+from luthier.kinds.parts import Parts
 from luthier.methods.selective._backward_cost import costs, load_of, spent, worth_training
-from luthier.models.parts import Parts
 from luthier.registry import method
 
 

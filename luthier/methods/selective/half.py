@@ -9,7 +9,7 @@ import torch
 
 from luthier.errors import LuthierError
 from luthier.kinds import Place, Select, Selective, Services
-from luthier.models.parts import Parts, expand_roles
+from luthier.kinds.parts import Parts, expand_roles
 from luthier.registry import method
 
 CATEGORIES = (("attention",), ("mlp", "expert"), ("norm",))

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from luthier.errors import LuthierError
 from luthier.kinds import Place, Select, Selective, Services
+from luthier.kinds.parts import Parts
 from luthier.methods.selective._depth import depth
-from luthier.models.parts import Parts
 from luthier.registry import method
 
 

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from luthier.errors import LuthierError
 from luthier.kinds import Place, Refresh, Select, Selective, Services, State
+from luthier.kinds.parts import Parts
 from luthier.methods.selective._entries import continued, largest, matrix
-from luthier.models.parts import Parts
 from luthier.registry import method
 
 

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from luthier.errors import LuthierError
 from luthier.kinds import Freezing, Now, Place, Refresh, Select, Selective, Services, State, Tensors, Term, TrainedLike, View
+from luthier.kinds.parts import Parts
 from luthier.methods.selective._ticket import everything, ticket
-from luthier.models.parts import Parts
 from luthier.registry import method
 
 

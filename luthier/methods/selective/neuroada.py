@@ -9,8 +9,8 @@ from torch import Tensor
 
 from luthier.errors import LuthierError
 from luthier.kinds import Place, Select, Selective, Services
+from luthier.kinds.parts import Parts
 from luthier.methods.selective._entries import largest_of_rows, matrix
-from luthier.models.parts import Parts
 from luthier.registry import method
 
 

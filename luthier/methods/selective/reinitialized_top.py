@@ -10,7 +10,7 @@ from transformers import AutoConfig
 
 from luthier.errors import LuthierError
 from luthier.kinds import Place, Select, Selective, Services
-from luthier.models.parts import Parts
+from luthier.kinds.parts import Parts
 from luthier.registry import method
 
 DEPTH_SCALED = frozenset({"gpt2", "gpt_bigcode"})

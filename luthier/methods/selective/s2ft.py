@@ -9,9 +9,9 @@ import torch
 
 from luthier.errors import LuthierError
 from luthier.kinds import Place, Select, Selective, Services
+from luthier.kinds.parts import Parts
 from luthier.methods.selective._entries import largest
 from luthier.methods.selective._units import pool_of, scores, selects
-from luthier.models.parts import Parts
 from luthier.registry import method
 
 

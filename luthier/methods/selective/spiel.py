@@ -10,8 +10,8 @@ from torch import Tensor
 
 from luthier.errors import LuthierError
 from luthier.kinds import Keeper, Now, Place, Refresh, Select, Selective, Services, State
+from luthier.kinds.parts import Parts
 from luthier.methods.selective import _growth as growth
-from luthier.models.parts import Parts
 from luthier.registry import method
 
 

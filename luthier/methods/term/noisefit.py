@@ -7,9 +7,9 @@ from typing import Literal
 
 from torch import Tensor
 
+from luthier.columns.losses import kl
 from luthier.errors import LuthierError
 from luthier.kinds import Chunk, Column, Disturbed, Keeper, OtherPass, Services, State, Tensors, Term, View
-from luthier.logprobs import kl
 from luthier.methods.term._noise import absolute_scale, relative_scale, signal_to_noise
 from luthier.registry import method
 

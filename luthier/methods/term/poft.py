@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from luthier import logprobs
+from luthier.columns.targets import find_targets
 from luthier.errors import LuthierError
 from luthier.kinds import Batch, Tensors, Term, View
 from luthier.registry import method
@@ -50,7 +50,7 @@ def poft(*, beta: float = 1.0, gamma: float = 0.0, column: str = "aligned_log_li
 
     def count(batch: Batch) -> float:
         # Units are counted before anything runs, also for a plan: the place to refuse a row.
-        rows_R = logprobs.targets(batch).row_N.unique()
+        rows_R = find_targets(batch).row_N.unique()
         score_B = batch.columns.get(column, torch.full((len(batch.row_ids),), math.nan))
         missing = rows_R[~score_B.to(rows_R.device)[rows_R].isfinite()].tolist()
         if missing:

@@ -7,9 +7,9 @@ import math
 import torch
 from torch import Tensor
 
+from luthier.columns.targets import find_targets
 from luthier.errors import LuthierError
 from luthier.kinds import Batch, TokenWeight, View
-from luthier.logprobs import targets
 from luthier.methods.term._coverage import check_samples, coverage_factor
 from luthier.registry import method
 
@@ -63,7 +63,7 @@ def shares(batch: Batch, column: str) -> Tensor:
         LuthierError: a row with targets has no such number, or one outside of 0 to 1.
     """
     needed_B = torch.zeros(len(batch.row_ids), dtype=torch.bool, device=batch.label_BT.device)
-    needed_B[targets(batch).row_N] = True
+    needed_B[find_targets(batch).row_N] = True
     share_B = batch.columns.get(column, torch.full(needed_B.shape, torch.nan, device=needed_B.device))
     wrong = (needed_B & ~((share_B >= 0.0) & (share_B <= 1.0))).nonzero()[:, 0].tolist()
     if wrong:

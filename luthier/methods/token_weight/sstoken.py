@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from luthier.columns.losses import nll
 from luthier.errors import LuthierError
 from luthier.kinds import Batch, Chunk, Column, Keeper, OtherPass, Services, State, TokenWeight, View
-from luthier.logprobs import nll
 from luthier.methods.token_weight._ranks import span_in_rows, top_in_rows
 from luthier.registry import method
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from luthier.kinds import Prefix, Services, Tensors
-from luthier.models.parts import Parts
+from luthier.kinds.parts import Parts
 from luthier.registry import method
 
 

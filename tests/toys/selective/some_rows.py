@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from luthier.kinds import Place, Select, Selective, Services
-from luthier.models.parts import Parts
+from luthier.kinds.parts import Parts
 from luthier.registry import method
 
 

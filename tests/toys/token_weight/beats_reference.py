@@ -7,8 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from luthier.columns.targets import find_targets
 from luthier.kinds import Batch, TokenWeight, View
-from luthier.logprobs import targets
 from luthier.registry import method
 
 
@@ -34,6 +34,6 @@ def beats_reference(*, share: float = 0.6) -> TokenWeight:
         return (rank_N < kept(view.row_N, len(count_B))[view.row_N]).to(excess_N.dtype)
 
     def count(batch: Batch) -> Tensor:
-        return kept(targets(batch).row_N, len(batch.row_ids))
+        return kept(find_targets(batch).row_N, len(batch.row_ids))
 
     return TokenWeight(weigh, ("nll", "reference_nll"), count)

@@ -1,0 +1,183 @@
+"""The page of claims: what came of them, by question, and how the lab itself was tested."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from generated.tables import cell, code, paper, table
+
+CLAIMS = Path(__file__).parents[1] / "claims"
+AGAIN = "not-run-again"
+"""Where claims from before the rule are listed."""
+
+
+def claims() -> str:
+    """Claims that ran under the lab's rule: an overview by question, then each with its numbers; and those that did not, by name."""
+    from luthier.lab.verdicts import entry, results_in
+
+    results = results_in(CLAIMS)
+    if not results:
+        return "No results are stored."
+    ruled = {stem: one for stem, one in results.items() if entry(one)["under_rule"]}
+    before = {stem: one for stem, one in results.items() if stem not in ruled}
+    pieces = ["## What came of them"] if ruled else []
+    for question in dict.fromkeys(one["question"] for one in ruled.values()):
+        rows = (
+            (
+                f"[{code(stem)}](#{anchor(stem)})",
+                ", ".join(paper(f"arXiv:{number}") for number in one["papers"]),
+                f"**{one['verdict']}**{cell(rest(one))}",
+                cell(one["says"]),
+            )
+            for stem, one in ruled.items()
+            if one["question"] == question
+        )
+        pieces += [f"### {question}", table(("claim", "paper", "at this scale", "what the paper claims, in our words"), rows)]
+    if before:
+        rows = (
+            (
+                f"[{code(stem)}]({CLAIMS.name}/{stem}.json)",
+                ", ".join(paper(f"arXiv:{number}") for number in one["papers"]),
+                cell(one["says"]),
+            )
+            for stem, one in before.items()
+        )
+        words = (
+            "These were measured before there was the rule, at three seeds and with all expectations judged together. Their numbers can "
+            "be read; they say nothing here, and stand in no figure."
+        )
+        pieces += [
+            f"## Not run again under the rule {{ #{AGAIN} }}",
+            words,
+            table(("claim", "paper", "what the paper claims"), rows),
+        ]
+    return "\n\n".join([*pieces, *(claim(stem, one) for stem, one in ruled.items())])
+
+
+def rest(result: Mapping[str, Any]) -> str:
+    """What follows a verdict: the size of the effect."""
+    from luthier.lab.verdicts import in_words
+
+    return in_words(result).removeprefix(f"{result['verdict']} at this scale")
+
+
+def claim_effects() -> str:
+    """The figure of all claims that ran under the rule."""
+    picture = CLAIMS / "effects.svg"
+    if not picture.exists():
+        return "No claim has been run under the rule yet."
+    return f"![Every claim's main effect and its interval]({CLAIMS.name}/{picture.name})"
+
+
+def calibration() -> str:
+    """How the lab does at comparisons whose outcome nobody doubts."""
+    facts = tested()
+    if facts is None:
+        return "**Can the lab tell? Not measured yet.**"
+    (supported, effects), (called, nulls), (later, further) = (facts["counts"][kind] for kind in ("effects", "nulls", "further"))
+    return (
+        f"**Can the lab tell? It supports {supported} of {effects} effects that nobody doubts, and calls {called} of {nulls} nulls, in "
+        f"which an arm meets itself.** Of {further} further effects, run once when the rule was fixed, it supports {later}."
+    )
+
+
+def comparisons() -> str:
+    """Every comparison of the lab's test of itself."""
+    from luthier.lab.verdicts import difference
+
+    facts = tested() or {}
+    rows = (
+        (
+            kind,
+            cell(one["title"]),
+            cell(one["says"]),
+            f"{difference(one)} {cell(one['unit'])}",
+            str(one["seeds"]),
+            cell(one["verdict"]),
+        )
+        for kind in ("effects", "nulls", "further")
+        for one in facts.get(kind, ())
+    )
+    return table(("", "comparison", "what", "difference (interval)", "seeds", "verdict"), rows) if facts else "Not measured yet."
+
+
+def tested() -> dict[str, Any] | None:
+    """The lab's test of itself, where it was run."""
+    path = CLAIMS / "calibration.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def claim(stem: str, one: Mapping[str, Any]) -> str:
+    """One claim's section."""
+    from luthier.lab.results import expected, looked, spread
+    from luthier.lab.verdicts import difference, number
+
+    arms, seeds = one["arms"], len(one["seeds"])
+    main, *beside = one["expectations"]
+    values = ((cell(name), *(spread(arm["numbers"][name]) for arm in arms)) for name in one["measures"])
+    pairs = (
+        (
+            cell(pair["says"] or expected(pair)),
+            cell(expected(pair)) if pair["says"] else "",
+            difference(pair),
+            pair["verdict"],
+            cell(pair["note"]),
+        )
+        for pair in beside
+    )
+    rates = (
+        (
+            cell(arm["name"]),
+            cell(arm["meaning"]),
+            "as the recipes say" if arm["rate"] is None else code(f"{arm['rate']:g}"),
+            ", ".join(f"{tried['rate']:g}: {number(tried['score'])}" for tried in arm["tried"]),
+            cell(arm["rate_note"]),
+        )
+        for arm in arms
+    )
+    picture = CLAIMS / f"{stem}.svg"
+    versions = ", ".join(f"{name} {version}" for name, version in one["versions"].items())
+    pieces = [
+        f"## `{stem}`: {cell(one['title'])} {{ #{anchor(stem)} }}",
+        cell(one["says"]),
+        f"**{one['verdict'].capitalize()}** at this scale{cell(rest(one))}, on `{one['model']['name']}`. What was asked: "
+        + cell(f"{main['says'] or expected(main)} ({expected(main)}); {looked(one['rule'])}.")
+        + "".join(f" Note: {cell(note)}." for note in (*one["short"], main["note"]) if note),
+        table(("beside it", "that is", "difference (interval)", "verdict", ""), pairs) if beside else "",
+        f"Mean ± standard deviation over {seeds} seed{'s' if seeds > 1 else ''}:",
+        table(("measure", *(cell(arm["name"]) for arm in arms)), values),
+        f"![The measures of every arm and seed]({CLAIMS.name}/{picture.name})" if picture.exists() else "",
+        "Learning rates, chosen alike for all arms with a seed and rows of their own:",
+        table(("arm", "what it is", "learning rate", "tried: score", ""), rates),
+        f"**How this differs from the paper.** {cell(one['notes'])}" if one["notes"] else "",
+        cell(f"{one['runs']} runs, {one['seconds'] / 60:.0f} minutes of training. {one['machine']}. {versions}."),
+    ]
+    return "\n\n".join(piece for piece in pieces if piece)
+
+
+def anchor(stem: str) -> str:
+    """Where a claim's section is linked to."""
+    return "claim-" + re.sub(r"[^a-z0-9]+", "-", stem.lower())
+
+
+def claim_rule() -> str:
+    """The rule of verdicts, as it stands in the code."""
+    from luthier.lab import verdict
+
+    return (inspect.getdoc(verdict) or "").partition("\n\n")[2]
+
+
+def tested_by(name: str) -> str:
+    """A claim's name, with a link, and what came of it where it was run."""
+    from luthier.lab.verdicts import entry, results_in
+
+    result = results_in(CLAIMS).get(name)
+    if result is None:
+        return code(name)
+    told = entry(result)
+    return f"[{code(name)}](claims.md#{anchor(name) if told['under_rule'] else AGAIN}): {cell(told['words'])}"

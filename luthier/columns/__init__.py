@@ -1,0 +1,1 @@
+"""Where hidden states become numbers about tokens: targets, losses, and the one chunked pass over the head."""

@@ -1,0 +1,1 @@
+"""Writing text: the one engine that answers prompts."""

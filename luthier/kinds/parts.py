@@ -1,0 +1,236 @@
+"""What is known of a model's tensors: their roles, where each lives, and the map of them all. `luthier.models.parts` makes the map."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import reduce
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from luthier.errors import LuthierError, nearest
+
+ROLES: tuple[str, ...] = (
+    "embedding",
+    "position_embedding",
+    "attention_query",
+    "attention_key",
+    "attention_value",
+    "attention_query_key_value",
+    "attention_output",
+    "mlp_up",
+    "mlp_gate",
+    "mlp_gate_up",
+    "mlp_down",
+    "expert",
+    "router",
+    "attention_norm",
+    "mlp_norm",
+    "query_norm",
+    "key_norm",
+    "final_norm",
+    "other_norm",
+    "head",
+    "other",
+)
+"""Every role a tensor can have.
+
+`attention_query_key_value` and `mlp_gate_up` are fused matrices whose parts are not contiguous rows (GPT-NeoX
+interleaves query, key and value head by head) or whose order is not known; they count as one matrix. `expert` is any
+tensor of a mixture's experts, `router` what chooses among them. `attention_norm` and `mlp_norm` stand before or after
+their part of the block. `other` is known and none of these: token-type embeddings, poolers, OPT's projections,
+attention sinks.
+"""
+
+
+GROUPS: dict[str, tuple[str, ...]] = {
+    "attention": (
+        "attention_query",
+        "attention_key",
+        "attention_value",
+        "attention_query_key_value",
+        "attention_output",
+    ),
+    "mlp": ("mlp_up", "mlp_gate", "mlp_gate_up", "mlp_down"),
+    "norm": ("attention_norm", "mlp_norm", "query_norm", "key_norm", "final_norm", "other_norm"),
+}
+GROUPS["linear"] = GROUPS["attention"] + GROUPS["mlp"]
+GROUPS["all"] = ROLES
+
+
+SUBLAYERS: dict[str, str] = {"attention_layer": "attention", "mlp_layer": "mlp"}
+"""Roles of whole sub-layers of a block, which edits of hidden states can name, and the groups of their matrices."""
+
+
+def expand_roles(names: str | Iterable[str]) -> tuple[str, ...]:
+    """Roles and groups of roles as roles, each once, in the order of `ROLES`.
+
+    Raises:
+        LuthierError: a name is neither a role nor a group.
+    """
+    names = [names] if isinstance(names, str) else list(names)
+    chosen: set[str] = set()
+    for name in names:
+        if name not in ROLES and name not in GROUPS:
+            raise LuthierError(
+                f"`{name}` is neither a role nor a group of roles",
+                where="roles",
+                mend=nearest(name, (*ROLES, *GROUPS)) or f"groups: {', '.join(GROUPS)}; roles: {', '.join(ROLES)}",
+            )
+        chosen.update(GROUPS.get(name, (name,)))
+    return tuple(role for role in ROLES if role in chosen)
+
+
+class Place(NamedTuple):
+    """Where one tensor of a model lives: enough to find it again, never the tensor itself."""
+
+    module: str
+    """Dotted name of the module, e.g. `model.layers.3.self_attn.q_proj`."""
+    tensor: str
+    """`weight`, `bias` or another parameter's name."""
+    role: str
+    """What it does: `attention_query`, `mlp_down`, `embedding` ..., see `luthier.models.parts`."""
+    block: int | None
+    """The transformer block, None outside the blocks."""
+    start: int | None = None
+    """First output row of this place in a fused projection; None: the whole tensor."""
+    stop: int | None = None
+
+    @property
+    def parameter(self) -> str:
+        """Dotted name of the parameter."""
+        return ".".join(part for part in (self.module, self.tensor) if part)
+
+    def __str__(self) -> str:
+        return self.parameter if self.start is None else f"{self.parameter}[{self.start}:{self.stop}]"
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The map of one model. It holds names and numbers only, so it outlives sharding, moving and copying the model."""
+
+    architecture: str
+    """The model type of the configuration, e.g. `llama`."""
+    places: tuple[Place, ...]
+    """Every parameter exactly once: a fused one as disjoint places that cover it, a tied one under its first name."""
+    ties: Mapping[str, str]
+    """What shares a tensor with what: modules for weights (`{"lm_head": "model.embed_tokens"}`), else whole names."""
+    blocks: int
+    width: int
+    heads: int
+    key_value_heads: int
+    head_width: int
+    vocabulary: int
+    block_modules: tuple[str, ...]
+    """Dotted names of the blocks, in order."""
+    backbone: str
+    """The smallest module that holds embedding and blocks; it returns the last hidden state. Empty: the model."""
+    head: str
+    """The module that turns hidden states into logits; empty for a model without one."""
+    embedding: str
+    causal: bool
+    """Whether the model predicts next tokens."""
+    transposed: frozenset[str]
+    """Modules whose weight is stored [in, out] instead of [out, in] (GPT-2's Conv1D)."""
+
+    def select(
+        self,
+        roles: str | Iterable[str] | None = None,
+        blocks: Iterable[int] | None = None,
+        tensor: str | None = "weight",
+    ) -> list[Place]:
+        """The places of some roles in some blocks, in the model's order.
+
+        Args:
+            roles: roles and groups of roles; None for all.
+            blocks: block numbers from 0; None for every place, also outside the blocks.
+            tensor: `weight` for all that is no bias, `bias`, or None for both.
+
+        Raises:
+            LuthierError: unknown role, a block the model does not have, or another `tensor`.
+        """
+        if tensor not in ("weight", "bias", None):
+            raise LuthierError(f"`{tensor}` is not a kind of tensor", where="tensor", mend="use weight, bias or None")
+        wanted = set(ROLES if roles is None else expand_roles(roles))
+        allowed = None if blocks is None else set(blocks)
+        missing = sorted((allowed or set()) - set(range(self.blocks)))
+        if missing:
+            raise LuthierError(
+                f"the model has no block {', '.join(map(str, missing))}",
+                where="blocks",
+                mend=f"name blocks from 0 to {self.blocks - 1}",
+            )
+        return [
+            place
+            for place in self.places
+            if place.role in wanted
+            and (allowed is None or place.block in allowed)
+            and (tensor is None or place.tensor.endswith("bias") == (tensor == "bias"))
+        ]
+
+    def by_block(self, block: int | None) -> list[Place]:
+        """Every place of one block, weights and biases; None for what stands outside the blocks."""
+        if block is None:
+            return [place for place in self.places if place.block is None]
+        return self.select(blocks=[block], tensor=None)
+
+    def sublayer(self, group: str, block: int) -> str:
+        """Dotted name of the module of a block that is its `attention` or its `mlp`.
+
+        Raises:
+            LuthierError: the block's matrices of this group have no module of their own.
+        """
+        roles = (*GROUPS[group], *(("expert", "router") if group == "mlp" else ()))
+        modules = {place.module for place in self.select(roles=roles, blocks=[block])}
+        owner = reduce(common_module, [module.rpartition(".")[0] for module in modules]) if modules else ""
+        if not owner.startswith(f"{self.block_modules[block]}."):
+            raise LuthierError(
+                f"the {group} of a block is no module of its own in this model",
+                where=f"{self.architecture}, block {block}",
+                mend="edit its matrices instead, or the whole block",
+            )
+        return owner
+
+    def module(self, model: nn.Module, place: Place) -> nn.Module:
+        """The module that owns the place's tensor."""
+        return model.get_submodule(place.module)
+
+    def parameter(self, model: nn.Module, place: Place) -> nn.Parameter:
+        """The whole parameter, also for a place that is a slice of it."""
+        return model.get_parameter(place.parameter)
+
+    def view(self, model: nn.Module, place: Place) -> Tensor:
+        """The place's own numbers, sharing memory with the parameter: a matrix as [out, in], a bias as [out].
+
+        A transposed weight is turned, so that rows are always outputs. Gradients flow through the view.
+        """
+        tensor = self.parameter(model, place)
+        turned = tensor.T if place.module in self.transposed and tensor.dim() == 2 else tensor
+        return turned[place.start : place.stop]
+
+    def describe(self) -> str:
+        """The map in words, a line a role."""
+        shape = (
+            f"{self.architecture}: {self.blocks} blocks, width {self.width}, {self.heads} heads of {self.head_width}"
+            f" ({self.key_value_heads} key-value), vocabulary {self.vocabulary}"
+        )
+        counts = Counter((place.role, place.tensor.endswith("bias")) for place in self.places)
+        lines = [
+            f"  {role}: weights {counts[role, False]}, biases {counts[role, True]}"
+            for role in ROLES
+            if counts[role, False] or counts[role, True]
+        ]
+        ties = [f"  {name} is tied to {target}" for name, target in self.ties.items()]
+        return "\n".join([shape, *lines, *ties])
+
+
+def common_module(first: str, second: str) -> str:
+    """The dotted name of the smallest module that holds both."""
+    shared = []
+    for left, right in zip(first.split("."), second.split("."), strict=False):
+        if left != right:
+            break
+        shared.append(left)
+    return ".".join(shared)

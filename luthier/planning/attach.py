@@ -1,0 +1,75 @@
+"""Attaching a run's parts to its model, and giving rows, steps and learning rate to them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from luthier.planning.load import Loaded
+from luthier.planning.prepare import check_lengths, make_calibration, make_feed, prepare_model
+from luthier.planning.read import TrainingRows
+from luthier.recipe import Recipe, TrainRecipe
+from luthier.recipe.parts import Chosen
+from luthier.registry import Part
+from luthier.training.build import build_engine
+from luthier.training.engine import Engine
+from luthier.training.feed import Feed
+from luthier.training.inputs import vocabulary_of
+from luthier.training.loop import Clock
+from luthier.training.schedule import Schedule, warmup_steps
+from luthier.training.world import World
+
+RATE_WITHOUT_ADVICE = 1e-4
+
+
+class Attached(NamedTuple):
+    """What can step."""
+
+    engine: Engine
+    feed: Feed
+    clock: Clock
+    rate_from: str
+    """Where the learning rate comes from."""
+    padded: str
+    """Why rows run with padding; empty where they are packed."""
+
+
+def attach(recipe: Recipe, schedule: Schedule, chosen: Chosen, loaded: Loaded, rows: TrainingRows, world: World) -> Attached:
+    """Build the engine, the order of rows and the clock.
+
+    Raises:
+        LuthierError: nothing trains, two parts cannot be combined, or rows are too long once a prompt stands before them.
+    """
+    train, seed, encoded = recipe.train, recipe.seed, rows.encoded
+    feed = make_feed(train, seed, encoded, world, loaded.device, rows.mixture)
+    steps = feed.total()
+    rate, rate_from = advised_rate(train, chosen["tune"])
+    clock = Clock(steps, rate, schedule, warmup_steps(train.warmup, steps), seed)
+    engine = build_engine(
+        loaded.model,
+        loaded.parts,
+        chosen,
+        calibration=make_calibration(recipe.rows, train.micro_batch_tokens, seed, encoded, loaded.tokenizer, loaded.context),
+        now=clock.at(0, 0.0),
+        vocabulary=vocabulary_of(loaded.tokenizer, loaded.parts.vocabulary),
+        masters=train.masters,
+        world=world,
+        root=loaded.root,
+    )
+    check_lengths(engine.tune, encoded, loaded.context)
+    clock.restarts = tuple(sorted({share for _, one, _ in engine.tune.freezings for share in one.restarts}))
+    padded = prepare_model(train, engine.tune, feed)
+    if engine.tune.packs:
+        feed.pack()
+    return Attached(engine, feed, clock, rate_from, padded)
+
+
+def advised_rate(train: TrainRecipe, tune: Sequence[Part]) -> tuple[float, str]:
+    """The learning rate and where it comes from: the recipe, or the most careful advice among the techniques that train."""
+    if train.learning_rate is not None:
+        return train.learning_rate, "the recipe"
+    advice = [(part.card.learning_rate, part.name) for part in tune if part.card.learning_rate is not None]
+    if not advice:
+        return RATE_WITHOUT_ADVICE, "the default"
+    rate, name = min(advice)
+    return rate, f"{name}'s default"

@@ -1,0 +1,168 @@
+"""What to change in a recipe that will not fit into memory, and what each change saves."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+
+from luthier.errors import LuthierError
+from luthier.kinds import Now
+from luthier.kinds.parts import Parts
+from luthier.models.parts import map_parts
+from luthier.models.quantized import quantize as quantize_blocks
+from luthier.planning.estimate import Estimate, estimate, standing, waiting
+from luthier.recipe import Recipe
+from luthier.recipe.parts import completed
+from luthier.rows.encode import EncodedRows
+from luthier.training.build import build_engine
+from luthier.training.engine import Engine
+from luthier.training.feed import Feed
+
+SMALLEST = 64
+"""Tokens of the smallest micro-batch worth proposing."""
+
+
+class Cut(NamedTuple):
+    """One change of the recipe."""
+
+    change: str
+    """As on the command line: `train.checkpointing=true`."""
+    saves: int
+    """Bytes at the peak."""
+
+
+def too_much(
+    recipe: Recipe, engine: Engine, parts: Parts, feed: Feed, dtype: torch.dtype, cost: Estimate, available: int | None
+) -> str:
+    """What to change where a run will not fit; empty where it fits, or where the system does not tell.
+
+    Args:
+        recipe: what was asked for.
+        engine: what is attached.
+        parts: the model's map.
+        feed: the steps.
+        dtype: the type of weights and computation.
+        cost: the estimate.
+        available: bytes that can still be had beside what stands already.
+    """
+    if available is None:
+        return ""
+    # Weights, masters and moments are there already.
+    needed = cost.gradients + cost.activations
+    if needed <= available:
+        return ""
+    room = cost.total_bytes - needed + available
+    return advice(find_cuts(recipe, engine, parts, feed, dtype, cost, room), needed, available)
+
+
+def find_cuts(recipe: Recipe, engine: Engine, parts: Parts, feed: Feed, dtype: torch.dtype, now: Estimate, room: int) -> list[Cut]:
+    """Changes that lower the peak, the one that saves most first. Each is estimated anew.
+
+    Args:
+        recipe: what was asked for.
+        engine: what is attached.
+        parts: the model's map.
+        feed: the steps.
+        dtype: the type of weights and computation.
+        now: the estimate as things are.
+        room: bytes that a run may take in all.
+    """
+    found = [*_smaller_batches(recipe, engine, parts, feed, dtype, now, room)]
+    if not recipe.train.checkpointing:
+        found += _checkpointed(engine, parts, feed, dtype, now)
+    found += _leaner(recipe, engine, dtype, now)
+    return sorted((cut for cut in found if cut.saves > 0), key=lambda cut: -cut.saves)
+
+
+def advice(cuts: Sequence[Cut], needed: int, available: int) -> str:
+    """One warning: what is missing, and what helps."""
+    changes = ", ".join(f"{cut.change} (saves {cut.saves / 2**20:,.0f} MiB)" for cut in cuts)
+    short = f"about {needed / 2**20:,.0f} MiB more are needed at the peak, and {available / 2**20:,.0f} MiB are available"
+    return f"{short}; try {changes}" if changes else short
+
+
+def _smaller_batches(
+    recipe: Recipe, engine: Engine, parts: Parts, feed: Feed, dtype: torch.dtype, now: Estimate, room: int
+) -> Iterator[Cut]:
+    def saved(other: Feed) -> int:
+        checkpointing = recipe.train.checkpointing
+        new = estimate(engine, parts, other, dtype, checkpointing=checkpointing, process=now.process)
+        return now.total_bytes - new.total_bytes
+
+    longest = max(feed.rows.sizes.tokens)
+    limit, best = feed.micro_batch_tokens, 0
+    # A row longer than the limit is a micro-batch by itself: below the longest row nothing is won.
+    while limit // 2 >= max(longest, SMALLEST) and now.total_bytes - best > room:
+        limit //= 2
+        best = saved(replace(feed, micro_batch_tokens=limit, _epochs={}, _steps={}))
+    yield Cut(f"train.micro_batch_tokens={limit}", best)
+    if longest >= 2 * SMALLEST and feed.mixture is None:
+        half = longest // 2
+        rows = [replace(r, token_ids=r.token_ids[:half], supervised=r.supervised[:half]) for r in feed.rows.rows]
+        shorter = replace(feed, rows=EncodedRows.of(rows), micro_batch_tokens=min(feed.micro_batch_tokens, half))
+        shorter = replace(shorter, _epochs={}, _steps={})
+        yield Cut(f"rows.max_tokens={half} with train.micro_batch_tokens={shorter.micro_batch_tokens}", saved(shorter))
+
+
+def _checkpointed(engine: Engine, parts: Parts, feed: Feed, dtype: torch.dtype, now: Estimate) -> Iterator[Cut]:
+    model: Any = engine.tune.model
+    if not getattr(model, "supports_gradient_checkpointing", False):
+        return
+    enable, disable = (getattr(model, f"activation_checkpointing_{what}", None) for what in ("enable", "disable"))
+    enable, disable = enable or model.gradient_checkpointing_enable, disable or model.gradient_checkpointing_disable
+    enable({"use_reentrant": False})
+    try:
+        new = estimate(engine, parts, feed, dtype, checkpointing=True, process=now.process)
+    finally:
+        disable()
+    yield Cut("train.checkpointing=true", now.total_bytes - new.total_bytes)
+
+
+def _leaner(recipe: Recipe, engine: Engine, dtype: torch.dtype, now: Estimate) -> Iterator[Cut]:
+    """Fewer trained numbers, or narrower ones: what stands throughout and the gradients, from a model without numbers."""
+    stands = now.total_bytes - now.activations - now.process
+    changes: list[tuple[str, dict[str, Any], torch.dtype]] = [
+        ("tune=half", {"tune": "half"}, dtype),
+        ("tune=lora", {"tune": "lora"}, dtype),
+    ]
+    if recipe.quantize == "none" and recipe.train.sharding == "none":
+        if engine.tune.selectives:
+            changes.append(("tune=lora with quantize=nf4", {"tune": "lora", "quantize": "nf4"}, dtype))
+        else:
+            changes.append(("quantize=nf4", {"quantize": "nf4"}, dtype))
+    if recipe.train.masters == "fp32" and dtype == torch.bfloat16:
+        changes.append(("train.masters=none", {"masters": "none"}, dtype))
+    if dtype in (torch.float32, torch.float64):
+        changes.append(("train.precision=bf16", {}, torch.bfloat16))
+    for change, settings, type_ in changes:
+        try:
+            new = _standing(recipe, engine, type_, **settings)
+        except (LuthierError, RuntimeError, NotImplementedError):
+            # This recipe's other parts do not go together with the change, or need real numbers to start.
+            continue
+        narrower = now.activations * (dtype.itemsize - type_.itemsize) // dtype.itemsize
+        yield Cut(change, stands - new + narrower)
+
+
+def _standing(
+    recipe: Recipe, engine: Engine, dtype: torch.dtype, tune: Any = None, masters: str | None = None, quantize: str | None = None
+) -> int:
+    model: Any = engine.tune.model
+    with torch.device("meta"):
+        bare = type(model)(copy.deepcopy(model.config)).to(dtype)
+    parts = map_parts(bare)
+    quantize_blocks(bare, parts, quantize or recipe.quantize)
+    made = build_engine(
+        bare,
+        parts,
+        completed({"tune": tune or recipe.tune, "objective": recipe.objective, "step": recipe.step, "source": recipe.source}),
+        now=Now(seed=recipe.seed),
+        vocabulary=engine.inputs.vocabulary,
+        masters=masters or recipe.train.masters,
+        world=engine.world,
+    )
+    return sum(standing(made).values()) + waiting(made)

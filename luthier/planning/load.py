@@ -1,0 +1,64 @@
+"""Loading what a run trains: model, tokenizer, the model's map, on the device where it will run."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from luthier import draws, machine
+from luthier.errors import Say
+from luthier.kinds.parts import Parts
+from luthier.models.context import context_of
+from luthier.models.fingerprint import fingerprint
+from luthier.models.load import ModelSource, load_model, load_tokenizer, resolve
+from luthier.models.parts import map_parts
+from luthier.models.sharding import Root, shard
+from luthier.recipe import Recipe
+from luthier.training.precision import pick, pick_device
+from luthier.training.world import World
+
+
+class Loaded(NamedTuple):
+    """An untouched model, ready for what will be attached to it."""
+
+    source: ModelSource
+    model: nn.Module
+    parts: Parts
+    tokenizer: PreTrainedTokenizerBase
+    fingerprint: str
+    """Of the base."""
+    context: int | None
+    """The most tokens it reads; None where it states no limit."""
+    device: torch.device
+    dtype: torch.dtype
+    precision: str
+    root: Root | None
+    """Stands above a model that is spread over processes."""
+
+
+def load(recipe: Recipe, world: World, say: Say) -> Loaded:
+    """Load the model that a recipe names.
+
+    Raises:
+        LuthierError: there is no such model, or it cannot be mapped.
+    """
+    device = pick_device(recipe.train.device)
+    dtype, precision = pick(recipe.train.precision, device)
+    # Before the model exists: nothing in it may depend on what ran earlier.
+    torch.manual_seed(draws.seed_of(recipe.seed, "model"))
+    source = resolve(recipe.model, revision=recipe.revision, trust_remote_code=recipe.trust_remote_code, say=say)
+    say(f"loading {source.name} ({source.origin})")
+    machine.free_what_is_gone()
+    tokenizer = load_tokenizer(source)
+    model = load_model(source, dtype=dtype, quantize=recipe.quantize)
+    parts = map_parts(model)
+    identity = fingerprint(model)
+    root = None
+    if recipe.train.sharding == "full":
+        root = shard(model, parts.block_modules, device, world.size)
+    else:
+        model.to(device)  # type: ignore[arg-type]
+    return Loaded(source, model, parts, tokenizer, identity, context_of(model.config), device, dtype, precision, root)

@@ -1,0 +1,290 @@
+"""From a recipe to a run that is ready to start: model, rows, parts, order, cost. Nothing trains here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from luthier import machine
+from luthier.errors import Say
+from luthier.evaluate.planned import evaluation_sets
+from luthier.evaluate.sets import EvalSet, check
+from luthier.kinds import Optimizer
+from luthier.kinds.parts import GROUPS, Parts
+from luthier.models.load import ModelSource
+from luthier.models.quantized import count, described
+from luthier.planning.attach import attach
+from luthier.planning.cuts import too_much
+from luthier.planning.estimate import Estimate, estimate
+from luthier.planning.load import load
+from luthier.planning.prepare import check_processes
+from luthier.planning.read import read
+from luthier.recipe import Recipe
+from luthier.recipe.parts import Chosen, choose_parts
+from luthier.registry import Part
+from luthier.results.control import find_control
+from luthier.results.folder import Run
+from luthier.rows.encode import EncodedRows
+from luthier.rows.mixture import described_share
+from luthier.rows.shapes import BadRow
+from luthier.rows.sources import read_rows
+from luthier.training.engine import Engine
+from luthier.training.feed import Feed
+from luthier.training.loop import Clock
+from luthier.training.schedule import find_schedule
+from luthier.training.trial import Measured, measure
+from luthier.training.world import World
+
+LABEL = 12
+"""How wide the words are that each line of a plan begins with."""
+NOTHING_BEFORE = " " * (LABEL + 1)
+"""Stands before a line of the plan that goes on with what the line above is about."""
+
+
+@dataclass
+class Plan:
+    """A run that is ready to start."""
+
+    recipe: Recipe
+    source: ModelSource
+    model: nn.Module
+    parts: Parts
+    tokenizer: PreTrainedTokenizerBase
+    sources: list[str]
+    """Where the training rows come from."""
+    rows: EncodedRows
+    raw: Iterable[Any]
+    """The training rows as read; when streaming they are read again each time."""
+    skipped: Sequence[BadRow]
+    engine: Engine
+    feed: Feed
+    clock: Clock
+    device: torch.device
+    dtype: torch.dtype
+    precision: str
+    rate_from: str
+    chosen: Chosen
+    estimate: Estimate
+    fingerprint: str
+    """Of the base."""
+    sets: list[EvalSet]
+    """What is measured before and after."""
+    control: Run | None = None
+    """The finished run this one will be compared with."""
+    cache: Sequence[str] = ()
+    """When streaming, whether each source's encoded rows were in the cache."""
+    mapped: Sequence[str] = ()
+    """What row maps did."""
+    padded: str = ""
+    """Why rows run with padding; empty where they are packed."""
+    too_large: str = ""
+    """What to change, where memory will not do."""
+
+    @property
+    def total_numbers(self) -> int:
+        """Numbers of the model, tied ones once, without what a technique adds."""
+        return count(self.model)
+
+    @property
+    def trained_numbers(self) -> int:
+        """Numbers that train."""
+        return self.engine.tune.numbers()
+
+    def lines(self) -> list[str]:
+        """The run in order, one thing a line."""
+        recipe, clock = self.recipe, self.clock
+        share = 100 * self.trained_numbers / self.total_numbers
+        tokens, supervised = self.feed.tokens()
+        rates = [clock.learning_rate * clock.factor(s) for s in self._moments()]
+        lines = [
+            f"model        {self.source.name}: {self.parts.architecture}, {self.total_numbers:,} numbers ({self.source.origin})",
+            *(f"holds        {said}" for said in described(self.model, self.dtype)),
+            f"rows         {len(self.rows.rows):,} rows, {self.rows.tokens:,} tokens, {self.rows.supervised_tokens:,} of them targets"
+            + self._losses(),
+            f"{NOTHING_BEFORE}{self._padding()}; longest row {max(self.rows.sizes.tokens):,} tokens",
+        ]
+        lines += [f"{NOTHING_BEFORE}{said}" for said in (*self.cache, *self.mapped, *map(described_share, self.feed.shares()))]
+        lines += [f"{key:<12} {_described(parts)}" for key, parts in self.chosen.items() if parts]
+        lines += [
+            f"trains       {self.trained_numbers:,} numbers, {share:.2f} % of the model's",
+            *self._roles(),
+            *(
+                f"{NOTHING_BEFORE}{slot} adds its deltas times {one.scale:g}"
+                for slot, one, _ in self.engine.tune.additives
+                if one.pair
+            ),
+            *self._optimizers(),
+            f"precision    {self.precision}; fp32 copies of trained numbers: {'yes' if recipe.train.masters == 'fp32' else 'no'}",
+            f"steps        {clock.steps:,} steps, {tokens:,} tokens, {supervised:,} targets; device {self.device}{self._processes()}",
+            f"rate         {clock.learning_rate:g} ({self.rate_from}), {recipe.train.schedule}, warm-up {clock.warmup} steps: "
+            + ", ".join(f"{rate:.2g}" for rate in rates)
+            + " at 0, 25, 50, 75, 100 %",
+            f"evaluates    {', '.join(recipe.evaluate) or 'nothing'}, before and after",
+            *([f"compares     with {self.control.folder}"] if self.control is not None else []),
+            f"memory       about {self.estimate.total_bytes / 2**20:,.0f} MiB at the peak ({self.estimate.described()})",
+            f"time         about {_minutes(self.estimate.seconds)} of training, from the speed of this machine's matrix products",
+            *(f"warning      {text}" for text in self.warnings()),
+        ]
+        return lines
+
+    def warnings(self) -> list[str]:
+        """What is allowed but seldom wanted."""
+        warnings = [f"{note} ({count} rows)" for note, count in self.rows.notes.items()]
+        warnings += [self.too_large] if self.too_large else []
+        attention = set(GROUPS["attention"])
+        for slot, _, _ in self.engine.tune.additives:
+            roles = {one.place.role for one in self.engine.tune.trained.values() if one.slot == slot and one.place is not None}
+            if roles <= attention:
+                warnings.append(
+                    f"`{slot}` stands at attention alone: with the MLP's matrices as well, low-rank deltas learn more like full "
+                    "fine-tuning (roles: [linear])"
+                )
+        return warnings
+
+    def _processes(self) -> str:
+        world = self.engine.world
+        spread = ", the model spread over them" if self.engine.tune.root is not None else ""
+        return f", {world.size} processes{spread}" if world.size > 1 else ""
+
+    def _padding(self) -> str:
+        if self.engine.tune.packs:
+            return "packed, without padding"
+        return f"{100 * self.feed.padding():.1f} % padding: {self.padded}"
+
+    def _moments(self) -> list[int]:
+        return [round(share * (self.clock.steps - 1)) for share in (0.0, 0.25, 0.5, 0.75, 1.0)]
+
+    def _losses(self) -> str:
+        parts = []
+        if self.rows.truncated:
+            parts.append(f"{self.rows.truncated} truncated")
+        if self.rows.dropped:
+            parts.append(f"{len(self.rows.dropped)} dropped")
+        if self.skipped:
+            parts.append(f"{len(self.skipped)} skipped")
+        return f" ({', '.join(parts)})" if parts else ""
+
+    def _roles(self) -> list[str]:
+        counts: dict[str, list[int]] = {}
+        for one in self.engine.tune.trained.values():
+            role = one.place.role if one.place is not None else one.slot
+            count = counts.setdefault(role, [0, 0])
+            count[0] += 1
+            count[1] += one.numel
+        shown = [f"{role} {number:,} in {tensors}" for role, (tensors, number) in counts.items()]
+        return [NOTHING_BEFORE + "; ".join(shown) + " tensors"]
+
+    def _optimizers(self) -> list[str]:
+        chain = self.engine.chain
+        lines = []
+        for i, link in enumerate(chain.links):
+            taken = chain.taken(link)
+            what = "moves" if isinstance(link.part, Optimizer) else "acts on"
+            lines.append(f"step {i + 1:<7} {link.slot} {what} {len(taken)} of {len(self.engine.tune.trained)} tensors")
+        return lines
+
+    def as_json(self) -> dict[str, Any]:
+        """The plan for scripts."""
+        tokens, supervised = self.feed.tokens()
+        return {
+            "name": self.recipe.name,
+            "model": {"name": self.source.name, "origin": self.source.origin, "architecture": self.parts.architecture},
+            "recipe_hash": self.recipe.hash(),
+            "trained_numbers": self.trained_numbers,
+            "total_numbers": self.total_numbers,
+            "trained_share": self.trained_numbers / self.total_numbers,
+            "rows": len(self.rows.rows),
+            "steps": self.clock.steps,
+            "tokens": tokens,
+            "supervised_tokens": supervised,
+            "learning_rate": self.clock.learning_rate,
+            "precision": self.precision,
+            "estimated_peak_memory_bytes": self.estimate.total_bytes,
+            "mixture": self.feed.shares(),
+            "rows_cache": list(self.cache),
+            "estimated_seconds": self.estimate.seconds,
+            "warnings": self.warnings(),
+            "lines": self.lines(),
+        }
+
+
+def _described(parts: Sequence[Part]) -> str:
+    return ", then ".join(
+        part.name + (f" ({', '.join(f'{k} {_short(v)}' for k, v in part.options.items())})" if part.options else "")
+        for part in parts
+    )
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:g}"
+    return "+".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def _minutes(seconds: float) -> str:
+    return f"{seconds:.0f} seconds" if seconds < 120 else f"{seconds / 60:.1f} minutes"
+
+
+def make_plan(recipe: Recipe, say: Say = lambda text: None) -> Plan:
+    """Load, read, attach and check everything a run needs.
+
+    Args:
+        recipe: what to do.
+        say: hears what is being done.
+
+    Raises:
+        LuthierError: anything in the recipe, the rows or the model that would stop or spoil the run.
+    """
+    chosen = choose_parts(recipe)
+    machine.bound_kernels()
+    if recipe.train.threads is not None:
+        torch.set_num_threads(recipe.train.threads)
+    sets = evaluation_sets(recipe.evaluate, recipe.train)
+    schedule = find_schedule(recipe.train.schedule)
+    control = find_control(recipe.control, recipe.out)
+    world = World.current()
+    check_processes(recipe.train.sharding, world)
+    sources = read_rows(recipe.rows)
+    loaded = load(recipe, world, say)
+    rows = read(recipe.rows, recipe.seed, sources, chosen, loaded, say)
+    engine, feed, clock, rate_from, padded = attach(recipe, schedule, chosen, loaded, rows, world)
+    check(engine.tune, loaded.tokenizer, sets)
+    cost = estimate(engine, loaded.parts, feed, loaded.dtype, checkpointing=recipe.train.checkpointing)
+    room = machine.available_bytes(loaded.device)
+    return Plan(
+        recipe=recipe,
+        source=loaded.source,
+        model=loaded.model,
+        parts=loaded.parts,
+        tokenizer=loaded.tokenizer,
+        sources=rows.sources,
+        rows=rows.encoded,
+        raw=rows.raw,
+        skipped=rows.skipped,
+        engine=engine,
+        feed=feed,
+        clock=clock,
+        device=loaded.device,
+        dtype=loaded.dtype,
+        precision=loaded.precision,
+        rate_from=rate_from,
+        chosen=chosen,
+        estimate=cost,
+        fingerprint=loaded.fingerprint,
+        sets=sets,
+        control=control,
+        cache=rows.cache,
+        mapped=rows.mapped,
+        padded=padded,
+        too_large=too_much(recipe, engine, loaded.parts, feed, loaded.dtype, cost, room),
+    )
+
+
+def measure_plan(plan: Plan) -> Measured:
+    """Take two steps and throw them away: peak memory and time as they are here. The plan cannot be trained afterwards."""
+    return measure(plan.engine, plan.feed, plan.clock)

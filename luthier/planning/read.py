@@ -1,0 +1,76 @@
+"""Reading what a run trains on: sources, row maps, encoding, and the shares of a mixture."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+from luthier.errors import LuthierError, Say
+from luthier.kinds import Now, RowMap
+from luthier.planning.load import Loaded
+from luthier.recipe import RowsRecipe
+from luthier.recipe.parts import Chosen
+from luthier.registry import slots, values_of
+from luthier.rows.annotate import annotations_of
+from luthier.rows.encode import EncodedRows
+from luthier.rows.gather import encode_rows, mixture_of
+from luthier.rows.mixture import Mixture
+from luthier.rows.shapes import BadRow
+from luthier.rows.sources import Joined, Sources
+from luthier.training.services import RunServices
+from luthier.tune import Tune
+
+
+class TrainingRows(NamedTuple):
+    """The rows of a run."""
+
+    sources: list[str]
+    """Where they come from."""
+    raw: Iterable[Any]
+    """As read and mapped; when streaming they are read again each time."""
+    encoded: EncodedRows
+    mixture: Mixture | None
+    skipped: Sequence[BadRow]
+    cache: Sequence[str]
+    """When streaming, whether each source's encoded rows were in the cache."""
+    mapped: Sequence[str]
+    """What row maps did."""
+
+
+def read(recipe: RowsRecipe, seed: int, sources: Sources, chosen: Chosen, loaded: Loaded, say: Say) -> TrainingRows:
+    """Map and encode the rows that were read.
+
+    Args:
+        recipe: what it says about rows.
+        seed: the run's.
+        sources: the rows as read.
+        chosen: the run's parts, whose row maps and annotations are used whatever key they stand under.
+        loaded: the model that will read them.
+        say: hears what is being done.
+
+    Raises:
+        LuthierError: a row cannot be encoded, nothing is left of them, or rows that are streamed would be mapped.
+    """
+    raw: Iterable[Any] = Joined(sources)
+    mapped: list[str] = []
+    for slot, value in _maps(chosen):
+        if recipe.streaming:
+            raise LuthierError(
+                f"the row map `{slot}` needs all rows in memory",
+                where="rows.streaming",
+                mend="leave out streaming, or map the rows beforehand",
+            )
+        before = list(raw)
+        raw = after = value.map(before, RunServices(Tune(loaded.model, loaded.parts), slot, Now(seed=seed)))
+        mapped += [f"{slot}: {value.told(before, after)}"] if value.told is not None else []
+    annotations = annotations_of(value for _, value in values_of(chosen))
+    rows, places, skipped, cache = encode_rows(recipe, sources, raw, loaded.tokenizer, loaded.context, say, annotations)
+    mixture = mixture_of(recipe, seed, sources, rows, places)
+    return TrainingRows([one.name for one in sources], raw, rows, mixture, skipped, cache, mapped)
+
+
+def _maps(chosen: Chosen) -> list[tuple[str, RowMap]]:
+    """Row maps by slot: first those that the recipe names as such, then those that techniques bring."""
+    maps = values_of(chosen, RowMap)
+    named = dict(slots([part for parts in chosen.values() for part in parts]))
+    return sorted(maps, key=lambda one: named[one[0]] not in chosen["rows.map"])

@@ -1,0 +1,75 @@
+"""Where a recipe's files lie: what is not found from the working folder is looked for beside the recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from luthier.registry import KEYS
+
+SOURCES = ("calibration_source", "validation_source")
+"""Options of techniques that name rows."""
+
+
+def with_paths(data: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """A recipe's data in which names of files that lie beside the recipe are paths to them."""
+
+    def found(value: Any) -> Any:
+        if isinstance(value, list):
+            return [found(one) for one in value]
+        if isinstance(value, dict) and "rows" in value:
+            return {**value, "rows": found(value["rows"])}
+        if isinstance(value, str) and not value.startswith("hub:") and not _is_there(Path(value)) and _is_there(folder / value):
+            return str(folder / value)
+        return value
+
+    data = dict(data)
+    rows = data.get("rows")
+    if isinstance(rows, dict) and "train" in rows:
+        data["rows"] = {**rows, "train": found(rows["train"])}
+    sets = data.get("evaluate")
+    if isinstance(sets, dict):
+        data["evaluate"] = {
+            name: {**one, "rows": found(one["rows"])} if isinstance(one, dict) and "rows" in one else one
+            for name, one in sets.items()
+        }
+    if isinstance(data.get("model"), str):
+        data["model"] = found(data["model"])
+    if isinstance(data.get("control"), str):
+        data["control"] = found(data["control"])
+    for key in KEYS.values():
+        data = _changed(data, key.path, lambda spec: _with_sources(spec, found))
+    return data
+
+
+def _changed(data: dict[str, Any], path: tuple[str, ...], change: Callable[[Any], Any]) -> dict[str, Any]:
+    """Data in which what stands at a path, if anything does, is changed."""
+    key, *rest = path
+    if key not in data:
+        return data
+    if not rest:
+        return {**data, key: change(data[key])}
+    return {**data, key: _changed(data[key], tuple(rest), change)} if isinstance(data[key], dict) else data
+
+
+def _with_sources(spec: Any, found: Callable[[Any], Any]) -> Any:
+    """The rows that techniques calibrate and validate on are named from the recipe's folder, too."""
+    if isinstance(spec, list):
+        return [_with_sources(one, found) for one in spec]
+    if isinstance(spec, dict):
+        return {
+            name: {key: found(value) if key in SOURCES else value for key, value in options.items()}
+            if isinstance(options, dict)
+            else options
+            for name, options in spec.items()
+        }
+    return spec
+
+
+def _is_there(path: Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError):
+        # No file can have such a name; whoever opens it will say so.
+        return False

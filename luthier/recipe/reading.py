@@ -1,0 +1,153 @@
+"""Reading recipes: files, overrides from the command line, and errors that name the place and the nearest key."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pydantic
+import yaml
+
+from luthier.errors import LuthierError, explain, nearest
+from luthier.recipe.paths import with_paths
+from luthier.recipe.schema import EvaluationSet, Recipe, Strict, issubclass_safe, plain
+from luthier.recipe.yaml_text import parse, read_yaml
+from luthier.registry import KEYS
+
+
+def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe file and apply `key=value` overrides.
+
+    File names in a recipe are looked up from the working folder first, then from the recipe's own folder.
+
+    Raises:
+        LuthierError: no such file, broken YAML (with its line), an unknown key (with the nearest name) or a wrong type.
+    """
+    path = Path(path)
+    data = read_yaml(path)
+    if not isinstance(data, dict):
+        raise LuthierError("a recipe is a mapping of keys", where=str(path), mend="begin with `model: ...`")
+    data.setdefault("name", path.stem)
+    where = f"{path} and the command line" if overrides else str(path)
+    return make_recipe(apply_overrides(data, overrides), where=where, folder=path.parent)
+
+
+def same_steps(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two recipes, as plain data, ask for the same steps: into which micro-batches a step is cut changes the rounding alone."""
+
+    def steps(plain: Mapping[str, Any]) -> str:
+        train = {key: value for key, value in (plain.get("train") or {}).items() if key != "micro_batch_tokens"}
+        # Runs from before there were trackers or quantized bases say nothing of them, and a tracker changes no step.
+        # Where nothing is named, the technique that joins does the same as if it were.
+        same = {name: None for name, key in KEYS.items() if key.otherwise and plain.get(name) == key.otherwise}
+        return json.dumps({"quantize": "none", **plain, **same, "train": train, "track": None}, sort_keys=True)
+
+    return steps(one) == steps(other)
+
+
+def apply_overrides(data: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """Set keys from `key=value` words: `tune=lora`, `train.epochs=2`, `tune.lora.rank=16`. Values are YAML."""
+    data = json.loads(json.dumps(data, default=str)) if overrides else data
+    for word in overrides:
+        key, sign, value = word.partition("=")
+        *path, last = key.split(".")
+        if not sign or not all([*path, last]):
+            raise LuthierError(f"`{word}` is not key=value", where="command line", mend="write e.g. train.epochs=2")
+        try:
+            parsed = parse(value)
+        # Patterns such as `*.jsonl` are no YAML, and dates such as 2026-99-99 none that YAML can hold: both are text.
+        except (yaml.YAMLError, ValueError, RecursionError):
+            parsed = value
+        here = data
+        for depth, step in enumerate(path):
+            found = here.get(step)
+            if isinstance(found, str) and ".".join(path[: depth + 1]) in KEYS:
+                # `tune.lora.rank=16` on `tune: lora` turns the name into a mapping.
+                here[step] = {found: {}}
+            elif found is None:
+                here[step] = {}
+            elif not isinstance(found, dict):
+                what = "a list" if isinstance(found, list) else f"`{found}`"
+                raise LuthierError(
+                    f"`{key}` cannot be set: `{step}` is {what}, which has no keys",
+                    where="command line",
+                    mend="set all of it as YAML: " + ".".join(path[: depth + 1]) + "=...",
+                )
+            here = here[step]
+        here[last] = _number(parsed)
+    return data
+
+
+def _number(value: Any) -> Any:
+    """YAML 1.1 reads 2e-4 as text; people mean a number."""
+    if isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value):
+        return float(value)
+    if isinstance(value, dict):
+        return {key: _number(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_number(one) for one in value]
+    return value
+
+
+def make_recipe(data: Mapping[str, Any], *, where: str = "recipe", folder: Path | None = None) -> Recipe:
+    """A recipe from plain data, strictly.
+
+    Raises:
+        LuthierError: an unknown key, with the nearest name, or a wrong type.
+    """
+    data = {key: value if key == "name" else _number(value) for key, value in data.items()}
+    if folder is not None:
+        data = with_paths(data, folder)
+    try:
+        return Recipe.model_validate(data)
+    except pydantic.ValidationError as error:
+        raise _explain(error, where) from None
+
+
+def _explain(error: pydantic.ValidationError, where: str) -> LuthierError:
+    first = error.errors()[0]
+    path = [str(piece) for piece in first["loc"]]
+    place = f"{where}: {'.'.join(path)}"
+    if first["type"] == "extra_forbidden":
+        known = _known_keys(path[:-1])
+        return LuthierError(f"there is no key `{path[-1]}` here", where=place, mend=nearest(path[-1], known))
+    if first["type"] == "missing":
+        return LuthierError(f"the key `{path[-1]}` is missing", where=place, mend=f"add `{path[-1]}: ...`")
+    what, mend = explain(first)
+    key = ".".join(["evaluate", "NAME", *path[2:]] if path[:1] == ["evaluate"] and len(path) > 2 else path)
+    meaning = {known: meaning for known, _, meaning in reference()}.get(key)
+    return LuthierError(f"`{path[-1]}` is {what}", where=place, mend=f"{mend} ({meaning})" if meaning else mend)
+
+
+def _known_keys(path: Sequence[str]) -> list[str]:
+    schema: Any = Recipe
+    for step in path:
+        field = schema.model_fields.get(step)
+        if field is None:
+            schema = EvaluationSet
+            continue
+        schema = field.annotation if isinstance(field.annotation, type) and issubclass_safe(field.annotation) else EvaluationSet
+    return list(schema.model_fields)
+
+
+def reference() -> list[tuple[str, str, str]]:
+    """Every key with its default and meaning, for help and docs."""
+    lines: list[tuple[str, str, str]] = []
+
+    def walk(section: type[Strict], before: str) -> None:
+        for name, field in section.model_fields.items():
+            annotation = field.annotation
+            if isinstance(annotation, type) and issubclass_safe(annotation):
+                walk(annotation, f"{before}{name}.")
+                continue
+            default = field.get_default(call_default_factory=True)
+            shown = "required" if field.is_required() else json.dumps(plain(default))
+            lines.append((f"{before}{name}", shown, field.description or ""))
+            if name == "evaluate":
+                walk(EvaluationSet, "evaluate.NAME.")
+
+    walk(Recipe, "")
+    return lines

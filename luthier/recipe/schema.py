@@ -1,0 +1,239 @@
+"""The recipe: one strict, frozen schema for a whole run. An unknown key is an error that offers the nearest name.
+
+The keys of `luthier.registry.KEYS` hold a technique's name, `{name: {option: value}}`, a list of either, or in Python a part itself.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from copy import deepcopy
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import pydantic
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+
+from luthier.errors import LuthierError, explain, nearest, refuse_truth
+from luthier.registry import fields_under
+
+
+class Strict(BaseModel):
+    """Frozen, with no keys but its own."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, arbitrary_types_allowed=True, protected_namespaces=(), allow_inf_nan=False
+    )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _check_truth(cls, value: Any, info: ValidationInfo) -> Any:
+        refuse_truth(value, cls.model_fields[str(info.field_name)].annotation)
+        return value
+
+    if TYPE_CHECKING:
+        # Keys that hold techniques come from the registry's table.
+        def __getattr__(self, key: str) -> Any: ...
+
+
+def _techniques(section: str, body: dict[str, Any]) -> None:
+    """Put the keys of a section that hold techniques into the body of its class, in the place where this is called."""
+    for name, key in fields_under(section):
+        body["__annotations__"][name] = Any
+        body[name] = Field(default_factory=partial(deepcopy, key.default), description=key.meaning)
+
+
+def _source_of_rows(value: Any) -> Any:
+    """Refuse at its key what rows can never be read from; everything else is told when it is read."""
+    several = value if isinstance(value, list | tuple) and value else [value]
+    for one in several:
+        nothing = isinstance(one, str | list | tuple) and not one
+        if nothing or isinstance(one, bytes) or not isinstance(one, str | Path | Iterable):
+            raise ValueError("rows are read from a file, a folder, `hub:name`, or a list of these")
+    return value
+
+
+class SourceRecipe(Strict):
+    """One of several sources of rows."""
+
+    rows: Any = Field(description="a file, a folder, `hub:name`, or rows in Python")
+    weight: float | None = Field(None, gt=0, description="what its share is proportional to; none: 1 where another has one")
+
+    _check_rows = field_validator("rows", mode="before")(_source_of_rows)
+
+
+def _weighted(value: Any) -> Any:
+    """A list in which anything has the form `{rows: ..., weight: ...}` is one of sources."""
+    keys = set(SourceRecipe.model_fields)
+    if not isinstance(value, list | tuple) or not any(
+        isinstance(one, Mapping) and "rows" in one and set(one) <= keys for one in value
+    ):
+        return value
+    return [_source(one, f"rows.train, source {number}") for number, one in enumerate(value, start=1)]
+
+
+def _source(value: Any, where: str) -> SourceRecipe:
+    data = value if isinstance(value, Mapping) else {"rows": value}
+    for key in data:
+        if key not in SourceRecipe.model_fields:
+            mend = nearest(str(key), SourceRecipe.model_fields)
+            raise LuthierError(f"there is no key `{key}` here", where=where, mend=mend)
+    try:
+        return SourceRecipe.model_validate(data)
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        what, mend = explain(first)
+        raise LuthierError(f"`{first['loc'][0]}` is {what}", where=where, mend=mend) from None
+
+
+class RowsRecipe(Strict):
+    """What to train on."""
+
+    train: Any = Field(description="a file, a folder, `hub:name`, a list of these or of `{rows, weight}`, or rows in Python")
+    temperature: float = Field(1.0, gt=0, description="T: without weights, a source's share is proportional to size^(1/T)")
+    share: Literal["rows", "tokens"] = Field("rows", description="what shares of sources count")
+    streaming: bool = Field(False, description="keep encoded rows in a file instead of in memory")
+    workers: int = Field(0, ge=0, description="processes that encode rows when streaming; 0: the run's own")
+    shape: str | None = Field(None, description="the rows' shape, where it cannot be recognized")
+    _techniques("rows", vars())
+    loss_on: Literal["assistant", "last", "all"] = Field("assistant", description="which turns are targets")
+    max_tokens: int | None = Field(None, ge=2, description="longest row; none: the model's context")
+    too_long: Literal["refuse", "left", "right"] = Field("refuse", description="refuse long rows, or cut this side")
+    on_bad_row: Literal["stop", "skip"] = Field("stop", description="stop at a bad row, or skip and count it")
+
+    _check_train = field_validator("train", mode="before")(_source_of_rows)
+    _check_weights = field_validator("train", mode="after")(_weighted)
+
+    @model_validator(mode="after")
+    def _check_together(self) -> RowsRecipe:
+        if self.temperature != 1.0 and any(source.weight is not None for source in self.sources()):
+            raise LuthierError(
+                "the sources have weights, and a temperature makes others",
+                where="rows.temperature",
+                mend="leave out one of the two",
+            )
+        if self.streaming and self.map is not None:
+            raise LuthierError(
+                "a row map needs all rows in memory", where="rows.map", mend="leave out streaming, or map the rows beforehand"
+            )
+        if self.workers and not self.streaming:
+            raise LuthierError(
+                "workers encode rows into a file, and nothing is streamed", where="rows.workers", mend="set rows.streaming: true"
+            )
+        return self
+
+    def sources(self) -> list[SourceRecipe]:
+        """The sources one by one."""
+        several = isinstance(self.train, list) and self.train and not isinstance(self.train[0], Mapping)
+        return [
+            one if isinstance(one, SourceRecipe) else SourceRecipe(rows=one) for one in (self.train if several else [self.train])
+        ]
+
+
+class TrainRecipe(Strict):
+    """How to step."""
+
+    epochs: float = Field(3.0, gt=0, description="passes over the rows; ignored when `steps` is given")
+    steps: int | None = Field(None, ge=1, description="optimizer steps")
+    batch_tokens: int = Field(2048, ge=1, description="most real tokens of one optimizer step, over all processes")
+    batch_rows: int | None = Field(None, ge=1, description="rows of one optimizer step, instead of batch_tokens")
+    micro_batch_tokens: int = Field(2048, ge=1, description="most tokens of one forward pass, with padding if any")
+    learning_rate: float | None = Field(None, gt=0, description="none: what the technique under `tune` recommends")
+    schedule: str = Field("cosine", description="constant, linear, cosine or warmup_stable_decay")
+    warmup: float = Field(0.03, ge=0, description="warm-up: a share of the steps below 1, or a number of steps")
+    precision: Literal["auto", "bf16", "fp32", "fp64"] = Field("auto", description="type of weights and computation")
+    masters: Literal["fp32", "none"] = Field("fp32", description="fp32 copies of trained numbers, or none")
+    device: str = Field("auto", description="cuda, mps, cpu or auto")
+    threads: int | None = Field(None, ge=1, description="processor threads; none: torch's choice")
+    sharding: Literal["none", "full"] = Field("none", description="spread the model over the processes (FSDP2), or not")
+    packing: bool | Literal["auto"] = Field("auto", description="run rows without padding; auto: where the model can")
+    checkpointing: bool = Field(False, description="recompute activations in backward: less memory, more time")
+    compile: bool = Field(False, description="compile the blocks with torch.compile")
+    save_every: int | None = Field(None, ge=1, description="optimizer steps between checkpoints; none: only when stopped")
+    keep_checkpoints: int = Field(2, ge=1, description="checkpoints kept")
+    evaluate_every: int | None = Field(None, ge=1, description="optimizer steps between evaluations")
+    best: str | None = Field(None, description="keep the weights at which this evaluation set was best")
+    patience: int | None = Field(None, ge=1, description="stop after so many evaluations without a better one")
+
+
+class EvaluationSet(Strict):
+    """One set that is measured before and after."""
+
+    rows: Any = Field(description="a file, or rows in Python")
+    metric: str | None = Field(None, description="none: chosen by the rows' shape")
+    side: Literal["learnt", "kept"] = Field("learnt", description="what training should teach, or should leave alone")
+    max_new_tokens: int = Field(48, ge=1, description="longest answer generated")
+    limit: int | None = Field(None, ge=1, description="most rows used, from the start")
+
+    _check_rows = field_validator("rows", mode="before")(_source_of_rows)
+
+
+class Recipe(Strict):
+    """A whole run."""
+
+    name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", description="names the run's folder")
+    model: str = Field(min_length=1, description="a hub name, a folder, a GGUF file or a short name")
+    revision: str | None = Field(None, description="a revision of a hub model")
+    trust_remote_code: bool = Field(False, description="run code that comes with the model")
+    quantize: Literal["none", "int8", "nf4"] = Field("none", description="hold the frozen matrices of the blocks in 8 or 4 bits")
+    seed: int = Field(0, ge=0, description="every random draw of the run follows from it")
+    rows: RowsRecipe
+    _techniques("", vars())
+    train: TrainRecipe = Field(default_factory=TrainRecipe)
+    evaluate: Mapping[str, EvaluationSet] = Field(default_factory=dict, description="sets measured before and after")
+    noise: bool = Field(True, description="measure the base twice, to know what repeating alone changes")
+    track: list[str] | str | None = Field(None, description="also show the run in tensorboard, trackio or wandb")
+    out: str = Field("runs", min_length=1, description="folder that holds the run folders")
+    control: str | None = Field(None, description="a run to compare this one with, or a recipe: its newest finished run")
+
+    @model_validator(mode="after")
+    def _check_quantize(self) -> Recipe:
+        if self.quantize != "none" and self.train.sharding != "none":
+            raise LuthierError(
+                "codes of quantized weights are not spread over processes",
+                where="quantize",
+                mend="use train.sharding: none, where each process holds them, or quantize: none",
+            )
+        return self
+
+    def as_plain(self) -> dict[str, Any]:
+        """The recipe as plain data; parts given in Python appear by name and options."""
+        found: dict[str, Any] = plain(self)
+        return found
+
+    def hash(self) -> str:
+        """Identifies what the recipe asks for: equal for recipes that differ only in spelling."""
+        return hashlib.sha256(json.dumps(self.as_plain(), sort_keys=True).encode()).hexdigest()[:12]
+
+    def as_yaml(self) -> str:
+        """The whole recipe with all defaults, as YAML."""
+        return yaml.safe_dump(self.as_plain(), sort_keys=False, allow_unicode=True, width=100)
+
+
+def plain(value: Any) -> Any:
+    """A value as plain data; parts given in Python appear by name and options."""
+    if isinstance(value, BaseModel):
+        return {name: plain(getattr(value, name)) for name in type(value).model_fields}
+    if isinstance(value, Mapping):
+        return {str(key): plain(one) for key, one in value.items()}
+    if isinstance(value, str | int | float | bool) or value is None:
+        return value
+    if isinstance(value, Path):
+        return str(value)
+    if hasattr(value, "options") and hasattr(value, "kind"):
+        return {value.name: plain(value.options)}
+    if hasattr(value, "_fields"):
+        return f"<{type(value).__name__} given in Python>"
+    if isinstance(value, Sequence):
+        if len(value) > 100:
+            return f"<{len(value)} rows given in Python>"
+        return [plain(one) for one in value]
+    return f"<{type(value).__name__} given in Python>"
+
+
+def issubclass_safe(annotation: type) -> bool:
+    """Whether an annotation is one of the recipe's own sections."""
+    return isinstance(annotation, type) and issubclass(annotation, Strict)

@@ -1,0 +1,277 @@
+"""The folder is the registry: `luthier/methods/<kind>/<name>.py` holds the technique `<name>`.
+
+Looking a technique up imports one module; listing walks the folder. A technique is a keyword-only function from hyper-parameters
+to one value of a kind, or a tuple of values; its signature is the schema of its options, its card stands on the function.
+Folders outside the package join through `LUTHIER_METHODS` (paths separated like PATH) or `add_folder`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+import os
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+from typing import Any, get_type_hints
+
+import pydantic
+
+from luthier.errors import LuthierError, explain, nearest, refuse_truth
+from luthier.registry.cards import Card, Part, Technique
+from luthier.registry.keys import COMMANDS, KINDS, key_of, kind_of, kinds_under
+
+NOTHING = "none"
+"""What a recipe's key for techniques holds where none is used."""
+
+
+_added: list[Path] = []
+
+
+def add_folder(folder: str | Path) -> None:
+    """Let techniques in `folder/<kind>/<name>.py` be found too. Their code runs when they are looked up."""
+    path = Path(folder).resolve()
+    if not path.is_dir():
+        raise LuthierError("there is no such folder of techniques", where=str(folder), mend="give an existing folder")
+    if path not in _added:
+        _added.append(path)
+
+
+def remove_folder(folder: str | Path) -> None:
+    """Take a folder out again that `add_folder` let in."""
+    _added.remove(Path(folder).resolve())
+
+
+def _folders(kind: str) -> list[Path]:
+    named = [Path(p) for p in os.environ.get("LUTHIER_METHODS", "").split(os.pathsep) if p]
+    roots = [Path(__file__).parents[1] / "methods", *named, *_added]
+    return [root / kind for root in roots if (root / kind).is_dir()]
+
+
+def _files(kind: str) -> dict[str, Path]:
+    """Technique name to file; the package's own come first and cannot be replaced."""
+    files: dict[str, Path] = {}
+    for folder in _folders(kind):
+        for path in sorted(folder.glob("*.py")):
+            if not path.stem.startswith("_"):
+                files.setdefault(path.stem, path)
+    return files
+
+
+def names(kind: str) -> list[str]:
+    """The techniques of one kind."""
+    if kind not in KINDS:
+        raise LuthierError(f"`{kind}` is no kind", mend=nearest(kind, KINDS))
+    return sorted(_files(kind))
+
+
+def _module(kind: str, name: str, path: Path) -> ModuleType:
+    if path.parent.parent == Path(__file__).parents[1] / "methods":
+        return importlib.import_module(f"luthier.methods.{kind}.{name}")
+    return module_at(path, f"luthier_methods.{kind}.{name}", "a technique")
+
+
+def module_at(path: Path, key: str, what: str) -> ModuleType:
+    """The module in a file outside the package, which is run when it is first asked for.
+
+    Args:
+        path: the file.
+        key: its name in `sys.modules`.
+        what: what the file should hold, for errors.
+
+    Raises:
+        LuthierError: the file is no Python file.
+    """
+    known = sys.modules.get(key)
+    if known is not None and getattr(known, "__file__", None) == str(path):
+        return known
+    spec = importlib.util.spec_from_file_location(key, path)
+    if spec is None or spec.loader is None:
+        raise LuthierError(f"this file cannot be read as {what}", where=str(path), mend="it must be a Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[key] = module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        # The next look-up must meet the same mistake, not half a module.
+        del sys.modules[key]
+        raise
+    return module
+
+
+def find(name: str, kinds: Iterable[str] | None = None, *, where: str = "") -> Technique:
+    """Look a technique up by name among some kinds, or all.
+
+    Raises:
+        LuthierError: no kind has it (with the nearest names), or its file lacks a function of its name with a card.
+    """
+    kinds = tuple(KINDS if kinds is None else kinds)
+    for kind in kinds:
+        if name in _files(kind):
+            return _load(kind, name)
+    raise _unknown(name, kinds, where)
+
+
+def find_under(name: str, key: str, *, where: str = "") -> Technique:
+    """Look up a technique that belongs under a recipe's key: one of its kinds, or one whose card names the key.
+
+    Raises:
+        LuthierError: as `find`, or the technique belongs under another key.
+    """
+    kinds = kinds_under(key)
+    for kind in (*kinds, *(other for other in KINDS if other not in kinds)):
+        if name in _files(kind) and (found := _load(kind, name)).card.key == key:
+            return found
+    raise _unknown(name, kinds, where, key)
+
+
+def _load(kind: str, name: str) -> Technique:
+    path = _files(kind)[name]
+    factory = getattr(_module(kind, name, path), name, None)
+    card = getattr(factory, "card", None)
+    if factory is None or card is None:
+        raise LuthierError(
+            f"`{path.name}` must define a function `{name}` with a card",
+            where=str(path),
+            mend="name the function like its file and put @method(...) on it",
+        )
+    return Technique(name, kind, factory, replace(card, name=name, kind=kind, key=card.key or key_of(kind)))
+
+
+def _unknown(name: str, kinds: tuple[str, ...], where: str, key: str = "") -> LuthierError:
+    known = [other for kind in kinds for other in names(kind)]
+    elsewhere = [kind for kind in KINDS if name in _files(kind) and (key or kind not in kinds)]
+    mend = nearest(name, known) or f"known: {', '.join(known) or 'none yet'}"
+    if elsewhere:
+        mend = f"its kind is {elsewhere[0]}: {_place_of(elsewhere[0], name)}"
+    return LuthierError(f"there is no technique `{name}` among {', '.join(kinds)}", where=where, mend=mend)
+
+
+def _place_of(kind: str, name: str) -> str:
+    """Where a technique of a kind belongs, as an instruction."""
+    if kind in COMMANDS:
+        return f"it takes no part in training; use `{COMMANDS[kind][0]} {name}`"
+    return f"put it under `{_load(kind, name).card.key}`"
+
+
+def cards(kinds: Iterable[str] | None = None) -> list[Card]:
+    """The cards of all techniques, by kind and name. Imports every technique."""
+    return [find(name, (kind,)).card for kind in (KINDS if kinds is None else kinds) for name in names(kind)]
+
+
+def options_model(factory: Callable[..., Any], name: str = "") -> type[pydantic.BaseModel]:
+    """The schema of a technique's options, read from its signature: unknown options are refused, types are checked."""
+    hints = get_type_hints(factory)
+    fields: dict[str, Any] = {}
+    for option, parameter in inspect.signature(factory).parameters.items():
+        default = ... if parameter.default is inspect.Parameter.empty else parameter.default
+        fields[option] = (hints.get(option, Any), default)
+
+    def check(cls: type[pydantic.BaseModel], value: Any, info: pydantic.ValidationInfo) -> Any:
+        refuse_truth(value, hints.get(str(info.field_name), Any))
+        return value
+
+    config = pydantic.ConfigDict(extra="forbid", arbitrary_types_allowed=True, frozen=True, allow_inf_nan=False)
+    checks: dict[str, Any] = {"check": pydantic.field_validator("*", mode="before")(check)} if fields else {}
+    name = name or getattr(factory, "__name__", "options")
+    return pydantic.create_model(name, __config__=config, __validators__=checks, **fields)
+
+
+def make(spec: object, kinds: Iterable[str], *, where: str = "") -> Part:
+    """A part of one of some kinds from what a recipe says: `name`, `{name: {option: value}}`, or a kind's value given in Python.
+
+    Raises:
+        LuthierError: unknown technique or option (with the nearest name), or an option of the wrong type.
+    """
+    kinds = tuple(kinds)
+    return _make(spec, kinds, lambda name: find(name, kinds, where=where), where)
+
+
+def _make(spec: object, kinds: tuple[str, ...], look_up: Callable[[str], Technique], where: str) -> Part:
+    if isinstance(spec, Part):
+        return spec
+    if isinstance(spec, str):
+        return _build(look_up(spec), {}, where)
+    if isinstance(spec, Mapping):
+        if len(spec) != 1:
+            raise LuthierError(
+                f"one technique at a time: this names {', '.join(map(str, spec)) or 'none'}",
+                where=where,
+                mend="write a list: [{first: {...}}, {second: {...}}]",
+            )
+        ((name, options),) = spec.items()
+        if options is not None and not isinstance(options, Mapping):
+            raise LuthierError(
+                f"the options of `{name}` must be a mapping, not {options!r}",
+                where=where,
+                mend=f"write {name}: {{option: value}}",
+            )
+        return _build(look_up(str(name)), {str(key): value for key, value in (options or {}).items()}, where)
+    values = spec if isinstance(spec, tuple) and not hasattr(spec, "_fields") else (spec,)
+    try:
+        kind = kind_of(values[0])
+    except (TypeError, IndexError):
+        raise LuthierError(
+            f"{spec!r} is neither a technique's name nor a part", where=where, mend="known kinds: " + ", ".join(kinds)
+        ) from None
+    if kind not in kinds:
+        raise LuthierError(f"a {kind} has no place here", where=where, mend="here go: " + ", ".join(kinds))
+    return Part(name=kind, kind=kind, options={}, values=tuple(values))
+
+
+def part(name: str, **options: Any) -> Part:
+    """A technique with its options, for use in Python: `part("lora", rank=16)`.
+
+    Raises:
+        LuthierError: unknown technique or option, with the nearest name, or an option of the wrong type.
+    """
+    return make({name: options}, tuple(KINDS))
+
+
+def make_all(specs: object, key: str) -> list[Part]:
+    """The parts under a recipe's key, from one spec or a list of them; None and `none` name nothing, so that a sweep can say it.
+
+    Raises:
+        LuthierError: as `make`, or a technique belongs under another key.
+    """
+    if specs is None or specs == NOTHING:
+        return []
+    many = specs if isinstance(specs, list) else [specs]
+    parts = []
+    for i, spec in enumerate(many):
+        where = f"{key}[{i}]" if len(many) > 1 else key
+        look_up = partial(find_under, key=key, where=where)
+        parts.append(_make(spec, kinds_under(key), look_up, where))
+    return parts
+
+
+def _build(technique: Technique, options: dict[str, Any], where: str) -> Part:
+    name = technique.name
+    try:
+        checked = options_model(technique.factory, name)(**options)
+    except pydantic.ValidationError as error:
+        raise option_error(error, name, where, technique.factory) from None
+    values = technique.factory(**{key: getattr(checked, key) for key in type(checked).model_fields})
+    if not isinstance(values, tuple) or hasattr(values, "_fields"):
+        values = (values,)
+    chosen = {key: getattr(checked, key) for key in type(checked).model_fields}
+    return Part(name=name, kind=technique.kind, options=chosen, values=values, card=technique.card)
+
+
+def option_error(error: pydantic.ValidationError, name: str, where: str, factory: Callable[..., Any] | None = None) -> LuthierError:
+    """The first mistake pydantic found, as one sentence with its place and the nearest known name."""
+    first = error.errors()[0]
+    key = ".".join(str(piece) for piece in first["loc"])
+    place = f"{where}: {name}" if where else name
+    if first["type"] == "extra_forbidden":
+        known = list(inspect.signature(factory).parameters) if factory else []
+        mend = nearest(key, known) if known else f"`{name}` has no options"
+        return LuthierError(f"`{name}` has no option `{key}`", where=place, mend=mend)
+    if first["type"] == "missing":
+        return LuthierError(f"`{name}` needs the option `{key}`", where=place, mend=f"write {name}: {{{key}: ...}}")
+    what, mend = explain(first)
+    return LuthierError(f"the option `{key}` is {what}", where=place, mend=f"{mend}; see `luthier techniques {name}`")

@@ -1,0 +1,1 @@
+"""Results: the folders of runs, what they keep, and opening it again."""

@@ -1,0 +1,179 @@
+"""What a run keeps of its result, and opening it again: deltas in the weights or beside them, prompts, prefixes, edits."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from luthier import disk
+from luthier.delta import Delta
+from luthier.delta.beside import standing
+from luthier.errors import LuthierError, Say, silent
+from luthier.export.peft import parted
+from luthier.kinds import Additive, HiddenEdit, Now, Prefix, Prompt, Tensors
+from luthier.models.load import ModelSource, load_model, load_tokenizer, resolve
+from luthier.models.parts import map_parts
+from luthier.models.quantized import holder, quantized
+from luthier.recipe import Recipe, make_recipe
+from luthier.recipe.parts import choose_parts
+from luthier.registry import values_of
+from luthier.results.folder import FILE, Run, read_run
+from luthier.training.precision import pick, pick_device
+from luthier.training.services import RunServices
+from luthier.tune import Tune
+from luthier.tune.sites import Addition
+
+BESIDE = "beside.safetensors"
+"""What no delta of the weights can hold: the tensors of prompts, prefixes and edits."""
+PROMPT_LENGTH = "prompt_length"
+
+
+def save_result(folder: Path, tune: Tune, delta: Delta) -> None:
+    """Keep what a run learnt: the delta of the weights, and what stands beside them."""
+    delta.save(folder / "delta.safetensors")
+    additions = [owner for owner in tune.owns if isinstance(owner, Addition)]
+    held = [*additions, *(one.shared for one in additions)]
+    beside = {
+        f"{owner.name}.{name}": values.detach().cpu().contiguous()
+        for owner in tune.owns
+        if owner not in held and not any(one.form == "free" for one in owner.trained.values())
+        for name, values in owner.masters().items()
+    }
+    if beside:
+        with disk.written(folder / BESIDE) as place:
+            save_file(beside, place, {PROMPT_LENGTH: str(tune.prompt_length)})
+
+
+def open_model(
+    name: str, *, out: str = "runs", say: Say = silent, precision: str = "auto", weights_only: bool = False
+) -> tuple[Tune, PreTrainedTokenizerBase]:
+    """A model to use, from a model's name or a run's folder; nothing in it trains.
+
+    Args:
+        name: what `model:` takes in a recipe, or a run's folder or name.
+        out: the folder that holds the run folders.
+        say: hears what is being done.
+        precision: as in a recipe.
+        weights_only: of a run, the tuned weights without the prompts, prefixes and edits that stand beside them.
+
+    Raises:
+        LuthierError: there is no such model or run, or the run has not finished.
+    """
+    if is_run(name, out):
+        return open_run(read_run(name, out), say=say, weights_only=weights_only)
+    device = pick_device("auto")
+    source = resolve(name, say=say)
+    model = load_model(source, dtype=pick(precision, device)[0]).to(device)  # type: ignore[arg-type]
+    return Tune(model, map_parts(model)), load_tokenizer(source)
+
+
+def is_run(name: str, out: str) -> bool:
+    """Whether a name is that of a run, in the folder `out` or as a folder of its own."""
+    return (Path(name) / FILE).is_file() or (Path(out) / name / FILE).is_file()
+
+
+def open_run(
+    run: Run, *, say: Say = silent, merged: bool = True, weights_only: bool = False
+) -> tuple[Tune, PreTrainedTokenizerBase]:
+    """A run's tuned model: its base, with the delta applied and the rest attached.
+
+    Args:
+        run: a finished run.
+        say: hears what is being done.
+        merged: put low-rank deltas into the weights; False attaches them beside, as in training. Quantized weights take none, so
+            beside them they stand in any case.
+        weights_only: leave out prompts, prefixes and edits of hidden states.
+    """
+    recipe = recipe_of(run)
+    source, model, device = load_base(recipe, say)
+    delta = Delta.load(run.folder / "delta.safetensors")
+    merged = merged and not quantized(model)
+    tune = Tune(model, map_parts(model), keep_base=not merged)
+    if merged:
+        delta.apply(model)
+    else:
+        _put_beside(tune, recipe, delta)
+    beside = run.folder / BESIDE
+    if beside.is_file() and not weights_only:
+        _attach_stored(tune, recipe, beside)
+    model.to(device)  # type: ignore[arg-type]
+    return tune, load_tokenizer(source)
+
+
+def open_base(run: Run, *, say: Say = silent) -> tuple[Tune, PreTrainedTokenizerBase]:
+    """The model a run started from, loaded anew."""
+    source, model, device = load_base(make_recipe(run.fact("recipe")), say)
+    model.to(device)  # type: ignore[arg-type]
+    return Tune(model, map_parts(model)), load_tokenizer(source)
+
+
+def recipe_of(run: Run) -> Recipe:
+    """A finished run's recipe."""
+    if run.facts.get("status") != "finished":
+        raise LuthierError(
+            f"this run has not finished ({run.facts.get('status', 'unknown')})",
+            where=str(run.folder),
+            mend=f"luthier train --resume {run.folder}",
+        )
+    return make_recipe(run.fact("recipe"), where=str(run.folder / FILE))
+
+
+def load_base(recipe: Recipe, say: Say) -> tuple[ModelSource, PreTrainedModel, torch.device]:
+    """A recipe's untouched model, still on the processor, and the device it belongs on."""
+    device = pick_device(recipe.train.device)
+    source = resolve(recipe.model, revision=recipe.revision, trust_remote_code=recipe.trust_remote_code, say=say)
+    model = load_model(source, dtype=pick(recipe.train.precision, device)[0], quantize=recipe.quantize)
+    return source, model, device
+
+
+def _values(recipe: Recipe) -> list[tuple[str, Any]]:
+    """What a recipe is made of, by slot."""
+    return values_of(choose_parts(recipe))
+
+
+def _put_beside(tune: Tune, recipe: Recipe, delta: Delta) -> None:
+    """Let low-rank deltas stand beside the weights as in training."""
+    now = Now(seed=recipe.seed)
+    additives = [(slot, value) for slot, value in _values(recipe) if isinstance(value, Additive)]
+    if all(value.pair is not None for _, value in additives):
+        for slot, value in additives:
+            tune.add(slot, value, RunServices(tune, slot, now), {})
+        delta.restore(tune)
+        return
+    # Starts may need rows that are gone: the factors that were stored are all that is needed.
+    inside, beside = parted(delta, tune.parts)
+    frozen = {name: forms for name, forms in inside.changes.items() if holder(tune.model, name) is not None}
+    replace(inside, changes={name: forms for name, forms in inside.changes.items() if name not in frozen}).restore(tune)
+    if frozen:
+        tune.add("wholes", standing(frozen, tune.parts), RunServices(tune, "wholes", now), {})
+    if beside is not None:
+        tune.add("delta", beside, RunServices(tune, "delta", now), {})
+
+
+def _attach_stored(tune: Tune, recipe: Recipe, path: Path) -> None:
+    """Let prompts, prefixes and edits stand beside the weights, as they were stored."""
+    with safe_open(path, "pt") as file:
+        stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        length = int((file.metadata() or {}).get(PROMPT_LENGTH, 0))
+
+    def held(owner: str) -> Tensors:
+        found = {name.removeprefix(f"{owner}."): values for name, values in stored.items() if name.startswith(f"{owner}.")}
+        return {name: values for name, values in found.items() if name.isidentifier()}
+
+    now = Now(seed=recipe.seed)
+    for slot, value in _values(recipe):
+        if isinstance(value, HiddenEdit):
+            value = value._replace(start=lambda place, *_, slot=slot: held(f"{slot}/{place}"))
+        elif isinstance(value, Prefix):
+            value = value._replace(start=lambda *_, slot=slot: held(slot))
+        elif isinstance(value, Prompt):
+            value = value._replace(start=lambda *_, slot=slot: held(slot), labels=None, length=length)
+        else:
+            continue
+        tune.add(slot, value, RunServices(tune, slot, now), {})

@@ -1,0 +1,70 @@
+"""Talking to a model, or to what a run made of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from luthier import draws
+from luthier.errors import LuthierError, Say, silent
+from luthier.generation.generate import generate
+from luthier.results.folder import read_run
+from luthier.results.opened import open_model
+from luthier.rows.encode import encode_prompt
+from luthier.rows.shapes import Row
+from luthier.tune import Tune
+
+
+class Chat:
+    """A conversation with a model or a run.
+
+    Args:
+        model: a model's name or a run's folder.
+        max_new_tokens: longest answer.
+        temperature: 0 for the most likely token, always.
+        seed: of the draws when the temperature is above 0.
+        weights_only: of a run, without the prompts, prefixes and edits beside its weights.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        say: Say = silent,
+        max_new_tokens: int = 128,
+        temperature: float = 0.0,
+        seed: int = 0,
+        weights_only: bool = False,
+    ) -> None:
+        self.tune, self.tokenizer = open_model(model, say=say, weights_only=weights_only)
+        self.name, self.max_new_tokens, self.temperature, self.seed = model, max_new_tokens, temperature, seed
+        self.turns: list[dict[str, str]] = []
+        self._base: Tune | None = None
+
+    def _answer(self, tune: Tune, messages: Sequence[Mapping[str, str]]) -> str:
+        if any("\ud800" <= letter <= "\udfff" for letter in messages[-1]["content"]):
+            raise LuthierError("the question is not valid UTF-8", where="the question", mend="type or paste it as UTF-8 text")
+        row = Row("chat", "messages", {"messages": list(messages)}, "chat", {})
+        prompt = encode_prompt(row, self.tokenizer)
+        seed = draws.seed_of(self.seed, "chat", len(messages))
+        (answer,) = generate(
+            tune, self.tokenizer, [prompt], max_new_tokens=self.max_new_tokens, temperature=self.temperature, seed=seed
+        )
+        return answer
+
+    def ask(self, prompt: str) -> str:
+        """One question without a past."""
+        return self._answer(self.tune, [{"role": "user", "content": prompt}])
+
+    def ask_base(self, prompt: str) -> str:
+        """The same question to the base of a run."""
+        if self._base is None:
+            run = read_run(self.name)
+            self._base, _ = open_model(run.fact("recipe", "model"))
+        return self._answer(self._base, [{"role": "user", "content": prompt}])
+
+    def say_turn(self, text: str) -> str:
+        """The next turn of the conversation."""
+        self.turns.append({"role": "user", "content": text})
+        answer = self._answer(self.tune, self.turns)
+        self.turns.append({"role": "assistant", "content": answer})
+        return answer

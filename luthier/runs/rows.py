@@ -1,0 +1,26 @@
+"""Rows as a model sees them."""
+
+from __future__ import annotations
+
+from typing import cast, get_args
+
+from luthier.errors import LuthierError, Say, silent
+from luthier.models.load import load_tokenizer, resolve
+from luthier.rows.chat import LossOn
+from luthier.rows.look import Look, look
+
+
+def look_at_rows(
+    source: str, model: str, *, shape: str | None = None, loss_on: str = "assistant", rows: int = 5, say: Say = silent
+) -> Look:
+    """Rows as a model would see them."""
+    turns = turns_of(loss_on)
+    tokenizer = load_tokenizer(resolve(model, say=say))
+    return look(source, tokenizer, n=rows, shape=shape, loss_on=turns)
+
+
+def turns_of(loss_on: str) -> LossOn:
+    """Which turns are targets, checked."""
+    if loss_on not in get_args(LossOn):
+        raise LuthierError(f"loss on `{loss_on}`", where="--loss-on", mend="use assistant, last or all")
+    return cast(LossOn, loss_on)

@@ -1,0 +1,238 @@
+"""The forward passes of a run: hidden states of the tuned model, and of the base."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from luthier.errors import LuthierError
+from luthier.kinds import Batch
+from luthier.models.attention import Context, Mass
+from luthier.models.head import finish
+from luthier.tune.tune import Tune
+
+EmbedChange = Callable[[Tensor], Tensor]
+"""What becomes of the embeddings [B, T, D] of a batch."""
+
+BlockChange = Callable[[int, Tensor], Tensor]
+"""What becomes of the hidden states [B, T, D] behind a block, by its number."""
+
+
+class Hidden(NamedTuple):
+    """Last hidden states of a batch, without what trained prompts put before the rows."""
+
+    values: Tensor
+    """[B, T, D], or [N, D] where the rows were packed."""
+    place_BT: Tensor | None = None
+    """Where each real token of a packed batch stands in `values`."""
+    mass: Tensor | None = None
+    """The last block's attention to the context, where it was asked for: [B, T], or [N] where the rows were packed."""
+
+    def at(self, row_N: Tensor, time_N: Tensor) -> Tensor:
+        """The states [N, D] at these tokens."""
+        return self._pick(self.values, row_N, time_N)
+
+    def mass_at(self, row_N: Tensor, time_N: Tensor) -> Tensor:
+        """The attention of these tokens to the context, [N]."""
+        assert self.mass is not None
+        return self._pick(self.mass, row_N, time_N)
+
+    def _pick(self, values: Tensor, row_N: Tensor, time_N: Tensor) -> Tensor:
+        return values[row_N, time_N] if self.place_BT is None else values[self.place_BT[row_N, time_N]]
+
+    def padded(self, attend_BT: Tensor) -> Tensor:
+        """All of them [B, T, D], zero where a packed batch has no token."""
+        if self.place_BT is None:
+            return self.values
+        spread = self.values[self.place_BT.clamp(min=0)]
+        return torch.where(attend_BT[..., None], spread, torch.zeros((), dtype=spread.dtype, device=spread.device))
+
+
+class _Layout(NamedTuple):
+    """Where the rows' own tokens stand in what the model runs."""
+
+    own_BT: Tensor
+    before: int
+    """Virtual tokens before every row."""
+    place_BT: Tensor | None
+    """As in `Hidden`."""
+
+    def change(self, values: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
+        """Change the states of the rows' own tokens, which `change` sees as [B, T, D]."""
+        old_BTD = values[:, self.before :] if self.place_BT is None else values[0, self.place_BT.clamp(min=0)]
+        new_BTD = change(old_BTD)
+        if new_BTD is old_BTD:
+            return values
+        if self.place_BT is not None:
+            return values[0].index_put((self.place_BT[self.own_BT],), new_BTD[self.own_BT].to(values.dtype))[None]
+        rows_BTD = torch.where(self.own_BT[..., None], new_BTD.to(values.dtype), old_BTD)
+        return torch.cat([values[:, : self.before], rows_BTD], dim=1) if self.before else rows_BTD
+
+
+def own_tokens(batch: Batch) -> Tensor:
+    """True [B, T] at tokens that are neither padding nor virtual."""
+    return batch.attend_BT & (batch.token_ids_BT >= 0)
+
+
+def hidden(
+    tune: Tune,
+    batch: Batch,
+    *,
+    pack: bool = False,
+    embed: EmbedChange | None = None,
+    blocks: BlockChange | None = None,
+    context_BT: Tensor | None = None,
+) -> Hidden:
+    """Run the model's body on a batch.
+
+    A causal model with padding on the right needs no mask: no real token can see the padding behind it.
+
+    Args:
+        tune: the model, with what is attached to it.
+        batch: the rows.
+        pack: leave the padding out and run the real tokens one behind the other.
+        embed: what becomes of the embeddings of the rows' own tokens, neither padding nor virtual.
+        blocks: what becomes of their hidden states behind each block.
+        context_BT: True at tokens of which the last block shall say how much it attends to them. What trained prompts and prefixes
+            put before the rows always counts.
+
+    Raises:
+        LuthierError: `embed` or `blocks` are given, and the model's embeddings or blocks cannot be reached; or the last block does not
+            tell where it looks.
+    """
+    ids_BT, attend_BT = batch.token_ids_BT, batch.attend_BT
+    virtual = bool((ids_BT < 0).any())
+    # Rows with virtual tokens of their own hold the prompt already.
+    length = 0 if tune.is_off or virtual else tune.prompt_length
+    if tune.is_off and virtual:
+        attend_BT = attend_BT & (ids_BT >= 0)
+        ids_BT = ids_BT.clamp(min=0)
+    if length:
+        before = -1 - torch.arange(length, device=ids_BT.device)
+        ids_BT = torch.cat([before.expand(len(ids_BT), -1), ids_BT], dim=1)
+        attend_BT = torch.cat([attend_BT.new_ones(len(attend_BT), length), attend_BT], dim=1)
+        context_BT = None if context_BT is None else functional.pad(context_BT, (length, 0), value=1.0)
+    backbone = tune.model.get_submodule(tune.parts.backbone)
+    packed = pack and not bool(attend_BT.all())
+    place_BT = (attend_BT.flatten().cumsum(0) - 1).view_as(attend_BT)[:, length:] if packed else None
+    layout = _Layout(own_tokens(batch), length, place_BT)
+    arguments = _packed(ids_BT, attend_BT) if packed else _padded(backbone, ids_BT, attend_BT, causal=tune.parts.causal)
+    asked = None
+    if context_BT is not None:
+        asked = Mass(tune.parts.blocks - 1, context_BT[attend_BT][None] if packed else context_BT)
+        arguments["luthier"] = arguments.get("luthier", Context())._replace(mass=asked)
+    if embed is not None:
+        arguments["inputs_embeds"] = layout.change(_embedded(tune, arguments.pop("input_ids")), embed)
+    values = _last(backbone, arguments) if blocks is None else _last_open(tune, arguments, layout, blocks)
+    mass_BT = None if asked is None else _told(tune, asked)
+    if packed:
+        return Hidden(values[0], place_BT, None if mass_BT is None else mass_BT[0])
+    return Hidden(values[:, length:], mass=None if mass_BT is None else mass_BT[:, length:])
+
+
+def _told(tune: Tune, asked: Mass) -> Tensor:
+    if asked.found_BT is None:
+        raise LuthierError(
+            f"the last block of {tune.parts.architecture} does not tell where it looks",
+            where="context_attention",
+            mend="use another token weight, or a model with the exchangeable attention of transformers",
+        )
+    return asked.found_BT
+
+
+def _packed(ids_BT: Tensor, attend_BT: Tensor) -> dict[str, Any]:
+    """What the model's body gets of the real tokens alone, [1, N]."""
+    position_BT = attend_BT.long().cumsum(-1) - 1
+    return {
+        "input_ids": ids_BT[attend_BT][None],
+        "position_ids": position_BT[attend_BT][None],
+        # One that is ready made, so that none is made; attention is told the lengths and looks at no mask.
+        "attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool, device=ids_BT.device),
+        "use_cache": False,
+        "luthier": Context(lengths=tuple(attend_BT.sum(-1).tolist())),
+    }
+
+
+def _padded(backbone: torch.nn.Module, ids_BT: Tensor, attend_BT: Tensor, *, causal: bool) -> dict[str, Any]:
+    arguments: dict[str, Any] = {"input_ids": ids_BT, "attention_mask": None, "use_cache": False}
+    padded_left = bool((attend_BT[:, 1:] & ~attend_BT[:, :-1]).any())
+    if padded_left or not causal:
+        arguments["attention_mask"] = attend_BT.long()
+        arguments["position_ids"] = (attend_BT.long().cumsum(-1) - 1).clamp(min=0)
+    known = _known(backbone)
+    return {name: value for name, value in arguments.items() if name in known}
+
+
+def _known(backbone: torch.nn.Module) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(backbone.forward).parameters
+
+
+def _embedded(tune: Tune, ids_BT: Tensor) -> Tensor:
+    """The embeddings as the model's body makes them, prompts among them."""
+    if "inputs_embeds" not in _known(tune.model.get_submodule(tune.parts.backbone)):
+        raise LuthierError("this model takes no embeddings", where=tune.parts.architecture, mend="change its token ids instead")
+    embeds: Tensor = tune.model.get_submodule(tune.parts.embedding)(ids_BT)
+    return embeds
+
+
+def _last(backbone: torch.nn.Module, arguments: dict[str, Any]) -> Tensor:
+    """Last hidden states [B, T, D], or [1, N, D] of packed rows."""
+    values: Tensor = backbone(**arguments).last_hidden_state
+    return values
+
+
+def _last_open(tune: Tune, arguments: dict[str, Any], layout: _Layout, blocks: BlockChange) -> Tensor:
+    """The same where each block's output passes through `blocks`."""
+    tune.open_blocks()
+    backbone = tune.model.get_submodule(tune.parts.backbone)
+    reached: set[int] = set()
+
+    def change(number: int, values: Tensor) -> Tensor:
+        reached.add(number)
+        return layout.change(values, lambda hidden_BTD: blocks(number, hidden_BTD))
+
+    if any(one.kind is inspect.Parameter.VAR_KEYWORD for one in _known(backbone).values()):
+        context = arguments.get("luthier", Context())._replace(blocks=change)
+        values = _last(backbone, {**arguments, "luthier": context})
+        if len(reached) == tune.parts.blocks:
+            return values
+    raise LuthierError(
+        "this model does not hand its blocks what a forward pass is told, so hidden states between them cannot be changed",
+        where=tune.parts.architecture,
+        mend="use another model, or a technique that leaves hidden states alone",
+    )
+
+
+def head_now(tune: Tune) -> Callable[[Tensor], Tensor]:
+    """The head as the model has it now, hidden states to logits, without a graph of its own numbers: it stays what it is when these
+    are exchanged or trained on. So `with tune.at(name)` gives the head of the base or of a snapshot, to be used afterwards."""
+    module: Any = tune.model.get_submodule(tune.parts.head)
+    weight = _values_now(tune, tune.parts.ties.get(tune.parts.head, tune.parts.head), "weight", module.weight)
+    bias = getattr(module, "bias", None)
+    bias = None if bias is None else _values_now(tune, tune.parts.head, "bias", bias)
+    site = None if tune.is_off or not tune.touches(tune.parts.head) else tune.site(tune.parts.head).now()
+    after = finish(tune.model)
+
+    def head(hidden_ND: Tensor) -> Tensor:
+        if site is None:
+            return after(functional.linear(hidden_ND, weight, bias))
+        return after(site.run(hidden_ND, lambda x: functional.linear(x, weight, bias)))
+
+    return head
+
+
+def _values_now(tune: Tune, module: str, tensor: str, live: Tensor) -> Tensor:
+    name = f"{module}.{tensor}"
+    here = [one for one in tune.trained.values() if one.place is not None and one.place.parameter == name]
+    here = [one for one in here if one.form not in ("factor", "free")]
+    if tune.is_off:
+        # What is kept of the base does not change: no copy is needed.
+        kept = [one.start for one in here if one.form == "whole" and one.start is not None]
+        if name in tune.altered or kept:
+            return tune.altered.get(name, *kept)
+    return live.detach().clone() if here else live.detach()
