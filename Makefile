@@ -13,7 +13,7 @@ SUITABLE = import sys, importlib.util as u; v = sys.version_info; sys.exit( \
 	None if u.find_spec("venv") and u.find_spec("ensurepip") else \
 	"cannot make environments (on Debian and Ubuntu: apt install python3-venv)")
 
-.PHONY: help quickstart test lint docs bench bench-techniques bench-objectives workshop clean
+.PHONY: help quickstart test coverage lint docs bench bench-techniques bench-objectives workshop clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' Makefile
@@ -28,7 +28,10 @@ test: $(VENV)/.test ## run every test, ARGS="-k word" some of them, PROCESSOR=pl
 		plain) echo "testing as on a plain processor"; export $(PLAIN) ;; \
 		*) echo "PROCESSOR is $(PROCESSOR); leave it out, or say plain" >&2; exit 2 ;; \
 	esac; \
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal --cov --cov-report= $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal $(ARGS)
+
+coverage: $(VENV)/.test ## run every test and say how much of the code they run (a third slower)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal --cov --cov-report= $(ARGS)
 	@echo "tests run $$($(BIN)/python -m coverage report --format=total) % of the lines of luthier/"
 
 lint: $(VENV)/.lint ## check style, types and the direction of imports

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import time
@@ -23,6 +24,7 @@ from luthier.lab.real import FOLDER, missing
 from luthier.lab.results import Result, colored, file_stem, load, result_of, save, shown
 from luthier.lab.runner import Lab, run_claim
 from luthier.lab.verdicts import entry, in_words
+from luthier.registry.catalogue import VERDICTS
 
 _UNITS = {"s": 1 / 60, "m": 1.0, "h": 60.0}
 
@@ -112,12 +114,13 @@ def minutes_of(budget: str | None) -> float | None:
 
 
 def listed(out: Path) -> list[dict[str, Any]]:
-    """Every claim, with its verdict where a result lies in the folder, and its rough cost."""
+    """Every claim, with its verdict and its rough cost: that of the result in the folder, else the one that comes with luthier."""
+    known: dict[str, Any] = json.loads(VERDICTS.read_text(encoding="utf-8"))
     found = []
     for name in claims.names():
         claim = claims.find(name)
         result = load(out, name)
-        told = None if result is None else entry(result)
+        told = known.get(name) if result is None else entry(result)
         facts = {key: None if told is None else told[key] for key in ("verdict", "words")}
         found.append({"name": name, "title": claim.title, **facts, "minutes": claim.minutes})
     return found

@@ -72,7 +72,7 @@ def targets_of(run: Run, rows: Sequence[Mapping[str, Any]], columns: Sequence[st
     Args:
         run: a finished run.
         rows: with what a model should write, such as `prompt` and `completion`.
-        columns: those of `luthier.chunked.COLUMNS` by name, others by value; none that compare with the base, see `drift`.
+        columns: those of `luthier.columns.chunked.COLUMNS` by name, others by value; none that compare with the base, see `drift`.
     """
     tune, tokenizer = open_run(run)
     wanted = chunked.resolve(columns)

@@ -43,7 +43,7 @@ def attach(recipe: Recipe, schedule: Schedule, chosen: Chosen, loaded: Loaded, r
     train, seed, encoded = recipe.train, recipe.seed, rows.encoded
     feed = make_feed(train, seed, encoded, world, loaded.device, rows.mixture)
     steps = feed.total()
-    rate, rate_from = advised_rate(train, chosen["tune"])
+    rate, rate_from = advised_rate(train, [part for parts in chosen.values() for part in parts])
     clock = Clock(steps, rate, schedule, warmup_steps(train.warmup, steps), seed)
     engine = build_engine(
         loaded.model,
@@ -64,11 +64,11 @@ def attach(recipe: Recipe, schedule: Schedule, chosen: Chosen, loaded: Loaded, r
     return Attached(engine, feed, clock, rate_from, padded)
 
 
-def advised_rate(train: TrainRecipe, tune: Sequence[Part]) -> tuple[float, str]:
+def advised_rate(train: TrainRecipe, parts: Sequence[Part]) -> tuple[float, str]:
     """The learning rate and where it comes from: the recipe, or the most careful advice among the techniques that train."""
     if train.learning_rate is not None:
         return train.learning_rate, "the recipe"
-    advice = [(part.card.learning_rate, part.name) for part in tune if part.card.learning_rate is not None]
+    advice = [(part.card.learning_rate, part.name) for part in parts if part.card.learning_rate is not None]
     if not advice:
         return RATE_WITHOUT_ADVICE, "the default"
     rate, name = min(advice)

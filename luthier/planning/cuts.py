@@ -16,7 +16,8 @@ from luthier.models.parts import map_parts
 from luthier.models.quantized import quantize as quantize_blocks
 from luthier.planning.estimate import Estimate, estimate, standing, waiting
 from luthier.recipe import Recipe
-from luthier.recipe.parts import completed
+from luthier.recipe.parts import Chosen, completed
+from luthier.registry import KEYS
 from luthier.rows.encode import EncodedRows
 from luthier.training.build import build_engine
 from luthier.training.engine import Engine
@@ -148,10 +149,24 @@ def _leaner(recipe: Recipe, engine: Engine, dtype: torch.dtype, now: Estimate) -
         yield Cut(change, stands - new + narrower)
 
 
+def _standing_parts(chosen: Chosen) -> dict[str, object]:
+    """The parts that hold something throughout, whatever key they stand under."""
+    holding = (
+        *KEYS["tune"].kinds.values(),
+        *KEYS["step"].kinds.values(),
+        *KEYS["objective"].kinds.values(),
+        *KEYS["source"].kinds.values(),
+    )
+    return {
+        key: [part for part in parts if any(isinstance(value, holding) for value in part.values)] for key, parts in chosen.items()
+    }
+
+
 def _standing(
     recipe: Recipe, engine: Engine, dtype: torch.dtype, tune: Any = None, masters: str | None = None, quantize: str | None = None
 ) -> int:
     model: Any = engine.tune.model
+    instead = {} if tune is None else {"tune": tune}
     with torch.device("meta"):
         bare = type(model)(copy.deepcopy(model.config)).to(dtype)
     parts = map_parts(bare)
@@ -159,7 +174,7 @@ def _standing(
     made = build_engine(
         bare,
         parts,
-        completed({"tune": tune or recipe.tune, "objective": recipe.objective, "step": recipe.step, "source": recipe.source}),
+        completed({**_standing_parts(engine.chosen), **instead}),
         now=Now(seed=recipe.seed),
         vocabulary=engine.inputs.vocabulary,
         masters=masters or recipe.train.masters,

@@ -23,7 +23,7 @@ from luthier.planning.cuts import too_much
 from luthier.planning.estimate import Estimate, estimate
 from luthier.planning.load import load
 from luthier.planning.prepare import check_processes
-from luthier.planning.read import read
+from luthier.planning.read import check_maps, read
 from luthier.recipe import Recipe
 from luthier.recipe.parts import Chosen, choose_parts
 from luthier.registry import Part
@@ -241,6 +241,7 @@ def make_plan(recipe: Recipe, say: Say = lambda text: None) -> Plan:
         LuthierError: anything in the recipe, the rows or the model that would stop or spoil the run.
     """
     chosen = choose_parts(recipe)
+    check_maps(recipe.rows, chosen)
     machine.bound_kernels()
     if recipe.train.threads is not None:
         torch.set_num_threads(recipe.train.threads)

@@ -37,6 +37,20 @@ class TrainingRows(NamedTuple):
     """What row maps did."""
 
 
+def check_maps(recipe: RowsRecipe, chosen: Chosen) -> None:
+    """Refuse to map rows that are streamed.
+
+    Raises:
+        LuthierError: there is a row map, under whatever key.
+    """
+    for slot, _ in _maps(chosen) if recipe.streaming else ():
+        raise LuthierError(
+            f"the row map `{slot}` needs all rows in memory",
+            where="rows.streaming",
+            mend="leave out streaming, or map the rows beforehand",
+        )
+
+
 def read(recipe: RowsRecipe, seed: int, sources: Sources, chosen: Chosen, loaded: Loaded, say: Say) -> TrainingRows:
     """Map and encode the rows that were read.
 
@@ -49,17 +63,11 @@ def read(recipe: RowsRecipe, seed: int, sources: Sources, chosen: Chosen, loaded
         say: hears what is being done.
 
     Raises:
-        LuthierError: a row cannot be encoded, nothing is left of them, or rows that are streamed would be mapped.
+        LuthierError: a row cannot be encoded, or nothing is left of them.
     """
     raw: Iterable[Any] = Joined(sources)
     mapped: list[str] = []
     for slot, value in _maps(chosen):
-        if recipe.streaming:
-            raise LuthierError(
-                f"the row map `{slot}` needs all rows in memory",
-                where="rows.streaming",
-                mend="leave out streaming, or map the rows beforehand",
-            )
         before = list(raw)
         raw = after = value.map(before, RunServices(Tune(loaded.model, loaded.parts), slot, Now(seed=seed)))
         mapped += [f"{slot}: {value.told(before, after)}"] if value.told is not None else []

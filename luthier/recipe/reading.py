@@ -12,10 +12,11 @@ import pydantic
 import yaml
 
 from luthier.errors import LuthierError, explain, nearest
+from luthier.recipe.parts import spelled_out
 from luthier.recipe.paths import with_paths
 from luthier.recipe.schema import EvaluationSet, Recipe, Strict, issubclass_safe, plain
 from luthier.recipe.yaml_text import parse, read_yaml
-from luthier.registry import KEYS
+from luthier.registry import KEYS, NOTHING
 
 
 def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -41,9 +42,7 @@ def same_steps(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     def steps(plain: Mapping[str, Any]) -> str:
         train = {key: value for key, value in (plain.get("train") or {}).items() if key != "micro_batch_tokens"}
         # Runs from before there were trackers or quantized bases say nothing of them, and a tracker changes no step.
-        # Where nothing is named, the technique that joins does the same as if it were.
-        same = {name: None for name, key in KEYS.items() if key.otherwise and plain.get(name) == key.otherwise}
-        return json.dumps({"quantize": "none", **plain, **same, "train": train, "track": None}, sort_keys=True)
+        return json.dumps({"quantize": "none", **spelled_out(plain), "train": train, "track": None}, sort_keys=True)
 
     return steps(one) == steps(other)
 
@@ -64,9 +63,14 @@ def apply_overrides(data: dict[str, Any], overrides: Sequence[str]) -> dict[str,
         here = data
         for depth, step in enumerate(path):
             found = here.get(step)
-            if isinstance(found, str) and ".".join(path[: depth + 1]) in KEYS:
+            here_key = ".".join(path[: depth + 1])
+            if isinstance(found, str) and here_key in KEYS:
                 # `tune.lora.rank=16` on `tune: lora` turns the name into a mapping.
-                here[step] = {found: {}}
+                name = path[depth + 1] if depth + 1 < len(path) else last
+                if found not in (name, NOTHING):
+                    mend = f"set all of it: {here_key}={{{name}: {{option: value}}}}"
+                    raise LuthierError(f"`{key}` cannot be set: `{here_key}` is `{found}`", where="command line", mend=mend)
+                here[step] = {name: {}}
             elif found is None:
                 here[step] = {}
             elif not isinstance(found, dict):
@@ -105,6 +109,25 @@ def make_recipe(data: Mapping[str, Any], *, where: str = "recipe", folder: Path 
         return Recipe.model_validate(data)
     except pydantic.ValidationError as error:
         raise _explain(error, where) from None
+
+
+def with_keys(recipe: Recipe, keys: Mapping[str, Any]) -> Recipe:
+    """A recipe in which some keys hold something else; the keys of a section are set one by one.
+
+    Raises:
+        LuthierError: as `make_recipe`.
+    """
+    if not keys:
+        return recipe
+
+    def merged(section: Strict, new: Mapping[str, Any]) -> dict[str, Any]:
+        held = {name: getattr(section, name) for name in section.model_fields_set}
+        for name, value in new.items():
+            inner = getattr(section, name, None)
+            held[name] = merged(inner, value) if isinstance(inner, Strict) and isinstance(value, Mapping) else value
+        return held
+
+    return make_recipe(merged(recipe, keys))
 
 
 def _explain(error: pydantic.ValidationError, where: str) -> LuthierError:

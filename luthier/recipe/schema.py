@@ -8,10 +8,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from copy import deepcopy
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import pydantic
 import yaml
@@ -34,16 +32,12 @@ class Strict(BaseModel):
         refuse_truth(value, cls.model_fields[str(info.field_name)].annotation)
         return value
 
-    if TYPE_CHECKING:
-        # Keys that hold techniques come from the registry's table.
-        def __getattr__(self, key: str) -> Any: ...
-
 
 def _techniques(section: str, body: dict[str, Any]) -> None:
     """Put the keys of a section that hold techniques into the body of its class, in the place where this is called."""
     for name, key in fields_under(section):
         body["__annotations__"][name] = Any
-        body[name] = Field(default_factory=partial(deepcopy, key.default), description=key.meaning)
+        body[name] = Field(key.default, description=key.meaning)
 
 
 def _source_of_rows(value: Any) -> Any:
@@ -114,10 +108,6 @@ class RowsRecipe(Strict):
                 "the sources have weights, and a temperature makes others",
                 where="rows.temperature",
                 mend="leave out one of the two",
-            )
-        if self.streaming and self.map is not None:
-            raise LuthierError(
-                "a row map needs all rows in memory", where="rows.map", mend="leave out streaming, or map the rows beforehand"
             )
         if self.workers and not self.streaming:
             raise LuthierError(

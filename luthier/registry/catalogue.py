@@ -61,6 +61,7 @@ def one_technique(name: str) -> tuple[dict[str, Any], Group]:
     card = Table.grid(padding=(0, 2))
     for key in (
         "title",
+        "key",
         "kind",
         "paper",
         "row",

@@ -12,9 +12,10 @@ import importlib.util
 import inspect
 import os
 import sys
+import traceback
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any, get_type_hints
@@ -23,7 +24,7 @@ import pydantic
 
 from luthier.errors import LuthierError, explain, nearest, refuse_truth
 from luthier.registry.cards import Card, Part, Technique
-from luthier.registry.keys import COMMANDS, KINDS, key_of, kind_of, kinds_under
+from luthier.registry.keys import COMMANDS, KEYS, KINDS, key_of, kind_of, kinds_under
 
 NOTHING = "none"
 """What a recipe's key for techniques holds where none is used."""
@@ -47,9 +48,24 @@ def remove_folder(folder: str | Path) -> None:
 
 
 def _folders(kind: str) -> list[Path]:
-    named = [Path(p) for p in os.environ.get("LUTHIER_METHODS", "").split(os.pathsep) if p]
-    roots = [Path(__file__).parents[1] / "methods", *named, *_added]
+    roots = [Path(__file__).parents[1] / "methods", *_named(os.environ.get("LUTHIER_METHODS", "")), *_added]
     return [root / kind for root in roots if (root / kind).is_dir()]
+
+
+@cache
+def _named(paths: str) -> tuple[Path, ...]:
+    """The folders of techniques that the environment names.
+
+    Raises:
+        LuthierError: one does not exist, or holds no folder of a kind, so that nothing in it would be found.
+    """
+    found = tuple(Path(path) for path in paths.split(os.pathsep) if path)
+    for path in found:
+        if not any((path / kind).is_dir() for kind in KINDS):
+            what = "holds no folder of a kind" if path.is_dir() else "does not exist"
+            mend = "name the folder above `token_weight/`, `additive/` and the like"
+            raise LuthierError(f"this folder of techniques {what}", where=f"LUTHIER_METHODS: {path}", mend=mend)
+    return found
 
 
 def _files(kind: str) -> dict[str, Path]:
@@ -96,10 +112,18 @@ def module_at(path: Path, key: str, what: str) -> ModuleType:
     sys.modules[key] = module
     try:
         spec.loader.exec_module(module)
-    except BaseException:
+    except BaseException as error:
         # The next look-up must meet the same mistake, not half a module.
         del sys.modules[key]
-        raise
+        if isinstance(error, LuthierError) or not isinstance(error, Exception):
+            raise
+        line = next(
+            (frame.lineno for frame in reversed(traceback.extract_tb(error.__traceback__)) if frame.filename == str(path)), None
+        )
+        place = f"{path}, line {line or getattr(error, 'lineno', None) or 1}"
+        raise LuthierError(
+            f"this file cannot be loaded as {what}: {type(error).__name__}: {error}", where=place, mend="mend the file"
+        ) from error
     return module
 
 
@@ -138,6 +162,12 @@ def _load(kind: str, name: str) -> Technique:
             f"`{path.name}` must define a function `{name}` with a card",
             where=str(path),
             mend="name the function like its file and put @method(...) on it",
+        )
+    if card.key and card.key not in KEYS:
+        raise LuthierError(
+            f"the card of `{name}` names the key `{card.key}`, which holds no techniques",
+            where=str(path),
+            mend=nearest(card.key, KEYS),
         )
     return Technique(name, kind, factory, replace(card, name=name, kind=kind, key=card.key or key_of(kind)))
 
@@ -191,9 +221,9 @@ def make(spec: object, kinds: Iterable[str], *, where: str = "") -> Part:
     return _make(spec, kinds, lambda name: find(name, kinds, where=where), where)
 
 
-def _make(spec: object, kinds: tuple[str, ...], look_up: Callable[[str], Technique], where: str) -> Part:
+def _make(spec: object, kinds: tuple[str, ...], look_up: Callable[[str], Technique], where: str, key: str = "") -> Part:
     if isinstance(spec, Part):
-        return spec
+        return _placed(spec, kinds, key, where)
     if isinstance(spec, str):
         return _build(look_up(spec), {}, where)
     if isinstance(spec, Mapping):
@@ -213,14 +243,28 @@ def _make(spec: object, kinds: tuple[str, ...], look_up: Callable[[str], Techniq
         return _build(look_up(str(name)), {str(key): value for key, value in (options or {}).items()}, where)
     values = spec if isinstance(spec, tuple) and not hasattr(spec, "_fields") else (spec,)
     try:
-        kind = kind_of(values[0])
+        found = [kind_of(value) for value in values]
+        kind = found[0]
     except (TypeError, IndexError):
-        raise LuthierError(
-            f"{spec!r} is neither a technique's name nor a part", where=where, mend="known kinds: " + ", ".join(kinds)
-        ) from None
+        mend = "write several parts as a list" if isinstance(spec, tuple) else "known kinds: " + ", ".join(kinds)
+        raise LuthierError(f"{_short(spec)} is neither a technique's name nor a part", where=where, mend=mend) from None
     if kind not in kinds:
         raise LuthierError(f"a {kind} has no place here", where=where, mend="here go: " + ", ".join(kinds))
     return Part(name=kind, kind=kind, options={}, values=tuple(values))
+
+
+def _short(spec: object) -> str:
+    text = repr(spec)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _placed(part: Part, kinds: tuple[str, ...], key: str, where: str) -> Part:
+    """A part that was made elsewhere, where it belongs here."""
+    belongs = part.card.key or key_of(part.kind)
+    if (belongs == key) if key else (part.kind in kinds):
+        return part
+    mend = f"put it under `{belongs}`" if belongs else f"it takes no part in training; use `{COMMANDS[part.kind][0]} {part.name}`"
+    raise LuthierError(f"`{part.name}` has no place here", where=where, mend=mend)
 
 
 def part(name: str, **options: Any) -> Part:
@@ -245,7 +289,9 @@ def make_all(specs: object, key: str) -> list[Part]:
     for i, spec in enumerate(many):
         where = f"{key}[{i}]" if len(many) > 1 else key
         look_up = partial(find_under, key=key, where=where)
-        parts.append(_make(spec, kinds_under(key), look_up, where))
+        if spec == NOTHING:
+            raise LuthierError(f"`{NOTHING}` names nothing, and stands in a list", where=where, mend="leave it out of the list")
+        parts.append(_make(spec, kinds_under(key), look_up, where, key))
     return parts
 
 
@@ -258,8 +304,25 @@ def _build(technique: Technique, options: dict[str, Any], where: str) -> Part:
     values = technique.factory(**{key: getattr(checked, key) for key in type(checked).model_fields})
     if not isinstance(values, tuple) or hasattr(values, "_fields"):
         values = (values,)
+    _check_values(technique, values)
     chosen = {key: getattr(checked, key) for key in type(checked).model_fields}
     return Part(name=name, kind=technique.kind, options=chosen, values=values, card=technique.card)
+
+
+def _check_values(technique: Technique, values: tuple[Any, ...]) -> None:
+    """Refuse what a technique returns where a run could do nothing with it, which would go unnoticed."""
+    where = inspect.getfile(technique.factory)
+    strange = [value for value in values if not isinstance(value, tuple(KINDS.values()))]
+    if strange or not values:
+        what = f"a {type(strange[0]).__name__}" if strange else "nothing"
+        mend = "return a value of `luthier.kinds`, or a tuple of several"
+        raise LuthierError(f"`{technique.name}` returns {what}, and a technique is made of values of kinds", where=where, mend=mend)
+    if kind_of(values[0]) != technique.kind:
+        raise LuthierError(
+            f"`{technique.name}` lies among {technique.kind}, and its first value is a {kind_of(values[0])}",
+            where=where,
+            mend=f"move the file to `{kind_of(values[0])}/`, or return the {technique.kind} first",
+        )
 
 
 def option_error(error: pydantic.ValidationError, name: str, where: str, factory: Callable[..., Any] | None = None) -> LuthierError:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from luthier import disk
+from luthier import disk, registry
 from luthier.delta import Delta
 from luthier.delta.beside import standing
 from luthier.errors import LuthierError, Say, silent
@@ -21,8 +21,7 @@ from luthier.models.load import ModelSource, load_model, load_tokenizer, resolve
 from luthier.models.parts import map_parts
 from luthier.models.quantized import holder, quantized
 from luthier.recipe import Recipe, make_recipe
-from luthier.recipe.parts import choose_parts
-from luthier.registry import values_of
+from luthier.registry import Part, values_of
 from luthier.results.folder import FILE, Run, read_run
 from luthier.training.precision import pick, pick_device
 from luthier.training.services import RunServices
@@ -132,16 +131,33 @@ def load_base(recipe: Recipe, say: Say) -> tuple[ModelSource, PreTrainedModel, t
     return source, model, device
 
 
-def _values(recipe: Recipe) -> list[tuple[str, Any]]:
+class _Values(NamedTuple):
     """What a recipe is made of, by slot."""
-    return values_of(choose_parts(recipe))
+
+    found: list[tuple[str, Any]]
+    complete: bool
+    """Everything could be read back. Most of a run plays no part in its result, such as a loss that was given in Python."""
+
+
+def _values(recipe: Recipe) -> _Values:
+    parts: dict[str, list[Part]] = {name: [] for name in registry.KEYS}
+    complete = True
+    for name, key in registry.KEYS.items():
+        specs = key.of(recipe)
+        for spec in specs if isinstance(specs, list) else [specs]:
+            try:
+                parts[name] += registry.make_all(spec, name)
+            except LuthierError:
+                complete = False
+    return _Values(values_of(parts), complete)
 
 
 def _put_beside(tune: Tune, recipe: Recipe, delta: Delta) -> None:
     """Let low-rank deltas stand beside the weights as in training."""
     now = Now(seed=recipe.seed)
-    additives = [(slot, value) for slot, value in _values(recipe) if isinstance(value, Additive)]
-    if all(value.pair is not None for _, value in additives):
+    values = _values(recipe)
+    additives = [(slot, value) for slot, value in values.found if isinstance(value, Additive)]
+    if values.complete and all(value.pair is not None for _, value in additives):
         for slot, value in additives:
             tune.add(slot, value, RunServices(tune, slot, now), {})
         delta.restore(tune)
@@ -167,7 +183,16 @@ def _attach_stored(tune: Tune, recipe: Recipe, path: Path) -> None:
         return {name: values for name, values in found.items() if name.isidentifier()}
 
     now = Now(seed=recipe.seed)
-    for slot, value in _values(recipe):
+    values = [(slot, value) for slot, value in _values(recipe).found if isinstance(value, HiddenEdit | Prefix | Prompt)]
+    left = {name for name in stored if not any(name.startswith((f"{slot}/", f"{slot}.")) for slot, _ in values)}
+    if left:
+        slot = sorted(left)[0].split("/")[0].split(".")[0]
+        raise LuthierError(
+            f"the result holds numbers of `{slot}`, and there is no such technique here",
+            where=str(path),
+            mend="name the folder of your own techniques in LUTHIER_METHODS; what was given in Python cannot be opened again",
+        )
+    for slot, value in values:
         if isinstance(value, HiddenEdit):
             value = value._replace(start=lambda place, *_, slot=slot: held(f"{slot}/{place}"))
         elif isinstance(value, Prefix):

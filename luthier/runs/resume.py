@@ -55,7 +55,7 @@ def write_recipe(folder: Path, recipe: Recipe) -> None:
 
 
 def check_resumable(plan: Plan, folder: Path) -> bool:
-    """Whether the recipe differs from that of the run in the folder; it may, in its micro-batches alone.
+    """Whether the recipe cuts steps into other micro-batches than that of the run in the folder; else it must ask for the same.
 
     Raises:
         LuthierError: the folder holds no run, the run has finished, or it was made by another recipe.
@@ -63,16 +63,16 @@ def check_resumable(plan: Plan, folder: Path) -> bool:
     run = read_run(folder)
     if run.facts.get("status") == "finished":
         raise LuthierError("this run has finished", where=str(folder), mend="start a new one: luthier train RECIPE")
-    made_by = run.facts.get("recipe_hash")
+    made_by, before = run.facts.get("recipe_hash"), run.fact("recipe")
     if made_by == plan.recipe.hash():
         return False
-    if not same_steps(run.fact("recipe"), plan.recipe.as_plain()):
+    if not same_steps(before, plan.recipe.as_plain()):
         raise LuthierError(
             f"this run was made by another recipe ({made_by}, not {plan.recipe.hash()})",
             where=str(folder),
             mend=f"use {folder / 'recipe.yaml'}",
         )
-    return True
+    return bool((before.get("train") or {}).get("micro_batch_tokens") != plan.recipe.train.micro_batch_tokens)
 
 
 def continue_from(plan: Plan, folder: Path, say: Say, *, cut_anew: bool) -> Progress:

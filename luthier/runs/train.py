@@ -22,7 +22,7 @@ from luthier.models.fingerprint import fingerprint
 from luthier.models.load import load_model
 from luthier.models.sharding import whole
 from luthier.planning.plan import Plan, make_plan
-from luthier.recipe import Recipe, make_recipe, read_recipe
+from luthier.recipe import Recipe, make_recipe, read_recipe, with_keys
 from luthier.report import write_report
 from luthier.report.compare import compared, write_comparison
 from luthier.results.folder import FILE, Run, new_folder, write_json
@@ -63,7 +63,7 @@ def train(
         say: hears what is being done.
         tell: hears of every step.
         command: what a user would type to do this again.
-        keys: a recipe's keys, instead of a recipe; techniques may be names, mappings or parts made by `luthier.part`.
+        keys: a recipe's keys, instead of a recipe or over its own; techniques may be names, mappings or parts made by `luthier.part`.
 
     Returns:
         The run, with the tuned model in memory and everything else in its folder.
@@ -72,7 +72,7 @@ def train(
         LuthierError: a mistake in the recipe, the rows or the model, found before anything trains; or numbers that are not
             finite, with the rows that made them.
     """
-    recipe = as_recipe(recipe if recipe is not None else keys)
+    recipe = with_keys(as_recipe(recipe), keys) if recipe is not None else as_recipe(keys)
     try:
         with machine.as_found():
             return _train(recipe, resume, say, tell, command)

@@ -57,7 +57,7 @@ def build_engine(
     Args:
         model: a loaded model.
         parts: its map.
-        chosen: the run's parts by the recipe's key, as `luthier.planning.assemble` chooses them.
+        chosen: the run's parts by the recipe's key, as `luthier.recipe.parts` chooses them.
         calibration: gives the rows that some techniques look at before they start.
         now: the clock.
         vocabulary: without it, input maps know no special tokens and no mask.
@@ -104,8 +104,11 @@ def build_engine(
         raise LuthierError("nothing trains", where="tune", mend="name a technique, e.g. full, half or lora")
     if looking:
         _try_looking(owner, looking)
-    from_tune = {slot for slot, _ in named[: len(chosen["tune"])]}
-    links = [Link(slot, v, own=slot in from_tune) for slot, v in values if isinstance(v, Transform | Optimizer)]
+    # What a technique returns beside what it frees is for its own tensors, and comes before what the recipe names as its step.
+    freeing = {slot for slot, v in values if isinstance(v, frees)}
+    in_step = {slot for slot, part in named if any(part is one for one in chosen["step"])}
+    moving = [(slot, v) for slot, v in values if isinstance(v, Transform | Optimizer)]
+    links = [Link(slot, v, own=slot in freeing) for slot, v in sorted(moving, key=lambda one: one[0] in in_step)]
     sources = [(slot, v) for slot, v in values if isinstance(v, Source)]
     world = world or World.current()
     _refuse_impossible(sources, links, owner, keepers, world)

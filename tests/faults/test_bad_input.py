@@ -88,8 +88,6 @@ RECIPES: list[tuple[dict[str, Any], str, str]] = [
     ({"step": [{"adamw": {"beta1": 2}}]}, "adamw: beta1", "below 1"),
     ({"step": [{"adamw": {"decay": -1}}]}, "adamw: decay", "0 or more"),
     ({"step": [{"sgd": {"momentum": 5}}]}, "sgd: momentum", "below 1"),
-    ({"objective": None}, "objective", "cross_entropy"),
-    ({"source": None}, "source", "backprop"),
     ({"source": ["backprop", "backprop"]}, "source", "name one"),
     ({"keep": "nothing_like_it"}, "keep", "known"),
     ({"model": "smollm2-135m-instrct"}, "model", "`smollm2-135m-instruct`"),

@@ -195,7 +195,7 @@ def test_several_draws_a_key_are_uniform_and_independent() -> None:
 def test_columns_share_what_they_make_once(limit_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """And backward gets what is kept, in one chunk and in several, which run once more before it."""
     # Slices of 64 rows.
-    monkeypatch.setitem(chunked._SLICE_BYTES, "cpu", 64 * 4 * 4)
+    monkeypatch.setitem(losses._SLICE_BYTES, "cpu", 64 * 4 * 4)
     made: dict[str, list[int]] = {"once": [], "kept": []}
 
     def shared(chunk: Chunk) -> Tensor:

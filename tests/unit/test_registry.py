@@ -75,7 +75,7 @@ def test_a_file_without_its_function_or_card_is_refused(folder: Path) -> None:
 def test_a_file_with_a_mistake_makes_the_same_mistake_twice(folder: Path) -> None:
     (folder / "mine.py").write_text("raise ZeroDivisionError\n")
     for _ in range(2):
-        with pytest.raises(ZeroDivisionError):
+        with pytest.raises(LuthierError, match="ZeroDivisionError"):
             find("mine", ("transform",))
 
 
