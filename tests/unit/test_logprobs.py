@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from luthier import draws
-from luthier.columns import chunked
+from luthier.columns import losses
 from luthier.columns.chunked import COLUMNS, Other, compute, resolve
 from luthier.columns.losses import nll
 from luthier.columns.targets import find_targets
