@@ -98,7 +98,7 @@ def comparisons() -> str:
             cell(one["says"]),
             f"{difference(one)} {cell(one['unit'])}",
             str(one["seeds"]),
-            cell(one["verdict"]),
+            cell(one["verdict"] if kind != "nulls" else "called a difference" if one["found"] else "no difference called"),
         )
         for kind in ("effects", "nulls", "further")
         for one in facts.get(kind, ())
