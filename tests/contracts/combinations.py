@@ -58,11 +58,13 @@ TRAITS: dict[str, Callable[[Any], bool]] = {
     "rule": lambda value: isinstance(value, TokenWeight) and value.look is not None,
     "observes": lambda value: isinstance(value, Selective | Additive) and value.observe is not None,
     "one at a time": lambda value: isinstance(value, Source) and "all" not in value.gives,
-    "all at once": lambda value: (isinstance(value, Transform) and value.scope == "all")
-    or (isinstance(value, Keeper) and "gradients" in value.needs),
+    "all at once": lambda value: (
+        (isinstance(value, Transform) and value.scope == "all") or (isinstance(value, Keeper) and "gradients" in value.needs)
+    ),
     "learns its prompt": lambda value: isinstance(value, Prompt) and value.labels is not None,
-    "compares": lambda value: isinstance(value, Term | TokenLoss | TokenWeight)
-    and any(one.at == "base" for one in passes_of(resolve(value.columns))),
+    "compares": lambda value: (
+        isinstance(value, Term | TokenLoss | TokenWeight) and any(one.at == "base" for one in passes_of(resolve(value.columns)))
+    ),
 }
 """What the values of techniques are like, where that is the reason for a refusal."""
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -178,7 +178,7 @@ def part_of(kind: str, name: str, options: Mapping[str, Any] | None = None) -> P
     return _parts[key]
 
 
-@lru_cache(maxsize=None)
+@cache
 def _plain(name: str, key: str) -> Part:
     return registry.make_all(name, key)[0]
 

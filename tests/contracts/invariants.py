@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
-from functools import lru_cache
+from collections.abc import Callable, Sequence
+from functools import cache
 from math import prod
 from typing import Any, NamedTuple
 
@@ -17,7 +17,7 @@ from luthier.registry import key_of
 from luthier.training.engine import Engine, StepResult
 from luthier.tune.trained import write
 from tests.conftest import split
-from tests.contracts.combinations import Technique, Together, build, parts_for
+from tests.contracts.combinations import Technique, Together, build, parts_for, traits
 from tests.contracts.fixtures import NOW, engine_of, masters, part_of
 from tests.toys.helpers import gap, gradients, logits_of, model_of
 
@@ -95,7 +95,7 @@ def _count(kept: Any, heard: dict[str, int]) -> None:
     kept.keeper = kept.keeper._replace(after_step=after_step)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _alone(kind: str, name: str, options: str) -> tuple[Any, Any]:
     run = engine_of(tune=[part_of(kind, name, _options[options])], keep_base=True)
     together = Together(((kind, name),), {}, run)
@@ -118,7 +118,8 @@ def frees_as_alone(together: Together, lived: Lived, one: Technique) -> None:
 
 BY_GRADIENT: dict[str, Callable[[list[tuple[str, tuple[int, ...]]]], Any]] = {
     "growing": len,
-    "lt_sft": lambda found: sum(prod(shape) for _, shape in found),
+    # One number stands in where nothing was chosen.
+    "lt_sft": lambda found: sum(prod(shape) for _, shape in found if shape != (1,)),
 }
 """Techniques whose shapes follow from gradients, which others change; and what stays the same."""
 
@@ -159,7 +160,7 @@ def reads_as_alone(together: Together, lived: Lived, one: Technique) -> None:
 
 
 INVARIANTS: dict[str, Callable[[Together, Lived, Technique], None]] = {
-    **{kind: frees_as_alone for kind in registry.kinds_under("tune")},
+    **dict.fromkeys(registry.kinds_under("tune"), frees_as_alone),
     "freezing": stood_still,
     "keeper": heard_every_step,
     "transform": has_one_optimizer,
@@ -184,7 +185,7 @@ def starts_as_it_says(together: Together, batch: Batch) -> None:
         assert float((found - logits_of(alone.tune.model, batch)).abs().max()) < 1e-9, "what starts exactly changed the logits"
 
 
-@lru_cache(maxsize=None)
+@cache
 def _cached_logits(architecture: str) -> dict[bytes, Tensor]:
     return {}
 
@@ -245,12 +246,15 @@ def _restore(run: Engine, states: dict[str, Any]) -> None:
 
 def teaches_as_without(together: Together, first: StepResult) -> None:
     """At step 0 a token weight keeps its share, and every part of the loss is what it is, without the parts that are left out here:
-    other losses, transforms, optimizers, sources, keepers and freezings."""
+    other losses, transforms, optimizers, sources, keepers and freezings; whatever the order of the weights."""
     if "gradients" not in together.run.source.gives:
         # It looks at the loss elsewhere.
         return
     losses = [one for one in together.chosen if one[0] in ("term", "token_loss")]
     stays = [one for one in together.chosen if key_of(one[0]) in ("tune", "token_weight") or one[0] == "input_map"]
+    rules = sum("rule" in traits[one] for one in stays)
+    # Weights multiply, in any order; rules take turns.
+    stays = stays if rules > 1 else [*(one for one in stays if one[0] != "token_weight"), *reversed(_weights(stays))]
     fewer = build({one: together.parts[one] for one in [*stays, *losses[:1]]}, keep_base=True)
     fewer.tune.model.train()
     alone = fewer.step(split(together.batch, (5, 3)), LIVED)
@@ -261,6 +265,10 @@ def teaches_as_without(together: Together, first: StepResult) -> None:
     for slot in losses[:1]:
         mine, its = alone.parts.get(slot[1], alone.loss), first.parts.get(slot[1], first.loss)
         assert _close(mine, its), f"{slot[1]} is worth {its} instead of {mine}"
+
+
+def _weights(chosen: Sequence[Technique]) -> list[Technique]:
+    return [one for one in chosen if one[0] == "token_weight"]
 
 
 def _close(one: float, other: float) -> bool:
@@ -309,4 +317,3 @@ def check(chosen: tuple[Technique, ...]) -> None:
     heard_every_step(together, lived, chosen[0])
     has_one_optimizer(together, lived, chosen[0])
     keeps_the_base(together, lived, attached)
-

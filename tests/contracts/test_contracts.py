@@ -19,7 +19,8 @@ from luthier import registry
 from luthier.errors import LuthierError
 from luthier.kinds import Now
 from luthier.models.attention import use_attention
-from luthier.registry import KINDS
+from luthier.recipe.parts import completed
+from luthier.registry import KINDS, key_of
 from luthier.training.engine import Engine
 from tests.conftest import split
 from tests.contracts.fixtures import (
@@ -27,7 +28,6 @@ from tests.contracts.fixtures import (
     BY_STEP,
     FIXTURES,
     FREES,
-    GIVEN,
     OPTIONS,
     OTHERS,
     RUNS,
@@ -255,6 +255,17 @@ def test_every_option_is_read(kind: str, name: str, option: str) -> None:
             # Out of its range: that is reading it, but another value must still show a difference.
             continue
     pytest.fail(f"no other value of `{option}` changes anything")
+
+
+TEACH_BY_THEMSELVES: frozenset[str] = frozenset()
+"""Techniques of other keys than `objective` that bring a loss which stands for cross-entropy."""
+
+
+@pytest.mark.parametrize(("kind", "name"), [one for one in RUNS if key_of(one[0]) != "objective"])
+def test_what_is_no_objective_does_not_stand_for_one(kind: str, name: str) -> None:
+    """A recipe without an objective minimizes cross-entropy, also beside a technique that brings a penalty along."""
+    chosen = completed({"tune": ["full"], key_of(kind): [part_of(kind, name)]})
+    assert (name in TEACH_BY_THEMSELVES) != ("cross_entropy" in [part.name for part in chosen["objective"]])
 
 
 @pytest.mark.parametrize("kind", KINDS)

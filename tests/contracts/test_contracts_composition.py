@@ -58,6 +58,14 @@ def test_everything_meets() -> None:
     assert all(has_room(chosen[:-1], chosen[-1]) for chosen in ARRAYS)
 
 
+PROMISED = [("dft", "kl"), ("sstoken", "tl_weights"), ("q_tuning", "masked_thought")]
+
+
+@pytest.mark.parametrize(("one", "other"), PROMISED)
+def test_these_are_promised_to_go_together(one: str, other: str) -> None:
+    assert any({one, other} <= {name for _, name in chosen} for chosen in ARRAYS)
+
+
 def test_the_arrays_are_the_same_every_time() -> None:
     assert arrays() == ARRAYS
 

@@ -45,7 +45,9 @@ def encoded(batch: Batch) -> EncodedRows:
         columns |= {name: texts[i] for name, texts in batch.texts.items()}
         tokens = {name: tuple(values[i][real].tolist()) for name, values in batch.token_columns.items()}
         targets = tuple((batch.label_BT[i][real] >= 0).tolist())
-        rows.append(Encoded(row, tuple(batch.token_ids_BT[i][real].tolist()), targets, "", columns, 0, "text", token_columns=tokens))
+        rows.append(
+            Encoded(row, tuple(batch.token_ids_BT[i][real].tolist()), targets, "", columns, 0, "text", token_columns=tokens)
+        )
     return EncodedRows.of(rows)
 
 
@@ -62,7 +64,7 @@ class WithIdle(Feed):
         return epoch, batches
 
 
-class Killed(Exception):
+class KilledError(Exception):
     """The process ended here."""
 
 
@@ -102,12 +104,12 @@ class Life:
         progress, newest = Progress(), latest(self.folder)
         if newest is not None:
             progress = Progress.resumed(restore(newest, engine))
-        feed = WithIdle(encoded(rows_for([self.kind])), seed=0, micro_batch_tokens=32, steps=STEPS, batch_rows=4)
+        feed = WithIdle(encoded(rows_for([self.kind])), seed=0, micro_batch_tokens=40, steps=STEPS, batch_rows=4)
         feed.idle = self.idle
 
         def event(what: str) -> None:
             if kill == (what, progress.step):
-                raise Killed
+                raise KilledError
 
         def tell(at: Progress, result: StepResult) -> None:
             assert result.skipped == (at.step - 1 == self.idle)
@@ -119,7 +121,9 @@ class Life:
             # Who measures may draw, and runs the model.
             torch.rand(3)
             with torch.no_grad():
-                engine.services("measuring", clock.at(progress.step, 0.0)).forward(rows_for([self.kind]).take(torch.arange(2)), ["nll"])
+                engine.services("measuring", clock.at(progress.step, 0.0)).forward(
+                    rows_for([self.kind]).take(torch.arange(2)), ["nll"]
+                )
             event("measured")
             return {"set": (self.curve[progress.step], False)}
 
@@ -133,7 +137,7 @@ class Life:
         measured: Callable[[], Mapping[str, tuple[float, bool]]] | None = measure if self.plans.evaluate_every else None
         try:
             train(engine, feed, clock, self.plans, progress, evaluate=measured, save=keep, tell=tell)
-        except Killed:
+        except KilledError:
             return None
         return engine, progress
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ def toys() -> Iterator[None]:
     registry.remove_folder(TOYS)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _made(architecture: str, layers: int, **options: Any) -> Any:
     return tiny(architecture, seed=1, layers=layers, **options).double()
 
