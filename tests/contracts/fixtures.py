@@ -14,6 +14,7 @@ import torch
 from luthier import registry
 from luthier.delta.weights import Weights, of_models
 from luthier.kinds import Batch, Now
+from luthier.kinds.parts import Parts
 from luthier.models.parts import map_parts
 from luthier.models.tiny import tiny
 from luthier.registry import KINDS, Part, key_of, kinds_under
@@ -189,13 +190,24 @@ def _made(spec: Any, key: str) -> Any:
     return [_plain(one, key) if isinstance(one, str) else one for one in some]
 
 
+_maps: dict[tuple[str, int], Parts] = {}
+
+
+def _mapped(model: Any) -> Parts:
+    """The map of a tiny model: the same for all of an architecture and depth."""
+    key = (model.config.model_type, model.config.num_hidden_layers)
+    if key not in _maps:
+        _maps[key] = map_parts(model)
+    return _maps[key]
+
+
 def engine_of(model: Any = None, *, dtype: torch.dtype = torch.float64, now: Now = NOW, **keys: Any) -> Engine:
     """An engine from recipe keys on a tiny model; keys that are not named hold something plain. Other keys are those of
     `build_engine`."""
     named = {"tune": "full", "objective": "cross_entropy", "step": "adamw", "source": "backprop"} | keys
     specs = {key: _made(named.pop(key), key) for key in [*named] if key in registry.KEYS}
     model = (model_of() if model is None else model).to(dtype)
-    return build_engine(model, map_parts(model), parts_of(**specs), now=now, **{"calibration": calibration, **named})
+    return build_engine(model, _mapped(model), parts_of(**specs), now=now, **{"calibration": calibration, **named})
 
 
 def run_of(kind: str, name: str, options: Mapping[str, Any] | None = None, **more: Any) -> Engine:

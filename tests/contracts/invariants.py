@@ -61,7 +61,7 @@ def claim(run: Engine, claimed: dict[str, Tensor]) -> None:
 
 def live(together: Together, steps: int = STEPS) -> Lived:
     """Take steps with a combination, and look at what moves."""
-    run, batches = together.run, split(together.batch, (5, 3))
+    run, batch = together.run, together.batch
     heard: dict[str, int] = {}
     for kept in run.keepers:
         _count(kept, heard)
@@ -71,6 +71,7 @@ def live(together: Together, steps: int = STEPS) -> Lived:
         claim(run, lived.claimed)
         before = masters(run)
         entries = {name: one.index for name, one in run.tune.trained.items()}
+        batches = [batch] if step else split(batch, (5, 3))
         lived.results.append(run.step(batches, LIVED._replace(step=step)))
         after = masters(run)
         # Where entries were exchanged, others stand there now.

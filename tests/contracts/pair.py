@@ -143,7 +143,11 @@ class Pair:
 @contextmanager
 def standing(folder: Path) -> Iterator[Pair]:
     """Two processes for as long as they are needed."""
-    spawn = multiprocessing.get_context("spawn")
+    # Both are forked from a process that has imported everything and done nothing yet.
+    forks = "forkserver" in multiprocessing.get_all_start_methods()
+    spawn: Any = multiprocessing.get_context("forkserver" if forks else "spawn")
+    if forks:
+        spawn.set_forkserver_preload([__name__])
     tasks: list[Any] = [spawn.Queue() for _ in range(SIZE)]
     told: Any = spawn.Queue()
     both = [spawn.Process(target=stand, args=(rank, str(folder / "meet"), tasks[rank], told)) for rank in range(SIZE)]

@@ -104,7 +104,7 @@ class Life:
         progress, newest = Progress(), latest(self.folder)
         if newest is not None:
             progress = Progress.resumed(restore(newest, engine))
-        feed = WithIdle(encoded(rows_for([self.kind])), seed=0, micro_batch_tokens=40, steps=STEPS, batch_rows=4)
+        feed = WithIdle(encoded(rows_for([self.kind])), seed=0, micro_batch_tokens=48, steps=STEPS, batch_rows=3)
         feed.idle = self.idle
 
         def event(what: str) -> None:
