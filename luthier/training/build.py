@@ -57,7 +57,7 @@ def build_engine(
     Args:
         model: a loaded model.
         parts: its map.
-        chosen: the run's parts by the recipe's key, as `luthier.planning.assemble` chooses them.
+        chosen: the run's parts by the recipe's key, as `luthier.recipe.parts` chooses them.
         calibration: gives the rows that some techniques look at before they start.
         now: the clock.
         vocabulary: without it, input maps know no special tokens and no mask.

@@ -148,8 +148,10 @@ def test_every_technique_trains_in_every_precision(now: Now, kind: str, name: st
     batches = split(rows_for([kind]), (5, 3))
     now, before = now._replace(learning_rate=1e-3), masters(run)
     run.tune.model.train()
-    losses = [run.step(batches[:1], now).loss, run.step(batches[1:], now._replace(step=1)).loss]
-    losses += take_steps(run, batches, now, 1, first=2)
+    losses = [run.step(batches[:1], now).loss]
+    # In the narrow type one more: what an optimizer rounds shows late.
+    losses += [run.step(batches[1:], now._replace(step=1)).loss] if dtype == torch.bfloat16 else []
+    losses += take_steps(run, batches, now, 1, first=len(losses))
     assert all(loss == loss and abs(loss) < 1e3 for loss in losses)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     # What stands still and was forgotten is held by the model alone, in the model's type.

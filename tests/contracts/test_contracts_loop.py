@@ -36,6 +36,15 @@ STIRRED = {"dropout": 0.2, "noise": 0.1}
 """Options that draw in every pass: whoever measures in mid-run must not move the draws."""
 
 
+def with_dropout() -> Any:
+    """A tiny model that drops some of its attention while it learns."""
+    model = model_of()
+    for module in model.modules():
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.1
+    return model
+
+
 def encoded(batch: Batch) -> EncodedRows:
     """The rows of a batch as they come from encoding."""
     rows = []
@@ -97,7 +106,7 @@ class Life:
             self.kind,
             self.name,
             {**LOOPED.get(self.name, {}), **options},
-            model=model_of(),
+            model=with_dropout(),
             dtype=self.dtype,
             now=clock.at(0, 0.0),
         )

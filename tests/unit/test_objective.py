@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from luthier.planning.assemble import completed
 from torch import Tensor
 
 from luthier import draws, registry
 from luthier.cli.progress import losses
 from luthier.kinds import Batch, Now, StepTable, Tensors, Term, TokenWeight, View
+from luthier.recipe.parts import completed
 from luthier.registry import kinds_under
 from luthier.rows.batches import collate
 from luthier.rows.encode import Encoded
