@@ -102,7 +102,6 @@ class Engine:
         self.committed = False
         # Models cannot run on no rows; they would add zero.
         batches = [with_context(batch, self.tune.prompt_labels) for batch in batches if batch.row_ids]
-        self.tune.freeze(now)
         # Dropout and other draws of the model depend on the step alone, so that resuming needs no saved state.
         torch.manual_seed(draws.seed_of(now.seed, "step", now.step, self.world.rank))
         looked = self._look(batches, now)
@@ -121,6 +120,8 @@ class Engine:
         )
         if self.objective.idle(units):
             return StepResult(0.0, 0.0, {}, int(counts[0]), 0, int(counts[2]), 0.0, skipped=True)
+        # Not before: what comes to stand still may lose its optimizer state, and a step that is not taken changes nothing.
+        self.tune.freeze(now)
         self.tune.start_observing(now)
         work = Work(self, passes, now, units, keeps, idle=len(idle))
         self.source.gradients(work)

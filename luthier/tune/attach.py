@@ -215,10 +215,24 @@ def add_additive(tune: Attached, slot: str, value: Additive, services: Services,
 
 
 def remember(tune: Attached, parameters: Iterable[str]) -> None:
-    """Keep whole parameters as they are now: their base values cannot be had from the numbers that train."""
+    """Keep whole parameters as the base has them: its values cannot be had from the numbers that train."""
     for name in parameters:
         if name not in tune.altered:
             tune.altered[name] = tune.model.get_parameter(name).data.clone()
+            for one in tune.trained.values():
+                if one.place is not None and one.place.parameter == name and one.start is not None:
+                    # A selection that stands here already may have begun with other values.
+                    _begin_again(tune, one, one.place, tune.altered[name])
+
+
+def _begin_again(tune: Attached, one: Trained, place: Place, values: Tensor) -> None:
+    """Write what a trained tensor held before its start into a copy of its parameter."""
+    assert one.start is not None
+    if one.form == "whole":
+        values.copy_(one.start)
+        return
+    values = values.t() if place.module in tune.parts.transposed and values.ndim == 2 else values
+    write(values if place.start is None else values[place.start : place.stop], one.form, one.index, one.start)
 
 
 def _take_out(tune: Attached, place: Place, delta_OI: Tensor) -> None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 import gc
+import hashlib
 import inspect
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -15,135 +16,89 @@ import pytest
 import torch
 
 from luthier import registry
-from luthier.delta.weights import Weights, of_models
 from luthier.errors import LuthierError
 from luthier.kinds import Now
 from luthier.models.attention import use_attention
-from luthier.models.parts import map_parts
-from luthier.models.tiny import tiny
-from luthier.registry import KINDS, kinds_under
-from luthier.rows.embed import HASH, embedder
-from luthier.rows.select import ScoringServices
-from luthier.rows.shapes import Row
-from luthier.runs.measure import likelihood_of_rows
+from luthier.recipe.parts import completed
+from luthier.registry import KINDS, key_of
+from luthier.training.engine import Engine
 from tests.conftest import split
+from tests.contracts.fixtures import (
+    ALL,
+    BY_STEP,
+    FIXTURES,
+    FREES,
+    OPTIONS,
+    OTHERS,
+    RUNS,
+    masters,
+    outcomes,
+    part_of,
+    rows_for,
+    run_of,
+    shake,
+    take_steps,
+)
 from tests.toys.helpers import TOYS, gap, gradients, logits_of, model_of, rows_of_eight, toys  # noqa: F401
 
-
-@contextmanager
-def _toys_listed() -> Iterator[None]:
-    registry.add_folder(TOYS)
-    yield
-    registry.remove_folder(TOYS)
-
-
-with _toys_listed():
-    ALL = [(kind, name) for kind in KINDS for name in registry.names(kind)]
-FREES = [(kind, name) for kind, name in ALL if kind in kinds_under("tune")]
-OUTSIDE = ("row_score", "row_map", "probe")
-"""Kinds that take no part in the steps of a run."""
-RUNS = [(kind, name) for kind, name in ALL if kind not in OUTSIDE]
-BY_STEP = ("transform", "optimizer", "source", "keeper")
 # The gradient of GPT-2's key biases is rounding alone, and some steps go by its sign.
-PACKED = [(kind, name, a) for kind, name in RUNS for a in ("llama", "gpt2") if kind not in BY_STEP or a == "llama"]
-GIVEN: dict[str, dict[str, Any]] = {
-    "adalora": {"warmup": 0.05},
-    "convergence_balance": {"validation_source": "other", "every": 1, "window": 2},
-    "caft": {"heads_first": 0.05},
-    "greentrainer": {"selections": 5, "target": 0.7},
-    "lift": {"rank": 4, "lora_rank": 2, "every": 2},
-    "likelihood": {"models": ("tiny:llama",)},
-    "lofit": {"selection": 0.1},
-    "loca": {"search": 0.2, "coefficient_steps": 1, "location_steps": 1},
-    "lt_sft": {"first": 0.1},
-    "masked_thought": {"warmup": 0.05, "random_share": 0.5, "mask_id": 3},
-    "neuroada": {"by": "gradient"},
-    "noisefit": {"layers": 1},
-    "prompt_tuning": {"init": "text"},
-    "s2ft": {"by": "activation"},
-    "spiel": {"every": 3, "gather": 1},
-    "sstoken": {"attention_only": 0.05, "every": 2},
-}
-"""Options of techniques that have options without a default, or whose defaults do nothing in the first steps."""
-OTHERS: dict[tuple[str, str], list[Any]] = {
-    ("answer_coverage", "column"): ["other_share"],
-    ("convergence_balance", "column"): ["quality"],
-    ("convergence_balance", "validation_rows"): [7],
-    ("got_d", "chunk"): [4],
-    ("got_d", "tolerance"): [10.0],
-    ("morepair", "field"): ["reason"],
-    ("morepair", "weight"): [0.0],
-    ("task_balance", "column"): ["quality"],
-    ("task_balance", "weights"): [{"code": 3.0, "math": 1.0, "chat": 0.0}],
-    ("task_focal", "column"): ["quality"],
-    ("likelihood", "models"): [("tiny:gpt2",)],
-    ("poft", "column"): ["other_log_likelihood"],
-}
-"""Other values of options for which the type does not tell them, by technique and option."""
+SPLIT = [(kind, name, a) for kind, name in RUNS for a in ("llama", "gpt2") if kind not in BY_STEP or a == "llama"]
 SAME_BY_DESIGN = {frozenset({"backprop", "per_layer"})}
 
 
-def run_of(engine: Any, kind: str, name: str, options: dict[str, Any] | None = None, **more: Any) -> Any:
-    """An engine in which one technique stands in its place, and plain ones in all others."""
-    spec = {name: {**GIVEN.get(name, {}), **(options or {})}}
-    part = registry.make(spec, (kind,))
-    places: dict[str, Any] = {"model": model_of(), "tune": "full", "step": ["adamw"]}
-    if kind in kinds_under("tune"):
-        places["tune"] = [part]
-    elif kind in kinds_under("objective"):
-        places["objective"] = ["cross_entropy", part]
-    elif kind in ("transform", "optimizer"):
-        takes_all = kind == "optimizer" and part.values[0].takes is None
-        places["step"] = [part] if takes_all else [part, "adamw"]
-    else:
-        places[{"keeper": "keep", "freezing": "freeze"}.get(kind, kind)] = part
-    return engine(**{**places, **more})
+def test_every_kind_says_which_rows_its_techniques_need() -> None:
+    assert set(FIXTURES) == set(KINDS), "a kind without an entry in tests/contracts/fixtures.py is not tested"
+    for kind, fixture in FIXTURES.items():
+        assert (fixture.place is None) == (fixture.outcome is not None), f"{kind}: either in a run or outside of it"
 
 
-def shake(run: Any) -> None:
-    """Move everything that trains a little, so that no start at zero hides a mistake."""
-    for name, one in run.tune.trained.items():
-        rng = torch.Generator().manual_seed(len(name))
-        run.tune.set({name: one.master.detach() + 0.05 * torch.randn(one.master.shape, generator=rng)})
+def _split_run(kind: str, name: str, architecture: str) -> Engine:
+    model = model_of(architecture)
+    use_attention(model)
+    run = run_of(kind, name, model=model)
+    shake(run)
+    return run
 
 
-def masters(run: Any) -> dict[str, torch.Tensor]:
-    return {name: one.master.detach().clone() for name, one in run.tune.trained.items()}
-
-
-def take_steps(run: Any, batches: list[Any], now: Now, steps: int, first: int = 0) -> list[float]:
-    """A few steps and the end of the stage. Returns the losses."""
-    run.tune.model.train()
-    losses = [run.step(batches, now._replace(step=i)).loss for i in range(first, first + steps)]
-    for kept in run.keepers:
-        if kept.keeper.after_stage is not None:
-            kept.keeper.after_stage(kept.state, run.services(kept.slot, now))
-    return losses
-
-
-@pytest.mark.parametrize(("kind", "name"), RUNS)
-def test_fault_1_any_split_gives_the_same_gradient(engine: Any, now: Now, kind: str, name: str) -> None:
-    """Fault 1: one batch equals its micro-batches, even and uneven and empty ones, with unequal numbers of targets."""
-    batch = rows_of_eight()
-    found = []
-    for sizes in ((8,), (2, 2, 2, 2), (1, 0, 5, 2), (3, 1, 4, 0)):
-        run = run_of(engine, kind, name)
-        shake(run)
+@pytest.mark.parametrize(("kind", "name", "architecture"), SPLIT)
+def test_faults_1_and_5_any_split_and_packing_give_the_same_gradient(now: Now, kind: str, name: str, architecture: str) -> None:
+    """Fault 1: one batch equals its micro-batches, uneven and empty ones, with unequal numbers of targets. Fault 5: rows without
+    padding give the gradients of padded ones. Neither sees the other rows."""
+    batch = rows_for([kind])
+    run = _split_run(kind, name, architecture)
+    states, found = copy.deepcopy(run.states), []
+    for sizes, packs in (((8,), False), ((1, 0, 5, 2), False), ((3, 1, 4, 0), True), ((2, 2, 2, 2), True)):
+        if kind in BY_STEP:
+            run = _split_run(kind, name, architecture)
+        run.tune.packs = packs
+        for slot, state in states.items():
+            # In place: the parts of a technique share their state.
+            run.states[slot].clear()
+            run.states[slot].update(copy.deepcopy(state))
         if kind in BY_STEP:
             take_steps(run, split(batch, sizes), now._replace(learning_rate=0.01), 2)
             found.append(masters(run))
         else:
             # The step at which toys observe.
             found.append(gradients(run, split(batch, sizes), now._replace(step=1)))
+    bound = 1e-7 if kind in BY_STEP else 1e-10 if architecture == "llama" else 1e-9
     for other in found[1:]:
-        assert gap(other, found[0]) < (1e-7 if kind in BY_STEP else 1e-10)
+        assert gap(other, found[0]) < bound
+
+
+@pytest.fixture
+def young() -> Iterator[None]:
+    """Python's collector looks only at what is made in a test, so that a full collection is cheap."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.mark.parametrize(("kind", "name"), RUNS)
-def test_a_run_that_nobody_holds_leaves_nothing_in_memory(engine: Any, now: Now, kind: str, name: str) -> None:
+def test_a_run_that_nobody_holds_leaves_nothing_in_memory(young: None, now: Now, kind: str, name: str) -> None:
     """Python's collector cannot see through the hooks of tensors: what these hold would stay until the process ends."""
-    run = run_of(engine, kind, name)
-    take_steps(run, split(rows_of_eight(), (5, 3)), now, 2)
+    run = run_of(kind, name)
+    take_steps(run, split(rows_for([kind]), (5, 3)), now, 2)
     model = weakref.ref(run.tune.model)
     del run
     gc.collect()
@@ -152,22 +107,11 @@ def test_a_run_that_nobody_holds_leaves_nothing_in_memory(engine: Any, now: Now,
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 @pytest.mark.parametrize(("kind", "name"), FREES)
-def test_the_base_is_never_lost(engine: Any, now: Now, kind: str, name: str, architecture: str) -> None:
-    model, batch = model_of(architecture), rows_of_eight()
-    wanted = logits_of(copy.deepcopy(model), batch)
-    run = run_of(engine, kind, name, model=model, keep_base=True)
-    take_steps(run, [batch], now, 3)
-    with run.tune.off():
-        assert torch.equal(logits_of(model, batch), wanted)
-
-
-@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
-@pytest.mark.parametrize(("kind", "name"), FREES)
-def test_fault_20_step_zero_is_the_base_as_the_card_says(engine: Any, kind: str, name: str, architecture: str) -> None:
+def test_fault_20_step_zero_is_the_base_as_the_card_says(kind: str, name: str, architecture: str) -> None:
     """Fault 20: adapters that start at zero leave the logits alone, exactly; others keep to what their card says."""
     model, batch = model_of(architecture).float(), rows_of_eight()
-    wanted = logits_of(copy.deepcopy(model), batch)
-    run = run_of(engine, kind, name, model=model, dtype=torch.float32)
+    wanted = logits_of(model, batch)
+    run = run_of(kind, name, model=model, dtype=torch.float32)
     # A prompt's virtual tokens join in luthier's own forward pass.
     off = float((logits_of(model, batch) - wanted).abs().max())
     claim = registry.find(name, (kind,)).card.step0
@@ -181,51 +125,33 @@ def test_fault_20_step_zero_is_the_base_as_the_card_says(engine: Any, kind: str,
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 @pytest.mark.parametrize(("kind", "name"), FREES)
-def test_fault_5_checkpointing_changes_no_gradient(engine: Any, now: Now, kind: str, name: str, architecture: str) -> None:
+def test_fault_5_checkpointing_changes_no_gradient(now: Now, kind: str, name: str, architecture: str) -> None:
     """Fault 5: gradient checkpointing on and off give the same numbers, gap 0, also behind frozen first blocks."""
-    batches = split(rows_of_eight(), (5, 3))
+    batches = split(rows_for([kind]), (5, 3))
     found = []
     for checkpointing in (False, True):
         model = model_of(architecture)
         if checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        run = run_of(engine, kind, name, model=model)
+        run = run_of(kind, name, model=model)
         shake(run)
-        model.train()
-        take_steps(run, batches, now, 2)
+        take_steps(run, batches[:1], now, 1)
         found.append(gradients(run, batches, now._replace(step=3)))
     assert gap(found[1], found[0]) == 0.0
-
-
-@pytest.mark.parametrize(("kind", "name", "architecture"), PACKED)
-def test_fault_5_packing_changes_no_gradient(engine: Any, now: Now, kind: str, name: str, architecture: str) -> None:
-    """Fault 5: rows without padding give the gradients of padded ones, whatever the technique: neither sees the other rows."""
-    batches = split(rows_of_eight(), (5, 3))
-    found = []
-    for packs in (False, True):
-        model = model_of(architecture)
-        use_attention(model)
-        run = run_of(engine, kind, name, model=model)
-        run.tune.packs = packs
-        shake(run)
-        if kind in BY_STEP:
-            take_steps(run, batches, now._replace(learning_rate=0.01), 2)
-            found.append(masters(run))
-        else:
-            found.append(gradients(run, batches, now._replace(step=1)))
-    assert gap(found[1], found[0]) < (1e-7 if kind in BY_STEP else 1e-10)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 @pytest.mark.parametrize(("kind", "name"), RUNS)
-def test_every_technique_trains_in_every_precision(
-    engine: Any, now: Now, kind: str, name: str, architecture: str, dtype: torch.dtype
-) -> None:
-    run = run_of(engine, kind, name, model=model_of(architecture, layers=1), dtype=dtype)
-    batches = split(rows_of_eight(), (5, 3))
-    before = masters(run)
-    losses = take_steps(run, batches, now._replace(learning_rate=1e-3), 3)
+def test_every_technique_trains_in_every_precision(now: Now, kind: str, name: str, architecture: str, dtype: torch.dtype) -> None:
+    run = run_of(kind, name, model=model_of(architecture, layers=1), dtype=dtype)
+    batches = split(rows_for([kind]), (5, 3))
+    now, before = now._replace(learning_rate=1e-3), masters(run)
+    run.tune.model.train()
+    losses = [run.step(batches[:1], now).loss]
+    # In the narrow type one more: what an optimizer rounds shows late.
+    losses += [run.step(batches[1:], now._replace(step=1)).loss] if dtype == torch.bfloat16 else []
+    losses += take_steps(run, batches, now, 1, first=len(losses))
     assert all(loss == loss and abs(loss) < 1e3 for loss in losses)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     # What stands still and was forgotten is held by the model alone, in the model's type.
@@ -246,7 +172,7 @@ def test_the_card_and_the_docstring_are_complete(kind: str, name: str) -> None:
 
 @pytest.mark.parametrize(("kind", "name"), ALL)
 def test_options_make_the_same_part_again(kind: str, name: str) -> None:
-    part = registry.make({name: GIVEN.get(name, {})}, (kind,))
+    part = part_of(kind, name)
     again = registry.make({part.name: dict(part.options)}, (part.kind,))
     assert (again.name, again.kind, again.options, again.card) == (part.name, part.kind, part.options, part.card)
     assert [type(value) for value in again.values] == [type(value) for value in part.values]
@@ -285,59 +211,67 @@ def other_values(name: str, option: str, annotation: Any, value: Any) -> list[An
     raise TypeError(f"{name}: {option} is {annotation}: add other values to OTHERS")
 
 
-def outcome(engine: Any, now: Now, kind: str, name: str, options: dict[str, Any]) -> Any:
-    """What four steps with a technique come to, as something to compare."""
-    if kind == "row_map":
-        part = registry.make({name: options}, (kind,))
-        reasons = {"rationale": "because", "reason": "therefore"}
-        asked = [{"prompt": f"{i}?", "completion": "abc" * i} for i in range(4)]
-        rows = [Row(f"row{i}", "prompt+completion", fields, "", reasons) for i, fields in enumerate(asked)]
-        says = {"user": "Is it open?", "assistant": "is_open()", "tool": "is_open is not defined"}
-        turns = [{"role": role, "content": content} for role, content in says.items()]
-        rows.append(Row("tools", "messages", {"messages": [*turns, turns[1]]}, "", reasons))
-        return [repr(row) for row in part.values[0].map(rows, None)]
-    if kind == "row_score":
-        texts = [*["a red fox"] * 6, "a red fox runs", "a blue whale", "the tide comes", "the tide", "no fox", "a tall grey bird"]
-        rows = [Row(id=f"row{i}", shape="text", fields={"text": text}, where="") for i, text in enumerate(texts)]
-        services = ScoringServices([rows[0], rows[7], rows[9]], embedder(HASH), name, 0, likelihood_of_rows)
-        return registry.make({name: options}, (kind,)).values[0].score(rows, services)
-    if kind == "probe":
-        base, tuned = model_of(), tiny("llama", seed=2).double()
-        parts = map_parts(base)
-        weights = Weights(base, parts, of_models(base, parts, tuned, parts))
-        return repr(registry.make({name: options}, (kind,)).values[0].look(weights))
-    run = run_of(engine, kind, name, options)
-    losses = take_steps(run, split(rows_of_eight(), (5, 3)), now._replace(learning_rate=0.01), 4)
-    live = [one.data.sum().item() for one in run.tune.model.parameters()]
-    return losses, live, [(n, one.numpy().tobytes()) for n, one in masters(run).items()]
+class Plain:
+    """What a technique comes to with the options of the contracts, step by step, computed once and no further than asked for."""
+
+    known: dict[tuple[str, str], Plain] = {}  # noqa: RUF012
+
+    def __init__(self, kind: str, name: str) -> None:
+        self.options = dict(part_of(kind, name).options)
+        self.coming, self.come = outcomes(kind, name, self.options), []
+
+    def __iter__(self) -> Iterator[Any]:
+        yield from self.come
+        for one in self.coming:
+            self.come.append(digest(one))
+            yield self.come[-1]
 
 
-with _toys_listed():
-    OPTIONS = [
-        (kind, name, option) for kind, name in ALL for option in inspect.signature(registry.find(name, (kind,)).factory).parameters
-    ]
+def plain(kind: str, name: str) -> Plain:
+    """The outcome of a technique as the contracts give it."""
+    if (kind, name) not in Plain.known:
+        Plain.known[kind, name] = Plain(kind, name)
+    return Plain.known[kind, name]
+
+
+def digest(outcome: Any) -> str:
+    """Something short that differs where an outcome differs."""
+    return hashlib.sha256(repr(outcome).encode()).hexdigest()
+
+
+def differs(left: Any, right: Any) -> bool:
+    """Whether two outcomes differ at some step; steps behind the first one at which they do are not taken."""
+    return any(one != other for one, other in zip_longest(left, right))
 
 
 @pytest.mark.parametrize(("kind", "name", "option"), OPTIONS)
-def test_every_option_is_read(engine: Any, now: Now, kind: str, name: str, option: str) -> None:
+def test_every_option_is_read(kind: str, name: str, option: str) -> None:
     """Fault 26: every option of every technique changes what it does."""
-    part = registry.make({name: GIVEN.get(name, {})}, (kind,))
+    usual = plain(kind, name)
     annotation = get_type_hints(registry.find(name, (kind,)).factory)[option]
-    plain = outcome(engine, now, kind, name, dict(part.options))
-    for value in other_values(name, option, annotation, part.options[option]):
+    for value in other_values(name, option, annotation, usual.options[option]):
         try:
-            other = outcome(engine, now, kind, name, {**part.options, option: value})
+            if differs(map(digest, outcomes(kind, name, {**usual.options, option: value})), usual):
+                return
         except LuthierError:
             # Out of its range: that is reading it, but another value must still show a difference.
             continue
-        if other != plain:
-            return
     pytest.fail(f"no other value of `{option}` changes anything")
 
 
+TEACH_BY_THEMSELVES: frozenset[str] = frozenset()
+"""Techniques of other keys than `objective` that bring a loss which stands for cross-entropy."""
+
+
+@pytest.mark.parametrize(("kind", "name"), [one for one in RUNS if key_of(one[0]) != "objective"])
+def test_what_is_no_objective_does_not_stand_for_one(kind: str, name: str) -> None:
+    """A recipe without an objective minimizes cross-entropy, also beside a technique that brings a penalty along."""
+    chosen = completed({"tune": ["full"], key_of(kind): [part_of(kind, name)]})
+    assert (name in TEACH_BY_THEMSELVES) != ("cross_entropy" in [part.name for part in chosen["objective"]])
+
+
 @pytest.mark.parametrize("kind", KINDS)
-def test_two_techniques_of_a_kind_differ(engine: Any, now: Now, kind: str) -> None:
-    found = {name: outcome(engine, now, kind, name, GIVEN.get(name, {})) for k, name in ALL if k == kind}
-    names = sorted(found)
-    equal = {frozenset({a, b}) for i, a in enumerate(names) for b in names[i + 1 :] if found[a] == found[b]}
-    assert equal <= SAME_BY_DESIGN
+def test_two_techniques_of_a_kind_differ(kind: str) -> None:
+    names = sorted(name for k, name in ALL if k == kind)
+    pairs = [(a, b) for i, a in enumerate(names) for b in names[i + 1 :]]
+    assert {frozenset(pair) for pair in pairs if not differs(plain(kind, pair[0]), plain(kind, pair[1]))} <= SAME_BY_DESIGN

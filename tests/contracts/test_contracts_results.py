@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import copy
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -14,19 +14,40 @@ from luthier.delta.forms import Dense, LowRank, Sparse
 from luthier.errors import LuthierError
 from luthier.kinds import Now
 from luthier.registry import kinds_under
-from tests.contracts.test_contracts import FREES, run_of, shake, take_steps
+from luthier.training.engine import Engine
+from tests.contracts.fixtures import FREES, NOW, rows_for, run_of, shake, take_steps, toys_listed
 from tests.toys.helpers import logits_of, model_of, rows_of_eight, toys  # noqa: F401
 
 SELECTIVE = [name for kind, name in FREES if kind == "selective"]
-WEIGHTS = [(kind, name) for kind, name in FREES if kind in ("selective", "additive")]
+
+
+class Ended(NamedTuple):
+    """A run that took a few steps on a kept base."""
+
+    kind: str
+    name: str
+    architecture: str
+    base: Any
+    """The model as it was."""
+    run: Engine
+
+
+@pytest.fixture(scope="module", params=[(*one, a) for one in FREES for a in ("llama", "gpt2")], ids="-".join)
+def ended(request: pytest.FixtureRequest) -> Iterator[Ended]:
+    """Every technique that frees numbers at its run's end. The tests below look at it in turn and leave it as they found it."""
+    kind, name, architecture = request.param
+    with toys_listed():
+        run = run_of(kind, name, model=model_of(architecture), keep_base=True)
+        take_steps(run, [rows_for([kind])], NOW, 3)
+    yield Ended(kind, name, architecture, model_of(architecture), run)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", SELECTIVE)
-def test_adamw_holds_two_numbers_for_each_that_trains(engine: Any, now: Now, name: str, dtype: torch.dtype) -> None:
+def test_adamw_holds_two_numbers_for_each_that_trains(now: Now, name: str, dtype: torch.dtype) -> None:
     """Two moments in fp32 for each number of a selection and an age, in bf16 a master as well; nothing for the rest of the model."""
-    run = run_of(engine, "selective", name, dtype=dtype, step=["adamw"])
-    take_steps(run, [rows_of_eight()], now._replace(learning_rate=1e-3), 3)
+    run = run_of("selective", name, dtype=dtype, step=["adamw"])
+    take_steps(run, [rows_for(["selective"])], now._replace(learning_rate=1e-3), 3)
     moving = [one for one in run.tune.trained.values() if not one.forgotten]
     numbers = sum(one.numel for one in moving)
     state = run.chain.state["adamw"]
@@ -48,46 +69,26 @@ def test_adamw_holds_two_numbers_for_each_that_trains(engine: Any, now: Now, nam
     assert all(one.is_live for one in still), "a tensor that stands still for long needs no master of its own"
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
-@pytest.mark.parametrize(("kind", "name"), FREES)
-def test_merging_is_what_the_card_says(engine: Any, now: Now, kind: str, name: str, architecture: str) -> None:
-    model, batch = model_of(architecture), rows_of_eight()
-    run = run_of(engine, kind, name, model=model, keep_base=True)
-    take_steps(run, [batch], now, 2)
-    shake(run)
-    card = registry.find(name, (kind,)).card
+def test_the_base_is_never_lost(ended: Ended) -> None:
+    model, batch = ended.run.tune.model, rows_of_eight()
     tuned = logits_of(model, batch)
-    beside = [one for one in run.tune.trained.values() if one.form in ("factor", "free")]
-    if card.merges == "is in place":
-        assert not beside
-        return
-    try:
-        run.tune.merge()
-    except LuthierError:
-        assert torch.equal(logits_of(model, batch), tuned), "a refused merge must change nothing"
-        needs_bias = architecture == "llama" and kind == "hidden_edit"
-        assert card.merges == "never" or needs_bias
-        return
-    assert card.merges != "never"
-    assert float((logits_of(model, batch) - tuned).abs().max()) < 1e-9
-    run.tune.unmerge()
+    with ended.run.tune.off():
+        assert torch.equal(logits_of(model, batch), logits_of(ended.base, batch))
     assert torch.equal(logits_of(model, batch), tuned)
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
-@pytest.mark.parametrize(("kind", "name"), WEIGHTS)
-def test_the_delta_makes_the_tuned_model_of_the_base(engine: Any, now: Now, kind: str, name: str, architecture: str) -> None:
+def test_the_delta_makes_the_tuned_model_of_the_base(ended: Ended) -> None:
     """In its own form: entries where entries train, factors where the change is low-rank."""
-    model, batch = model_of(architecture), rows_of_eight()
-    base = copy.deepcopy(model)
-    run = run_of(engine, kind, name, model=model, keep_base=True)
-    take_steps(run, [batch], now, 3)
+    if ended.kind not in ("selective", "additive"):
+        return
+    base, run, batch = ended.base, ended.run, rows_of_eight()
     delta = Delta.of(run.tune, base)
-    tuned = logits_of(model, batch)
+    wanted = logits_of(base, batch)
     delta.apply(base)
-    assert float((logits_of(base, batch) - tuned).abs().max()) < 1e-9
+    assert float((logits_of(base, batch) - logits_of(run.tune.model, batch)).abs().max()) < 1e-9
     delta.remove(base)
-    if kind == "additive":
+    assert float((logits_of(base, batch) - wanted).abs().max()) < 1e-9
+    if ended.kind == "additive":
         value = next(one for slot, one, _ in run.tune.additives)
         low_rank = value.pair is not None or value.factors is not None
         changed_in_place = bool(value.subtract)
@@ -101,6 +102,29 @@ def test_the_delta_makes_the_tuned_model_of_the_base(engine: Any, now: Now, kind
             assert one.numel * 2 > numbers or all(isinstance(form, Sparse) for form in delta[one.place.parameter])
 
 
+def test_merging_is_what_the_card_says(ended: Ended) -> None:
+    run, model, batch = ended.run, ended.run.tune.model, rows_of_eight()
+    card = registry.find(ended.name, (ended.kind,)).card
+    beside = [one for one in run.tune.trained.values() if one.form in ("factor", "free")]
+    if card.merges == "is in place":
+        assert not beside
+        return
+    run.tune.snapshot("before")
+    shake(run)
+    tuned = logits_of(model, batch)
+    try:
+        run.tune.merge()
+    except LuthierError:
+        needs_bias = ended.architecture == "llama" and ended.kind == "hidden_edit"
+        assert card.merges == "never" or needs_bias
+    else:
+        assert card.merges != "never"
+        assert float((logits_of(model, batch) - tuned).abs().max()) < 1e-9
+        run.tune.unmerge()
+    assert torch.equal(logits_of(model, batch), tuned), "unmerged, or refused: nothing changed"
+    run.tune.go_back("before")
+
+
 def test_every_kind_of_tune_is_covered() -> None:
     assert {kind for kind, _ in FREES} == set(kinds_under("tune"))
 
@@ -112,11 +136,11 @@ parallel sub-layers; no module around the MLP; experts."""
 
 @pytest.mark.parametrize("architecture", FAMILIES)
 @pytest.mark.parametrize(("kind", "name"), FREES)
-def test_every_family_trains_or_is_refused_by_name(engine: Any, now: Now, kind: str, name: str, architecture: str) -> None:
-    model, batch = model_of(architecture), rows_of_eight()
+def test_every_family_trains_or_is_refused_by_name(now: Now, kind: str, name: str, architecture: str) -> None:
+    model, batch = model_of(architecture), rows_for([kind])
     before = {key: value.clone() for key, value in model.state_dict().items()}
     try:
-        run = run_of(engine, kind, name, model=model, keep_base=True)
+        run = run_of(kind, name, model=model, keep_base=True)
     except LuthierError as error:
         assert name in str(error) or architecture in str(error), "a refusal names what it refuses"
         assert error.mend

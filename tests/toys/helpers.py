@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +30,14 @@ def toys() -> Iterator[None]:
     registry.remove_folder(TOYS)
 
 
-def model_of(architecture: str = "llama", **options: Any) -> Any:
-    """A tiny model in fp64."""
-    return tiny(architecture, seed=1, **{"layers": 2, **options}).double()
+@cache
+def _made(architecture: str, layers: int, **options: Any) -> Any:
+    return tiny(architecture, seed=1, layers=layers, **options).double()
+
+
+def model_of(architecture: str = "llama", *, layers: int = 2, **options: Any) -> Any:
+    """A tiny model in fp64, always the same: it is made once and copied."""
+    return copy.deepcopy(_made(architecture, layers, **options))
 
 
 ANNOTATED = ("tool_calls",)

@@ -105,7 +105,7 @@ def adalora(
 
     return (
         Additive(start, apply, delta, roles=roles, factors=factors),
-        Term(penalty, unit="step", weight=orthogonality),
+        Term(penalty, unit="step", weight=orthogonality, penalty=True),
         Keeper(after_step, after_stage, needs=frozenset({"gradients"})),
     )
 

@@ -83,7 +83,7 @@ def lofit(
         rates={"offset": rate},
         refresh=refresh,
     )
-    return edit, Term(total, unit="step"), Freezing(_never_frozen, restarts=(selection,))
+    return edit, Term(total, unit="step", penalty=True), Freezing(_never_frozen, restarts=(selection,))
 
 
 def _scales(services: Services) -> list[TrainedLike]:

@@ -112,7 +112,7 @@ def _penalty(l1: float) -> Term:
         ]
         return torch.stack(far).sum() * (l1 / numbers)
 
-    return Term(total, unit="step")
+    return Term(total, unit="step", penalty=True)
 
 
 def _distance(values: Tensor, start: Tensor) -> Tensor:

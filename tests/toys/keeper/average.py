@@ -21,7 +21,9 @@ def average(*, decay: float = 0.9) -> Keeper:
         for one in services.trained():
             now = one.master.detach()
             # Numbers that have come and gone have no past to average with.
-            state[one.name] = state[one.name].lerp(now, 1 - decay) if state[one.name].shape == now.shape else now.clone()
+            past = state.get(one.name)
+            stays = past is not None and past.shape == now.shape
+            state[one.name] = past.lerp(now, 1 - decay) if stays else now.clone()
 
     def after_stage(state: State, services: Services) -> None:
         for one in services.trained():

@@ -25,4 +25,4 @@ def pull_to_start(*, weight: float = 0.01) -> Term:
                 distance = distance + (one.leaf.to(start.dtype) - start).square().sum()
         return distance
 
-    return Term(total, unit="step", weight=weight)
+    return Term(total, unit="step", weight=weight, penalty=True)

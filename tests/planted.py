@@ -1,0 +1,286 @@
+"""Planted faults: what the tests must catch. `python -m tests.planted [numbers] [--at DIR]` puts each into a copy of the package and runs
+the tests that should see it; the working tree is never touched.
+
+A fault that no test catches shows what the tests do not hold. Numbers choose some of the list; `--at` takes package and tests from
+another checkout, to compare with its tests.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parents[1]
+
+
+class Fault(NamedTuple):
+    """One mistake."""
+
+    what: str
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+    """Files under `tests/` that should catch it."""
+
+
+BASIC = "contracts/test_contracts.py"
+TOGETHER = "contracts/test_contracts_composition.py"
+LOOP = "contracts/test_contracts_loop.py"
+PAIR = "contracts/test_contracts_processes.py"
+RESULTS = "contracts/test_contracts_results.py"
+DEFAULTS = "contracts/test_contracts_defaults.py"
+
+FAULTS = (
+    Fault(
+        "a wrong denominator: each micro-batch counts as one unit",
+        "training/objective.py",
+        "return [(float(batch.supervised),) for batch in batches]",
+        "return [(1.0,) for batch in batches]",
+        (BASIC,),
+    ),
+    Fault(
+        "gradients are not summed over processes",
+        "training/engine.py",
+        "                    self.world.sum(trained.gradient)",
+        "                    pass",
+        (PAIR,),
+    ),
+    Fault(
+        "observed gradients are not summed over processes",
+        "tune/change.py",
+        "return total(tune.dense[slot, place])",
+        "return tune.dense[slot, place]",
+        (PAIR,),
+    ),
+    Fault(
+        "keepers hear of steps in the first process only",
+        "training/engine.py",
+        "            if kept.keeper.after_step is not None:",
+        "            if kept.keeper.after_step is not None and self.world.is_first:",
+        (PAIR,),
+    ),
+    Fault(
+        "each process reports its own parts of the loss",
+        "training/engine.py",
+        "return own if len(self.objective.terms) == 1 else self._together(own)",
+        "return own",
+        (PAIR,),
+    ),
+    Fault(
+        "what techniques remember is not saved",
+        "training/checkpoint.py",
+        '        values.update({f"state|{slot}|{key}": value for key, value in state.items()})',
+        "        pass",
+        (LOOP,),
+    ),
+    Fault(
+        "a snapshot is not saved",
+        "training/checkpoint.py",
+        '        values.update({f"snapshot|{name}|{key}": value for key, value in snapshot.items()})',
+        "        pass",
+        (LOOP,),
+    ),
+    Fault(
+        "what stands still is not saved",
+        "training/checkpoint.py",
+        'values.update({f"still|{name}": one.forgotten for name, one in engine.tune.trained.items() if one.still})',
+        "pass",
+        (LOOP,),
+    ),
+    Fault(
+        "moments are not restored",
+        "training/checkpoint.py",
+        "            engine.chain.load({rest: value})",
+        "            pass",
+        (LOOP,),
+    ),
+    Fault(
+        "the model stays in evaluation mode after it was measured",
+        "training/loop.py",
+        "    engine.tune.model.train()\n    if plans.best is None:",
+        "    if plans.best is None:",
+        (LOOP,),
+    ),
+    Fault(
+        "the best numbers are not brought back",
+        "training/loop.py",
+        '        engine.tune.go_back("best")',
+        "        pass",
+        (LOOP,),
+    ),
+    Fault(
+        "patience lasts one evaluation too long",
+        "training/loop.py",
+        "progress.since_best >= plans.patience",
+        "progress.since_best > plans.patience",
+        (LOOP,),
+    ),
+    Fault(
+        "draws of a step are not keyed",
+        "training/engine.py",
+        '        torch.manual_seed(draws.seed_of(now.seed, "step", now.step, self.world.rank))',
+        "        pass",
+        (LOOP,),
+    ),
+    Fault(
+        "a snapshot shares its numbers with what trains",
+        "tune/change.py",
+        'values[f"master|{name}"] = one.master.detach().clone()',
+        'values[f"master|{name}"] = one.master.detach()',
+        (LOOP,),
+    ),
+    Fault(
+        "what is put back is not pushed to the model",
+        "tune/change.py",
+        "            put_tap(tune, one)\n        tune.push(one)\n",
+        "            put_tap(tune, one)\n",
+        (LOOP,),
+    ),
+    Fault(
+        "numbers that left are not part of a snapshot",
+        "tune/change.py",
+        "return sorted({place.parameter for place in mine if place is not None})",
+        "return []",
+        (LOOP,),
+    ),
+    Fault(
+        "a step without targets is taken all the same",
+        "training/objective.py",
+        "return not any(number for several in data or units for number in several)",
+        "return False",
+        (LOOP,),
+    ),
+    Fault(
+        "what stands still gets gradients",
+        "tune/change.py",
+        "        one.leaf.requires_grad_(not one.still)\n",
+        "",
+        (TOGETHER,),
+    ),
+    Fault(
+        "the base of a weight is what a selection began with",
+        "tune/attach.py",
+        "                    _begin_again(tune, one, one.place, tune.altered[name])",
+        "                    pass",
+        (TOGETHER,),
+    ),
+    Fault(
+        "a penalty of a technique stands for the objective",
+        "methods/additive/adalora.py",
+        "weight=orthogonality, penalty=True",
+        "weight=orthogonality",
+        (BASIC,),
+    ),
+    Fault(
+        "the last of several token weights alone counts",
+        "training/objective.py",
+        "weight_N = weight_N * one.weight.weigh(view.for_technique(one.state)).detach()",
+        "weight_N = one.weight.weigh(view.for_technique(one.state)).detach()",
+        (TOGETHER,),
+    ),
+    Fault(
+        "the wrong sign: a start is added to the weight that it should be taken out of",
+        "tune/attach.py",
+        "values.copy_(values.to(torch.promote_types(values.dtype, delta_OI.dtype)) - delta_OI)",
+        "values.copy_(values.to(torch.promote_types(values.dtype, delta_OI.dtype)) + delta_OI)",
+        (BASIC, TOGETHER),
+    ),
+    Fault(
+        "a technique's own optimizer or transform takes everything",
+        "training/chain.py",
+        "return (not self.own or trained.slot == self.slot) and",
+        "return",
+        (TOGETHER,),
+    ),
+    Fault(
+        "a second claim on the same numbers is let through",
+        "tune/attach.py",
+        "        if bool((mine & _claim(tune, other.place, other.form, other.index)).any()):",
+        "        if False:",
+        (TOGETHER,),
+    ),
+    Fault(
+        "moments do not follow entries that are rearranged",
+        "training/chain.py",
+        "                    state[key] = migrate(value, trained.axis, take, old_size)",
+        "                    state[key] = torch.zeros_like(trained.master, dtype=value.dtype)",
+        (TOGETHER, LOOP),
+    ),
+    Fault(
+        "rules over the step see one process's targets",
+        "training/objective.py",
+        "    whole = world.gather(local)\n",
+        "    whole = local\n",
+        (PAIR,),
+    ),
+    Fault(
+        "a forgotten mask: virtual tokens count as token 0 of a table",
+        "tune/taps.py",
+        "table.index_add_(0, ids.clamp(min=0), gy.to(table.dtype) * (ids >= 0)[:, None])",
+        "table.index_add_(0, ids.clamp(min=0), gy.to(table.dtype))",
+        (TOGETHER,),
+    ),
+    Fault(
+        "a default changed",
+        "methods/selective/half.py",
+        "    share: float = 0.5,",
+        "    share: float = 0.4,",
+        (DEFAULTS,),
+    ),
+)
+
+
+def planted(fault: Fault, root: Path, folder: Path) -> None:
+    """Copy package and tests, and put a fault into the copy."""
+    for name in ("luthier", "tests"):
+        shutil.copytree(root / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(root / "pyproject.toml", folder)
+    file = folder / "luthier" / fault.file
+    text = file.read_text(encoding="utf-8")
+    if text.count(fault.old) != 1:
+        raise SystemExit(f"{fault.file} has {text.count(fault.old)} places for: {fault.what}")
+    file.write_text(text.replace(fault.old, fault.new), encoding="utf-8")
+
+
+def caught(fault: Fault, root: Path, tests: Sequence[str]) -> str:
+    """The test that failed first; empty where none did."""
+    with tempfile.TemporaryDirectory() as where:
+        folder = Path(where)
+        planted(fault, root, folder)
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
+        done = subprocess.run(
+            command, cwd=folder, env={**os.environ, "PYTHONPATH": str(folder)}, capture_output=True, text=True, check=False
+        )
+    if done.returncode not in (0, 1, 2):
+        raise SystemExit(f"pytest did not run: {done.stdout[-2000:]}{done.stderr[-2000:]}")
+    failed = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "SUBFAILED", "ERROR"))]
+    return (failed or ["something failed"])[0] if done.returncode else ""
+
+
+def main() -> None:
+    """Plant faults and say which were caught."""
+    reading = argparse.ArgumentParser(description=__doc__)
+    reading.add_argument("numbers", nargs="*", type=int, help="which faults, from 1; all")
+    reading.add_argument("--at", type=Path, default=ROOT, help="the checkout to take package and tests from")
+    reading.add_argument("--tests", nargs="*", help="other tests than those that should catch it")
+    given = reading.parse_args()
+    numbers = given.numbers or list(range(1, len(FAULTS) + 1))
+    found = 0
+    for number in numbers:
+        fault = FAULTS[number - 1]
+        seen = caught(fault, given.at, given.tests or [f"tests/{test}" for test in fault.tests])
+        found += bool(seen)
+        print(f"{number:2} {'caught' if seen else 'NOT CAUGHT'}: {fault.what}{f' ({seen[:150]})' if seen else ''}", flush=True)
+    print(f"{found} of {len(numbers)} caught")
+
+
+if __name__ == "__main__":
+    main()
