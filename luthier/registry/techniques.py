@@ -317,11 +317,12 @@ def _check_values(technique: Technique, values: tuple[Any, ...]) -> None:
         what = f"a {type(strange[0]).__name__}" if strange else "nothing"
         mend = "return a value of `luthier.kinds`, or a tuple of several"
         raise LuthierError(f"`{technique.name}` returns {what}, and a technique is made of values of kinds", where=where, mend=mend)
-    if kind_of(values[0]) != technique.kind:
+    found = [kind_of(value) for value in values]
+    if technique.kind not in found:
         raise LuthierError(
-            f"`{technique.name}` lies among {technique.kind}, and its first value is a {kind_of(values[0])}",
+            f"`{technique.name}` lies among {technique.kind}, and what it returns is {', '.join(found)}",
             where=where,
-            mend=f"move the file to `{kind_of(values[0])}/`, or return the {technique.kind} first",
+            mend=f"move the file to `{found[0]}/`",
         )
 
 
