@@ -261,7 +261,8 @@ def _short(spec: object) -> str:
 def _placed(part: Part, kinds: tuple[str, ...], key: str, where: str) -> Part:
     """A part that was made elsewhere, where it belongs here."""
     belongs = part.card.key or key_of(part.kind)
-    if (belongs == key) if key else (part.kind in kinds):
+    by_hand = part.kind not in KINDS
+    if by_hand or ((belongs == key) if key else (part.kind in kinds)):
         return part
     mend = f"put it under `{belongs}`" if belongs else f"it takes no part in training; use `{COMMANDS[part.kind][0]} {part.name}`"
     raise LuthierError(f"`{part.name}` has no place here", where=where, mend=mend)
