@@ -161,8 +161,8 @@ FAULTS = (
     Fault(
         "what stands still gets gradients",
         "tune/change.py",
-        "        one.leaf.requires_grad_(not one.still)\n",
-        "",
+        "                _remember(tune, one)\n        one.leaf.requires_grad_(not one.still)\n",
+        "                _remember(tune, one)\n",
         (TOGETHER,),
     ),
     Fault(
@@ -171,6 +171,21 @@ FAULTS = (
         "                    _begin_again(tune, one, one.place, tune.altered[name])",
         "                    pass",
         (TOGETHER,),
+    ),
+    Fault(
+        "what stands still moves once an earlier state was looked at",
+        "tune/change.py",
+        "        # What is made anew here must not move in a step in which it stands still.\n"
+        "        one.leaf.requires_grad_(not one.still)\n",
+        "",
+        (TOGETHER,),
+    ),
+    Fault(
+        "a step that is not taken drops optimizer state",
+        "training/engine.py",
+        "        looked = self._look(batches, now)\n",
+        "        self.tune.freeze(now)\n        looked = self._look(batches, now)\n",
+        (LOOP,),
     ),
     Fault(
         "a penalty of a technique stands for the objective",

@@ -349,3 +349,5 @@ def put_back(tune: Attached, values: Tensors) -> None:
         if one.form not in ("whole", "factor", "free"):
             put_tap(tune, one)
         tune.push(one)
+        # What is made anew here must not move in a step in which it stands still.
+        one.leaf.requires_grad_(not one.still)

@@ -15,7 +15,7 @@ from luthier import registry
 from luthier.kinds import Batch, InputMap
 from luthier.registry import key_of
 from luthier.training.engine import Engine, StepResult
-from luthier.tune.trained import write
+from luthier.tune.trained import Trained, write
 from tests.conftest import split
 from tests.contracts.combinations import Technique, Together, build, parts_for, traits
 from tests.contracts.fixtures import NOW, engine_of, masters, part_of
@@ -65,21 +65,42 @@ def live(together: Together, steps: int = STEPS) -> Lived:
     heard: dict[str, int] = {}
     for kept in run.keepers:
         _count(kept, heard)
+    _follow_moments(run)
     lived = Lived([], [], heard, {}, frees(run))
     run.tune.model.train()
     for step in range(steps):
         claim(run, lived.claimed)
         before = masters(run)
-        entries = {name: one.index for name, one in run.tune.trained.items()}
         batches = [batch] if step else split(batch, (5, 3))
         lived.results.append(run.step(batches, LIVED._replace(step=step)))
         after = masters(run)
-        # Where entries were exchanged, others stand there now.
-        still = [n for n, one in run.tune.trained.items() if one.still and n in before and before[n].shape == after[n].shape]
-        same = [n for n in still if entries[n] is None or torch.equal(entries[n], run.tune.trained[n].index)]
-        lived.still.extend((n, before[n], after[n]) for n in same)
+        # Where a technique exchanged entries, others stand there now.
+        changed = {said.split(":")[0] for said in lived.results[-1].said}
+        still = [n for n, one in run.tune.trained.items() if one.still and n in before and one.slot not in changed]
+        lived.still.extend((n, before[n], after[n]) for n in still)
     claim(run, lived.claimed)
     return lived
+
+
+def _follow_moments(run: Engine) -> None:
+    """Whenever entries are rearranged, what optimizers know of those that stay stays with them, and of new ones they know nothing."""
+    own, chain = run.tune.moved, run.chain
+
+    def moved(trained: Trained, take: Tensor, old_size: int) -> None:
+        before = {
+            (slot, key): value.clone()
+            for slot, states in chain.state.items()
+            for key, value in states.get(trained.name, {}).items()
+            if isinstance(value, Tensor) and value.ndim == trained.master.ndim and value.shape[trained.axis] == old_size
+        }
+        own(trained, take, old_size)
+        for (slot, key), old in before.items():
+            new = chain.state[slot][trained.name][key].movedim(trained.axis, 0)
+            stays = take >= 0
+            assert torch.equal(new[stays], old.movedim(trained.axis, 0)[take[stays]]), f"{key} of {trained.name} did not follow"
+            assert not new[~stays].any(), f"{key} of {trained.name}: new entries have a past"
+
+    run.tune.moved = moved
 
 
 def _count(kept: Any, heard: dict[str, int]) -> None:
@@ -113,16 +134,21 @@ def frees_as_alone(together: Together, lived: Lived, one: Technique) -> None:
     _options[str(options)] = options
     first, last = _alone(*one, str(options))
     assert lived.frees[one[1]] == first, f"{one[1]} frees other numbers than alone"
-    measure = BY_GRADIENT.get(one[1], list)
-    assert measure(frees(together.run)[one[1]]) == measure(last), f"after some steps {one[1]} frees other numbers than alone"
+    same = BY_GRADIENT.get(one[1], list.__eq__)
+    assert same(frees(together.run)[one[1]], last), f"after some steps {one[1]} frees other numbers than alone"
 
 
-BY_GRADIENT: dict[str, Callable[[list[tuple[str, tuple[int, ...]]]], Any]] = {
-    "growing": len,
-    # One number stands in where nothing was chosen.
-    "lt_sft": lambda found: sum(prod(shape) for _, shape in found if shape != (1,)),
+Shapes = list[tuple[str, tuple[int, ...]]]
+BY_GRADIENT: dict[str, Callable[[Shapes, Shapes], bool]] = {
+    "growing": lambda mine, alone: len(mine) == len(alone),
+    # Where nothing was chosen one number stands in.
+    "lt_sft": lambda mine, alone: abs(_numbers(mine) - _numbers(alone)) < len(alone),
 }
 """Techniques whose shapes follow from gradients, which others change; and what stays the same."""
+
+
+def _numbers(found: Shapes) -> int:
+    return sum(prod(shape) for _, shape in found)
 
 
 def stood_still(together: Together, lived: Lived, one: Technique) -> None:
