@@ -89,9 +89,9 @@ def test_the_head_of_then_is_used_again_where_chunks_are_made_anew(engine: Any, 
     run.tune.snapshot("early")
     go(run, now, 0, 2)
     found = []
-    compute = services.logprobs.compute
+    compute = services.chunked.compute
     for limit in (2**28, 1):
-        monkeypatch.setattr(services.logprobs, "compute", lambda *a, limit=limit, **o: compute(*a, **o, limit_bytes=limit))
+        monkeypatch.setattr(services.chunked, "compute", lambda *a, limit=limit, **o: compute(*a, **o, limit_bytes=limit))
         value = view_of(run.tune, rows_of_eight(), resolve([column]), now)["to_early"].sum()
         value.backward()
         found.append({name: one.gradient for name, one in run.tune.trained.items()})
