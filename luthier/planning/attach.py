@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 from luthier.planning.load import Loaded
@@ -10,7 +9,7 @@ from luthier.planning.prepare import check_lengths, make_calibration, make_feed,
 from luthier.planning.read import TrainingRows
 from luthier.recipe import Recipe, TrainRecipe
 from luthier.recipe.parts import Chosen
-from luthier.registry import Part
+from luthier.registry import slots_of
 from luthier.training.build import build_engine
 from luthier.training.engine import Engine
 from luthier.training.feed import Feed
@@ -43,7 +42,7 @@ def attach(recipe: Recipe, schedule: Schedule, chosen: Chosen, loaded: Loaded, r
     train, seed, encoded = recipe.train, recipe.seed, rows.encoded
     feed = make_feed(train, seed, encoded, world, loaded.device, rows.mixture)
     steps = feed.total()
-    rate, rate_from = advised_rate(train, [part for parts in chosen.values() for part in parts])
+    rate, rate_from = advised_rate(train, chosen)
     clock = Clock(steps, rate, schedule, warmup_steps(train.warmup, steps), seed)
     engine = build_engine(
         loaded.model,
@@ -64,11 +63,11 @@ def attach(recipe: Recipe, schedule: Schedule, chosen: Chosen, loaded: Loaded, r
     return Attached(engine, feed, clock, rate_from, padded)
 
 
-def advised_rate(train: TrainRecipe, parts: Sequence[Part]) -> tuple[float, str]:
+def advised_rate(train: TrainRecipe, chosen: Chosen) -> tuple[float, str]:
     """The learning rate and where it comes from: the recipe, or the most careful advice among the techniques that train."""
     if train.learning_rate is not None:
         return train.learning_rate, "the recipe"
-    advice = [(part.card.learning_rate, part.name) for part in parts if part.card.learning_rate is not None]
+    advice = [(part.card.learning_rate, part.name) for _, _, part in slots_of(chosen) if part.card.learning_rate is not None]
     if not advice:
         return RATE_WITHOUT_ADVICE, "the default"
     rate, name = min(advice)

@@ -10,7 +10,7 @@ from luthier.kinds import Now, RowMap
 from luthier.planning.load import Loaded
 from luthier.recipe import RowsRecipe
 from luthier.recipe.parts import Chosen
-from luthier.registry import slots, values_of
+from luthier.registry import slots_of, values_of
 from luthier.rows.annotate import annotations_of
 from luthier.rows.encode import EncodedRows
 from luthier.rows.gather import encode_rows, mixture_of
@@ -79,6 +79,5 @@ def read(recipe: RowsRecipe, seed: int, sources: Sources, chosen: Chosen, loaded
 
 def _maps(chosen: Chosen) -> list[tuple[str, RowMap]]:
     """Row maps by slot: first those that the recipe names as such, then those that techniques bring."""
-    maps = values_of(chosen, RowMap)
-    named = dict(slots([part for parts in chosen.values() for part in parts]))
-    return sorted(maps, key=lambda one: named[one[0]] not in chosen["rows.map"])
+    own_first = sorted(slots_of(chosen), key=lambda one: one[0] != "rows.map")
+    return [(slot, value) for _, slot, part in own_first for value in part.values if isinstance(value, RowMap)]

@@ -15,17 +15,13 @@ Chosen = Mapping[str, Sequence[Part]]
 """A run's parts by the recipe's key, in the order of `luthier.registry.KEYS`."""
 
 
-def choose_parts(recipe: Recipe, **instead: object) -> Chosen:
+def choose_parts(recipe: Recipe) -> Chosen:
     """All techniques a recipe names, and those that join it because nothing does their work, such as cross-entropy.
-
-    Args:
-        recipe: names them.
-        instead: what stands under some of its keys instead.
 
     Raises:
         LuthierError: unknown technique or option, with the nearest name, an option of the wrong type, or a technique of another key.
     """
-    return completed({name: instead.get(name, key.of(recipe)) for name, key in registry.KEYS.items()})
+    return completed({name: key.of(recipe) for name, key in registry.KEYS.items()})
 
 
 def completed(specs: Mapping[str, object]) -> Chosen:

@@ -1,6 +1,6 @@
 """The registry: techniques and their cards, the keys of a recipe that hold them, and the papers they come from."""
 
-from luthier.registry.cards import Card, Part, Technique, method, slots, values_of
+from luthier.registry.cards import Card, Part, Technique, method, slots, slots_of, values_of
 from luthier.registry.keys import COMMANDS, KEYS, KINDS, Key, fields_under, key_of, kind_of, kinds_under
 from luthier.registry.techniques import (
     NOTHING,
@@ -45,5 +45,6 @@ __all__ = [
     "part",
     "remove_folder",
     "slots",
+    "slots_of",
     "values_of",
 ]

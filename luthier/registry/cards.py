@@ -90,7 +90,13 @@ def slots(parts: Sequence[Part]) -> list[tuple[str, Part]]:
     return named
 
 
+def slots_of(chosen: Mapping[str, Sequence[Part]]) -> list[tuple[str, str, Part]]:
+    """Every part of a run with its key and a name of its own, in the order of the keys."""
+    keys = [key for key, parts in chosen.items() for _ in parts]
+    named = slots([part for parts in chosen.values() for part in parts])
+    return [(key, slot, part) for key, (slot, part) in zip(keys, named, strict=True)]
+
+
 def values_of(chosen: Mapping[str, Sequence[Part]], *kinds: type) -> list[tuple[str, Any]]:
     """All values of some kinds among a run's parts, by slot, in the order of the parts, whatever key they stand under."""
-    named = slots([part for parts in chosen.values() for part in parts])
-    return [(slot, value) for slot, part in named for value in part.values if isinstance(value, kinds or object)]
+    return [(slot, value) for _, slot, part in slots_of(chosen) for value in part.values if isinstance(value, kinds or object)]

@@ -183,9 +183,11 @@ def _unknown(name: str, kinds: tuple[str, ...], where: str, key: str = "") -> Lu
 
 def _place_of(kind: str, name: str) -> str:
     """Where a technique of a kind belongs, as an instruction."""
-    if kind in COMMANDS:
-        return f"it takes no part in training; use `{COMMANDS[kind][0]} {name}`"
-    return f"put it under `{_load(kind, name).card.key}`"
+    return _instruction(_load(kind, name).card.key, kind, name)
+
+
+def _instruction(key: str, kind: str, name: str) -> str:
+    return f"put it under `{key}`" if key else f"it takes no part in training; use `{COMMANDS[kind][0]} {name}`"
 
 
 def cards(kinds: Iterable[str] | None = None) -> list[Card]:
@@ -264,8 +266,7 @@ def _placed(part: Part, kinds: tuple[str, ...], key: str, where: str) -> Part:
     by_hand = part.kind not in KINDS
     if by_hand or ((belongs == key) if key else (part.kind in kinds)):
         return part
-    mend = f"put it under `{belongs}`" if belongs else f"it takes no part in training; use `{COMMANDS[part.kind][0]} {part.name}`"
-    raise LuthierError(f"`{part.name}` has no place here", where=where, mend=mend)
+    raise LuthierError(f"`{part.name}` has no place here", where=where, mend=_instruction(belongs, part.kind, part.name))
 
 
 def part(name: str, **options: Any) -> Part:

@@ -197,8 +197,6 @@ def _attach_stored(tune: Tune, recipe: Recipe, path: Path) -> None:
             value = value._replace(start=lambda place, *_, slot=slot: held(f"{slot}/{place}"))
         elif isinstance(value, Prefix):
             value = value._replace(start=lambda *_, slot=slot: held(slot))
-        elif isinstance(value, Prompt):
-            value = value._replace(start=lambda *_, slot=slot: held(slot), labels=None, length=length)
         else:
-            continue
+            value = value._replace(start=lambda *_, slot=slot: held(slot), labels=None, length=length)
         tune.add(slot, value, RunServices(tune, slot, now), {})

@@ -104,7 +104,7 @@ def sweep(
 
 def _advice(arm: Arm) -> tuple[float, str]:
     """The learning rate that `luthier train` would take, and where it comes from."""
-    return advised_rate(arm.recipe.train, [part for parts in choose_parts(arm.recipe).values() for part in parts])
+    return advised_rate(arm.recipe.train, choose_parts(arm.recipe))
 
 
 def _alone(root: Path) -> AbstractContextManager[object]:

@@ -26,7 +26,7 @@ from luthier.kinds.parts import Parts
 from luthier.models.attention import use_attention
 from luthier.models.modes import evaluating
 from luthier.models.sharding import Root
-from luthier.registry import KEYS, Part, slots, values_of
+from luthier.registry import KEYS, Part, slots_of, values_of
 from luthier.training.chain import Chain, Link
 from luthier.training.engine import Engine, Kept, idle_batch
 from luthier.training.inputs import Inputs, Mapped, bare_vocabulary
@@ -71,8 +71,8 @@ def build_engine(
     """
     chosen = {name: tuple(chosen.get(name, ())) for name in KEYS}
     values = values_of(chosen)
-    named = slots([part for group in chosen.values() for part in group])
-    states: dict[str, State] = {slot: {} for slot, _ in named}
+    named = slots_of(chosen)
+    states: dict[str, State] = {slot: {} for _, slot, _ in named}
     goal = Objective(
         terms=[Minimized(slot, as_term(v), states[slot]) for slot, v in values if isinstance(v, Term | TokenLoss)],
         weights=[Weighted(slot, v, states[slot]) for slot, v in values if isinstance(v, TokenWeight)],
@@ -106,7 +106,7 @@ def build_engine(
         _try_looking(owner, looking)
     # What a technique returns beside what it frees is for its own tensors, and comes before what the recipe names as its step.
     freeing = {slot for slot, v in values if isinstance(v, frees)}
-    in_step = {slot for slot, part in named if any(part is one for one in chosen["step"])}
+    in_step = {slot for key, slot, _ in named if key == "step"}
     moving = [(slot, v) for slot, v in values if isinstance(v, Transform | Optimizer)]
     links = [Link(slot, v, own=slot in freeing) for slot, v in sorted(moving, key=lambda one: one[0] in in_step)]
     sources = [(slot, v) for slot, v in values if isinstance(v, Source)]
