@@ -104,6 +104,12 @@ def free_what_is_gone() -> None:
     gc.collect()
 
 
+def keep_what_stands() -> None:
+    """Leave what the process holds now out of the garbage collector's rounds: each of them would walk through all of torch again."""
+    gc.collect()
+    gc.freeze()
+
+
 def free_broken_backward() -> None:
     """Free what a backward pass that broke off has left: torch keeps its graph, activations and all, until a thread's next one."""
     torch.ones((), requires_grad=True).backward()

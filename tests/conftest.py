@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -13,7 +12,7 @@ import torch
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from luthier import registry
+from luthier import machine, registry
 from luthier.kinds import Batch, Now
 from luthier.models.parts import map_parts
 from luthier.models.tiny import tiny
@@ -39,8 +38,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_finish() -> None:
     """Leave what stands for the whole session out of the garbage collector's rounds: every run of luthier asks for one."""
-    gc.collect()
-    gc.freeze()
+    machine.keep_what_stands()
 
 
 def make_batch(rows: Sequence[tuple[int, int]], *, vocabulary: int = 250, seed: int = 0, first: int = 0, pad_to: int = 0) -> Batch:

@@ -60,9 +60,13 @@ def workers(count: int) -> Iterator[RunAll]:
 
 def _begin() -> None:
     import torch
+    import transformers.models.llama.modeling_llama  # noqa: F401
+
+    import luthier.runs.train  # noqa: F401
 
     torch.set_num_threads(1)
     machine.end_with_parent()
+    machine.keep_what_stands()
 
 
 @contextmanager
