@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -79,6 +80,8 @@ class Engine:
     states: dict[str, State] = field(default_factory=dict)
     """What every technique remembers, by slot."""
     calibration: Calibration | None = None
+    best_states: dict[str, State] = field(default_factory=dict)
+    """What keepers that act when a stage ends remembered when the numbers were best, by slot."""
     chosen: Mapping[str, Sequence[Part]] = field(default_factory=dict)
     """The run's parts by the recipe's key; owners of kinds that no step needs take their values from here."""
     committed: bool = False
@@ -88,6 +91,21 @@ class Engine:
         """Training is over: optimizer state, gradients and earlier states of what trained are let go; no step can follow."""
         self.tune.rest()
         self.chain.rest()
+
+    def keep_best(self) -> None:
+        """Remember the trained numbers as they are now, and what keepers know that will act on them when the stage ends."""
+        self.tune.snapshot("best")
+        self.best_states = {one.slot: copy.deepcopy(one.state) for one in self.keepers if one.keeper.after_stage is not None}
+
+    def go_back_to_best(self) -> None:
+        """Make what was remembered the run's own again; nothing happens where nothing was."""
+        if "best" not in self.tune.snapshots:
+            return
+        self.tune.go_back("best")
+        for slot, state in self.best_states.items():
+            # In place: the parts of a technique share their state.
+            self.states[slot].clear()
+            self.states[slot].update(copy.deepcopy(state))
 
     def services(self, slot: str, now: Now) -> Services:
         """What a technique under this slot may ask."""
@@ -119,7 +137,10 @@ class Engine:
             ]
         )
         if self.objective.idle(units):
-            return StepResult(0.0, 0.0, {}, int(counts[0]), 0, int(counts[2]), 0.0, skipped=True)
+            # Nothing moves, but the clock does: what was to change with this step changes.
+            self.committed = True
+            said = self._refresh(now)
+            return StepResult(0.0, 0.0, {}, int(counts[0]), 0, int(counts[2]), 0.0, said=tuple(said), skipped=True)
         # Not before: what comes to stand still may lose its optimizer state, and a step that is not taken changes nothing.
         self.tune.freeze(now)
         self.tune.start_observing(now)
@@ -211,12 +232,15 @@ class Engine:
         for name, gradient in self.chain.received.items():
             self.tune.trained[name].gradient = gradient
         for kept in self.keepers:
-            if kept.keeper.after_step is not None:
+            if kept.keeper.after_step is not None and self.tune.turns.moves(kept.slot, now):
                 kept.keeper.after_step(kept.state, self.services(kept.slot, now))
         for name in self.chain.received:
             self.tune.trained[name].gradient = None
         self.chain.received.clear()
-        return self.tune.refresh(lambda slot: self.services(slot, now))
+        return self._refresh(now)
+
+    def _refresh(self, now: Now) -> list[str]:
+        return self.tune.refresh(lambda slot: self.services(slot, now), now)
 
 
 def with_context(batch: Batch, label_P: Tensor | None) -> Batch:

@@ -167,7 +167,7 @@ class Objective:
                 row_M=whole["row"][kept_L].unique(return_inverse=True)[1],
                 position_M=whole["position"][kept_L],
                 of_rows={name: values[kept_L] for name, values in of_rows.items()},
-                now=now,
+                now=tune.turns.own(rule.slot, now),
                 state=rule.state,
                 services=services_of(rule.slot),
             )
@@ -240,14 +240,14 @@ class Objective:
         with torch.no_grad():
             for one in self.weights:
                 if one.weight.weigh is not None:
-                    view.services = services_of(one.slot)
+                    view.services, view.now = services_of(one.slot), tune.turns.own(one.slot, now)
                     weight_N = weight_N * one.weight.weigh(view.for_technique(one.state)).detach()
         loss = view["nll"].new_zeros(())
         parts: dict[str, float] = {}
         for minimized, unit in zip(self.terms, units, strict=True):
             if not any(unit) or (minimized.term.unit == "step" and not first):
                 continue
-            view.services = services_of(minimized.slot)
+            view.services, view.now = services_of(minimized.slot), tune.turns.own(minimized.slot, now)
             own = minimized.own.tensors() if minimized.own is not None else {}
             total = minimized.term.total(view.for_technique(minimized.state, weight_N), own)
             # What has no unit in the whole step adds nothing.

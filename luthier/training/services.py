@@ -25,11 +25,11 @@ from luthier.tune.forward import BlockChange, EmbedChange, Hidden, head_now, hid
 
 
 class RunServices:
-    """One technique's view of the run: the model by places, its own tensors, draws by name, forward passes."""
+    """One technique's view of the run: its clock, the model by places, its own tensors, draws by name, forward passes."""
 
     def __init__(self, tune: Tune, slot: str, now: Now, calibration: Calibration | None = None) -> None:
-        self._tune, self.slot, self.now, self._calibration = tune, slot, now, calibration
-        self.parts = tune.parts
+        self._tune, self.slot, self._run, self._calibration = tune, slot, now, calibration
+        self.now, self.parts = tune.turns.own(slot, now), tune.parts
 
     def rng(self, key: str) -> torch.Generator:
         """A generator for this seed, stage and key."""
@@ -100,7 +100,7 @@ class RunServices:
     def forward(self, batch: Batch, columns: Sequence[str]) -> View:
         """Columns of a batch without gradients, in evaluation mode."""
         with evaluating(self._tune.model):
-            return view_of(self._tune, batch, chunked.resolve(columns), self.now)
+            return view_of(self._tune, batch, chunked.resolve(columns), self._run)
 
     def batches(self, rows: int, source: str = "") -> Sequence[Batch]:
         """Batches for calibration, the same at every call and on every process."""

@@ -22,6 +22,7 @@ from luthier.models.quantized import QuantizedLinear
 from luthier.models.sharding import Root, put
 from luthier.tune.sites import Own, Site
 from luthier.tune.trained import Trained, region, watch, write
+from luthier.tune.turns import Turns
 
 Result = TypeVar("Result")
 
@@ -55,6 +56,8 @@ class Attached:
         self.additives: list[tuple[str, Additive, State]] = []
         self.edits: list[tuple[str, HiddenEdit, State]] = []
         self.freezings: list[tuple[str, Freezing, State]] = []
+        self.turns = Turns()
+        """Whose turn it is to move, and each technique's clock."""
         self.prompt_length = 0
         self.prompt_labels: Tensor | None = None
         """Targets of a prompt's virtual tokens, where they are learnt."""

@@ -127,7 +127,7 @@ LEARNING = [(kind, name) for kind, name in ALL if key_of(kind) in ("objective", 
 GIVEN: dict[str, dict[str, Any]] = {
     "adalora": {"warmup": 0.05},
     "convergence_balance": {"validation_source": "other", "every": 1, "window": 2},
-    "caft": {"heads_first": 0.05},
+    "caft": {"heads_first": 0.1},
     "greentrainer": {"selections": 5, "target": 0.7},
     "lift": {"rank": 4, "lora_rank": 2, "every": 2},
     "likelihood": {"models": ("tiny:llama",)},

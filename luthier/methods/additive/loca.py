@@ -76,7 +76,9 @@ def loca(
         return turn_of_locations == trained.name.endswith(".coefficients")
 
     rates = {"rows": location_rate, "columns": location_rate}
-    return Additive(start, apply, delta, roles=roles, rates=rates, frozen=frozenset({"begin", "shape"})), Freezing(frozen)
+    return Additive(start, apply, delta, roles=roles, rates=rates, frozen=frozenset({"begin", "shape"})), Freezing(
+        frozen, ends=(search,)
+    )
 
 
 def _check(coefficients: int, dropout: float, search: float, coefficient_steps: int, location_steps: int) -> None:
