@@ -76,7 +76,7 @@ class Pass(Protocol):
         """Forward and backward of one micro-batch, divided by the units of the whole step; gradients add up in `trained`."""
 
     def loss(self) -> float:
-        """The step's loss without gradients, over all micro-batches and processes."""
+        """The step's loss without gradients and without dropout, over all micro-batches and processes."""
 
     def write(self, trained: TrainedLike, value: Tensor) -> None:
         """Set a trained tensor, and the live weight with it: for sources that try other values."""

@@ -139,6 +139,7 @@ def build_engine(
             where="train.sharding",
             mend="use train.sharding: none",
         )
+    engine.refuse_apart(values=True)
     return engine
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import reduce
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from torch import Tensor
 from luthier import draws
 from luthier.errors import LuthierError
 from luthier.kinds import Batch, Keeper, Now, Services, Source, State, TrainedLike
+from luthier.models.modes import evaluating
 from luthier.models.sharding import is_sharded
 from luthier.registry import Part
 from luthier.training.chain import Chain
@@ -143,6 +145,7 @@ class Engine:
             return StepResult(0.0, 0.0, {}, int(counts[0]), 0, int(counts[2]), 0.0, said=tuple(said), skipped=True)
         # Not before: what comes to stand still may lose its optimizer state, and a step that is not taken changes nothing.
         self.tune.freeze(now)
+        self.refuse_apart(values=False)
         self.tune.start_observing(now)
         work = Work(self, passes, now, units, keeps, idle=len(idle))
         self.source.gradients(work)
@@ -240,7 +243,55 @@ class Engine:
         return self._refresh(now)
 
     def _refresh(self, now: Now) -> list[str]:
-        return self.tune.refresh(lambda slot: self.services(slot, now), now)
+        said = self.tune.refresh(lambda slot: self.services(slot, now), now)
+        if said:
+            self.refuse_apart(values=True)
+        return said
+
+    def refuse_apart(self, *, values: bool) -> None:
+        """Stop in all processes where they would train different numbers.
+
+        Each chooses for itself from what all of them see, which comes out alike as long as devices compute alike.
+
+        Args:
+            values: compare what the numbers are, too, and not only which stand still.
+
+        Raises:
+            LuthierError: the processes differ.
+        """
+        if self.world.size == 1:
+            return
+        everyone = self.world.gather_plain(choices(list(self.tune.trained.values()), values=values))
+        slots = {slot for one in everyone for slot in one}
+        apart = sorted(slot for slot in slots if len({one.get(slot) for one in everyone}) > 1)
+        if apart:
+            raise LuthierError(
+                f"`{apart[0]}` trains numbers that differ between the processes",
+                where=apart[0],
+                mend="use one process, or another technique: what it chooses is not the same on every device",
+            )
+
+
+def choices(trained: Sequence[Trained], *, values: bool) -> dict[str, str]:
+    """A short name for what each technique has chosen to train, by slot: equal where the choice is.
+
+    Args:
+        trained: what trains.
+        values: with the numbers themselves, other than whole tensors of the model, and which they are.
+    """
+    told: dict[str, list[Any]] = {}
+    for one in trained:
+        mine: list[Any] = [one.name, one.form, tuple(one.master.shape), one.still]
+        if values and one.form != "whole":
+            mine += [_sum_of(part) for part in (one.index, one.master.detach()) if part is not None and not is_sharded(part)]
+        told.setdefault(one.slot, []).append(mine)
+    return {slot: hashlib.sha256(repr(mine).encode()).hexdigest() for slot, mine in told.items()}
+
+
+def _sum_of(values: Tensor) -> tuple[float, ...]:
+    """Two numbers that other values of a tensor would hardly have."""
+    numbers = values.flatten().to(torch.float64 if values.device.type != "mps" else torch.float32)
+    return float(numbers.sum()), float(numbers.norm())
 
 
 def with_context(batch: Batch, label_P: Tensor | None) -> Batch:
@@ -310,7 +361,7 @@ class Work:
         """Every tensor that trains in this step."""
         return [one for one in self._engine.tune.trained.values() if not one.still]
 
-    def _sums(self, batch: Batch) -> Sums:
+    def _sums(self, batch: Batch, *, trains: bool) -> Sums:
         i = next(i for i, one in enumerate(self.batches) if one is batch)
         engine = self._engine
         read = engine.inputs.read(batch, self.now)
@@ -324,12 +375,18 @@ class Work:
             embed=engine.inputs.embed(read, self.now),
             keep_N=self._keeps[i] if self._keeps is not None and i < self._real else None,
             services_of=lambda slot: engine.services(slot, self.now),
+            trains=trains,
         )
         return sums if i < self._real else Sums(sums.loss * 0.0, {}, Counted(), {})
 
     def backward(self, batch: Batch) -> None:
         """Forward and backward of one micro-batch."""
-        sums = self._sums(batch)
+        try:
+            self._backward(batch, self._sums(batch, trains=True))
+        finally:
+            self._engine.tune.drawing = None
+
+    def _backward(self, batch: Batch, sums: Sums) -> None:
         value = float(sums.loss.detach())
         if value != value or value in (float("inf"), float("-inf")):
             if self._engine.world.size == 1:
@@ -346,9 +403,9 @@ class Work:
             sums.loss.backward()
 
     def loss(self) -> float:
-        """The step's loss without gradients."""
-        with torch.no_grad():
-            sums = [self._sums(batch) for batch in self.batches]
+        """The step's loss without gradients, and without dropout: losses of two points are compared, not of two draws."""
+        with evaluating(self._engine.tune.model):
+            sums = [self._sums(batch, trains=False) for batch in self.batches]
         self.total = sum(float(one.loss) for one in sums)
         self.counted = reduce(Counted.plus, (one.counted for one in sums), Counted())
         return self._engine.world.sum_numbers([self.total])[0]

@@ -229,12 +229,21 @@ class Objective:
         embed: EmbedChange | None = None,
         keep_N: Tensor | None = None,
         services_of: Callable[[str], Services],
+        trains: bool = True,
     ) -> Sums:
         """One micro-batch's part of the step's loss, divided by the units of the whole step. The model reads `read`, if given, and of
-        its embeddings [B, T, D] what `embed` makes of them."""
+        its embeddings [B, T, D] what `embed` makes of them. Techniques drop numbers if it `trains`."""
         hidden_wanted = any(one.term.hidden for one in self.terms)
         view = view_of(
-            tune, batch, self.columns(), now, read=read, embed=embed, remembered=self._states(), keep_hidden=hidden_wanted
+            tune,
+            batch,
+            self.columns(),
+            now,
+            read=read,
+            embed=embed,
+            remembered=self._states(),
+            keep_hidden=hidden_wanted,
+            trains=trains,
         )
         weight_N = torch.ones_like(view["nll"].detach()) if keep_N is None else keep_N.to(view["nll"])
         with torch.no_grad():
