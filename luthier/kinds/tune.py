@@ -117,7 +117,7 @@ class HiddenEdit(NamedTuple):
 
     Roles are those of weights, `block` for whole blocks, `attention_layer` and `mlp_layer` for whole sub-layers, whose input `x` is
     what enters them. With `of` `input` the edit is made before the module, with `y` its input as well, and its result is what the
-    module reads. `frozen` and `refresh` as in Additive.
+    module reads. `frozen`, `refresh` and `shared` as in Additive.
     """
 
     start: Callable[[Place, int, int, Services], Tensors]
@@ -128,6 +128,7 @@ class HiddenEdit(NamedTuple):
     frozen: frozenset[str] = frozenset()
     rates: Mapping[str, float] = {}
     refresh: Callable[[State, Services], Mapping[Place, Resize]] | None = None
+    shared: Callable[[Sequence[Place], Services], Tensors] | None = None
 
 
 class Prefix(NamedTuple):
