@@ -18,6 +18,7 @@ from luthier.evaluate.likelihood import encode_choices, likelihoods, most_likely
 from luthier.evaluate.metrics import METRICS, Metric
 from luthier.generation.generate import BATCH_TOKENS, context_of, generate
 from luthier.models.head import head_of
+from luthier.rows.beside import asked
 from luthier.rows.encode import Encoded, encode, encode_prompt
 from luthier.rows.shapes import Row
 from luthier.tune import Tune
@@ -307,7 +308,7 @@ def prompt_text(row: Row) -> str:
     """What a row asks, as a person would read it."""
     fields = row.fields
     if row.shape == "instruction":
-        return "\n\n".join(part for part in (fields["instruction"], fields["input"]) if part.strip())
+        return asked(fields)
     if row.shape in ("text", "text+label"):
         return str(fields["text"])
     conversation = row.shape == "messages"
@@ -331,6 +332,12 @@ def _check_shape(row: Row, metric: str, place: str) -> None:
             mend="change the row" + (f", or use another metric: {fitting}" if fitting else ""),
         )
     if known.needs == "generation" and known.compares:
+        if not all(one.strip() for one in accepted_answers(row)):
+            raise LuthierError(
+                "an accepted answer is empty, and a model that says nothing would be right",
+                where=place,
+                mend="give the answer as text (a call as JSON, with the metric tool_call), or measure the loss",
+            )
         unreadable = next((one for one in accepted_answers(row) if not known.readable(one)), None)
         if unreadable is not None:
             raise LuthierError(

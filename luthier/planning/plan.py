@@ -134,7 +134,7 @@ class Plan:
 
     def warnings(self) -> list[str]:
         """What is allowed but seldom wanted."""
-        warnings = [f"{note} ({count} rows)" for note, count in self.rows.notes.items()]
+        warnings = self.rows.noted()
         warnings += [self.too_large] if self.too_large else []
         attention = set(GROUPS["attention"])
         for slot, _, _ in self.engine.tune.additives:

@@ -23,7 +23,8 @@ from luthier.errors import LuthierError
 from luthier.kinds import Annotation, Written
 from luthier.rows.annotate import token_columns
 from luthier.rows.chat import Form, LossOn, Rendered, form_of, render_pair, render_prompt, render_training
-from luthier.rows.shapes import BadRow, Message, Row, Scalar, bad_rows_error
+from luthier.rows.messages import Message
+from luthier.rows.shapes import BadRow, Row, Scalar, bad_rows_error
 
 Purpose = Literal["train", "prompt"]
 TooLong = Literal["refuse", "left", "right"]
@@ -85,6 +86,7 @@ class EncodedRows:
         truncated: rows that lost tokens.
         dropped: the rows that cannot, with the reason.
         notes: warnings, and how many rows each concerns.
+        first_noted: the first row that each concerns, by its place and id.
     """
 
     rows: Sequence[Encoded]
@@ -92,6 +94,7 @@ class EncodedRows:
     truncated: int = 0
     dropped: tuple[BadRow, ...] = ()
     notes: Mapping[str, int] = field(default_factory=dict)
+    first_noted: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def tokens(self) -> int:
@@ -104,11 +107,26 @@ class EncodedRows:
         return sum(self.sizes.targets)
 
     @classmethod
-    def of(cls, rows: Iterable[Encoded], dropped: Iterable[BadRow] = (), notes: Mapping[str, int] | None = None) -> EncodedRows:
+    def of(
+        cls,
+        rows: Iterable[Encoded],
+        dropped: Iterable[BadRow] = (),
+        notes: Mapping[str, int] | None = None,
+        first_noted: Mapping[str, str] | None = None,
+    ) -> EncodedRows:
         """Rows that are all in memory, measured."""
         kept = tuple(rows)
         sizes = Sizes([len(row) for row in kept], [sum(row.supervised) for row in kept])
-        return cls(kept, sizes, sum(row.truncated > 0 for row in kept), tuple(dropped), dict(notes or {}))
+        return cls(kept, sizes, sum(row.truncated > 0 for row in kept), tuple(dropped), dict(notes or {}), dict(first_noted or {}))
+
+    def noted(self) -> list[str]:
+        """The notes as text, each with how many rows it concerns and the first of them."""
+        return told(self.notes, self.first_noted)
+
+
+def told(notes: Mapping[str, int], first: Mapping[str, str]) -> list[str]:
+    """Notes as text, with the numbers of their rows and the first row of each."""
+    return [f"{note} ({count} rows" + (f", the first {first[note]})" if note in first else ")") for note, count in notes.items()]
 
 
 @dataclass(frozen=True)
@@ -262,6 +280,7 @@ def encode_each(
     dropped: list[BadRow] = []
     bad: list[BadRow] = []
     notes: Counter[str] = Counter()
+    first: dict[str, str] = {}
     for row in rows:
         where = f"{row.where} (row {row.id})"
         try:
@@ -270,11 +289,12 @@ def encode_each(
             bad.append(BadRow(where, problem.what, problem.mend))
             continue
         notes.update(one.notes)
+        first = {**dict.fromkeys(one.notes, where), **first}
         if purpose == "train" and not any(one.supervised):
             dropped.append(BadRow(where, _why_nothing_to_learn(one)))
         else:
             encoded.append(one)
-    return EncodedRows.of(encoded, dropped, notes), bad
+    return EncodedRows.of(encoded, dropped, notes, first), bad
 
 
 def end_of_turn_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
