@@ -136,7 +136,13 @@ def _speaks(key: str, value: Any) -> bool:
         return bool(value)
     if isinstance(value, str):
         return len(value.split()) >= _RUNNING_TEXT
-    return isinstance(value, Mapping | list | tuple) and bool(value)
+    return isinstance(value, Mapping | list | tuple) and _holds_text(value)
+
+
+def _holds_text(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return any(map(_holds_text, value.values()))
+    return any(map(_holds_text, value)) if isinstance(value, list | tuple) else isinstance(value, str)
 
 
 def _for_template(record: Mapping[str, Any]) -> dict[str, Any]:

@@ -130,7 +130,7 @@ def _wants_text(form: Form) -> bool:
     """Whether a template joins arguments to text as they are: objects fail there, or are written as Python writes them."""
     arguments = {_PROBE: True}
     call = {"id": "abcdefghi", "type": "function", "function": {"name": "probe", "arguments": arguments}}
-    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "", CALLS: [call]}]
+    turns: list[Message] = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "", CALLS: [call]}]
     written: list[str | None] = []
     for messages in (turns, list(map(with_written_arguments, turns))):
         try:
@@ -322,7 +322,10 @@ def _turn(dialogue: Dialogue, form: Form, index: int, text: str) -> Span | str:
 def _opening(dialogue: Dialogue, form: Form, through: str) -> str | None:
     """What stands before an assistant turn that opens a conversation: up to the generation prompt, as others have it."""
     asked_first = replace(dialogue, messages=[{"role": "user", "content": _PROBE}])
-    before, asking = (_up_to(asked_first, form, 1, generate=generate) for generate in (False, True))
+    try:
+        before, asking = (_up_to(asked_first, form, 1, generate=generate) for generate in (False, True))
+    except LuthierError:
+        return None
     prompt = asking[len(before) :] if asking.startswith(before) else ""
     begin = through.find(prompt) + len(prompt)
     words = str(dialogue.messages[0]["content"]).strip()

@@ -107,21 +107,28 @@ class EncodedRows:
         return sum(self.sizes.targets)
 
     @classmethod
-    def of(
-        cls,
-        rows: Iterable[Encoded],
-        dropped: Iterable[BadRow] = (),
-        notes: Mapping[str, int] | None = None,
-        first_noted: Mapping[str, str] | None = None,
-    ) -> EncodedRows:
-        """Rows that are all in memory, measured."""
-        kept = tuple(rows)
-        sizes = Sizes([len(row) for row in kept], [sum(row.supervised) for row in kept])
-        return cls(kept, sizes, sum(row.truncated > 0 for row in kept), tuple(dropped), dict(notes or {}), dict(first_noted or {}))
+    def of(cls, rows: Iterable[Encoded], dropped: Iterable[BadRow] = (), noted: Iterable[Encoded] = ()) -> EncodedRows:
+        """Rows that are all in memory, measured.
 
-    def noted(self) -> list[str]:
-        """The notes as text, each with how many rows it concerns and the first of them."""
-        return told(self.notes, self.first_noted)
+        Args:
+            rows: the rows that can be used.
+            dropped: the rows that cannot, with the reason.
+            noted: rows whose notes are counted, usable or not.
+        """
+        kept, (notes, first) = tuple(rows), counted(noted)
+        sizes = Sizes([len(row) for row in kept], [sum(row.supervised) for row in kept])
+        return cls(kept, sizes, sum(row.truncated > 0 for row in kept), tuple(dropped), notes, first)
+
+
+def counted(rows: Iterable[Encoded]) -> tuple[dict[str, int], dict[str, str]]:
+    """The notes of rows: how many rows each concerns, and the first of them by its place and id."""
+    notes: Counter[str] = Counter()
+    first: dict[str, str] = {}
+    for row in rows:
+        notes.update(row.notes)
+        for note in row.notes:
+            first.setdefault(note, _place(row))
+    return dict(notes), first
 
 
 def told(notes: Mapping[str, int], first: Mapping[str, str]) -> list[str]:
@@ -279,22 +286,19 @@ def encode_each(
     encoded: list[Encoded] = []
     dropped: list[BadRow] = []
     bad: list[BadRow] = []
-    notes: Counter[str] = Counter()
-    first: dict[str, str] = {}
+    written: list[Encoded] = []
     for row in rows:
-        where = f"{row.where} (row {row.id})"
         try:
             one = _encode(row, form, purpose, loss_on, limits, annotations)
         except LuthierError as problem:
-            bad.append(BadRow(where, problem.what, problem.mend))
+            bad.append(BadRow(_place(row), problem.what, problem.mend))
             continue
-        notes.update(one.notes)
-        first = {**dict.fromkeys(one.notes, where), **first}
+        written.append(one)
         if purpose == "train" and not any(one.supervised):
-            dropped.append(BadRow(where, _why_nothing_to_learn(one)))
+            dropped.append(BadRow(_place(row), _why_nothing_to_learn(one)))
         else:
             encoded.append(one)
-    return EncodedRows.of(encoded, dropped, notes, first), bad
+    return EncodedRows.of(encoded, dropped, written), bad
 
 
 def end_of_turn_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
@@ -302,6 +306,10 @@ def end_of_turn_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     end_of_turn = form_of(tokenizer).end_of_turn
     ids = [tokenizer.convert_tokens_to_ids(end_of_turn)] if end_of_turn else []
     return tuple(dict.fromkeys([*ids, *([tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else [])]))
+
+
+def _place(row: Row | Encoded) -> str:
+    return f"{row.where} (row {row.id})"
 
 
 def _check_choice(name: str, value: str, known: Sequence[str]) -> None:

@@ -49,6 +49,9 @@ def checked_messages(value: Any, key: str) -> list[Message]:
         LuthierError: it is no such list, or a message in it cannot be used.
     """
     given = from_json_list(value)
+    if isinstance(given, list | tuple):
+        # Turns of ShareGPT stand wherever messages do.
+        given = [_of_turn(one, f"{key}[{index}]") if is_message(one) else one for index, one in enumerate(given)]
     if not isinstance(given, list | tuple):
         raise LuthierError(f"`{key}` must be a list of messages {{role, content}}, not {kind_of(value)}")
     if not given:
@@ -65,20 +68,15 @@ def sharegpt_messages(value: Any, key: str) -> list[Any]:
     turns = from_json_list(value)
     if not isinstance(turns, list | tuple):
         raise LuthierError(f"`{key}` must be a list of {{from, value}}, not {kind_of(value)}")
-    messages: list[Any] = []
     for index, turn in enumerate(turns):
-        place = f"{key}[{index}]"
-        if not isinstance(turn, Mapping) or not {"from", "value"} <= set(turn):
-            if isinstance(turn, Mapping) and {"role", "content"} <= set(turn):
-                messages.append(turn)
-                continue
-            raise LuthierError(f"`{place}` must be an object {{from, value}}")
-        speaker = str(turn["from"])
-        if speaker not in SHAREGPT_ROLES:
-            raise LuthierError(f"`{place}` is from the unknown role {speaker!r}", mend=nearest(speaker, SHAREGPT_ROLES))
-        others = {name: part for name, part in turn.items() if name not in ("from", "value")}
-        messages.append({**others, "role": SHAREGPT_ROLES[speaker], "content": turn["value"]})
-    return messages
+        if not is_message(turn):
+            raise LuthierError(f"`{key}[{index}]` must be an object {{from, value}}")
+    return [_of_turn(turn, f"{key}[{index}]") for index, turn in enumerate(turns)]
+
+
+def is_message(value: Any) -> bool:
+    """Whether a value has the keys of a message, or of a turn of ShareGPT."""
+    return isinstance(value, Mapping) and any(keys <= set(value) for keys in ({"role", "content"}, {"from", "value"}))
 
 
 def with_marks(messages: Sequence[Any], marks: Any, key: str) -> list[Any]:
@@ -174,6 +172,17 @@ def from_json_list(value: Any) -> Any:
         return json.loads(value)
     except (ValueError, RecursionError):
         return value
+
+
+def _of_turn(turn: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    """A turn `{from, value}` as a message, not yet checked; a message stays as it is."""
+    if not {"from", "value"} <= set(turn) or "role" in turn:
+        return turn
+    speaker = str(turn["from"])
+    if speaker not in SHAREGPT_ROLES:
+        raise LuthierError(f"`{key}` is from the unknown role {speaker!r}", mend=nearest(speaker, SHAREGPT_ROLES))
+    others = {name: part for name, part in turn.items() if name not in ("from", "value")}
+    return {**others, "role": SHAREGPT_ROLES[speaker], "content": turn["value"]}
 
 
 def _message(value: Any, key: str) -> Message:

@@ -36,6 +36,7 @@ from luthier.rows.messages import (
     checked_messages,
     checked_text,
     from_json_list,
+    is_message,
     kind_of,
     sharegpt_messages,
     with_marks,
@@ -134,7 +135,7 @@ def text_keys() -> frozenset[str]:
 
 def unread(row: Row) -> list[str]:
     """The keys of a row that hold text or more, and are no part of what a model reads of it."""
-    return beside.unread(_OWN[row.shape], row.fields, row.columns)
+    return beside.unread(_OWN.get(row.shape, frozenset()), row.fields, row.columns)
 
 
 def bad_rows_error(bad: Sequence[BadRow], total: int) -> LuthierError:
@@ -186,7 +187,8 @@ def _recognized(record: Mapping[str, Any]) -> str:
         near = {name: gap for name, gap in begun.items() if len(_SHAPES[name].needs) - len(gap) == most}
         fewest = min(map(len, near.values()))
         said = [f"{_listed(gap)} for the shape {name}" for name, gap in near.items() if len(gap) == fewest]
-        what, hints = f"the row has {_listed(record)}, and lacks {' or '.join(said)}", [f"add {' or '.join(said)}"]
+        what = f"the row has {_listed(record)}, and lacks {' or '.join(said)}"
+        hints = ["add it" + (": what the answers are given to" if near.get("prompt+chosen+rejected") == ["prompt"] else "")]
     else:
         what, hints = f"the row's keys {_listed(record)} fit no known shape", []
     known = {key for shape in _SHAPES.values() for key in shape.needs}
@@ -200,7 +202,9 @@ def _listed(keys: Sequence[str] | Mapping[str, Any]) -> str:
 
 
 def _text_or_messages(value: Any, key: str) -> str | list[Message]:
-    return checked_messages(value, key) if isinstance(value, list | tuple) else checked_text(value, key)
+    # Other tools write an answer that is one message without a list around it.
+    messages = [value] if is_message(value) else value
+    return checked_messages(messages, key) if isinstance(messages, list | tuple) else checked_text(value, key)
 
 
 def _completion(value: Any, key: str, prompt: str | list[Message]) -> str | list[Message]:

@@ -79,7 +79,7 @@ def unwritten(dialogue: Dialogue, text: str, write: Callable[[Dialogue], str], l
     notes = []
     if dialogue.tools and tried(replace(dialogue, tools=None)) == text:
         notes.append(f"{who} does not write the row's `tools`")
-    for key in (key for key, value in dialogue.options.items() if value):
+    for key in (key for key, value in dialogue.options.items() if value is not None):
         rest = {name: value for name, value in dialogue.options.items() if name != key}
         if tried(replace(dialogue, options=rest)) == text:
             notes.append(f"{who} does not read the row's `{key}`")
@@ -115,7 +115,7 @@ def lost_keys(messages: Sequence[Message], text: str, write: Write) -> list[Lost
 
     found: list[Lost] = []
     for key in dict.fromkeys(name for message in messages for name in message if name not in _ALWAYS):
-        holders = [place for place, message in enumerate(messages) if message.get(key) and not _said_twice(message, key)]
+        holders = [place for place, message in enumerate(messages) if message.get(key) and not _said_twice(message, key, text)]
         # Most keys are written everywhere or nowhere: one more writing tells the second at once.
         nowhere = bool(holders) and not changes(*holders, key=key)
         found += [Lost(place, key) for place in holders if nowhere or (len(holders) > 1 and not changes(place, key=key))]
@@ -146,9 +146,10 @@ def has_special(value: Any, special: re.Pattern[str] | None) -> bool:
     return isinstance(value, list | tuple) and any(has_special(part, special) for part in value)
 
 
-def _said_twice(message: Message, key: str) -> bool:
-    """Whether another key says the same: without one of them, the other is still written."""
-    return any(part == message[key] for name, part in message.items() if name != key)
+def _said_twice(message: Message, key: str, text: str) -> bool:
+    """Whether another key says the same and is written: one of them can be left out, and nothing is lost."""
+    said = message[key]
+    return isinstance(said, str) and said.strip() in text and any(part == said for name, part in message.items() if name != key)
 
 
 def _listed(keys: Sequence[str]) -> str:
