@@ -140,7 +140,7 @@ def checked_tools(value: Any) -> list[dict[str, Any]]:
     if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
         raise LuthierError(
             "`tools` must be a list of objects",
-            mend='describe each tool, such as [{"type": "function", "function": {"name": ..., "parameters": ...}}]',
+            mend='mend this row: describe each tool, such as [{"type": "function", "function": {"name": ..., "parameters": ...}}]',
         )
     return [dict(tool) for tool in tools]
 

@@ -120,11 +120,18 @@ def test_a_system_text_and_tools_beside_any_shape_are_read(record: dict[str, Any
 
 def test_a_system_text_stands_before_pairs_and_open_prompts() -> None:
     """Preferences and prompts without an answer lost their `system`, too."""
-    pair = row_of({"prompt": "q", "chosen": {"role": "assistant", "content": "a"}, "rejected": "b", "system": "SYS"})
+    pair = row_of({"prompt": "q", "chosen": "a", "rejected": "b", "system": "SYS"})
     for side in ("chosen", "rejected"):
         said = TOKENIZER.decode(encode_pair(pair, TOKENIZER, pair.fields[side]).token_ids)
         assert said.startswith(SYSTEM + ASKED)
     assert TOKENIZER.decode(encode_prompt(row_of({"prompt": "q", "system": "SYS"}), TOKENIZER)) == SYSTEM + ASKED
+
+
+def test_an_answer_may_be_one_message() -> None:
+    """Answers that are one message without a list around it, as some tools write preferences, were refused."""
+    one, other = {"role": "assistant", "content": "a"}, {"from": "gpt", "value": "b"}
+    pair = row_of({"prompt": "q", "chosen": one, "rejected": other})
+    assert [pair.fields[side][0]["content"] for side in ("chosen", "rejected")] == ["a", "b"]
 
 
 def test_earlier_turns_beside_a_shape_are_read() -> None:

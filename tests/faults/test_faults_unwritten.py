@@ -10,6 +10,8 @@ import pytest
 
 from luthier.errors import LuthierError
 from luthier.models.tiny import tiny_tokenizer
+from luthier.planning.plan import make_plan
+from luthier.recipe import make_recipe
 from luthier.rows.cache import keep
 from luthier.rows.chat import SPECIAL, form_of
 from luthier.rows.chunks import Encoding
@@ -183,6 +185,16 @@ def test_streamed_rows_keep_notes_and_where_they_came_first(tmp_path: Path, monk
     told = [{key: vars(one).get(key) for key in ("notes", "first_noted")} for one in (streamed, kept)]
     first = f"{path}:2 (row {kept.rows[1].id})"
     assert told == [{"notes": {SPECIAL: 1}, "first_noted": {SPECIAL: first}}] * 2
+
+
+def test_a_plan_warns_of_what_measured_rows_lose(tmp_path: Path) -> None:
+    """Rows that are only measured lost their tools without a word: notes were made of training rows alone."""
+    measured = {"id": "m", **conversation("Rain?", "yes"), "tools": [TOOL]}
+    rows = {"train": [conversation("hi", "yes")]}
+    recipe = {"model": "tiny:llama", "rows": rows, "evaluate": {"asked": {"rows": [measured], "metric": "loss"}}}
+    assert make_plan(make_recipe(recipe)).warnings() == [
+        "evaluation set `asked`: the chat template does not write the row's `tools` (1 rows, the first row 1 (row m))"
+    ]
 
 
 def test_a_prompt_says_what_it_lost() -> None:
