@@ -186,7 +186,7 @@ def render_pair(row: Row, form: Form, completion: str | Sequence[Message]) -> Re
 def render_prompt(row: Row, form: Form) -> Rendered:
     """A row's text up to where a model answers: the prompt, or a conversation without its last assistant turn."""
     if row.shape == "text":
-        return Rendered(row.fields["text"], (), plain=True)
+        return Rendered(row.fields["text"], (), plain=True, notes=_document_notes(row, form))
     prompt = prompt_of(row)
     if not prompt:
         raise LuthierError("nothing stands before the assistant turn", where=row.where, mend="give a user message")
@@ -237,19 +237,27 @@ def _dialogue(row: Row, form: Form, messages: Sequence[Message], given: int) -> 
         row.where,
         frozenset(index for index, message in enumerate(messages) if message.get("learn") is False),
         {**documents, **row.fields.get("chat_template_kwargs", {})},
-        tuple(f"the row's `{key}` is no part of its text" for key in unread(row)),
+        _unread(row),
     )
 
 
 def _document(row: Row, form: Form) -> Rendered:
     eos = str(form.tokenizer.eos_token or "")
     text = row.fields["text"]
-    # Its own beginning and end may be written out.
-    within = text.removeprefix(str(form.tokenizer.bos_token) if form.first_ids else "").removesuffix(eos)
-    notes = [*([] if eos else [ENDLESS]), *([SPECIAL] if has_special(within, form.special) else [])]
-    notes += [f"the row's `{key}` is no part of its text" for key in unread(row)]
     text += "" if eos and text.endswith(eos) else eos
-    return Rendered(text, ((0, len(text)),), plain=True, notes=tuple(notes))
+    notes = (*([] if eos else [ENDLESS]), *_document_notes(row, form))
+    return Rendered(text, ((0, len(text)),), plain=True, notes=notes)
+
+
+def _document_notes(row: Row, form: Form) -> tuple[str, ...]:
+    # Its own beginning and end may be written out.
+    first = str(form.tokenizer.bos_token) if form.first_ids else ""
+    within = row.fields["text"].removeprefix(first).removesuffix(str(form.tokenizer.eos_token or ""))
+    return (*([SPECIAL] if has_special(within, form.special) else []), *_unread(row))
+
+
+def _unread(row: Row) -> tuple[str, ...]:
+    return tuple(f"the row's `{key}` is no part of its text" for key in unread(row))
 
 
 def _render(dialogue: Dialogue, form: Form, loss_on: LossOn) -> Rendered:

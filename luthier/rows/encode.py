@@ -133,7 +133,7 @@ def counted(rows: Iterable[Encoded]) -> tuple[dict[str, int], dict[str, str]]:
 
 def told(notes: Mapping[str, int], first: Mapping[str, str]) -> list[str]:
     """Notes as text, with the numbers of their rows and the first row of each."""
-    return [f"{note} ({count} rows" + (f", the first {first[note]})" if note in first else ")") for note, count in notes.items()]
+    return [f"{note} ({count} rows" + (f", the first: {first[note]})" if note in first else ")") for note, count in notes.items()]
 
 
 @dataclass(frozen=True)

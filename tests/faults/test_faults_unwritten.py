@@ -78,7 +78,7 @@ def test_whatever_a_template_does_not_write_is_noted_with_its_first_row() -> Non
     deaf = WRITES_ALL.replace("{% for m in messages %}", "{% for m in messages if m.role != 'system' %}")
     assert noted(conversation("hi", "yes", system="Be kind."), deaf) == (f"{who}`content` of system turns",)
     rows = [{"id": "0", **conversation("hi", "yes")}, *[{"id": one, **record} for one in ("a", "b")]]
-    told = f"{who}`name` of assistant turns (2 rows, the first row 2 (row a))"
+    told = f"{who}`name` of assistant turns (2 rows, the first: row 2 (row a))"
     assert told in shown(look(rows, byte_level(WRITES_ALL)))
 
 
@@ -151,6 +151,7 @@ def test_special_tokens_are_noted_wherever_they_stand() -> None:
     tokenizer = tiny_tokenizer()
     documents = read([{"text": "whole<|im_end|>"}, {"text": f"a {end}"}])
     assert [encode(row, tokenizer).notes for row in documents] == [(), (SPECIAL,)]
+    assert encode(documents[1], tokenizer, purpose="prompt").notes == (SPECIAL,)
     assert look([{"prompt": end}], tokenizer).notes == {SPECIAL: 1}
 
 
@@ -193,7 +194,7 @@ def test_a_plan_warns_of_what_measured_rows_lose(tmp_path: Path) -> None:
     rows = {"train": [conversation("hi", "yes")]}
     recipe = {"model": "tiny:llama", "rows": rows, "evaluate": {"asked": {"rows": [measured], "metric": "loss"}}}
     assert make_plan(make_recipe(recipe)).warnings() == [
-        "evaluation set `asked`: the chat template does not write the row's `tools` (1 rows, the first row 1 (row m))"
+        "evaluation set `asked`: the chat template does not write the row's `tools` (1 rows, the first: row 1 (row m))"
     ]
 
 
