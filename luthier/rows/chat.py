@@ -46,6 +46,7 @@ _CONTINUED = ("prompt+completion", "prompt+chosen+rejected", "prompt+answer", "p
 REWRITES = "the chat template writes earlier turns otherwise than at inference: those assistant turns are context only"
 OPENS = "the chat template cannot be asked for an assistant turn that opens a conversation: such turns are context only"
 UNREACHABLE = "the chat template cannot be rendered up to an assistant turn: that turn is context only"
+UNMARKED = "the chat template marks nothing of an assistant turn as generated: that turn is context only"
 UNLEARNED = "every assistant turn that would be learned says `learn: false`"
 ALTERS = "the chat template alters or removes text of an assistant turn"
 ENDLESS = "neither the chat template nor the tokenizer ends an assistant turn with a token: no end is learned"
@@ -288,7 +289,9 @@ def _render(dialogue: Dialogue, form: Form, loss_on: LossOn) -> Rendered:
             continue
         if dialogue.messages[index]["content"].strip() not in text[slice(*turn)]:
             notes.append(ALTERS)
-        targets += _narrowed(turn, marks) if form.marked else [turn]
+        narrowed = _narrowed(turn, marks) if form.marked else [turn]
+        notes += [] if narrowed else [UNMARKED]
+        targets += narrowed
     return Rendered(text, tuple(targets), plain=not form.templated, notes=tuple(dict.fromkeys(notes)))
 
 

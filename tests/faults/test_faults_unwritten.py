@@ -188,6 +188,19 @@ def test_streamed_rows_keep_notes_and_where_they_came_first(tmp_path: Path, monk
     assert told == [{"notes": {SPECIAL: 1}, "first_noted": {SPECIAL: first}}] * 2
 
 
+def test_turns_that_a_template_does_not_mark_are_noted() -> None:
+    """Where a template marks what is generated, a turn without a mark became context without a word."""
+    marked = WRITES_ALL.replace(
+        "{{ m.content }}", "{% if m.content %}{% generation %}{{ m.content }}{% endgeneration %}{% endif %}"
+    )
+    record = called()
+    record["messages"] += conversation("and?", "no")["messages"]
+    tokenizer = byte_level(marked)
+    row = encoded(record, tokenizer)
+    said = "the chat template marks nothing of an assistant turn as generated: that turn is context only"
+    assert (learned(row, tokenizer), row.notes) == (["no<|im_end|>"], (said,))
+
+
 def test_a_plan_warns_of_what_measured_rows_lose(tmp_path: Path) -> None:
     """Rows that are only measured lost their tools without a word: notes were made of training rows alone."""
     measured = {"id": "m", **conversation("Rain?", "yes"), "tools": [TOOL]}
