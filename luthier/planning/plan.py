@@ -30,6 +30,7 @@ from luthier.registry import Part
 from luthier.results.control import find_control
 from luthier.results.folder import Run
 from luthier.rows.encode import EncodedRows
+from luthier.rows.files import LeftOut
 from luthier.rows.mixture import described_share
 from luthier.rows.shapes import BadRow
 from luthier.rows.sources import read_rows
@@ -42,6 +43,8 @@ from luthier.training.world import World
 
 LABEL = 12
 """How wide the words are that each line of a plan begins with."""
+SHOWN = 8
+"""Files that a plan names one by one."""
 NOTHING_BEFORE = " " * (LABEL + 1)
 """Stands before a line of the plan that goes on with what the line above is about."""
 
@@ -80,6 +83,10 @@ class Plan:
     """When streaming, whether each source's encoded rows were in the cache."""
     mapped: Sequence[str] = ()
     """What row maps did."""
+    files: Sequence[str] = ()
+    """What the training rows are read from."""
+    left_out: Sequence[LeftOut] = ()
+    """What stands beside these files and was not read."""
     padded: str = ""
     """Why rows run with padding; empty where they are packed."""
     too_large: str = ""
@@ -109,6 +116,8 @@ class Plan:
             f"{NOTHING_BEFORE}{self._padding()}; longest row {max(self.rows.sizes.tokens):,} tokens",
         ]
         lines += [f"{NOTHING_BEFORE}{said}" for said in (*self.cache, *self.mapped, *map(described_share, self.feed.shares()))]
+        lines += _listed("files", list(self.files))
+        lines += _listed("left out", [f"{one.file}: {one.why}" for one in self.left_out])
         lines += [f"{key:<12} {_described(parts)}" for key, parts in self.chosen.items() if parts]
         lines += [
             f"trains       {self.trained_numbers:,} numbers, {share:.2f} % of the model's",
@@ -207,10 +216,18 @@ class Plan:
             "estimated_peak_memory_bytes": self.estimate.total_bytes,
             "mixture": self.feed.shares(),
             "rows_cache": list(self.cache),
+            "files": list(self.files),
+            "left_out": [one._asdict() for one in self.left_out],
             "estimated_seconds": self.estimate.seconds,
             "warnings": self.warnings(),
             "lines": self.lines(),
         }
+
+
+def _listed(label: str, said: Sequence[str]) -> list[str]:
+    """Lines of a plan under one label."""
+    shown = [*said[:SHOWN], *([f"and {len(said) - SHOWN} more"] if len(said) > SHOWN else [])]
+    return [f"{label if not place else '':<{LABEL}} {text}" for place, text in enumerate(shown)]
 
 
 def _described(parts: Sequence[Part]) -> str:
@@ -281,6 +298,8 @@ def make_plan(recipe: Recipe, say: Say = lambda text: None) -> Plan:
         control=control,
         cache=rows.cache,
         mapped=rows.mapped,
+        files=rows.files,
+        left_out=rows.left_out,
         padded=padded,
         too_large=too_much(recipe, engine, loaded.parts, feed, loaded.dtype, cost, room),
     )

@@ -76,7 +76,8 @@ def encode_chunk(records: Records, encoding: Encoding) -> Chunk:
         form=encoding.form,
         annotations=encoding.annotations,
     )
-    return Chunk(batch_of(found), found.truncated, records.skipped, bad, list(found.dropped), found.notes)
+    derived = {row.id for row in records.rows if row.derived}
+    return Chunk(batch_of(found, derived), found.truncated, records.skipped, bad, list(found.dropped), found.notes)
 
 
 def encode_chunks(chunks: Iterable[Records], encoding: Encoding, workers: int) -> Generator[Chunk, None, None]:

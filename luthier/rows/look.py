@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from luthier.rows.chat import LossOn
 from luthier.rows.encode import Encoded, EncodedRows, TooLong, encode_each
+from luthier.rows.files import LeftOut
 from luthier.rows.read import Rows, read
 from luthier.rows.shapes import BadRow, Row
 
@@ -69,6 +70,7 @@ class Look:
         skipped: records that could not be read or encoded.
         dropped: rows left without a target.
         ignored_files: files of a folder that are in no known format.
+        left_out: files beside those read that could be read, and why they were not.
         notes: warnings, and how many rows each concerns.
         samples: the first rows, rendered.
     """
@@ -83,6 +85,7 @@ class Look:
     skipped: tuple[BadRow, ...]
     dropped: tuple[BadRow, ...]
     ignored_files: tuple[str, ...]
+    left_out: tuple[LeftOut, ...]
     notes: Mapping[str, int]
     samples: tuple[Sample, ...]
 
@@ -91,8 +94,9 @@ class Look:
         listed = {
             "skipped": [bad._asdict() for bad in self.skipped],
             "dropped": [bad._asdict() for bad in self.dropped],
+            "left_out": [one._asdict() for one in self.left_out],
         }
-        return {**asdict(replace(self, skipped=(), dropped=())), **listed}
+        return {**asdict(replace(self, skipped=(), dropped=(), left_out=())), **listed}
 
 
 def look(
@@ -151,6 +155,7 @@ def look(
         skipped=(*rows.skipped, *bad, *refused, *unasked),
         dropped=(*whole.dropped, *cut.dropped),
         ignored_files=rows.ignored_files,
+        left_out=rows.left_out,
         notes=Counter(whole.notes) + Counter(asked.notes),
         samples=tuple(_sample(row, tokenizer) for row in shown),
     )
@@ -170,6 +175,7 @@ def render(looked: Look) -> RenderableType:
         "skipped": _reasons(looked.skipped),
         "dropped": _reasons(looked.dropped),
         "ignored files": "\n".join(looked.ignored_files),
+        "left out": "\n".join(f"{one.file}: {one.why}" for one in looked.left_out),
         "notes": "\n".join(f"{note} ({count} rows)" for note, count in looked.notes.items()),
     }
     table = Table.grid(padding=(0, 2))

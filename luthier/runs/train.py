@@ -219,6 +219,8 @@ def first_facts(plan: Plan, folder: Path, command: str, sets: list[EvalSet]) -> 
             "mixture": plan.feed.shares(),
             "cache": list(plan.cache),
             "mapped": list(plan.mapped),
+            "read": list(plan.files),
+            "left_out": [one._asdict() for one in plan.left_out],
             "overlap": {name: len(found) for name, found in overlaps(plan.raw, {one.name: one.rows for one in sets}).items()},
         },
         "plan": plan.lines(),
