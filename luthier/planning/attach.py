@@ -48,14 +48,14 @@ def attach(recipe: Recipe, schedule: Schedule, chosen: Chosen, loaded: Loaded, r
         loaded.model,
         loaded.parts,
         chosen,
-        calibration=make_calibration(recipe.rows, train.micro_batch_tokens, seed, encoded, loaded.tokenizer, loaded.context),
+        calibration=make_calibration(recipe.rows, train.micro_batch_tokens, seed, encoded, loaded.tokenizer, loaded.reads),
         now=clock.at(0, 0.0),
         vocabulary=vocabulary_of(loaded.tokenizer, loaded.parts.vocabulary),
         masters=train.masters,
         world=world,
         root=loaded.root,
     )
-    check_lengths(engine.tune, encoded, loaded.context)
+    check_lengths(engine.tune, encoded, loaded.reads.context)
     clock.restarts = tuple(sorted({share for _, one, _ in engine.tune.freezings for share in one.restarts}))
     padded = prepare_model(train, engine.tune, feed)
     if engine.tune.packs:

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from luthier import draws, machine
 from luthier.errors import Say
 from luthier.kinds.parts import Parts
-from luthier.models.context import context_of
+from luthier.models.context import Reads, reads_of
 from luthier.models.fingerprint import fingerprint
 from luthier.models.load import ModelSource, load_model, load_tokenizer, resolve
 from luthier.models.parts import map_parts
@@ -30,8 +30,8 @@ class Loaded(NamedTuple):
     tokenizer: PreTrainedTokenizerBase
     fingerprint: str
     """Of the base."""
-    context: int | None
-    """The most tokens it reads; None where it states no limit."""
+    reads: Reads
+    """What it can read."""
     device: torch.device
     dtype: torch.dtype
     precision: str
@@ -61,4 +61,4 @@ def load(recipe: Recipe, world: World, say: Say) -> Loaded:
         root = shard(model, parts.block_modules, device, world.size)
     else:
         model.to(device)  # type: ignore[arg-type]
-    return Loaded(source, model, parts, tokenizer, identity, context_of(model.config), device, dtype, precision, root)
+    return Loaded(source, model, parts, tokenizer, identity, reads_of(model.config), device, dtype, precision, root)

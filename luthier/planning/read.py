@@ -77,7 +77,7 @@ def read(recipe: RowsRecipe, seed: int, sources: Sources, chosen: Chosen, loaded
         raw = after = value.map(before, RunServices(Tune(loaded.model, loaded.parts), slot, Now(seed=seed)))
         mapped += [f"{slot}: {value.told(before, after)}"] if value.told is not None else []
     annotations = annotations_of(value for _, value in values_of(chosen))
-    rows, places, skipped, cache = encode_rows(recipe, sources, raw, loaded.tokenizer, loaded.context, say, annotations)
+    rows, places, skipped, cache = encode_rows(recipe, sources, raw, loaded.tokenizer, loaded.reads, say, annotations)
     mixture = mixture_of(recipe, seed, sources, rows, places)
     return TrainingRows([one.name for one in sources], raw, rows, mixture, skipped, cache, mapped, *files_of(sources))
 

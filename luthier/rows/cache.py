@@ -28,7 +28,7 @@ from transformers import PreTrainedTokenizerBase
 import luthier
 from luthier.errors import LuthierError
 from luthier.models.wheel import cache_folder
-from luthier.rows import annotate, chat, chunks, encode, files, ids, read, separated, shapes, stored
+from luthier.rows import annotate, chat, chunks, encode, files, ids, limits, read, separated, shapes, stored
 from luthier.rows.chunks import Encoding, cut, encode_chunks
 from luthier.rows.encode import EncodedRows
 from luthier.rows.ids import canonical, digest, numbered, parted, same_id
@@ -37,7 +37,7 @@ from luthier.rows.shapes import BadRow, bad_rows_error
 from luthier.rows.sources import Streamed
 from luthier.rows.stored import Chunk, Stored, StoredRows
 
-_CODE = (annotate, chat, chunks, encode, files, ids, read, separated, shapes, stored, sys.modules[__name__])
+_CODE = (annotate, chat, chunks, encode, files, ids, limits, read, separated, shapes, stored, sys.modules[__name__])
 _END_BYTES = 2**20
 
 
@@ -103,6 +103,7 @@ def inputs_of(source: Streamed, encoding: Encoding, on_bad_row: OnBadRow) -> dic
         "loss_on": encoding.loss_on,
         "max_tokens": encoding.max_tokens,
         "too_long": encoding.too_long,
+        "reads": encoding.reads._asdict(),
         "annotations": annotate.fingerprint(encoding.annotations),
         "tokenizer": tokenizer_fingerprint(encoding.form.tokenizer),
         "template": encoding.form.tokenizer.chat_template,

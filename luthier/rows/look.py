@@ -15,9 +15,11 @@ from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
+from luthier.models.context import Reads
 from luthier.rows.chat import LossOn
-from luthier.rows.encode import Encoded, EncodedRows, TooLong, encode_each
+from luthier.rows.encode import Encoded, EncodedRows, encode_each
 from luthier.rows.files import LeftOut
+from luthier.rows.limits import ANYTHING, TooLong
 from luthier.rows.read import Rows, read
 from luthier.rows.shapes import BadRow, Row
 
@@ -109,6 +111,7 @@ def look(
     max_tokens: int | None = None,
     too_long: TooLong = "refuse",
     template_options: Mapping[str, Any] | None = None,
+    reads: Reads = ANYTHING,
 ) -> Look:
     """Read and encode rows as a run would, without stopping at bad ones.
 
@@ -123,6 +126,7 @@ def look(
         max_tokens: as for `encode`.
         too_long: as for `encode`; a refused row counts as skipped here.
         template_options: as for `encode`.
+        reads: what the model can read, as for `encode_all`.
 
     Raises:
         LuthierError: the source cannot be opened, or no row in it can be read.
@@ -130,8 +134,12 @@ def look(
     rows = source if isinstance(source, Rows) else read(source, shape=shape, on_bad_row="skip")
     answered = [part for row in rows if row.shape != "prompt" for part in _with_one_answer(row)]
     questions = [row for row in rows if row.shape == "prompt"]
-    whole, bad = encode_each(answered, tokenizer, loss_on=loss_on, template_options=template_options)
-    long = {row.id for row in whole.rows if max_tokens is not None and len(row) > max_tokens}
+    whole, bad = encode_each(
+        answered, tokenizer, loss_on=loss_on, template_options=template_options, reads=Reads(vocabulary=reads.vocabulary)
+    )
+    # Their lengths are of interest whether or not the model reads so much.
+    longest = min((one for one in (max_tokens, reads.context) if one is not None), default=None)
+    long = {row.id for row in whole.rows if longest is not None and len(row) > longest}
     cut, refused = encode_each(
         [row for row in answered if row.id in long],
         tokenizer,
@@ -139,8 +147,9 @@ def look(
         max_tokens=max_tokens,
         too_long=too_long,
         template_options=template_options,
+        reads=reads,
     )
-    asked, unasked = encode_each(questions, tokenizer, purpose="prompt", template_options=template_options)
+    asked, unasked = encode_each(questions, tokenizer, purpose="prompt", template_options=template_options, reads=reads)
     kept = EncodedRows.of((*(row for row in whole.rows if row.id not in long), *cut.rows, *asked.rows))
     order = {part.id: place for place, part in enumerate([*answered, *questions])}
     shown = sorted(kept.rows, key=lambda row: order[row.id])[:n]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import cast, get_args
 
 from luthier.errors import LuthierError, Say, silent
-from luthier.models.load import load_tokenizer, resolve
+from luthier.models.load import load_tokenizer, resolve, source_reads
 from luthier.rows.chat import LossOn
 from luthier.rows.look import Look, look
 
@@ -15,8 +15,8 @@ def look_at_rows(
 ) -> Look:
     """Rows as a model would see them."""
     turns = turns_of(loss_on)
-    tokenizer = load_tokenizer(resolve(model, say=say))
-    return look(source, tokenizer, n=rows, shape=shape, loss_on=turns)
+    found = resolve(model, say=say)
+    return look(source, load_tokenizer(found), n=rows, shape=shape, loss_on=turns, reads=source_reads(found))
 
 
 def turns_of(loss_on: str) -> LossOn:
