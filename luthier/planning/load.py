@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import date
 from typing import NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ from luthier.models.load import ModelSource, load_model, load_tokenizer, resolve
 from luthier.models.parts import map_parts
 from luthier.models.sharding import Root, shard
 from luthier.recipe import Recipe
+from luthier.rows.template import choose
 from luthier.training.precision import pick, pick_device
 from luthier.training.world import World
 
@@ -39,11 +41,17 @@ class Loaded(NamedTuple):
     """Stands above a model that is spread over processes."""
 
 
-def load(recipe: Recipe, world: World, say: Say) -> Loaded:
+def load(recipe: Recipe, world: World, say: Say, today: date | None = None) -> Loaded:
     """Load the model that a recipe names.
 
+    Args:
+        recipe: names it, and how its tokenizer writes conversations.
+        world: the processes.
+        say: hears what is being done.
+        today: what a chat template is told that asks for the day; none: the day it is.
+
     Raises:
-        LuthierError: there is no such model, or it cannot be mapped.
+        LuthierError: there is no such model, it cannot be mapped, or its tokenizer has no such chat template.
     """
     device = pick_device(recipe.train.device)
     dtype, precision = pick(recipe.train.precision, device)
@@ -53,6 +61,7 @@ def load(recipe: Recipe, world: World, say: Say) -> Loaded:
     say(f"loading {source.name} ({source.origin})")
     machine.free_what_is_gone()
     tokenizer = load_tokenizer(source)
+    choose(tokenizer, recipe.rows.template, recipe.rows.template_options, world.from_first(today or date.today()))
     model = load_model(source, dtype=dtype, quantize=recipe.quantize)
     parts = map_parts(model)
     identity = fingerprint(model)

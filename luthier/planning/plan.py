@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from datetime import date
 from typing import Any
 
 import torch
@@ -247,12 +248,13 @@ def _minutes(seconds: float) -> str:
     return f"{seconds:.0f} seconds" if seconds < 120 else f"{seconds / 60:.1f} minutes"
 
 
-def make_plan(recipe: Recipe, say: Say = lambda text: None) -> Plan:
+def make_plan(recipe: Recipe, say: Say = lambda text: None, *, today: date | None = None) -> Plan:
     """Load, read, attach and check everything a run needs.
 
     Args:
         recipe: what to do.
         say: hears what is being done.
+        today: what a chat template is told that asks for the day; none: the day it is.
 
     Raises:
         LuthierError: anything in the recipe, the rows or the model that would stop or spoil the run.
@@ -268,7 +270,7 @@ def make_plan(recipe: Recipe, say: Say = lambda text: None) -> Plan:
     world = World.current()
     check_processes(recipe.train.sharding, world)
     sources = read_rows(recipe.rows)
-    loaded = load(recipe, world, say)
+    loaded = load(recipe, world, say, today)
     rows = read(recipe.rows, recipe.seed, sources, chosen, loaded, say)
     engine, feed, clock, rate_from, padded = attach(recipe, schedule, chosen, loaded, rows, world)
     check(engine.tune, loaded.tokenizer, sets)

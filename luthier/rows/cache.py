@@ -28,7 +28,7 @@ from transformers import PreTrainedTokenizerBase
 import luthier
 from luthier.errors import LuthierError
 from luthier.models.wheel import cache_folder
-from luthier.rows import annotate, chat, chunks, encode, files, ids, limits, read, separated, shapes, stored
+from luthier.rows import annotate, chat, chunks, encode, files, ids, limits, read, separated, shapes, stored, template
 from luthier.rows.chunks import Encoding, cut, encode_chunks
 from luthier.rows.encode import EncodedRows
 from luthier.rows.ids import canonical, digest, numbered, parted, same_id
@@ -36,8 +36,9 @@ from luthier.rows.read import OnBadRow, files_of
 from luthier.rows.shapes import BadRow, bad_rows_error
 from luthier.rows.sources import Streamed
 from luthier.rows.stored import Chunk, Stored, StoredRows
+from luthier.rows.template import asks_clock
 
-_CODE = (annotate, chat, chunks, encode, files, ids, limits, read, separated, shapes, stored, sys.modules[__name__])
+_CODE = (annotate, chat, chunks, encode, files, ids, limits, read, separated, shapes, stored, template, sys.modules[__name__])
 _END_BYTES = 2**20
 
 
@@ -107,7 +108,9 @@ def inputs_of(source: Streamed, encoding: Encoding, on_bad_row: OnBadRow) -> dic
         "annotations": annotate.fingerprint(encoding.annotations),
         "tokenizer": tokenizer_fingerprint(encoding.form.tokenizer),
         "template": encoding.form.tokenizer.chat_template,
+        "template_name": encoding.form.choice.name,
         "template_options": dict(encoding.form.options),
+        "date": encoding.form.choice.clock.isoformat() if asks_clock(encoding.form.tokenizer, encoding.form.choice.name) else None,
         "luthier": luthier.__version__,
         "code": code_fingerprint(),
         "transformers": transformers.__version__,

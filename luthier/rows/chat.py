@@ -27,6 +27,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from luthier.errors import LuthierError
 from luthier.rows.shapes import Message, Row, without_mark
+from luthier.rows.template import CLOCK, DATE, Choice, asks_clock, choice_of, templates_of, text_of, told
 
 LossOn = Literal["assistant", "last", "all"]
 Span = tuple[int, int]
@@ -61,6 +62,8 @@ class Form:
         first_ids: the ids the tokenizer puts before text no template wrote: its beginning-of-sequence token, or
             nothing.
         special: finds the tokenizer's special tokens in a text; None where it has none.
+        choice: which of the tokenizer's templates it is, and what its clock says.
+        undated: whether the template asks what day it is, and nobody has set that.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -71,6 +74,8 @@ class Form:
     marked: bool
     first_ids: tuple[int, ...]
     special: re.Pattern[str] | None
+    choice: Choice
+    undated: bool = False
 
 
 @dataclass(frozen=True)
@@ -104,22 +109,26 @@ class _Dialogue:
 
 def form_of(tokenizer: PreTrainedTokenizerBase, options: Mapping[str, Any] | None = None) -> Form:
     """Learn how a tokenizer writes conversations, and its real end-of-turn token, from a trial conversation."""
+    choice = choice_of(tokenizer)
+    choice = replace(choice, options={**choice.options, **(options or {})})
     eos = str(tokenizer.eos_token) if tokenizer.eos_token is not None else ""
     special = sorted((str(token) for token in tokenizer.added_tokens_decoder.values() if token.special), key=len)
     plain = Form(
         tokenizer=tokenizer,
-        options=options or {},
+        options=choice.options,
         templated=False,
         end_of_turn=eos,
         turn_ends_itself=False,
         marked=False,
         first_ids=_first_ids(tokenizer),
         special=re.compile("|".join(map(re.escape, reversed(special)))) if special else None,
+        choice=choice,
     )
-    if not getattr(tokenizer, "chat_template", None):
+    if not templates_of(tokenizer):
         return plain
-    marked = _GENERATION_MARK.search(tokenizer.get_chat_template()) is not None
-    templated = replace(plain, templated=True, marked=marked)
+    marked = _GENERATION_MARK.search(text_of(tokenizer, choice.name)) is not None
+    undated = asks_clock(tokenizer, choice.name) and DATE not in choice.options
+    templated = replace(plain, templated=True, marked=marked, undated=undated)
     probe = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _PROBE}]
     dialogue = _Dialogue(probe, given=0, tools=None, joint="", where="the chat template, with a trial conversation")
     tail = _apply(dialogue, templated, len(probe), generate=False).rpartition(_PROBE)[2]
@@ -240,6 +249,8 @@ def _render(dialogue: _Dialogue, form: Form, loss_on: LossOn) -> Rendered:
         turns = turns[-1:]
     learned = [index for index in turns if index not in dialogue.context]
     notes = [] if form.templated else [PLAIN]
+    if form.undated:
+        notes.append(CLOCK)
     if not form.end_of_turn:
         notes.append(ENDLESS)
     if form.special and any(form.special.search(message["content"]) for message in dialogue.messages):
@@ -338,28 +349,33 @@ def _plain(dialogue: _Dialogue, form: Form, count: int, *, generate: bool) -> st
 
 
 def _apply(dialogue: _Dialogue, form: Form, count: int, *, generate: bool) -> str:
+    template = text_of(form.tokenizer, form.choice.name, dialogue.tools)
     try:
-        rendered = form.tokenizer.apply_chat_template(
-            list(dialogue.messages[:count]),
-            tools=dialogue.tools,
-            add_generation_prompt=generate,
-            tokenize=False,
-            **form.options,
-        )
+        with told(form.choice.clock, template):
+            rendered = form.tokenizer.apply_chat_template(
+                list(dialogue.messages[:count]),
+                tools=dialogue.tools,
+                chat_template=template,
+                add_generation_prompt=generate,
+                tokenize=False,
+                **form.options,
+            )
     except Exception as problem:
         raise _refused(problem, dialogue.where) from problem
     return str(rendered)
 
 
 def _marked(dialogue: _Dialogue, form: Form) -> tuple[str, Sequence[Span]]:
+    template = text_of(form.tokenizer, form.choice.name, dialogue.tools)
     try:
-        rendered: Any = render_jinja_template(
-            conversations=[list(dialogue.messages)],
-            tools=dialogue.tools,
-            chat_template=form.tokenizer.get_chat_template(tools=dialogue.tools),
-            return_assistant_tokens_mask=True,
-            **{**form.tokenizer.special_tokens_map, **form.options},
-        )
+        with told(form.choice.clock, template):
+            rendered: Any = render_jinja_template(
+                conversations=[list(dialogue.messages)],
+                tools=dialogue.tools,
+                chat_template=template,
+                return_assistant_tokens_mask=True,
+                **{**form.tokenizer.special_tokens_map, **form.options},
+            )
     except Exception as problem:
         raise _refused(problem, dialogue.where) from problem
     (text,), (marks,) = rendered

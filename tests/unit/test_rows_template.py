@@ -1,0 +1,157 @@
+"""Which chat template writes rows, and what day it is told."""
+
+from __future__ import annotations
+
+import json
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from luthier.errors import LuthierError
+from luthier.export.model import export_model
+from luthier.models import load_tokenizer, map_parts
+from luthier.models.hub import _UNWANTED
+from luthier.models.tiny import CHAT_TEMPLATE, tiny, tiny_tokenizer
+from luthier.planning.plan import Plan, make_plan
+from luthier.recipe import make_recipe
+from luthier.rows import template
+from luthier.rows.encode import encode_prompt
+from luthier.rows.read import read
+from luthier.rows.template import choose, date_of
+from luthier.runs.rows import look_at_rows
+from luthier.runs.train import train
+from luthier.tune import Tune
+
+ROWS = [{"prompt": "Where?", "completion": "here"}, {"prompt": "When?", "completion": "now"}]
+CLOCK = "{{ '<|im_start|>Today is ' + strftime_now('%Y-%m-%d %H:%M') + '<|im_end|>' }}" + CHAT_TEMPLATE
+NAMED = {"chat": "C" + CHAT_TEMPLATE, "tool_use": "T" + CHAT_TEMPLATE}
+
+
+class Tuesday(date):
+    @classmethod
+    def today(cls) -> Tuesday:
+        return cls(2031, 7, 8)
+
+
+def saved(folder: Path, templates: Any) -> str:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = templates
+    tiny("llama").save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def clock(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return saved(tmp_path_factory.mktemp("models") / "clock", CLOCK)
+
+
+@pytest.fixture(scope="module")
+def named(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return saved(tmp_path_factory.mktemp("models") / "named", NAMED)
+
+
+def planned(model: str, **rows: Any) -> Plan:
+    keys = {"rows": {"train": ROWS, **rows}, "train": {"steps": 1}, "evaluate": {"held": {"rows": ROWS, "metric": "loss"}}}
+    return make_plan(make_recipe({"model": model, **keys}))
+
+
+def texts(plan: Plan) -> list[str]:
+    return [str(plan.tokenizer.decode(row.token_ids)) for row in plan.rows.rows]
+
+
+def test_a_template_that_asks_for_the_day_is_told_one_day_and_says_so(clock: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same rows were others a day later, and nothing said so."""
+    monkeypatch.setattr(template, "date", Tuesday)
+    open_ended = planned(clock)
+    monkeypatch.undo()
+    fixed = planned(clock, template_options={"date": date(2026, 1, 2)})
+    exact = planned(clock, template_options={"date": "2026-01-02T10:30"})
+    assert any("writes today's date" in one for one in open_ended.warnings()) and not any("date" in one for one in fixed.warnings())
+    assert all("Today is 2026-01-02 00:00" in text for text in texts(fixed))
+    assert all("Today is 2026-01-02 10:30" in text for text in texts(exact))
+    (asked,) = [one for one in fixed.sets if one.name == "held"]
+    assert "Today is 2026-01-02 00:00" in fixed.tokenizer.decode(encode_prompt(asked.rows[0], fixed.tokenizer)), "sets, too"
+    assert (date_of(fixed.tokenizer), date_of(exact.tokenizer)) == ("2026-01-02", "2026-01-02T10:30")
+
+
+def test_the_day_is_in_the_key_of_the_cache_and_among_the_facts(
+    clock: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows that were encoded on another day were taken from the cache, and a run did not say what day it wrote."""
+    monkeypatch.setenv("LUTHIER_CACHE", str(tmp_path / "cache"))
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(one) + "\n" for one in ROWS))
+
+    def encoded(today: date) -> Plan:
+        rows = {"train": str(path), "streaming": True}
+        return make_plan(make_recipe({"model": clock, "rows": rows, "train": {"steps": 1}}), today=today)
+
+    first, again, later = encoded(date(2026, 1, 2)), encoded(date(2026, 1, 2)), encoded(date(2026, 1, 3))
+    assert [plan.cache[0].rpartition(" ")[2] for plan in (first, again, later)] == ["miss", "hit", "miss"]
+    assert "2026-01-03" in texts(later)[0]
+    keys: dict[str, Any] = {"model": clock, "train": {"steps": 1}, "out": str(tmp_path / "runs"), "tune": "lora"}
+    run = train(rows={"train": ROWS, "template_options": {"date": "2026-01-02"}}, **keys)
+    assert run.facts["rows"]["date"] == "2026-01-02"
+    assert train(rows={"train": ROWS}, **{**keys, "model": "tiny:llama"}).facts["rows"]["date"] is None
+
+
+def test_a_run_goes_on_with_the_day_on_which_it_began(clock: str, tmp_path: Path) -> None:
+    """A run that was resumed on another day went on with other rows."""
+    from luthier.runs.resume import day_of
+
+    folder = tmp_path / "run-1"
+    folder.mkdir()
+    (folder / "run.json").write_text(json.dumps({"rows": {"date": "2026-01-02"}, "status": "stopped"}))
+    assert day_of(folder) == date(2026, 1, 2)
+
+
+def test_one_of_several_templates(named: str) -> None:
+    """A tokenizer with named templates and no default was refused by a bare ValueError."""
+    with pytest.raises(LuthierError, match="none is the default: chat, tool_use") as none:
+        planned(named)
+    assert (none.value.where, "`template: chat`" in none.value.mend) == ("rows.template", True)
+    assert [text[0] for text in texts(planned(named, template="chat"))] == ["C", "C"]
+    assert [text[0] for text in texts(planned(named, template="tool_use"))] == ["T", "T"]
+    with pytest.raises(LuthierError, match="no chat template `chta`") as typed:
+        planned(named, template="chta")
+    assert "`chat`" in typed.value.mend
+    with pytest.raises(LuthierError, match="none is the default"):
+        encode_prompt(read(ROWS)[0], load_tokenizer(named))
+
+
+def test_a_look_at_rows_takes_a_template(named: str, tmp_path: Path) -> None:
+    """Rows could not be looked at as such a model reads them."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(ROWS[0]) + "\n")
+    assert look_at_rows(str(path), named, template="tool_use").samples[0].pieces[0].text[0] == "T"
+
+
+def test_a_saved_model_keeps_all_templates(named: str, tmp_path: Path) -> None:
+    """The export asked for a template that nobody had named."""
+    model, tokenizer = tiny("llama"), load_tokenizer(named)
+    choose(tokenizer, "chat")
+    export_model(Tune(model, map_parts(model)), tokenizer, tmp_path / "model")
+    assert load_tokenizer(str(tmp_path / "model")).chat_template == NAMED
+    from fnmatch import fnmatch
+
+    kept = ["additional_chat_templates/chat.jinja", "onnx/config.json"]
+    assert [any(fnmatch(name, one) for one in _UNWANTED) for name in kept] == [False, True], "and downloads have them"
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "said"),
+    [
+        ("tiny:llama", {"enable_thinkin": False}, "reads no `enable_thinkin`"),
+        ("tiny:llama", {"date": "2026-01-02"}, "asks for no date"),
+        ("tiny:llama", {"tools": []}, "is what luthier itself gives"),
+        ("tiny:llama", {"date": "soon"}, "date such as 2026-01-31"),
+    ],
+)
+def test_options_that_no_template_reads(model: str, options: dict[str, Any], said: str) -> None:
+    """An option that a template does not read would change nothing."""
+    with pytest.raises(LuthierError) as told:
+        planned(model, template_options=options)
+    assert said in f"{told.value.what} {told.value.mend}" and "rows.template_options" in told.value.where
