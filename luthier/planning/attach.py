@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from luthier.planning.load import Loaded
+from luthier.planning.needs import check_needs
 from luthier.planning.prepare import check_lengths, make_calibration, make_feed, prepare_model
 from luthier.planning.read import TrainingRows
 from luthier.recipe import Recipe, TrainRecipe
@@ -37,7 +38,8 @@ def attach(recipe: Recipe, schedule: Schedule, chosen: Chosen, loaded: Loaded, r
     """Build the engine, the order of rows and the clock.
 
     Raises:
-        LuthierError: nothing trains, two parts cannot be combined, or rows are too long once a prompt stands before them.
+        LuthierError: nothing trains, two parts cannot be combined, or rows lack what one of them reads or are too long once a
+            prompt stands before them.
     """
     train, seed, encoded = recipe.train, recipe.seed, rows.encoded
     feed = make_feed(train, seed, encoded, world, loaded.device, rows.mixture)
@@ -55,6 +57,7 @@ def attach(recipe: Recipe, schedule: Schedule, chosen: Chosen, loaded: Loaded, r
         world=world,
         root=loaded.root,
     )
+    check_needs(engine.objective, encoded)
     check_lengths(engine.tune, encoded, loaded.reads.context)
     clock.restarts = tuple(sorted({share for _, one, _ in engine.tune.freezings for share in one.restarts}))
     padded = prepare_model(train, engine.tune, feed)

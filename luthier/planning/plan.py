@@ -35,6 +35,7 @@ from luthier.rows.files import LeftOut
 from luthier.rows.mixture import described_share
 from luthier.rows.shapes import BadRow
 from luthier.rows.sources import read_rows
+from luthier.rows.template import date_of
 from luthier.training.engine import Engine
 from luthier.training.feed import Feed
 from luthier.training.loop import Clock
@@ -117,6 +118,7 @@ class Plan:
             f"{NOTHING_BEFORE}{self._padding()}; longest row {max(self.rows.sizes.tokens):,} tokens",
         ]
         lines += [f"{NOTHING_BEFORE}{said}" for said in (*self.cache, *self.mapped, *map(described_share, self.feed.shares()))]
+        lines += _listed("template", self._template())
         lines += _listed("files", list(self.files))
         lines += _listed("left out", [f"{one.file}: {one.why}" for one in self.left_out])
         lines += [f"{key:<12} {_described(parts)}" for key, parts in self.chosen.items() if parts]
@@ -165,6 +167,12 @@ class Plan:
         if self.engine.tune.packs:
             return "packed, without padding"
         return f"{100 * self.feed.padding():.1f} % padding: {self.padded}"
+
+    def _template(self) -> list[str]:
+        name, day = self.recipe.rows.template, date_of(self.tokenizer)
+        told = [f"`{name}`"] if name is not None else []
+        told += [f"told that it is {day}"] if day is not None else []
+        return ["; ".join(told)] if told else []
 
     def _moments(self) -> list[int]:
         return [round(share * (self.clock.steps - 1)) for share in (0.0, 0.25, 0.5, 0.75, 1.0)]

@@ -69,6 +69,11 @@ class Encoded:
         return len(self.token_ids)
 
 
+def two_tokens(id: str, where: str, columns: Mapping[str, Scalar], text_shape: str, targets: int) -> Encoded:
+    """What a row is apart from its text: two tokens, of which the second is a target if the row has any."""
+    return Encoded(id, (0, 0), (False, targets > 0), where, columns, 0, text_shape)
+
+
 class Sizes(NamedTuple):
     """How large each row is: all that steps are planned from."""
 

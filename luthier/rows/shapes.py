@@ -323,7 +323,7 @@ def _labelled(record: Mapping[str, Any]) -> dict[str, Any]:
         label = int(label)
     elif not isinstance(label, int | float):
         label = _text(label, "label")
-    elif not math.isfinite(label):
+    elif isinstance(label, float) and not math.isfinite(label):
         raise LuthierError(f"`label` is {label}, which is no number to learn")
     return {"text": _text(record["text"], "text"), "label": label}
 

@@ -12,7 +12,7 @@ import shutil
 from array import array
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -21,7 +21,7 @@ from typing import Any, NamedTuple, overload
 import pyarrow
 
 from luthier import disk
-from luthier.rows.encode import Encoded, EncodedRows, Sizes
+from luthier.rows.encode import Encoded, EncodedRows, Sizes, two_tokens
 from luthier.rows.ids import digest, parted
 from luthier.rows.shapes import BadRow
 
@@ -118,6 +118,17 @@ class StoredRows(Sequence[Encoded]):
         number = bisect_right(self._ends, place)
         batch = self._batches[number]
         return self._renamed.get(place) or str(batch["id"][place - (self._ends[number] - batch.num_rows)])
+
+    def bare(self) -> Iterator[Encoded]:
+        """The rows one after the other as `two_tokens` makes them, which reads none of their tokens."""
+        place = 0
+        for batch in self._batches:
+            names = ("id", "where", "columns", "text_shape", "targets")
+            for row in batch.select(names).to_pylist():
+                yield two_tokens(
+                    self._renamed.get(place, row["id"]), row["where"], json.loads(row["columns"]), row["text_shape"], row["targets"]
+                )
+                place += 1
 
     def sizes(self) -> Sizes:
         """Their sizes, 8 bytes a row."""

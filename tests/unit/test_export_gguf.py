@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
@@ -255,6 +255,14 @@ def test_added_tokens_that_take_more_than_their_text_are_refused(flag: str, spec
         export_gguf(tuned(model_of("llama")), tokenizer, tmp_path / "model.gguf")
     assert told.value.what.startswith(f"GGUF cannot hold that the added token `<harbor>` is {flag}")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_added_tokens_that_are_looked_for_in_another_text_are_refused(tmp_path: Path) -> None:
+    """A file holds no normalizer, so that tokens which it finds were lost."""
+    tokenizer = with_added(AddedToken("<harbor>", special=False, normalized=True))
+    tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
+    with pytest.raises(LuthierError, match="the added token `<harbor>` is normalized"):
+        export_gguf(tuned(model_of("llama")), tokenizer, tmp_path / "model.gguf")
 
 
 def test_every_added_token_is_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

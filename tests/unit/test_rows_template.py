@@ -14,9 +14,9 @@ from luthier.export.model import export_model
 from luthier.models import load_tokenizer, map_parts
 from luthier.models.hub import _UNWANTED
 from luthier.models.tiny import CHAT_TEMPLATE, tiny, tiny_tokenizer
+from luthier.planning import load
 from luthier.planning.plan import Plan, make_plan
 from luthier.recipe import make_recipe
-from luthier.rows import template
 from luthier.rows.encode import encode_prompt
 from luthier.rows.read import read
 from luthier.rows.template import choose, date_of
@@ -64,11 +64,12 @@ def texts(plan: Plan) -> list[str]:
 
 def test_a_template_that_asks_for_the_day_is_told_one_day_and_says_so(clock: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same rows were others a day later, and nothing said so."""
-    monkeypatch.setattr(template, "date", Tuesday)
+    monkeypatch.setattr(load, "date", Tuesday)
     open_ended = planned(clock)
     monkeypatch.undo()
     fixed = planned(clock, template_options={"date": date(2026, 1, 2)})
     exact = planned(clock, template_options={"date": "2026-01-02T10:30"})
+    assert all("Today is 2031-07-08 00:00" in text for text in texts(open_ended))
     assert any("writes today's date" in one for one in open_ended.warnings()) and not any("date" in one for one in fixed.warnings())
     assert all("Today is 2026-01-02 00:00" in text for text in texts(fixed))
     assert all("Today is 2026-01-02 10:30" in text for text in texts(exact))
@@ -98,14 +99,21 @@ def test_the_day_is_in_the_key_of_the_cache_and_among_the_facts(
     assert train(rows={"train": ROWS}, **{**keys, "model": "tiny:llama"}).facts["rows"]["date"] is None
 
 
-def test_a_run_goes_on_with_the_day_on_which_it_began(clock: str, tmp_path: Path) -> None:
+def test_a_run_goes_on_with_the_day_on_which_it_began(clock: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run that was resumed on another day went on with other rows."""
-    from luthier.runs.resume import day_of
+    recipe = {"model": clock, "rows": {"train": ROWS}, "train": {"steps": 2, "batch_rows": 1, "save_every": 1}}
+    recipe |= {"out": str(tmp_path), "tune": "lora"}
 
-    folder = tmp_path / "run-1"
-    folder.mkdir()
-    (folder / "run.json").write_text(json.dumps({"rows": {"date": "2026-01-02"}, "status": "stopped"}))
-    assert day_of(folder) == date(2026, 1, 2)
+    def stop(*heard: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(load, "date", Tuesday)
+    with pytest.raises(KeyboardInterrupt):
+        train(recipe, tell=stop)
+    monkeypatch.undo()
+    run = train(recipe, resume=tmp_path / "run-1")
+    assert run.facts["status"] == "finished" and run.facts["rows"]["date"] == "2031-07-08"
+    assert any("told that it is 2031-07-08" in line for line in run.facts["plan"])
 
 
 def test_one_of_several_templates(named: str) -> None:
