@@ -361,7 +361,7 @@ def _check_read(tune: Tune, tokenizer: PreTrainedTokenizerBase, row: Row, ids: S
         raise LuthierError(
             f"{len(ids)} tokens{answer} exceed the model's context of {limit}",
             where=f"{row.where} (row {row.id})",
-            mend="shorten or split the row" + (", or lower max_new_tokens" if new else ""),
+            mend="shorten or split the row" + (", or lower max_new_tokens" if len(ids) < limit else ""),
         )
 
 

@@ -114,7 +114,7 @@ def _check(
             raise LuthierError(
                 f"{len(prompt)} tokens and an answer of up to {max_new_tokens} exceed the model's context of {limit}",
                 where=f"prompt {index}",
-                mend="shorten the prompt, or lower max_new_tokens",
+                mend="shorten the prompt" + (", or lower max_new_tokens" if len(prompt) < limit else ""),
             )
 
 

@@ -245,7 +245,12 @@ def _json_lines(path: Path) -> Iterator[Read]:
                 yield where, BadRow(where, f"broken JSON: {problem.msg} at column {problem.colno}", "mend this line")
             # A number of thousands of digits, or brackets a thousand deep.
             except (ValueError, RecursionError) as problem:
-                yield where, BadRow(where, f"JSON that cannot be read: {problem}", "mend this line")
+                yield where, BadRow(where, f"JSON that cannot be read: {_without_advice(problem)}", "mend this line")
+
+
+def _without_advice(problem: Exception) -> str:
+    """What Python says of a number with too many digits, without how a program might raise the limit."""
+    return str(problem).partition("; use sys.")[0]
 
 
 def _json(path: Path) -> Iterator[Read]:
@@ -259,7 +264,7 @@ def _json(path: Path) -> Iterator[Read]:
             mend="mend the file; a file with one object a line should be named .jsonl",
         ) from None
     except (ValueError, RecursionError) as problem:
-        raise LuthierError(f"JSON that cannot be read: {problem}", where=str(path), mend="mend the file") from None
+        raise LuthierError(f"JSON that cannot be read: {_without_advice(problem)}", where=str(path), mend="mend the file") from None
     if isinstance(content, Mapping) and isinstance(content.get("data"), list):
         content = content["data"]
     if not isinstance(content, list):
