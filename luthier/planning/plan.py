@@ -30,7 +30,7 @@ from luthier.recipe.parts import Chosen, choose_parts
 from luthier.registry import Part
 from luthier.results.control import find_control
 from luthier.results.folder import Run
-from luthier.rows.encode import EncodedRows
+from luthier.rows.encode import EncodedRows, told
 from luthier.rows.files import LeftOut
 from luthier.rows.mixture import described_share
 from luthier.rows.shapes import BadRow
@@ -91,6 +91,8 @@ class Plan:
     """What stands beside these files and was not read."""
     padded: str = ""
     """Why rows run with padding; empty where they are packed."""
+    noted: Sequence[str] = ()
+    """What deserves a warning in the rows that are measured."""
     too_large: str = ""
     """What to change, where memory will not do."""
 
@@ -146,7 +148,7 @@ class Plan:
 
     def warnings(self) -> list[str]:
         """What is allowed but seldom wanted."""
-        warnings = [f"{note} ({count} rows)" for note, count in self.rows.notes.items()]
+        warnings = [*told(self.rows.notes, self.rows.first_noted), *self.noted]
         warnings += [self.too_large] if self.too_large else []
         attention = set(GROUPS["attention"])
         for slot, _, _ in self.engine.tune.additives:
@@ -281,7 +283,7 @@ def make_plan(recipe: Recipe, say: Say = lambda text: None, *, today: date | Non
     loaded = load(recipe, world, say, today)
     rows = read(recipe.rows, recipe.seed, sources, chosen, loaded, say)
     engine, feed, clock, rate_from, padded = attach(recipe, schedule, chosen, loaded, rows, world)
-    check(engine.tune, loaded.tokenizer, sets)
+    noted = check(engine.tune, loaded.tokenizer, sets, rows.encoded.notes)
     cost = estimate(engine, loaded.parts, feed, loaded.dtype, checkpointing=recipe.train.checkpointing)
     room = machine.available_bytes(loaded.device)
     return Plan(
@@ -311,6 +313,7 @@ def make_plan(recipe: Recipe, say: Say = lambda text: None, *, today: date | Non
         files=rows.files,
         left_out=rows.left_out,
         padded=padded,
+        noted=noted,
         too_large=too_much(recipe, engine, loaded.parts, feed, loaded.dtype, cost, room),
     )
 

@@ -82,7 +82,8 @@ def encode_chunk(records: Records, encoding: Encoding) -> Chunk:
         reads=encoding.reads,
     )
     derived = {row.id for row in records.rows if row.derived}
-    return Chunk(batch_of(found, derived), found.truncated, records.skipped, bad, list(found.dropped), found.notes)
+    batch = batch_of(found, derived)
+    return Chunk(batch, found.truncated, records.skipped, bad, list(found.dropped), found.notes, found.first_noted)
 
 
 def encode_chunks(chunks: Iterable[Records], encoding: Encoding, workers: int) -> Generator[Chunk, None, None]:

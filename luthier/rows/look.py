@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from luthier.models.context import Reads
 from luthier.rows.chat import LossOn
-from luthier.rows.encode import Encoded, EncodedRows, encode_each
+from luthier.rows.encode import Encoded, EncodedRows, encode_each, told
 from luthier.rows.files import LeftOut
 from luthier.rows.limits import ANYTHING, TooLong
 from luthier.rows.read import Rows, read
@@ -74,6 +74,7 @@ class Look:
         ignored_files: files of a folder that are in no known format.
         left_out: files beside those read that could be read, and why they were not.
         notes: warnings, and how many rows each concerns.
+        first_noted: the first row that each concerns, by its place and id.
         samples: the first rows, rendered.
     """
 
@@ -89,6 +90,7 @@ class Look:
     ignored_files: tuple[str, ...]
     left_out: tuple[LeftOut, ...]
     notes: Mapping[str, int]
+    first_noted: Mapping[str, str]
     samples: tuple[Sample, ...]
 
     def as_json(self) -> dict[str, Any]:
@@ -165,7 +167,8 @@ def look(
         dropped=(*whole.dropped, *cut.dropped),
         ignored_files=rows.ignored_files,
         left_out=rows.left_out,
-        notes=Counter(whole.notes) + Counter(asked.notes),
+        notes=dict(Counter(whole.notes) + Counter(asked.notes)),
+        first_noted={**asked.first_noted, **whole.first_noted},
         samples=tuple(_sample(row, tokenizer) for row in shown),
     )
 
@@ -185,7 +188,7 @@ def render(looked: Look) -> RenderableType:
         "dropped": _reasons(looked.dropped),
         "ignored files": "\n".join(looked.ignored_files),
         "left out": "\n".join(f"{one.file}: {one.why}" for one in looked.left_out),
-        "notes": "\n".join(f"{note} ({count} rows)" for note, count in looked.notes.items()),
+        "notes": "\n".join(told(looked.notes, looked.first_noted)),
     }
     table = Table.grid(padding=(0, 2))
     for name, fact in facts.items():

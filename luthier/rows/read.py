@@ -178,7 +178,7 @@ def _checked(records: Iterable[Read], ids: Ids, shape: str | None) -> Iterator[R
 
 def _opened(source: str | Path | Iterable[Mapping[str, Any]], purpose: Purpose = "train") -> tuple[Iterator[Read], Found]:
     if isinstance(source, str) and source.startswith("hub:"):
-        return _enumerated(_from_hub(source), source), Found((), source.removeprefix("hub:"))
+        return _enumerated(map(without_nulls, _from_hub(source)), source), Found((), source.removeprefix("hub:"))
     if isinstance(source, str | Path):
         found = find(source, purpose)
         return _from_files(found.files), found
@@ -187,7 +187,8 @@ def _opened(source: str | Path | Iterable[Mapping[str, Any]], purpose: Purpose =
         raise LuthierError(f"rows cannot be read from a {type(source).__name__}", mend=f"give one of its values: {keys}")
     if isinstance(source, bytes) or not isinstance(source, Iterable):
         raise LuthierError(f"rows cannot be read from a {type(source).__name__}", mend="give a path or a list of mappings")
-    return _enumerated(source, "row"), Found((), type(source).__name__)
+    columnar = type(source).__module__.partition(".")[0] == "datasets"
+    return _enumerated(map(without_nulls, source) if columnar else source, "row"), Found((), type(source).__name__)
 
 
 def _from_hub(source: str) -> Any:
@@ -303,7 +304,7 @@ def _is_utf8(raw: bytes) -> bool:
 
 def _parquet(path: Path) -> Iterator[Read]:
     with pyarrow.parquet.ParquetFile(path) as file:
-        records = (record for batch in file.iter_batches() for record in batch.to_pylist())
+        records = (without_nulls(record) for batch in file.iter_batches() for record in batch.to_pylist())
         yield from _enumerated(records, f"{path}, row")
 
 
@@ -316,7 +317,8 @@ def _arrow(path: Path) -> Iterator[Read]:
         else:
             source.seek(0)
             batches = iter(pyarrow.ipc.open_stream(source))
-        yield from _enumerated((record for batch in batches for record in batch.to_pylist()), f"{path}, row")
+        records = (without_nulls(record) for batch in batches for record in batch.to_pylist())
+        yield from _enumerated(records, f"{path}, row")
 
 
 def _document(path: Path) -> Iterator[Read]:
@@ -326,6 +328,21 @@ def _document(path: Path) -> Iterator[Read]:
 def _enumerated(records: Iterable[Any], place: str) -> Iterator[Read]:
     for number, record in enumerate(records, start=1):
         yield f"{place} {number}", _object(record, f"{place} {number}")
+
+
+def without_nulls(record: Any) -> Any:
+    """A record of columns without the nulls within its values.
+
+    Columns give every object all keys that any object in its place has, with null where it had none. A null that was written on
+    purpose cannot be told from these. Keys of the record itself stay: a missing answer is not a missing column.
+    """
+    return {key: _pruned(value) for key, value in record.items()} if isinstance(record, Mapping) else record
+
+
+def _pruned(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _pruned(part) for key, part in value.items() if part is not None}
+    return [_pruned(part) for part in value] if isinstance(value, list) else value
 
 
 def _object(value: Any, where: str) -> Mapping[str, Any] | BadRow:

@@ -86,7 +86,7 @@ def test_a_template_that_asks_for_the_day_says_so(clock: str, monkeypatch: pytes
     on(monkeypatch, date(2031, 7, 8))
     plan = planned(clock)
     assert all("Today is 2031-07-08 00:00" in text for text in texts(plan))
-    assert any("writes today's date" in one and "(2 rows)" in one for one in plan.warnings())
+    assert any("writes today's date" in one and "(2 rows, the first: row 1 " in one for one in plan.warnings())
     assert not any("date" in one for one in planned("tiny:llama").warnings())
 
 
