@@ -114,7 +114,7 @@ def _broken(path: Path, problem: csv.Error, line: str, begins: int, ends: int) -
         ends = begins
         what, mend = "a quote opens in this row and never closes", f"{mend}, and close what opens; or the file is damaged"
     elif '\\"' in line:
-        what, mend = r"a quote within quotes is written `\"`, and tables write it `" "`", r'write `""` instead of `\"`'
+        what, mend = r'a quote within quotes is written `\"`, and tables write it `""`', r'write `""` instead of `\"`'
     elif begins < ends:
         what += f", in a row that begins in line {begins}"
     return LuthierError(f"the file cannot be read: {what}", where=f"{path}:{ends}", mend=mend)

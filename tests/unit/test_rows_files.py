@@ -154,7 +154,7 @@ def test_tables_as_others_write_them(tmp_path: Path) -> None:
     ("text", "line", "what"),
     [
         ('prompt,completion\nA,b\n"F"x,g\n', 3, "expected after"),
-        ('prompt,completion\n"Say \\"hi\\"","hi"\n', 2, r"a quote within quotes is written `\"`"),
+        ('prompt,completion\n"Say \\"hi\\"","hi"\n', 2, r'is written `\"`, and tables write it `""`'),
         ('prompt,completion\nx,y\nA,"b\nC,d\n', 3, "never closes"),
         ('prompt,completion\n"a\nb"x,y\n', 3, "in a row that begins in line 2"),
     ],
