@@ -121,14 +121,16 @@ class TrainedLike(Protocol):
     changes: bool
     axis: int
     master: Tensor
-    leaf: Tensor
-    """What autograd sees: read it to put a trained number into a loss."""
     gradient: Tensor | None
     """In a keeper that needs gradients: what the optimizer received in this step."""
 
     @property
     def anchor(self) -> Tensor | None:
         """What weight decay pulls towards; None: zero."""
+
+    @property
+    def value(self) -> Tensor:
+        """The numbers as optimizers hold them, whatever the model rounds them to: what to put into a loss. Gradients flow."""
 
 
 class Services(Protocol):
@@ -143,7 +145,11 @@ class Services(Protocol):
         """A generator for this seed, stage and key; the same at every call, so that resuming needs no saved state."""
 
     def weight(self, place: Place) -> Tensor:
-        """The live values at a place, [O, I] for a linear however it is stored; detached."""
+        """The values at a place, [O, I] for a linear however it is stored; detached. Of numbers that train these are the ones that
+        optimizers hold, in their type, whatever the model rounds them to."""
+
+    def shape(self, place: Place) -> torch.Size:
+        """The shape of the values at a place."""
 
     def start_weight(self, place: Place) -> Tensor:
         """The values at a place before training; needs `keeps the base`."""
@@ -191,4 +197,5 @@ class Services(Protocol):
         self, batches: Sequence[Batch], places: Sequence[Place], moved: Mapping[Place, Tensor] | None = None
     ) -> dict[Place, Tensor]:
         """Dense gradients of the mean cross-entropy over the batches' targets, by place, in fp32 or wider, [O, I] for linear maps.
-        With `moved`, as if the weights at these places were changed by it; afterwards they are as before, bit for bit."""
+        With `moved`, as if the weights at these places, as optimizers hold them, were changed by it, in fp32 or wider unless the model is
+        quantized; afterwards they are as before, bit for bit."""

@@ -108,6 +108,9 @@ class Additive(NamedTuple):
     hold it."""
     frozen: frozenset[str] = frozenset()
     shared: Callable[[Sequence[Place], Services], Tensors] | None = None
+    wide: frozenset[str] = frozenset()
+    """Names of tensors that `apply` gets as they are held, in fp32 or wider, and not in the type of the computation: those in which
+    rounding would hide what was learnt, as of numbers near 1. What is merged is then what was trained with."""
 
 
 class HiddenEdit(NamedTuple):
@@ -126,6 +129,8 @@ class HiddenEdit(NamedTuple):
     of: Literal["output", "input"] = "output"
     frozen: frozenset[str] = frozenset()
     rates: Mapping[str, float] = {}
+    undecayed: frozenset[str] = frozenset()
+    """Names of tensors with several axes that weight decay leaves alone all the same, since they are vectors side by side."""
     refresh: Callable[[State, Services], Mapping[Place, Resize]] | None = None
 
 
@@ -153,3 +158,5 @@ class Prompt(NamedTuple):
     labels: Callable[[Services], Tensor] | None = None
     frozen: frozenset[str] = frozenset()
     rates: Mapping[str, float] = {}
+    wide: frozenset[str] = frozenset()
+    """As in Additive."""

@@ -130,9 +130,10 @@ class Engine:
         if not passes:
             self.tune.observe_nothing()
         self.committed = True
-        self.tune.observe(self.world.sum)
         if "all" in self.source.gives:
+            self.chain.observed = frozenset(self.tune.observed())
             self.chain.step(now)
+            self.tune.observe(self.world.sum, self.chain.received, self.chain.factor)
         said = self._afterwards(now)
         loss, *counted = self.world.sum_numbers([work.total, *work.counted])
         told = Counted(*counted)
@@ -147,7 +148,7 @@ class Engine:
             int(counts[2]),
             told.weight / targets,
             self._weights(told, targets),
-            {**notes, **{name: total / run for name, total in self._together(work.notes).items()}},
+            {**self._kept_notes(), **notes, **{name: total / run for name, total in self._together(work.notes).items()}},
             tuple(said),
         )
 
@@ -163,6 +164,14 @@ class Engine:
             return None
         effective = told.weight**2 / told.squares if told.squares else 0.0
         return Weights(told.kept / targets, effective, told.entropy / max(told.targets, 1.0))
+
+    def _kept_notes(self) -> dict[str, float]:
+        return {
+            name: float(number)
+            for kept in self.keepers
+            if kept.keeper.notes is not None
+            for name, number in kept.keeper.notes(kept.state).items()
+        }
 
     def _parts(self, own: dict[str, float]) -> dict[str, float]:
         return own if len(self.objective.terms) == 1 else self._together(own)
@@ -208,14 +217,16 @@ class Engine:
             raise not_finite(f"the gradient of {name}", self._everyones(batches))
 
     def _afterwards(self, now: Now) -> list[str]:
-        for name, gradient in self.chain.received.items():
+        watched = {name: one for name, one in self.chain.received.items() if name in self.chain.watching}
+        for name, gradient in watched.items():
             self.tune.trained[name].gradient = gradient
         for kept in self.keepers:
             if kept.keeper.after_step is not None:
                 kept.keeper.after_step(kept.state, self.services(kept.slot, now))
-        for name in self.chain.received:
+        for name in watched:
             self.tune.trained[name].gradient = None
         self.chain.received.clear()
+        self.chain.came.clear()
         return self.tune.refresh(lambda slot: self.services(slot, now))
 
 

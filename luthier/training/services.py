@@ -17,6 +17,7 @@ from luthier.kinds import Batch, Column, Now, OtherPass, Place, State, Tensors, 
 from luthier.models import blocks
 from luthier.models.head import head_of
 from luthier.models.modes import evaluating
+from luthier.models.quantized import shape_of
 from luthier.models.sharding import whole
 from luthier.training import calibrate
 from luthier.training.disturb import disturbance
@@ -36,8 +37,15 @@ class RunServices:
         return draws.generator(self.now.seed, self.slot, self.now.stage, key)
 
     def weight(self, place: Place) -> Tensor:
-        """The live values at a place."""
-        return whole(self._tune.region(place).detach())
+        """The values at a place, as optimizers hold them where they train."""
+        return whole(self._tune.held(place))
+
+    def shape(self, place: Place) -> torch.Size:
+        """The shape of the values at a place."""
+        rows, *rest = shape_of(self._tune.model, place.parameter)
+        if place.module in self.parts.transposed and rest:
+            rows, rest = rest[0], [rows]
+        return torch.Size([rows if place.start is None or place.stop is None else place.stop - place.start, *rest])
 
     def start_weight(self, place: Place) -> Tensor:
         """The base's values of the numbers this technique trains at a place."""

@@ -53,7 +53,7 @@ def ssf(
 
     def start(place: Place, width_in: int, width_out: int, services: Services) -> Tensors:
         # An embedding's channels are its columns; of a norm only its own weight tells the width.
-        channels = width_in if place.role == "embedding" else services.weight(place).shape[0]
+        channels = width_in if place.role == "embedding" else services.shape(place)[0]
         rng = services.rng(f"ssf {place}")
         tensors = {"scale": noise * torch.randn(channels, generator=rng)}
         if shifts(place, services):

@@ -66,7 +66,7 @@ def cpt(*, examples: int = 4, radius: float = 0.1, decay: float = 0.95) -> tuple
 
     def apply(tensors: Tensors, token_ids_BT: Tensor, embeds_BTD: Tensor) -> Tensor:
         prompt_PD = tensors["context_PD"] + tensors["offset_PD"] * tensors["moves_P1"]
-        return stand_before(prompt_PD, token_ids_BT, embeds_BTD)
+        return stand_before(prompt_PD.to(embeds_BTD.dtype), token_ids_BT, embeds_BTD)
 
     def remember(services: Services) -> State:
         found = context(services)
@@ -83,8 +83,16 @@ def cpt(*, examples: int = 4, radius: float = 0.1, decay: float = 0.95) -> tuple
         virtual_N = -1 - view.batch.token_ids_BT[view.row_N, view.position_N]
         return torch.where(virtual_N >= 0, weight_P[virtual_N.clamp(min=0)], 1.0)
 
+    prompt = Prompt(
+        start,
+        apply,
+        labels=lambda services: context(services).label_P,
+        frozen=frozenset({"context_PD", "moves_P1"}),
+        # An offset is small beside its embedding: only their sum is rounded.
+        wide=frozenset({"context_PD", "offset_PD"}),
+    )
     return (
-        Prompt(start, apply, labels=lambda services: context(services).label_P, frozen=frozenset({"context_PD", "moves_P1"})),
+        prompt,
         TokenWeight(weigh, ("nll",)),
         Keeper(after_step=keep_small, start=remember),
     )
