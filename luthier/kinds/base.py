@@ -78,6 +78,11 @@ class Batch(NamedTuple):
         """How many such targets each row has, [B]."""
         return ((self.label_BT[:, 1:] >= 0) & self.attend_BT[:, :-1]).sum(-1)
 
+    def own(self) -> Batch:
+        """The same with the rows' own targets alone, without those of virtual tokens; itself where no virtual token is a target."""
+        virtual_BT = (self.token_ids_BT < 0) & (self.label_BT >= 0)
+        return self._replace(label_BT=self.label_BT.masked_fill(virtual_BT, -100)) if bool(virtual_BT.any()) else self
+
     def take(self, chosen: Tensor) -> Batch:
         """Some rows of it, by their places [B]; as long as the longest of all."""
         places = chosen.tolist()

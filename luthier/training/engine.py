@@ -137,7 +137,7 @@ class Engine:
         said = self._afterwards(now)
         loss, *counted = self.world.sum_numbers([work.total, *work.counted])
         told = Counted(*counted)
-        targets, run = max(counts[1], 1.0), max(told.targets, 1.0)
+        targets, run, own = max(counts[1], 1.0), max(told.targets, 1.0), max(told.own, 1.0)
         notes = {} if looked is None else looked.notes
         return StepResult(
             loss,
@@ -148,7 +148,7 @@ class Engine:
             int(counts[2]),
             told.weight / targets,
             self._weights(told, targets),
-            {**self._kept_notes(), **notes, **{name: total / run for name, total in self._together(work.notes).items()}},
+            {**self._kept_notes(), **notes, **{name: total / own for name, total in self._together(work.notes).items()}},
             tuple(said),
         )
 

@@ -158,8 +158,8 @@ def view_of(
         batch: the rows.
         columns: what to make.
         now: the clock.
-        read: what the model reads instead of the batch; the base reads the batch.
-        embed: what becomes of the embeddings [B, T, D] that the model reads; the base's stay.
+        read: what the model reads instead of the batch, in every pass.
+        embed: what becomes of the embeddings [B, T, D], in every pass.
         remembered: the state of the technique that asks for another pass, by the pass's name.
         keep_hidden: keep the last hidden states.
         pack: run the rows without padding; None: as the run does.
@@ -170,6 +170,7 @@ def view_of(
     keys = draws.keys(now.seed, now.step, row_number[where.row_N], where.source_N)
 
     def run(change: BlockChange | None = None, context_BT: Tensor | None = None) -> Hidden:
+        # What is compared must have read the same.
         reading = batch if read is None else read
         return hidden(tune, reading, pack=pack, embed=embed, blocks=change, context_BT=context_BT)
 
@@ -178,9 +179,7 @@ def view_of(
         others = {}
         for one in sorted(chunked.passes_of(columns), key=lambda one: one.at == ""):
             change = disturbance(one, batch, now, remembered.get(one.name, {}))
-            others[one.name] = (
-                _other(tune, one, batch, where, change, pack=pack) if one.at else _again(tune, one, where, partial(run, change))
-            )
+            others[one.name] = (_other if one.at else _again)(tune, one, where, partial(run, change))
         context_BT = _context(batch, where) if chunked.CONTEXT_ATTENTION in columns else None
         states = run(context_BT=context_BT)
         found = chunked.compute(
@@ -215,10 +214,10 @@ def _context(batch: Batch, where: Targets) -> Tensor:
     return context_BT
 
 
-def _other(tune: Tune, one: OtherPass, batch: Batch, where: Targets, change: BlockChange | None, *, pack: bool) -> chunked.Other:
-    """Another pass, as far as the head. The base and snapshots read the batch itself, whatever the model reads in this step."""
+def _other(tune: Tune, one: OtherPass, where: Targets, run: Callable[[], Hidden]) -> chunked.Other:
+    """A pass of other weights, as far as the head."""
     with tune.at(one.at), evaluating(tune.model):
-        states_ND = hidden(tune, batch, pack=pack, blocks=change).at(where.row_N, where.source_N)
+        states_ND = run().at(where.row_N, where.source_N)
         return chunked.Other(states_ND, head_now(tune))
 
 
