@@ -40,6 +40,11 @@ class Now(NamedTuple):
     """The run's learning rate times `factor`."""
     seed: int = 0
 
+    @property
+    def run_rate(self) -> float:
+        """The run's learning rate, without the schedule."""
+        return self.learning_rate / self.factor if self.factor else self.learning_rate
+
     def phase(self, ends: Sequence[float]) -> int:
         """Which phase of the run this step is in, from 0, where phases end at these shares of all steps."""
         return sum(self.step >= round(end * self.steps) for end in ends)

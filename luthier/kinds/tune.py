@@ -158,5 +158,7 @@ class Prompt(NamedTuple):
     labels: Callable[[Services], Tensor] | None = None
     frozen: frozenset[str] = frozenset()
     rates: Mapping[str, float] = {}
+    own_rates: Mapping[str, float] = {}
+    """Learning rates by tensor name in the place of the run's, whose schedule they follow."""
     wide: frozenset[str] = frozenset()
     """As in Additive."""

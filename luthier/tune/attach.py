@@ -293,9 +293,11 @@ def add_prompt(tune: Attached, slot: str, value: Prompt, services: Services) -> 
         length = len(tune.prompt_labels)
     tensors = value.start(table_VD, services)
     prompt = own(tune, Own(slot, None), tensors, rates=value.rates, frozen=value.frozen, wide=value.wide)
-    for one in prompt.trained.values():
+    for name, one in prompt.trained.items():
         # Embeddings do not belong near zero.
         one.decay = False
+        if name in value.own_rates and services.now.run_rate:
+            one.rate = value.own_rates[name] / services.now.run_rate
     tune.site(tune.parts.embedding).prompts.append((prompt, value))
     tune.prompt_length = length
 
