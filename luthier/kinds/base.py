@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from luthier import fp64
 from luthier.kinds.parts import Parts, Place
 
 if TYPE_CHECKING:
@@ -104,15 +105,14 @@ class Batch(NamedTuple):
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""
-        # Apple's accelerators have no fp64.
-        wide = torch.float32 if torch.device(device).type == "mps" else None
+        widest = None if fp64.available(device) else torch.float32
         return Batch(
             self.token_ids_BT.to(device),
             self.attend_BT.to(device),
             self.position_BT.to(device),
             self.label_BT.to(device),
             self.row_ids,
-            {name: column.to(device, wide) for name, column in self.columns.items()},
+            {name: column.to(device, widest) for name, column in self.columns.items()},
             self.texts,
             {name: column.to(device) for name, column in self.token_columns.items()},
         )

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from luthier import fp64
 from luthier.kinds.base import Batch, Now, Services, State
 
 
@@ -154,7 +155,7 @@ class View:
         return view
 
     @property
-    def own_N(self) -> Tensor:
+    def is_own(self) -> Tensor:
         """True at the rows' own targets, False at those of a prompt's virtual tokens."""
         return self.batch.token_ids_BT[self.row_N, self.position_N] >= 0
 
@@ -164,7 +165,7 @@ class View:
         if own is self.batch:
             return self
         # By place: a mask would make shapes depend on numbers, where only shapes are run.
-        place_N = self.own_N.nonzero()[:, 0]
+        place_N = self.is_own.nonzero()[:, 0]
         view = View(
             own,
             {name: column[place_N] for name, column in self.columns.items()},
@@ -183,6 +184,12 @@ class View:
     def sum_rows(self, value_N: Tensor) -> Tensor:
         """Sum a column within each row: [N] to [B]."""
         return value_N.new_zeros(len(self.batch.row_ids)).index_add(0, self.row_N, value_N)
+
+    def sum_rows_wide(self, value_N: Tensor) -> Tensor:
+        """The same without a graph, summed in fp64: [B], rounded to fp32 where the device has no fp64."""
+        rows = len(self.batch.row_ids)
+        add = lambda wide_N, row_N: wide_N.new_zeros(rows).index_add(0, row_N, wide_N)  # noqa: E731
+        return fp64.computed(add, value_N.detach(), self.row_N)
 
     def targets_by_row(self) -> Tensor:
         """How many targets each row has, [B]."""

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from luthier import draws
+from luthier import draws, fp64
 from luthier.columns import chunked
 from luthier.columns.targets import find_targets
 from luthier.errors import LuthierError
@@ -173,7 +173,7 @@ class Objective:
                 state=rule.state,
                 services=services_of(rule.slot),
             )
-            keep[kept_L] *= rule.weight.look(table).double()
+            keep[kept_L] *= fp64.widened(rule.weight.look(table))
             notes.update(table.notes)
         found = Looked([], [], notes)
         for batch, mine in zip(batches, tables, strict=True):
@@ -263,30 +263,30 @@ class Objective:
             share = (total.reshape(-1) * each).sum()
             loss = loss + share
             parts[minimized.slot] = parts.get(minimized.slot, 0.0) + float(share.detach())
-        place_N = view.own_N.nonzero()[:, 0]
+        place_N = view.is_own.nonzero()[:, 0]
         # What was noted of the rows' own targets alone is those already.
         noted = {name: noted_N if len(noted_N) == len(place_N) else noted_N[place_N] for name, noted_N in view.notes.items()}
-        return Sums(loss, parts, _counted(view, weight_N), {name: float(noted_N.double().sum()) for name, noted_N in noted.items()})
+        return Sums(loss, parts, _counted(view, weight_N), {name: fp64.total(noted_N) for name, noted_N in noted.items()})
 
 
 def _weighed(weigh: Callable[[View], Tensor], view: View, *, virtual: bool) -> Tensor:
     """The weights [N] of the targets; those of virtual tokens are 1 unless the weight is for them, too."""
     seen = view if virtual else view.of_own()
     found = weigh(seen).detach()
-    return found if seen is view else torch.ones_like(view["nll"].detach()).masked_scatter(view.own_N, found.to(view["nll"]))
+    return found if seen is view else torch.ones_like(view["nll"].detach()).masked_scatter(view.is_own, found.to(view["nll"]))
 
 
 def _counted(view: View, weight_N: Tensor) -> Counted:
-    wide_N = weight_N.double()
+    wide_N = fp64.widened(weight_N)
     entropy_N = view.columns.get("entropy")
     return Counted(
-        nll=float(view["nll"].detach().double().sum()),
+        nll=fp64.total(view["nll"]),
         weight=float(wide_N.sum()),
         squares=float(wide_N.square().sum()),
-        kept=float((weight_N != 0).double().sum()),
-        entropy=0.0 if entropy_N is None else float(entropy_N.detach().double().sum()),
+        kept=float((wide_N != 0).to(wide_N.dtype).sum()),
+        entropy=0.0 if entropy_N is None else fp64.total(entropy_N),
         targets=float(len(weight_N)),
-        own=float(view.own_N.sum()),
+        own=float(view.is_own.sum()),
     )
 
 
@@ -297,7 +297,7 @@ def _table(tune: Tune, batch: Batch, wanted: Sequence[Column], now: Now, states:
     row_N = where.row_N.cpu()
     here = {"row": rows_B[row_N], "position": where.source_N.cpu() + 1}
     for name, numbers in batch.columns.items():
-        here[f"rows {name}"] = numbers.cpu().double()[row_N]
+        here[f"rows {name}"] = fp64.widened(numbers.cpu())[row_N]
     for name, texts in batch.texts.items():
         here[f"rows {name}"] = draws.seeds_of(draws.names_of(texts, batch.columns.get(name)))[row_N]
     if wanted:

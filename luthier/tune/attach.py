@@ -204,9 +204,7 @@ def add_additive(tune: Attached, slot: str, value: Additive, services: Services,
         addition = Addition(slot, place, value=value, shared=shared)
         tensors = value.start(place, whole(values), services)
         changes = value.refresh is not None
-        own(
-            tune, addition, tensors, changes=changes, rates=value.rates, axes=value.axes, frozen=value.frozen, wide=value.wide
-        )
+        own(tune, addition, tensors, changes=changes, rates=value.rates, axes=value.axes, frozen=value.frozen, wide=value.wide)
         if value.subtract:
             _refuse_sharded(tune, slot, place, "takes its start out of the weight")
             _take_out(tune, place, value.delta(addition.masters()))

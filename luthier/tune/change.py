@@ -263,9 +263,7 @@ def join(tune: Attached, owner: Addition | Edit, tensors: Tensors) -> None:
     value = owner.value
     axes, wide = (value.axes, value.wide) if isinstance(value, Additive) else ({}, frozenset())
     undecayed = value.undecayed if isinstance(value, HiddenEdit) else frozenset()
-    own(
-        tune, owner, tensors, changes=True, rates=value.rates, axes=axes, frozen=value.frozen, undecayed=undecayed, wide=wide
-    )
+    own(tune, owner, tensors, changes=True, rates=value.rates, axes=axes, frozen=value.frozen, undecayed=undecayed, wide=wide)
     for name in tensors:
         if name in owner.trained:
             tune.renewed(owner.trained[name])

@@ -166,7 +166,9 @@ def spread(state: dict[str, Any], key: str, index: Tensor, numel: int) -> Tensor
 
 def test_entries_of_a_model_in_bf16_are_ranked_as_their_masters_hold_them(engine: Any, now: Now) -> None:
     """Later selections ranked the live weights in bf16, in which what was learnt since is rounded away."""
-    run = engine({"lift": {"rank": 32, "lora_rank": 1, "every": 1, "roles": ["mlp_down"]}}, model=model_of(layers=1), dtype=torch.bfloat16)
+    run = engine(
+        {"lift": {"rank": 32, "lora_rank": 1, "every": 1, "roles": ["mlp_down"]}}, model=model_of(layers=1), dtype=torch.bfloat16
+    )
     ((name, one),) = run.tune.trained.items()
     learnt = one.master.detach() * (1 + 2**-11)
     run.tune.set({name: learnt})

@@ -154,7 +154,15 @@ def test_what_a_zero_gradient_was_scaled_by_is_told_by_the_others(engine: Any, n
 @pytest.mark.parametrize("policy", ["linear", "cosine"])
 def test_nothing_joins_at_the_very_end_and_only_the_linear_policy_begins_with_all(engine: Any, policy: str) -> None:
     """Of a run that ends with a gathering phase: behind its last step nothing would learn, and half a cosine begins at the share itself."""
-    options = {"density": 0.02, "roles": ["mlp_down"], "policy": policy, "drop": 0.2, "criterion": "momentum", "every": 4, "gather": 2}
+    options = {
+        "density": 0.02,
+        "roles": ["mlp_down"],
+        "policy": policy,
+        "drop": 0.2,
+        "criterion": "momentum",
+        "every": 4,
+        "gather": 2,
+    }
     run = engine({"spiel": options}, model=model_of(layers=1), step="adamw")
     (one,) = trained_of(run).values()
     moved = {}

@@ -38,7 +38,8 @@ def loca(
     """Train a few coefficients of each weight's cosine transform, and in the first part of the run where they stand.
 
     Coefficients and locations take turns; a location moves along the difference of the loss between its two neighbors, which counts as 1
-    at most, over the whole step. After the search, locations stand still. One coefficient counts for three trained numbers while its location is learned, one afterwards.
+    at most, over the whole step. After the search, locations stand still. One coefficient counts for three trained numbers while its
+    location is learned, one afterwards.
     With the paper's turns, a run of up to 100 steps ends its search before the first turn of locations.
 
     Args:
