@@ -283,7 +283,7 @@ def _counted(view: View, weight_N: Tensor) -> Counted:
         nll=fp64.total(view["nll"]),
         weight=float(wide_N.sum()),
         squares=float(wide_N.square().sum()),
-        kept=float((wide_N != 0).to(wide_N.dtype).sum()),
+        kept=fp64.total(weight_N != 0),
         entropy=0.0 if entropy_N is None else fp64.total(entropy_N),
         targets=float(len(weight_N)),
         own=float(view.is_own.sum()),
@@ -322,8 +322,8 @@ def _gathered(
         kind = torch.int64 if name in ("row", "position") else torch.float32
         local[name] = torch.cat([torch.zeros(0, dtype=kind), *(table[name] for table in tables)])
     for name, spelled in free.items():
-        nothing = torch.tensor(float("nan") if spelled == "torch.float64" else draws.seed_of(""))
-        nothing = nothing.to(torch.float64 if spelled == "torch.float64" else torch.int64)
+        is_number = spelled == "torch.float64"
+        nothing = torch.tensor(float("nan"), dtype=torch.float64) if is_number else torch.tensor(draws.seed_of(""))
         pieces = [table.get(name, nothing.expand(len(table["row"]))) for table in tables]
         if nothing.dtype == torch.int64:
             pieces = [draws.seeds_of_numbers(one) if one.is_floating_point() else one for one in pieces]

@@ -28,8 +28,8 @@ REFERENCE_WIDTH = 2048
     reduces_to="radius towards 0: the few-shot context as it is written",
     departs="one radius for all tokens but targets, where the paper has one for inputs and one for the template: rows do not tell these "
     "apart; every training row stands behind the same context, in which it may stand itself, as in the paper where the context is all "
-    "the rows there are; offsets are projected after every step, where the authors' code waits for the next forward pass; "
-    "objectives that are a mean over rows learn the rows' own targets alone, and other token weights leave those of the context as they are",
+    "the rows there are; offsets are projected after every step, where the authors' code waits for the next forward pass; objectives "
+    "that are a mean over rows learn the rows' own targets alone, and other token weights leave those of the context as they are",
     step0="on purpose not the base",
     merges="never",
     learning_rate=1e-3,

@@ -26,7 +26,7 @@ def candidates_of(chunk: Chunk, temperature: float, count: int) -> Tensor:
 
     def make() -> Tensor:
         up_to_CV = fp64.widened(policy(chunk, temperature)).cumsum_(-1)
-        level_CK = draws.uniforms(chunk.key_C.to(up_to_CV.device), count, STREAM) * up_to_CV[:, -1:]
+        level_CK = fp64.widened(draws.uniforms(chunk.key_C, count, STREAM)) * up_to_CV[:, -1:]
         found_CK = torch.searchsorted(up_to_CV, level_CK, right=True).clamp_(max=up_to_CV.shape[1] - 1)
         return found_CK.to(chunk.key_C.device)
 
