@@ -55,7 +55,8 @@ class Selective(NamedTuple):
 
     `choose(parts, services)` gives the selection by place. `observe(state, place, gradient_OI)` gets the whole dense gradient of
     each selected place once a step while `observing(now)`, summed over micro-batches and processes. `refresh(state, services)`
-    may change selections after a step. Numbers that leave go back to the base (`revert`) or keep what they learnt (`keep`).
+    may change selections after a step, also after one without rows, in which nothing was observed. Numbers that leave go back to the
+    base (`revert`) or keep what they learnt (`keep`).
     """
 
     choose: Callable[[Parts, Services], Mapping[Place, Select]]

@@ -84,8 +84,6 @@ REFUSED: dict[tuple[str, str], str] = {
     ("freeze_lower", "half"): "both train the same numbers",
     ("freeze_lower", "greentrainer"): "both train the same numbers",
     ("freeze_lower", "s2ft"): "both train the same numbers",
-    # While the prompt learns alone, nothing else moves, and so nothing can be chosen by how far it moved.
-    ("lt_sft", "promot"): "nothing moved in the first phase",
 }
 """What is refused beside each other, by names, kinds or traits, and words of the error. A pair that stands here is tried only to see
 that it still is refused; every other pair must meet."""

@@ -153,7 +153,8 @@ def test_a_share_of_one_is_prompt_tuning(engine: Any) -> None:
 
 def test_the_schedule_restarts() -> None:
     _, freezing = promot(share=0.25)
-    assert isinstance(freezing, Freezing) and freezing.everywhere and freezing.restarts == (0.25,)
+    assert isinstance(freezing, Freezing) and freezing.ends == (0.25,) and freezing.restart
+    assert freezing.alone == {0}
 
 
 @pytest.mark.parametrize("rate", [1e-3, 2e-5])

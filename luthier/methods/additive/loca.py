@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from luthier import draws
 from luthier.errors import LuthierError
 from luthier.kinds import Additive, Freezing, Now, Place, Services, State, Tensors, TrainedLike, Transform
 from luthier.methods.additive._cosine import GRAIN, bounded, inverse_transform, located, scatter
@@ -70,9 +71,7 @@ def loca(
         return alpha * inverse_transform(scatter(tensors["coefficients"], row_K, column_K, height, width))
 
     def apply(tensors: Tensors, x: Tensor) -> Tensor:
-        if dropout and torch.is_grad_enabled():
-            x = functional.dropout(x, dropout)
-        return functional.linear(x, delta(tensors).to(x.dtype))
+        return functional.linear(draws.dropout(x, dropout), delta(tensors).to(x.dtype))
 
     def frozen(trained: TrainedLike, state: State, now: Now) -> bool:
         searching = now.phase((search,)) == 0
@@ -95,7 +94,7 @@ def loca(
         # In bf16 a location would be off by cells.
         wide=frozenset({"coefficients", "rows", "columns"}),
     )
-    return additive, Transform(lambda trained: {}, bound, takes=is_location), Freezing(frozen)
+    return additive, Transform(lambda trained: {}, bound, takes=is_location), Freezing(frozen, ends=(search,))
 
 
 def _check(coefficients: int, dropout: float, search: float, coefficient_steps: int, location_steps: int) -> None:

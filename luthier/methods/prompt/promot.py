@@ -49,7 +49,7 @@ def promot(*, length: int = 20, share: float = 0.5, prompt_rate: float = 0.1) ->
         )
     if prompt_rate <= 0.0:
         raise LuthierError(f"the prompt's learning rate is {prompt_rate}", where="promot: prompt_rate", mend="use more than 0")
-    ends = (share,)
+    ends = (share,) if share < 1.0 else ()
 
     def start(table_VD: Tensor, services: Services) -> Tensors:
         return {PROMPT: drawn_from(table_VD, length, services)}
@@ -58,10 +58,9 @@ def promot(*, length: int = 20, share: float = 0.5, prompt_rate: float = 0.1) ->
         return stand_before(tensors[PROMPT], token_ids_BT, embeds_BTD)
 
     def frozen(trained: TrainedLike, state: State, now: Now) -> bool:
-        is_prompt = trained.name.endswith(f".{PROMPT}")
-        return is_prompt if now.phase(ends) else not is_prompt
+        return now.phase(ends) == 1
 
     return (
         Prompt(start, apply, length, own_rates={PROMPT: prompt_rate}),
-        Freezing(frozen, everywhere=True, restarts=ends),
+        Freezing(frozen, ends=ends, restart=True, alone=frozenset({0})),
     )
