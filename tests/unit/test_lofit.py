@@ -53,7 +53,8 @@ def test_neither_scales_nor_offsets_decay(engine: Any) -> None:
     """Weight decay acted on offsets, which stand in a matrix, one vector for each head."""
     run = engine(lofit(share=0.5), model=model_of(), step={"adamw": {"decay": 0.5}})
     assert [one.decay for one in run.tune.trained.values()] == [False, False]
-    run.tune.refresh(lambda slot: run.services(slot, NOW._replace(step=2, learning_rate=0.0)))
+    later = NOW._replace(step=2, learning_rate=0.0)
+    run.tune.refresh(lambda slot: run.services(slot, later), later)
     offsets = list(run.tune.trained.values())
     for one in offsets:
         run.tune.set({one.name: torch.ones_like(one.master)})
