@@ -190,6 +190,20 @@ def test_after_every_step_offsets_lie_in_their_balls_and_targets_have_none(
     assert float(norm_P.max()) == pytest.approx(length, rel=1e-5)
 
 
+def test_of_a_model_in_bf16_only_the_sum_of_embedding_and_offset_is_rounded(engine: Any) -> None:
+    """Embeddings and offsets were rounded before they were added, and their sum once more."""
+    run = engine({"cpt": {"examples": 3}}, model=model_of(), calibration=rows, dtype=torch.bfloat16)
+    (own,) = run.tune.owns
+    offset_PD = torch.randn(run.tune.prompt_length, 32, generator=torch.Generator().manual_seed(0))
+    run.tune.set({"cpt.offset_PD": offset_PD})
+    held = own.masters()
+    wanted_PD = (held["context_PD"].float() + offset_PD * held["moves_P1"]).bfloat16()
+    ids_BT = -1 - torch.arange(run.tune.prompt_length)[None]
+    (_, prompt) = run.tune.site(run.tune.parts.embedding).prompts[0]
+    found_BTD = prompt.apply(own.tensors(torch.bfloat16), ids_BT, torch.zeros(1, len(wanted_PD), 32, dtype=torch.bfloat16))
+    assert torch.equal(found_BTD[0], wanted_PD)
+
+
 def test_a_radius_towards_zero_stays_in_context_learning(engine: Any, now: Now) -> None:
     batch = make_batch([(6, 2)], seed=8)
     found = []

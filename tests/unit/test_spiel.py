@@ -176,6 +176,17 @@ def test_nothing_joins_at_the_very_end_and_only_the_linear_policy_begins_with_al
     assert moved == {step: int(share * one.numel) for step, share in shares.items()}
 
 
+def test_a_run_as_long_as_one_gathering_phase_exchanges_nothing(engine: Any) -> None:
+    """The first exchange takes all entries; behind the last step they would stay where they began."""
+    options = {"density": 0.02, "roles": ["mlp_down"], "every": 4, "gather": 2}
+    run = engine({"spiel": options}, model=model_of(layers=1), step="adamw")
+    (one,) = trained_of(run).values()
+    before = one.index.clone()
+    for i in range(2):
+        run.step([rows_of_eight(seed=i)], Now(step=i, steps=2, learning_rate=0.01))
+    assert torch.equal(one.index, before) and bool((one.master.detach() != one.start).all())
+
+
 def test_survivors_keep_everything_and_the_dropped_go_back_to_the_base(engine: Any, now: Now) -> None:
     options = {"density": 0.02, "roles": ["mlp_down"], "every": 3, "gather": 1, "policy": "cosine", "drop": 0.5}
     run = engine({"spiel": options}, model=model_of(layers=1), step="adamw")
