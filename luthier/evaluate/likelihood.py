@@ -14,6 +14,7 @@ from luthier.columns import chunked
 from luthier.errors import LuthierError
 from luthier.generation.generate import BATCH_TOKENS, context_of
 from luthier.kinds import Now, RowLikelihood
+from luthier.models.context import Reads
 from luthier.models.modes import evaluating
 from luthier.rows.batches import collate, plan_epoch
 from luthier.rows.chat import LossOn
@@ -80,7 +81,7 @@ def row_likelihoods(
         LuthierError: a row cannot be written as the model reads it, is longer than its context or has no target; or the model gives
             numbers that are not finite.
     """
-    encoded, bad = encode_each(rows, tokenizer, loss_on=loss_on, max_tokens=context_of(tune))
+    encoded, bad = encode_each(rows, tokenizer, loss_on=loss_on, reads=Reads(context_of(tune), tune.parts.vocabulary))
     bad += encoded.dropped
     if bad:
         problem = bad_rows_error(bad, len(rows))

@@ -71,6 +71,9 @@ class Term(NamedTuple):
     """What the learning rate of its own tensors is multiplied with."""
     penalty: bool = False
     """It holds something back and teaches nothing by itself: a recipe that names nothing else minimizes cross-entropy, too."""
+    check: Callable[[Batch], None] | None = None
+    """Refuses rows that lack what it reads of them. It is asked about all rows before the first step: the batch has their ids, their
+    free columns and which of them have targets, but not their tokens."""
 
 
 class TokenLoss(NamedTuple):
@@ -121,7 +124,7 @@ class TokenWeight(NamedTuple):
     weights [M]; then those above 0 are counted, and rows of which nothing is kept are not run. Columns come from a pass of their own,
     without gradients and in evaluation mode; a rule that asks for none costs no pass.
 
-    `annotation` gives the rows' tokens numbers of their own, which `weigh` reads.
+    `annotation` gives the rows' tokens numbers of their own, which `weigh` reads. `check` is that of a Term.
     """
 
     weigh: Callable[[View], Tensor] | None = None
@@ -129,5 +132,6 @@ class TokenWeight(NamedTuple):
     count: Callable[[Batch], Tensor] | None = None  # type: ignore[assignment]
     look: Callable[[StepTable], Tensor] | None = None
     annotation: Annotation | None = None
+    check: Callable[[Batch], None] | None = None
     virtual: bool = False
     """It also weighs targets of a prompt's virtual tokens. Others see the rows' own targets alone, and leave those as they are."""

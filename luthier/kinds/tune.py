@@ -120,7 +120,7 @@ class HiddenEdit(NamedTuple):
 
     Roles are those of weights, `block` for whole blocks, `attention_layer` and `mlp_layer` for whole sub-layers, whose input `x` is
     what enters them. With `of` `input` the edit is made before the module, with `y` its input as well, and its result is what the
-    module reads. `frozen` and `refresh` as in Additive.
+    module reads. `frozen`, `refresh`, `shared` and `wide` as in Additive.
     """
 
     start: Callable[[Place, int, int, Services], Tensors]
@@ -130,9 +130,11 @@ class HiddenEdit(NamedTuple):
     of: Literal["output", "input"] = "output"
     frozen: frozenset[str] = frozenset()
     rates: Mapping[str, float] = {}
+    wide: frozenset[str] = frozenset()
     undecayed: frozenset[str] = frozenset()
     """Names of tensors with several axes that weight decay leaves alone all the same, since they are vectors side by side."""
     refresh: Callable[[State, Services], Mapping[Place, Resize]] | None = None
+    shared: Callable[[Sequence[Place], Services], Tensors] | None = None
 
 
 class Prefix(NamedTuple):

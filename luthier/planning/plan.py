@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from datetime import date
 from typing import Any
 
 import torch
@@ -29,10 +30,12 @@ from luthier.recipe.parts import Chosen, choose_parts
 from luthier.registry import Part
 from luthier.results.control import find_control
 from luthier.results.folder import Run
-from luthier.rows.encode import EncodedRows
+from luthier.rows.encode import EncodedRows, told
+from luthier.rows.files import LeftOut
 from luthier.rows.mixture import described_share
 from luthier.rows.shapes import BadRow
 from luthier.rows.sources import read_rows
+from luthier.rows.template import date_of
 from luthier.training.engine import Engine
 from luthier.training.feed import Feed
 from luthier.training.loop import Clock
@@ -43,6 +46,8 @@ from luthier.tune.merge import lacking_bias
 
 LABEL = 12
 """How wide the words are that each line of a plan begins with."""
+SHOWN = 8
+"""Files that a plan names one by one."""
 NOTHING_BEFORE = " " * (LABEL + 1)
 """Stands before a line of the plan that goes on with what the line above is about."""
 
@@ -81,8 +86,14 @@ class Plan:
     """When streaming, whether each source's encoded rows were in the cache."""
     mapped: Sequence[str] = ()
     """What row maps did."""
+    files: Sequence[str] = ()
+    """What the training rows are read from."""
+    left_out: Sequence[LeftOut] = ()
+    """What stands beside these files and was not read."""
     padded: str = ""
     """Why rows run with padding; empty where they are packed."""
+    noted: Sequence[str] = ()
+    """What deserves a warning in the rows that are measured."""
     too_large: str = ""
     """What to change, where memory will not do."""
 
@@ -110,6 +121,9 @@ class Plan:
             f"{NOTHING_BEFORE}{self._padding()}; longest row {max(self.rows.sizes.tokens):,} tokens",
         ]
         lines += [f"{NOTHING_BEFORE}{said}" for said in (*self.cache, *self.mapped, *map(described_share, self.feed.shares()))]
+        lines += _listed("template", self._template())
+        lines += _listed("files", list(self.files))
+        lines += _listed("left out", [f"{one.file}: {one.why}" for one in self.left_out])
         lines += [f"{key:<12} {_described(parts)}" for key, parts in self.chosen.items() if parts]
         lines += [
             f"trains       {self.trained_numbers:,} numbers, {share:.2f} % of the model's",
@@ -135,7 +149,7 @@ class Plan:
 
     def warnings(self) -> list[str]:
         """What is allowed but seldom wanted."""
-        warnings = [f"{note} ({count} rows)" for note, count in self.rows.notes.items()]
+        warnings = [*told(self.rows.notes, self.rows.first_noted), *self.noted]
         warnings += [self.too_large] if self.too_large else []
         warnings += [
             f"`{slot}` learns shifts that fold into biases, and this model lacks some: the result stays beside the weights, and cannot be "
@@ -161,6 +175,12 @@ class Plan:
         if self.engine.tune.packs:
             return "packed, without padding"
         return f"{100 * self.feed.padding():.1f} % padding: {self.padded}"
+
+    def _template(self) -> list[str]:
+        name, day = self.recipe.rows.template, date_of(self.tokenizer)
+        told = [f"`{name}`"] if name is not None else []
+        told += [f"told that it is {day}"] if day is not None else []
+        return ["; ".join(told)] if told else []
 
     def _moments(self) -> list[int]:
         return [round(share * (self.clock.steps - 1)) for share in (0.0, 0.25, 0.5, 0.75, 1.0)]
@@ -213,10 +233,18 @@ class Plan:
             "estimated_peak_memory_bytes": self.estimate.total_bytes,
             "mixture": self.feed.shares(),
             "rows_cache": list(self.cache),
+            "files": list(self.files),
+            "left_out": [one._asdict() for one in self.left_out],
             "estimated_seconds": self.estimate.seconds,
             "warnings": self.warnings(),
             "lines": self.lines(),
         }
+
+
+def _listed(label: str, said: Sequence[str]) -> list[str]:
+    """Lines of a plan under one label."""
+    shown = [*said[:SHOWN], *([f"and {len(said) - SHOWN} more"] if len(said) > SHOWN else [])]
+    return [f"{label if not place else '':<{LABEL}} {text}" for place, text in enumerate(shown)]
 
 
 def _described(parts: Sequence[Part]) -> str:
@@ -236,12 +264,13 @@ def _minutes(seconds: float) -> str:
     return f"{seconds:.0f} seconds" if seconds < 120 else f"{seconds / 60:.1f} minutes"
 
 
-def make_plan(recipe: Recipe, say: Say = lambda text: None) -> Plan:
+def make_plan(recipe: Recipe, say: Say = lambda text: None, *, today: date | None = None) -> Plan:
     """Load, read, attach and check everything a run needs.
 
     Args:
         recipe: what to do.
         say: hears what is being done.
+        today: what a chat template is told that asks for the day; none: the day it is.
 
     Raises:
         LuthierError: anything in the recipe, the rows or the model that would stop or spoil the run.
@@ -257,10 +286,10 @@ def make_plan(recipe: Recipe, say: Say = lambda text: None) -> Plan:
     world = World.current()
     check_processes(recipe.train.sharding, world)
     sources = read_rows(recipe.rows)
-    loaded = load(recipe, world, say)
+    loaded = load(recipe, world, say, today)
     rows = read(recipe.rows, recipe.seed, sources, chosen, loaded, say)
     engine, feed, clock, rate_from, padded = attach(recipe, schedule, chosen, loaded, rows, world)
-    check(engine.tune, loaded.tokenizer, sets)
+    noted = check(engine.tune, loaded.tokenizer, sets, rows.encoded.notes)
     cost = estimate(engine, loaded.parts, feed, loaded.dtype, checkpointing=recipe.train.checkpointing)
     room = machine.available_bytes(loaded.device)
     return Plan(
@@ -287,7 +316,10 @@ def make_plan(recipe: Recipe, say: Say = lambda text: None) -> Plan:
         control=control,
         cache=rows.cache,
         mapped=rows.mapped,
+        files=rows.files,
+        left_out=rows.left_out,
         padded=padded,
+        noted=noted,
         too_large=too_much(recipe, engine, loaded.parts, feed, loaded.dtype, cost, room),
     )
 

@@ -41,8 +41,10 @@ def same_steps(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
 
     def steps(plain: Mapping[str, Any]) -> str:
         train = {key: value for key, value in (plain.get("train") or {}).items() if key != "micro_batch_tokens"}
-        # Runs from before there were trackers or quantized bases say nothing of them, and a tracker changes no step.
-        return json.dumps({"quantize": "none", **spelled_out(plain), "train": train, "track": None}, sort_keys=True)
+        # Runs from before there were trackers, quantized bases or named templates say nothing of them, and a tracker changes no step.
+        spelled = spelled_out(plain)
+        rows = {"template": None, "template_options": {}, **(spelled.get("rows") or {})}
+        return json.dumps({"quantize": "none", **spelled, "rows": rows, "train": train, "track": None}, sort_keys=True)
 
     return steps(one) == steps(other)
 

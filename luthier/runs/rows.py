@@ -5,18 +5,28 @@ from __future__ import annotations
 from typing import cast, get_args
 
 from luthier.errors import LuthierError, Say, silent
-from luthier.models.load import load_tokenizer, resolve
+from luthier.models.load import load_tokenizer, resolve, source_reads
 from luthier.rows.chat import LossOn
 from luthier.rows.look import Look, look
+from luthier.rows.template import choose
 
 
 def look_at_rows(
-    source: str, model: str, *, shape: str | None = None, loss_on: str = "assistant", rows: int = 5, say: Say = silent
+    source: str,
+    model: str,
+    *,
+    shape: str | None = None,
+    loss_on: str = "assistant",
+    template: str | None = None,
+    rows: int = 5,
+    say: Say = silent,
 ) -> Look:
-    """Rows as a model would see them."""
+    """Rows as a model would see them; the other arguments are those under `rows` in a recipe."""
     turns = turns_of(loss_on)
-    tokenizer = load_tokenizer(resolve(model, say=say))
-    return look(source, tokenizer, n=rows, shape=shape, loss_on=turns)
+    found = resolve(model, say=say)
+    tokenizer = load_tokenizer(found)
+    choose(tokenizer, template)
+    return look(source, tokenizer, n=rows, shape=shape, loss_on=turns, reads=source_reads(found))
 
 
 def turns_of(loss_on: str) -> LossOn:

@@ -27,11 +27,13 @@ from luthier.report import write_report
 from luthier.report.compare import compared, write_comparison
 from luthier.results.folder import FILE, Run, new_folder, write_json
 from luthier.results.opened import save_result
+from luthier.rows.template import date_of
 from luthier.runs.resume import (
     CHECKPOINTS,
     Before,
     check_resumable,
     continue_from,
+    day_of,
     read_before,
     save_before,
     save_checkpoint,
@@ -88,7 +90,7 @@ def _train(recipe: Recipe, resume: str | Path | None, say: Say, tell: Tell, comm
         # All processes take every step and measure alike; the first one speaks and writes.
         say, tell = _nothing, _nothing
     check_trackers(recipe.track)
-    plan = make_plan(recipe, say)
+    plan = make_plan(recipe, say, today=day_of(Path(resume)) if resume is not None else None)
     sets = plan.sets
     folder = Path(resume) if resume is not None else shared_folder(world, recipe)
     facts = first_facts(plan, folder, command, sets)
@@ -219,6 +221,9 @@ def first_facts(plan: Plan, folder: Path, command: str, sets: list[EvalSet]) -> 
             "mixture": plan.feed.shares(),
             "cache": list(plan.cache),
             "mapped": list(plan.mapped),
+            "read": list(plan.files),
+            "left_out": [one._asdict() for one in plan.left_out],
+            "date": date_of(plan.tokenizer),
             "overlap": {name: len(found) for name, found in overlaps(plan.raw, {one.name: one.rows for one in sets}).items()},
         },
         "plan": plan.lines(),
@@ -331,7 +336,7 @@ def tuned_fingerprint(plan: Plan) -> str:
     for name, one in sorted(plan.engine.tune.trained.items()):
         if one.form in ("factor", "free"):
             digest.update(name.encode())
-            digest.update(whole(one.master.detach()).cpu().contiguous().view(torch.uint8).numpy().tobytes())
+            digest.update(whole(one.master.detach()).cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 

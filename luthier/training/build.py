@@ -206,7 +206,7 @@ def _refuse_impossible(
         )
     observers = [slot for slot, value, _ in tune.selectives if value.observe is not None]
     observers += [slot for slot, value, _ in tune.additives if value.observe is not None]
-    if "all" not in gives and observers:
+    if not gives >= {"all", "gradients"} and observers:
         raise LuthierError(
             f"`{observers[0]}` observes whole gradients, and `{name}` gives none to observe",
             where="source",

@@ -151,6 +151,7 @@ class Engine:
         self.source.gradients(work)
         self._refuse_together(work.broken)
         self._sum_gradients(batches)
+        self._refuse_untouched(work)
         if not passes:
             self.tune.observe_nothing()
         self.committed = True
@@ -224,7 +225,8 @@ class Engine:
 
     def _sum_gradients(self, batches: Sequence[Batch]) -> None:
         everything = list(self.tune.trained.values())
-        several = self.world.size > 1 and "all" in self.source.gives
+        # A source that does not go through backward has set what is the same on every process.
+        several = self.world.size > 1 and self.source.gives >= {"all", "gradients"}
         # What no process touched takes no step, as in a run of one process.
         touched = self.world.sum_numbers([float(one.gradient is not None) for one in everything]) if several else []
         for trained, processes in zip(everything, touched, strict=False):
@@ -239,6 +241,15 @@ class Engine:
         if name is not None:
             self.tune.free_gradients()
             raise not_finite(f"the gradient of {name}", self._everyones(batches))
+
+    def _refuse_untouched(self, work: Work) -> None:
+        """Stop where the loss does not depend on anything that trains: every step would be like this one, and change nothing."""
+        if "all" in self.source.gives and work.trained and not any(one.gradient is not None for one in work.trained):
+            raise LuthierError(
+                "the loss depends on nothing that trains: no gradient reached any of it",
+                where="objective",
+                mend="use an objective that is differentiable, or a source that needs no gradient",
+            )
 
     def _afterwards(self, now: Now) -> list[str]:
         watched = {name: one for name, one in self.chain.received.items() if name in self.chain.watching}

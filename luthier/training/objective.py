@@ -164,14 +164,15 @@ class Objective:
         for rule in self.rules:
             assert rule.weight.look is not None
             kept_L = (keep != 0).nonzero()[:, 0]
+            services = services_of(rule.slot)
             table = StepTable(
                 {column.name: whole[column.name][kept_L] for column in wanted},
                 row_M=whole["row"][kept_L].unique(return_inverse=True)[1],
                 position_M=whole["position"][kept_L],
                 of_rows={name: values[kept_L] for name, values in of_rows.items()},
-                now=tune.turns.own(rule.slot, now),
+                now=services.now,
                 state=rule.state,
-                services=services_of(rule.slot),
+                services=services,
             )
             keep[kept_L] *= fp64.widened(rule.weight.look(table))
             notes.update(table.notes)
@@ -256,14 +257,16 @@ class Objective:
         with torch.no_grad():
             for one in self.weights:
                 if one.weight.weigh is not None:
-                    view.services, view.now = services_of(one.slot), tune.turns.own(one.slot, now)
+                    view.services = services_of(one.slot)
+                    view.now = view.services.now
                     weight_N = weight_N * _weighed(one.weight.weigh, view.for_technique(one.state), virtual=one.weight.virtual)
         loss = view["nll"].new_zeros(())
         parts: dict[str, float] = {}
         for minimized, unit in zip(self.terms, units, strict=True):
             if not any(unit) or (minimized.term.unit == "step" and not first):
                 continue
-            view.services, view.now = services_of(minimized.slot), tune.turns.own(minimized.slot, now)
+            view.services = services_of(minimized.slot)
+            view.now = view.services.now
             own = minimized.own.tensors() if minimized.own is not None else {}
             seen = view.for_technique(minimized.state, weight_N)
             total = minimized.term.total(seen.of_own() if minimized.term.unit == "row" else seen, own)

@@ -68,6 +68,8 @@ class Attached:
         self.packs = False
         """Rows of a micro-batch run without padding."""
         self.is_off = False
+        self.only_shapes = False
+        """Passes compute shapes and no numbers, so that none may be put into the place of others."""
         self.untouched = True
         """No trained number was written yet: what trains in place still is the base."""
         self.altered: dict[str, Tensor] = {}

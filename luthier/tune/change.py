@@ -270,9 +270,9 @@ def _resize(tune: Attached, slot: str, place: Place, size: Resize) -> str:
 def join(tune: Attached, owner: Addition | Edit, tensors: Tensors) -> None:
     """Let more tensors of a technique stand at a place."""
     value = owner.value
-    axes, wide = (value.axes, value.wide) if isinstance(value, Additive) else ({}, frozenset())
+    axes = value.axes if isinstance(value, Additive) else {}
     undecayed = value.undecayed if isinstance(value, HiddenEdit) else frozenset()
-    own(tune, owner, tensors, changes=True, rates=value.rates, axes=axes, frozen=value.frozen, undecayed=undecayed, wide=wide)
+    own(tune, owner, tensors, changes=True, rates=value.rates, axes=axes, frozen=value.frozen, undecayed=undecayed, wide=value.wide)
     for name in tensors:
         if name in owner.trained:
             tune.renewed(owner.trained[name])

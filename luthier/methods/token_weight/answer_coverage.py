@@ -36,7 +36,7 @@ def answer_coverage(*, samples: int = 256, threshold: float = 0.1, column: str =
         column: the rows' numeric column that holds the share, from 0 to 1.
 
     Raises:
-        LuthierError: an option is out of range; in training, a row has no share, or one outside of 0 to 1.
+        LuthierError: an option is out of range; a row has no share, or one outside of 0 to 1.
     """
     check_samples("answer_coverage", samples)
     if threshold <= 0.0:
@@ -54,7 +54,10 @@ def answer_coverage(*, samples: int = 256, threshold: float = 0.1, column: str =
     def count(batch: Batch) -> Tensor:
         return batch.targets_by_row() * kept(shares(batch, column))
 
-    return TokenWeight(weigh, ("nll",), count)
+    def check(batch: Batch) -> None:
+        shares(batch, column)
+
+    return TokenWeight(weigh, ("nll",), count, check=check)
 
 
 def shares(batch: Batch, column: str) -> Tensor:
