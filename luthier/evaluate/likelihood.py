@@ -52,7 +52,7 @@ def likelihoods(tune: Tune, rows: Sequence[Encoded], *, batch_tokens: int = BATC
     with evaluating(tune.model):
         for chosen in (indices for step in plan for indices in step):
             view = view_of(tune, collate([rows[index] for index in chosen]).to(device), columns, Now(), pack=False)
-            nats_B = view.sum_rows(view["nll"].double()).tolist()
+            nats_B = view.sum_rows_wide(view["nll"]).tolist()
             targets_B = view.sum_rows(torch.ones_like(view["nll"])).tolist()
             for index, nats, targets in zip(chosen, nats_B, targets_B, strict=True):
                 found[index] = Likelihood(nats, int(targets))

@@ -42,6 +42,7 @@ from luthier.training.loop import Clock
 from luthier.training.schedule import find_schedule
 from luthier.training.trial import Measured, measure
 from luthier.training.world import World
+from luthier.tune.merge import lacking_bias
 
 LABEL = 12
 """How wide the words are that each line of a plan begins with."""
@@ -150,6 +151,11 @@ class Plan:
         """What is allowed but seldom wanted."""
         warnings = [*told(self.rows.notes, self.rows.first_noted), *self.noted]
         warnings += [self.too_large] if self.too_large else []
+        warnings += [
+            f"`{slot}` learns shifts that fold into biases, and this model lacks some: the result stays beside the weights, and cannot be "
+            "exported as a plain model"
+            for slot in lacking_bias(self.engine.tune)
+        ]
         attention = set(GROUPS["attention"])
         for slot, _, _ in self.engine.tune.additives:
             roles = {one.place.role for one in self.engine.tune.trained.values() if one.slot == slot and one.place is not None}
