@@ -15,7 +15,7 @@ from math import isnan, pi
 import torch
 from torch import Tensor
 
-from luthier import fp64
+from luthier import machine
 from luthier.errors import LuthierError
 
 _MASK = (1 << 63) - 1
@@ -77,9 +77,9 @@ def uniforms(key_N: Tensor, count: int, stream: int = 0) -> Tensor:
 
 
 def _unit(mixed: Tensor) -> Tensor:
-    bits = 53 if fp64.available(mixed.device) else 24
+    bits = 53 if machine.has_fp64(mixed.device) else 24
     # As many as the type holds: never rounded up to 1.
-    return fp64.on_device((mixed >> (64 - bits)) & ((1 << bits) - 1)) / float(1 << bits)
+    return machine.widest((mixed >> (64 - bits)) & ((1 << bits) - 1)) / float(1 << bits)
 
 
 def features(key_N: Tensor, width: int) -> Tensor:

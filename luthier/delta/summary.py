@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from luthier import fp64
+from luthier import machine
 from luthier.delta.delta import Delta, places_of
 from luthier.delta.sources import live
 from luthier.kinds import Place
@@ -64,7 +64,7 @@ def _outputs(values: Tensor, place: Place, parts: Parts) -> Tensor:
 
 
 def _squares(values: Tensor) -> float:
-    return fp64.norm(values) ** 2
+    return machine.norm(values) ** 2
 
 
 def _facts(sums: Tensor) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import transformers
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from luthier import fp64
+from luthier import machine
 from luthier.delta.forms import bits
 from luthier.delta.sources import live, tied, untie
 from luthier.errors import LuthierError
@@ -117,7 +117,7 @@ def divergence(left: Sequence[Tensor], right: Sequence[Tensor]) -> float:
     """KL(left, right) of the distributions that logits [T, V] give, in nats, averaged over all positions."""
     total, count = 0.0, 0
     for one, other in zip(left, right, strict=True):
-        log_p, log_q = fp64.widened(one).log_softmax(-1), fp64.widened(other).log_softmax(-1)
+        log_p, log_q = machine.widened(one).log_softmax(-1), machine.widened(other).log_softmax(-1)
         total += float((log_p.exp() * (log_p - log_q)).sum())
         count += len(one)
     return total / count

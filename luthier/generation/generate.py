@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from luthier import draws, fp64
+from luthier import draws, machine
 from luthier.errors import LuthierError
 from luthier.models import context
 from luthier.models.head import head_of
@@ -189,12 +189,12 @@ def _nucleus(temperature: float, top_p: float, seed: int) -> Choose:
     """Draw by inverting the cumulative distribution at one uniform number a row and step."""
 
     def choose(logits_BV: Tensor, number_B: Tensor, step: int) -> Tensor:
-        probability_BV, token_BV = (fp64.widened(logits_BV) / temperature).softmax(-1).sort(descending=True, stable=True)
+        probability_BV, token_BV = (machine.widened(logits_BV) / temperature).softmax(-1).sort(descending=True, stable=True)
         before_BV = probability_BV.cumsum(-1) - probability_BV
         # The most likely token always stays: nothing comes before it.
         probability_BV = probability_BV.masked_fill(before_BV >= top_p, 0.0)
         reached_BV = probability_BV.cumsum(-1)
-        drawn_B = fp64.widened(draws.uniform(draws.keys(seed, step, number_B, torch.zeros_like(number_B)))) * reached_BV[:, -1]
+        drawn_B = machine.widened(draws.uniform(draws.keys(seed, step, number_B, torch.zeros_like(number_B)))) * reached_BV[:, -1]
         place_B1 = torch.searchsorted(reached_BV, drawn_B[:, None], right=True).clamp(max=logits_BV.shape[1] - 1)
         return token_BV.gather(-1, place_B1)[:, 0].to(logits_BV.device)
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from luthier import fp64
+from luthier import machine
 from luthier.kinds.parts import Parts, Place
 
 if TYPE_CHECKING:
@@ -113,7 +113,7 @@ class Batch(NamedTuple):
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""
-        widest = None if fp64.available(device) else torch.float32
+        widest = None if machine.has_fp64(device) else torch.float32
         return Batch(
             self.token_ids_BT.to(device),
             self.attend_BT.to(device),

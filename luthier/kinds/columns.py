@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from luthier import fp64
+from luthier import machine
 from luthier.kinds.base import Batch, Now, Services, State
 
 
@@ -189,7 +189,7 @@ class View:
         """The same without a graph, summed in fp64: [B], rounded to fp32 where the device has no fp64."""
         rows = len(self.batch.row_ids)
         add = lambda wide_N, row_N: wide_N.new_zeros(rows).index_add(0, row_N, wide_N)  # noqa: E731
-        return fp64.computed(add, value_N.detach(), self.row_N)
+        return machine.computed_wide(add, value_N.detach(), self.row_N)
 
     def targets_by_row(self) -> Tensor:
         """How many targets each row has, [B]."""

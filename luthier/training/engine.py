@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from luthier import draws, fp64
+from luthier import draws, machine
 from luthier.errors import LuthierError
 from luthier.kinds import Batch, Keeper, Now, Services, Source, State, TrainedLike
 from luthier.models.modes import evaluating
@@ -312,7 +312,7 @@ def choices(trained: Sequence[Trained], *, values: bool) -> dict[str, str]:
 
 def _sum_of(values: Tensor) -> tuple[float, ...]:
     """Two numbers that other values of a tensor would hardly have."""
-    return fp64.total(values), fp64.norm(values)
+    return machine.total(values), machine.norm(values)
 
 
 def with_context(batch: Batch, label_P: Tensor | None) -> Batch:

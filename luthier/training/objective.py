@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from luthier import draws, fp64
+from luthier import draws, machine
 from luthier.columns import chunked
 from luthier.columns.targets import find_targets
 from luthier.errors import LuthierError
@@ -174,7 +174,7 @@ class Objective:
                 state=rule.state,
                 services=services,
             )
-            keep[kept_L] *= fp64.widened(rule.weight.look(table))
+            keep[kept_L] *= machine.widened(rule.weight.look(table))
             notes.update(table.notes)
         found = Looked([], [], notes)
         for batch, mine in zip(batches, tables, strict=True):
@@ -278,7 +278,7 @@ class Objective:
         place_N = view.is_own.nonzero()[:, 0]
         # What was noted of the rows' own targets alone is those already.
         noted = {name: noted_N if len(noted_N) == len(place_N) else noted_N[place_N] for name, noted_N in view.notes.items()}
-        return Sums(loss, parts, _counted(view, weight_N), {name: fp64.total(noted_N) for name, noted_N in noted.items()})
+        return Sums(loss, parts, _counted(view, weight_N), {name: machine.total(noted_N) for name, noted_N in noted.items()})
 
 
 def _weighed(weigh: Callable[[View], Tensor], view: View, *, virtual: bool) -> Tensor:
@@ -289,14 +289,14 @@ def _weighed(weigh: Callable[[View], Tensor], view: View, *, virtual: bool) -> T
 
 
 def _counted(view: View, weight_N: Tensor) -> Counted:
-    wide_N = fp64.widened(weight_N)
+    wide_N = machine.widened(weight_N)
     entropy_N = view.columns.get("entropy")
     return Counted(
-        nll=fp64.total(view["nll"]),
+        nll=machine.total(view["nll"]),
         weight=float(wide_N.sum()),
         squares=float(wide_N.square().sum()),
-        kept=fp64.total(weight_N != 0),
-        entropy=0.0 if entropy_N is None else fp64.total(entropy_N),
+        kept=machine.total(weight_N != 0),
+        entropy=0.0 if entropy_N is None else machine.total(entropy_N),
         targets=float(len(weight_N)),
         own=float(view.is_own.sum()),
     )
@@ -309,7 +309,7 @@ def _table(tune: Tune, batch: Batch, wanted: Sequence[Column], now: Now, states:
     row_N = where.row_N.cpu()
     here = {"row": rows_B[row_N], "position": where.source_N.cpu() + 1}
     for name, numbers in batch.columns.items():
-        here[f"rows {name}"] = fp64.widened(numbers.cpu())[row_N]
+        here[f"rows {name}"] = machine.widened(numbers.cpu())[row_N]
     for name, texts in batch.texts.items():
         here[f"rows {name}"] = draws.seeds_of(draws.names_of(texts, batch.columns.get(name)))[row_N]
     if wanted:

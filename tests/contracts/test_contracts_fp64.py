@@ -1,5 +1,5 @@
 """Devices without fp64, such as Apple's: no technique asks them for it. The processor plays such a device, and the one owner of fp64,
-`luthier.fp64`, another processor beside it."""
+`luthier.machine`, another processor beside it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import luthier
-from luthier import draws, fp64
+from luthier import draws, machine
 from luthier.evaluate.likelihood import likelihoods
 from luthier.generation.generate import _nucleus
 from luthier.rows.encode import Encoded
@@ -25,7 +25,7 @@ from tests.conftest import split
 from tests.contracts.fixtures import NOW, RUNS, end_stage, engine_of, rows_for, run_of
 from tests.toys.helpers import model_of, toys  # noqa: F401
 
-WIDENS = ("widened", "computed", "total", "norm")
+WIDENS = ("widened", "computed_wide", "total", "norm")
 """What of the owner goes to the processor."""
 
 
@@ -67,9 +67,9 @@ def without_fp64(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         return call
 
     with monkeypatch.context() as patch:
-        patch.setattr(fp64, "WITHOUT_FP64", frozenset({"cpu"}))
+        patch.setattr(machine, "WITHOUT_FP64", frozenset({"cpu"}))
         for name in WIDENS:
-            patch.setattr(fp64, name, on_processor(getattr(fp64, name)))
+            patch.setattr(machine, name, on_processor(getattr(machine, name)))
         with mode:
             yield
 
@@ -115,8 +115,8 @@ def test_what_is_refused_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         with without_fp64(monkeypatch), pytest.raises(AssertionError, match="makes fp64 numbers"):
             wrong(values)
     with without_fp64(monkeypatch):
-        assert fp64.total(values) == 3.0 and fp64.widened(values).dtype == torch.float64
-        assert fp64.on_device(values).dtype == fp64.computed(torch.exp, values).dtype == torch.float32
+        assert machine.total(values) == 3.0 and machine.widened(values).dtype == torch.float64
+        assert machine.widest(values).dtype == machine.computed_wide(torch.exp, values).dtype == torch.float32
 
 
 def test_nobody_else_widens_to_fp64() -> None:
@@ -126,7 +126,7 @@ def test_nobody_else_widens_to_fp64() -> None:
     found = [
         f"{path.relative_to(package)}:{number}: {line.strip()}"
         for path in sorted(package.rglob("*.py"))
-        if path.name != "fp64.py"
+        if path.name != "machine.py"
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
         if widens.search(line)
     ]

@@ -170,8 +170,8 @@ FAULTS = (
     Fault(
         "the last of several token weights alone counts",
         "training/objective.py",
-        "weight_N = weight_N * one.weight.weigh(view.for_technique(one.state)).detach()",
-        "weight_N = one.weight.weigh(view.for_technique(one.state)).detach()",
+        "weight_N = weight_N * _weighed(one.weight.weigh",
+        "weight_N = _weighed(one.weight.weigh",
         (TOGETHER,),
     ),
     Fault(

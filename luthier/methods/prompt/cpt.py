@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from luthier import fp64
+from luthier import machine
 from luthier.errors import LuthierError
 from luthier.kinds import Batch, Keeper, Prompt, Services, State, Tensors, TokenWeight, View
 from luthier.methods.prompt._virtual import stand_before
@@ -73,7 +73,7 @@ def cpt(*, examples: int = 4, radius: float = 0.1, decay: float = 0.95) -> tuple
     def remember(services: Services) -> State:
         found = context(services)
         before_P = 1 + found.example_P.max() - found.example_P
-        return {"moves_P": found.label_P < 0, "weight_P": decay ** fp64.widened(before_P)}
+        return {"moves_P": found.label_P < 0, "weight_P": decay ** machine.widened(before_P)}
 
     def keep_small(state: State, services: Services) -> None:
         for one in services.trained():

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from luthier import fp64
+from luthier import machine
 from luthier.errors import LuthierError
 from luthier.kinds import Batch, Freezing, Keeper, Now, Place, Select, Selective, Services, State, TrainedLike
 from luthier.kinds.parts import Parts
@@ -114,4 +114,4 @@ def _importances(services: Services, batches: Sequence[Batch], places: Sequence[
 
 def importance(gradient: Tensor, moved: Tensor) -> float:
     """How much a move lowered the loss, to first order, by the gradient where it led to: -sum(gradient x move)."""
-    return -fp64.total(gradient * moved)
+    return -machine.total(gradient * moved)

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from luthier import fp64
+from luthier import machine
 from luthier.errors import LuthierError
 
 LEAST, MOST = 1e-300, 690.0
@@ -31,7 +31,7 @@ def coverage_factor(surprisal: Tensor, samples: int) -> Tensor:
         found: Tensor = samples * ((samples - 1) * log_wrong).exp() * right / -(samples * log_wrong).expm1()
         return found.clamp(max=1.0)
 
-    return fp64.computed(factor, surprisal.detach())
+    return machine.computed_wide(factor, surprisal.detach())
 
 
 def check_samples(name: str, samples: int) -> None:

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from luthier import fp64
+from luthier import machine
 from luthier.columns.targets import find_targets
 from luthier.errors import LuthierError
 from luthier.kinds import Batch, TokenWeight, View
@@ -48,7 +48,7 @@ def answer_coverage(*, samples: int = 256, threshold: float = 0.1, column: str =
 
     def weigh(view: View) -> Tensor:
         share_B = shares(view.batch, column)
-        weight_B = coverage_factor(fp64.computed(lambda wide_B: -wide_B.log(), share_B), samples).where(kept(share_B), 0.0)
+        weight_B = coverage_factor(machine.computed_wide(lambda wide_B: -wide_B.log(), share_B), samples).where(kept(share_B), 0.0)
         return weight_B[view.row_N].to(view["nll"].dtype)
 
     def count(batch: Batch) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from luthier import fp64
+from luthier import machine
 from luthier.errors import LuthierError
 from luthier.kinds import StepTable, TokenWeight
 from luthier.methods.token_weight._tasks import Unit, check_tasks, spread, tasks_of
@@ -41,7 +41,7 @@ def task_focal(*, gamma: float = 2.0, by: Unit = "rows", column: str = "task") -
     def look(table: StepTable) -> Tensor:
         key_K, task_M = tasks_of(table, column, "task_focal")
         alike_K = torch.ones(len(key_K), dtype=torch.float64)
-        part_M = spread(table, task_M, alike_K, by) * (-fp64.widened(table["nll"])).exp() / max(1, len(table))
+        part_M = spread(table, task_M, alike_K, by) * (-machine.widened(table["nll"])).exp() / max(1, len(table))
         probability_K = alike_K.new_zeros(len(key_K)).index_add(0, task_M, part_M)
         focus_K = (1.0 - probability_K).clamp(min=0.0) ** gamma
         return spread(table, task_M, focus_K / max(1, len(key_K)), by)
