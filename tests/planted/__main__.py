@@ -25,7 +25,7 @@ def _each(faults: tuple[Fault, ...], numbers: list[int], root: Path, tests: list
     for number in numbers:
         fault = faults[number - 1]
         seen = caught([fault], root, tests or [f"tests/{test}" for test in fault.tests])
-        right = bool(seen) and (not values or by_value(seen))
+        right = bool(seen) and (not values or by_value(seen, fault.raises))
         found += right
         word = "caught" if right else "NOT BY A VALUE" if seen else "NOT CAUGHT"
         print(f"{number:2} {word}: {fault.what}{f' ({seen[:150]})' if seen else ''}", flush=True)

@@ -24,6 +24,8 @@ class Fault(NamedTuple):
     new: str
     tests: tuple[str, ...]
     """Files, or tests in them, under `tests/` that should catch it."""
+    raises: str = ""
+    """Words of the error that it raised, where it was a crash or a refusal of what is right."""
 
 
 def places(fault: Fault, root: Path = ROOT) -> int:
@@ -49,7 +51,7 @@ def caught(faults: Iterable[Fault], root: Path, tests: Sequence[str]) -> str:
         folder = Path(where)
         planted(faults, root, folder)
         command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
-        environment = {**os.environ, "PYTHONPATH": str(folder), "COLUMNS": "200"}
+        environment = {**os.environ, "PYTHONPATH": str(folder), "COLUMNS": "400"}
         done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     if done.returncode not in (0, 1, 2):
         raise SystemExit(f"pytest did not run: {done.stdout[-2000:]}{done.stderr[-2000:]}")

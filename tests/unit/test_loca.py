@@ -248,7 +248,7 @@ def test_the_gradients_of_a_step_are_bounded_and_not_those_of_its_passes(engine:
         run = engine({"loca": {"coefficients": 3, "search": 1.0}}, model=model_of(layers=1), objective={"dco": {"samples": 1}})
         rng = torch.Generator().manual_seed(0)
         large = {
-            name: 10.0 * torch.randn(one.master.shape, generator=rng).double()
+            name: 30.0 * torch.randn(one.master.shape, generator=rng).double()
             for name, one in run.tune.trained.items()
             if name.endswith(".coefficients")
         }

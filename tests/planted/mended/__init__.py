@@ -1,0 +1,16 @@
+"""Faults that were here once and were mended, each with the test that holds the right value: with the mend taken back it must fail, by an
+assertion on a wrong value or because nothing was refused, never because a name is missing. Where the fault was itself a crash or a wrong
+refusal, it says with which words, and a test that fails with these fails by it."""
+
+from __future__ import annotations
+
+from tests.planted.fault import Fault
+from tests.planted.mended import clocks, files, rows, techniques
+
+MENDED: tuple[Fault, ...] = (*clocks.FAULTS, *techniques.FAULTS, *rows.FAULTS, *files.FAULTS)
+
+
+def by_value(seen: str, raises: str = "") -> bool:
+    """Whether a test failed by what it asserts, or by the very error that the fault raised."""
+    asserted = any(word in seen for word in ("AssertionError", "assert ", "DID NOT RAISE"))
+    return asserted or (bool(raises) and raises in seen)
