@@ -13,8 +13,12 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from luthier import disk
 from luthier.errors import LuthierError, explain, nearest
+from luthier.results.lock import holder
 
 FILE = "run.json"
+STEPS = "steps.jsonl"
+BROKEN_OFF = "broken off"
+"""The status of a run whose process has died before it could write how it ended."""
 _AGAIN = "copy the run's folder again, or train again"
 
 
@@ -115,7 +119,7 @@ def read_run(path: str | Path, out: str | Path = "runs") -> Run:
     known = [run.folder.name for run in list_runs(out)]
     if _true(Path(path).exists):
         raise LuthierError(f"this is no run's folder: it holds no {FILE}", where=str(path), mend="name a folder that a run made")
-    raise LuthierError(f"there is no run `{path}`", where=str(out), mend=nearest(str(path), known) or "see `luthier runs`")
+    raise LuthierError(f"there is no run `{path}`", where=str(out), mend=nearest(Path(path).name, known) or "see `luthier runs`")
 
 
 def list_runs(out: str | Path = "runs") -> list[Run]:
@@ -145,6 +149,8 @@ def _read_facts(path: Path) -> dict[str, Any]:
     """
     try:
         facts = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(facts, dict) and facts.get("status") == "running":
+            facts |= _under_way(path.parent)
         _Facts.model_validate(facts)
     except pydantic.ValidationError as error:
         first = error.errors()[0]
@@ -155,6 +161,25 @@ def _read_facts(path: Path) -> dict[str, Any]:
         raise LuthierError(f"this run cannot be read: {error}", where=str(path), mend=_AGAIN) from None
     checked: dict[str, Any] = facts
     return checked
+
+
+def _under_way(folder: Path) -> dict[str, Any]:
+    """What a run does not write into its facts while it trains: whether its process still lives, and the steps it has taken."""
+    status = BROKEN_OFF if holder(folder) is None else "running"
+    try:
+        lines = (folder / STEPS).read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    return {"status": status, "history": [step for line in lines if (step := _step(line)) is not None]}
+
+
+def _step(line: str) -> dict[str, Any] | None:
+    """A line of the log of steps; None for half a line, as a kill leaves it."""
+    try:
+        found = json.loads(line)
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) and isinstance(found.get("step"), int) else None
 
 
 class _Checked(BaseModel):
@@ -216,6 +241,8 @@ class _Facts(_Checked):
     delta: _Delta | None = None
     warnings: list[str] | None = None
     kept: float | None = None
+    inputs: dict[str, str] | None = None
+    planned_steps: int | None = None
     trained_numbers: int | None = None
     total_numbers: int | None = None
     seconds: float | None = None

@@ -114,11 +114,12 @@ def open_base(run: Run, *, say: Say = silent) -> tuple[Tune, PreTrainedTokenizer
 
 def recipe_of(run: Run) -> Recipe:
     """A finished run's recipe."""
-    if run.facts.get("status") != "finished":
+    status = run.facts.get("status", "unknown")
+    if status != "finished":
         raise LuthierError(
-            f"this run has not finished ({run.facts.get('status', 'unknown')})",
+            f"this run has not finished ({status})",
             where=str(run.folder),
-            mend=f"luthier train --resume {run.folder}",
+            mend="wait for it" if status == "running" else f"luthier train --resume {run.folder}",
         )
     return make_recipe(run.fact("recipe"), where=str(run.folder / FILE))
 

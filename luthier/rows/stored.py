@@ -80,8 +80,8 @@ class StoredRows(Sequence[Encoded]):
     """
 
     def __init__(self, batches: Iterable[pyarrow.RecordBatch]) -> None:
-        self._batches = [batch for batch in batches if batch.num_rows]
-        self._ends = list(accumulate(batch.num_rows for batch in self._batches))
+        self.batches = [batch for batch in batches if batch.num_rows]
+        self._ends = list(accumulate(batch.num_rows for batch in self.batches))
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
@@ -95,7 +95,7 @@ class StoredRows(Sequence[Encoded]):
             return tuple(self[place] for place in range(len(self))[index])
         place = range(len(self))[index]
         number = bisect_right(self._ends, place)
-        batch = self._batches[number]
+        batch = self.batches[number]
         row = batch.slice(place - (self._ends[number] - batch.num_rows), 1).to_pylist()[0]
         return Encoded(
             id=row["id"],
@@ -115,7 +115,7 @@ class StoredRows(Sequence[Encoded]):
 
     def _numbers(self, column: str) -> array[int]:
         numbers = array("i")
-        for batch in self._batches:
+        for batch in self.batches:
             numbers.frombytes(batch[column].to_numpy().tobytes())
         return numbers
 
