@@ -17,6 +17,7 @@ from luthier.models.load import ModelSource, load_model, load_tokenizer, resolve
 from luthier.models.parts import map_parts
 from luthier.models.sharding import Root, shard
 from luthier.recipe import Recipe
+from luthier.results.opened import check_no_run
 from luthier.training.precision import pick, pick_device
 from luthier.training.world import World
 
@@ -43,8 +44,9 @@ def load(recipe: Recipe, world: World, say: Say) -> Loaded:
     """Load the model that a recipe names.
 
     Raises:
-        LuthierError: there is no such model, or it cannot be mapped.
+        LuthierError: there is no such model, it is a run, or it cannot be mapped.
     """
+    check_no_run(recipe.model, recipe.out)
     device = pick_device(recipe.train.device)
     dtype, precision = pick(recipe.train.precision, device)
     # Before the model exists: nothing in it may depend on what ran earlier.

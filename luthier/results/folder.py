@@ -33,8 +33,8 @@ class Run:
     facts: dict[str, Any] = field(default_factory=dict)
     model: Any = None
     """The tuned model, when the run was made in this process, in evaluation mode. What its weights do not hold, such as low-rank deltas,
-    acts in it but is not saved with it, and a learnt prompt stands before rows that luthier encodes alone: `luthier export` writes
-    what other tools can use, and `tune.merge()` puts deltas into the weights."""
+    acts in it and is no part of its `state_dict()`, and a learnt prompt stands before rows that luthier encodes alone: `export` writes
+    what other tools can use, and `tune.merge()` puts deltas into the weights. Until then `save_pretrained` is refused."""
     tokenizer: Any = None
     tune: Any = None
     """What trained (`luthier.tune.Tune`), when the run was made in this process."""
@@ -61,6 +61,29 @@ class Run:
         if found is None:
             raise LuthierError(f"this run does not hold its `{'.'.join(keys)}`", where=str(self.folder / FILE), mend=_AGAIN)
         return found
+
+    def export(
+        self, target: str | Path, *, form: str = "model", weights: str = "auto", weights_only: bool = False
+    ) -> dict[str, Any]:
+        """Write the result for other tools: the tuned model as it is kept in the run's folder, whatever stands beside its weights.
+
+        Args:
+            target: what to write; it must not exist.
+            form: `model`, a plain Hugging Face folder with everything merged, `gguf`, one file of the same, or `peft`, a
+                folder with an adapter.
+            weights: the type of a GGUF file's matrices: f32, f16, bf16, q8_0 or auto, which keeps the model's.
+            weights_only: leave out prompts, prefixes and edits, which weights cannot hold.
+
+        Returns:
+            What was written and how well it reads back, as `luthier export` prints it.
+
+        Raises:
+            LuthierError: the target exists, the run has not finished, or its result cannot be held in this form.
+        """
+        # A run is also read where no model is opened, and this opens one.
+        from luthier.results.written import write_result
+
+        return write_result(self, Path(target), form=form, weights=weights, weights_only=weights_only)
 
     def as_json(self) -> dict[str, Any]:
         """What scripts get: all facts but the long ones."""

@@ -5,17 +5,25 @@ from __future__ import annotations
 from typing import cast, get_args
 
 from luthier.errors import LuthierError, Say, silent
-from luthier.models.load import load_tokenizer, resolve
+from luthier.models.load import load_tokenizer
+from luthier.results.opened import source_of
 from luthier.rows.chat import LossOn
 from luthier.rows.look import Look, look
 
 
 def look_at_rows(
-    source: str, model: str, *, shape: str | None = None, loss_on: str = "assistant", rows: int = 5, say: Say = silent
+    source: str,
+    model: str,
+    *,
+    shape: str | None = None,
+    loss_on: str = "assistant",
+    rows: int = 5,
+    out: str = "runs",
+    say: Say = silent,
 ) -> Look:
-    """Rows as a model would see them."""
+    """Rows as a model, or a run, which reads as its base does, would see them."""
     turns = turns_of(loss_on)
-    tokenizer = load_tokenizer(resolve(model, say=say))
+    tokenizer = load_tokenizer(source_of(model, out, say))
     return look(source, tokenizer, n=rows, shape=shape, loss_on=turns)
 
 

@@ -20,6 +20,7 @@ from luthier.models.attention import Context
 from luthier.models.block_outputs import open_blocks
 from luthier.models.quantized import QuantizedLinear
 from luthier.models.sharding import Root, put
+from luthier.tune import saving
 from luthier.tune.sites import Own, Site
 from luthier.tune.trained import Trained, region, watch, write
 
@@ -93,6 +94,7 @@ class Attached:
         if module not in self.sites:
             self.sites[module] = Site(self.model.get_submodule(module), lambda: self.is_off or self.merged is not None)
             self.sites[module].attach()
+            saving.guard(self)
         return self.sites[module]
 
     def touches(self, module: str) -> bool:
@@ -179,6 +181,7 @@ class Attached:
         if self.attention_handle is not None:
             self.attention_handle.remove()
             self.attention_handle = None
+        saving.unguard(self)
         self.model.requires_grad_(False)
 
     def numbers(self) -> int:

@@ -16,9 +16,12 @@ import luthier
 from luthier.cli import app
 from luthier.errors import LuthierError
 from luthier.methods.additive.lora import lora
+from luthier.models import load
+from luthier.models.hub import HubUnavailableError
 from luthier.models.tiny import tiny, tiny_tokenizer
 from luthier.registry import add_folder, remove_folder
 from luthier.results.folder import list_runs, read_run
+from luthier.runs.rows import look_at_rows
 
 ROWS = [{"prompt": f"What is {i} and {i}?", "completion": f"It is {2 * i}."} for i in range(6)]
 
@@ -206,3 +209,45 @@ def test_a_killed_run_keeps_its_steps_and_what_was_measured(place: Path) -> None
     facts = list_runs()[0].facts
     assert facts["status"] == "broken off" and [line["step"] for line in facts["history"]] == [1, 2]
     assert facts["planned_steps"] == 6 and facts["metrics"]["held"]["before"] > 0 and facts["metrics"]["held"]["after"] is None
+
+
+@pytest.mark.parametrize("name", ["run-1", "runs/run-1"])
+def test_a_run_is_told_from_a_model(name: str, place: Path) -> None:
+    """Training on from a run ended in a search on the hub, or in a missing file, and nothing said how it is done."""
+    luthier.train(recipe())
+    with pytest.raises(LuthierError) as caught:
+        luthier.train(recipe(model=name))
+    assert caught.value.what == f"`{name}` is a run, and a model belongs here"
+    assert f"luthier export {name} FOLDER" in caught.value.mend
+
+
+@pytest.mark.parametrize("use", ["train", "open_model", "probe", "look_at_rows"])
+def test_a_run_that_is_not_there_is_not_looked_for_on_the_hub(use: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A wrong number in a run's name sent the name to the hub instead of naming the runs that there are."""
+    asked: list[str] = []
+
+    def ask(name: str, **keys: Any) -> Path:
+        asked.append(name)
+        raise HubUnavailableError("not there")
+
+    monkeypatch.setattr(load, "fetch_snapshot", ask)
+    luthier.train(recipe(name="support"))
+    uses: dict[str, Callable[[str], Any]] = {
+        "train": lambda name: luthier.train(recipe(model=name)),
+        "open_model": luthier.open_model,
+        "probe": lambda name: luthier.probe("intruder_dimensions", name, "support-1"),
+        "look_at_rows": lambda name: look_at_rows("rows.jsonl", name),
+    }
+    with pytest.raises(LuthierError) as caught:
+        uses[use]("support-2")
+    assert "there is no run `support-2`" in caught.value.what and "`support-1`" in caught.value.mend and not asked
+
+
+def test_a_run_is_opened_by_its_name(place: Path) -> None:
+    """A name or a folder, as other functions take it, was an AttributeError."""
+    folder = luthier.train(recipe()).folder
+    for named in ("run-1", "runs/run-1", folder):
+        assert luthier.open_run(named)[0].parts.blocks
+    with pytest.raises(LuthierError, match="there is no run `run-7`"):
+        luthier.open_run("run-7")
+    assert look_at_rows("rows.jsonl", "run-1").rows
