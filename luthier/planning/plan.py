@@ -283,6 +283,7 @@ def make_plan(recipe: Recipe, say: Say = lambda text: None) -> Plan:
     rows = read(recipe.rows, recipe.seed, sources, chosen, loaded, say)
     engine, feed, clock, rate_from, padded = attach(recipe, schedule, chosen, loaded, rows, world)
     check(engine.tune, loaded.tokenizer, sets)
+    say("estimating memory and time")
     cost = estimate(engine, loaded.parts, feed, loaded.dtype, checkpointing=recipe.train.checkpointing)
     room = machine.available_bytes(loaded.device)
     return Plan(
@@ -310,7 +311,7 @@ def make_plan(recipe: Recipe, say: Say = lambda text: None) -> Plan:
         cache=rows.cache,
         mapped=rows.mapped,
         padded=padded,
-        too_large=too_much(recipe, engine, loaded.parts, feed, loaded.dtype, cost, room),
+        too_large=too_much(recipe, engine, loaded.parts, feed, loaded.dtype, cost, room, say),
     )
 
 
