@@ -13,11 +13,13 @@ from transformers import AutoModelForCausalLM
 
 import luthier
 from luthier.errors import LuthierError
-from luthier.export import export_peft
+from luthier.export import load_peft
 from luthier.models import load
-from luthier.models.load import ModelSource
+from luthier.models.load import ModelSource, load_model
+from luthier.models.parts import map_parts
 from luthier.models.tiny import tiny, tiny_tokenizer
 from luthier.results.folder import Run
+from luthier.tune import Tune
 
 ROWS = [{"prompt": f"What is {i} and {i}?", "completion": f"It is {2 * i}."} for i in range(6)]
 ASKED = torch.tensor([[5, 9, 40, 7]])
@@ -111,13 +113,15 @@ def test_an_adapter_names_the_base_it_was_trained_on(tmp_path: Path, monkeypatch
     assert base["fingerprint"] == run.facts["model"]["fingerprint"] and source.origin in base["origin"]
 
 
-def test_an_adapter_of_the_hub_names_name_and_revision(tmp_path: Path) -> None:
+def test_an_adapter_of_the_hub_names_name_and_revision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The name alone is of whatever its newest revision holds."""
-    run = trained(tmp_path / "runs", "lora")
-    source = ModelSource("short", "causal", "Hugging Face hub owner/name@0123", None, hub="owner/name", revision="0123456789")
-    export_peft(luthier.open_run(run, merged=False)[0], tmp_path / "adapter", source)
+    snapshot = tmp_path / "snapshots" / "0123456789abcdef"
+    tiny("llama").save_pretrained(snapshot)
+    tiny_tokenizer().save_pretrained(snapshot)
+    monkeypatch.setattr(load, "cached_snapshot", lambda *asked, **keys: snapshot)
+    trained(tmp_path / "runs", "lora", model="owner/name").export(tmp_path / "adapter", form="peft")
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
-    assert (config["base_model_name_or_path"], config["revision"]) == ("owner/name", "0123456789")
+    assert (config["base_model_name_or_path"], config.get("revision")) == ("owner/name", snapshot.name)
 
 
 @pytest.mark.parametrize(
@@ -128,3 +132,25 @@ def test_an_adapter_of_a_base_that_only_luthier_names_says_so(model: str, words:
     told = trained(tmp_path / "runs", "lora", model=model).export(tmp_path / "adapter", form="peft")
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] is None and words in told["note"]
+
+
+def test_a_run_that_began_at_an_adapter_is_exported_and_gone_on_with(tmp_path: Path) -> None:
+    """What was trained on from an adapter of PEFT could neither be exported nor resumed."""
+    trained(tmp_path, "lora").export(tmp_path / "adapter", form="peft")
+
+    def begin() -> Any:
+        model = load_model("tiny:llama")
+        return load_peft(tmp_path / "adapter", Tune(model, map_parts(model)))
+
+    def stop(plan: Any, progress: Any, result: Any) -> None:
+        if progress.step == 1:
+            raise ZeroDivisionError
+
+    keys = {"model": "tiny:llama", "rows": {"train": ROWS}, "tune": begin(), "out": str(tmp_path), "name": "second"}
+    keys["train"] = {"steps": 2, "batch_rows": 4, "precision": "fp32", "learning_rate": 0.1, "save_every": 1}
+    with pytest.raises(ZeroDivisionError):
+        luthier.train(keys, tell=stop)
+    run = luthier.train({**keys, "tune": begin()}, resume=tmp_path / "second-1")
+    assert run.export(tmp_path / "again", form="peft")["peft_type"] == "LORA"
+    run.export(tmp_path / "whole")
+    assert torch.allclose(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "whole")), logits(run.model), atol=1e-4)
