@@ -6,12 +6,16 @@ Nothing here keeps a state, so a resumed run, another split into micro-batches a
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from itertools import zip_longest
 from math import isnan, pi
 
 import torch
 from torch import Tensor
+
+from luthier.errors import LuthierError
 
 _MASK = (1 << 63) - 1
 
@@ -78,6 +82,58 @@ def _unit(mixed: Tensor) -> Tensor:
 def features(key_N: Tensor, width: int) -> Tensor:
     """A key for each of `width` numbers of a token, [..., width], from the token's."""
     return _mix(key_N)[..., None] ^ torch.arange(width, device=key_N.device)
+
+
+@contextmanager
+def drawing(key_N: Tensor | None, name: str) -> Iterator[None]:
+    """Inside the block `dropout` draws by these keys, one for each token of the pass; without keys nothing is dropped.
+
+    Args:
+        key_N: in the order of the tokens in what the model runs.
+        name: of who draws: another name drops other numbers.
+    """
+    token = _DRAWING.set(None if key_N is None else (key_N, name))
+    try:
+        yield
+    finally:
+        _DRAWING.reset(token)
+
+
+_DRAWING: ContextVar[tuple[Tensor, str] | None] = ContextVar("drawing", default=None)
+
+
+def dropout(x: Tensor, share: float, stream: int = 0) -> Tensor:
+    """Drop numbers of every token while the run trains, and scale the others up by 1 / (1 - share).
+
+    What is dropped follows from the seed, the step, the row and the position: not from the split into micro-batches, the number of
+    processes or what was drawn before. Outside of training passes nothing is dropped, whether or not gradients are wanted.
+
+    Args:
+        x: one vector for each token of the pass, [..., width].
+        share: the probability of dropping a number, 0 to below 1.
+        stream: another one drops other numbers.
+
+    Raises:
+        LuthierError: `x` does not hold the tokens of the pass, as in an expert.
+    """
+    found = _DRAWING.get()
+    if not share or found is None:
+        return x
+    key_N, name = found
+    width = x.shape[-1]
+    if x.numel() != len(key_N) * width:
+        raise LuthierError(
+            f"dropout knows no tokens here: {x.numel() // width} vectors stand for the {len(key_N)} tokens of the rows",
+            where=name,
+            mend="use a dropout of 0, or leave experts out",
+        )
+    start_N = _mix(key_N ^ torch.tensor(seed_of("dropout", name, stream), dtype=torch.int64, device=key_N.device)).int()
+    # 32 bits a number are enough here, and four times as quick as 64.
+    mixed_NI = start_N[:, None] + torch.arange(width, dtype=torch.int32, device=key_N.device) * -0x61C88647
+    for shift, multiplier in ((16, 0x7FEB352D), (15, -0x7B935975), (16, 1)):
+        mixed_NI = (mixed_NI ^ ((mixed_NI >> shift) & ((1 << (32 - shift)) - 1))) * multiplier
+    keep_NI = mixed_NI >= round(share * (1 << 32)) - (1 << 31)
+    return x * keep_NI.view(x.shape) * (1.0 / (1.0 - share))
 
 
 def normal(key_N: Tensor, stream: int = 0) -> Tensor:

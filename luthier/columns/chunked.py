@@ -8,6 +8,7 @@ together. Softmax and losses are in fp32 whatever the weights are.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -100,6 +101,7 @@ def compute(
     wanted: Sequence[Column],
     *,
     key_N: Tensor | None = None,
+    drawing: Callable[[Tensor], AbstractContextManager[Any]] = nullcontext,
     others: Mapping[str, Other] | None = None,
     vocabulary: int,
     limit_bytes: int = LOGIT_BYTES,
@@ -112,6 +114,7 @@ def compute(
         head: hidden states to logits.
         wanted: the columns.
         key_N: keys for random draws.
+        drawing: in this context, which gets the keys of the positions, the head runs.
         others: other passes' hidden states at the same positions, and their heads, by name.
         vocabulary: V, to size the chunks.
         limit_bytes: most bytes of one chunk's logits; more than one chunk are recomputed in backward instead of being kept.
@@ -123,7 +126,8 @@ def compute(
     lazy = [column for column in wanted if column.name not in plain]
 
     def make(hidden_CD: Tensor, label_C: Tensor, key_C: Tensor, *other_CD: Tensor) -> tuple[Tensor, ...]:
-        logits_CV = head(hidden_CD)
+        with drawing(key_C):
+            logits_CV = head(hidden_CD)
         found: dict[str, Tensor] = {}
         if plain:
             found["nll"], found["entropy"] = nll_and_entropy(logits_CV, label_C, with_entropy="entropy" in plain)

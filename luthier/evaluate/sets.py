@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, NamedTuple, cast, get_args
@@ -18,7 +18,8 @@ from luthier.evaluate.likelihood import encode_choices, likelihoods, most_likely
 from luthier.evaluate.metrics import METRICS, Metric
 from luthier.generation.generate import BATCH_TOKENS, context_of, generate
 from luthier.models.head import head_of
-from luthier.rows.encode import Encoded, encode, encode_prompt
+from luthier.rows.beside import asked
+from luthier.rows.encode import Encoded, counted, encode, told
 from luthier.rows.shapes import Row
 from luthier.tune import Tune
 
@@ -171,16 +172,29 @@ def measure(
     return found
 
 
-def check(tune: Tune, tokenizer: PreTrainedTokenizerBase, sets: Sequence[EvalSet]) -> None:
+def check(tune: Tune, tokenizer: PreTrainedTokenizerBase, sets: Sequence[EvalSet], known: Collection[str] = ()) -> list[str]:
     """Find what would stop `measure`, without running the model: a run should stop before it trains, not behind it.
+
+    Args:
+        tune: the model.
+        tokenizer: its tokenizer.
+        sets: what will be measured.
+        known: notes that are said of the training rows already.
+
+    Returns:
+        What deserves a warning in the sets' rows.
 
     Raises:
         LuthierError: a row cannot be written as the model reads it, is too long, or the model predicts no tokens.
     """
+    said: list[str] = []
     for one in sets:
         with _placed(one):
             head_of(tune.model, tune.parts)
-            _ASKED[METRICS[one.chosen_metric].needs](tune, tokenizer, one)
+            notes, first = counted(_ASKED[METRICS[one.chosen_metric].needs](tune, tokenizer, one))
+        new = {note: count for note, count in notes.items() if note not in known}
+        said += [f"evaluation set `{one.name}`: {note}" for note in told(new, first)]
+    return said
 
 
 @contextmanager
@@ -221,7 +235,7 @@ def _generated(tune: Tune, tokenizer: PreTrainedTokenizerBase, one: EvalSet, bat
     metric = METRICS[one.chosen_metric]
     score = metric.score
     assert score is not None
-    prompts = _prompts(tune, tokenizer, one)
+    prompts = [row.token_ids for row in _prompts(tune, tokenizer, one)]
     answers = generate(tune, tokenizer, prompts, max_new_tokens=one.max_new_tokens, batch_tokens=batch_tokens)
     items = []
     for row, answer in zip(one.used, answers, strict=True):
@@ -233,7 +247,7 @@ def _generated(tune: Tune, tokenizer: PreTrainedTokenizerBase, one: EvalSet, bat
 
 def _chosen(tune: Tune, tokenizer: PreTrainedTokenizerBase, one: EvalSet, batch_tokens: int) -> tuple[list[Item], Any]:
     per_byte = one.chosen_metric == "choice_normalized"
-    flat = [choice for choices in _choices(tune, tokenizer, one) for choice in choices]
+    flat = _choices(tune, tokenizer, one)
     found = iter(likelihoods(tune, flat, batch_tokens=batch_tokens))
     items = []
     for row in one.used:
@@ -252,18 +266,18 @@ def _likely(tune: Tune, tokenizer: PreTrainedTokenizerBase, one: EvalSet, batch_
     return items, [(ids.token_ids, ids.supervised) for ids in encoded]
 
 
-def _prompts(tune: Tune, tokenizer: PreTrainedTokenizerBase, one: EvalSet) -> list[tuple[int, ...]]:
-    prompts = [encode_prompt(row, tokenizer) for row in one.used]
+def _prompts(tune: Tune, tokenizer: PreTrainedTokenizerBase, one: EvalSet) -> list[Encoded]:
+    prompts = [encode(row, tokenizer, purpose="prompt") for row in one.used]
     for row, prompt in zip(one.used, prompts, strict=True):
         _check_length(tune, row, len(prompt), one.max_new_tokens)
     return prompts
 
 
-def _choices(tune: Tune, tokenizer: PreTrainedTokenizerBase, one: EvalSet) -> list[list[Encoded]]:
+def _choices(tune: Tune, tokenizer: PreTrainedTokenizerBase, one: EvalSet) -> list[Encoded]:
     encoded = [encode_choices(row, tokenizer) for row in one.used]
     for row, choices in zip(one.used, encoded, strict=True):
         _check_length(tune, row, max(map(len, choices)), 0)
-    return encoded
+    return [choice for choices in encoded for choice in choices]
 
 
 def _texts(tune: Tune, tokenizer: PreTrainedTokenizerBase, one: EvalSet) -> list[Encoded]:
@@ -274,7 +288,7 @@ def _texts(tune: Tune, tokenizer: PreTrainedTokenizerBase, one: EvalSet) -> list
     return encoded
 
 
-_ASKED: Mapping[str, Callable[[Tune, PreTrainedTokenizerBase, EvalSet], object]] = {
+_ASKED: Mapping[str, Callable[[Tune, PreTrainedTokenizerBase, EvalSet], list[Encoded]]] = {
     "generation": _prompts,
     "choice": _choices,
     "likelihood": _texts,
@@ -307,7 +321,7 @@ def prompt_text(row: Row) -> str:
     """What a row asks, as a person would read it."""
     fields = row.fields
     if row.shape == "instruction":
-        return "\n\n".join(part for part in (fields["instruction"], fields["input"]) if part.strip())
+        return asked(fields)
     if row.shape in ("text", "text+label"):
         return str(fields["text"])
     conversation = row.shape == "messages"
@@ -331,6 +345,12 @@ def _check_shape(row: Row, metric: str, place: str) -> None:
             mend="change the row" + (f", or use another metric: {fitting}" if fitting else ""),
         )
     if known.needs == "generation" and known.compares:
+        if not all(one.strip() for one in accepted_answers(row)):
+            raise LuthierError(
+                "an accepted answer is empty, and a model that says nothing would be right",
+                where=place,
+                mend="give the answer as text (a call as JSON, with the metric tool_call), or measure the loss",
+            )
         unreadable = next((one for one in accepted_answers(row) if not known.readable(one)), None)
         if unreadable is not None:
             raise LuthierError(

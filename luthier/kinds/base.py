@@ -24,10 +24,14 @@ Form = Literal["whole", "rows", "cols", "flat", "factor", "free"]
 
 
 class Now(NamedTuple):
-    """The clock: every technique gets it, so that no option repeats what the run already knows."""
+    """The clock: every technique gets it, so that no option repeats what the run already knows.
+
+    A technique that frees numbers has a clock of its own, whose steps are those in which another technique does not hold it still: a
+    share of the run is a share of the steps in which it can learn. A step without rows counts, too: phases end where they were to.
+    """
 
     step: int = 0
-    """Optimizer steps taken before this one, from 0."""
+    """Optimizer steps before this one, from 0."""
     steps: int = 1
     """Optimizer steps of the whole stage."""
     epoch: float = 0.0
@@ -41,8 +45,12 @@ class Now(NamedTuple):
     seed: int = 0
 
     def phase(self, ends: Sequence[float]) -> int:
-        """Which phase of the run this step is in, from 0, where phases end at these shares of all steps."""
+        """Which phase this step is in, from 0, where phases end at these shares of all steps."""
         return sum(self.step >= round(end * self.steps) for end in ends)
+
+    def after(self) -> Now:
+        """The clock when this step is taken."""
+        return self._replace(step=self.step + 1)
 
 
 class Batch(NamedTuple):

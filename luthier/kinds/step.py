@@ -36,18 +36,30 @@ class Optimizer(NamedTuple):
     seed: Callable[[State, Tensor, Seen], None] | None = None
 
 
+def _never(trained: TrainedLike, state: State, now: Now) -> bool:
+    return False
+
+
 class Freezing(NamedTuple):
     """What stands still in this step?
 
     `frozen(trained, state, now)` is asked before every step for each tensor of its own technique, or `everywhere` of the whole run. A
     frozen tensor gets no gradient and takes no step, weight decay included. `forget` drops its optimizer state; once it moves again
-    that starts anew. At `restarts`, shares of all steps, the learning rate schedule begins again.
+    that starts anew.
+
+    A technique with phases names them here, whether or not anything stands still in them: what follows from them is the run's to do.
+    The best state of a run is one of the last phase, and patience is counted in it.
     """
 
-    frozen: Callable[[TrainedLike, State, Now], bool]
+    frozen: Callable[[TrainedLike, State, Now], bool] = _never
     everywhere: bool = False
     forget: bool = False
-    restarts: tuple[float, ...] = ()
+    ends: tuple[float, ...] = ()
+    """Where phases end, as shares of the technique's own steps (`Now`), in rising order; the last ends with the run."""
+    restart: bool = False
+    """The learning rate schedule begins again with each phase."""
+    alone: frozenset[int] = frozenset()
+    """Phases, from 0, in which nothing trains but the technique's own numbers. The clocks of all others stand still meanwhile."""
 
 
 class Pass(Protocol):
@@ -64,7 +76,7 @@ class Pass(Protocol):
         """Forward and backward of one micro-batch, divided by the units of the whole step; gradients add up in `trained`."""
 
     def loss(self) -> float:
-        """The step's loss without gradients, over all micro-batches and processes."""
+        """The step's loss without gradients and without dropout, over all micro-batches and processes."""
 
     def write(self, trained: TrainedLike, value: Tensor) -> None:
         """Set a trained tensor, and the live weight with it: for sources that try other values."""

@@ -55,7 +55,8 @@ class Selective(NamedTuple):
 
     `choose(parts, services)` gives the selection by place. `observe(state, place, gradient_OI)` gets the whole dense gradient of
     each selected place once a step while `observing(now)`, summed over micro-batches and processes. `refresh(state, services)`
-    may change selections after a step. Numbers that leave go back to the base (`revert`) or keep what they learnt (`keep`).
+    may change selections after a step, also after one without rows, in which nothing was observed. Numbers that leave go back to the
+    base (`revert`) or keep what they learnt (`keep`).
     """
 
     choose: Callable[[Parts, Services], Mapping[Place, Select]]
@@ -116,7 +117,7 @@ class HiddenEdit(NamedTuple):
 
     Roles are those of weights, `block` for whole blocks, `attention_layer` and `mlp_layer` for whole sub-layers, whose input `x` is
     what enters them. With `of` `input` the edit is made before the module, with `y` its input as well, and its result is what the
-    module reads. `frozen` and `refresh` as in Additive.
+    module reads. `frozen`, `refresh` and `shared` as in Additive.
     """
 
     start: Callable[[Place, int, int, Services], Tensors]
@@ -127,6 +128,7 @@ class HiddenEdit(NamedTuple):
     frozen: frozenset[str] = frozenset()
     rates: Mapping[str, float] = {}
     refresh: Callable[[State, Services], Mapping[Place, Resize]] | None = None
+    shared: Callable[[Sequence[Place], Services], Tensors] | None = None
 
 
 class Prefix(NamedTuple):

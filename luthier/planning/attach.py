@@ -9,8 +9,8 @@ from luthier.planning.prepare import check_lengths, make_calibration, make_feed,
 from luthier.planning.read import TrainingRows
 from luthier.recipe import Recipe, TrainRecipe
 from luthier.recipe.parts import Chosen
-from luthier.registry import slots_of
-from luthier.training.build import build_engine
+from luthier.registry import slots_of, values_of
+from luthier.training.build import build_engine, turns_of
 from luthier.training.engine import Engine
 from luthier.training.feed import Feed
 from luthier.training.inputs import vocabulary_of
@@ -43,20 +43,20 @@ def attach(recipe: Recipe, schedule: Schedule, chosen: Chosen, loaded: Loaded, r
     feed = make_feed(train, seed, encoded, world, loaded.device, rows.mixture)
     steps = feed.total()
     rate, rate_from = advised_rate(train, chosen)
-    clock = Clock(steps, rate, schedule, warmup_steps(train.warmup, steps), seed)
+    clock = Clock(steps, rate, schedule, warmup_steps(train.warmup, steps), seed, turns=turns_of(values_of(chosen)))
     engine = build_engine(
         loaded.model,
         loaded.parts,
         chosen,
         calibration=make_calibration(recipe.rows, train.micro_batch_tokens, seed, encoded, loaded.tokenizer, loaded.context),
         now=clock.at(0, 0.0),
+        first=clock.first,
         vocabulary=vocabulary_of(loaded.tokenizer, loaded.parts.vocabulary),
         masters=train.masters,
         world=world,
         root=loaded.root,
     )
     check_lengths(engine.tune, encoded, loaded.context)
-    clock.restarts = tuple(sorted({share for _, one, _ in engine.tune.freezings for share in one.restarts}))
     padded = prepare_model(train, engine.tune, feed)
     if engine.tune.packs:
         feed.pack()

@@ -29,7 +29,7 @@ from luthier.recipe.parts import Chosen, choose_parts
 from luthier.registry import KINDS, Part, names, slots_of, values_of
 from luthier.results.control import find_control
 from luthier.results.folder import Run
-from luthier.rows.encode import EncodedRows
+from luthier.rows.encode import EncodedRows, told
 from luthier.rows.mixture import described_share
 from luthier.rows.shapes import BadRow
 from luthier.rows.sources import read_rows
@@ -82,6 +82,8 @@ class Plan:
     """What row maps did."""
     padded: str = ""
     """Why rows run with padding; empty where they are packed."""
+    noted: Sequence[str] = ()
+    """What deserves a warning in the rows that are measured."""
     too_large: str = ""
     """What to change, where memory will not do."""
 
@@ -134,7 +136,7 @@ class Plan:
 
     def warnings(self) -> list[str]:
         """What is allowed but seldom wanted."""
-        warnings = [f"{note} ({count} rows)" for note, count in self.rows.notes.items()]
+        warnings = [*told(self.rows.notes, self.rows.first_noted), *self.noted]
         warnings += [self.too_large] if self.too_large else []
         warnings += self._chosen_by_what_is_reported()
         warnings += self._given_in_python()
@@ -282,7 +284,7 @@ def make_plan(recipe: Recipe, say: Say = lambda text: None) -> Plan:
     loaded = load(recipe, world, say)
     rows = read(recipe.rows, recipe.seed, sources, chosen, loaded, say)
     engine, feed, clock, rate_from, padded = attach(recipe, schedule, chosen, loaded, rows, world)
-    check(engine.tune, loaded.tokenizer, sets)
+    noted = check(engine.tune, loaded.tokenizer, sets, rows.encoded.notes)
     say("estimating memory and time")
     cost = estimate(engine, loaded.parts, feed, loaded.dtype, checkpointing=recipe.train.checkpointing)
     room = machine.available_bytes(loaded.device)
@@ -311,6 +313,7 @@ def make_plan(recipe: Recipe, say: Say = lambda text: None) -> Plan:
         cache=rows.cache,
         mapped=rows.mapped,
         padded=padded,
+        noted=noted,
         too_large=too_much(recipe, engine, loaded.parts, feed, loaded.dtype, cost, room, say),
     )
 

@@ -28,7 +28,7 @@ from transformers import PreTrainedTokenizerBase
 import luthier
 from luthier.errors import LuthierError
 from luthier.models.wheel import cache_folder
-from luthier.rows import annotate, chat, chunks, encode, ids, read, shapes, stored
+from luthier.rows import annotate, beside, chat, chunks, encode, ids, messages, read, shapes, stored, unwritten
 from luthier.rows.chunks import Encoding, cut, encode_chunks
 from luthier.rows.encode import EncodedRows
 from luthier.rows.ids import canonical
@@ -37,7 +37,7 @@ from luthier.rows.shapes import BadRow, bad_rows_error
 from luthier.rows.sources import Streamed
 from luthier.rows.stored import Chunk, Stored, StoredRows
 
-_CODE = (annotate, chat, chunks, encode, ids, read, shapes, stored, sys.modules[__name__])
+_CODE = (annotate, beside, chat, chunks, encode, ids, messages, read, shapes, stored, unwritten, sys.modules[__name__])
 _END_BYTES = 2**20
 
 
@@ -81,12 +81,14 @@ def keep(
     if len(parts) > 1:
         _check_ids(rows, parts)
     notes: dict[str, int] = {}
+    first: dict[str, str] = {}
     for part in parts:
+        first = {**part.first_noted, **first}
         for note, number in part.notes.items():
             notes[note] = notes.get(note, 0) + number
     ends = list(accumulate(map(len, parts)))
     return Kept(
-        EncodedRows(rows, rows.sizes(), sum(part.truncated for part in parts), dropped, notes),
+        EncodedRows(rows, rows.sizes(), sum(part.truncated for part in parts), dropped, notes, first),
         tuple(range(end - len(part), end) for end, part in zip(ends, parts, strict=True)),
         tuple(one for part in parts for one in part.skipped),
         tuple(f"{source.name}: {said}" for source, (_, said) in zip(sources, found, strict=True)),

@@ -10,6 +10,8 @@ A template may render an earlier turn differently once later turns follow (Qwen3
 What would then be trained is not what inference shows, so such a turn is context only, and a note says so. A message that says
 `learn: false` is context only, too.
 
+What a row holds and its text does not is noted (`luthier.rows.unwritten`), and refused where nothing else would be learned.
+
 Without a chat template rows take a plain form: the prompt, then the completion, then the end-of-sequence token. Where
 the prompt and the completion are texts, nothing stands between them; messages, instructions, inputs and labelled texts
 are each followed by an empty line, and roles are not written.
@@ -18,7 +20,7 @@ are each followed by an empty line, and roles are not written.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -26,7 +28,10 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from luthier.errors import LuthierError
-from luthier.rows.shapes import Message, Row, without_mark
+from luthier.rows.beside import asked, disliked
+from luthier.rows.messages import Message, arguments_of, with_written_arguments, without_mark
+from luthier.rows.shapes import Row, unread
+from luthier.rows.unwritten import CALLS, Dialogue, has_special, unwritten
 
 LossOn = Literal["assistant", "last", "all"]
 Span = tuple[int, int]
@@ -39,11 +44,15 @@ _EMPTY_LINE = "\n\n"
 _CONTINUED = ("prompt+completion", "prompt+chosen+rejected", "prompt+answer", "prompt+choices+answer", "prompt")
 
 REWRITES = "the chat template writes earlier turns otherwise than at inference: those assistant turns are context only"
+OPENS = "the chat template cannot be asked for an assistant turn that opens a conversation: such turns are context only"
 UNREACHABLE = "the chat template cannot be rendered up to an assistant turn: that turn is context only"
+UNMARKED = "the chat template marks nothing of an assistant turn as generated: that turn is context only"
 UNLEARNED = "every assistant turn that would be learned says `learn: false`"
 ALTERS = "the chat template alters or removes text of an assistant turn"
 ENDLESS = "neither the chat template nor the tokenizer ends an assistant turn with a token: no end is learned"
-SPECIAL = "messages hold special tokens as text, which are read as tokens: perhaps a template was already applied"
+SPECIAL = "rows hold special tokens as text, which are read as tokens: perhaps a template was already applied"
+UNPARSED = "the arguments of a tool call are text that is no JSON object"
+DISLIKED = "`{key}` is false: an answer that is marked as a bad one is learned like any other"
 PLAIN = "the tokenizer has no chat template: rows take the plain form"
 
 
@@ -61,6 +70,7 @@ class Form:
         first_ids: the ids the tokenizer puts before text no template wrote: its beginning-of-sequence token, or
             nothing.
         special: finds the tokenizer's special tokens in a text; None where it has none.
+        arguments_as_text: whether the template expects the arguments of calls as JSON text, not as objects.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -71,6 +81,7 @@ class Form:
     marked: bool
     first_ids: tuple[int, ...]
     special: re.Pattern[str] | None
+    arguments_as_text: bool = False
 
 
 @dataclass(frozen=True)
@@ -88,18 +99,6 @@ class Rendered:
     targets: tuple[Span, ...]
     plain: bool
     notes: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class _Dialogue:
-    """Messages, of which the first `given` are a prompt and never targets, as those at `context` are; `where` is for errors."""
-
-    messages: Sequence[Message]
-    given: int
-    tools: list[Any] | None
-    joint: str
-    where: str
-    context: frozenset[int] = frozenset()
 
 
 def form_of(tokenizer: PreTrainedTokenizerBase, options: Mapping[str, Any] | None = None) -> Form:
@@ -120,11 +119,27 @@ def form_of(tokenizer: PreTrainedTokenizerBase, options: Mapping[str, Any] | Non
         return plain
     marked = _GENERATION_MARK.search(tokenizer.get_chat_template()) is not None
     templated = replace(plain, templated=True, marked=marked)
+    templated = replace(templated, arguments_as_text=_wants_text(templated))
     probe = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _PROBE}]
-    dialogue = _Dialogue(probe, given=0, tools=None, joint="", where="the chat template, with a trial conversation")
+    dialogue = Dialogue(probe, given=0, tools=None, joint="", where="the chat template, with a trial conversation")
     tail = _apply(dialogue, templated, len(probe), generate=False).rpartition(_PROBE)[2]
     found = [(tail.find(token), -len(token), token) for token in _token_texts(tokenizer) if token in tail]
     return replace(templated, end_of_turn=min(found)[2], turn_ends_itself=True) if found else templated
+
+
+def _wants_text(form: Form) -> bool:
+    """Whether a template joins arguments to text as they are: objects fail there, or are written as Python writes them."""
+    arguments = {_PROBE: True}
+    call = {"id": "abcdefghi", "type": "function", "function": {"name": "probe", "arguments": arguments}}
+    turns: list[Message] = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "", CALLS: [call]}]
+    written: list[str | None] = []
+    for messages in (turns, list(map(with_written_arguments, turns))):
+        try:
+            written.append(_apply(Dialogue(messages, 0, None, "", ""), form, len(messages), generate=False))
+        except LuthierError:
+            written.append(None)
+    as_object, as_text = written
+    return as_text is not None and (as_object is None or str(arguments) in as_object)
 
 
 def _first_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
@@ -155,8 +170,10 @@ def render_training(row: Row, form: Form, loss_on: LossOn = "assistant") -> Rend
             f"a row of the shape `{row.shape}` has no one answer to learn; it has {others}", where=row.where, mend=mend
         )
     prompt = prompt_of(row)
-    dialogue = _dialogue(row, [*prompt, *answer], given=0 if row.shape == "messages" else len(prompt))
-    return _render(dialogue, form, loss_on)
+    dialogue = _dialogue(row, form, [*prompt, *answer], given=0 if row.shape == "messages" else len(prompt))
+    key = disliked(row.shape, row.columns)
+    noted = (*dialogue.notes, DISLIKED.format(key=key)) if key is not None else dialogue.notes
+    return _render(replace(dialogue, notes=noted), form, loss_on)
 
 
 def render_pair(row: Row, form: Form, completion: str | Sequence[Message]) -> Rendered:
@@ -164,18 +181,20 @@ def render_pair(row: Row, form: Form, completion: str | Sequence[Message]) -> Re
     if row.shape == "text":
         raise LuthierError("a document has no prompt to complete", where=row.where)
     prompt = prompt_of(row)
-    return _render(_dialogue(row, [*prompt, *_said("assistant", completion)], given=len(prompt)), form, "assistant")
+    return _render(_dialogue(row, form, [*prompt, *_said("assistant", completion)], given=len(prompt)), form, "assistant")
 
 
 def render_prompt(row: Row, form: Form) -> Rendered:
     """A row's text up to where a model answers: the prompt, or a conversation without its last assistant turn."""
     if row.shape == "text":
-        return Rendered(row.fields["text"], (), plain=True)
+        return Rendered(row.fields["text"], (), plain=True, notes=_document_notes(row, form))
     prompt = prompt_of(row)
     if not prompt:
         raise LuthierError("nothing stands before the assistant turn", where=row.where, mend="give a user message")
-    text = _up_to(_dialogue(row, prompt, given=len(prompt)), form, len(prompt), generate=True)
-    return Rendered(text, (), plain=not form.templated, notes=() if form.templated else (PLAIN,))
+    dialogue = _dialogue(row, form, prompt, given=len(prompt))
+    text = _up_to(dialogue, form, len(prompt), generate=True)
+    notes = _notes(dialogue, form, text, (), lambda one: _up_to(one, form, len(one.messages), generate=True))
+    return Rendered(text, (), plain=not form.templated, notes=notes)
 
 
 def prompt_of(row: Row) -> list[Message]:
@@ -185,8 +204,7 @@ def prompt_of(row: Row) -> list[Message]:
         messages = list(fields["messages"])
         return messages[:-1] if messages[-1]["role"] == "assistant" else messages
     if row.shape == "instruction":
-        parts = [part for part in (fields["instruction"], fields["input"]) if part.strip()]
-        return _said("user", _EMPTY_LINE.join(parts))
+        return _said("user", asked(fields))
     return _said("user", fields["text"] if row.shape == "text+label" else fields["prompt"])
 
 
@@ -208,15 +226,19 @@ def _said(role: str, content: str | Sequence[Message]) -> list[Message]:
     return [{"role": role, "content": content}] if isinstance(content, str) else list(content)
 
 
-def _dialogue(row: Row, messages: Sequence[Message], given: int) -> _Dialogue:
+def _dialogue(row: Row, form: Form, messages: Sequence[Message], given: int) -> Dialogue:
     continued = row.shape in _CONTINUED and isinstance(row.fields["prompt"], str)
-    return _Dialogue(
-        list(map(without_mark, messages)),
+    documents = {key: row.fields[key] for key in ("documents",) if key in row.fields}
+    spoken = map(without_mark, messages)
+    return Dialogue(
+        list(map(with_written_arguments, spoken) if form.arguments_as_text else spoken),
         given,
         row.fields.get("tools"),
         "" if continued else _EMPTY_LINE,
         row.where,
         frozenset(index for index, message in enumerate(messages) if message.get("learn") is False),
+        {**documents, **row.fields.get("chat_template_kwargs", {})},
+        _unread(row),
     )
 
 
@@ -224,10 +246,22 @@ def _document(row: Row, form: Form) -> Rendered:
     eos = str(form.tokenizer.eos_token or "")
     text = row.fields["text"]
     text += "" if eos and text.endswith(eos) else eos
-    return Rendered(text, ((0, len(text)),), plain=True, notes=() if eos else (ENDLESS,))
+    notes = (*([] if eos else [ENDLESS]), *_document_notes(row, form))
+    return Rendered(text, ((0, len(text)),), plain=True, notes=notes)
 
 
-def _render(dialogue: _Dialogue, form: Form, loss_on: LossOn) -> Rendered:
+def _document_notes(row: Row, form: Form) -> tuple[str, ...]:
+    # Its own beginning and end may be written out.
+    first = str(form.tokenizer.bos_token) if form.first_ids else ""
+    within = row.fields["text"].removeprefix(first).removesuffix(str(form.tokenizer.eos_token or ""))
+    return (*([SPECIAL] if has_special(within, form.special) else []), *_unread(row))
+
+
+def _unread(row: Row) -> tuple[str, ...]:
+    return tuple(f"the row's `{key}` is no part of its text" for key in unread(row))
+
+
+def _render(dialogue: Dialogue, form: Form, loss_on: LossOn) -> Rendered:
     turns = [index for index, message in enumerate(dialogue.messages) if message["role"] == "assistant"]
     turns = [index for index in turns if index >= dialogue.given]
     if not turns and loss_on != "all":
@@ -239,12 +273,10 @@ def _render(dialogue: _Dialogue, form: Form, loss_on: LossOn) -> Rendered:
     if loss_on == "last":
         turns = turns[-1:]
     learned = [index for index in turns if index not in dialogue.context]
-    notes = [] if form.templated else [PLAIN]
+    text, marks = _written(dialogue, form)
+    notes = list(_notes(dialogue, form, text, learned, lambda one: _written(one, form)[0]))
     if not form.end_of_turn:
         notes.append(ENDLESS)
-    if form.special and any(form.special.search(message["content"]) for message in dialogue.messages):
-        notes.append(SPECIAL)
-    text, marks = _written(dialogue, form)
     if loss_on == "all":
         return Rendered(text, _around_context(dialogue, form, text), plain=not form.templated, notes=tuple(notes))
     if not learned:
@@ -257,11 +289,23 @@ def _render(dialogue: _Dialogue, form: Form, loss_on: LossOn) -> Rendered:
             continue
         if dialogue.messages[index]["content"].strip() not in text[slice(*turn)]:
             notes.append(ALTERS)
-        targets += _narrowed(turn, marks) if form.marked else [turn]
+        narrowed = _narrowed(turn, marks) if form.marked else [turn]
+        notes += [] if narrowed else [UNMARKED]
+        targets += narrowed
     return Rendered(text, tuple(targets), plain=not form.templated, notes=tuple(dict.fromkeys(notes)))
 
 
-def _written(dialogue: _Dialogue, form: Form) -> tuple[str, Sequence[Span]]:
+def _notes(dialogue: Dialogue, form: Form, text: str, learned: Sequence[int], write: Callable[[Dialogue], str]) -> tuple[str, ...]:
+    who = "the chat template" if form.templated else "the plain form"
+    notes = [*([] if form.templated else [PLAIN]), *dialogue.notes]
+    if has_special([dialogue.messages, dialogue.tools, dialogue.options], form.special):
+        notes.append(SPECIAL)
+    if not form.arguments_as_text and any(isinstance(one, str) for turn in dialogue.messages for one in arguments_of(turn)):
+        notes.append(UNPARSED)
+    return (*notes, *unwritten(dialogue, text, write, learned, who))
+
+
+def _written(dialogue: Dialogue, form: Form) -> tuple[str, Sequence[Span]]:
     """The whole text, and what a chat template marks in it as generated."""
     text, marks = _marked(dialogue, form) if form.marked else (_up_to(dialogue, form, len(dialogue.messages)), [])
     if form.templated and not form.turn_ends_itself and dialogue.messages[-1]["role"] == "assistant":
@@ -269,20 +313,37 @@ def _written(dialogue: _Dialogue, form: Form) -> tuple[str, Sequence[Span]]:
     return text, marks
 
 
-def _turn(dialogue: _Dialogue, form: Form, index: int, text: str) -> Span | str:
+def _turn(dialogue: Dialogue, form: Form, index: int, text: str) -> Span | str:
     """The characters of the assistant turn `index`, or a note where inference would show them otherwise."""
     try:
         prefix = _up_to(dialogue, form, index, generate=True)
     except LuthierError:
-        return UNREACHABLE
+        prefix = None
     through = text if index == len(dialogue.messages) - 1 else _up_to(dialogue, form, index + 1)
+    if index == 0 and (prefix is None or not through.startswith(prefix)):
+        prefix = _opening(dialogue, form, through)
+    if prefix is None:
+        return UNREACHABLE if index else OPENS
     end = len(prefix) + _turn_length(through[len(prefix) :], form)
     if not through.startswith(prefix) or not text.startswith(through[:end]):
         return REWRITES
     return len(prefix), end
 
 
-def _around_context(dialogue: _Dialogue, form: Form, text: str) -> tuple[Span, ...]:
+def _opening(dialogue: Dialogue, form: Form, through: str) -> str | None:
+    """What stands before an assistant turn that opens a conversation: up to the generation prompt, as others have it."""
+    asked_first = replace(dialogue, messages=[{"role": "user", "content": _PROBE}])
+    try:
+        before, asking = (_up_to(asked_first, form, 1, generate=generate) for generate in (False, True))
+    except LuthierError:
+        return None
+    prompt = asking[len(before) :] if asking.startswith(before) else ""
+    begin = through.find(prompt) + len(prompt)
+    words = str(dialogue.messages[0]["content"]).strip()
+    return through[:begin] if prompt and prompt in through and words and through.find(words) >= begin else None
+
+
+def _around_context(dialogue: Dialogue, form: Form, text: str) -> tuple[Span, ...]:
     """The whole text but for the messages that are context only, each from its beginning to that of the next."""
     places = [0]
     for index in sorted(dialogue.context):
@@ -318,12 +379,12 @@ def _token_texts(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     return [str(token) for token in tokenizer.get_added_vocab() if token.strip()]
 
 
-def _up_to(dialogue: _Dialogue, form: Form, count: int, *, generate: bool = False) -> str:
+def _up_to(dialogue: Dialogue, form: Form, count: int, *, generate: bool = False) -> str:
     """The first `count` messages as they are written, with the generation prompt or without."""
     return (_apply if form.templated else _plain)(dialogue, form, count, generate=generate)
 
 
-def _plain(dialogue: _Dialogue, form: Form, count: int, *, generate: bool) -> str:
+def _plain(dialogue: Dialogue, form: Form, count: int, *, generate: bool) -> str:
     """Without a template there is no generation prompt: a prompt looks the same whether or not an answer follows."""
     text = ""
     for message in dialogue.messages[:count]:
@@ -337,28 +398,29 @@ def _plain(dialogue: _Dialogue, form: Form, count: int, *, generate: bool) -> st
     return text
 
 
-def _apply(dialogue: _Dialogue, form: Form, count: int, *, generate: bool) -> str:
+def _apply(dialogue: Dialogue, form: Form, count: int, *, generate: bool) -> str:
     try:
+        # As a batch of one: by itself, an empty conversation fails before the template sees it.
         rendered = form.tokenizer.apply_chat_template(
-            list(dialogue.messages[:count]),
+            [list(dialogue.messages[:count])],
             tools=dialogue.tools,
             add_generation_prompt=generate,
             tokenize=False,
-            **form.options,
+            **{**form.options, **dialogue.options},
         )
     except Exception as problem:
         raise _refused(problem, dialogue.where) from problem
-    return str(rendered)
+    return str(rendered[0])
 
 
-def _marked(dialogue: _Dialogue, form: Form) -> tuple[str, Sequence[Span]]:
+def _marked(dialogue: Dialogue, form: Form) -> tuple[str, Sequence[Span]]:
     try:
         rendered: Any = render_jinja_template(
             conversations=[list(dialogue.messages)],
             tools=dialogue.tools,
             chat_template=form.tokenizer.get_chat_template(tools=dialogue.tools),
             return_assistant_tokens_mask=True,
-            **{**form.tokenizer.special_tokens_map, **form.options},
+            **{**form.tokenizer.special_tokens_map, **form.options, **dialogue.options},
         )
     except Exception as problem:
         raise _refused(problem, dialogue.where) from problem

@@ -76,7 +76,7 @@ def encode_chunk(records: Records, encoding: Encoding) -> Chunk:
         form=encoding.form,
         annotations=encoding.annotations,
     )
-    return Chunk(batch_of(found), found.truncated, records.skipped, bad, list(found.dropped), found.notes)
+    return Chunk(batch_of(found), found.truncated, records.skipped, bad, list(found.dropped), found.notes, found.first_noted)
 
 
 def encode_chunks(chunks: Iterable[Records], encoding: Encoding, workers: int) -> Generator[Chunk, None, None]:

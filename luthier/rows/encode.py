@@ -23,7 +23,8 @@ from luthier.errors import LuthierError
 from luthier.kinds import Annotation, Written
 from luthier.rows.annotate import token_columns
 from luthier.rows.chat import Form, LossOn, Rendered, form_of, render_pair, render_prompt, render_training
-from luthier.rows.shapes import BadRow, Message, Row, Scalar, bad_rows_error
+from luthier.rows.messages import Message
+from luthier.rows.shapes import BadRow, Row, Scalar, bad_rows_error
 
 Purpose = Literal["train", "prompt"]
 TooLong = Literal["refuse", "left", "right"]
@@ -85,6 +86,7 @@ class EncodedRows:
         truncated: rows that lost tokens.
         dropped: the rows that cannot, with the reason.
         notes: warnings, and how many rows each concerns.
+        first_noted: the first row that each concerns, by its place and id.
     """
 
     rows: Sequence[Encoded]
@@ -92,6 +94,7 @@ class EncodedRows:
     truncated: int = 0
     dropped: tuple[BadRow, ...] = ()
     notes: Mapping[str, int] = field(default_factory=dict)
+    first_noted: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def tokens(self) -> int:
@@ -104,11 +107,33 @@ class EncodedRows:
         return sum(self.sizes.targets)
 
     @classmethod
-    def of(cls, rows: Iterable[Encoded], dropped: Iterable[BadRow] = (), notes: Mapping[str, int] | None = None) -> EncodedRows:
-        """Rows that are all in memory, measured."""
-        kept = tuple(rows)
+    def of(cls, rows: Iterable[Encoded], dropped: Iterable[BadRow] = (), noted: Iterable[Encoded] = ()) -> EncodedRows:
+        """Rows that are all in memory, measured.
+
+        Args:
+            rows: the rows that can be used.
+            dropped: the rows that cannot, with the reason.
+            noted: rows whose notes are counted, usable or not.
+        """
+        kept, (notes, first) = tuple(rows), counted(noted)
         sizes = Sizes([len(row) for row in kept], [sum(row.supervised) for row in kept])
-        return cls(kept, sizes, sum(row.truncated > 0 for row in kept), tuple(dropped), dict(notes or {}))
+        return cls(kept, sizes, sum(row.truncated > 0 for row in kept), tuple(dropped), notes, first)
+
+
+def counted(rows: Iterable[Encoded]) -> tuple[dict[str, int], dict[str, str]]:
+    """The notes of rows: how many rows each concerns, and the first of them by its place and id."""
+    notes: Counter[str] = Counter()
+    first: dict[str, str] = {}
+    for row in rows:
+        notes.update(row.notes)
+        for note in row.notes:
+            first.setdefault(note, _place(row))
+    return dict(notes), first
+
+
+def told(notes: Mapping[str, int], first: Mapping[str, str]) -> list[str]:
+    """Notes as text, with the numbers of their rows and the first row of each."""
+    return [f"{note} ({count} rows" + (f", the first: {first[note]})" if note in first else ")") for note, count in notes.items()]
 
 
 @dataclass(frozen=True)
@@ -261,20 +286,19 @@ def encode_each(
     encoded: list[Encoded] = []
     dropped: list[BadRow] = []
     bad: list[BadRow] = []
-    notes: Counter[str] = Counter()
+    written: list[Encoded] = []
     for row in rows:
-        where = f"{row.where} (row {row.id})"
         try:
             one = _encode(row, form, purpose, loss_on, limits, annotations)
         except LuthierError as problem:
-            bad.append(BadRow(where, problem.what, problem.mend))
+            bad.append(BadRow(_place(row), problem.what, problem.mend))
             continue
-        notes.update(one.notes)
+        written.append(one)
         if purpose == "train" and not any(one.supervised):
-            dropped.append(BadRow(where, _why_nothing_to_learn(one)))
+            dropped.append(BadRow(_place(row), _why_nothing_to_learn(one)))
         else:
             encoded.append(one)
-    return EncodedRows.of(encoded, dropped, notes), bad
+    return EncodedRows.of(encoded, dropped, written), bad
 
 
 def end_of_turn_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
@@ -282,6 +306,10 @@ def end_of_turn_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     end_of_turn = form_of(tokenizer).end_of_turn
     ids = [tokenizer.convert_tokens_to_ids(end_of_turn)] if end_of_turn else []
     return tuple(dict.fromkeys([*ids, *([tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else [])]))
+
+
+def _place(row: Row | Encoded) -> str:
+    return f"{row.where} (row {row.id})"
 
 
 def _check_choice(name: str, value: str, known: Sequence[str]) -> None:

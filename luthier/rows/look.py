@@ -16,7 +16,7 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from luthier.rows.chat import LossOn
-from luthier.rows.encode import Encoded, EncodedRows, TooLong, encode_each
+from luthier.rows.encode import Encoded, EncodedRows, TooLong, encode_each, told
 from luthier.rows.read import Rows, read
 from luthier.rows.shapes import BadRow, Row
 
@@ -70,6 +70,7 @@ class Look:
         dropped: rows left without a target.
         ignored_files: files of a folder that are in no known format.
         notes: warnings, and how many rows each concerns.
+        first_noted: the first row that each concerns, by its place and id.
         samples: the first rows, rendered.
     """
 
@@ -84,6 +85,7 @@ class Look:
     dropped: tuple[BadRow, ...]
     ignored_files: tuple[str, ...]
     notes: Mapping[str, int]
+    first_noted: Mapping[str, str]
     samples: tuple[Sample, ...]
 
     def as_json(self) -> dict[str, Any]:
@@ -151,7 +153,8 @@ def look(
         skipped=(*rows.skipped, *bad, *refused, *unasked),
         dropped=(*whole.dropped, *cut.dropped),
         ignored_files=rows.ignored_files,
-        notes=Counter(whole.notes) + Counter(asked.notes),
+        notes=dict(Counter(whole.notes) + Counter(asked.notes)),
+        first_noted={**asked.first_noted, **whole.first_noted},
         samples=tuple(_sample(row, tokenizer) for row in shown),
     )
 
@@ -170,7 +173,7 @@ def render(looked: Look) -> RenderableType:
         "skipped": _reasons(looked.skipped),
         "dropped": _reasons(looked.dropped),
         "ignored files": "\n".join(looked.ignored_files),
-        "notes": "\n".join(f"{note} ({count} rows)" for note, count in looked.notes.items()),
+        "notes": "\n".join(told(looked.notes, looked.first_noted)),
     }
     table = Table.grid(padding=(0, 2))
     for name, fact in facts.items():

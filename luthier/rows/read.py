@@ -30,6 +30,7 @@ OnBadRow = Literal["stop", "skip"]
 Read = tuple[str, Mapping[str, Any] | BadRow]
 """A place, and what stands there: a record, or why there is none."""
 
+_GZIP = b"\x1f\x8b"
 _LONGEST_CSV_VALUE = 2**31 - 1
 # `007` is a name, not the number 7: a number must begin as it would be written back.
 # One with more digits than 64 bits hold is a name too.
@@ -177,7 +178,7 @@ def _checked(records: Iterable[Read], ids: Ids, shape: str | None) -> Iterator[R
 
 def _opened(source: str | Path | Iterable[Mapping[str, Any]]) -> tuple[Iterator[Read], str, tuple[str, ...]]:
     if isinstance(source, str) and source.startswith("hub:"):
-        return _enumerated(_from_hub(source), source), source.removeprefix("hub:"), ()
+        return _enumerated(map(without_nulls, _from_hub(source)), source), source.removeprefix("hub:"), ()
     if isinstance(source, str | Path):
         found = _found(source)
         return _from_files(found.files), found.name, found.ignored
@@ -186,7 +187,8 @@ def _opened(source: str | Path | Iterable[Mapping[str, Any]]) -> tuple[Iterator[
         raise LuthierError(f"rows cannot be read from a {type(source).__name__}", mend=f"give one of its values: {keys}")
     if isinstance(source, bytes) or not isinstance(source, Iterable):
         raise LuthierError(f"rows cannot be read from a {type(source).__name__}", mend="give a path or a list of mappings")
-    return _enumerated(source, "row"), type(source).__name__, ()
+    columnar = type(source).__module__.partition(".")[0] == "datasets"
+    return _enumerated(map(without_nulls, source) if columnar else source, "row"), type(source).__name__, ()
 
 
 def _from_hub(source: str) -> Any:
@@ -269,7 +271,9 @@ def _formats_known() -> str:
 
 
 def _open(path: Path) -> BinaryIO:
-    return cast("BinaryIO", gzip.open(path)) if path.suffix.lower() == ".gz" else path.open("rb")
+    with path.open("rb") as file:
+        packed = file.read(len(_GZIP)) == _GZIP
+    return cast("BinaryIO", gzip.open(path)) if packed or path.suffix.lower() == ".gz" else path.open("rb")
 
 
 def _bytes(path: Path) -> bytes:
@@ -359,7 +363,7 @@ def _table(path: Path, delimiter: str) -> Iterator[Read]:
 
 def _parquet(path: Path) -> Iterator[Read]:
     with pyarrow.parquet.ParquetFile(path) as file:
-        records = (record for batch in file.iter_batches() for record in batch.to_pylist())
+        records = (without_nulls(record) for batch in file.iter_batches() for record in batch.to_pylist())
         yield from _enumerated(records, f"{path}, row")
 
 
@@ -370,6 +374,21 @@ def _document(path: Path) -> Iterator[Read]:
 def _enumerated(records: Iterable[Any], place: str) -> Iterator[Read]:
     for number, record in enumerate(records, start=1):
         yield f"{place} {number}", _object(record, f"{place} {number}")
+
+
+def without_nulls(record: Any) -> Any:
+    """A record of columns without the nulls within its values.
+
+    Columns give every object all keys that any object in its place has, with null where it had none. A null that was written on
+    purpose cannot be told from these. Keys of the record itself stay: a missing answer is not a missing column.
+    """
+    return {key: _pruned(value) for key, value in record.items()} if isinstance(record, Mapping) else record
+
+
+def _pruned(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _pruned(part) for key, part in value.items() if part is not None}
+    return [_pruned(part) for part in value] if isinstance(value, list) else value
 
 
 def _object(value: Any, where: str) -> Mapping[str, Any] | BadRow:

@@ -5,8 +5,8 @@ travel with the row into its batch, everything else stays in `fields`.
 
 | keys | the row |
 |---|---|
-| `messages`, maybe `tools` | a conversation of `{role, content}` |
-| `conversations`, maybe `tools` and `system` | the same in ShareGPT form, `{from, value}`; becomes `messages` |
+| `messages` | a conversation of `{role, content}` |
+| `conversations` | the same in ShareGPT form, `{from, value}`; becomes `messages` |
 | `prompt`, `completion` | one answer to learn |
 | `instruction`, `output`, maybe `input` | one answer to learn |
 | `text` | a document to learn |
@@ -17,12 +17,12 @@ travel with the row into its batch, everything else stays in `fields`.
 | `prompt` | an item without an answer |
 
 `prompt`, `completion`, `chosen` and `rejected` are text or a list of messages. A message with `learn: false` is context only: it is read
-and never a target.
+and never a target (`luthier.rows.messages`). Context such as `system`, `history` and `tools` may stand beside all but documents
+(`luthier.rows.beside`); a prompt with a `system` or a `history` becomes a list of messages, an instruction with one a conversation.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import numbers
 from collections.abc import Callable, Mapping, Sequence
@@ -30,20 +30,20 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from luthier.errors import LuthierError, nearest
+from luthier.rows import beside
+from luthier.rows.messages import (
+    Message,
+    checked_messages,
+    checked_text,
+    from_json_list,
+    is_message,
+    kind_of,
+    sharegpt_messages,
+    with_marks,
+    without_mark,
+)
 
-Message = dict[str, Any]
 Scalar = float | int | str
-
-ROLES = ("system", "developer", "user", "assistant", "tool")
-_SHAREGPT_ROLES = {
-    "system": "system",
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "tool": "tool",
-    "observation": "tool",
-}
 
 
 @dataclass(frozen=True)
@@ -97,9 +97,9 @@ def row_of(record: Mapping[str, Any], *, id: str, where: str, shape: str | None 
         missing = [key for key in chosen.needs if key not in record]
         if missing:
             raise LuthierError(f"the row has no {_listed(missing)}; it has {_listed(record)}")
-        fields = chosen.check(record)
-        if "tools" in chosen.may_have and record.get("tools") is not None:
-            fields["tools"] = _tools(record["tools"])
+        becomes, fields = chosen.becomes, chosen.check(record)
+        if becomes not in _DOCUMENTS:
+            becomes, fields = beside.context_of(record, becomes, fields)
     except LuthierError as problem:
         raise LuthierError(problem.what, where=where, mend=problem.mend) from None
     columns: dict[str, Scalar] = {}
@@ -114,7 +114,7 @@ def row_of(record: Mapping[str, Any], *, id: str, where: str, shape: str | None 
             fields[key] = value
     if isinstance(fields.get("label"), int | float):
         columns["label"] = fields["label"]
-    return Row(id=id, shape=chosen.becomes, fields=fields, where=where, columns=columns)
+    return Row(id=id, shape=becomes, fields=fields, where=where, columns=columns)
 
 
 def known_shapes() -> tuple[str, ...]:
@@ -131,6 +131,11 @@ def text_keys() -> frozenset[str]:
     """Every key some shape reads as text: numbers in them are never converted."""
     keys = {key for shape in _SHAPES.values() for key in (*shape.needs, *shape.may_have)}
     return frozenset(keys - {"label"}) | {"id"}
+
+
+def unread(row: Row) -> list[str]:
+    """The keys of a row that hold text or more, and are no part of what a model reads of it."""
+    return beside.unread(_OWN.get(row.shape, frozenset()), row.fields, row.columns)
 
 
 def bad_rows_error(bad: Sequence[BadRow], total: int) -> LuthierError:
@@ -174,93 +179,32 @@ def _recognized(record: Mapping[str, Any]) -> str:
             f"the row's keys {_listed(record)} fit several shapes: {', '.join(widest)}",
             mend=f'say which one, such as shape="{widest[0]}"; the other keys stay with the row',
         )
+    lacking = {name: [key for key in shape.needs if key not in record] for name, shape in _SHAPES.items()}
+    begun = {name: gap for name, gap in lacking.items() if len(gap) < len(_SHAPES[name].needs)}
+    if begun:
+        # Of several, those that most of whose keys are there.
+        most = max(len(_SHAPES[name].needs) - len(gap) for name, gap in begun.items())
+        near = {name: gap for name, gap in begun.items() if len(_SHAPES[name].needs) - len(gap) == most}
+        fewest = min(map(len, near.values()))
+        said = [f"{_listed(gap)} for the shape {name}" for name, gap in near.items() if len(gap) == fewest]
+        what = f"the row has {_listed(record)}, and lacks {' or '.join(said)}"
+        hints = ["add it" + (": what the answers are given to" if near.get("prompt+chosen+rejected") == ["prompt"] else "")]
+    else:
+        what, hints = f"the row's keys {_listed(record)} fit no known shape", []
     known = {key for shape in _SHAPES.values() for key in shape.needs}
-    hints = [f"`{key}`: {nearest(str(key), known)}" for key in record if "did you mean" in nearest(str(key), known)]
-    raise LuthierError(
-        f"the row's keys {_listed(record)} fit no known shape",
-        mend="; ".join([*hints, "rename its keys to one of: " + ", ".join(_SHAPES)]),
-    )
+    offers = {key: nearest(str(key), known) for key in record if key not in known}
+    hints += [f"`{key}`: {offer}" for key, offer in offers.items() if "did you mean" in offer]
+    raise LuthierError(what, mend="; ".join([*hints, "rename its keys to one of: " + ", ".join(_SHAPES)]))
 
 
 def _listed(keys: Sequence[str] | Mapping[str, Any]) -> str:
     return ", ".join(f"`{key}`" for key in keys) or "(none)"
 
 
-def _kind(value: Any) -> str:
-    names = {type(None): "null", dict: "an object", list: "a list", str: "text", bool: "true or false"}
-    return names.get(type(value), "a number" if isinstance(value, int | float) else type(value).__name__)
-
-
-def _text(value: Any, key: str) -> str:
-    if not isinstance(value, str):
-        raise LuthierError(f"`{key}` must be text, not {_kind(value)}")
-    if not value.strip():
-        raise LuthierError(f"`{key}` is empty")
-    return value
-
-
-def _checked_messages(value: Any, key: str) -> list[Message]:
-    if not isinstance(value, list | tuple):
-        raise LuthierError(f"`{key}` must be a list of messages {{role, content}}, not {_kind(value)}")
-    if not value:
-        raise LuthierError(f"`{key}` is empty")
-    return [_message(message, f"{key}[{index}]") for index, message in enumerate(value)]
-
-
-def _message(value: Any, key: str) -> Message:
-    if not isinstance(value, Mapping):
-        raise LuthierError(f"`{key}` must be an object {{role, content}}, not {_kind(value)}")
-    # Columnar files give every message every key, with null where a message had none.
-    message = {name: part for name, part in value.items() if part is not None}
-    role = message.get("role")
-    if role not in ROLES:
-        offer = nearest(str(role), ROLES)
-        raise LuthierError(f"`{key}` has the unknown role {role!r}", mend=offer or "known: " + ", ".join(ROLES))
-    learn = message.get("learn", False)
-    if not isinstance(learn, bool):
-        raise LuthierError(f"`{key}.learn` must be true or false, not {_kind(learn)}", mend="false: the turn is context only")
-    if learn and role != "assistant":
-        raise LuthierError(f"`{key}` is the turn of a {role} and says `learn: true`", mend="only an assistant's turns are learned")
-    content = message.get("content")
-    calls = message.get("tool_calls") or []
-    if not isinstance(calls, list | tuple) or not all(isinstance(call, Mapping) for call in calls):
-        raise LuthierError(f"`{key}.tool_calls` must be a list of objects")
-    if role == "assistant" and calls and content in (None, ""):
-        return {**message, "content": ""}
-    if "content" not in value:
-        raise LuthierError(f"`{key}` has no `content`")
-    if isinstance(content, list | tuple):
-        content = _joined_parts(content, f"{key}.content")
-    if role in ("system", "developer", "tool") and content == "":
-        return {**message, "content": ""}
-    return {**message, "content": _text(content, f"{key}.content")}
-
-
-def without_mark(message: Message) -> Message:
-    """A message as a chat template is given it: whether it is learned is no part of what is said."""
-    return {name: part for name, part in message.items() if name != "learn"}
-
-
-def _joined_parts(parts: Sequence[Any], key: str) -> str:
-    for part in parts:
-        if not (isinstance(part, Mapping) and part.get("type") == "text" and isinstance(part.get("text"), str)):
-            raise LuthierError(f"`{key}` holds a part that is not text; only text can be learned from")
-    return "".join(part["text"] for part in parts)
-
-
-def _tools(value: Any) -> list[dict[str, Any]]:
-    if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except json.JSONDecodeError as problem:
-            raise LuthierError(f"`tools` is text but not JSON: {problem}") from None
-    if not isinstance(value, list | tuple) or not all(isinstance(tool, Mapping) for tool in value):
-        raise LuthierError("`tools` must be a list of objects")
-    return [dict(tool) for tool in value]
-
-
 def _text_or_messages(value: Any, key: str) -> str | list[Message]:
-    return _checked_messages(value, key) if isinstance(value, list | tuple) else _text(value, key)
+    # Other tools write an answer that is one message without a list around it.
+    messages = [value] if is_message(value) else value
+    return checked_messages(messages, key) if isinstance(messages, list | tuple) else checked_text(value, key)
 
 
 def _completion(value: Any, key: str, prompt: str | list[Message]) -> str | list[Message]:
@@ -277,29 +221,23 @@ def _completion(value: Any, key: str, prompt: str | list[Message]) -> str | list
 
 
 def _conversation(record: Mapping[str, Any]) -> dict[str, Any]:
-    return {"messages": _checked_messages(record["messages"], "messages")}
+    messages = record["messages"]
+    # Whatever is no list is refused as such, marks or not.
+    given = from_json_list(messages)
+    return (
+        _with_marks(record, given, "messages")
+        if isinstance(given, list | tuple)
+        else {"messages": checked_messages(messages, "messages")}
+    )
 
 
 def _sharegpt(record: Mapping[str, Any]) -> dict[str, Any]:
-    turns = record["conversations"]
-    if not isinstance(turns, list | tuple):
-        raise LuthierError(f"`conversations` must be a list of {{from, value}}, not {_kind(turns)}")
-    messages: list[Any] = []
-    if record.get("system"):
-        messages.append({"role": "system", "content": record["system"]})
-    for index, turn in enumerate(turns):
-        key = f"conversations[{index}]"
-        if not isinstance(turn, Mapping) or not {"from", "value"} <= set(turn):
-            if isinstance(turn, Mapping) and {"role", "content"} <= set(turn):
-                messages.append(turn)
-                continue
-            raise LuthierError(f"`{key}` must be an object {{from, value}}")
-        speaker = str(turn["from"])
-        if speaker not in _SHAREGPT_ROLES:
-            raise LuthierError(f"`{key}` is from the unknown role {speaker!r}", mend=nearest(speaker, _SHAREGPT_ROLES))
-        others = {name: part for name, part in turn.items() if name not in ("from", "value")}
-        messages.append({**others, "role": _SHAREGPT_ROLES[speaker], "content": turn["value"]})
-    return {"messages": _checked_messages(messages, "conversations")}
+    return _with_marks(record, sharegpt_messages(record["conversations"], "conversations"), "conversations")
+
+
+def _with_marks(record: Mapping[str, Any], messages: Any, key: str) -> dict[str, Any]:
+    marks = record.get("loss_mask")
+    return {"messages": checked_messages(messages if marks is None else with_marks(messages, marks, "loss_mask"), key)}
 
 
 def _prompted(record: Mapping[str, Any], *completions: str) -> dict[str, Any]:
@@ -310,8 +248,8 @@ def _prompted(record: Mapping[str, Any], *completions: str) -> dict[str, Any]:
 def _instruction(record: Mapping[str, Any]) -> dict[str, Any]:
     given = record.get("input")
     if given is not None and not isinstance(given, str):
-        raise LuthierError(f"`input` must be text, not {_kind(given)}")
-    instruction, output = _text(record["instruction"], "instruction"), _text(record["output"], "output")
+        raise LuthierError(f"`input` must be text, not {kind_of(given)}")
+    instruction, output = checked_text(record["instruction"], "instruction"), checked_text(record["output"], "output")
     return {"instruction": instruction, "input": given or "", "output": output}
 
 
@@ -320,10 +258,10 @@ def _labelled(record: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(label, bool):
         label = int(label)
     elif not isinstance(label, int | float):
-        label = _text(label, "label")
+        label = checked_text(label, "label")
     elif not math.isfinite(label):
         raise LuthierError(f"`label` is {label}, which is no number to learn")
-    return {"text": _text(record["text"], "text"), "label": label}
+    return {"text": checked_text(record["text"], "text"), "label": label}
 
 
 def _answered(record: Mapping[str, Any], asked: str) -> dict[str, Any]:
@@ -332,7 +270,7 @@ def _answered(record: Mapping[str, Any], asked: str) -> dict[str, Any]:
     if not accepted:
         raise LuthierError("`answer` is empty")
     # A whole number has one way of being written; a fraction has many, so that choice stays with the file.
-    texts = [str(one) if type(one) is int else _text(one, "answer") for one in accepted]
+    texts = [str(one) if type(one) is int else checked_text(one, "answer") for one in accepted]
     return {"prompt": _text_or_messages(record[asked], asked), "answer": texts}
 
 
@@ -340,7 +278,7 @@ def _multiple_choice(record: Mapping[str, Any], asked: str) -> dict[str, Any]:
     choices, answer = record["choices"], record["answer"]
     if not isinstance(choices, list | tuple) or len(choices) < 2:
         raise LuthierError("`choices` must be a list of at least two texts")
-    texts = [_text(choice, f"choices[{index}]") for index, choice in enumerate(choices)]
+    texts = [checked_text(choice, f"choices[{index}]") for index, choice in enumerate(choices)]
     if len(set(texts)) < len(texts):
         raise LuthierError("`choices` holds the same text twice")
     if type(answer) is int and not 0 <= answer < len(texts):
@@ -351,31 +289,43 @@ def _multiple_choice(record: Mapping[str, Any], asked: str) -> dict[str, Any]:
     return {"prompt": _text_or_messages(record[asked], asked), "choices": texts, "answer": index}
 
 
+_DOCUMENTS = ("text", "text+label")
 _SHAPES: dict[str, _Shape] = {
-    "messages": _Shape(("messages",), ("tools",), "messages", _conversation),
-    "conversations": _Shape(("conversations",), ("tools", "system"), "messages", _sharegpt),
+    "messages": _Shape(("messages",), beside.OF_CONVERSATIONS, "messages", _conversation),
+    "conversations": _Shape(("conversations",), beside.OF_CONVERSATIONS, "messages", _sharegpt),
     "prompt+completion": _Shape(
-        ("prompt", "completion"), ("tools",), "prompt+completion", lambda record: _prompted(record, "completion")
+        ("prompt", "completion"), beside.OF_PROMPTS, "prompt+completion", lambda record: _prompted(record, "completion")
     ),
-    "instruction+output": _Shape(("instruction", "output"), ("input",), "instruction", _instruction),
-    "text": _Shape(("text",), (), "text", lambda record: {"text": _text(record["text"], "text")}),
+    "instruction+output": _Shape(("instruction", "output"), ("input", *beside.OF_PROMPTS), "instruction", _instruction),
+    "text": _Shape(("text",), (), "text", lambda record: {"text": checked_text(record["text"], "text")}),
     "text+label": _Shape(("text", "label"), (), "text+label", _labelled),
     "prompt+chosen+rejected": _Shape(
         ("prompt", "chosen", "rejected"),
-        ("tools",),
+        beside.OF_PROMPTS,
         "prompt+chosen+rejected",
         lambda record: _prompted(record, "chosen", "rejected"),
     ),
-    "prompt+answer": _Shape(("prompt", "answer"), ("tools",), "prompt+answer", lambda record: _answered(record, "prompt")),
-    "question+answer": _Shape(("question", "answer"), (), "prompt+answer", lambda record: _answered(record, "question")),
+    "prompt+answer": _Shape(("prompt", "answer"), beside.OF_PROMPTS, "prompt+answer", lambda record: _answered(record, "prompt")),
+    "question+answer": _Shape(
+        ("question", "answer"), beside.OF_PROMPTS, "prompt+answer", lambda record: _answered(record, "question")
+    ),
     "prompt+choices+answer": _Shape(
-        ("prompt", "choices", "answer"), (), "prompt+choices+answer", lambda record: _multiple_choice(record, "prompt")
+        ("prompt", "choices", "answer"),
+        beside.OF_PROMPTS,
+        "prompt+choices+answer",
+        lambda record: _multiple_choice(record, "prompt"),
     ),
     "question+choices+answer": _Shape(
         ("question", "choices", "answer"),
-        (),
+        beside.OF_PROMPTS,
         "prompt+choices+answer",
         lambda record: _multiple_choice(record, "question"),
     ),
-    "prompt": _Shape(("prompt",), ("tools",), "prompt", lambda record: _prompted(record)),
+    "prompt": _Shape(("prompt",), beside.OF_PROMPTS, "prompt", lambda record: _prompted(record)),
+}
+_OWN: dict[str, frozenset[str]] = {
+    name: frozenset(
+        key for shape in _SHAPES.values() if shape.becomes == name for key in (*shape.needs, *shape.may_have, *name.split("+"))
+    )
+    for name in canonical_shapes()
 }

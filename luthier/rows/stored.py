@@ -56,6 +56,7 @@ class Chunk(NamedTuple):
     dropped: list[BadRow]
     """Rows without anything to learn."""
     notes: Mapping[str, int]
+    first_noted: Mapping[str, str]
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,7 @@ class Stored:
     skipped: tuple[BadRow, ...]
     dropped: tuple[BadRow, ...]
     notes: Mapping[str, int]
+    first_noted: Mapping[str, str]
 
     def __len__(self) -> int:
         return sum(batch.num_rows for batch in self.batches)
@@ -171,6 +173,7 @@ def _written(file: Path, chunks: Iterable[Chunk]) -> dict[str, Any]:
     bad: list[BadRow] = []
     dropped: list[BadRow] = []
     notes: Counter[str] = Counter()
+    first: dict[str, str] = {}
     with pyarrow.OSFile(str(file), "wb") as sink, pyarrow.ipc.new_file(sink, SCHEMA) as writer:
         for chunk in chunks:
             writer.write_batch(chunk.batch)
@@ -180,12 +183,14 @@ def _written(file: Path, chunks: Iterable[Chunk]) -> dict[str, Any]:
             bad += chunk.bad
             dropped += chunk.dropped
             notes.update(chunk.notes)
+            first = {**chunk.first_noted, **first}
     return {
         "rows": rows,
         "truncated": truncated,
         "skipped": skipped,
         "dropped": [*bad, *dropped],
         "notes": notes,
+        "first_noted": first,
         "sha256": disk.sha256(file),
     }
 
@@ -210,4 +215,5 @@ def read(folder: Path) -> Stored:
         tuple(BadRow(*one) for one in facts["skipped"]),
         tuple(BadRow(*one) for one in facts["dropped"]),
         facts["notes"],
+        facts["first_noted"],
     )

@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from luthier.rows.ids import canonical
-from luthier.rows.shapes import Message, Row
+from luthier.rows.messages import Message
+from luthier.rows.shapes import Row
 
 
 def text_of(row: Row) -> str:

@@ -370,7 +370,7 @@ def tuned_fingerprint(plan: Plan) -> str:
     for name, one in sorted(plan.engine.tune.trained.items()):
         if one.form in ("factor", "free"):
             digest.update(name.encode())
-            digest.update(whole(one.master.detach()).cpu().contiguous().view(torch.uint8).numpy().tobytes())
+            digest.update(whole(one.master.detach()).cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 

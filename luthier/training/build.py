@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from torch import nn
 
@@ -35,6 +35,10 @@ from luthier.training.services import Calibration, RunServices
 from luthier.training.world import World
 from luthier.tune import Tune
 from luthier.tune.forward import hidden
+from luthier.tune.turns import Turns
+
+FREES = tuple(KEYS["tune"].kinds.values())
+"""The kinds that free numbers of the model, or put some beside them."""
 
 
 def build_engine(
@@ -44,6 +48,7 @@ def build_engine(
     *,
     calibration: Calibration | None = None,
     now: Now,
+    first: Callable[[str], Now] | None = None,
     vocabulary: Vocabulary | None = None,
     masters: str = "fp32",
     keep_base: bool = False,
@@ -59,7 +64,8 @@ def build_engine(
         parts: its map.
         chosen: the run's parts by the recipe's key, as `luthier.recipe.parts` chooses them.
         calibration: gives the rows that some techniques look at before they start.
-        now: the clock.
+        now: the clock as the run begins.
+        first: the clock at the first step of a technique's own, by slot, where that is a later one.
         vocabulary: without it, input maps know no special tokens and no mask.
         masters: as in a recipe.
         keep_base: keep the base's values of numbers that train in place, whoever asks for them.
@@ -89,23 +95,30 @@ def build_engine(
         raise _hidden(looking, parts)
     keep_base = keep_base or bool(goal.comparing()) or any("base" in v.needs for _, v in keepers)
     owner = Tune(model, parts, masters=masters, keep_base=keep_base, root=root)
-    frees = tuple(KEYS["tune"].kinds.values())
+    owner.turns = turns_of(values)
+    # Where memory is only estimated there is no clock.
+    if now.steps > 1:
+        owner.turns.check(now.steps)
+
+    def services_of(slot: str) -> RunServices:
+        return RunServices(owner, slot, now if first is None else first(slot), calibration)
+
     for slot, value in values:
-        if isinstance(value, frees):
-            owner.add(slot, value, RunServices(owner, slot, now, calibration), states[slot])
+        if isinstance(value, FREES):
+            owner.add(slot, value, services_of(slot), states[slot])
     if goal.comparing() and owner.prompt_labels is not None and bool((owner.prompt_labels >= 0).any()):
         raise LuthierError(
             f"`{goal.comparing()[0]}` compares with the base, which does not read the virtual tokens that are targets here",
             where="objective",
             mend="leave it out, or use a prompt without targets, such as prompt_tuning",
         )
-    goal.start(owner, lambda slot: RunServices(owner, slot, now, calibration))
+    goal.start(owner, services_of)
     if not owner.trained:
         raise LuthierError("nothing trains", where="tune", mend="name a technique, e.g. full, half or lora")
     if looking:
         _try_looking(owner, looking)
     # What a technique returns beside what it frees is for its own tensors, and comes before what the recipe names as its step.
-    freeing = {slot for slot, v in values if isinstance(v, frees)}
+    freeing = {slot for slot, v in values if isinstance(v, FREES)}
     in_step = {slot for key, slot, _ in named if key == "step"}
     moving = [(slot, v) for slot, v in values if isinstance(v, Transform | Optimizer)]
     links = [Link(slot, v, own=slot in freeing) for slot, v in sorted(moving, key=lambda one: one[0] in in_step)]
@@ -117,7 +130,7 @@ def build_engine(
     engine = Engine(owner, goal, inputs, chain, sources[0][1], [], world, states, calibration=calibration, chosen=chosen)
     for slot, keeper in keepers:
         if keeper.start is not None:
-            states[slot].update(keeper.start(engine.services(slot, now)))
+            states[slot].update(keeper.start(services_of(slot)))
         engine.keepers.append(Kept(slot, keeper, states[slot]))
     owner.freezings = [(slot, v, states[slot]) for slot, v in values if isinstance(v, Freezing)]
     if owner.freezings and root is not None:
@@ -126,7 +139,18 @@ def build_engine(
             where="train.sharding",
             mend="use train.sharding: none",
         )
+    engine.refuse_apart(values=True)
     return engine
+
+
+def turns_of(values: Sequence[tuple[str, object]]) -> Turns:
+    """The clocks of a run's techniques.
+
+    Args:
+        values: of all parts, with their slots, in the order in which they stand in the run.
+    """
+    frees = {slot for slot, v in values if isinstance(v, FREES) or (isinstance(v, Term) and v.start is not None)}
+    return Turns({slot: v for slot, v in values if isinstance(v, Freezing) and (v.ends or v.alone)}, frees)
 
 
 def _hidden(slots: list[str], parts: Parts) -> LuthierError:
@@ -182,7 +206,7 @@ def _refuse_impossible(
         )
     observers = [slot for slot, value, _ in tune.selectives if value.observe is not None]
     observers += [slot for slot, value, _ in tune.additives if value.observe is not None]
-    if "all" not in gives and observers:
+    if not gives >= {"all", "gradients"} and observers:
         raise LuthierError(
             f"`{observers[0]}` observes whole gradients, and `{name}` gives none to observe",
             where="source",

@@ -29,8 +29,8 @@ def _flat(engine: Engine) -> dict[str, Any]:
         values.update({f"snapshot|{name}|{key}": value for key, value in snapshot.items()})
     values.update({f"still|{name}": one.forgotten for name, one in engine.tune.trained.items() if one.still})
     values.update({f"chain|{path}": value for path, value in engine.chain.tensors().items()})
-    for slot, state in engine.states.items():
-        values.update({f"state|{slot}|{key}": value for key, value in state.items()})
+    for kind, states in (("state", engine.states), ("best", engine.best_states)):
+        values.update({f"{kind}|{slot}|{key}": value for slot, state in states.items() for key, value in state.items()})
     return values
 
 
@@ -117,9 +117,10 @@ def restore(folder: Path, engine: Engine) -> dict[str, Any]:
         kind, _, rest = key.partition("|")
         if kind == "chain":
             engine.chain.load({rest: value})
-        elif kind == "state":
+        elif kind in ("state", "best"):
             slot, _, name = rest.partition("|")
-            engine.states.setdefault(slot, {})[name] = value.to(device) if isinstance(value, Tensor) else value
+            states = engine.states if kind == "state" else engine.best_states
+            states.setdefault(slot, {})[name] = value.to(device) if isinstance(value, Tensor) else value
         elif kind == "snapshot":
             name, _, path = rest.partition("|")
             snapshots.setdefault(name, {})[path] = value.to(device)

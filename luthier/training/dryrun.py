@@ -159,10 +159,11 @@ def _left_alone(engine: Engine) -> Iterator[None]:
     training, arrived = tune.model.training, tune.arrived
     states = {slot: dict(state) for slot, state in engine.states.items()}
     buffers = [(module, dict(module._buffers)) for module in tune.model.modules()]
+    tune.only_shapes = True
     try:
         yield
     finally:
-        tune.arrived = arrived
+        tune.only_shapes, tune.arrived = False, arrived
         tune.free_gradients()
         for trained in tune.trained.values():
             trained.leaf.grad = None

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import reduce
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +16,7 @@ from torch import Tensor
 from luthier import draws
 from luthier.errors import LuthierError
 from luthier.kinds import Batch, Keeper, Now, Services, Source, State, TrainedLike
+from luthier.models.modes import evaluating
 from luthier.models.sharding import is_sharded
 from luthier.registry import Part
 from luthier.training.chain import Chain
@@ -79,6 +82,8 @@ class Engine:
     states: dict[str, State] = field(default_factory=dict)
     """What every technique remembers, by slot."""
     calibration: Calibration | None = None
+    best_states: dict[str, State] = field(default_factory=dict)
+    """What keepers that act when a stage ends remembered when the numbers were best, by slot."""
     chosen: Mapping[str, Sequence[Part]] = field(default_factory=dict)
     """The run's parts by the recipe's key; owners of kinds that no step needs take their values from here."""
     committed: bool = False
@@ -88,6 +93,21 @@ class Engine:
         """Training is over: optimizer state, gradients and earlier states of what trained are let go; no step can follow."""
         self.tune.rest()
         self.chain.rest()
+
+    def keep_best(self) -> None:
+        """Remember the trained numbers as they are now, and what keepers know that will act on them when the stage ends."""
+        self.tune.snapshot("best")
+        self.best_states = {one.slot: copy.deepcopy(one.state) for one in self.keepers if one.keeper.after_stage is not None}
+
+    def go_back_to_best(self) -> None:
+        """Make what was remembered the run's own again; nothing happens where nothing was."""
+        if "best" not in self.tune.snapshots:
+            return
+        self.tune.go_back("best")
+        for slot, state in self.best_states.items():
+            # In place: the parts of a technique share their state.
+            self.states[slot].clear()
+            self.states[slot].update(copy.deepcopy(state))
 
     def services(self, slot: str, now: Now) -> Services:
         """What a technique under this slot may ask."""
@@ -119,14 +139,19 @@ class Engine:
             ]
         )
         if self.objective.idle(units):
-            return StepResult(0.0, 0.0, {}, int(counts[0]), 0, int(counts[2]), 0.0, skipped=True)
+            # Nothing moves, but the clock does: what was to change with this step changes.
+            self.committed = True
+            said = self._refresh(now)
+            return StepResult(0.0, 0.0, {}, int(counts[0]), 0, int(counts[2]), 0.0, said=tuple(said), skipped=True)
         # Not before: what comes to stand still may lose its optimizer state, and a step that is not taken changes nothing.
         self.tune.freeze(now)
+        self.refuse_apart(values=False)
         self.tune.start_observing(now)
         work = Work(self, passes, now, units, keeps, idle=len(idle))
         self.source.gradients(work)
         self._refuse_together(work.broken)
         self._sum_gradients(batches)
+        self._refuse_untouched(work)
         if not passes:
             self.tune.observe_nothing()
         self.committed = True
@@ -191,7 +216,8 @@ class Engine:
 
     def _sum_gradients(self, batches: Sequence[Batch]) -> None:
         everything = list(self.tune.trained.values())
-        several = self.world.size > 1 and "all" in self.source.gives
+        # A source that does not go through backward has set what is the same on every process.
+        several = self.world.size > 1 and self.source.gives >= {"all", "gradients"}
         # What no process touched takes no step, as in a run of one process.
         touched = self.world.sum_numbers([float(one.gradient is not None) for one in everything]) if several else []
         for trained, processes in zip(everything, touched, strict=False):
@@ -207,16 +233,76 @@ class Engine:
             self.tune.free_gradients()
             raise not_finite(f"the gradient of {name}", self._everyones(batches))
 
+    def _refuse_untouched(self, work: Work) -> None:
+        """Stop where the loss does not depend on anything that trains: every step would be like this one, and change nothing."""
+        if "all" in self.source.gives and work.trained and not any(one.gradient is not None for one in work.trained):
+            raise LuthierError(
+                "the loss depends on nothing that trains: no gradient reached any of it",
+                where="objective",
+                mend="use an objective that is differentiable, or a source that needs no gradient",
+            )
+
     def _afterwards(self, now: Now) -> list[str]:
         for name, gradient in self.chain.received.items():
             self.tune.trained[name].gradient = gradient
         for kept in self.keepers:
-            if kept.keeper.after_step is not None:
+            if kept.keeper.after_step is not None and self.tune.turns.moves(kept.slot, now):
                 kept.keeper.after_step(kept.state, self.services(kept.slot, now))
         for name in self.chain.received:
             self.tune.trained[name].gradient = None
         self.chain.received.clear()
-        return self.tune.refresh(lambda slot: self.services(slot, now))
+        return self._refresh(now)
+
+    def _refresh(self, now: Now) -> list[str]:
+        said = self.tune.refresh(lambda slot: self.services(slot, now), now)
+        if said:
+            self.refuse_apart(values=True)
+        return said
+
+    def refuse_apart(self, *, values: bool) -> None:
+        """Stop in all processes where they would train different numbers.
+
+        Each chooses for itself from what all of them see, which comes out alike as long as devices compute alike.
+
+        Args:
+            values: compare what the numbers are, too, and not only which stand still.
+
+        Raises:
+            LuthierError: the processes differ.
+        """
+        if self.world.size == 1:
+            return
+        everyone = self.world.gather_plain(choices(list(self.tune.trained.values()), values=values))
+        slots = {slot for one in everyone for slot in one}
+        apart = sorted(slot for slot in slots if len({one.get(slot) for one in everyone}) > 1)
+        if apart:
+            raise LuthierError(
+                f"`{apart[0]}` trains numbers that differ between the processes",
+                where=apart[0],
+                mend="use one process, or another technique: what it chooses is not the same on every device",
+            )
+
+
+def choices(trained: Sequence[Trained], *, values: bool) -> dict[str, str]:
+    """A short name for what each technique has chosen to train, by slot: equal where the choice is.
+
+    Args:
+        trained: what trains.
+        values: with the numbers themselves, other than whole tensors of the model, and which they are.
+    """
+    told: dict[str, list[Any]] = {}
+    for one in trained:
+        mine: list[Any] = [one.name, one.form, tuple(one.master.shape), one.still]
+        if values and one.form != "whole":
+            mine += [_sum_of(part) for part in (one.index, one.master.detach()) if part is not None and not is_sharded(part)]
+        told.setdefault(one.slot, []).append(mine)
+    return {slot: hashlib.sha256(repr(mine).encode()).hexdigest() for slot, mine in told.items()}
+
+
+def _sum_of(values: Tensor) -> tuple[float, ...]:
+    """Two numbers that other values of a tensor would hardly have."""
+    numbers = values.flatten().to(torch.float64 if values.device.type != "mps" else torch.float32)
+    return float(numbers.sum()), float(numbers.norm())
 
 
 def with_context(batch: Batch, label_P: Tensor | None) -> Batch:
@@ -286,7 +372,7 @@ class Work:
         """Every tensor that trains in this step."""
         return [one for one in self._engine.tune.trained.values() if not one.still]
 
-    def _sums(self, batch: Batch) -> Sums:
+    def _sums(self, batch: Batch, *, trains: bool) -> Sums:
         i = next(i for i, one in enumerate(self.batches) if one is batch)
         engine = self._engine
         read = engine.inputs.read(batch, self.now)
@@ -300,12 +386,18 @@ class Work:
             embed=engine.inputs.embed(read, self.now),
             keep_N=self._keeps[i] if self._keeps is not None and i < self._real else None,
             services_of=lambda slot: engine.services(slot, self.now),
+            trains=trains,
         )
         return sums if i < self._real else Sums(sums.loss * 0.0, {}, Counted(), {})
 
     def backward(self, batch: Batch) -> None:
         """Forward and backward of one micro-batch."""
-        sums = self._sums(batch)
+        try:
+            self._backward(batch, self._sums(batch, trains=True))
+        finally:
+            self._engine.tune.drawing = None
+
+    def _backward(self, batch: Batch, sums: Sums) -> None:
         value = float(sums.loss.detach())
         if value != value or value in (float("inf"), float("-inf")):
             if self._engine.world.size == 1:
@@ -322,9 +414,9 @@ class Work:
             sums.loss.backward()
 
     def loss(self) -> float:
-        """The step's loss without gradients."""
-        with torch.no_grad():
-            sums = [self._sums(batch) for batch in self.batches]
+        """The step's loss without gradients, and without dropout: losses of two points are compared, not of two draws."""
+        with evaluating(self._engine.tune.model):
+            sums = [self._sums(batch, trains=False) for batch in self.batches]
         self.total = sum(float(one.loss) for one in sums)
         self.counted = reduce(Counted.plus, (one.counted for one in sums), Counted())
         return self._engine.world.sum_numbers([self.total])[0]

@@ -15,6 +15,7 @@ from luthier.training import memory
 from luthier.training.engine import Engine, StepResult
 from luthier.training.feed import Feed
 from luthier.training.schedule import Schedule, factor
+from luthier.tune.turns import Turns
 
 
 @dataclass
@@ -28,12 +29,12 @@ class Clock:
     seed: int
     stage: int = 0
     stages: int = 1
-    restarts: tuple[float, ...] = ()
-    """Shares of all steps at which the schedule begins again."""
+    turns: Turns = field(default_factory=Turns)
+    """With the phases of some techniques the schedule begins again."""
 
     def factor(self, step: int) -> float:
         """What the learning rate is multiplied with at a step."""
-        bounds = [0, *(round(share * self.steps) for share in sorted(self.restarts)), self.steps]
+        bounds = [0, *self.turns.restarts(self.steps), self.steps]
         begin = max(bound for bound in bounds[:-1] if bound <= step)
         steps = min((bound for bound in bounds if bound > begin), default=self.steps) - begin
         return factor(self.schedule, step - begin, steps, round(self.warmup * steps / max(1, self.steps)))
@@ -42,6 +43,14 @@ class Clock:
         """The clock at a step."""
         now = self.factor(step)
         return Now(step, self.steps, epoch, self.stage, self.stages, now, self.learning_rate * now, self.seed)
+
+    def first(self, slot: str) -> Now:
+        """The clock at the first step in which a technique may move."""
+        return self.at(self.turns.first(slot, self.steps), 0.0)
+
+    def settled(self, steps: int) -> bool:
+        """Whether so many steps reach into the last phase of every technique: what is learnt then is of the kind that the run ends in."""
+        return steps > max(self.turns.borders(self.steps), default=-1)
 
 
 @dataclass
@@ -135,18 +144,21 @@ def train(
             _log(progress, result, now, time.perf_counter() - began)
             tell(progress, result)
             if evaluate is not None and _due(progress.step, plans.evaluate_every, clock.steps):
-                _judge(engine, progress, plans, evaluate())
+                _judge(engine, progress, plans, evaluate(), counts=clock.settled(progress.step))
             if engine.world.any(asked_to_stop()):
                 progress.stopped, progress.interrupted = progress.stopped or ASKED, True
             ended = progress.stopped or progress.step == clock.steps
             if ended or _due(progress.step, plans.save_every, clock.steps):
                 save(progress)
     engine.tune.model.eval()
+    if progress.interrupted:
+        return progress
+    # First, so that the result is what techniques make of it when a stage ends.
+    if plans.best is not None:
+        engine.go_back_to_best()
     for kept in engine.keepers:
-        if kept.keeper.after_stage is not None and not progress.interrupted:
+        if kept.keeper.after_stage is not None:
             kept.keeper.after_stage(kept.state, engine.services(kept.slot, clock.at(clock.steps - 1, epoch=0.0)))
-    if plans.best is not None and "best" in engine.tune.snapshots and not progress.interrupted:
-        engine.tune.go_back("best")
     return progress
 
 
@@ -187,15 +199,16 @@ def _log(progress: Progress, result: StepResult, now: Now, seconds: float) -> No
     progress.history.append(line)
 
 
-def _judge(engine: Engine, progress: Progress, plans: Plans, values: Mapping[str, tuple[float, bool]]) -> None:
+def _judge(engine: Engine, progress: Progress, plans: Plans, values: Mapping[str, tuple[float, bool]], *, counts: bool) -> None:
+    """Log an evaluation, and let it decide what is best where it counts: a state of an earlier phase is no result of the run."""
     progress.evaluations.append({"step": progress.step, "metrics": {name: value for name, (value, _) in values.items()}})
     engine.tune.model.train()
-    if plans.best is None:
+    if plans.best is None or not counts:
         return
     value, higher = values[plans.best]
     if progress.best is None or (value > progress.best if higher else value < progress.best):
         progress.best, progress.since_best = value, 0
-        engine.tune.snapshot("best")
+        engine.keep_best()
         return
     progress.since_best += 1
     if plans.patience is not None and progress.since_best >= plans.patience:

@@ -167,7 +167,7 @@ class Objective:
                 row_M=whole["row"][kept_L].unique(return_inverse=True)[1],
                 position_M=whole["position"][kept_L],
                 of_rows={name: values[kept_L] for name, values in of_rows.items()},
-                now=now,
+                now=tune.turns.own(rule.slot, now),
                 state=rule.state,
                 services=services_of(rule.slot),
             )
@@ -229,25 +229,34 @@ class Objective:
         embed: EmbedChange | None = None,
         keep_N: Tensor | None = None,
         services_of: Callable[[str], Services],
+        trains: bool = True,
     ) -> Sums:
         """One micro-batch's part of the step's loss, divided by the units of the whole step. The model reads `read`, if given, and of
-        its embeddings [B, T, D] what `embed` makes of them."""
+        its embeddings [B, T, D] what `embed` makes of them. Techniques drop numbers if it `trains`."""
         hidden_wanted = any(one.term.hidden for one in self.terms)
         view = view_of(
-            tune, batch, self.columns(), now, read=read, embed=embed, remembered=self._states(), keep_hidden=hidden_wanted
+            tune,
+            batch,
+            self.columns(),
+            now,
+            read=read,
+            embed=embed,
+            remembered=self._states(),
+            keep_hidden=hidden_wanted,
+            trains=trains,
         )
         weight_N = torch.ones_like(view["nll"].detach()) if keep_N is None else keep_N.to(view["nll"])
         with torch.no_grad():
             for one in self.weights:
                 if one.weight.weigh is not None:
-                    view.services = services_of(one.slot)
+                    view.services, view.now = services_of(one.slot), tune.turns.own(one.slot, now)
                     weight_N = weight_N * one.weight.weigh(view.for_technique(one.state)).detach()
         loss = view["nll"].new_zeros(())
         parts: dict[str, float] = {}
         for minimized, unit in zip(self.terms, units, strict=True):
             if not any(unit) or (minimized.term.unit == "step" and not first):
                 continue
-            view.services = services_of(minimized.slot)
+            view.services, view.now = services_of(minimized.slot), tune.turns.own(minimized.slot, now)
             own = minimized.own.tensors() if minimized.own is not None else {}
             total = minimized.term.total(view.for_technique(minimized.state, weight_N), own)
             # What has no unit in the whole step adds nothing.

@@ -25,11 +25,11 @@ from luthier.tune.forward import BlockChange, EmbedChange, Hidden, head_now, hid
 
 
 class RunServices:
-    """One technique's view of the run: the model by places, its own tensors, draws by name, forward passes."""
+    """One technique's view of the run: its clock, the model by places, its own tensors, draws by name, forward passes."""
 
     def __init__(self, tune: Tune, slot: str, now: Now, calibration: Calibration | None = None) -> None:
-        self._tune, self.slot, self.now, self._calibration = tune, slot, now, calibration
-        self.parts = tune.parts
+        self._tune, self.slot, self._run, self._calibration = tune, slot, now, calibration
+        self.now, self.parts = tune.turns.own(slot, now), tune.parts
 
     def rng(self, key: str) -> torch.Generator:
         """A generator for this seed, stage and key."""
@@ -84,6 +84,8 @@ class RunServices:
             label_N,
             head_of(self._tune.model, self.parts),
             chunked.resolve(["nll"]),
+            # These are not the tokens of the pass.
+            drawing=lambda key_N: self._tune.drawing_at(None),
             vocabulary=self.parts.vocabulary,
         )
         return found["nll"]
@@ -100,7 +102,7 @@ class RunServices:
     def forward(self, batch: Batch, columns: Sequence[str]) -> View:
         """Columns of a batch without gradients, in evaluation mode."""
         with evaluating(self._tune.model):
-            return view_of(self._tune, batch, chunked.resolve(columns), self.now)
+            return view_of(self._tune, batch, chunked.resolve(columns), self._run)
 
     def batches(self, rows: int, source: str = "") -> Sequence[Batch]:
         """Batches for calibration, the same at every call and on every process."""
@@ -142,6 +144,7 @@ def view_of(
     remembered: Mapping[str, State] = {},
     keep_hidden: bool = False,
     pack: bool | None = None,
+    trains: bool = False,
 ) -> View:
     """Run the model on a batch and make columns of its targets.
 
@@ -155,15 +158,17 @@ def view_of(
         remembered: the state of the technique that asks for another pass, by the pass's name.
         keep_hidden: keep the last hidden states.
         pack: run the rows without padding; None: as the run does.
+        trains: the run learns from this pass, so that techniques drop numbers in it, as the model does.
     """
     pack = tune.packs if pack is None else pack
     where = find_targets(batch)
     row_number = draws.seeds_of(batch.row_ids, where.row_N.device)
     keys = draws.keys(now.seed, now.step, row_number[where.row_N], where.source_N)
 
-    def run(change: BlockChange | None = None, context_BT: Tensor | None = None) -> Hidden:
+    def run(change: BlockChange | None = None, context_BT: Tensor | None = None, *, trains: bool = trains) -> Hidden:
         reading = batch if read is None else read
-        return hidden(tune, reading, pack=pack, embed=embed, blocks=change, context_BT=context_BT)
+        at = now if trains else None
+        return hidden(tune, reading, pack=pack, embed=embed, blocks=change, context_BT=context_BT, draws_at=at)
 
     def make() -> tuple[Tensor | None, dict[str, Tensor]]:
         # Other weights run first: exchanging weights under a graph that waits for backward would be wrong.
@@ -171,7 +176,9 @@ def view_of(
         for one in sorted(chunked.passes_of(columns), key=lambda one: one.at == ""):
             change = disturbance(one, batch, now, remembered.get(one.name, {}))
             others[one.name] = (
-                _other(tune, one, batch, where, change, pack=pack) if one.at else _again(tune, one, where, partial(run, change))
+                _other(tune, one, batch, where, change, pack=pack)
+                if one.at
+                else _again(tune, one, where, partial(run, change, trains=trains and one.gradient))
             )
         context_BT = _context(batch, where) if chunked.CONTEXT_ATTENTION in columns else None
         states = run(context_BT=context_BT)
@@ -181,6 +188,7 @@ def view_of(
             head_of(tune.model, tune.parts),
             [column for column in columns if column is not chunked.CONTEXT_ATTENTION],
             key_N=keys,
+            drawing=(lambda key_N: tune.drawing_at(key_N if trains else None)),
             others=others,
             vocabulary=tune.parts.vocabulary,
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import TypeVar
 
 import torch
@@ -193,9 +193,7 @@ def add_additive(tune: Attached, slot: str, value: Additive, services: Services,
             f"`{slot}` takes its start out of the weights",
             "use lora or another delta that starts at zero, or quantize: none",
         )
-    shared = None
-    if value.shared is not None:
-        shared = own(tune, Own(slot, None), value.shared(places, services), rates=value.rates)
+    shared = _shared(tune, slot, value, places, services)
     for place in places:
         values = tune.region(place)
         if values.ndim != 2 or isinstance(tune.model.get_submodule(place.module), nn.Embedding):
@@ -213,6 +211,13 @@ def add_additive(tune: Attached, slot: str, value: Additive, services: Services,
         if value.observe is not None:
             observe_at(tune, slot, place)
     tune.additives.append((slot, value, state))
+
+
+def _shared(tune: Attached, slot: str, value: Additive | HiddenEdit, places: Sequence[Place], services: Services) -> Own | None:
+    """What all places of a technique have in common."""
+    if value.shared is None:
+        return None
+    return own(tune, Own(slot, None), value.shared(places, services), rates=value.rates)
 
 
 def remember(tune: Attached, parameters: Iterable[str]) -> None:
@@ -245,7 +250,9 @@ def _take_out(tune: Attached, place: Place, delta_OI: Tensor) -> None:
 
 def add_edit(tune: Attached, slot: str, value: HiddenEdit, services: Services, state: State) -> None:
     """Edit what modules return or read: those with the named roles, and whole blocks and sub-layers for the roles of these."""
-    for place in _edited(tune, slot, value):
+    places = _edited(tune, slot, value)
+    shared = _shared(tune, slot, value, places, services)
+    for place in places:
         width_out = width_in = tune.parts.width
         if place.tensor and tune.region(place).ndim == 2:
             width_out, width_in = tune.region(place).shape
@@ -255,7 +262,7 @@ def add_edit(tune: Attached, slot: str, value: HiddenEdit, services: Services, s
                 where=str(place),
                 mend="name roles that stand alone in this model",
             )
-        edit = Edit(slot, place, value=value)
+        edit = Edit(slot, place, value=value, shared=shared)
         tensors = value.start(place, width_in, width_out, services)
         own(tune, edit, tensors, changes=value.refresh is not None, rates=value.rates, frozen=value.frozen)
         tune.site(place.module).edits.append(edit)

@@ -23,6 +23,7 @@ from luthier.models.sharding import Root, put
 from luthier.tune import saving
 from luthier.tune.sites import Own, Site
 from luthier.tune.trained import Trained, region, watch, write
+from luthier.tune.turns import Turns
 
 Result = TypeVar("Result")
 
@@ -56,12 +57,19 @@ class Attached:
         self.additives: list[tuple[str, Additive, State]] = []
         self.edits: list[tuple[str, HiddenEdit, State]] = []
         self.freezings: list[tuple[str, Freezing, State]] = []
+        self.turns = Turns()
+        """Whose turn it is to move, and each technique's clock."""
         self.prompt_length = 0
         self.prompt_labels: Tensor | None = None
         """Targets of a prompt's virtual tokens, where they are learnt."""
+        self.drawing: Tensor | None = None
+        """While the run trains: keys for the draws of each token of the pass. They stay until the backward pass is done, which may run
+        parts of the model again."""
         self.packs = False
         """Rows of a micro-batch run without padding."""
         self.is_off = False
+        self.only_shapes = False
+        """Passes compute shapes and no numbers, so that none may be put into the place of others."""
         self.untouched = True
         """No trained number was written yet: what trains in place still is the base."""
         self.altered: dict[str, Tensor] = {}
@@ -92,7 +100,8 @@ class Attached:
     def site(self, module: str) -> Site:
         """What stands at a module; made and hooked when first asked for."""
         if module not in self.sites:
-            self.sites[module] = Site(self.model.get_submodule(module), lambda: self.is_off or self.merged is not None)
+            here = self.model.get_submodule(module)
+            self.sites[module] = Site(here, lambda: self.is_off or self.merged is not None, lambda: self.drawing)
             self.sites[module].attach()
             saving.guard(self)
         return self.sites[module]
@@ -162,6 +171,15 @@ class Attached:
             yield
         finally:
             self.is_off = was_off
+
+    @contextmanager
+    def drawing_at(self, key_N: Tensor | None) -> Iterator[None]:
+        """Let what stands beside the weights draw for these tokens; with None, not at all."""
+        before, self.drawing = self.drawing, key_N
+        try:
+            yield
+        finally:
+            self.drawing = before
 
     def set(self, values: dict[str, Tensor]) -> None:
         """Give trained tensors new values, by name, and the live weights with them."""

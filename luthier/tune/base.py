@@ -28,6 +28,10 @@ def at_base(tune: Attached) -> Iterator[None]:
     if tune.is_off:
         yield
         return
+    if tune.only_shapes:
+        with tune.bare():
+            yield
+        return
     if tune.merged is not None:
         raise LuthierError("the merged model does not hold the base", mend="call unmerge() first")
     if tune.untouched and not any(value.subtract for _, value, _ in tune.additives):
@@ -84,6 +88,9 @@ def at_snapshot(tune: Attached, name: str) -> Iterator[None]:
     if name not in tune.snapshots:
         known = ", ".join(tune.snapshots) or "none was taken"
         raise LuthierError(f"there is no snapshot `{name}`", mend=f"known: {known}")
+    if tune.only_shapes:
+        yield
+        return
     now, untouched = capture(tune), tune.untouched
     trained = {key: (one, one.master, one.leaf) for key, one in tune.trained.items()}
     owned = [(own, dict(own.trained)) for own in tune.owns]

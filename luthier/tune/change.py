@@ -26,11 +26,18 @@ def _places(tune: Attached, slot: str) -> list[Place]:
 
 def freeze(tune: Attached, now: Now) -> None:
     """Let stand still what techniques want still in this step, and wake the rest."""
+    alone = tune.turns.alone(now)
+    clocks = {slot: tune.turns.own(slot, now) for slot, _, _ in tune.freezings}
     for one in tune.trained.values():
-        mine = [(value, state) for slot, value, state in tune.freezings if value.everywhere or slot == one.slot]
-        asking = [value for value, state in mine if value.frozen(one, state, now)]
-        if bool(asking) != one.still:
-            one.still = bool(asking)
+        mine = [
+            (slot, value, state)
+            for slot, value, state in tune.freezings
+            if slot == one.slot or (value.everywhere and tune.turns.moves(slot, now))
+        ]
+        asking = [value for slot, value, state in mine if value.frozen(one, state, clocks[slot])]
+        still = bool(asking) or alone not in (None, one.slot)
+        if still != one.still:
+            one.still = still
             if one.still and any(value.forget for value in asking):
                 _forget(tune, one)
             elif one.forgotten:
@@ -68,7 +75,9 @@ def start_observing(tune: Attached, now: Now) -> None:
     tune.observing = frozenset(
         (slot, place)
         for slot, value, _ in _techniques(tune)
-        if value.observe is not None and (value.observing is None or value.observing(now))
+        if value.observe is not None
+        and tune.turns.moves(slot, now)
+        and (value.observing is None or value.observing(tune.turns.own(slot, now)))
         for place in _places(tune, slot)
     )
 
@@ -109,16 +118,16 @@ def _dense(tune: Attached, slot: str, place: Place, total: Callable[[Tensor], Te
     return total(tune.dense[slot, place])
 
 
-def refresh(tune: Attached, services_of: Callable[[str], Services]) -> list[str]:
-    """Let techniques change their numbers, and say what changed."""
+def refresh(tune: Attached, services_of: Callable[[str], Services], now: Now) -> list[str]:
+    """Let techniques whose step this was change their numbers, and say what changed."""
     said: list[str] = []
     for slot, value, state in tune.selectives:
-        if value.refresh is not None:
+        if value.refresh is not None and tune.turns.moves(slot, now):
             for place, new in (value.refresh(state, services_of(slot)) or {}).items():
                 said.append(_reselect(tune, slot, value, place, new))
     grows: list[tuple[str, Additive | HiddenEdit, State]] = [*tune.additives, *tune.edits]
     for slot, beside, state in grows:
-        if beside.refresh is not None:
+        if beside.refresh is not None and tune.turns.moves(slot, now):
             for place, size in (beside.refresh(state, services_of(slot)) or {}).items():
                 said.append(_resize(tune, slot, place, size))
     return said

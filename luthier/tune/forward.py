@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from luthier import draws
 from luthier.errors import LuthierError
-from luthier.kinds import Batch
+from luthier.kinds import Batch, Now
 from luthier.models.attention import Context, Mass
 from luthier.models.head import finish
 from luthier.tune.tune import Tune
@@ -87,6 +88,7 @@ def hidden(
     embed: EmbedChange | None = None,
     blocks: BlockChange | None = None,
     context_BT: Tensor | None = None,
+    draws_at: Now | None = None,
 ) -> Hidden:
     """Run the model's body on a batch.
 
@@ -100,6 +102,7 @@ def hidden(
         blocks: what becomes of their hidden states behind each block.
         context_BT: True at tokens of which the last block shall say how much it attends to them. What trained prompts and prefixes
             put before the rows always counts.
+        draws_at: the run trains, and this is its clock: techniques that drop numbers do so. Else none does.
 
     Raises:
         LuthierError: `embed` or `blocks` are given, and the model's embeddings or blocks cannot be reached; or the last block does not
@@ -128,11 +131,27 @@ def hidden(
         arguments["luthier"] = arguments.get("luthier", Context())._replace(mass=asked)
     if embed is not None:
         arguments["inputs_embeds"] = layout.change(_embedded(tune, arguments.pop("input_ids")), embed)
-    values = _last(backbone, arguments) if blocks is None else _last_open(tune, arguments, layout, blocks)
+    key_N = None
+    if draws_at is not None:
+        key_BT = _keys(batch, length, draws_at)
+        key_N = key_BT[attend_BT] if packed else key_BT.flatten()
+    with tune.drawing_at(key_N):
+        values = _last(backbone, arguments) if blocks is None else _last_open(tune, arguments, layout, blocks)
+    if key_N is not None:
+        # The backward pass may run parts of the model again, and must draw the same.
+        tune.drawing = key_N
     mass_BT = None if asked is None else _told(tune, asked)
     if packed:
         return Hidden(values[0], place_BT, None if mass_BT is None else mass_BT[0])
     return Hidden(values[:, length:], mass=None if mass_BT is None else mass_BT[:, length:])
+
+
+def _keys(batch: Batch, length: int, now: Now) -> Tensor:
+    """A key for the draws of each token, and of those of a prompt before the rows, [B, length + T]."""
+    position_BT = batch.position_BT
+    before = -1 - torch.arange(length, device=position_BT.device)
+    row_B = draws.seeds_of(batch.row_ids, position_BT.device)
+    return draws.keys(now.seed, now.step, row_B[:, None], torch.cat([before.expand(len(row_B), -1), position_BT], dim=1))
 
 
 def _told(tune: Tune, asked: Mass) -> Tensor:

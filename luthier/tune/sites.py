@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from luthier.draws import drawing
 from luthier.kinds import Additive, HiddenEdit, Place, Prompt, Tensors
 from luthier.tune.taps import TapSpec, tap
 from luthier.tune.trained import Trained
@@ -87,6 +88,8 @@ class Site:
 
     module: nn.Module
     is_off: Callable[[], bool]
+    keys: Callable[[], Tensor | None] = lambda: None
+    """Keys for the draws of each token of the pass that runs; None where the run does not train."""
     additions: list[Addition] = field(default_factory=list)
     edits: list[Edit] = field(default_factory=list)
     prompts: list[tuple[Own, Prompt]] = field(default_factory=list)
@@ -109,7 +112,8 @@ class Site:
 
     def now(self) -> Site:
         """A copy on no module, which goes on to do what stands here does now."""
-        return Site(self.module, lambda: False, [one.now() for one in self.additions], [one.now() for one in self.edits])
+        additions, edits = [one.now() for one in self.additions], [one.now() for one in self.edits]
+        return Site(self.module, lambda: False, additions=additions, edits=edits)
 
     def run(self, x: Tensor, compute: Callable[[Tensor], Tensor]) -> Tensor:
         """What a module that computes `compute` returns with all this."""
@@ -129,7 +133,8 @@ class Site:
             return None
         x = _entering(arguments, named)
         for edit in edits:
-            x = edit.value.apply(edit.tensors(x.dtype), x, x)
+            with drawing(self.keys(), edit.name):
+                x = edit.value.apply(edit.tensors(x.dtype), x, x)
         return ((x, *arguments[1:]), named) if arguments else (arguments, {**named, HIDDEN: x})
 
     def _after(self, module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any], output: Any) -> Any:
@@ -139,7 +144,8 @@ class Site:
         y = output[0] if isinstance(output, tuple) else output
         x = _entering(arguments, named) if ids is None else ids
         for addition in self.additions:
-            y = self._add(addition, x, y)
+            with drawing(self.keys(), addition.name):
+                y = self._add(addition, x, y)
         # A tap needs the gradient of what the weight gave: it stands before whatever changes that.
         for leaf, spec in self.taps.values():
             if leaf.requires_grad and (spec.wanted is None or spec.wanted()):
@@ -148,7 +154,8 @@ class Site:
             y = prompt.apply(own.tensors(y.dtype), x, y)
         for edit in self.edits:
             if edit.value.of == "output" and edit.stands:
-                y = self._edit(edit, x, y)
+                with drawing(self.keys(), edit.name):
+                    y = self._edit(edit, x, y)
         return (y, *output[1:]) if isinstance(output, tuple) else y
 
     def _add(self, addition: Addition, x: Tensor, y: Tensor) -> Tensor:

@@ -77,9 +77,9 @@ class Tune(Attached):
         """Hand every observer its dense gradient of the step, once, summed over processes by `total`."""
         change.observe(self, total)
 
-    def refresh(self, services_of: Callable[[str], Services]) -> list[str]:
-        """Let techniques change what trains. Returns one sentence for each change."""
-        return change.refresh(self, services_of)
+    def refresh(self, services_of: Callable[[str], Services], now: Now) -> list[str]:
+        """Let techniques change what trains behind a step. Returns one sentence for each change."""
+        return change.refresh(self, services_of, now)
 
     def merge(self) -> None:
         """Fold what stands beside the weights into them; `unmerge` takes it out again, bit for bit."""

@@ -58,6 +58,7 @@ TRAITS: dict[str, Callable[[Any], bool]] = {
     "rule": lambda value: isinstance(value, TokenWeight) and value.look is not None,
     "observes": lambda value: isinstance(value, Selective | Additive) and value.observe is not None,
     "one at a time": lambda value: isinstance(value, Source) and "all" not in value.gives,
+    "looks elsewhere": lambda value: isinstance(value, Source) and "gradients" not in value.gives,
     "all at once": lambda value: (
         (isinstance(value, Transform) and value.scope == "all") or (isinstance(value, Keeper) and "gradients" in value.needs)
     ),
@@ -76,7 +77,8 @@ REFUSED: dict[tuple[str, str], str] = {
     ("prompt", "prompt"): "is a second prompt",
     # The base knows nothing of tokens that are learnt.
     ("learns its prompt", "compares"): "compares with the base, which does not read the virtual tokens",
-    # There is never a whole gradient.
+    # There is never a whole gradient, or none that went through the model.
+    ("looks elsewhere", "observes"): "observes whole gradients",
     ("one at a time", "observes"): "observes whole gradients",
     ("one at a time", "all at once"): "needs all gradients at once",
     # They take whole blocks and what is outside of them, and leave no other selection its place.
@@ -84,8 +86,6 @@ REFUSED: dict[tuple[str, str], str] = {
     ("freeze_lower", "half"): "both train the same numbers",
     ("freeze_lower", "greentrainer"): "both train the same numbers",
     ("freeze_lower", "s2ft"): "both train the same numbers",
-    # While the prompt learns alone, nothing else moves, and so nothing can be chosen by how far it moved.
-    ("lt_sft", "promot"): "nothing moved in the first phase",
 }
 """What is refused beside each other, by names, kinds or traits, and words of the error. A pair that stands here is tried only to see
 that it still is refused; every other pair must meet."""

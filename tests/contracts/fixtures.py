@@ -126,13 +126,15 @@ LEARNING = [(kind, name) for kind, name in ALL if key_of(kind) in ("objective", 
 
 GIVEN: dict[str, dict[str, Any]] = {
     "adalora": {"warmup": 0.05},
+    "adapter": {"dropout": 0.2},
     "convergence_balance": {"validation_source": "other", "every": 1, "window": 2},
-    "caft": {"heads_first": 0.05},
+    "caft": {"heads_first": 0.1},
     "greentrainer": {"selections": 5, "target": 0.7},
     "lift": {"rank": 4, "lora_rank": 2, "every": 2},
     "likelihood": {"models": ("tiny:llama",)},
     "lofit": {"selection": 0.1},
-    "loca": {"search": 0.2, "coefficient_steps": 1, "location_steps": 1},
+    "loca": {"search": 0.2, "coefficient_steps": 1, "location_steps": 1, "dropout": 0.2},
+    "lora": {"dropout": 0.2},
     "lt_sft": {"first": 0.1},
     "masked_thought": {"warmup": 0.05, "random_share": 0.5, "mask_id": 3},
     "neuroada": {"by": "gradient"},
@@ -142,7 +144,7 @@ GIVEN: dict[str, dict[str, Any]] = {
     "spiel": {"every": 3, "gather": 1},
     "sstoken": {"attention_only": 0.05, "every": 2},
 }
-"""Options of techniques that have options without a default, or whose defaults do nothing in the first steps."""
+"""Options of techniques that have options without a default, whose defaults do nothing in the first steps, or that draw."""
 OTHERS: dict[tuple[str, str], list[Any]] = {
     ("answer_coverage", "column"): ["other_share"],
     ("convergence_balance", "column"): ["quality"],

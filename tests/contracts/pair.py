@@ -16,15 +16,16 @@ from torch import Tensor
 
 from luthier import registry
 from luthier.errors import LuthierError
-from luthier.kinds import Batch, Now
+from luthier.kinds import Batch, Freezing, Now, Refresh, Select, Selective
 from luthier.recipe.parts import completed
+from luthier.registry import Part
 from luthier.training.engine import Engine
 from tests.conftest import make_batch, split
 from tests.contracts.fixtures import FIXTURES, engine_of, part_of, rows_for
 from tests.toys.helpers import TOYS, rows_of_eight
 from tests.unit.test_kinds_resume import everything
 
-SIZE, STEPS = 2, 4
+SIZE, STEPS = 2, 6
 PATIENCE = 120.0
 """Seconds after which a process that says nothing is given up."""
 
@@ -40,10 +41,10 @@ class Told(NamedTuple):
 
 
 def shares(step: int, kinds: tuple[str, ...] = ()) -> list[list[Batch]]:
-    """The micro-batches of two processes: even, uneven, none at all, and without a target."""
+    """The micro-batches of two processes: even, uneven, none at all, without a target, and even ones."""
     whole = split(rows_for(kinds, seed=step) if kinds else rows_of_eight(seed=step), (5, 3))
     quiet = make_batch([(4, 0)], first=50)
-    return [[whole[:1], whole[1:]], [whole[1:], whole[:1]], [whole, [quiet]], [whole, []]][step]
+    return [[whole[:1], whole[1:]], [whole[1:], whole[:1]], [whole, [quiet]], [whole, []]][step % 4]
 
 
 def engine_for(task: dict[str, Any]) -> Engine:
@@ -60,6 +61,8 @@ def perform(task: dict[str, Any], rank: int | None = None) -> Told:
     """Take the steps of a task: with one's share of the rows, or alone with all of them."""
     if task.get("breaks"):
         return _broken(rank)
+    if "apart" in task:
+        return _apart(task["apart"], rank or 0)
     found: dict[str, Any] = {}
     kinds = (task["kind"],) if "kind" in task else ()
     steps = 20 if kinds else STEPS
@@ -71,6 +74,9 @@ def perform(task: dict[str, Any], rank: int | None = None) -> Told:
             both = shares(step, kinds)
             mine = [batch for share in both for batch in share] if rank is None else both[rank]
             result = engine.step(mine, Now(step=step, steps=steps, learning_rate=0.02))
+            if "gradients" not in found:
+                # Plain steps: what they moved is the gradient.
+                found |= {"gradients": step} | {f"first {name}": one.master for name, one in engine.tune.trained.items()}
             found[f"step {step}"] = torch.tensor([result.loss, result.nll, result.kept, float(result.tokens)])
             # The loop reports the parts of a loss that has several.
             parts = result.parts if len(engine.objective.terms) > 1 else {}
@@ -102,6 +108,29 @@ def _broken(rank: int | None) -> Told:
     except LuthierError as error:
         same = all(torch.equal(now, then) for now, then in zip(engine.tune.model.parameters(), before, strict=True))
         return Told({"what": error.what, "where": error.where, "same": same}, str(error))
+    return Told({})
+
+
+def _apart(when: str, rank: int) -> Told:
+    """A technique for which each process makes a choice of its own: numbers at the start, others in mid-run, or what stands still."""
+
+    def refresh(state: Any, services: Any) -> dict[Any, Refresh]:
+        again = {one.place: one.index for one in services.trained()} if when == "later" and services.now.step == 1 else {}
+        return {place: Refresh(index + rank, torch.full_like(index, -1)) for place, index in again.items()}
+
+    def frozen(trained: Any, state: Any, now: Now) -> bool:
+        return when == "still" and now.step == 1 and rank == 1 and "layers.0" in trained.name
+
+    def choose(parts: Any, services: Any) -> dict[Any, Select]:
+        return {place: Select("flat", torch.arange(3) + (rank if when == "start" else 0)) for place in parts.select(roles="linear")}
+
+    own = Part("own", "selective", {}, (Selective(choose, refresh=refresh), Freezing(frozen)))
+    try:
+        engine = engine_of(tune=[own], step="sgd", now=Now(steps=STEPS))
+        for step in range(3):
+            engine.step(shares(0)[rank], Now(step=step, steps=STEPS, learning_rate=0.01))
+    except LuthierError as error:
+        return Told({}, str(error), error.mend)
     return Told({})
 
 

@@ -36,6 +36,8 @@ TASKS: dict[str, dict[str, Any]] = {
     **{name: {"id": name, "keys": keys} for name, keys in SETTINGS.items()},
     **{f"{kind} {name}": {"id": f"{kind} {name}", "kind": kind, "name": name} for kind, name in RUNS},
 }
+APART = ("start", "later", "still")
+"""When each process makes a choice of its own."""
 PER_PROCESS = {("source", "per_layer")}
 """Techniques that several processes refuse: what takes its steps within backward knows of its own process alone."""
 
@@ -66,6 +68,8 @@ def test_faults_2_and_4_two_processes_equal_one(tmp_path: Path, subtests: pytest
         for task in TASKS.values():
             pair.give(task)
         pair.give({"id": "broken", "breaks": True})
+        for when in APART:
+            pair.give({"id": when, "apart": when})
         for name, task in TASKS.items():
             one = perform(task)
             first, second = pair.ask(name)
@@ -75,6 +79,10 @@ def test_faults_2_and_4_two_processes_equal_one(tmp_path: Path, subtests: pytest
                     assert all(words in told.refused and told.mend for told in (first, second)) and not one.refused
                     continue
                 assert_same(one, first, second)
+        for when in APART:
+            with subtests.test(msg=f"choices that differ: {when}"):
+                for told in pair.ask(when):
+                    assert "`own`" in told.refused and "differ" in told.refused and told.mend
         with subtests.test(msg="a loss that is no number"):
             rows = [row for batch in shares(0)[1] for row in batch.row_ids]
             for told in pair.ask("broken"):

@@ -256,7 +256,8 @@ def test_the_schedule_of_the_learning_rate_begins_again() -> None:
     for share, ends in ((0.25, (0.25,)), (0.0, ())):
         plain, heads, freezing = caft(heads_first=share, head_rate=7.0)
         assert isinstance(plain, Term) and isinstance(heads, Term) and heads.rate == 7.0
-        assert isinstance(freezing, Freezing) and freezing.everywhere and freezing.restarts == ends
+        assert isinstance(freezing, Freezing) and freezing.restart and freezing.ends == ends
+        assert freezing.alone == ({0} if ends else set())
 
 
 @pytest.mark.parametrize(("head", "train_heads"), [("residual", False), ("residual", True), ("block", True)])
@@ -436,5 +437,5 @@ def test_impossible_options_are_refused(options: dict[str, Any], says: str) -> N
 
 @pytest.mark.parametrize("share", [0.01, 0.99])
 def test_a_phase_without_a_step_is_refused(engine: Any, share: float) -> None:
-    with pytest.raises(LuthierError, match="a run of 20 steps has none for one of the two phases"):
+    with pytest.raises(LuthierError, match="a run of 20 steps has 20 for `caft`, which are too few for its 2 phases"):
         engine(objective=objective(heads_first=share))

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from luthier.errors import LuthierError
 from luthier.kinds import Now, State
-from luthier.methods.additive._sensitivity import importance, look, prune, triplets
-from luthier.methods.additive.adalora import adalora, excess, far_from_orthonormal
+from luthier.methods.additive._sensitivity import excess, importance, look, prune, triplets
+from luthier.methods.additive.adalora import adalora, far_from_orthonormal
 from tests.conftest import split
 from tests.toys.helpers import gap, gradients, logits_of, model_of, plain_gradients, rows_of_eight
 
@@ -147,7 +147,8 @@ def test_the_budget_is_met_at_every_step_and_the_last_choice_is_fixed(engine: An
     assert counts == [int(8 + 4 * excess(i, 4, 12)) for i in range(20)]
     assert counts[:5] == [12] * 5 and counts[5] == 10 and counts[12:] == [8] * 8
     assert all(torch.equal(one, last[0]) for one in last)
-    assert all(torch.equal(value, scores[name]) for name, value in run.states["adalora"].items())
+    looked = {name: value for name, value in run.states["adalora"].items() if isinstance(value, Tensor)}
+    assert looked and all(torch.equal(value, scores[name]) for name, value in looked.items())
     ranks = [int((values != 0).sum()) for values in values_of(run).values()]
     assert len(set(ranks)) > 1, "the budget is shared by all matrices, and not by each alone"
     for own in run.tune.owns:

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.nn import functional
 
+from luthier.draws import drawing, dropout
 from luthier.errors import LuthierError
 from luthier.kinds import HiddenEdit, Now, Place
 from luthier.methods.additive.lora import lora
@@ -153,13 +153,11 @@ def test_dropout_stands_behind_the_relu_and_only_in_training() -> None:
     edit = adapter(width=6, init="bert", dropout=0.5)
     tensors = {name: value.double() for name, value in edit.start(PLACE, 4, 4, services()).items()}
     x = torch.randn(5, 4, generator=torch.Generator().manual_seed(0)).double()
-    with torch.no_grad():
-        assert torch.equal(edit.apply(tensors, x, x), adapter(width=6, init="bert").apply(tensors, x, x))
-    torch.manual_seed(7)
-    found = edit.apply(tensors, x, x)
-    torch.manual_seed(7)
-    inner = functional.dropout(torch.relu(x @ tensors["down"].T), 0.5)
-    assert torch.allclose(found, x + 4 * inner @ tensors["up"].T, rtol=0, atol=1e-14)
+    assert torch.equal(edit.apply(tensors, x, x), adapter(width=6, init="bert").apply(tensors, x, x))
+    with drawing(torch.arange(5), "adapter"):
+        found = edit.apply(tensors, x, x)
+        inner = dropout(torch.relu(x @ tensors["down"].T), 0.5)
+    assert (inner == 0).any() and torch.allclose(found, x + 4 * inner @ tensors["up"].T, rtol=0, atol=1e-14)
 
 
 def test_the_number_of_trained_numbers_is_the_papers(engine: Any) -> None:

@@ -180,7 +180,7 @@ def test_moments_of_entries_that_stay_are_kept_and_others_start_at_zero(engine: 
             for name, index in old.items()
             for key in ("first", "second", "age")
         }
-        run.tune.refresh(lambda slot, i=i: run.services(slot, now._replace(step=i)))
+        run.tune.refresh(lambda slot, i=i: run.services(slot, now._replace(step=i)), now._replace(step=i))
         for name, one in run.tune.trained.items():
             for key in ("first", "second", "age"):
                 assert torch.equal(state[name][key], kept[name, key][one.index])
@@ -202,7 +202,7 @@ def test_an_entry_that_joins_late_steps_like_a_new_one(engine: Any) -> None:
         run.chain.step(now)
         for name, one in run.tune.trained.items():
             assert torch.allclose(before[name] - one.master.detach(), torch.full_like(before[name], 0.05), atol=1e-12)
-        run.tune.refresh(lambda slot, i=i: run.services(slot, now._replace(step=i)))
+        run.tune.refresh(lambda slot, i=i: run.services(slot, now._replace(step=i)), now._replace(step=i))
     ages = torch.cat([state["age"] for state in run.chain.state["adamw"].values()])
     assert set(ages.tolist()) > {0.0, 6.0}
 

@@ -12,13 +12,14 @@ from torch import Tensor
 
 from luthier.delta import Delta
 from luthier.errors import LuthierError
-from luthier.kinds import Now
+from luthier.kinds import Freezing, Now
 from luthier.methods.selective._ticket import most_changed
 from luthier.registry import make
 from luthier.training.checkpoint import restore, save
 from luthier.training.loop import Clock
 from luthier.training.schedule import linear
 from luthier.tune.trained import region, write
+from luthier.tune.turns import Turns
 from tests.conftest import split
 from tests.toys.helpers import gradients, model_of, rows_of_eight
 
@@ -129,11 +130,11 @@ def test_two_iterations_choose_half_each_and_go_on_from_what_was_learnt(engine: 
     first = ticket(run)
     assert count(first) == int(0.02 * numbers)
     go(run, now, 5, 9)
-    run.tune.refresh = lambda services_of: []
+    run.tune.refresh = lambda services_of, now: []
     go(run, now, 9, 10)
     learnt = weights(run)
     del run.tune.refresh
-    run.tune.refresh(lambda slot: run.services(slot, now._replace(step=9)))
+    run.tune.refresh(lambda slot: run.services(slot, now._replace(step=9)), now._replace(step=9))
     assert run.tune.numbers() == numbers
     assert all(torch.allclose(one, learnt[name], rtol=0, atol=1e-15) for name, one in weights(run).items())
     go(run, now, 10, 15)
@@ -147,9 +148,9 @@ def test_two_iterations_choose_half_each_and_go_on_from_what_was_learnt(engine: 
 
 
 def test_the_schedule_begins_anew_with_every_phase() -> None:
-    ends = {n: make({"lt_sft": {"iterations": n}}, ("selective",)).values[1].restarts for n in (1, 2)}
+    ends = {n: make({"lt_sft": {"iterations": n}}, ("selective",)).values[1].ends for n in (1, 2)}
     assert ends == {1: (0.5,), 2: (0.25, 0.5, 0.75)}
-    clock = Clock(20, 1.0, linear, 0, 0, restarts=ends[1])
+    clock = Clock(20, 1.0, linear, 0, 0, turns=Turns({"lt_sft": Freezing(ends=ends[1], restart=True)}))
     assert [clock.at(step, 0.0).factor for step in (0, 5, 10, 15)] == [1.0, 0.5, 1.0, 0.5]
 
 
@@ -234,7 +235,7 @@ def test_a_tied_embedding_counts_once_and_norms_and_an_untied_head_stand_still(e
 
 
 def test_a_run_that_is_too_short_is_refused(engine: Any) -> None:
-    with pytest.raises(LuthierError, match="a run of 20 steps has none for some of its 22 phases"):
+    with pytest.raises(LuthierError, match="a run of 20 steps has 20 for `lt_sft`, which are too few for its 22 phases"):
         engine({"lt_sft": {"iterations": 11}})
 
 

@@ -152,7 +152,8 @@ def test_a_share_of_one_is_prompt_tuning(engine: Any) -> None:
 def test_the_prompts_learning_rate_is_a_multiple_and_the_schedule_restarts() -> None:
     value, freezing = promot(share=0.25, prompt_rate=7.0)
     assert value.rates == {"promot_PD": 7.0}
-    assert isinstance(freezing, Freezing) and freezing.everywhere and freezing.restarts == (0.25,)
+    assert isinstance(freezing, Freezing) and freezing.ends == (0.25,) and freezing.restart
+    assert freezing.alone == {0}
 
 
 def test_a_prompt_is_a_copy_of_embeddings(engine: Any) -> None:

@@ -125,10 +125,10 @@ def test_survivors_keep_everything_and_the_dropped_go_back_to_the_base(engine: A
     go(run, now, 0, 3)
     index = one.index.clone()
     refreshed = run.tune.refresh
-    run.tune.refresh = lambda services_of: []
+    run.tune.refresh = lambda services_of, now: []
     go(run, now, 3, 4)
     then, moments = one.master.detach().clone(), {k: v.clone() for k, v in run.chain.state["adamw"][name].items()}
-    refreshed(lambda slot: run.services(slot, now._replace(step=3)))
+    refreshed(lambda slot: run.services(slot, now._replace(step=3)), now._replace(step=3))
     stays = one.index == index
     assert 0 < int((~stays).sum()) <= int(one.numel * 0.5)
     assert torch.equal(one.master.detach()[stays], then[stays])

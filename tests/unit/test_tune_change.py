@@ -48,7 +48,7 @@ def steps(run: Any, now: Now, first: int, count: int) -> None:
 
 
 def refresh(run: Any, now: Now) -> list[str]:
-    return run.tune.refresh(lambda slot: run.services(slot, now))  # type: ignore[no-any-return]
+    return run.tune.refresh(lambda slot: run.services(slot, now), now)  # type: ignore[no-any-return]
 
 
 @pytest.mark.parametrize("leave", ["revert", "keep"])

@@ -30,6 +30,7 @@ from luthier.registry import Part
 from luthier.training.engine import with_context
 from luthier.training.loop import Clock
 from luthier.training.schedule import linear
+from luthier.tune.turns import Turns
 from tests.conftest import split
 from tests.toys.helpers import gradients, logits_of, model_of, rows_of_eight, toys  # noqa: F401
 
@@ -129,7 +130,7 @@ def test_a_technique_freezes_its_own_tensors_alone(engine: Any, now: Now) -> Non
 
 
 def test_the_schedule_begins_again() -> None:
-    clock = Clock(20, 1.0, linear, 4, 0, restarts=(0.5,))
+    clock = Clock(20, 1.0, linear, 4, 0, turns=Turns({"still": Freezing(ends=(0.5,), restart=True)}))
     factors = [clock.factor(step) for step in range(20)]
     assert factors[:10] == factors[10:]
     assert factors[:3] == [0.5, 1.0, 1.0] and factors[9] == pytest.approx(1 / 8)

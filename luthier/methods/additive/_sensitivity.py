@@ -47,7 +47,8 @@ def prune(state: State, services: Services, budget: int) -> None:
     """Leave as many singular values as the budget says, those of the most important triplets, and set all others to zero."""
     mine = triplets(services)
     # A run whose steps were all skipped has no importances, and lambda is still zero.
-    if not state or budget >= sum(len(tensors["values"].master) for tensors in mine.values()):
+    looked = any(key.startswith("sensitivity ") for key in state)
+    if not looked or budget >= sum(len(tensors["values"].master) for tensors in mine.values()):
         return
     scores = [importance(state, tensors) for tensors in mine.values()]
     order = torch.cat(scores).argsort(descending=True, stable=True)
@@ -55,3 +56,12 @@ def prune(state: State, services: Services, budget: int) -> None:
     goes[order[:budget]] = False
     for tensors, goes_R in zip(mine.values(), goes.split([len(score) for score in scores]), strict=True):
         services.write(tensors["values"], tensors["values"].master.detach().masked_fill(goes_R[:, None], 0.0))
+
+
+def excess(step: int, first: int, last: int) -> float:
+    """The share of the triplets to be pruned that is still allowed at a step, from 0: 1 up to `first`, 0 behind `last`, cubic between."""
+    if step <= first:
+        return 1.0
+    if step > last:
+        return 0.0
+    return float((1 - (step - first) / (last - first)) ** 3)

@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from luthier.errors import LuthierError
-from luthier.kinds import Additive, Keeper, Now, Place, Services, State, Tensors, Term, View
-from luthier.methods.additive._sensitivity import look, prune, triplets
+from luthier.kinds import Additive, Freezing, Keeper, Now, Place, Services, State, Tensors, Term, View
+from luthier.methods.additive._sensitivity import excess, look, prune, triplets
 from luthier.methods.additive._starts import check_positive
 from luthier.registry import method
 
@@ -38,7 +38,7 @@ def adalora(
     beta1: float = 0.85,
     beta2: float = 0.85,
     roles: tuple[str, ...] = ("linear",),
-) -> tuple[Additive, Term, Keeper]:
+) -> tuple[Additive, Term, Keeper, Freezing]:
     """Start with more singular triplets than asked for, and prune those of least importance, wherever they are.
 
     P and Q start random, lambda at zero. After each step the sensitivity |number * gradient| of every number is smoothed, and so is
@@ -93,10 +93,13 @@ def adalora(
     def after_step(state: State, services: Services) -> None:
         first, last = _phases(services.now, warmup, final)
         step, mine = services.now.step, triplets(services)
+        # Compared with what was done, not with the clock: a step without rows is not heard of here.
+        due = step // every != state.get("pruned", 0)
         if step < last:
             for one in (one for tensors in mine.values() for one in tensors.values()):
                 look(state, one, beta1, beta2)
-        if step > last or (step > first and step % every == 0):
+        state["pruned"] = step // every
+        if step > last or (step > first and due):
             most, least = initial_rank * len(mine), target_rank * len(mine)
             prune(state, services, int((most - least) * excess(step, first, last) + least))
 
@@ -107,6 +110,7 @@ def adalora(
         Additive(start, apply, delta, roles=roles, factors=factors),
         Term(penalty, unit="step", weight=orthogonality, penalty=True),
         Keeper(after_step, after_stage, needs=frozenset({"gradients"})),
+        Freezing(ends=(1.0 - final,)),
     )
 
 
@@ -115,15 +119,6 @@ def far_from_orthonormal(vector_RI: Tensor) -> Tensor:
     gram_RR = vector_RI @ vector_RI.T
     norm: Tensor = torch.linalg.matrix_norm(gram_RR - torch.eye(len(gram_RR), dtype=gram_RR.dtype, device=gram_RR.device))
     return norm
-
-
-def excess(step: int, first: int, last: int) -> float:
-    """The share of the triplets to be pruned that is still allowed at a step, from 0: 1 up to `first`, 0 behind `last`, cubic between."""
-    if step <= first:
-        return 1.0
-    if step > last:
-        return 0.0
-    return float((1 - (step - first) / (last - first)) ** 3)
 
 
 def _phases(now: Now, warmup: float, final: float) -> tuple[int, int]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from luthier import draws
 from luthier.errors import LuthierError
 from luthier.kinds import Additive, Freezing, Now, Place, Services, State, Tensors, TrainedLike
 from luthier.methods.additive._cosine import GRAIN, inverse_transform, located, scatter
@@ -66,9 +67,7 @@ def loca(
         return alpha * inverse_transform(scatter(tensors["coefficients"].to(row_K.dtype), row_K, column_K, height, width))
 
     def apply(tensors: Tensors, x: Tensor) -> Tensor:
-        if dropout and torch.is_grad_enabled():
-            x = functional.dropout(x, dropout)
-        return functional.linear(x, delta(tensors).to(x.dtype))
+        return functional.linear(draws.dropout(x, dropout), delta(tensors).to(x.dtype))
 
     def frozen(trained: TrainedLike, state: State, now: Now) -> bool:
         searching = now.phase((search,)) == 0
@@ -76,7 +75,9 @@ def loca(
         return turn_of_locations == trained.name.endswith(".coefficients")
 
     rates = {"rows": location_rate, "columns": location_rate}
-    return Additive(start, apply, delta, roles=roles, rates=rates, frozen=frozenset({"begin", "shape"})), Freezing(frozen)
+    return Additive(start, apply, delta, roles=roles, rates=rates, frozen=frozenset({"begin", "shape"})), Freezing(
+        frozen, ends=(search,)
+    )
 
 
 def _check(coefficients: int, dropout: float, search: float, coefficient_steps: int, location_steps: int) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from luthier import draws
 from luthier.errors import LuthierError
 from luthier.kinds import Additive, Place, Services, Tensors
 from luthier.registry import method
@@ -57,10 +58,8 @@ def lora(
         return {"down": down_RI, "up": torch.zeros(width_out, rank)}
 
     def apply(tensors: Tensors, x: Tensor) -> Tensor:
-        if dropout and torch.is_grad_enabled():
-            x = functional.dropout(x, dropout)
         # Scaled where it is narrow.
-        return functional.linear(functional.linear(x, tensors["down"]) * scale, tensors["up"])
+        return functional.linear(functional.linear(draws.dropout(x, dropout), tensors["down"]) * scale, tensors["up"])
 
     def delta(tensors: Tensors) -> Tensor:
         return scale * tensors["up"] @ tensors["down"]

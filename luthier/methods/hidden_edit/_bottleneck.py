@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from luthier import draws
 from luthier.errors import LuthierError
 from luthier.kinds import HiddenEdit, Place, Services, Tensors
 
@@ -99,8 +100,6 @@ def bottleneck(
 
     def apply(tensors: Tensors, x: Tensor, y: Tensor) -> Tensor:
         inner = activate(functional.linear(read(x, y), tensors["down"], tensors["down_bias"]))
-        if dropout and torch.is_grad_enabled():
-            inner = functional.dropout(inner, dropout)
-        return y + scale * functional.linear(inner, tensors["up"], tensors["up_bias"])
+        return y + scale * functional.linear(draws.dropout(inner, dropout), tensors["up"], tensors["up_bias"])
 
     return HiddenEdit(start, apply, roles)

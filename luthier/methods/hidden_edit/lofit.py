@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from luthier.errors import LuthierError
-from luthier.kinds import Freezing, HiddenEdit, Now, Place, Resize, Services, State, Tensors, Term, TrainedLike, View
+from luthier.kinds import Freezing, HiddenEdit, Place, Resize, Services, State, Tensors, Term, TrainedLike, View
 from luthier.methods.hidden_edit._heads import offsets, shift, top_heads
 from luthier.methods.hidden_edit._scaling import scaled, scaled_inputs
 from luthier.registry import method
@@ -57,10 +57,8 @@ def lofit(
         return {"scale": deviation * torch.randn(heads, width, generator=services.rng(f"scale {place}"))}
 
     def refresh(state: State, services: Services) -> dict[Place, Resize]:
-        _refuse_empty_phases(selection, services.now)
         state["learning_rate"] = max(state.get("learning_rate", 0.0), services.now.learning_rate)
-        after = services.now._replace(step=services.now.step + 1)
-        if "heads" in state or after.phase((selection,)) == 0:
+        if "heads" in state or services.now.after().phase((selection,)) == 0:
             return {}
         scales = _scales(services)
         count = max(1, round(share * services.parts.heads * len(scales)))
@@ -83,21 +81,12 @@ def lofit(
         rates={"offset": rate},
         refresh=refresh,
     )
-    return edit, Term(total, unit="step", penalty=True), Freezing(_never_frozen, restarts=(selection,))
+    return edit, Term(total, unit="step", penalty=True), Freezing(ends=(selection,), restart=True)
 
 
 def _scales(services: Services) -> list[TrainedLike]:
     """The technique's scales in the order of the layers; none in the second phase."""
     return [one for one in services.trained() if one.slot == services.slot and one.name.endswith(".scale")]
-
-
-def _refuse_empty_phases(selection: float, now: Now) -> None:
-    if not 0 < round(selection * now.steps) < now.steps:
-        raise LuthierError(
-            f"a run of {now.steps} steps has none for one of the two phases",
-            where="lofit: selection",
-            mend="take more steps, or another share of them for the selection",
-        )
 
 
 def _place(one: TrainedLike) -> Place:
@@ -116,7 +105,3 @@ def _fold(tensors: Tensors, weight_OI: Tensor, bias_O: Tensor | None) -> tuple[T
         added_O = weight_OI @ shift(tensors, weight_OI.shape[1])
         bias_O = added_O if bias_O is None else bias_O + added_O
     return scaled_inputs(weight_OI, tensors["scale"].flatten()) if "scale" in tensors else weight_OI, bias_O
-
-
-def _never_frozen(trained: TrainedLike, state: State, now: Now) -> bool:
-    return False

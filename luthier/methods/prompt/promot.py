@@ -47,7 +47,7 @@ def promot(*, length: int = 20, share: float = 0.5, prompt_rate: float = 100.0) 
             where="promot: share",
             mend="use more than 0 and at most 1, or leave promot out to tune the model alone",
         )
-    ends = (share,)
+    ends = (share,) if share < 1.0 else ()
 
     def start(table_VD: Tensor, services: Services) -> Tensors:
         return {PROMPT: drawn_from(table_VD, length, services)}
@@ -56,10 +56,9 @@ def promot(*, length: int = 20, share: float = 0.5, prompt_rate: float = 100.0) 
         return stand_before(tensors[PROMPT], token_ids_BT, embeds_BTD)
 
     def frozen(trained: TrainedLike, state: State, now: Now) -> bool:
-        is_prompt = trained.name.endswith(f".{PROMPT}")
-        return is_prompt if now.phase(ends) else not is_prompt
+        return now.phase(ends) == 1
 
     return (
         Prompt(start, apply, length, rates={PROMPT: prompt_rate}),
-        Freezing(frozen, everywhere=True, restarts=ends),
+        Freezing(frozen, ends=ends, restart=True, alone=frozenset({0})),
     )

@@ -12,7 +12,8 @@ from typing import Any
 from luthier.errors import LuthierError
 from luthier.kinds import RowMap, Services
 from luthier.registry import method
-from luthier.rows.shapes import Message, Row
+from luthier.rows.messages import Message
+from luthier.rows.shapes import Row
 
 MARKERS = (
     "is not defined",

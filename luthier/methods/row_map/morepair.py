@@ -62,7 +62,7 @@ def morepair(
         return [made for row in rows for made in ([answered(row), explained(row)] if weight else [answered(row)])]
 
     def answered(row: Row) -> Row:
-        made = _target(marked(row, answer_marker), ANSWER)
+        made = _target(marked(row, answer_marker), ANSWER, field)
         # Draws are keyed by the row's id: where no row is made, none is renamed.
         return made if weight else replace(made, id=row.id)
 
@@ -79,13 +79,15 @@ def morepair(
         fields: dict[str, Any] = {"prompt": prompt if isinstance(prompt, str) else prompt_of(asked), "completion": rationale}
         if "tools" in row.fields:
             fields["tools"] = row.fields["tools"]
-        return _target(replace(asked, shape="prompt+completion", fields=fields), RATIONALE)
+        return _target(replace(asked, shape="prompt+completion", fields=fields), RATIONALE, field)
 
     return RowMap(map), task_balance(column=TARGET, weights={ANSWER: 1.0, RATIONALE: weight})
 
 
-def _target(row: Row, target: str) -> Row:
-    return replace(row, id=f"{row.id}#{target}", columns={**row.columns, TARGET: target})
+def _target(row: Row, target: str, field: str) -> Row:
+    # The rationale is read here, and left with neither: it would be said to be no part of a row's text.
+    columns = {key: value for key, value in row.columns.items() if key != field}
+    return replace(row, id=f"{row.id}#{target}", columns={**columns, TARGET: target})
 
 
 def marked(row: Row, marker: str) -> Row:

@@ -66,8 +66,10 @@ def gather(state: State, place: Place, gradient_OI: Tensor) -> None:
     state.update(zip(names, (candidate_C, total_C + seen_C, squares_C + seen_C.square(), steps + 1), strict=True))
 
 
-def grow_by_gradient(state: State, services: Services, one: TrainedLike, count: int) -> Refresh:
-    """Grow where the gathered gradient is large; the optimizer learns what was seen of it."""
+def grow_by_gradient(state: State, services: Services, one: TrainedLike, count: int) -> Refresh | None:
+    """Grow where the gathered gradient is large; the optimizer learns what was seen of it. None where all steps were without rows."""
+    if f"gathered steps {one.place}" not in state:
+        return None
     candidate_C, total_C, squares_C, steps = (
         state[f"gathered {what} {one.place}"] for what in ("candidates", "sum", "squares", "steps")
     )

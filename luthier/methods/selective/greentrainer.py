@@ -70,7 +70,7 @@ def greentrainer(
 
     def after_step(state: State, services: Services) -> None:
         # Compared with what was done, not with the clock: a step without rows is not heard of here.
-        selection = services.now._replace(step=services.now.step + 1).phase(ends)
+        selection = services.now.after().phase(ends)
         if selection != state["selection"]:
             state |= {"selection": selection, **_selected(services, target, calibration_rows)}
 

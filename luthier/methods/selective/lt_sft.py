@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import pairwise
-
 import torch
 from torch import Tensor
 
@@ -62,36 +59,20 @@ def lt_sft(
     ends = tuple(end for i in range(iterations) for end in ((i + first) / iterations, (i + 1) / iterations))[:-1]
 
     def choose(parts: Parts, services: Services) -> dict[Place, Select]:
-        # Where memory is only estimated there is no clock.
-        if services.now.steps > 1:
-            _refuse_short(ends, services.now.steps)
         return {place: Select("whole", decay="start") for place in parts.select(roles=roles, tensor=None)}
 
     def refresh(state: State, services: Services) -> dict[Place, Refresh]:
-        phase = services.now._replace(step=services.now.step + 1).phase(ends)
-        # Compared with what was done, not with the clock: a step without rows refreshes nothing.
+        phase = services.now.after().phase(ends)
         if phase == state.get("phase", 0):
             return {}
-        _refuse_short(ends, services.now.steps)
         state["phase"] = phase
         mine = [one for one in services.trained() if one.slot == services.slot]
         if phase % 2:
             return ticket(state, services, mine, share * (phase // 2 + 1) / iterations)
         return everything(state, services, mine)
 
-    values = Selective(choose, refresh=refresh), Freezing(_is_empty, restarts=ends)
+    values = Selective(choose, refresh=refresh), Freezing(_is_empty, ends=ends, restart=True)
     return (*values, _penalty(l1)) if l1 else values
-
-
-def _refuse_short(ends: Sequence[float], steps: int) -> None:
-    """Every phase needs a step."""
-    at = [0, *(round(end * steps) for end in ends), steps]
-    if any(left >= right for left, right in pairwise(at)):
-        raise LuthierError(
-            f"a run of {steps} steps has none for some of its {len(at) - 1} phases",
-            where="lt_sft",
-            mend="train longer, or with fewer iterations",
-        )
 
 
 def _is_empty(trained: TrainedLike, state: State, now: Now) -> bool:

@@ -86,7 +86,8 @@ def spiel(
             for one in services.trained():
                 count = int(one.master.numel() * share)
                 if one.slot == services.slot and one.place is not None and count:
-                    changed[one.place] = grow(state, services, one, count)
+                    new = grow(state, services, one, count)
+                    changed |= {} if new is None else {one.place: new}
         if done % every >= gather:
             growth.forget_gathered(state)
         return changed

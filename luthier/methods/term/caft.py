@@ -14,7 +14,7 @@ from torch import Tensor
 
 from luthier.errors import LuthierError
 from luthier.kinds import Batch, Freezing, Now, Services, State, Tensors, Term, TrainedLike, View
-from luthier.methods.term._heads import MAKES, is_head, loss_ahead, start_heads, targets_ahead
+from luthier.methods.term._heads import MAKES, loss_ahead, start_heads, targets_ahead
 from luthier.methods.term.cross_entropy import cross_entropy
 from luthier.registry import method
 
@@ -72,20 +72,12 @@ def caft(
         head_rate: multiplies the learning rate of the heads; the paper has 1e-4 for them and 1e-5 for the model.
 
     Raises:
-        LuthierError: an option is out of its range, or a phase has no step.
+        LuthierError: an option is out of its range.
     """
     _refuse(heads, weight, decay, over, heads_first, head_rate)
     every, make = range(1, heads + 1), MAKES[head]
 
     def start(services: Services) -> Tensors:
-        begin, steps = _begin(services.now, heads_first), services.now.steps
-        # Where memory is only estimated there is no clock.
-        if heads_first and steps > 1 and not 0 < begin < steps:
-            raise LuthierError(
-                f"a run of {steps} steps has none for one of the two phases",
-                where="caft: heads_first",
-                mend="train longer, or set heads_first: 0",
-            )
         return start_heads(make, heads, services)
 
     def count(batch: Batch) -> tuple[float, ...]:
@@ -101,15 +93,13 @@ def caft(
         return now.step < _begin(now, heads_first)
 
     def frozen(trained: TrainedLike, state: State, now: Now) -> bool:
-        if is_head(trained.name):
-            return not (train_heads or learns_alone(now))
-        return learns_alone(now)
+        return not (train_heads or learns_alone(now))
 
     ends = (heads_first,) if heads_first else ()
     return (
         cross_entropy(),
         Term(total, count=count, start=start, hidden=True, rate=head_rate),
-        Freezing(frozen, everywhere=True, restarts=ends),
+        Freezing(frozen, ends=ends, restart=True, alone=frozenset({0} if ends else ())),
     )
 
 

@@ -60,11 +60,15 @@ def convergence_balance(
     def start(services: Services) -> State:
         losses = mean_losses(services, validation_rows, validation_source, column)
         first_K = torch.tensor(list(losses.values()), dtype=torch.float64)
-        return {"tasks": json.dumps(list(losses)), "losses": first_K[None], "weights": torch.full_like(first_K, 1.0 / len(losses))}
+        weight_K = torch.full_like(first_K, 1.0 / len(losses))
+        return {"tasks": json.dumps(list(losses)), "losses": first_K[None], "weights": weight_K, "looked": 0}
 
     def after_step(state: State, services: Services) -> None:
-        if (services.now.step + 1) % every:
+        # Compared with what was done, not with the clock: a step without rows is not heard of here.
+        times = services.now.after().step // every
+        if times == state["looked"]:
             return
+        state["looked"] = times
         losses = mean_losses(services, validation_rows, validation_source, column)
         loss_EK = torch.cat([state["losses"].cpu(), torch.tensor([list(losses.values())], dtype=torch.float64)])
         state["losses"] = loss_EK

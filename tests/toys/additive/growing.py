@@ -42,7 +42,8 @@ def growing(*, rank: int = 2, most: int = 3, every: int = 2, roles: tuple[str, .
 
     def refresh(state: State, services: Services) -> dict[Place, Resize]:
         mine = [one.place for one in services.trained() if one.slot == services.slot and one.place is not None]
-        places = sorted(set(mine) if observing(services.now) else (), key=lambda p: (-state[f"size {p}"], str(p)))
+        seen = {place for place in mine if f"size {place}" in state}
+        places = sorted(seen if observing(services.now) else (), key=lambda p: (-state[f"size {p}"], str(p)))
         grown = {}
         for place in places[: len(places) // 2]:
             down_RI, up_OR = (services.tensors(place)[name] for name in ("down", "up"))

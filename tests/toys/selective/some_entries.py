@@ -39,7 +39,8 @@ def some_entries(*, roles: tuple[str, ...] = ("mlp_down",), share: float = 0.05,
     def refresh(state: State, services: Services) -> dict[Place, Refresh]:
         changed = {}
         for one in services.trained() if observing(services.now) else ():
-            if one.slot == services.slot and one.place is not None and one.index is not None:
+            seen = f"gradient {one.place}" in state
+            if one.slot == services.slot and one.place is not None and one.index is not None and seen:
                 count = max(1, int(churn * len(one.index)))
                 order = (one.master.detach() - services.start_weight(one.place)).abs().argsort(stable=True)
                 stay = order[count:].sort().values
