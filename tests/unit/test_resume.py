@@ -73,7 +73,7 @@ def other_weights(folder: Path) -> None:
 
 def other_template(folder: Path) -> None:
     tokenizer = tiny_tokenizer()
-    tokenizer.chat_template = str(tokenizer.chat_template).replace("assistant", "helper")
+    tokenizer.chat_template = "{{ 'Be brief. ' }}" + str(tokenizer.chat_template)
     tokenizer.save_pretrained(folder / "base")
 
 

@@ -19,6 +19,7 @@ from luthier.models.load import ModelSource, load_model
 from luthier.models.parts import map_parts
 from luthier.models.tiny import tiny, tiny_tokenizer
 from luthier.results.folder import Run
+from luthier.runs.export import export
 from luthier.tune import Tune
 
 ROWS = [{"prompt": f"What is {i} and {i}?", "completion": f"It is {2 * i}."} for i in range(6)]
@@ -29,6 +30,11 @@ def trained(out: Path, tune: Any, **keys: Any) -> Run:
     """Two steps that move what they can."""
     train = {"steps": 2, "batch_rows": 4, "precision": "fp32", "learning_rate": 0.1}
     return luthier.train({"model": "tiny:llama", "rows": {"train": ROWS}, "tune": tune, "out": str(out), "train": train, **keys})
+
+
+def exported(run: Run, target: Path, form: str = "model") -> dict[str, Any]:
+    """A run's result for other tools."""
+    return export(str(run.folder), target, form=form)
 
 
 def logits(model: Any) -> torch.Tensor:
@@ -86,8 +92,8 @@ def test_a_run_writes_its_whole_result(tmp_path: Path) -> None:
 def test_files_are_for_whoever_may_read_the_folder(tmp_path: Path) -> None:
     """Weights were written for their owner's eyes alone, whatever the user's mask says."""
     run = trained(tmp_path, "lora")
-    run.export(tmp_path / "whole")
-    run.export(tmp_path / "adapter", form="peft")
+    exported(run, tmp_path / "whole")
+    exported(run, tmp_path / "adapter", form="peft")
     (tmp_path / "plain").touch()
     wanted = (tmp_path / "plain").stat().st_mode & 0o777
     for path in (*run.folder.rglob("*"), *(tmp_path / "whole").iterdir(), *(tmp_path / "adapter").iterdir()):
@@ -105,7 +111,7 @@ def test_an_adapter_names_the_base_it_was_trained_on(tmp_path: Path, monkeypatch
     source = ModelSource("smollm2-135m-instruct", "causal", "PyPI wheel x==1 (Q4_1 GGUF)", folder)
     monkeypatch.setattr(load, "_resolve_known", lambda *asked: source)
     run = trained(tmp_path / "runs", "lora", model="smollm2-135m-instruct")
-    told = run.export(tmp_path / "adapter", form="peft")
+    told = exported(run, tmp_path / "adapter", form="peft")
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] is None and told["base"] == f"smollm2-135m-instruct, {source.origin}"
     assert "HuggingFaceTB/SmolLM2-135M-Instruct on the hub has other numbers" in told["note"] and str(folder) in told["note"]
@@ -119,7 +125,7 @@ def test_an_adapter_of_the_hub_names_name_and_revision(tmp_path: Path, monkeypat
     tiny("llama").save_pretrained(snapshot)
     tiny_tokenizer().save_pretrained(snapshot)
     monkeypatch.setattr(load, "cached_snapshot", lambda *asked, **keys: snapshot)
-    trained(tmp_path / "runs", "lora", model="owner/name").export(tmp_path / "adapter", form="peft")
+    exported(trained(tmp_path / "runs", "lora", model="owner/name"), tmp_path / "adapter", form="peft")
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert (config["base_model_name_or_path"], config.get("revision")) == ("owner/name", snapshot.name)
 
@@ -129,14 +135,14 @@ def test_an_adapter_of_the_hub_names_name_and_revision(tmp_path: Path, monkeypat
 )
 def test_an_adapter_of_a_base_that_only_luthier_names_says_so(model: str, words: str, tmp_path: Path) -> None:
     """A name that only luthier knows was written as if others could load it."""
-    told = trained(tmp_path / "runs", "lora", model=model).export(tmp_path / "adapter", form="peft")
+    told = exported(trained(tmp_path / "runs", "lora", model=model), tmp_path / "adapter", form="peft")
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] is None and words in told["note"]
 
 
 def test_a_run_that_began_at_an_adapter_is_exported_and_gone_on_with(tmp_path: Path) -> None:
     """What was trained on from an adapter of PEFT could neither be exported nor resumed."""
-    trained(tmp_path, "lora").export(tmp_path / "adapter", form="peft")
+    exported(trained(tmp_path, "lora"), tmp_path / "adapter", form="peft")
 
     def begin() -> Any:
         model = load_model("tiny:llama")
@@ -151,6 +157,6 @@ def test_a_run_that_began_at_an_adapter_is_exported_and_gone_on_with(tmp_path: P
     with pytest.raises(ZeroDivisionError):
         luthier.train(keys, tell=stop)
     run = luthier.train({**keys, "tune": begin()}, resume=tmp_path / "second-1")
-    assert run.export(tmp_path / "again", form="peft")["peft_type"] == "LORA"
-    run.export(tmp_path / "whole")
+    assert exported(run, tmp_path / "again", form="peft")["peft_type"] == "LORA"
+    exported(run, tmp_path / "whole")
     assert torch.allclose(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "whole")), logits(run.model), atol=1e-4)
