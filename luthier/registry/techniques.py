@@ -176,7 +176,7 @@ def _unknown(name: str, kinds: tuple[str, ...], where: str, key: str = "") -> Lu
     known = [other for kind in kinds for other in names(kind)]
     elsewhere = [kind for kind in KINDS if name in _files(kind) and (key or kind not in kinds)]
     mend = nearest(name, known) or (
-        f"known: {', '.join(known)}" if known else "this version has none of this kind yet; leave it out"
+        f"known: {', '.join(known)}" if known else "none of this kind is known to this version yet; leave it out"
     )
     if "," in name:
         mend = f"several are written as a list: {where or 'tune'}=[{name}]"

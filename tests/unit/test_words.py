@@ -48,7 +48,7 @@ def test_what_is_not_there_is_not_shown_as_an_empty_table() -> None:
     assert "no area" in told["error"] and "objectives/supervised" in told["mend"]
     with pytest.raises(LuthierError, match="no technique `ema`") as caught:
         make_all("ema", "keep")
-    assert "none of this kind yet" in caught.value.mend
+    assert "none of this kind is known" in caught.value.mend
 
 
 def test_concepts_promise_no_technique_of_an_empty_kind() -> None:
