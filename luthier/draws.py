@@ -15,6 +15,7 @@ from math import isnan, pi
 import torch
 from torch import Tensor
 
+from luthier import machine
 from luthier.errors import LuthierError
 
 _MASK = (1 << 63) - 1
@@ -65,18 +66,20 @@ def keys(seed: int, step: int, row_N: Tensor, position_N: Tensor) -> Tensor:
 
 
 def uniform(key_N: Tensor, stream: int = 0) -> Tensor:
-    """Uniform numbers in [0, 1) in fp64, one a key; another stream gives independent ones."""
+    """Uniform numbers in [0, 1) in the device's widest type, one a key; another stream gives independent ones."""
     return _unit(_mix(key_N ^ torch.tensor(seed_of("stream", stream), dtype=torch.int64, device=key_N.device)))
 
 
 def uniforms(key_N: Tensor, count: int, stream: int = 0) -> Tensor:
-    """Several uniform numbers in [0, 1) a key, [N, count] in fp64; fewer are the first of more, another stream gives independent ones."""
+    """Several uniform numbers in [0, 1) a key, [N, count]; fewer are the first of more, another stream gives independent ones."""
     start = torch.tensor(seed_of("streams", stream), dtype=torch.int64, device=key_N.device)
     return _unit(_mix(_mix(key_N ^ start)[:, None] ^ torch.arange(count, device=key_N.device)))
 
 
 def _unit(mixed: Tensor) -> Tensor:
-    return ((mixed >> 11) & ((1 << 53) - 1)).double() / float(1 << 53)
+    bits = 53 if machine.has_fp64(mixed.device) else 24
+    # As many as the type holds: never rounded up to 1.
+    return machine.widest((mixed >> (64 - bits)) & ((1 << bits) - 1)) / float(1 << bits)
 
 
 def features(key_N: Tensor, width: int) -> Tensor:
@@ -137,7 +140,7 @@ def dropout(x: Tensor, share: float, stream: int = 0) -> Tensor:
 
 
 def normal(key_N: Tensor, stream: int = 0) -> Tensor:
-    """Standard normal numbers in fp64, one a key; another stream gives independent ones."""
+    """Standard normal numbers in the device's widest type, one a key; another stream gives independent ones."""
     # One minus what is below one has a logarithm.
     radius = (-2.0 * (1.0 - uniform(key_N, seed_of("radius", stream))).log()).sqrt()
     return radius * (2.0 * pi * uniform(key_N, seed_of("angle", stream))).cos()

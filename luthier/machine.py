@@ -1,4 +1,7 @@
-"""What this run ran on: versions, hardware, memory."""
+"""What this run runs on: versions, hardware, memory, and the widest numbers that its devices have.
+
+Whoever wants more digits than fp32 asks here: some devices have no fp64, and nobody else widens to it.
+"""
 
 from __future__ import annotations
 
@@ -8,18 +11,22 @@ import platform
 import resource
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from multiprocessing import parent_process
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 KERNELS = 64
 """Compiled products that oneDNN may keep: more than one micro-batch needs."""
 
 PACKAGES = ("torch", "transformers", "accelerate", "tokenizers", "safetensors", "datasets", "numpy")
+
+WITHOUT_FP64 = frozenset({"mps"})
+"""Types of devices that have no fp64: Apple's."""
 
 
 def versions() -> dict[str, str]:
@@ -169,3 +176,49 @@ def _await_parent() -> None:
     assert parent is not None
     parent.join()
     os._exit(1)
+
+
+def has_fp64(device: torch.device | str) -> bool:
+    """Whether a device computes in fp64."""
+    return torch.device(device).type not in WITHOUT_FP64
+
+
+def widest_type(device: torch.device | str) -> torch.dtype:
+    """The widest type of a device: fp64, else fp32."""
+    return torch.float64 if has_fp64(device) else torch.float32
+
+
+def widened(values: Tensor) -> Tensor:
+    """The same numbers in fp64: on their device, or on the processor where that has no fp64."""
+    return values.double() if has_fp64(values.device) else values.cpu().double()
+
+
+def widest(values: Tensor) -> Tensor:
+    """The same numbers in the widest type of their device, on it."""
+    return values.to(widest_type(values.device))
+
+
+def computed_wide(compute: Callable[..., Tensor], values: Tensor, *others: Tensor) -> Tensor:
+    """What is computed in fp64, on the device of `values`: there, or on the processor and then rounded to fp32.
+
+    Args:
+        compute: gets the values in fp64, and the others as they are, all on one device.
+        values: what to compute with.
+        others: what belongs to them, such as places.
+    """
+    if has_fp64(values.device):
+        return compute(values.double(), *others)
+    return compute(widened(values), *(one.cpu() for one in others)).to(torch.float32).to(values.device)
+
+
+def total(values: Tensor) -> float:
+    """The sum in fp64, without a copy of the numbers in it."""
+    here = values.detach() if has_fp64(values.device) else values.detach().cpu()
+    return float(here.sum(dtype=torch.float64))
+
+
+def norm(values: Tensor) -> float:
+    """The Euclidean norm, summed in fp64 without a copy of the numbers in it."""
+    here = values.detach() if has_fp64(values.device) else values.detach().cpu()
+    here = here.to(torch.promote_types(here.dtype, torch.float32))
+    return float(torch.linalg.vector_norm(here, dtype=torch.float64))

@@ -72,7 +72,7 @@ def step_on(rows: Mapping[str, Given], weight: Any, sizes: Sequence[int] = (), *
     goal = Objective([Minimized("cross_entropy", as_term(plain), {})], rules)
 
     def services(slot: str) -> Any:
-        return None
+        return SimpleNamespace(now=Now())
 
     tune: Any = SimpleNamespace(model=nn.Identity())
     with mock.patch.object(objective, "view_of", view):

@@ -30,6 +30,7 @@ def rows_look(
     model: Annotated[str, typer.Option(help="Whose tokenizer and chat template to use.")] = "smollm2-135m-instruct",
     shape: Annotated[str | None, typer.Option(help="The rows' shape, where it cannot be recognized.")] = None,
     loss_on: Annotated[str, typer.Option(help="assistant, last or all.")] = "assistant",
+    template: Annotated[str | None, typer.Option(help="One of the tokenizer's chat templates, by name.")] = None,
     rows: Annotated[int, typer.Option("--rows", "-n", help="Rows shown.")] = 5,
     as_json: Json = False,
 ) -> None:
@@ -38,7 +39,7 @@ def rows_look(
         from luthier.rows.look import render
         from luthier.runs.rows import look_at_rows
 
-        looked = look_at_rows(source, model, shape=shape, loss_on=loss_on, rows=rows, say=speak.say)
+        looked = look_at_rows(source, model, shape=shape, loss_on=loss_on, template=template, rows=rows, say=speak.say)
         speak.show(looked.as_json(), lambda: render(looked))
 
 

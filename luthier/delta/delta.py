@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from luthier import machine
 from luthier.delta import beside, storage
 from luthier.delta.forms import Factor, Form, combine, compress, difference
 from luthier.delta.sources import Source, fits, in_words, live, ties, untie, weights_of
@@ -161,7 +162,7 @@ class Delta:
 
     def norm(self) -> float:
         """The Euclidean norm over all changes."""
-        return math.sqrt(sum(float(self.spread(name).double().square().sum()) for name in self))
+        return math.sqrt(sum(float(machine.widened(self.spread(name)).square().sum()) for name in self))
 
     def apply(self, model: nn.Module, *, force: bool = False) -> None:
         """Make the tuned model of the base, in place.

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from luthier import machine
 from luthier.delta.delta import Delta, places_of
 from luthier.delta.sources import live
 from luthier.kinds import Place
@@ -63,9 +64,7 @@ def _outputs(values: Tensor, place: Place, parts: Parts) -> Tensor:
 
 
 def _squares(values: Tensor) -> float:
-    # Summed in float64 without a float64 copy.
-    norm = torch.linalg.vector_norm(values.float() if values.dtype != torch.float64 else values, dtype=torch.float64)
-    return float(norm) ** 2
+    return machine.norm(values) ** 2
 
 
 def _facts(sums: Tensor) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from luthier import machine
 from luthier.delta import Delta
 from luthier.delta.delta import places_of
 from luthier.errors import LuthierError
@@ -100,7 +101,7 @@ def of_models(base: nn.Module, parts: Parts, tuned: nn.Module, tuned_parts: Part
 
 def effective_rank(values_OI: Tensor) -> float:
     """exp of the entropy of the singular values' shares (Roy and Vetterli, 2007): of R equal ones R, of zeros 0."""
-    value_R = torch.linalg.svdvals(values_OI).double()
+    value_R = machine.widened(torch.linalg.svdvals(values_OI))
     return float(torch.special.entr(value_R / value_R.sum()).sum().exp()) if value_R.any() else 0.0
 
 

@@ -14,6 +14,7 @@ from luthier.columns import chunked
 from luthier.errors import LuthierError
 from luthier.generation.generate import BATCH_TOKENS, context_of
 from luthier.kinds import Now, RowLikelihood
+from luthier.models.context import Reads
 from luthier.models.modes import evaluating
 from luthier.rows.batches import collate, plan_epoch
 from luthier.rows.chat import LossOn
@@ -51,7 +52,7 @@ def likelihoods(tune: Tune, rows: Sequence[Encoded], *, batch_tokens: int = BATC
     with evaluating(tune.model):
         for chosen in (indices for step in plan for indices in step):
             view = view_of(tune, collate([rows[index] for index in chosen]).to(device), columns, Now(), pack=False)
-            nats_B = view.sum_rows(view["nll"].double()).tolist()
+            nats_B = view.sum_rows_wide(view["nll"]).tolist()
             targets_B = view.sum_rows(torch.ones_like(view["nll"])).tolist()
             for index, nats, targets in zip(chosen, nats_B, targets_B, strict=True):
                 found[index] = Likelihood(nats, int(targets))
@@ -80,7 +81,7 @@ def row_likelihoods(
         LuthierError: a row cannot be written as the model reads it, is longer than its context or has no target; or the model gives
             numbers that are not finite.
     """
-    encoded, bad = encode_each(rows, tokenizer, loss_on=loss_on, max_tokens=context_of(tune))
+    encoded, bad = encode_each(rows, tokenizer, loss_on=loss_on, reads=Reads(context_of(tune), tune.parts.vocabulary))
     bad += encoded.dropped
     if bad:
         problem = bad_rows_error(bad, len(rows))

@@ -17,7 +17,10 @@ def evaluation_sets(sets: Mapping[str, EvaluationSet], train: TrainRecipe) -> li
         LuthierError: rows cannot be read or do not fit their metric, or `best`, `patience` and `evaluate_every` do not go together.
     """
     check_evaluations(sets, train)
-    return [EvalSet(name, list(read(one.rows)), one.metric, one.side, one.max_new_tokens, one.limit) for name, one in sets.items()]
+    return [
+        EvalSet(name, list(read(one.rows, purpose="evaluate")), one.metric, one.side, one.max_new_tokens, one.limit)
+        for name, one in sets.items()
+    ]
 
 
 def check_evaluations(sets: Mapping[str, EvaluationSet], train: TrainRecipe) -> None:

@@ -20,6 +20,7 @@ from luthier.generation.generate import BATCH_TOKENS, context_of, generate
 from luthier.models.head import head_of
 from luthier.rows.beside import asked
 from luthier.rows.encode import Encoded, counted, encode, told
+from luthier.rows.limits import check_ids
 from luthier.rows.shapes import Row
 from luthier.tune import Tune
 
@@ -269,14 +270,15 @@ def _likely(tune: Tune, tokenizer: PreTrainedTokenizerBase, one: EvalSet, batch_
 def _prompts(tune: Tune, tokenizer: PreTrainedTokenizerBase, one: EvalSet) -> list[Encoded]:
     prompts = [encode(row, tokenizer, purpose="prompt") for row in one.used]
     for row, prompt in zip(one.used, prompts, strict=True):
-        _check_length(tune, row, len(prompt), one.max_new_tokens)
+        _check_read(tune, tokenizer, row, prompt.token_ids, one.max_new_tokens)
     return prompts
 
 
 def _choices(tune: Tune, tokenizer: PreTrainedTokenizerBase, one: EvalSet) -> list[Encoded]:
     encoded = [encode_choices(row, tokenizer) for row in one.used]
     for row, choices in zip(one.used, encoded, strict=True):
-        _check_length(tune, row, max(map(len, choices)), 0)
+        for choice in choices:
+            _check_read(tune, tokenizer, row, choice.token_ids)
     return [choice for choices in encoded for choice in choices]
 
 
@@ -284,7 +286,7 @@ def _texts(tune: Tune, tokenizer: PreTrainedTokenizerBase, one: EvalSet) -> list
     encoded = [encode(row, tokenizer) for row in one.used]
     for row, ids in zip(one.used, encoded, strict=True):
         _check_target(row, ids)
-        _check_length(tune, row, len(ids), 0)
+        _check_read(tune, tokenizer, row, ids.token_ids)
     return encoded
 
 
@@ -371,14 +373,15 @@ def _fits(row: Row, metric: Metric) -> bool:
     )
 
 
-def _check_length(tune: Tune, row: Row, tokens: int, new: int) -> None:
+def _check_read(tune: Tune, tokenizer: PreTrainedTokenizerBase, row: Row, ids: Sequence[int], new: int = 0) -> None:
+    check_ids(ids, tokenizer, tune.parts.vocabulary, f"{row.where} (row {row.id})")
     limit = context_of(tune)
-    if limit is not None and tokens + new > limit:
+    if limit is not None and len(ids) + new > limit:
         answer = f" and an answer of up to {new}" if new else ""
         raise LuthierError(
-            f"{tokens} tokens{answer} exceed the model's context of {limit}",
+            f"{len(ids)} tokens{answer} exceed the model's context of {limit}",
             where=f"{row.where} (row {row.id})",
-            mend="shorten or split the row" + (", or lower max_new_tokens" if new else ""),
+            mend="shorten or split the row" + (", or lower max_new_tokens" if len(ids) < limit else ""),
         )
 
 

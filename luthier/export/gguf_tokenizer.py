@@ -13,7 +13,8 @@ from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 from luthier.errors import LuthierError
 from luthier.export.model import CONVERSATION, PROBES
 from luthier.models.convert import load_gguf_tokenizer
-from luthier.rows.encode import end_of_turn_ids
+from luthier.rows.encode import encode_prompt, end_of_turn_ids
+from luthier.rows.template import choice_of, give, templates_of, text_of
 from luthier.tune import Tune
 
 _SPLITS = {
@@ -28,10 +29,11 @@ def add_tokenizer(writer: gguf.GGUFWriter, tokenizer: PreTrainedTokenizerBase, t
     """Add a byte-level BPE tokenizer. Ids that only the model has become unused tokens.
 
     Raises:
-        LuthierError: another kind of tokenizer, one that cuts text in a way llama.cpp has no name for, or one with more
-            tokens than the model.
+        LuthierError: another kind of tokenizer, one that cuts text in a way llama.cpp has no name for, one with more
+            tokens than the model, or with added tokens that swallow what stands beside them.
     """
     state = _state(tokenizer)
+    _check_added(state, tokenizer)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(_pre_tokenizer(state, tokenizer))
     tokens, types = _tokens(tokenizer, tune.parts.vocabulary)
@@ -42,12 +44,21 @@ def add_tokenizer(writer: gguf.GGUFWriter, tokenizer: PreTrainedTokenizerBase, t
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, file: Path) -> None:
-    """Read the tokenizer of the file and compare ids on `PROBES`, the chat template and what it makes of a conversation.
+    """Read the tokenizer of the file and compare ids on `PROBES` and around every added token, templates and a conversation.
 
     Raises:
         LuthierError: any of them differs.
     """
-    if _seen(tokenizer) != _seen(load_gguf_tokenizer(file)):
+    reloaded = load_gguf_tokenizer(file)
+    give(reloaded, choice_of(tokenizer))
+    written = {one["name"]: one["template"] for one in _templates(tokenizer)}
+    if written != templates_of(reloaded):
+        raise LuthierError(
+            "the chat templates differ when they are read from the file: " + ", ".join(written),
+            where=type(tokenizer).__name__,
+            mend="call them by names of letters and digits, with `_` between",
+        )
+    if _seen(tokenizer) != _seen(reloaded):
         raise LuthierError(
             "the tokenizer cuts text differently when it is read from the file",
             where=type(tokenizer).__name__,
@@ -56,15 +67,35 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, file: Path) -> None:
 
 
 def _seen(tokenizer: Any) -> list[Any]:
-    ids = [tokenizer(text)["input_ids"] for text in PROBES]
-    if not tokenizer.chat_template:
-        return [*ids, None]
-    turns = [dict(turn) for turn in CONVERSATION]
-    return [
-        *ids,
-        tokenizer.chat_template,
-        tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False),
-    ]
+    ids = [tokenizer(text)["input_ids"] for text in (*PROBES, *_around_added(tokenizer))]
+    return [*ids, list(encode_prompt(CONVERSATION, tokenizer))] if tokenizer.chat_template else ids
+
+
+def _around_added(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Texts in which every added token stands among spaces, within a word, and twice."""
+    added = map(str, tokenizer.added_tokens_decoder.values())
+    return [text for one in added for text in (f"a {one} b", f"a{one}b", f" {one}{one}  ")]
+
+
+def _check_added(state: dict[str, Any], tokenizer: Any) -> None:
+    """Refuse tokens that take more than their own text, or are looked for in another text: readers of GGUF know neither."""
+    for token in tokenizer.added_tokens_decoder.values():
+        flags = [flag for flag in ("lstrip", "rstrip", "single_word") if getattr(token, flag)]
+        flags += ["normalized"] if token.normalized and state.get("normalizer") is not None else []
+        if flags:
+            raise LuthierError(
+                f"GGUF cannot hold that the added token `{token}` is {' and '.join(flags)}: readers would cut text otherwise",
+                where=f"{type(tokenizer).__name__}: added tokens",
+                mend="export the model, or train with a tokenizer whose added tokens stand for their own text alone",
+            )
+
+
+def _templates(tokenizer: PreTrainedTokenizerBase) -> list[dict[str, str]]:
+    """All chat templates by name. Readers of a file without a default would take one of their own, so what was chosen is it."""
+    held = templates_of(tokenizer)
+    if held and "default" not in held:
+        held["default"] = text_of(tokenizer, choice_of(tokenizer).name)
+    return [{"name": name, "template": text} for name, text in held.items()]
 
 
 def _state(tokenizer: Any) -> dict[str, Any]:
@@ -142,4 +173,4 @@ def _add_special(writer: gguf.GGUFWriter, tokenizer: Any, tune: Tune) -> None:
     writer.add_add_bos_token(written[0] == tokenizer.bos_token_id)
     writer.add_add_eos_token(written[-1] == tokenizer.eos_token_id)
     if tokenizer.chat_template:
-        writer.add_chat_template(tokenizer.chat_template)
+        writer.add_chat_template(_templates(tokenizer))

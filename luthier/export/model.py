@@ -13,6 +13,7 @@ import transformers
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from luthier import machine
 from luthier.delta.forms import bits
 from luthier.delta.sources import live, tied, untie
 from luthier.errors import LuthierError
@@ -21,6 +22,9 @@ from luthier.models.load import load_tokenizer
 from luthier.models.modes import evaluating
 from luthier.models.quiet import quiet
 from luthier.models.weights import load_weights
+from luthier.rows.encode import encode_prompt
+from luthier.rows.shapes import Row
+from luthier.rows.template import choice_of, give
 from luthier.tune import Tune
 
 PROBES = (
@@ -30,7 +34,7 @@ PROBES = (
     "0123456789 <html> & \\n",
 )
 """What a saved tokenizer and model are tried on: prose, code, spaces, scripts and signs."""
-CONVERSATION = ({"role": "user", "content": "Hello, who are you?"},)
+CONVERSATION = Row("conversation", "messages", {"messages": [{"role": "user", "content": "Hello, who are you?"}]}, "a conversation")
 
 
 def export_model(tune: Tune, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> dict[str, Any]:
@@ -113,7 +117,7 @@ def divergence(left: Sequence[Tensor], right: Sequence[Tensor]) -> float:
     """KL(left, right) of the distributions that logits [T, V] give, in nats, averaged over all positions."""
     total, count = 0.0, 0
     for one, other in zip(left, right, strict=True):
-        log_p, log_q = one.double().log_softmax(-1), other.double().log_softmax(-1)
+        log_p, log_q = machine.widened(one).log_softmax(-1), machine.widened(other).log_softmax(-1)
         total += float((log_p.exp() * (log_p - log_q)).sum())
         count += len(one)
     return total / count
@@ -135,6 +139,7 @@ def _save(model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
 
 def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     reloaded: Any = load_tokenizer(str(folder))
+    give(reloaded, choice_of(tokenizer))
     if _token_ids(tokenizer) != _token_ids(reloaded) or tokenizer.chat_template != reloaded.chat_template:
         raise LuthierError(
             "the tokenizer cuts text differently after saving",
@@ -146,8 +151,7 @@ def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
 def _token_ids(tokenizer: Any) -> list[list[int]]:
     ids = [tokenizer(text)["input_ids"] for text in PROBES]
     if tokenizer.chat_template:
-        turns = [dict(turn) for turn in CONVERSATION]
-        ids.append(tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False))
+        ids.append(list(encode_prompt(CONVERSATION, tokenizer)))
     return ids
 
 

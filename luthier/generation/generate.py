@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from luthier import draws
+from luthier import draws, machine
 from luthier.errors import LuthierError
 from luthier.models import context
 from luthier.models.head import head_of
 from luthier.models.modes import evaluating
 from luthier.rows.encode import end_of_turn_ids
+from luthier.rows.limits import check_ids
 from luthier.tune import Tune
 
 BATCH_TOKENS = 8192
@@ -55,7 +56,7 @@ def generate(
         LuthierError: a prompt is empty, an option is out of range, or a prompt and its answer exceed the context; or
             the model gives numbers that are not finite.
     """
-    _check(tune, prompts, max_new_tokens, temperature, top_p)
+    _check(tune, tokenizer, prompts, max_new_tokens, temperature, top_p)
     choose = _greedy if temperature == 0 else _nucleus(temperature, top_p, seed)
     ends = torch.tensor(stop_ids(tune, tokenizer))
     answers: dict[int, list[int]] = {}
@@ -88,7 +89,14 @@ def _prompt_length(tune: Tune) -> int:
     return 0 if tune.is_off else tune.prompt_length
 
 
-def _check(tune: Tune, prompts: Sequence[Sequence[int]], max_new_tokens: int, temperature: float, top_p: float) -> None:
+def _check(
+    tune: Tune,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+) -> None:
     for name, value, right in (
         ("max_new_tokens", max_new_tokens, max_new_tokens >= 1),
         ("temperature", temperature, temperature >= 0),
@@ -101,11 +109,12 @@ def _check(tune: Tune, prompts: Sequence[Sequence[int]], max_new_tokens: int, te
     for index, prompt in enumerate(prompts):
         if not prompt:
             raise LuthierError("the prompt has no token", where=f"prompt {index}", mend="give at least one token")
+        check_ids(prompt, tokenizer, tune.parts.vocabulary, f"prompt {index}")
         if limit is not None and len(prompt) + max_new_tokens > limit:
             raise LuthierError(
                 f"{len(prompt)} tokens and an answer of up to {max_new_tokens} exceed the model's context of {limit}",
                 where=f"prompt {index}",
-                mend="shorten the prompt, or lower max_new_tokens",
+                mend="shorten the prompt" + (", or lower max_new_tokens" if len(prompt) < limit else ""),
             )
 
 
@@ -180,13 +189,13 @@ def _nucleus(temperature: float, top_p: float, seed: int) -> Choose:
     """Draw by inverting the cumulative distribution at one uniform number a row and step."""
 
     def choose(logits_BV: Tensor, number_B: Tensor, step: int) -> Tensor:
-        probability_BV, token_BV = (logits_BV.double() / temperature).softmax(-1).sort(descending=True, stable=True)
+        probability_BV, token_BV = (machine.widened(logits_BV) / temperature).softmax(-1).sort(descending=True, stable=True)
         before_BV = probability_BV.cumsum(-1) - probability_BV
         # The most likely token always stays: nothing comes before it.
         probability_BV = probability_BV.masked_fill(before_BV >= top_p, 0.0)
         reached_BV = probability_BV.cumsum(-1)
-        drawn_B = draws.uniform(draws.keys(seed, step, number_B, torch.zeros_like(number_B))) * reached_BV[:, -1]
+        drawn_B = machine.widened(draws.uniform(draws.keys(seed, step, number_B, torch.zeros_like(number_B)))) * reached_BV[:, -1]
         place_B1 = torch.searchsorted(reached_BV, drawn_B[:, None], right=True).clamp(max=logits_BV.shape[1] - 1)
-        return token_BV.gather(-1, place_B1)[:, 0]
+        return token_BV.gather(-1, place_B1)[:, 0].to(logits_BV.device)
 
     return choose

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from luthier import machine
 from luthier.kinds.parts import Parts, Place
 
 if TYPE_CHECKING:
@@ -43,6 +44,11 @@ class Now(NamedTuple):
     learning_rate: float = 0.0
     """The run's learning rate times `factor`."""
     seed: int = 0
+
+    @property
+    def run_rate(self) -> float:
+        """The run's learning rate, without the schedule."""
+        return self.learning_rate / self.factor if self.factor else self.learning_rate
 
     def phase(self, ends: Sequence[float]) -> int:
         """Which phase this step is in, from 0, where phases end at these shares of all steps."""
@@ -86,6 +92,11 @@ class Batch(NamedTuple):
         """How many such targets each row has, [B]."""
         return ((self.label_BT[:, 1:] >= 0) & self.attend_BT[:, :-1]).sum(-1)
 
+    def own(self) -> Batch:
+        """The same with the rows' own targets alone, without those of virtual tokens; itself where no virtual token is a target."""
+        virtual_BT = (self.token_ids_BT < 0) & (self.label_BT >= 0)
+        return self._replace(label_BT=self.label_BT.masked_fill(virtual_BT, -100)) if bool(virtual_BT.any()) else self
+
     def take(self, chosen: Tensor) -> Batch:
         """Some rows of it, by their places [B]; as long as the longest of all."""
         places = chosen.tolist()
@@ -102,15 +113,14 @@ class Batch(NamedTuple):
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""
-        # Apple's accelerators have no fp64.
-        wide = torch.float32 if torch.device(device).type == "mps" else None
+        widest = None if machine.has_fp64(device) else torch.float32
         return Batch(
             self.token_ids_BT.to(device),
             self.attend_BT.to(device),
             self.position_BT.to(device),
             self.label_BT.to(device),
             self.row_ids,
-            {name: column.to(device, wide) for name, column in self.columns.items()},
+            {name: column.to(device, widest) for name, column in self.columns.items()},
             self.texts,
             {name: column.to(device) for name, column in self.token_columns.items()},
         )
@@ -129,14 +139,16 @@ class TrainedLike(Protocol):
     changes: bool
     axis: int
     master: Tensor
-    leaf: Tensor
-    """What autograd sees: read it to put a trained number into a loss."""
     gradient: Tensor | None
     """In a keeper that needs gradients: what the optimizer received in this step."""
 
     @property
     def anchor(self) -> Tensor | None:
         """What weight decay pulls towards; None: zero."""
+
+    @property
+    def value(self) -> Tensor:
+        """The numbers as optimizers hold them, whatever the model rounds them to: what to put into a loss. Gradients flow."""
 
 
 class Services(Protocol):
@@ -151,7 +163,11 @@ class Services(Protocol):
         """A generator for this seed, stage and key; the same at every call, so that resuming needs no saved state."""
 
     def weight(self, place: Place) -> Tensor:
-        """The live values at a place, [O, I] for a linear however it is stored; detached."""
+        """The values at a place, [O, I] for a linear however it is stored; detached. Of numbers that train these are the ones that
+        optimizers hold, in their type, whatever the model rounds them to."""
+
+    def shape(self, place: Place) -> torch.Size:
+        """The shape of the values at a place."""
 
     def start_weight(self, place: Place) -> Tensor:
         """The values at a place before training; needs `keeps the base`."""
@@ -199,4 +215,5 @@ class Services(Protocol):
         self, batches: Sequence[Batch], places: Sequence[Place], moved: Mapping[Place, Tensor] | None = None
     ) -> dict[Place, Tensor]:
         """Dense gradients of the mean cross-entropy over the batches' targets, by place, in fp32 or wider, [O, I] for linear maps.
-        With `moved`, as if the weights at these places were changed by it; afterwards they are as before, bit for bit."""
+        With `moved`, as if the weights at these places, as optimizers hold them, were changed by it, in fp32 or wider unless the model is
+        quantized; afterwards they are as before, bit for bit."""

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from luthier import machine
 from luthier.kinds.base import Batch, Now, Services, State
 
 
@@ -30,7 +31,7 @@ class Disturbed(NamedTuple):
 class OtherPass(NamedTuple):
     """Another pass over the same rows, whose distributions columns compare with the model's own.
 
-    With the weights that train it reads what the model reads in this step, others read the rows themselves.
+    Whatever its weights, it reads what the model reads in this step, maps of the input included: both sides of a comparison see the same.
     """
 
     name: str
@@ -153,9 +154,42 @@ class View:
         view.notes = self.notes
         return view
 
+    @property
+    def is_own(self) -> Tensor:
+        """True at the rows' own targets, False at those of a prompt's virtual tokens."""
+        return self.batch.token_ids_BT[self.row_N, self.position_N] >= 0
+
+    def of_own(self) -> View:
+        """The same view of the rows' own targets alone; what is logged through it joins what this one logs."""
+        own = self.batch.own()
+        if own is self.batch:
+            return self
+        # By place: a mask would make shapes depend on numbers, where only shapes are run.
+        place_N = self.is_own.nonzero()[:, 0]
+        view = View(
+            own,
+            {name: column[place_N] for name, column in self.columns.items()},
+            label_N=self.label_N[place_N],
+            row_N=self.row_N[place_N],
+            position_N=self.position_N[place_N],
+            hidden_BTD=self.hidden_BTD,
+            weight_N=self.weight_N[place_N],
+            now=self.now,
+            services=self.services,
+            state=self.state,
+        )
+        view.notes = self.notes
+        return view
+
     def sum_rows(self, value_N: Tensor) -> Tensor:
         """Sum a column within each row: [N] to [B]."""
         return value_N.new_zeros(len(self.batch.row_ids)).index_add(0, self.row_N, value_N)
+
+    def sum_rows_wide(self, value_N: Tensor) -> Tensor:
+        """The same without a graph, summed in fp64: [B], rounded to fp32 where the device has no fp64."""
+        rows = len(self.batch.row_ids)
+        add = lambda wide_N, row_N: wide_N.new_zeros(rows).index_add(0, row_N, wide_N)  # noqa: E731
+        return machine.computed_wide(add, value_N.detach(), self.row_N)
 
     def targets_by_row(self) -> Tensor:
         """How many targets each row has, [B]."""
@@ -171,12 +205,13 @@ class View:
         return column_BT[self.row_N, self.position_N]
 
     def note(self, name: str, value_N: Tensor) -> None:
-        """Log the mean over the step's targets of a column [N], beside the loss."""
+        """Log the mean over the step's targets of a column [N], beside the loss; targets of virtual tokens do not count."""
         self.notes[name] = value_N.detach()
 
 
 class StepTable:
-    """Every target of a step, over micro-batches and processes, sorted by row id and position: what a rule over the whole step sees.
+    """Every target of a step's rows, over micro-batches and processes, sorted by row id and position: what a rule over the whole step
+    sees. Targets of a prompt's virtual tokens are not among them.
 
     Shapes: M targets. `row_M` numbers the step's rows that have targets from 0, `position_M` is the target's place in its row, and
     `table["nll"]` a column that the rule asked for. All on the processor.

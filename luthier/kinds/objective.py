@@ -36,7 +36,8 @@ class InputMap(NamedTuple):
     """What does the model read while it learns?
 
     `map(batch, reading)` returns the token ids [B, T] that the model reads instead, anew in every step, on the processor. Labels,
-    padding, positions and virtual ids stay what they are, and so do evaluation, the base's passes and rules over the whole step.
+    padding, positions and virtual ids stay what they are, and so do evaluation and rules over the whole step. Other passes of the step,
+    such as the base's, read the same.
     `check(vocabulary)` refuses a tokenizer the map cannot work with, before anything trains.
 
     `embed(embeds_BTD, batch, reading)` returns the embeddings that the model reads instead, in the same passes and on the model's
@@ -52,7 +53,8 @@ class Term(NamedTuple):
     """What is minimized? Every objective is lowered to this.
 
     `total(view, own)` returns a *sum* over the unit; the loop alone divides, by the units of the whole step. `count(batch)` counts
-    units where the default (kept targets, rows with targets, or 1 a step) is wrong. `start(services)` makes trained tensors of its own.
+    units where the default (kept targets, rows with targets, or 1 a step) is wrong. A term whose unit is the row sees and counts the rows'
+    own targets alone, not those of a prompt's virtual tokens. `start(services)` makes trained tensors of its own.
 
     Where `count` returns several numbers, `total` returns as many sums, [K]: each is divided by its own units.
     """
@@ -69,6 +71,9 @@ class Term(NamedTuple):
     """What the learning rate of its own tensors is multiplied with."""
     penalty: bool = False
     """It holds something back and teaches nothing by itself: a recipe that names nothing else minimizes cross-entropy, too."""
+    check: Callable[[Batch], None] | None = None
+    """Refuses rows that lack what it reads of them. It is asked about all rows before the first step: the batch has their ids, their
+    free columns and which of them have targets, but not their tokens."""
 
 
 class TokenLoss(NamedTuple):
@@ -119,7 +124,7 @@ class TokenWeight(NamedTuple):
     weights [M]; then those above 0 are counted, and rows of which nothing is kept are not run. Columns come from a pass of their own,
     without gradients and in evaluation mode; a rule that asks for none costs no pass.
 
-    `annotation` gives the rows' tokens numbers of their own, which `weigh` reads.
+    `annotation` gives the rows' tokens numbers of their own, which `weigh` reads. `check` is that of a Term.
     """
 
     weigh: Callable[[View], Tensor] | None = None
@@ -127,3 +132,6 @@ class TokenWeight(NamedTuple):
     count: Callable[[Batch], Tensor] | None = None  # type: ignore[assignment]
     look: Callable[[StepTable], Tensor] | None = None
     annotation: Annotation | None = None
+    check: Callable[[Batch], None] | None = None
+    virtual: bool = False
+    """It also weighs targets of a prompt's virtual tokens. Others see the rows' own targets alone, and leave those as they are."""

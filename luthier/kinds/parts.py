@@ -134,6 +134,8 @@ class Parts:
     """Whether the model predicts next tokens."""
     transposed: frozenset[str]
     """Modules whose weight is stored [in, out] instead of [out, in] (GPT-2's Conv1D)."""
+    initial_deviation: float | None = None
+    """The standard deviation with which this model's matrices began, by its own configuration; None where that does not say."""
 
     def select(
         self,

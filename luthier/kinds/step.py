@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, Protocol
 
 from torch import Tensor
@@ -109,3 +109,5 @@ class Keeper(NamedTuple):
     after_stage: Callable[[State, Services], None] | None = None
     start: Callable[[Services], State] | None = None
     needs: frozenset[str] = frozenset()
+    notes: Callable[[State], Mapping[str, float]] | None = None
+    """Numbers to log with each step, by name; the same on every process."""

@@ -109,6 +109,9 @@ class Additive(NamedTuple):
     hold it."""
     frozen: frozenset[str] = frozenset()
     shared: Callable[[Sequence[Place], Services], Tensors] | None = None
+    wide: frozenset[str] = frozenset()
+    """Names of tensors that `apply` gets as they are held, in fp32 or wider, and not in the type of the computation: those in which
+    rounding would hide what was learnt, as of numbers near 1. What is merged is then what was trained with."""
 
 
 class HiddenEdit(NamedTuple):
@@ -117,7 +120,7 @@ class HiddenEdit(NamedTuple):
 
     Roles are those of weights, `block` for whole blocks, `attention_layer` and `mlp_layer` for whole sub-layers, whose input `x` is
     what enters them. With `of` `input` the edit is made before the module, with `y` its input as well, and its result is what the
-    module reads. `frozen`, `refresh` and `shared` as in Additive.
+    module reads. `frozen`, `refresh`, `shared` and `wide` as in Additive.
     """
 
     start: Callable[[Place, int, int, Services], Tensors]
@@ -127,6 +130,9 @@ class HiddenEdit(NamedTuple):
     of: Literal["output", "input"] = "output"
     frozen: frozenset[str] = frozenset()
     rates: Mapping[str, float] = {}
+    wide: frozenset[str] = frozenset()
+    undecayed: frozenset[str] = frozenset()
+    """Names of tensors with several axes that weight decay leaves alone all the same, since they are vectors side by side."""
     refresh: Callable[[State, Services], Mapping[Place, Resize]] | None = None
     shared: Callable[[Sequence[Place], Services], Tensors] | None = None
 
@@ -155,3 +161,7 @@ class Prompt(NamedTuple):
     labels: Callable[[Services], Tensor] | None = None
     frozen: frozenset[str] = frozenset()
     rates: Mapping[str, float] = {}
+    own_rates: Mapping[str, float] = {}
+    """Learning rates by tensor name in the place of the run's, whose schedule they follow."""
+    wide: frozenset[str] = frozenset()
+    """As in Additive."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from luthier import machine
 from luthier.columns import chunked
 from luthier.columns.targets import find_targets
 from luthier.kinds import BASE, Batch, Column, Now
@@ -84,7 +85,7 @@ def targets_of(run: Run, rows: Sequence[Mapping[str, Any]], columns: Sequence[st
             views.append(view_of(tune, batch, wanted, Now()))
     first = accumulate((len(view.batch.row_ids) for view in views), initial=0)
     return Targets(
-        {one.name: torch.cat([view[one.name].double().cpu() for view in views]) for one in wanted},
+        {one.name: torch.cat([machine.widened(view[one.name]).cpu() for view in views]) for one in wanted},
         torch.cat([view.row_N.cpu() + before for view, before in zip(views, first, strict=False)]),
         tuple(tokenizer.convert_ids_to_tokens(torch.cat([view.label_N for view in views]).tolist())),
     )
@@ -102,7 +103,7 @@ def drift(run: Run, rows: Sequence[Mapping[str, Any]]) -> float:
             head = head_of(tune.model, tune.parts)
             wanted = chunked.resolve(["kl"])
             found = chunked.compute(states_ND, where.label_N, head, wanted, others=others, vocabulary=tune.parts.vocabulary)
-            total, count = total + float(found["kl"].double().sum()), count + len(where.label_N)
+            total, count = total + machine.total(found["kl"]), count + len(where.label_N)
     return total / count
 
 

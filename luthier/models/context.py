@@ -1,8 +1,22 @@
-"""How much a model reads."""
+"""How much a model reads, and which tokens."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
+
+
+class Reads(NamedTuple):
+    """What a model can read."""
+
+    context: int | None = None
+    """The most tokens at once; None where it does not say."""
+    vocabulary: int | None = None
+    """How many token ids it knows, from 0 on; None where that is not known."""
+
+
+def reads_of(config: Any) -> Reads:
+    """What a model with this configuration can read."""
+    return Reads(context_of(config), getattr(config.get_text_config(), "vocab_size", None))
 
 
 def context_of(config: Any) -> int | None:

@@ -51,6 +51,7 @@ def load_gguf_tokenizer(file: Path) -> PreTrainedTokenizerBase:
         with quiet():
             tokenizer: Any = transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
         pre_tokenizer, context_length = _metadata(file)
+        others = _named_templates(file)
     # As with weights: a damaged file makes the readers raise anything.
     except Exception as error:
         raise LuthierError(
@@ -65,6 +66,9 @@ def load_gguf_tokenizer(file: Path) -> PreTrainedTokenizerBase:
                 pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
             ]
         )
+    if others:
+        default = {"default": tokenizer.chat_template} if tokenizer.chat_template else {}
+        tokenizer.chat_template = {**default, **others}
     if context_length:
         tokenizer.model_max_length = context_length
     loaded: PreTrainedTokenizerBase = tokenizer
@@ -92,3 +96,10 @@ def _metadata(file: Path) -> tuple[str | None, int | None]:
         return fields[key].contents() if key in fields else None
 
     return value("tokenizer.ggml.pre"), value(f"{architecture}.context_length")
+
+
+def _named_templates(file: Path) -> dict[str, str]:
+    """The chat templates of a file beside its default, by name: transformers reads that one alone."""
+    fields = GGUFReader(file).fields
+    names = fields["tokenizer.chat_templates"].contents() if "tokenizer.chat_templates" in fields else []
+    return {name: fields[f"tokenizer.chat_template.{name}"].contents() for name in names}

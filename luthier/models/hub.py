@@ -12,8 +12,8 @@ from luthier.models.folder import has_code, has_tokenizer, has_weights
 from luthier.models.quiet import quiet
 
 _WANTED = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
-# Subfolders hold other formats of the same weights, and `consolidated` is a second copy in another naming.
-_UNWANTED = ["*/*", "consolidated*"]
+# Subfolders hold other formats of the same weights, and named chat templates; `consolidated` is a second copy in another naming.
+_UNWANTED = [*(f"*/*.{ending}" for ending in ("json", "safetensors", "txt", "model", "py")), "consolidated*"]
 _TIMEOUT_SECONDS = 3.0
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from luthier.errors import LuthierError, Say, nearest, silent
+from luthier.models.context import Reads, reads_of
 from luthier.models.convert import load_gguf_model, load_gguf_tokenizer
 from luthier.models.folder import check_folder, has_tokenizer
 from luthier.models.hub import HubUnavailableError, cached_snapshot, fetch_snapshot
@@ -136,6 +138,31 @@ def _read(source: ModelSource, dtype: torch.dtype, say: Say) -> PreTrainedModel:
     if unexpected:
         say(f"{len(unexpected)} tensors of {source.name} have no place in {type(model).__name__}: {unexpected[:5]}")
     return model
+
+
+def source_reads(source: ModelSource) -> Reads:
+    """What the model of a source can read, without its weights.
+
+    Raises:
+        LuthierError: its configuration is damaged.
+    """
+    if source.path is None:
+        return reads_of(tiny(source.name.removeprefix(_TINY)).config)
+    where: dict[str, Any] = {"gguf_file": source.path.name} if source.path.is_file() else {}
+    folder = source.path.parent if source.path.is_file() else source.path
+    try:
+        with quiet():
+            config = transformers.AutoConfig.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=source.trust_remote_code, **where
+            )
+    # As with weights: damaged files make the readers raise anything.
+    except Exception as error:
+        raise LuthierError(
+            f"the model's configuration can not be loaded: {error}",
+            where=str(source.path),
+            mend="check that its files are complete",
+        ) from error
+    return reads_of(config)
 
 
 def load_tokenizer(

@@ -50,6 +50,7 @@ def map_parts(model: nn.Module) -> Parts:
         embedding=embedding,
         causal=bool(transformer.can_generate()),
         transposed=frozenset(name for name, module in model.named_modules() if _is_transposed(module)),
+        initial_deviation=_initial_deviation(config),
     )
     names, ties = _distinct_parameters(model, embedding)
     whole = _assign_roles(model, parts, names)
@@ -81,6 +82,11 @@ def _key_value_heads(config: Any) -> int:
         if getattr(config, name, None):
             return int(getattr(config, name))
     return int(config.num_attention_heads)
+
+
+def _initial_deviation(config: Any) -> float | None:
+    named = [getattr(config, name, None) for name in ("initializer_range", "init_std")]
+    return next((float(value) for value in named if value), None)
 
 
 def _find_blocks(model: nn.Module, count: int) -> tuple[str, ...]:

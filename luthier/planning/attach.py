@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from luthier.planning.load import Loaded
+from luthier.planning.needs import check_needs
 from luthier.planning.prepare import check_lengths, make_calibration, make_feed, prepare_model
 from luthier.planning.read import TrainingRows
 from luthier.recipe import Recipe, TrainRecipe
@@ -37,7 +38,8 @@ def attach(recipe: Recipe, schedule: Schedule, chosen: Chosen, loaded: Loaded, r
     """Build the engine, the order of rows and the clock.
 
     Raises:
-        LuthierError: nothing trains, two parts cannot be combined, or rows are too long once a prompt stands before them.
+        LuthierError: nothing trains, two parts cannot be combined, or rows lack what one of them reads or are too long once a
+            prompt stands before them.
     """
     train, seed, encoded = recipe.train, recipe.seed, rows.encoded
     feed = make_feed(train, seed, encoded, world, loaded.device, rows.mixture)
@@ -48,7 +50,7 @@ def attach(recipe: Recipe, schedule: Schedule, chosen: Chosen, loaded: Loaded, r
         loaded.model,
         loaded.parts,
         chosen,
-        calibration=make_calibration(recipe.rows, train.micro_batch_tokens, seed, encoded, loaded.tokenizer, loaded.context),
+        calibration=make_calibration(recipe.rows, train.micro_batch_tokens, seed, encoded, loaded.tokenizer, loaded.reads),
         now=clock.at(0, 0.0),
         first=clock.first,
         vocabulary=vocabulary_of(loaded.tokenizer, loaded.parts.vocabulary),
@@ -56,7 +58,8 @@ def attach(recipe: Recipe, schedule: Schedule, chosen: Chosen, loaded: Loaded, r
         world=world,
         root=loaded.root,
     )
-    check_lengths(engine.tune, encoded, loaded.context)
+    check_needs(engine.objective, encoded)
+    check_lengths(engine.tune, encoded, loaded.reads.context)
     padded = prepare_model(train, engine.tune, feed)
     if engine.tune.packs:
         feed.pack()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import date
 from typing import NamedTuple
 
 import torch
@@ -11,13 +12,14 @@ from transformers import PreTrainedTokenizerBase
 from luthier import draws, machine
 from luthier.errors import Say
 from luthier.kinds.parts import Parts
-from luthier.models.context import context_of
+from luthier.models.context import Reads, reads_of
 from luthier.models.fingerprint import fingerprint
 from luthier.models.load import ModelSource, load_model, load_tokenizer, resolve
 from luthier.models.parts import map_parts
 from luthier.models.sharding import Root, shard
 from luthier.recipe import Recipe
 from luthier.results.opened import check_no_run
+from luthier.rows.template import choose
 from luthier.training.precision import pick, pick_device
 from luthier.training.world import World
 
@@ -31,8 +33,8 @@ class Loaded(NamedTuple):
     tokenizer: PreTrainedTokenizerBase
     fingerprint: str
     """Of the base."""
-    context: int | None
-    """The most tokens it reads; None where it states no limit."""
+    reads: Reads
+    """What it can read."""
     device: torch.device
     dtype: torch.dtype
     precision: str
@@ -40,11 +42,17 @@ class Loaded(NamedTuple):
     """Stands above a model that is spread over processes."""
 
 
-def load(recipe: Recipe, world: World, say: Say) -> Loaded:
+def load(recipe: Recipe, world: World, say: Say, today: date | None = None) -> Loaded:
     """Load the model that a recipe names.
 
+    Args:
+        recipe: names it, and how its tokenizer writes conversations.
+        world: the processes.
+        say: hears what is being done.
+        today: what a chat template is told that asks for the day; none: the day it is.
+
     Raises:
-        LuthierError: there is no such model, it is a run, or it cannot be mapped.
+        LuthierError: there is no such model, it is a run, it cannot be mapped, or its tokenizer has no such chat template.
     """
     check_no_run(recipe.model, recipe.out)
     device = pick_device(recipe.train.device)
@@ -55,6 +63,7 @@ def load(recipe: Recipe, world: World, say: Say) -> Loaded:
     say(f"loading {source.name} ({source.origin})")
     machine.free_what_is_gone()
     tokenizer = load_tokenizer(source)
+    choose(tokenizer, recipe.rows.template, recipe.rows.template_options, world.from_first(today or date.today()))
     model = load_model(source, dtype=dtype, quantize=recipe.quantize)
     parts = map_parts(model)
     identity = fingerprint(model)
@@ -63,4 +72,4 @@ def load(recipe: Recipe, world: World, say: Say) -> Loaded:
         root = shard(model, parts.block_modules, device, world.size)
     else:
         model.to(device)  # type: ignore[arg-type]
-    return Loaded(source, model, parts, tokenizer, identity, context_of(model.config), device, dtype, precision, root)
+    return Loaded(source, model, parts, tokenizer, identity, reads_of(model.config), device, dtype, precision, root)

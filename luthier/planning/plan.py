@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from datetime import date
 from typing import Any
 
 import torch
@@ -30,18 +31,23 @@ from luthier.registry import KINDS, Part, names, slots_of, values_of
 from luthier.results.control import find_control
 from luthier.results.folder import Run
 from luthier.rows.encode import EncodedRows, told
+from luthier.rows.files import LeftOut
 from luthier.rows.mixture import described_share
 from luthier.rows.shapes import BadRow
 from luthier.rows.sources import read_rows
+from luthier.rows.template import date_of
 from luthier.training.engine import Engine
 from luthier.training.feed import Feed
 from luthier.training.loop import Clock
 from luthier.training.schedule import find_schedule
 from luthier.training.trial import Measured, measure
 from luthier.training.world import World
+from luthier.tune.merge import lacking_bias
 
 LABEL = 12
 """How wide the words are that each line of a plan begins with."""
+SHOWN = 8
+"""Files that a plan names one by one."""
 NOTHING_BEFORE = " " * (LABEL + 1)
 """Stands before a line of the plan that goes on with what the line above is about."""
 
@@ -80,6 +86,10 @@ class Plan:
     """When streaming, whether each source's encoded rows were in the cache."""
     mapped: Sequence[str] = ()
     """What row maps did."""
+    files: Sequence[str] = ()
+    """What the training rows are read from."""
+    left_out: Sequence[LeftOut] = ()
+    """What stands beside these files and was not read."""
     padded: str = ""
     """Why rows run with padding; empty where they are packed."""
     noted: Sequence[str] = ()
@@ -111,6 +121,9 @@ class Plan:
             f"{NOTHING_BEFORE}{self._padding()}; longest row {max(self.rows.sizes.tokens):,} tokens",
         ]
         lines += [f"{NOTHING_BEFORE}{said}" for said in (*self.cache, *self.mapped, *map(described_share, self.feed.shares()))]
+        lines += _listed("template", self._template())
+        lines += _listed("files", list(self.files))
+        lines += _listed("left out", [f"{one.file}: {one.why}" for one in self.left_out])
         lines += [f"{key:<12} {_described(parts)}" for key, parts in self.chosen.items() if parts]
         lines += [
             f"trains       {self.trained_numbers:,} numbers, {share:.2f} % of the model's",
@@ -140,6 +153,11 @@ class Plan:
         warnings += [self.too_large] if self.too_large else []
         warnings += self._chosen_by_what_is_reported()
         warnings += self._given_in_python()
+        warnings += [
+            f"`{slot}` learns shifts that fold into biases, and this model lacks some: the result stays beside the weights, and cannot be "
+            "exported as a plain model"
+            for slot in lacking_bias(self.engine.tune)
+        ]
         attention = set(GROUPS["attention"])
         for slot, _, _ in self.engine.tune.additives:
             roles = {one.place.role for one in self.engine.tune.trained.values() if one.slot == slot and one.place is not None}
@@ -176,6 +194,12 @@ class Plan:
         if self.engine.tune.packs:
             return "packed, without padding"
         return f"{100 * self.feed.padding():.1f} % padding: {self.padded}"
+
+    def _template(self) -> list[str]:
+        name, day = self.recipe.rows.template, date_of(self.tokenizer)
+        told = [f"`{name}`"] if name is not None else []
+        told += [f"told that it is {day}"] if day is not None else []
+        return ["; ".join(told)] if told else []
 
     def _moments(self) -> list[int]:
         return [round(share * (self.clock.steps - 1)) for share in (0.0, 0.25, 0.5, 0.75, 1.0)]
@@ -228,6 +252,8 @@ class Plan:
             "estimated_peak_memory_bytes": self.estimate.total_bytes,
             "mixture": self.feed.shares(),
             "rows_cache": list(self.cache),
+            "files": list(self.files),
+            "left_out": [one._asdict() for one in self.left_out],
             "estimated_seconds": self.estimate.seconds,
             "warnings": self.warnings(),
             "lines": self.lines(),
@@ -238,6 +264,12 @@ def _by_hand(chosen: Chosen, slot: str) -> bool:
     """Whether what bears this slot is no technique that can be looked up."""
     part = next(part for _, named, part in slots_of(chosen) if named == slot)
     return part.kind not in KINDS or part.name not in names(part.kind)
+
+
+def _listed(label: str, said: Sequence[str]) -> list[str]:
+    """Lines of a plan under one label."""
+    shown = [*said[:SHOWN], *([f"and {len(said) - SHOWN} more"] if len(said) > SHOWN else [])]
+    return [f"{label if not place else '':<{LABEL}} {text}" for place, text in enumerate(shown)]
 
 
 def _described(parts: Sequence[Part]) -> str:
@@ -260,12 +292,13 @@ def _minutes(seconds: float) -> str:
     return f"{seconds:.0f} seconds" if seconds < 120 else f"{seconds / 60:.1f} minutes"
 
 
-def make_plan(recipe: Recipe, say: Say = lambda text: None) -> Plan:
+def make_plan(recipe: Recipe, say: Say = lambda text: None, *, today: date | None = None) -> Plan:
     """Load, read, attach and check everything a run needs.
 
     Args:
         recipe: what to do.
         say: hears what is being done.
+        today: what a chat template is told that asks for the day; none: the day it is.
 
     Raises:
         LuthierError: anything in the recipe, the rows or the model that would stop or spoil the run.
@@ -281,7 +314,7 @@ def make_plan(recipe: Recipe, say: Say = lambda text: None) -> Plan:
     world = World.current()
     check_processes(recipe.train.sharding, world)
     sources = read_rows(recipe.rows)
-    loaded = load(recipe, world, say)
+    loaded = load(recipe, world, say, today)
     rows = read(recipe.rows, recipe.seed, sources, chosen, loaded, say)
     engine, feed, clock, rate_from, padded = attach(recipe, schedule, chosen, loaded, rows, world)
     noted = check(engine.tune, loaded.tokenizer, sets, rows.encoded.notes)
@@ -312,6 +345,8 @@ def make_plan(recipe: Recipe, say: Say = lambda text: None) -> Plan:
         control=control,
         cache=rows.cache,
         mapped=rows.mapped,
+        files=rows.files,
+        left_out=rows.left_out,
         padded=padded,
         noted=noted,
         too_large=too_much(recipe, engine, loaded.parts, feed, loaded.dtype, cost, room, say),

@@ -14,6 +14,7 @@ from luthier import draws
 from luthier.errors import LuthierError
 from luthier.kinds import Batch
 from luthier.models.attention import use_attention
+from luthier.models.context import Reads
 from luthier.recipe import RowsRecipe, TrainRecipe
 from luthier.rows.batches import collate, plan_epoch
 from luthier.rows.encode import EncodedRows
@@ -78,7 +79,7 @@ def make_calibration(
     seed: int,
     rows: EncodedRows,
     tokenizer: PreTrainedTokenizerBase,
-    context: int | None,
+    reads: Reads,
 ) -> Callable[[int, str], list[Batch]]:
     """Gives batches for techniques that look at rows before they train: rows of the run, drawn by its seed, or of another source."""
 
@@ -91,7 +92,7 @@ def make_calibration(
         else:
             other = RowsRecipe(train=source, loss_on=recipe.loss_on, max_tokens=recipe.max_tokens, too_long=recipe.too_long)
             sources = read_rows(other)
-            chosen = list(encode_rows(other, sources, Joined(sources), tokenizer, context, lambda text: None).rows.rows[:count])
+            chosen = list(encode_rows(other, sources, Joined(sources), tokenizer, reads, lambda text: None).rows.rows[:count])
         plan = plan_epoch(
             [len(row.token_ids) for row in chosen],
             micro_batch_tokens=micro_batch_tokens,

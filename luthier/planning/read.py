@@ -13,10 +13,11 @@ from luthier.recipe.parts import Chosen
 from luthier.registry import slots_of, values_of
 from luthier.rows.annotate import annotations_of
 from luthier.rows.encode import EncodedRows
+from luthier.rows.files import LeftOut
 from luthier.rows.gather import encode_rows, mixture_of
 from luthier.rows.mixture import Mixture
 from luthier.rows.shapes import BadRow
-from luthier.rows.sources import Joined, Sources
+from luthier.rows.sources import Joined, Sources, files_of
 from luthier.training.services import RunServices
 from luthier.tune import Tune
 
@@ -35,6 +36,10 @@ class TrainingRows(NamedTuple):
     """When streaming, whether each source's encoded rows were in the cache."""
     mapped: Sequence[str]
     """What row maps did."""
+    files: Sequence[str]
+    """What was read."""
+    left_out: Sequence[LeftOut]
+    """What stands beside it and was not."""
 
 
 def check_maps(recipe: RowsRecipe, chosen: Chosen) -> None:
@@ -72,9 +77,9 @@ def read(recipe: RowsRecipe, seed: int, sources: Sources, chosen: Chosen, loaded
         raw = after = value.map(before, RunServices(Tune(loaded.model, loaded.parts), slot, Now(seed=seed)))
         mapped += [f"{slot}: {value.told(before, after)}"] if value.told is not None else []
     annotations = annotations_of(value for _, value in values_of(chosen))
-    rows, places, skipped, cache = encode_rows(recipe, sources, raw, loaded.tokenizer, loaded.context, say, annotations)
+    rows, places, skipped, cache = encode_rows(recipe, sources, raw, loaded.tokenizer, loaded.reads, say, annotations)
     mixture = mixture_of(recipe, seed, sources, rows, places)
-    return TrainingRows([one.name for one in sources], raw, rows, mixture, skipped, cache, mapped)
+    return TrainingRows([one.name for one in sources], raw, rows, mixture, skipped, cache, mapped, *files_of(sources))
 
 
 def _maps(chosen: Chosen) -> list[tuple[str, RowMap]]:

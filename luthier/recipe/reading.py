@@ -54,8 +54,9 @@ def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[tuple[
 
 def _steps(plain: Mapping[str, Any]) -> dict[str, Any]:
     train = {key: value for key, value in (plain.get("train") or {}).items() if key != "micro_batch_tokens"}
-    # Runs from before there were trackers or quantized bases say nothing of them, and a tracker changes no step.
-    found = {"quantize": "none", **plain, "train": train, "track": None}
+    # Runs from before there were trackers, quantized bases or named templates say nothing of them, and a tracker changes no step.
+    rows = {"template": None, "template_options": {}, **(plain.get("rows") or {})}
+    found = {"quantize": "none", **plain, "rows": rows, "train": train, "track": None}
     return {key: value for key, value in found.items() if key != "techniques"} | _numbered(plain.get("techniques") or {})
 
 

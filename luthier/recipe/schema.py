@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from datetime import date, datetime
 from pathlib import Path
 from typing import Any, Literal
 
@@ -86,6 +87,17 @@ def _source(value: Any, where: str) -> SourceRecipe:
         raise LuthierError(f"`{first['loc'][0]}` is {what}", where=where, mend=mend) from None
 
 
+def _told_date(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of a chat template, with dates as text, which is what templates take and recipes keep."""
+    told = {str(key): value.isoformat() if isinstance(value, date) else value for key, value in options.items()}
+    try:
+        datetime.fromisoformat(told.get("date", "2026-01-01"))
+        json.dumps(told)
+    except (TypeError, ValueError) as problem:
+        raise ValueError("text, numbers, lists and mappings, and a date such as 2026-01-31") from problem
+    return told
+
+
 class RowsRecipe(Strict):
     """What to train on."""
 
@@ -95,11 +107,22 @@ class RowsRecipe(Strict):
     streaming: bool = Field(False, description="keep encoded rows in a file instead of in memory")
     workers: int = Field(0, ge=0, description="processes that encode rows when streaming; 0: the run's own")
     shape: str | None = Field(None, description="the rows' shape, where it cannot be recognized")
+    template: str | None = Field(
+        None, min_length=1, description="one of the tokenizer's chat templates, by name; none: its default"
+    )
+    template_options: Mapping[str, Any] = Field(
+        default_factory=dict, description="variables of the chat template; `date: YYYY-MM-DD` is also what its clock says"
+    )
     _techniques("rows", vars())
     loss_on: Literal["assistant", "last", "all"] = Field("assistant", description="which turns are targets")
     max_tokens: int | None = Field(None, ge=2, description="longest row; none: the model's context")
     too_long: Literal["refuse", "left", "right"] = Field("refuse", description="refuse long rows, or cut this side")
     on_bad_row: Literal["stop", "skip"] = Field("stop", description="stop at a bad row, or skip and count it")
+
+    @field_validator("template_options", mode="before")
+    @classmethod
+    def _check_options(cls, value: Any) -> Any:
+        return _told_date(value) if isinstance(value, Mapping) else value
 
     _check_train = field_validator("train", mode="before")(_source_of_rows)
     _check_weights = field_validator("train", mode="after")(_weighted)

@@ -25,6 +25,7 @@ from luthier.models.quantized import holder, quantized
 from luthier.recipe import Recipe, make_recipe
 from luthier.registry import Part, values_of
 from luthier.results.folder import FILE, Run, list_runs, read_run
+from luthier.rows.template import choose
 from luthier.training.precision import pick, pick_device
 from luthier.training.services import RunServices
 from luthier.tune import Tune
@@ -149,14 +150,22 @@ def open_run(
     if beside.is_file() and not weights_only:
         _attach_stored(tune, recipe, beside)
     model.to(device)  # type: ignore[arg-type]
-    return tune, load_tokenizer(source)
+    return tune, _tokenizer(source, recipe)
 
 
 def open_base(run: Run, *, say: Say = silent) -> tuple[Tune, PreTrainedTokenizerBase]:
     """The model a run started from, loaded anew."""
-    source, model, device = load_base(make_recipe(run.fact("recipe")), say)
+    recipe = make_recipe(run.fact("recipe"))
+    source, model, device = load_base(recipe, say)
     model.to(device)  # type: ignore[arg-type]
-    return Tune(model, map_parts(model)), load_tokenizer(source)
+    return Tune(model, map_parts(model)), _tokenizer(source, recipe)
+
+
+def _tokenizer(source: ModelSource, recipe: Recipe) -> PreTrainedTokenizerBase:
+    """The tokenizer, which writes conversations as in the run."""
+    tokenizer = load_tokenizer(source)
+    choose(tokenizer, recipe.rows.template, recipe.rows.template_options)
+    return tokenizer
 
 
 def recipe_of(run: Run) -> Recipe:

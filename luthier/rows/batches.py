@@ -6,6 +6,7 @@ on.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
@@ -195,4 +196,10 @@ def _text(value: float | int | str | None) -> str:
 
 
 def _number(value: float | int | str | None) -> float:
-    return float(value) if isinstance(value, int | float) else float("nan")
+    if not isinstance(value, int | float):
+        return math.nan
+    try:
+        return float(value)
+    # More digits than a float has room for: who reads the column is told that it is not finite.
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf

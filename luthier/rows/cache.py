@@ -28,16 +28,36 @@ from transformers import PreTrainedTokenizerBase
 import luthier
 from luthier.errors import LuthierError
 from luthier.models.wheel import cache_folder
-from luthier.rows import annotate, beside, chat, chunks, encode, ids, messages, read, shapes, stored, unwritten
+from luthier.rows import (
+    annotate,
+    beside,
+    chat,
+    chunks,
+    encode,
+    files,
+    ids,
+    limits,
+    messages,
+    read,
+    separated,
+    shapes,
+    stored,
+    template,
+    unwritten,
+)
 from luthier.rows.chunks import Encoding, cut, encode_chunks
 from luthier.rows.encode import EncodedRows
-from luthier.rows.ids import canonical
+from luthier.rows.ids import canonical, digest, numbered, parted, same_id
 from luthier.rows.read import OnBadRow, files_of
 from luthier.rows.shapes import BadRow, bad_rows_error
 from luthier.rows.sources import Streamed
 from luthier.rows.stored import Chunk, Stored, StoredRows
+from luthier.rows.template import asks_clock
 
-_CODE = (annotate, beside, chat, chunks, encode, ids, messages, read, shapes, stored, unwritten, sys.modules[__name__])
+_CODE = (
+    *(annotate, beside, chat, chunks, encode, files, ids, limits, messages, read, separated, shapes, stored, template, unwritten),
+    sys.modules[__name__],
+)
 _END_BYTES = 2**20
 
 
@@ -79,7 +99,7 @@ def keep(
     if not rows:
         raise bad_rows_error(dropped, len(dropped))
     if len(parts) > 1:
-        _check_ids(rows, parts)
+        rows = _apart(rows, parts)
     notes: dict[str, int] = {}
     first: dict[str, str] = {}
     for part in parts:
@@ -105,10 +125,13 @@ def inputs_of(source: Streamed, encoding: Encoding, on_bad_row: OnBadRow) -> dic
         "loss_on": encoding.loss_on,
         "max_tokens": encoding.max_tokens,
         "too_long": encoding.too_long,
+        "reads": encoding.reads._asdict(),
         "annotations": annotate.fingerprint(encoding.annotations),
         "tokenizer": tokenizer_fingerprint(encoding.form.tokenizer),
         "template": encoding.form.tokenizer.chat_template,
+        "template_name": encoding.form.choice.name,
         "template_options": dict(encoding.form.options),
+        "date": encoding.form.choice.clock.isoformat() if asks_clock(encoding.form.tokenizer, encoding.form.choice.name) else None,
         "luthier": luthier.__version__,
         "code": code_fingerprint(),
         "transformers": transformers.__version__,
@@ -200,11 +223,44 @@ def _judged(encoded: Iterable[Chunk], name: str, on_bad_row: OnBadRow) -> Iterat
         raise LuthierError("there are no rows", where=name, mend="check that this is the right file")
 
 
-def _check_ids(rows: StoredRows, parts: Sequence[Stored]) -> None:
-    digests = numpy.concatenate([batch["digest"].to_numpy() for part in parts for batch in part.batches])
-    order = numpy.argsort(digests, kind="stable")
-    again = numpy.flatnonzero(digests[order][1:] == digests[order][:-1])
+def _apart(rows: StoredRows, parts: Sequence[Stored]) -> StoredRows:
+    """The rows with ids that no two of them share, as `luthier.rows.sources.apart` gives them in memory."""
+    batches = [batch for part in parts for batch in part.batches]
+
+    def column(name: str) -> Any:
+        return numpy.concatenate([batch[name].to_numpy() for batch in batches])
+
+    content, occurrence, digests = column("content"), column("occurrence"), column("digest").copy()
+    of_part = numpy.repeat(numpy.arange(len(parts)), [len(part) for part in parts])
+    renamed: dict[int, str] = {}
+    # By content, how many rows have it in the sources before, and in this one.
+    counts: dict[int, tuple[int, int, int]] = {}
+    for place in _repeated(content).tolist():
+        if not occurrence[place]:
+            continue
+        key, part, number = int(content[place]), int(of_part[place]), int(occurrence[place])
+        before, here, last = counts.get(key, (0, 0, part))
+        if part != last:
+            before, here = before + here, 0
+        counts[key] = (before, max(here, number), part)
+        if before:
+            renamed[place] = numbered(parted(rows.id_of(place))[0], before + number)
+            digests[place] = digest(renamed[place])
+    rows = StoredRows(batches, renamed)
+    again = _repeated(digests)
     if again.size:
-        first = again[order[again + 1].argmin()]
-        one, other = rows[int(order[first])], rows[int(order[first + 1])]
-        raise LuthierError(f"two rows have the id `{other.id}`", where=f"{one.where} and {other.where}", mend="make the ids differ")
+        order = again[numpy.argsort(digests[again], kind="stable")]
+        later = order[1:][digests[order][1:] == digests[order][:-1]].min()
+        first = again[digests[again] == digests[later]][0]
+        one, other = rows[int(first)], rows[int(later)]
+        raise same_id(other.id, one.where, other.where)
+    return rows
+
+
+def _repeated(values: Any) -> Any:
+    """The places in order at which a value stands that also stands elsewhere."""
+    order = numpy.argsort(values, kind="stable")
+    same = values[order][1:] == values[order][:-1]
+    among = numpy.zeros(len(values), dtype=bool)
+    among[order[1:][same]] = among[order[:-1][same]] = True
+    return numpy.flatnonzero(among)

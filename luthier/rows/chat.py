@@ -31,6 +31,7 @@ from luthier.errors import LuthierError
 from luthier.rows.beside import asked, disliked
 from luthier.rows.messages import Message, arguments_of, with_written_arguments, without_mark
 from luthier.rows.shapes import Row, unread
+from luthier.rows.template import CLOCK, DATE, Choice, asks_clock, choice_of, templates_of, text_of, told
 from luthier.rows.unwritten import CALLS, Dialogue, has_special, unwritten
 
 LossOn = Literal["assistant", "last", "all"]
@@ -70,6 +71,8 @@ class Form:
         first_ids: the ids the tokenizer puts before text no template wrote: its beginning-of-sequence token, or
             nothing.
         special: finds the tokenizer's special tokens in a text; None where it has none.
+        choice: which of the tokenizer's templates it is, and what its clock says.
+        undated: whether the template asks what day it is, and nobody has set that.
         arguments_as_text: whether the template expects the arguments of calls as JSON text, not as objects.
     """
 
@@ -81,6 +84,8 @@ class Form:
     marked: bool
     first_ids: tuple[int, ...]
     special: re.Pattern[str] | None
+    choice: Choice
+    undated: bool = False
     arguments_as_text: bool = False
 
 
@@ -103,22 +108,26 @@ class Rendered:
 
 def form_of(tokenizer: PreTrainedTokenizerBase, options: Mapping[str, Any] | None = None) -> Form:
     """Learn how a tokenizer writes conversations, and its real end-of-turn token, from a trial conversation."""
+    choice = choice_of(tokenizer)
+    choice = replace(choice, options={**choice.options, **(options or {})})
     eos = str(tokenizer.eos_token) if tokenizer.eos_token is not None else ""
     special = sorted((str(token) for token in tokenizer.added_tokens_decoder.values() if token.special), key=len)
     plain = Form(
         tokenizer=tokenizer,
-        options=options or {},
+        options=choice.options,
         templated=False,
         end_of_turn=eos,
         turn_ends_itself=False,
         marked=False,
         first_ids=_first_ids(tokenizer),
         special=re.compile("|".join(map(re.escape, reversed(special)))) if special else None,
+        choice=choice,
     )
-    if not getattr(tokenizer, "chat_template", None):
+    if not templates_of(tokenizer):
         return plain
-    marked = _GENERATION_MARK.search(tokenizer.get_chat_template()) is not None
-    templated = replace(plain, templated=True, marked=marked)
+    marked = _GENERATION_MARK.search(text_of(tokenizer, choice.name)) is not None
+    undated = asks_clock(tokenizer, choice.name) and DATE not in choice.options
+    templated = replace(plain, templated=True, marked=marked, undated=undated)
     templated = replace(templated, arguments_as_text=_wants_text(templated))
     probe = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _PROBE}]
     dialogue = Dialogue(probe, given=0, tools=None, joint="", where="the chat template, with a trial conversation")
@@ -297,7 +306,7 @@ def _render(dialogue: Dialogue, form: Form, loss_on: LossOn) -> Rendered:
 
 def _notes(dialogue: Dialogue, form: Form, text: str, learned: Sequence[int], write: Callable[[Dialogue], str]) -> tuple[str, ...]:
     who = "the chat template" if form.templated else "the plain form"
-    notes = [*([] if form.templated else [PLAIN]), *dialogue.notes]
+    notes = [*([] if form.templated else [PLAIN]), *([CLOCK] if form.undated else []), *dialogue.notes]
     if has_special([dialogue.messages, dialogue.tools, dialogue.options], form.special):
         notes.append(SPECIAL)
     if not form.arguments_as_text and any(isinstance(one, str) for turn in dialogue.messages for one in arguments_of(turn)):
@@ -399,29 +408,34 @@ def _plain(dialogue: Dialogue, form: Form, count: int, *, generate: bool) -> str
 
 
 def _apply(dialogue: Dialogue, form: Form, count: int, *, generate: bool) -> str:
+    template = text_of(form.tokenizer, form.choice.name, dialogue.tools)
     try:
-        # As a batch of one: by itself, an empty conversation fails before the template sees it.
-        rendered = form.tokenizer.apply_chat_template(
-            [list(dialogue.messages[:count])],
-            tools=dialogue.tools,
-            add_generation_prompt=generate,
-            tokenize=False,
-            **{**form.options, **dialogue.options},
-        )
+        with told(form.choice.clock, template):
+            # As a batch of one: by itself, an empty conversation fails before the template sees it.
+            rendered = form.tokenizer.apply_chat_template(
+                [list(dialogue.messages[:count])],
+                tools=dialogue.tools,
+                chat_template=template,
+                add_generation_prompt=generate,
+                tokenize=False,
+                **{**form.options, **dialogue.options},
+            )
     except Exception as problem:
         raise _refused(problem, dialogue.where) from problem
     return str(rendered[0])
 
 
 def _marked(dialogue: Dialogue, form: Form) -> tuple[str, Sequence[Span]]:
+    template = text_of(form.tokenizer, form.choice.name, dialogue.tools)
     try:
-        rendered: Any = render_jinja_template(
-            conversations=[list(dialogue.messages)],
-            tools=dialogue.tools,
-            chat_template=form.tokenizer.get_chat_template(tools=dialogue.tools),
-            return_assistant_tokens_mask=True,
-            **{**form.tokenizer.special_tokens_map, **form.options, **dialogue.options},
-        )
+        with told(form.choice.clock, template):
+            rendered: Any = render_jinja_template(
+                conversations=[list(dialogue.messages)],
+                tools=dialogue.tools,
+                chat_template=template,
+                return_assistant_tokens_mask=True,
+                **{**form.tokenizer.special_tokens_map, **form.options, **dialogue.options},
+            )
     except Exception as problem:
         raise _refused(problem, dialogue.where) from problem
     (text,), (marks,) = rendered

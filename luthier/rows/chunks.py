@@ -15,8 +15,10 @@ from typing import NamedTuple
 from luthier import machine
 from luthier.errors import LuthierError
 from luthier.kinds import Annotation
+from luthier.models.context import Reads
 from luthier.rows.chat import Form, LossOn
-from luthier.rows.encode import TooLong, encode_each
+from luthier.rows.encode import encode_each
+from luthier.rows.limits import ANYTHING, TooLong
 from luthier.rows.shapes import BadRow, Row
 from luthier.rows.stored import Chunk, batch_of
 
@@ -33,6 +35,7 @@ class Encoding:
         form: how the tokenizer writes conversations.
         loss_on, max_tokens, too_long: as for `luthier.rows.encode.encode`.
         annotations: what gives the rows' tokens numbers.
+        reads: what the model can read.
     """
 
     form: Form
@@ -40,6 +43,7 @@ class Encoding:
     max_tokens: int | None
     too_long: TooLong
     annotations: tuple[Annotation, ...] = ()
+    reads: Reads = ANYTHING
 
 
 class Records(NamedTuple):
@@ -75,8 +79,11 @@ def encode_chunk(records: Records, encoding: Encoding) -> Chunk:
         too_long=encoding.too_long,
         form=encoding.form,
         annotations=encoding.annotations,
+        reads=encoding.reads,
     )
-    return Chunk(batch_of(found), found.truncated, records.skipped, bad, list(found.dropped), found.notes, found.first_noted)
+    derived = {row.id for row in records.rows if row.derived}
+    batch = batch_of(found, derived)
+    return Chunk(batch, found.truncated, records.skipped, bad, list(found.dropped), found.notes, found.first_noted)
 
 
 def encode_chunks(chunks: Iterable[Records], encoding: Encoding, workers: int) -> Generator[Chunk, None, None]:

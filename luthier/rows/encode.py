@@ -21,13 +21,14 @@ from transformers import PreTrainedTokenizerBase
 
 from luthier.errors import LuthierError
 from luthier.kinds import Annotation, Written
+from luthier.models.context import Reads
 from luthier.rows.annotate import token_columns
 from luthier.rows.chat import Form, LossOn, Rendered, form_of, render_pair, render_prompt, render_training
+from luthier.rows.limits import ANYTHING, Limits, TooLong, check_choice, check_ids
 from luthier.rows.messages import Message
 from luthier.rows.shapes import BadRow, Row, Scalar, bad_rows_error
 
 Purpose = Literal["train", "prompt"]
-TooLong = Literal["refuse", "left", "right"]
 T = TypeVar("T")
 _Tokenize = Callable[[str], list[int]]
 
@@ -67,6 +68,11 @@ class Encoded:
 
     def __len__(self) -> int:
         return len(self.token_ids)
+
+
+def two_tokens(id: str, where: str, columns: Mapping[str, Scalar], text_shape: str, targets: int) -> Encoded:
+    """What a row is apart from its text: two tokens, of which the second is a target if the row has any."""
+    return Encoded(id, (0, 0), (False, targets > 0), where, columns, 0, text_shape)
 
 
 class Sizes(NamedTuple):
@@ -136,17 +142,6 @@ def told(notes: Mapping[str, int], first: Mapping[str, str]) -> list[str]:
     return [f"{note} ({count} rows" + (f", the first: {first[note]})" if note in first else ")") for note, count in notes.items()]
 
 
-@dataclass(frozen=True)
-class _Limits:
-    max_tokens: int | None
-    too_long: TooLong
-
-    def __post_init__(self) -> None:
-        _check_choice("too_long", self.too_long, get_args(TooLong))
-        if self.max_tokens is not None and self.max_tokens < 2:
-            raise LuthierError(f"max_tokens is {self.max_tokens}", mend="allow at least 2: one token to see and one to learn")
-
-
 def encode(
     row: Row,
     tokenizer: PreTrainedTokenizerBase,
@@ -178,7 +173,7 @@ def encode(
         LuthierError: the row is too long, has nothing to learn, or the chat template refuses it.
     """
     form = form_of(tokenizer, template_options)
-    return _encode(row, form, purpose, loss_on, _Limits(max_tokens, too_long))
+    return _encode(row, form, purpose, loss_on, Limits(max_tokens, too_long))
 
 
 def encode_prompt(
@@ -190,7 +185,7 @@ def encode_prompt(
     template_options: Mapping[str, Any] | None = None,
 ) -> tuple[int, ...]:
     """The ids a model is given to answer a row: its prompt, with the generation prompt of the chat template."""
-    return _encode(row, form_of(tokenizer, template_options), "prompt", "last", _Limits(max_tokens, too_long)).token_ids
+    return _encode(row, form_of(tokenizer, template_options), "prompt", "last", Limits(max_tokens, too_long)).token_ids
 
 
 def encode_pair(
@@ -219,7 +214,7 @@ def encode_pair(
         LuthierError: the result is too long, the row has no prompt, or the chat template refuses it.
     """
     form = form_of(tokenizer, template_options)
-    encoded = _limited(row, render_pair(row, form, completion), form, _Limits(max_tokens, too_long))
+    encoded = _limited(row, render_pair(row, form, completion), form, Limits(max_tokens, too_long))
     return encoded if id is None else replace(encoded, id=id)
 
 
@@ -234,6 +229,7 @@ def encode_all(
     on_bad_row: Literal["stop", "skip"] = "stop",
     template_options: Mapping[str, Any] | None = None,
     annotations: Sequence[Annotation] = (),
+    reads: Reads = ANYTHING,
 ) -> EncodedRows:
     """Encode many rows, and account for each of them. The arguments are those of `encode`.
 
@@ -241,6 +237,7 @@ def encode_all(
         on_bad_row: what happens when a row cannot be encoded: `"stop"` raises one error that names up to five of them,
             `"skip"` puts them into `dropped`. A row that is left without a target is dropped in both cases.
         annotations: what gives the rows' tokens numbers, where they are rows to train on.
+        reads: what the model can read; rows that are longer, or have tokens that it does not know, cannot be encoded.
 
     Raises:
         LuthierError: a row cannot be encoded and `on_bad_row` is `"stop"`, or no target is left in any row.
@@ -254,6 +251,7 @@ def encode_all(
         too_long=too_long,
         template_options=template_options,
         annotations=annotations,
+        reads=reads,
     )
     total = len(found.rows) + len(found.dropped) + len(bad)
     if not total:
@@ -276,13 +274,14 @@ def encode_each(
     template_options: Mapping[str, Any] | None = None,
     form: Form | None = None,
     annotations: Sequence[Annotation] = (),
+    reads: Reads = ANYTHING,
 ) -> tuple[EncodedRows, list[BadRow]]:
     """`encode_all` without its verdict: what can be encoded, and the rows that cannot.
 
     Args:
         form: what `form_of` gave for the tokenizer, where it is known already.
     """
-    form, limits = form or form_of(tokenizer, template_options), _Limits(max_tokens, too_long)
+    form, limits = form or form_of(tokenizer, template_options), Limits(max_tokens, too_long, reads)
     encoded: list[Encoded] = []
     dropped: list[BadRow] = []
     bad: list[BadRow] = []
@@ -312,16 +311,11 @@ def _place(row: Row | Encoded) -> str:
     return f"{row.where} (row {row.id})"
 
 
-def _check_choice(name: str, value: str, known: Sequence[str]) -> None:
-    if value not in known:
-        raise LuthierError(f"{name} is {value!r}", mend="write one of: " + ", ".join(known))
-
-
 def _encode(
-    row: Row, form: Form, purpose: Purpose, loss_on: LossOn, limits: _Limits, annotations: Sequence[Annotation] = ()
+    row: Row, form: Form, purpose: Purpose, loss_on: LossOn, limits: Limits, annotations: Sequence[Annotation] = ()
 ) -> Encoded:
-    _check_choice("purpose", purpose, get_args(Purpose))
-    _check_choice("loss_on", loss_on, get_args(LossOn))
+    check_choice("purpose", purpose, get_args(Purpose))
+    check_choice("loss_on", loss_on, get_args(LossOn))
     if purpose == "train":
         rendered = render_training(row, form, loss_on)
 
@@ -344,26 +338,24 @@ def _limited(
     row: Row,
     rendered: Rendered,
     form: Form,
-    limits: _Limits,
+    limits: Limits,
     columns_of: Callable[[Sequence[int]], dict[str, tuple[float, ...]]] = lambda ids: {},
 ) -> Encoded:
     ids, supervised = _tokenized(rendered, form)
-    surplus = max(0, len(ids) - limits.max_tokens) if limits.max_tokens is not None else 0
+    surplus = max(0, len(ids) - limits.longest) if limits.longest is not None else 0
     if surplus and limits.too_long == "refuse":
-        raise LuthierError(
-            f"the row has {len(ids)} tokens, and at most {limits.max_tokens} are allowed",
-            where=row.where,
-            mend="raise max_tokens, or cut long rows with too_long",
-        )
+        raise limits.refusal(row, len(ids))
     first = 1 if ids[:1] == [form.tokenizer.bos_token_id] else 0
     start = len(ids) - surplus if limits.too_long == "right" else first
 
     def cut(values: Sequence[T]) -> tuple[T, ...]:
         return (*values[:start], *values[start + surplus :])
 
+    kept = cut(ids)
+    check_ids(kept, form.tokenizer, limits.reads.vocabulary, row.where)
     return Encoded(
         id=row.id,
-        token_ids=cut(ids),
+        token_ids=kept,
         supervised=tuple(one and place > 0 for place, one in enumerate(cut(supervised))),
         where=row.where,
         columns=row.columns,

@@ -39,7 +39,7 @@ def of_encoded(rows: Sequence[Encoded]) -> str:
 @of_encoded.register
 def _(rows: StoredRows) -> str:
     # As they lie on the disk: made one by one, millions of rows would take minutes. Rows are cut into batches in the same way each time.
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(canonical(sorted(rows.renamed.items())).encode())
     for batch in rows.batches:
         for name in _READ:
             for buffer in batch[name].buffers():

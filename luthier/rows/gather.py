@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from luthier.errors import LuthierError
 from luthier.kinds import Annotation
+from luthier.models.context import Reads
 from luthier.recipe import RowsRecipe
 from luthier.rows.annotate import check_streamed
 from luthier.rows.cache import Kept, keep
@@ -25,7 +26,7 @@ def encode_rows(
     sources: Sources,
     raw: Iterable[Any],
     tokenizer: PreTrainedTokenizerBase,
-    context: int | None,
+    reads: Reads,
     say: Callable[[str], None],
     annotations: tuple[Annotation, ...] = (),
 ) -> Kept:
@@ -36,14 +37,14 @@ def encode_rows(
         sources: what `luthier.rows.sources.read_rows` gave.
         raw: their rows after all row maps.
         tokenizer: the model's tokenizer.
-        context: the most tokens the model reads; no row is longer.
+        reads: what the model can read: no row is longer, and none has other tokens.
         say: hears what is being done.
         annotations: what gives the rows' tokens numbers.
 
     Raises:
         LuthierError: a row cannot be used, rows may be longer than the model can read, or an annotation cannot be streamed.
     """
-    limit = recipe.max_tokens
+    limit, context = recipe.max_tokens, reads.context
     if limit is not None and context is not None and limit > context:
         raise LuthierError(
             f"rows of {limit} tokens are longer than this model reads ({context})",
@@ -53,16 +54,17 @@ def encode_rows(
     if recipe.streaming:
         streamed = [one for one in sources if isinstance(one, Streamed)]
         check_streamed(annotations, recipe.workers)
-        encoding = Encoding(form_of(tokenizer), recipe.loss_on, limit or context, recipe.too_long, annotations)
+        encoding = Encoding(form_of(tokenizer), recipe.loss_on, limit, recipe.too_long, annotations, reads)
         return keep(streamed, encoding, on_bad_row=recipe.on_bad_row, workers=recipe.workers, say=say)
     rows = encode_all(
         raw,
         tokenizer,
         loss_on=recipe.loss_on,
-        max_tokens=limit or context,
+        max_tokens=limit,
         too_long=recipe.too_long,
         on_bad_row=recipe.on_bad_row,
         annotations=annotations,
+        reads=reads,
     )
     return Kept(rows, (), tuple(bad for one in sources if isinstance(one, Rows) for bad in one.skipped), ())
 

@@ -76,8 +76,11 @@ class Ids:
         try:
             encoded = content.encode()
         except UnicodeEncodeError as problem:
-            broken = content[max(0, problem.start - 20) : problem.start]
-            raise LuthierError(f"the text after {broken!r} is not valid UTF-8", mend="save the file as UTF-8") from None
+            # Bytes that are no UTF-8 become surrogates of this range only; others are halves that somebody wrote.
+            if "\udc80" <= content[problem.start] <= "\udcff":
+                broken = content[max(0, problem.start - 20) : problem.start]
+                raise LuthierError(f"the text after {broken!r} is not valid UTF-8", mend="save the file as UTF-8") from None
+            raise half_character(problem) from None
         own = record.get("id")
         if own is None:
             return self._derived(hashlib.sha1(encoded, usedforsecurity=False).hexdigest()[:12], where)
@@ -98,9 +101,38 @@ class Ids:
         derived, occurrence = content, 1
         while self._seen.place(derived) is not None:
             occurrence += 1
-            derived = f"{content}-{occurrence}"
+            derived = numbered(content, occurrence)
         self._seen.add(derived, where)
         return derived
+
+
+def numbered(content: str, occurrence: int) -> str:
+    """The derived id of the first row with some content, of the second, and so on."""
+    return content if occurrence == 1 else f"{content}-{occurrence}"
+
+
+def parted(derived: str) -> tuple[str, int]:
+    """The content that a derived id names, and which row with that content it is, from 1."""
+    content, _, occurrence = derived.partition("-")
+    return content, int(occurrence or 1)
+
+
+def same_id(id: str, where: str, other: str) -> LuthierError:
+    """What to say of two rows of different sources that have the same id of their own."""
+    return LuthierError(
+        f"two rows have the id `{id}`",
+        where=f"{where} and {other}",
+        mend="make the ids differ, or remove the key `id` to have ids derived from the content",
+    )
+
+
+def half_character(problem: UnicodeEncodeError) -> LuthierError:
+    """What to say of a text that holds one of the two halves in which JSON escapes some characters."""
+    before, code = problem.object[max(0, problem.start - 20) : problem.start], ord(problem.object[problem.start])
+    return LuthierError(
+        f"the text after {before!r} is not valid UTF-8: `\\u{code:04x}` is half a character, and its other half is missing",
+        mend="write both halves or none",
+    )
 
 
 def digest(id: str) -> int:

@@ -15,8 +15,11 @@ from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
+from luthier.models.context import Reads
 from luthier.rows.chat import LossOn
-from luthier.rows.encode import Encoded, EncodedRows, TooLong, encode_each, told
+from luthier.rows.encode import Encoded, EncodedRows, encode_each, told
+from luthier.rows.files import LeftOut
+from luthier.rows.limits import ANYTHING, TooLong
 from luthier.rows.read import Rows, read
 from luthier.rows.shapes import BadRow, Row
 
@@ -69,6 +72,7 @@ class Look:
         skipped: records that could not be read or encoded.
         dropped: rows left without a target.
         ignored_files: files of a folder that are in no known format.
+        left_out: files beside those read that could be read, and why they were not.
         notes: warnings, and how many rows each concerns.
         first_noted: the first row that each concerns, by its place and id.
         samples: the first rows, rendered.
@@ -84,6 +88,7 @@ class Look:
     skipped: tuple[BadRow, ...]
     dropped: tuple[BadRow, ...]
     ignored_files: tuple[str, ...]
+    left_out: tuple[LeftOut, ...]
     notes: Mapping[str, int]
     first_noted: Mapping[str, str]
     samples: tuple[Sample, ...]
@@ -93,8 +98,9 @@ class Look:
         listed = {
             "skipped": [bad._asdict() for bad in self.skipped],
             "dropped": [bad._asdict() for bad in self.dropped],
+            "left_out": [one._asdict() for one in self.left_out],
         }
-        return {**asdict(replace(self, skipped=(), dropped=())), **listed}
+        return {**asdict(replace(self, skipped=(), dropped=(), left_out=())), **listed}
 
 
 def look(
@@ -107,6 +113,7 @@ def look(
     max_tokens: int | None = None,
     too_long: TooLong = "refuse",
     template_options: Mapping[str, Any] | None = None,
+    reads: Reads = ANYTHING,
 ) -> Look:
     """Read and encode rows as a run would, without stopping at bad ones.
 
@@ -121,6 +128,7 @@ def look(
         max_tokens: as for `encode`.
         too_long: as for `encode`; a refused row counts as skipped here.
         template_options: as for `encode`.
+        reads: what the model can read, as for `encode_all`.
 
     Raises:
         LuthierError: the source cannot be opened, or no row in it can be read.
@@ -128,8 +136,12 @@ def look(
     rows = source if isinstance(source, Rows) else read(source, shape=shape, on_bad_row="skip")
     answered = [part for row in rows if row.shape != "prompt" for part in _with_one_answer(row)]
     questions = [row for row in rows if row.shape == "prompt"]
-    whole, bad = encode_each(answered, tokenizer, loss_on=loss_on, template_options=template_options)
-    long = {row.id for row in whole.rows if max_tokens is not None and len(row) > max_tokens}
+    whole, bad = encode_each(
+        answered, tokenizer, loss_on=loss_on, template_options=template_options, reads=Reads(vocabulary=reads.vocabulary)
+    )
+    # Their lengths are of interest whether or not the model reads so much.
+    longest = min((one for one in (max_tokens, reads.context) if one is not None), default=None)
+    long = {row.id for row in whole.rows if longest is not None and len(row) > longest}
     cut, refused = encode_each(
         [row for row in answered if row.id in long],
         tokenizer,
@@ -137,8 +149,9 @@ def look(
         max_tokens=max_tokens,
         too_long=too_long,
         template_options=template_options,
+        reads=reads,
     )
-    asked, unasked = encode_each(questions, tokenizer, purpose="prompt", template_options=template_options)
+    asked, unasked = encode_each(questions, tokenizer, purpose="prompt", template_options=template_options, reads=reads)
     kept = EncodedRows.of((*(row for row in whole.rows if row.id not in long), *cut.rows, *asked.rows))
     order = {part.id: place for place, part in enumerate([*answered, *questions])}
     shown = sorted(kept.rows, key=lambda row: order[row.id])[:n]
@@ -153,6 +166,7 @@ def look(
         skipped=(*rows.skipped, *bad, *refused, *unasked),
         dropped=(*whole.dropped, *cut.dropped),
         ignored_files=rows.ignored_files,
+        left_out=rows.left_out,
         notes=dict(Counter(whole.notes) + Counter(asked.notes)),
         first_noted={**asked.first_noted, **whole.first_noted},
         samples=tuple(_sample(row, tokenizer) for row in shown),
@@ -173,6 +187,7 @@ def render(looked: Look) -> RenderableType:
         "skipped": _reasons(looked.skipped),
         "dropped": _reasons(looked.dropped),
         "ignored files": "\n".join(looked.ignored_files),
+        "left out": "\n".join(f"{one.file}: {one.why}" for one in looked.left_out),
         "notes": "\n".join(told(looked.notes, looked.first_noted)),
     }
     table = Table.grid(padding=(0, 2))

@@ -5,11 +5,7 @@ Rows are checked while they are read, so a broken record stops a run before it t
 
 from __future__ import annotations
 
-import csv
-import glob
-import gzip
 import hashlib
-import io
 import json
 import re
 import zlib
@@ -17,25 +13,22 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, NamedTuple, cast, overload
+from typing import Any, Literal, overload
 
 import pyarrow
 import pyarrow.parquet
 
 from luthier.errors import LuthierError
-from luthier.rows.ids import Digests, Ids, Places, canonical
-from luthier.rows.shapes import BadRow, Row, bad_rows_error, named_shape, row_of, text_keys
+from luthier.rows.files import Found, LeftOut, Purpose, find, format_of, formats_known, opened
+from luthier.rows.ids import Digests, Ids, Places, canonical, half_character
+from luthier.rows.separated import separated
+from luthier.rows.shapes import BadRow, Row, bad_rows_error, named_shape, row_of
 
 OnBadRow = Literal["stop", "skip"]
 Read = tuple[str, Mapping[str, Any] | BadRow]
 """A place, and what stands there: a record, or why there is none."""
 
-_GZIP = b"\x1f\x8b"
-_LONGEST_CSV_VALUE = 2**31 - 1
-# `007` is a name, not the number 7: a number must begin as it would be written back.
-# One with more digits than 64 bits hold is a name too.
-_WHOLE = re.compile(r"-?(0|[1-9][0-9]{0,17})")
-_NUMBER = re.compile(r"-?(0|[1-9][0-9]*)([.][0-9]+)?([eE][+-]?[0-9]+)?")
+_ESCAPED_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 @dataclass(frozen=True)
@@ -47,12 +40,16 @@ class Rows(Sequence[Row]):
         rows: the usable rows.
         skipped: the records left out because `on_bad_row` is `"skip"`.
         ignored_files: files of a folder whose format is none of those that can be read.
+        files: the files that were read.
+        left_out: files beside them that could be read, and why they were not.
     """
 
     name: str
     rows: tuple[Row, ...]
     skipped: tuple[BadRow, ...] = ()
     ignored_files: tuple[str, ...] = ()
+    files: tuple[str, ...] = ()
+    left_out: tuple[LeftOut, ...] = ()
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -83,19 +80,22 @@ def read(
     shape: str | None = None,
     on_bad_row: OnBadRow = "stop",
     name: str | None = None,
+    purpose: Purpose = "train",
 ) -> Rows:
     """Read and check rows.
 
     Args:
         source: a path to `.jsonl`, `.ndjson`, `.json` (a list, or an object with the list under `data`), `.csv`,
-            `.tsv`, `.parquet` or `.txt` (one document), each also gzipped (`.jsonl.gz`) except Parquet; a folder or a
-            pattern such as `data/*.jsonl`, read in the order of the names; `hub:NAME`, `hub:NAME:SPLIT` or
-            `hub:OWNER/NAME/CONFIG:SPLIT` (split `train` when not given); a `datasets.Dataset`; or any Python iterable
-            of mappings. Rows are returned as they are.
+            `.tsv`, `.parquet`, `.arrow` or `.txt` (one document), each also gzipped (`.jsonl.gz`) except Parquet and
+            Arrow; a folder, also one that `save_to_disk` wrote, or a pattern such as `data/*.jsonl`, read in the order
+            of the names; `hub:NAME`, `hub:NAME:SPLIT` or `hub:OWNER/NAME/CONFIG:SPLIT` (split `train` when not given);
+            a `datasets.Dataset`; or any Python iterable of mappings. Rows are returned as they are.
         shape: which shape to use where a record's keys fit several.
         on_bad_row: `"stop"` raises one error that names up to five bad records; `"skip"` leaves them out and lists all
             of them in `Rows.skipped`.
         name: what reports call the rows; the file, folder or data set's name when not given.
+        purpose: `"train"` leaves files of a folder or pattern out whose names say that they are for testing;
+            `"evaluate"` refuses a folder that mixes them with others.
 
     Raises:
         LuthierError: the source cannot be opened, a record is unusable, or nothing usable is left.
@@ -106,8 +106,8 @@ def read(
         return source
     if shape is not None:
         named_shape(shape)
-    records, found_name, ignored = _opened(source)
-    name = name or found_name
+    records, found = _opened(source, purpose)
+    name = name or found.name
     rows: list[Row] = []
     bad: list[BadRow] = []
     for one in _checked(records, Ids(Places()), shape):
@@ -120,7 +120,7 @@ def read(
     if not rows:
         where = str(source) if isinstance(source, str | Path) else name
         raise LuthierError("there are no rows", where=where, mend="check that this is the right file")
-    return Rows(name, tuple(rows), tuple(bad), ignored)
+    return Rows(name, tuple(rows), tuple(bad), found.ignored, tuple(map(str, found.files)), found.left_out)
 
 
 def stream(source: str | Path, *, shape: str | None = None) -> Iterator[Row | BadRow]:
@@ -146,7 +146,7 @@ def records(source: str | Path | Iterable[Mapping[str, Any]]) -> Iterator[Read]:
 def name_of(source: str | Path) -> str:
     """What reports call a source that has no other name."""
     hub = isinstance(source, str) and source.startswith("hub:")
-    return str(source).removeprefix("hub:") if hub else _found(source).name
+    return str(source).removeprefix("hub:") if hub else find(source).name
 
 
 def files_of(source: str | Path) -> tuple[Path, ...]:
@@ -160,7 +160,7 @@ def files_of(source: str | Path) -> tuple[Path, ...]:
         if not files:
             raise LuthierError("the data set lies in no files", where=source, mend="download it and give the path")
         return files
-    return _found(source).files
+    return find(source).files
 
 
 def _checked(records: Iterable[Read], ids: Ids, shape: str | None) -> Iterator[Row | BadRow]:
@@ -176,19 +176,19 @@ def _checked(records: Iterable[Read], ids: Ids, shape: str | None) -> Iterator[R
             yield row
 
 
-def _opened(source: str | Path | Iterable[Mapping[str, Any]]) -> tuple[Iterator[Read], str, tuple[str, ...]]:
+def _opened(source: str | Path | Iterable[Mapping[str, Any]], purpose: Purpose = "train") -> tuple[Iterator[Read], Found]:
     if isinstance(source, str) and source.startswith("hub:"):
-        return _enumerated(map(without_nulls, _from_hub(source)), source), source.removeprefix("hub:"), ()
+        return _enumerated(map(without_nulls, _from_hub(source)), source), Found((), source.removeprefix("hub:"))
     if isinstance(source, str | Path):
-        found = _found(source)
-        return _from_files(found.files), found.name, found.ignored
+        found = find(source, purpose)
+        return _from_files(found.files), found
     if isinstance(source, Mapping):
         keys = ", ".join(map(str, source))
         raise LuthierError(f"rows cannot be read from a {type(source).__name__}", mend=f"give one of its values: {keys}")
     if isinstance(source, bytes) or not isinstance(source, Iterable):
         raise LuthierError(f"rows cannot be read from a {type(source).__name__}", mend="give a path or a list of mappings")
     columnar = type(source).__module__.partition(".")[0] == "datasets"
-    return _enumerated(map(without_nulls, source) if columnar else source, "row"), type(source).__name__, ()
+    return _enumerated(map(without_nulls, source) if columnar else source, "row"), Found((), type(source).__name__)
 
 
 def _from_hub(source: str) -> Any:
@@ -207,51 +207,14 @@ def _from_hub(source: str) -> Any:
         ) from problem
 
 
-class _Found(NamedTuple):
-    files: tuple[Path, ...]
-    name: str
-    ignored: tuple[str, ...] = ()
-
-
-def _found(source: str | Path) -> _Found:
-    try:
-        path = Path(source).expanduser()
-        path.exists()
-    # Too long for a file's name, or the home of a user that is not there.
-    except (OSError, RuntimeError) as problem:
-        raise LuthierError(f"this is no path: {problem}", where=str(source), mend="check the path") from None
-    if path.is_dir():
-        files = [file for file in sorted(path.rglob("*")) if file.is_file() and not _hidden(file.relative_to(path))]
-        usable = tuple(file for file in files if _format_of(file) is not None)
-        if not usable:
-            raise LuthierError("the folder holds no file that can be read", where=str(path), mend=_formats_known())
-        return _Found(usable, path.name, tuple(str(file) for file in files if _format_of(file) is None))
-    if not path.exists() and glob.has_magic(str(path)):
-        files = [Path(file) for file in sorted(glob.glob(str(path), recursive=True)) if Path(file).is_file()]
-        if not files:
-            raise LuthierError("no file fits this pattern", where=str(source), mend="check the pattern")
-        return _Found(tuple(files), str(source))
-    if not path.exists():
-        raise LuthierError(
-            "there is no such file or folder",
-            where=str(source),
-            mend=f"check the path; a data set of the Hugging Face hub is written `hub:{source}`",
-        )
-    return _Found((path,), Path(path.name.removesuffix(".gz")).stem)
-
-
-def _hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)
-
-
 def _from_files(files: Sequence[Path]) -> Iterator[Read]:
     for file in files:
-        reader = _format_of(file)
-        if reader is None:
-            raise LuthierError(f"`{file.suffix}` files cannot be read", where=str(file), mend=_formats_known())
+        kind = format_of(file)
+        if kind is None:
+            raise LuthierError(f"`{file.suffix}` files cannot be read", where=str(file), mend=formats_known())
         try:
-            yield from reader(file)
-        except (OSError, EOFError, zlib.error, csv.Error, pyarrow.ArrowException) as problem:
+            yield from _READERS[kind](file)
+        except (OSError, EOFError, zlib.error, pyarrow.ArrowException) as problem:
             raise LuthierError(
                 f"the file cannot be read: {problem}",
                 where=str(file),
@@ -259,25 +222,8 @@ def _from_files(files: Sequence[Path]) -> Iterator[Read]:
             ) from problem
 
 
-def _format_of(path: Path) -> Callable[[Path], Iterator[Read]] | None:
-    name = path.name.lower()
-    if name.endswith(".parquet"):
-        return _parquet
-    return _FORMATS.get(Path(name.removesuffix(".gz")).suffix)
-
-
-def _formats_known() -> str:
-    return f"formats that can be read: {', '.join(_FORMATS)} (each also with .gz), .parquet"
-
-
-def _open(path: Path) -> BinaryIO:
-    with path.open("rb") as file:
-        packed = file.read(len(_GZIP)) == _GZIP
-    return cast("BinaryIO", gzip.open(path)) if packed or path.suffix.lower() == ".gz" else path.open("rb")
-
-
 def _bytes(path: Path) -> bytes:
-    with _open(path) as file:
+    with opened(path) as file:
         return file.read()
 
 
@@ -288,23 +234,30 @@ def _decoded(raw: bytes) -> str:
 
 
 def _json_lines(path: Path) -> Iterator[Read]:
-    with _open(path) as file:
+    with opened(path) as file:
         for number, raw in enumerate(file, start=1):
             line, where = _decoded(raw).strip(), f"{path}:{number}"
             if not line:
                 continue
             try:
-                yield where, _object(json.loads(line), where)
+                record = _object(json.loads(line), where)
+                yield where, _in_whole_characters(record, where) if _may_hold_halves(raw) else record
             except json.JSONDecodeError as problem:
                 yield where, BadRow(where, f"broken JSON: {problem.msg} at column {problem.colno}", "mend this line")
             # A number of thousands of digits, or brackets a thousand deep.
             except (ValueError, RecursionError) as problem:
-                yield where, BadRow(where, f"JSON that cannot be read: {problem}", "mend this line")
+                yield where, BadRow(where, f"JSON that cannot be read: {_without_advice(problem)}", "mend this line")
+
+
+def _without_advice(problem: Exception) -> str:
+    """What Python says of a number with too many digits, without how a program might raise the limit."""
+    return str(problem).partition("; use sys.")[0]
 
 
 def _json(path: Path) -> Iterator[Read]:
+    raw = _bytes(path)
     try:
-        content = json.loads(_decoded(_bytes(path)))
+        content = json.loads(_decoded(raw))
     except json.JSONDecodeError as problem:
         raise LuthierError(
             f"broken JSON: {problem.msg} at column {problem.colno}",
@@ -312,7 +265,7 @@ def _json(path: Path) -> Iterator[Read]:
             mend="mend the file; a file with one object a line should be named .jsonl",
         ) from None
     except (ValueError, RecursionError) as problem:
-        raise LuthierError(f"JSON that cannot be read: {problem}", where=str(path), mend="mend the file") from None
+        raise LuthierError(f"JSON that cannot be read: {_without_advice(problem)}", where=str(path), mend="mend the file") from None
     if isinstance(content, Mapping) and isinstance(content.get("data"), list):
         content = content["data"]
     if not isinstance(content, list):
@@ -321,49 +274,50 @@ def _json(path: Path) -> Iterator[Read]:
             where=str(path),
             mend="write [{...}, {...}], or name a file with one object a line .jsonl",
         )
-    return _enumerated(content, f"{path}, item")
+    items = _enumerated(content, f"{path}, item")
+    return ((where, _in_whole_characters(item, where)) for where, item in items) if _may_hold_halves(raw) else items
 
 
-def _separated(path: Path, delimiter: str) -> Iterator[Read]:
-    """Free columns become numbers where every value of the column is one; text of a shape never does."""
-    header: list[str] = []
-    whole, number = set(), set()
-    for _, record in _table(path, delimiter):
-        if isinstance(record, BadRow):
-            continue
-        if not header:
-            header = list(record)
-            whole = number = set(header) - set(text_keys())
-        whole = {key for key in whole if _WHOLE.fullmatch(record[key])}
-        number = {key for key in number if key in whole or _NUMBER.fullmatch(record[key])}
-    makers: dict[str, Callable[[str], float | int | str]] = {**dict.fromkeys(number, float), **dict.fromkeys(whole, int)}
-    for where, record in _table(path, delimiter):
-        if isinstance(record, BadRow):
-            yield where, record
-        else:
-            yield where, {key: makers.get(key, str)(value) for key, value in record.items()}
+def _in_whole_characters(record: Mapping[str, Any] | BadRow, where: str) -> Mapping[str, Any] | BadRow:
+    if isinstance(record, BadRow):
+        return record
+    try:
+        canonical({key: value for key, value in record.items() if key != "id"}).encode()
+    except UnicodeEncodeError as problem:
+        half = half_character(problem)
+        return BadRow(where, half.what, half.mend)
+    return record
 
 
-def _table(path: Path, delimiter: str) -> Iterator[Read]:
-    # The csv module refuses values over 128 KiB unless told otherwise, and documents are longer than that.
-    csv.field_size_limit(_LONGEST_CSV_VALUE)
-    with _open(path) as raw, io.TextIOWrapper(raw, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        reader = csv.DictReader(file, delimiter=delimiter, strict=True)
-        header = list(reader.fieldnames or [])
-        if len(set(header)) < len(header) or not all(header):
-            raise LuthierError("the header names a column twice, or not at all", where=f"{path}:1", mend="name every column")
-        for record in reader:
-            where = f"{path}:{reader.line_num}"
-            if None in record or None in record.values():
-                count = sum(value is not None for value in record.values()) + len(record.get(None) or [0]) - 1
-                yield where, BadRow(where, f"the row has {count} values, but the header names {len(header)} columns")
-            else:
-                yield where, record
+def _may_hold_halves(raw: bytes) -> bool:
+    """Whether JSON escapes parts of characters; where its bytes are no UTF-8, what is wrong is their encoding."""
+    return _ESCAPED_SURROGATE.search(raw) is not None and _is_utf8(raw)
+
+
+def _is_utf8(raw: bytes) -> bool:
+    try:
+        raw.decode("utf-8")
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def _parquet(path: Path) -> Iterator[Read]:
     with pyarrow.parquet.ParquetFile(path) as file:
         records = (without_nulls(record) for batch in file.iter_batches() for record in batch.to_pylist())
+        yield from _enumerated(records, f"{path}, row")
+
+
+def _arrow(path: Path) -> Iterator[Read]:
+    with pyarrow.memory_map(str(path)) as source:
+        # `save_to_disk` writes the form for streams, most other programs the one for files.
+        if source.read(6) == b"ARROW1":
+            file = pyarrow.ipc.open_file(source)
+            batches = (file.get_batch(number) for number in range(file.num_record_batches))
+        else:
+            source.seek(0)
+            batches = iter(pyarrow.ipc.open_stream(source))
+        records = (without_nulls(record) for batch in batches for record in batch.to_pylist())
         yield from _enumerated(records, f"{path}, row")
 
 
@@ -399,11 +353,13 @@ def _object(value: Any, where: str) -> Mapping[str, Any] | BadRow:
     return value
 
 
-_FORMATS: dict[str, Callable[[Path], Iterator[Read]]] = {
+_READERS: dict[str, Callable[[Path], Iterator[Read]]] = {
     ".jsonl": _json_lines,
     ".ndjson": _json_lines,
     ".json": _json,
-    ".csv": lambda path: _separated(path, ","),
-    ".tsv": lambda path: _separated(path, "\t"),
+    ".csv": lambda path: separated(path, ","),
+    ".tsv": lambda path: separated(path, "\t"),
     ".txt": _document,
+    ".parquet": _parquet,
+    ".arrow": _arrow,
 }

@@ -56,6 +56,7 @@ class Row:
         fields: the shape's own values after checking, plus every other value that is not a number or text.
         where: the place it was read from, for error messages.
         columns: free numbers and texts that came with the record; a numeric `label` is also one.
+        derived: whether the id was derived from the content.
     """
 
     id: str
@@ -63,6 +64,7 @@ class Row:
     fields: Mapping[str, Any]
     where: str
     columns: Mapping[str, Scalar] = field(default_factory=dict)
+    derived: bool = False
 
 
 class BadRow(NamedTuple):
@@ -114,7 +116,7 @@ def row_of(record: Mapping[str, Any], *, id: str, where: str, shape: str | None 
             fields[key] = value
     if isinstance(fields.get("label"), int | float):
         columns["label"] = fields["label"]
-    return Row(id=id, shape=becomes, fields=fields, where=where, columns=columns)
+    return Row(id=id, shape=becomes, fields=fields, where=where, columns=columns, derived=record.get("id") is None)
 
 
 def known_shapes() -> tuple[str, ...]:
@@ -259,7 +261,7 @@ def _labelled(record: Mapping[str, Any]) -> dict[str, Any]:
         label = int(label)
     elif not isinstance(label, int | float):
         label = checked_text(label, "label")
-    elif not math.isfinite(label):
+    elif isinstance(label, float) and not math.isfinite(label):
         raise LuthierError(f"`label` is {label}, which is no number to learn")
     return {"text": checked_text(record["text"], "text"), "label": label}
 

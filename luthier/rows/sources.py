@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 
 from luthier.errors import LuthierError
 from luthier.recipe import RowsRecipe
 from luthier.rows.encode import EncodedRows
+from luthier.rows.files import LeftOut, find
+from luthier.rows.ids import numbered, parted, same_id
 from luthier.rows.read import Rows, name_of, read, stream
 from luthier.rows.shapes import BadRow, Row
 
@@ -60,15 +63,34 @@ def read_rows(recipe: RowsRecipe) -> Sources:
 
 
 def _read(recipe: RowsRecipe) -> list[Rows]:
-    sources = [read(one.rows, shape=recipe.shape, on_bad_row=recipe.on_bad_row) for one in recipe.sources()]
+    return apart(read(one.rows, shape=recipe.shape, on_bad_row=recipe.on_bad_row) for one in recipe.sources())
+
+
+def apart(sources: Iterable[Rows]) -> list[Rows]:
+    """The sources with ids that no two rows share: derived ones count a content's occurrences through all sources, as within one.
+
+    Raises:
+        LuthierError: two rows have the same id of their own.
+    """
     seen: dict[str, str] = {}
-    for row in Joined(sources):
-        if row.id in seen:
-            raise LuthierError(
-                f"two rows have the id `{row.id}`", where=f"{seen[row.id]} and {row.where}", mend="make the ids differ"
-            )
-        seen[row.id] = row.where
-    return sources
+    before: Counter[str] = Counter()
+    found = []
+    for source in sources:
+        here: Counter[str] = Counter()
+        rows = []
+        for row in source:
+            if row.derived:
+                content, occurrence = parted(row.id)
+                here[content] = max(here[content], occurrence)
+                if content in before:
+                    row = replace(row, id=numbered(content, before[content] + occurrence))
+            if row.id in seen:
+                raise same_id(row.id, seen[row.id], row.where)
+            seen[row.id] = row.where
+            rows.append(row)
+        before += here
+        found.append(replace(source, rows=tuple(rows)))
+    return found
 
 
 def _streamed(recipe: RowsRecipe) -> list[Streamed]:
@@ -80,6 +102,21 @@ def _streamed(recipe: RowsRecipe) -> list[Streamed]:
             )
         sources.append(Streamed(name_of(one.rows), one.rows, recipe.shape))
     return sources
+
+
+def files_of(sources: Sources) -> tuple[list[str], list[LeftOut]]:
+    """The files that sources are read from, and those beside them that are left out; nothing of sources that are no files."""
+    files: list[str] = []
+    left_out: list[LeftOut] = []
+    for one in sources:
+        if isinstance(one, Rows):
+            files += one.files
+            left_out += one.left_out
+        elif not str(one.source).startswith("hub:"):
+            found = find(one.source)
+            files += map(str, found.files)
+            left_out += found.left_out
+    return files, left_out
 
 
 def places_of(sources: Sequence[Rows], rows: EncodedRows) -> tuple[list[int], ...]:

@@ -12,7 +12,7 @@ import shutil
 from array import array
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -21,8 +21,8 @@ from typing import Any, NamedTuple, overload
 import pyarrow
 
 from luthier import disk
-from luthier.rows.encode import Encoded, EncodedRows, Sizes
-from luthier.rows.ids import digest
+from luthier.rows.encode import Encoded, EncodedRows, Sizes, two_tokens
+from luthier.rows.ids import digest, parted
 from luthier.rows.shapes import BadRow
 
 ROWS, FACTS = "rows.arrow", "facts.json"
@@ -40,6 +40,8 @@ SCHEMA = pyarrow.schema(
         "tokens": pyarrow.int32(),
         "targets": pyarrow.int32(),
         "digest": pyarrow.int64(),
+        "content": pyarrow.int64(),
+        "occurrence": pyarrow.int32(),
     }
 )
 
@@ -79,10 +81,12 @@ class StoredRows(Sequence[Encoded]):
 
     Args:
         batches: the rows, in order.
+        renamed: ids by place, of rows that have others than those stored.
     """
 
-    def __init__(self, batches: Iterable[pyarrow.RecordBatch]) -> None:
+    def __init__(self, batches: Iterable[pyarrow.RecordBatch], renamed: Mapping[int, str] | None = None) -> None:
         self.batches = [batch for batch in batches if batch.num_rows]
+        self.renamed = renamed or {}
         self._ends = list(accumulate(batch.num_rows for batch in self.batches))
 
     def __len__(self) -> int:
@@ -100,7 +104,7 @@ class StoredRows(Sequence[Encoded]):
         batch = self.batches[number]
         row = batch.slice(place - (self._ends[number] - batch.num_rows), 1).to_pylist()[0]
         return Encoded(
-            id=row["id"],
+            id=self.renamed.get(place, row["id"]),
             token_ids=tuple(row["token_ids"]),
             supervised=tuple(row["supervised"]),
             where=row["where"],
@@ -110,6 +114,23 @@ class StoredRows(Sequence[Encoded]):
             notes=tuple(row["notes"]),
             token_columns={name: tuple(numbers) for name, numbers in row["token_columns"]},
         )
+
+    def id_of(self, place: int) -> str:
+        """A row's id, without reading the row."""
+        number = bisect_right(self._ends, place)
+        batch = self.batches[number]
+        return self.renamed.get(place) or str(batch["id"][place - (self._ends[number] - batch.num_rows)])
+
+    def bare(self) -> Iterator[Encoded]:
+        """The rows one after the other as `two_tokens` makes them, which reads none of their tokens."""
+        place = 0
+        for batch in self.batches:
+            names = ("id", "where", "columns", "text_shape", "targets")
+            for row in batch.select(names).to_pylist():
+                yield two_tokens(
+                    self.renamed.get(place, row["id"]), row["where"], json.loads(row["columns"]), row["text_shape"], row["targets"]
+                )
+                place += 1
 
     def sizes(self) -> Sizes:
         """Their sizes, 8 bytes a row."""
@@ -122,8 +143,9 @@ class StoredRows(Sequence[Encoded]):
         return numbers
 
 
-def batch_of(rows: EncodedRows) -> pyarrow.RecordBatch:
-    """Encoded rows as Arrow keeps them."""
+def batch_of(rows: EncodedRows, derived: Set[str] = frozenset()) -> pyarrow.RecordBatch:
+    """Encoded rows as Arrow keeps them; `derived` are the ids that were derived from a row's content."""
+    parts = [parted(row.id) if row.id in derived else (row.id, 0) for row in rows.rows]
     plain = [
         {
             "id": row.id,
@@ -138,8 +160,10 @@ def batch_of(rows: EncodedRows) -> pyarrow.RecordBatch:
             "tokens": tokens,
             "targets": targets,
             "digest": digest(row.id),
+            "content": digest(content),
+            "occurrence": occurrence,
         }
-        for row, tokens, targets in zip(rows.rows, rows.sizes.tokens, rows.sizes.targets, strict=True)
+        for row, tokens, targets, (content, occurrence) in zip(rows.rows, rows.sizes.tokens, rows.sizes.targets, parts, strict=True)
     ]
     return pyarrow.RecordBatch.from_pylist(plain, schema=SCHEMA)
 

@@ -16,6 +16,7 @@ from luthier.recipe import Recipe
 from luthier.results.folder import read_run
 from luthier.results.opened import is_run, open_base, open_model, open_run
 from luthier.rows.shapes import Row
+from luthier.rows.template import choose
 from luthier.runs.rows import turns_of
 
 
@@ -25,6 +26,8 @@ def evaluate(model: str, recipe: Recipe, *, say: Say = silent, weights_only: boo
     if not sets:
         raise LuthierError("the recipe has no evaluation sets", where="evaluate", mend="add `evaluate: {name: {rows: FILE}}`")
     tune, tokenizer = open_model(model, out=recipe.out, say=say, precision=recipe.train.precision, weights_only=weights_only)
+    if not is_run(model, recipe.out):
+        choose(tokenizer, recipe.rows.template, recipe.rows.template_options)
     return measure(tune, tokenizer, sets, say=say)
 
 

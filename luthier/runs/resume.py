@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict
+from datetime import date, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -53,6 +54,12 @@ def write_recipe(folder: Path, recipe: Recipe) -> None:
     """Keep the recipe beside what it makes."""
     with disk.written(folder / RECIPE) as beside:
         beside.write_text(recipe.as_yaml(), encoding="utf-8")
+
+
+def day_of(folder: Path) -> date | None:
+    """The day on which a run began whose chat template asks for it: its rows must stay what they were. None for other runs."""
+    told = (read_run(folder).facts.get("rows") or {}).get("date")
+    return None if told is None else datetime.fromisoformat(told).date()
 
 
 def recipe_file(run: Run) -> Path:

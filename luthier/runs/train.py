@@ -29,12 +29,14 @@ from luthier.report.compare import compared, write_comparison
 from luthier.results.folder import FILE, STEPS, Run, new_folder, read_run, write_json
 from luthier.results.lock import held
 from luthier.results.opened import save_result
+from luthier.rows.template import date_of
 from luthier.runs.inputs import inputs_of
 from luthier.runs.resume import (
     CHECKPOINTS,
     Before,
     check_resumable,
     continue_from,
+    day_of,
     read_before,
     save_before,
     save_checkpoint,
@@ -100,7 +102,7 @@ def _train(recipe: Recipe, resume: str | Path | None, say: Say, tell: Tell, comm
             return _train_in(folder, plan, False, say, tell, command, began)
     folder = read_run(resume, recipe.out).folder
     with alone(folder, world):
-        return _train_in(folder, make_plan(recipe, say), True, say, tell, command, began)
+        return _train_in(folder, make_plan(recipe, say, today=day_of(folder)), True, say, tell, command, began)
 
 
 @contextmanager
@@ -258,6 +260,9 @@ def first_facts(plan: Plan, folder: Path, command: str, sets: list[EvalSet]) -> 
             "mixture": plan.feed.shares(),
             "cache": list(plan.cache),
             "mapped": list(plan.mapped),
+            "read": list(plan.files),
+            "left_out": [one._asdict() for one in plan.left_out],
+            "date": date_of(plan.tokenizer),
             "overlap": {name: len(found) for name, found in overlaps(plan.raw, {one.name: one.rows for one in sets}).items()},
         },
         "plan": plan.lines(),

@@ -8,14 +8,14 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from luthier.columns.targets import find_targets
 from luthier.errors import LuthierError
 from luthier.kinds import Batch, Place
 from luthier.models.modes import quiet
-from luthier.models.quantized import QuantizedLinear, holder
+from luthier.models.quantized import QuantizedLinear, holder, quantized
 from luthier.tune import Tune
 from luthier.tune.forward import hidden, own_tokens
 
@@ -83,7 +83,9 @@ def gradients(
         tune: the model, with what is attached to it.
         batches: rows with targets.
         places: of which gradients are wanted.
-        moved: changes of weights to look from, by place; afterwards the weights are as before, bit for bit.
+        moved: changes of weights to look from, by place, added to the numbers that optimizers hold. The model runs in fp32 or wider
+            meanwhile, unless it is quantized: a step that is rounded away would not be looked from. Afterwards the weights are as
+            before, bit for bit.
         nll: negative log-likelihood of labels [N] under the head, for hidden states [N, D].
 
     Raises:
@@ -95,9 +97,9 @@ def gradients(
         raise LuthierError("the rows for calibration have no targets", mend="use rows with answers")
     names = list(dict.fromkeys(place.parameter for place in places))
     sums: dict[str, Tensor] = {}
-    with _beside(tune, {*names, *(place.parameter for place in moved)}) as beside:
+    with _beside(tune, {*names, *(place.parameter for place in moved)}) as beside, _moved(tune, moved, beside):
         values = [beside[name] if name in beside else tune.model.get_parameter(name) for name in names]
-        with _wanting(values), quiet(tune.model), _moved(tune, moved, beside):
+        with _wanting(values), quiet(tune.model):
             for batch in batches:
                 where = find_targets(batch)
                 states_ND = hidden(tune, batch).at(where.row_N, where.source_N)
@@ -162,19 +164,39 @@ def _turned(tune: Tune, place: Place, values: Tensor) -> Tensor:
 
 @contextmanager
 def _moved(tune: Tune, moved: Mapping[Place, Tensor], beside: Mapping[str, Tensor]) -> Iterator[None]:
-    regions = {
-        place: _turned(tune, place, beside[place.parameter].detach()) if place.parameter in beside else tune.region(place)
-        for place in moved
-    }
-    before = {place: values.clone() for place, values in regions.items()}
-    try:
+    if not moved:
+        yield
+        return
+    own = {place.parameter for place in moved if place.parameter not in beside}
+    narrow = bool(quantized(tune.model))
+    new = {}
+    for name, parameter in tune.model.named_parameters():
+        if name in own or (parameter.dtype != torch.promote_types(parameter.dtype, torch.float32) and not narrow):
+            values = parameter.detach().clone() if narrow else tune.widened(name)
+            new[parameter] = nn.Parameter(values, requires_grad=False)
+    with _exchanged(tune.model, new):
         for place, change in moved.items():
-            values = regions[place]
-            values.copy_(values.to(torch.promote_types(values.dtype, change.dtype)) + change)
+            values = _turned(tune, place, beside[place.parameter]) if place.parameter in beside else tune.region(place)
+            values.detach().copy_(values.to(torch.promote_types(values.dtype, change.dtype)) + change)
+        yield
+
+
+@contextmanager
+def _exchanged(model: nn.Module, new: Mapping[nn.Parameter, nn.Parameter]) -> Iterator[None]:
+    """Let other parameters stand for some of the model's, wherever these are used."""
+    before = [
+        (module, name, parameter)
+        for module in model.modules()
+        for name, parameter in module.named_parameters(recurse=False)
+        if parameter in new
+    ]
+    try:
+        for module, name, parameter in before:
+            setattr(module, name, new[parameter])
         yield
     finally:
-        for place, values in before.items():
-            regions[place].copy_(values)
+        for module, name, parameter in before:
+            setattr(module, name, parameter)
 
 
 def _refuse_spread(tune: Tune) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,8 +49,12 @@ class Chain:
         self.optimizer_of: dict[str, str] = {}
         self.watching: frozenset[str] = frozenset()
         """Names of tensors whose gradients are kept until the step's end, for those who look at them."""
+        self.observed: frozenset[str] = frozenset()
+        """The same for this step alone, for observers."""
         self.received: dict[str, Tensor] = {}
         """What the optimizers received in this step."""
+        self.came: dict[str, Tensor] = {}
+        """The norms that these had when they came, before anything was done to them."""
         tune.moved, tune.renewed, tune.left, tune.seeded = self.move, self._assign, self.leave, self.seed
         for trained in tune.trained.values():
             self._assign(trained)
@@ -65,6 +70,7 @@ class Chain:
         """Forget all that optimizers and transforms remember."""
         self.state = {link.slot: {} for link in self.links}
         self.received.clear()
+        self.came.clear()
 
     def taken(self, link: Link) -> list[str]:
         """Names of the tensors a part takes; for an optimizer, those that are its own."""
@@ -107,24 +113,34 @@ class Chain:
             if link.slot == slot and isinstance(link.part, Optimizer) and link.part.seed is not None:
                 link.part.seed(self.state[slot][trained.name], is_new, seen)
 
+    def factor(self, names: Collection[str]) -> float:
+        """How much longer the gradients of some tensors were when their optimizers received them in this step than when they came; where
+        these are zero, what all that was kept tells, since a joint norm scales everything alike."""
+        for some in (names, self.received):
+            kept = [name for name in some if name in self.received]
+            came = math.hypot(*(float(self.came[name]) for name in kept))
+            if came:
+                return math.hypot(*(float(self.received[name].norm()) for name in kept)) / came
+        return 1.0
+
     def step(self, now: Now, only: Trained | None = None) -> None:
         """Move every tensor that has a gradient, or one of them, and free the gradients."""
+        watching = self.watching | self.observed
         todo = [only] if only is not None else [one for one in self.tune.trained.values() if one.gradient is not None]
         values: dict[str, Tensor] = {one.name: one.gradient for one in todo if one.gradient is not None}
-        moved: set[str] = set()
+        self.came.update((name, values[name].norm()) for name in watching if name in values)
         with torch.no_grad():
             for i, link in enumerate(self.links):
                 mine = [one for one in todo if one.name in values and one.name in self.state[link.slot]]
                 if isinstance(link.part, Optimizer):
                     for one in mine:
-                        if one.name in self.watching:
+                        if one.name in watching:
                             self.received[one.name] = values[one.name].clone()
                         later = any(one.name in self.state[after.slot] for after in self.links[i + 1 :])
                         update = self._optimize(link, link.part, one, values.pop(one.name), now, later)
                         one.gradient = None
                         if update is not None:
                             values[one.name] = update
-                        moved.add(one.name)
                 elif mine:
                     self._transform(link, link.part, mine, values, now)
             for one in todo:

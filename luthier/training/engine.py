@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from luthier import draws
+from luthier import draws, machine
 from luthier.errors import LuthierError
 from luthier.kinds import Batch, Keeper, Now, Services, Source, State, TrainedLike
 from luthier.models.modes import evaluating
@@ -155,13 +155,14 @@ class Engine:
         if not passes:
             self.tune.observe_nothing()
         self.committed = True
-        self.tune.observe(self.world.sum)
         if "all" in self.source.gives:
+            self.chain.observed = frozenset(self.tune.observed())
             self.chain.step(now)
+            self.tune.observe(self.world.sum, self.chain.received, self.chain.factor)
         said = self._afterwards(now)
         loss, *counted = self.world.sum_numbers([work.total, *work.counted])
         told = Counted(*counted)
-        targets, run = max(counts[1], 1.0), max(told.targets, 1.0)
+        targets, run, own = max(counts[1], 1.0), max(told.targets, 1.0), max(told.own, 1.0)
         notes = {} if looked is None else looked.notes
         return StepResult(
             loss,
@@ -172,7 +173,7 @@ class Engine:
             int(counts[2]),
             told.weight / targets,
             self._weights(told, targets),
-            {**notes, **{name: total / run for name, total in self._together(work.notes).items()}},
+            {**self._kept_notes(), **notes, **{name: total / own for name, total in self._together(work.notes).items()}},
             tuple(said),
         )
 
@@ -188,6 +189,14 @@ class Engine:
             return None
         effective = told.weight**2 / told.squares if told.squares else 0.0
         return Weights(told.kept / targets, effective, told.entropy / max(told.targets, 1.0))
+
+    def _kept_notes(self) -> dict[str, float]:
+        return {
+            name: float(number)
+            for kept in self.keepers
+            if kept.keeper.notes is not None
+            for name, number in kept.keeper.notes(kept.state).items()
+        }
 
     def _parts(self, own: dict[str, float]) -> dict[str, float]:
         return own if len(self.objective.terms) == 1 else self._together(own)
@@ -243,14 +252,16 @@ class Engine:
             )
 
     def _afterwards(self, now: Now) -> list[str]:
-        for name, gradient in self.chain.received.items():
+        watched = {name: one for name, one in self.chain.received.items() if name in self.chain.watching}
+        for name, gradient in watched.items():
             self.tune.trained[name].gradient = gradient
         for kept in self.keepers:
             if kept.keeper.after_step is not None and self.tune.turns.moves(kept.slot, now):
                 kept.keeper.after_step(kept.state, self.services(kept.slot, now))
-        for name in self.chain.received:
+        for name in watched:
             self.tune.trained[name].gradient = None
         self.chain.received.clear()
+        self.chain.came.clear()
         return self._refresh(now)
 
     def _refresh(self, now: Now) -> list[str]:
@@ -301,8 +312,7 @@ def choices(trained: Sequence[Trained], *, values: bool) -> dict[str, str]:
 
 def _sum_of(values: Tensor) -> tuple[float, ...]:
     """Two numbers that other values of a tensor would hardly have."""
-    numbers = values.flatten().to(torch.float64 if values.device.type != "mps" else torch.float32)
-    return float(numbers.sum()), float(numbers.norm())
+    return machine.total(values), machine.norm(values)
 
 
 def with_context(batch: Batch, label_P: Tensor | None) -> Batch:

@@ -136,12 +136,27 @@ class Feed:
         return padding_share(self.epoch(0), self.rows.sizes.tokens)
 
     def tokens(self) -> tuple[int, int]:
-        """Real and supervised tokens of the whole run, over all processes."""
-        share = self.epochs if self.steps is None else self.steps / max(1, self._length(0))
+        """Real and supervised tokens of the whole run, over all processes; where steps are given, as if all epochs had as many."""
+        if self.steps is not None:
+            whole, left = divmod(self.steps, max(1, self._length(0)))
+        else:
+            whole = int(self.epochs)
+            left = self.total() - sum(self._length(number) for number in range(whole))
+        sizes = self.rows.sizes
         if self.mixture is None:
-            return round(self.rows.tokens * share), round(self.rows.supervised_tokens * share)
-        sizes, places = self.rows.sizes, [one.row for one in self.mixture.epoch(0)]
-        return round(sum(sizes.tokens[i] for i in places) * share), round(sum(sizes.targets[i] for i in places) * share)
+            tokens, targets = self.rows.tokens, self.rows.supervised_tokens
+        else:
+            places = [one.row for one in self.mixture.epoch(0)]
+            tokens, targets = sum(sizes.tokens[i] for i in places), sum(sizes.targets[i] for i in places)
+        part = self._first_rows(whole, left)
+        return whole * tokens + sum(sizes.tokens[i] for i in part), whole * targets + sum(sizes.targets[i] for i in part)
+
+    def _first_rows(self, number: int, steps: int) -> list[int]:
+        """The rows of an epoch's first steps, of all processes."""
+        if not steps:
+            return []
+        plan = replace(self, world=World(), _epochs={}, _steps={}).epoch(number)
+        return [row for step in plan[:steps] for group in step for row in group]
 
     def shares(self) -> list[dict[str, Any]]:
         """What each source of a mixture should be and is, over all epochs that the run begins; empty without a mixture."""

@@ -13,6 +13,7 @@ from luthier import draws
 from luthier.errors import LuthierError
 from luthier.kinds import Batch, InputMap, Now, Reading, Vocabulary
 from luthier.rows.encode import end_of_turn_ids
+from luthier.rows.template import choice_of, templates_of, text_of
 from luthier.tune.forward import EmbedChange
 
 
@@ -161,7 +162,7 @@ def vocabulary_of(tokenizer: PreTrainedTokenizerBase, size: int) -> Vocabulary:
 
 def _special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
     """Tokens that are called special, and those that the chat template writes, which some tokenizers do not call so."""
-    template = tokenizer.get_chat_template() if getattr(tokenizer, "chat_template", None) else ""
+    template = text_of(tokenizer, choice_of(tokenizer).name) if templates_of(tokenizer) else ""
     added = tokenizer.added_tokens_decoder.items()
     called = {i for i, token in added if token.special}
     # Blanks that are tokens of their own stand in every template, and are text.

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from luthier import draws
+from luthier import draws, machine
 from luthier.columns import chunked
 from luthier.columns.targets import find_targets
 from luthier.errors import LuthierError
@@ -68,6 +68,8 @@ class Counted(NamedTuple):
     """Entropy of the model's distributions in nats, summed over the targets; 0 where nothing asked for it."""
     targets: float = 0.0
     """Targets that were run."""
+    own: float = 0.0
+    """Those of them that are the rows' own."""
 
     def plus(self, other: Counted) -> Counted:
         """Both together."""
@@ -83,7 +85,7 @@ class Sums(NamedTuple):
     """Each term's share of the loss."""
     counted: Counted
     notes: dict[str, float]
-    """What techniques log, summed over the targets."""
+    """What techniques log, summed over the rows' own targets."""
 
 
 class Looked(NamedTuple):
@@ -162,16 +164,17 @@ class Objective:
         for rule in self.rules:
             assert rule.weight.look is not None
             kept_L = (keep != 0).nonzero()[:, 0]
+            services = services_of(rule.slot)
             table = StepTable(
                 {column.name: whole[column.name][kept_L] for column in wanted},
                 row_M=whole["row"][kept_L].unique(return_inverse=True)[1],
                 position_M=whole["position"][kept_L],
                 of_rows={name: values[kept_L] for name, values in of_rows.items()},
-                now=tune.turns.own(rule.slot, now),
+                now=services.now,
                 state=rule.state,
-                services=services_of(rule.slot),
+                services=services,
             )
-            keep[kept_L] *= rule.weight.look(table).double()
+            keep[kept_L] *= machine.widened(rule.weight.look(table))
             notes.update(table.notes)
         found = Looked([], [], notes)
         for batch, mine in zip(batches, tables, strict=True):
@@ -199,8 +202,11 @@ class Objective:
 
     def _count(self, term: Term, batches: Sequence[Batch], keeps: list[Tensor] | None) -> list[tuple[float, ...]]:
         counts = [one.weight.count for one in self.weights if one.weight.count is not None]
-        if term.unit == "row" and counts:
-            batches = [batch.take(torch.stack([count(batch) > 0 for count in counts]).all(0).nonzero()[:, 0]) for batch in batches]
+        if term.unit == "row":
+            batches = [batch.own() for batch in batches]
+            if counts:
+                kept = [torch.stack([count(batch) > 0 for count in counts]).all(0).nonzero()[:, 0] for batch in batches]
+                batches = [batch.take(chosen) for batch, chosen in zip(batches, kept, strict=True)]
         if term.count is not None:
             found = [term.count(batch) for batch in batches]
             return [one if isinstance(one, tuple) else (one,) for one in found]
@@ -212,7 +218,9 @@ class Objective:
             slots = ", ".join(one.slot for one in self.weights if one.weight.count or one.weight.look)
             raise LuthierError(f"{slots} count tokens differently", where="token_weight", mend="use one of them")
         if counts:
-            return [(float(counts[0](batch).sum()),) for batch in batches]
+            own = [batch.own() for batch in batches]
+            virtual = [batch.supervised - mine.supervised for batch, mine in zip(batches, own, strict=True)]
+            return [(float(counts[0](mine).sum()) + more,) for mine, more in zip(own, virtual, strict=True)]
         if keeps is not None:
             return [(float((keep != 0).sum()),) for keep in keeps]
         return [(float(batch.supervised),) for batch in batches]
@@ -249,49 +257,63 @@ class Objective:
         with torch.no_grad():
             for one in self.weights:
                 if one.weight.weigh is not None:
-                    view.services, view.now = services_of(one.slot), tune.turns.own(one.slot, now)
-                    weight_N = weight_N * one.weight.weigh(view.for_technique(one.state)).detach()
+                    view.services = services_of(one.slot)
+                    view.now = view.services.now
+                    weight_N = weight_N * _weighed(one.weight.weigh, view.for_technique(one.state), virtual=one.weight.virtual)
         loss = view["nll"].new_zeros(())
         parts: dict[str, float] = {}
         for minimized, unit in zip(self.terms, units, strict=True):
             if not any(unit) or (minimized.term.unit == "step" and not first):
                 continue
-            view.services, view.now = services_of(minimized.slot), tune.turns.own(minimized.slot, now)
+            view.services = services_of(minimized.slot)
+            view.now = view.services.now
             own = minimized.own.tensors() if minimized.own is not None else {}
-            total = minimized.term.total(view.for_technique(minimized.state, weight_N), own)
+            seen = view.for_technique(minimized.state, weight_N)
+            total = minimized.term.total(seen.of_own() if minimized.term.unit == "row" else seen, own)
             # What has no unit in the whole step adds nothing.
             each = total.new_tensor([minimized.term.weight / one if one else 0.0 for one in unit])
             share = (total.reshape(-1) * each).sum()
             loss = loss + share
             parts[minimized.slot] = parts.get(minimized.slot, 0.0) + float(share.detach())
-        return Sums(loss, parts, _counted(view, weight_N), {name: float(n.double().sum()) for name, n in view.notes.items()})
+        place_N = view.is_own.nonzero()[:, 0]
+        # What was noted of the rows' own targets alone is those already.
+        noted = {name: noted_N if len(noted_N) == len(place_N) else noted_N[place_N] for name, noted_N in view.notes.items()}
+        return Sums(loss, parts, _counted(view, weight_N), {name: machine.total(noted_N) for name, noted_N in noted.items()})
+
+
+def _weighed(weigh: Callable[[View], Tensor], view: View, *, virtual: bool) -> Tensor:
+    """The weights [N] of the targets; those of virtual tokens are 1 unless the weight is for them, too."""
+    seen = view if virtual else view.of_own()
+    found = weigh(seen).detach()
+    return found if seen is view else torch.ones_like(view["nll"].detach()).masked_scatter(view.is_own, found.to(view["nll"]))
 
 
 def _counted(view: View, weight_N: Tensor) -> Counted:
-    wide_N = weight_N.double()
+    wide_N = machine.widened(weight_N)
     entropy_N = view.columns.get("entropy")
     return Counted(
-        nll=float(view["nll"].detach().double().sum()),
+        nll=machine.total(view["nll"]),
         weight=float(wide_N.sum()),
         squares=float(wide_N.square().sum()),
-        kept=float((weight_N != 0).double().sum()),
-        entropy=0.0 if entropy_N is None else float(entropy_N.detach().double().sum()),
+        kept=machine.total(weight_N != 0),
+        entropy=0.0 if entropy_N is None else machine.total(entropy_N),
         targets=float(len(weight_N)),
+        own=float(view.is_own.sum()),
     )
 
 
 def _table(tune: Tune, batch: Batch, wanted: Sequence[Column], now: Now, states: Mapping[str, State]) -> dict[str, Tensor]:
-    """The targets of one micro-batch; free columns of its rows under `rows NAME`."""
-    where = find_targets(batch)
+    """The rows' own targets of one micro-batch; free columns of its rows under `rows NAME`."""
+    where = find_targets(batch.own())
     rows_B = draws.seeds_of(batch.row_ids)
     row_N = where.row_N.cpu()
     here = {"row": rows_B[row_N], "position": where.source_N.cpu() + 1}
     for name, numbers in batch.columns.items():
-        here[f"rows {name}"] = numbers.cpu().double()[row_N]
+        here[f"rows {name}"] = machine.widened(numbers.cpu())[row_N]
     for name, texts in batch.texts.items():
         here[f"rows {name}"] = draws.seeds_of(draws.names_of(texts, batch.columns.get(name)))[row_N]
     if wanted:
-        view = view_of(tune, batch, wanted, now, remembered=states)
+        view = view_of(tune, batch, wanted, now, remembered=states).of_own()
         here.update({name: column.float().cpu() for name, column in view.columns.items()})
     return here
 
@@ -312,8 +334,8 @@ def _gathered(
         kind = torch.int64 if name in ("row", "position") else torch.float32
         local[name] = torch.cat([torch.zeros(0, dtype=kind), *(table[name] for table in tables)])
     for name, spelled in free.items():
-        nothing = torch.tensor(float("nan") if spelled == "torch.float64" else draws.seed_of(""))
-        nothing = nothing.to(torch.float64 if spelled == "torch.float64" else torch.int64)
+        is_number = spelled == "torch.float64"
+        nothing = torch.tensor(float("nan"), dtype=torch.float64) if is_number else torch.tensor(draws.seed_of(""))
         pieces = [table.get(name, nothing.expand(len(table["row"]))) for table in tables]
         if nothing.dtype == torch.int64:
             pieces = [draws.seeds_of_numbers(one) if one.is_floating_point() else one for one in pieces]
@@ -333,14 +355,20 @@ def _places(whole: dict[str, Tensor], some: dict[str, Tensor]) -> Tensor:
 
 
 def _pruned(batch: Batch, keep_N: Tensor) -> tuple[Batch, Tensor]:
-    """A micro-batch without the rows of which nothing is kept, and the weights of the targets that are left."""
+    """A micro-batch without the rows of which nothing is kept, and the weights of the targets that are left.
+
+    Args:
+        batch: the micro-batch.
+        keep_N: the weights of its rows' own targets; those of virtual tokens stay as they are.
+    """
     where = find_targets(batch)
-    row_N = where.row_N.cpu()
-    kept_B = keep_N.new_zeros(len(batch.row_ids)).index_add(0, row_N, keep_N.abs()) > 0
+    row_N, own_N = where.row_N.cpu(), batch.token_ids_BT[where.row_N, where.source_N + 1].cpu() >= 0
+    kept_B = keep_N.new_zeros(len(batch.row_ids)).index_add(0, row_N[own_N], keep_N.abs()) > 0
+    every_N = keep_N.new_ones(len(row_N)).masked_scatter(own_N, keep_N)
     if bool(kept_B.all()):
-        return batch, keep_N
+        return batch, every_N
     chosen = kept_B.nonzero()[:, 0].to(batch.token_ids_BT.device)
-    return batch.take(chosen), keep_N[kept_B[row_N]]
+    return batch.take(chosen), every_N[kept_B[row_N]]
 
 
 def _sorted(table: dict[str, Tensor]) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from luthier import machine
 from luthier.kinds import Batch
 from luthier.models.attention import NAME
 from luthier.models.modes import evaluating
@@ -59,4 +60,5 @@ def _states(tune: Tune, batch: Batch, *, pack: bool) -> list[Tensor]:
 
 
 def _distance(mine: Tensor, other: Tensor) -> float:
-    return float((mine.double() - other.double()).norm() / other.double().norm().clamp(min=1e-12))
+    mine, other = machine.widened(mine), machine.widened(other)
+    return float((mine - other).norm() / other.norm().clamp(min=1e-12))

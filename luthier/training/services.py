@@ -17,6 +17,7 @@ from luthier.kinds import Batch, Column, Now, OtherPass, Place, State, Tensors, 
 from luthier.models import blocks
 from luthier.models.head import head_of
 from luthier.models.modes import evaluating
+from luthier.models.quantized import shape_of
 from luthier.models.sharding import whole
 from luthier.training import calibrate
 from luthier.training.disturb import disturbance
@@ -36,8 +37,15 @@ class RunServices:
         return draws.generator(self.now.seed, self.slot, self.now.stage, key)
 
     def weight(self, place: Place) -> Tensor:
-        """The live values at a place."""
-        return whole(self._tune.region(place).detach())
+        """The values at a place, as optimizers hold them where they train."""
+        return whole(self._tune.held(place))
+
+    def shape(self, place: Place) -> torch.Size:
+        """The shape of the values at a place."""
+        rows, *rest = shape_of(self._tune.model, place.parameter)
+        if place.module in self.parts.transposed and rest:
+            rows, rest = rest[0], [rows]
+        return torch.Size([rows if place.start is None or place.stop is None else place.stop - place.start, *rest])
 
     def start_weight(self, place: Place) -> Tensor:
         """The base's values of the numbers this technique trains at a place."""
@@ -153,8 +161,8 @@ def view_of(
         batch: the rows.
         columns: what to make.
         now: the clock.
-        read: what the model reads instead of the batch; the base reads the batch.
-        embed: what becomes of the embeddings [B, T, D] that the model reads; the base's stay.
+        read: what the model reads instead of the batch, in every pass.
+        embed: what becomes of the embeddings [B, T, D], in every pass.
         remembered: the state of the technique that asks for another pass, by the pass's name.
         keep_hidden: keep the last hidden states.
         pack: run the rows without padding; None: as the run does.
@@ -166,6 +174,7 @@ def view_of(
     keys = draws.keys(now.seed, now.step, row_number[where.row_N], where.source_N)
 
     def run(change: BlockChange | None = None, context_BT: Tensor | None = None, *, trains: bool = trains) -> Hidden:
+        # What is compared must have read the same.
         reading = batch if read is None else read
         at = now if trains else None
         return hidden(tune, reading, pack=pack, embed=embed, blocks=change, context_BT=context_BT, draws_at=at)
@@ -175,11 +184,9 @@ def view_of(
         others = {}
         for one in sorted(chunked.passes_of(columns), key=lambda one: one.at == ""):
             change = disturbance(one, batch, now, remembered.get(one.name, {}))
-            others[one.name] = (
-                _other(tune, one, batch, where, change, pack=pack)
-                if one.at
-                else _again(tune, one, where, partial(run, change, trains=trains and one.gradient))
-            )
+            # Dropout is the training pass's alone.
+            draws_here = trains and one.gradient and not one.at
+            others[one.name] = (_other if one.at else _again)(tune, one, where, partial(run, change, trains=draws_here))
         context_BT = _context(batch, where) if chunked.CONTEXT_ATTENTION in columns else None
         states = run(context_BT=context_BT)
         found = chunked.compute(
@@ -215,10 +222,10 @@ def _context(batch: Batch, where: Targets) -> Tensor:
     return context_BT
 
 
-def _other(tune: Tune, one: OtherPass, batch: Batch, where: Targets, change: BlockChange | None, *, pack: bool) -> chunked.Other:
-    """Another pass, as far as the head. The base and snapshots read the batch itself, whatever the model reads in this step."""
+def _other(tune: Tune, one: OtherPass, where: Targets, run: Callable[[], Hidden]) -> chunked.Other:
+    """A pass of other weights, as far as the head."""
     with tune.at(one.at), evaluating(tune.model):
-        states_ND = hidden(tune, batch, pack=pack, blocks=change).at(where.row_N, where.source_N)
+        states_ND = run().at(where.row_N, where.source_N)
         return chunked.Other(states_ND, head_now(tune))
 
 

@@ -203,7 +203,7 @@ def add_additive(tune: Attached, slot: str, value: Additive, services: Services,
         addition = Addition(slot, place, value=value, shared=shared)
         tensors = value.start(place, whole(values), services)
         changes = value.refresh is not None
-        own(tune, addition, tensors, changes=changes, rates=value.rates, axes=value.axes, frozen=value.frozen)
+        own(tune, addition, tensors, changes=changes, rates=value.rates, axes=value.axes, frozen=value.frozen, wide=value.wide)
         if value.subtract:
             _refuse_sharded(tune, slot, place, "takes its start out of the weight")
             _take_out(tune, place, value.delta(addition.masters()))
@@ -217,7 +217,7 @@ def _shared(tune: Attached, slot: str, value: Additive | HiddenEdit, places: Seq
     """What all places of a technique have in common."""
     if value.shared is None:
         return None
-    return own(tune, Own(slot, None), value.shared(places, services), rates=value.rates)
+    return own(tune, Own(slot, None), value.shared(places, services), rates=value.rates, wide=value.wide)
 
 
 def remember(tune: Attached, parameters: Iterable[str]) -> None:
@@ -264,7 +264,16 @@ def add_edit(tune: Attached, slot: str, value: HiddenEdit, services: Services, s
             )
         edit = Edit(slot, place, value=value, shared=shared)
         tensors = value.start(place, width_in, width_out, services)
-        own(tune, edit, tensors, changes=value.refresh is not None, rates=value.rates, frozen=value.frozen)
+        own(
+            tune,
+            edit,
+            tensors,
+            changes=value.refresh is not None,
+            rates=value.rates,
+            frozen=value.frozen,
+            undecayed=value.undecayed,
+            wide=value.wide,
+        )
         tune.site(place.module).edits.append(edit)
     tune.edits.append((slot, value, state))
 
@@ -289,10 +298,13 @@ def add_prompt(tune: Attached, slot: str, value: Prompt, services: Services) -> 
     if value.labels is not None:
         tune.prompt_labels = value.labels(services).cpu()
         length = len(tune.prompt_labels)
-    prompt = own(tune, Own(slot, None), value.start(table_VD, services), rates=value.rates, frozen=value.frozen)
-    for one in prompt.trained.values():
+    tensors = value.start(table_VD, services)
+    prompt = own(tune, Own(slot, None), tensors, rates=value.rates, frozen=value.frozen, wide=value.wide)
+    for name, one in prompt.trained.items():
         # Embeddings do not belong near zero.
         one.decay = False
+        if name in value.own_rates and services.now.run_rate:
+            one.rate = value.own_rates[name] / services.now.run_rate
     tune.site(tune.parts.embedding).prompts.append((prompt, value))
     tune.prompt_length = length
 
@@ -338,8 +350,11 @@ def own(
     rates: Mapping[str, float] = {},
     axes: Mapping[str, int] = {},
     frozen: Container[str] = (),
+    undecayed: Container[str] = (),
+    wide: frozenset[str] = frozenset(),
 ) -> Owned:
     """Make a technique's tensors trained ones and give them to their owner, with those that do not train."""
+    owner.wide = wide
     for name, values in tensors.items():
         if name in frozen:
             owner.frozen[name] = _own_values(tune, values)
@@ -347,7 +362,7 @@ def own(
         master = _own_values(tune, values).requires_grad_(True)
         trained = Trained(f"{owner.name}.{name}", owner.slot, owner.place, form, None, master, master, changes=changes)
         trained.rate, trained.axis = rates.get(name, 1.0), axes.get(name, 0)
-        trained.decay = master.ndim > 1
+        trained.decay = master.ndim > 1 and name not in undecayed
         owner.trained[name] = trained
         tune.register(trained)
     if owner not in tune.owns:

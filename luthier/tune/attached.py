@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from luthier.kinds import Additive, Freezing, HiddenEdit, Place, Prefix, Seen, Selective, State
@@ -22,7 +23,7 @@ from luthier.models.quantized import QuantizedLinear
 from luthier.models.sharding import Root, put
 from luthier.tune import saving
 from luthier.tune.sites import Own, Site
-from luthier.tune.trained import Trained, region, watch, write
+from luthier.tune.trained import Trained, region, region_of, watch, write
 from luthier.tune.turns import Turns
 
 Result = TypeVar("Result")
@@ -113,6 +114,32 @@ class Attached:
     def region(self, place: Place) -> Tensor:
         """The live values at a place: a view, [O, I] for linear maps however they are stored; of a quantized weight a copy."""
         return region(self.model, place, self.parts.transposed)
+
+    def held(self, place: Place) -> Tensor:
+        """The values at a place without a graph, [O, I] for linear maps: the live ones, or where optimizers hold some of them in a wider
+        type a copy in that."""
+        if any(one.master.dtype != self.model.get_parameter(place.parameter).dtype for one in self._in_place(place.parameter)):
+            return region_of(self.widened(place.parameter), place, self.parts.transposed)
+        return self.region(place).detach()
+
+    def widened(self, parameter: str) -> Tensor:
+        """A copy of a whole parameter's values as the model stores them, in fp32 or wider, those that train as optimizers hold them."""
+        live = self.model.get_parameter(parameter).data
+        values = live.to(torch.promote_types(live.dtype, torch.float32), copy=True)
+        for one in self._in_place(parameter):
+            if one.form == "whole":
+                values.copy_(one.master.detach())
+            elif one.place is not None:
+                write(region_of(values, one.place, self.parts.transposed), one.form, one.index, one.master.detach())
+        return values
+
+    def _in_place(self, parameter: str) -> list[Trained]:
+        """What trains of a parameter's own numbers."""
+        return [
+            one
+            for one in self.trained.values()
+            if one.place is not None and one.place.parameter == parameter and one.form not in ("factor", "free")
+        ]
 
     def register(self, trained: Trained) -> None:
         """Take a tensor into the run and watch for its gradients."""

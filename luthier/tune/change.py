@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 
 import torch
 from torch import Tensor
@@ -82,8 +82,25 @@ def start_observing(tune: Attached, now: Now) -> None:
     )
 
 
-def observe(tune: Attached, total: Callable[[Tensor], Tensor]) -> None:
-    """Hand each observer the dense gradient of the whole step, once a place.
+def observed(tune: Attached) -> list[str]:
+    """Names of what trains at the places that are observed in this step."""
+    return [one.name for one in tune.trained.values() if (one.slot, one.place) in tune.observing]
+
+
+def observe(
+    tune: Attached,
+    total: Callable[[Tensor], Tensor],
+    received: Mapping[str, Tensor],
+    factor: Callable[[Collection[str]], float],
+) -> None:
+    """Hand each observer the dense gradient of the whole step, once a place, as optimizers received it.
+
+    Args:
+        tune: what is attached.
+        total: sums over the processes.
+        received: what the optimizers received of whole tensors that train, by name.
+        factor: by how much the gradients of some tensors were scaled on their way to the optimizers. Of numbers that do not train there
+            is nothing that was received: they count as those that do at the same place.
 
     Raises:
         LuthierError: a place saw no gradient, so that what was observed would be silently wrong.
@@ -93,7 +110,7 @@ def observe(tune: Attached, total: Callable[[Tensor], Tensor]) -> None:
             continue
         for place in _places(tune, slot):
             if (slot, place) in tune.observing:
-                value.observe(state, place, _dense(tune, slot, place, total))
+                value.observe(state, place, _dense(tune, slot, place, total, received, factor))
     tune.dense.clear()
     tune.observing = frozenset()
 
@@ -105,17 +122,25 @@ def observe_nothing(tune: Attached) -> None:
         tune.dense[slot, place] = torch.zeros_like(values, dtype=torch.promote_types(values.dtype, torch.float32))
 
 
-def _dense(tune: Attached, slot: str, place: Place, total: Callable[[Tensor], Tensor]) -> Tensor:
+def _dense(
+    tune: Attached,
+    slot: str,
+    place: Place,
+    total: Callable[[Tensor], Tensor],
+    received: Mapping[str, Tensor],
+    factor: Callable[[Collection[str]], float],
+) -> Tensor:
     trained = tune.trained.get(f"{slot}/{place}")
-    if trained is not None and trained.form == "whole" and trained.gradient is not None:
+    if trained is not None and trained.form == "whole" and trained.name in received:
         # What trains was summed over the processes already.
-        gradient = whole(trained.gradient)
+        gradient = whole(received[trained.name])
         return gradient.t() if place.module in tune.parts.transposed and gradient.ndim == 2 else gradient
     if (slot, place) not in tune.dense:
         raise LuthierError(
             f"`{slot}` observes a place that no gradient reached", where=str(place), mend="leave this role out of it"
         )
-    return total(tune.dense[slot, place])
+    here = [one.name for one in tune.trained.values() if one.slot == slot and one.place == place]
+    return total(tune.dense[slot, place]) * factor(here)
 
 
 def refresh(tune: Attached, services_of: Callable[[str], Services], now: Now) -> list[str]:
@@ -244,8 +269,10 @@ def _resize(tune: Attached, slot: str, place: Place, size: Resize) -> str:
 
 def join(tune: Attached, owner: Addition | Edit, tensors: Tensors) -> None:
     """Let more tensors of a technique stand at a place."""
-    axes = owner.value.axes if isinstance(owner.value, Additive) else {}
-    own(tune, owner, tensors, changes=True, rates=owner.value.rates, axes=axes, frozen=owner.value.frozen)
+    value = owner.value
+    axes = value.axes if isinstance(value, Additive) else {}
+    undecayed = value.undecayed if isinstance(value, HiddenEdit) else frozenset()
+    own(tune, owner, tensors, changes=True, rates=value.rates, axes=axes, frozen=value.frozen, undecayed=undecayed, wide=value.wide)
     for name in tensors:
         if name in owner.trained:
             tune.renewed(owner.trained[name])

@@ -72,6 +72,17 @@ def refuse_unmergeable(tune: Attached) -> None:
         )
 
 
+def lacking_bias(tune: Attached) -> list[str]:
+    """The techniques, by slot, whose edits would fold into a bias that the model lacks: what they learn stays beside the weights."""
+    found: dict[str, bool] = {}
+    for site in tune.sites.values():
+        if getattr(site.module, "bias", None) is None:
+            for edit in site.edits:
+                if not found.get(edit.slot) and edit.value.fold is not None and edit.place is not None and edit.place.tensor:
+                    found[edit.slot] = edit.value.fold(edit.masters(), tune.region(edit.place).detach(), None)[1] is not None
+    return [slot for slot, lacks in found.items() if lacks]
+
+
 def _folds(tune: Attached, edit: Edit) -> bool:
     """Whether an edit is a change of its module's own weight: not of one that another module reads as well."""
     place = edit.place

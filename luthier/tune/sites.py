@@ -25,6 +25,10 @@ def _entering(arguments: tuple[Any, ...], named: dict[str, Any]) -> Tensor:
     return entering
 
 
+def _cast(values: Tensor, dtype: torch.dtype | None) -> Tensor:
+    return values if dtype is None or values.dtype == dtype or not values.is_floating_point() else values.to(dtype)
+
+
 @dataclass(eq=False)
 class Own:
     """One technique's trained tensors at one place."""
@@ -36,6 +40,8 @@ class Own:
     """What belongs to the technique and does not train."""
     shared: Own | None = None
     """What all places of the technique have in common."""
+    wide: frozenset[str] = frozenset()
+    """Names of tensors that are never cast."""
 
     @property
     def name(self) -> str:
@@ -48,14 +54,11 @@ class Own:
         return bool(self.trained or self.frozen)
 
     def tensors(self, dtype: torch.dtype | None = None) -> Tensors:
-        """The tensors by name, cast to the type of the computation they join."""
-        found = {} if self.shared is None else self.shared.tensors(dtype)
-        found.update((name, one.leaf) for name, one in self.trained.items())
+        """The tensors by name, cast to the type of the computation they join, but for those that stay wide."""
+        found: Tensors = {name: one.leaf for name, one in self.trained.items()}
         found.update(self.frozen)
-        return {
-            name: one if dtype is None or one.dtype == dtype or not one.is_floating_point() else one.to(dtype)
-            for name, one in found.items()
-        }
+        before = {} if self.shared is None else self.shared.tensors(dtype)
+        return before | {name: one if name in self.wide else _cast(one, dtype) for name, one in found.items()}
 
     def now(self: Owned) -> Owned:
         """The same with copies of the values as they are, none of which trains."""

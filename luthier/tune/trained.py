@@ -10,6 +10,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -54,6 +55,14 @@ class Trained:
         return self.start if self.decays_to_start else None
 
     @property
+    def value(self) -> Tensor:
+        """The master's numbers, in a loss: its gradient arrives here in the master's type."""
+        if self.leaf is self.master or self.is_live:
+            return self.leaf
+        value: Tensor = _Value.apply(self.leaf, self)  # type: ignore[no-untyped-call]
+        return value
+
+    @property
     def numel(self) -> int:
         """Numbers that train."""
         return self.master.numel()
@@ -72,16 +81,36 @@ class Trained:
             self.gradient.add_(gradient.detach())
 
 
+class _Value(torch.autograd.Function):
+    """A master in the place of the narrower leaf that stands for it in the model."""
+
+    @staticmethod
+    def forward(ctx: Any, leaf: Tensor, one: Trained) -> Tensor:
+        ctx.one, ctx.like = one, leaf
+        return one.master.detach().clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        ctx.one.arrive(gradients[0])
+        # The leaf hears of it all the same: who waits for its gradient must not wait for ever.
+        return torch.zeros_like(ctx.like), None
+
+
 def region(model: nn.Module, place: Place, transposed: frozenset[str]) -> Tensor:
     """The live values at a place as a view: [O, I] for linears however they are stored, only this place's rows of a fused one.
 
     Of a quantized weight it is a dequantized copy: writing to it changes nothing.
     """
     held = holder(model, place.parameter)
-    values = model.get_parameter(place.parameter).data if held is None else held.dequantized()
-    if held is None and place.module in transposed and values.ndim == 2:
-        values = values.t()
-    return values if place.start is None else values[place.start : place.stop]
+    if held is None:
+        return region_of(model.get_parameter(place.parameter).data, place, transposed)
+    return held.dequantized()[place.start : place.stop]
+
+
+def region_of(values: Tensor, place: Place, transposed: frozenset[str]) -> Tensor:
+    """The part of a parameter's values that is a place, as a view: [O, I] for linears however they are stored."""
+    turned = values.t() if place.module in transposed and values.ndim == 2 else values
+    return turned if place.start is None else turned[place.start : place.stop]
 
 
 def read(values: Tensor, form: Form, index: Tensor | None) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager
 
 from torch import Tensor
@@ -73,9 +73,19 @@ class Tune(Attached):
         """Take part in the sums of observed gradients without rows of one's own."""
         change.observe_nothing(self)
 
-    def observe(self, total: Callable[[Tensor], Tensor]) -> None:
-        """Hand every observer its dense gradient of the step, once, summed over processes by `total`."""
-        change.observe(self, total)
+    def observed(self) -> list[str]:
+        """Names of what trains at the places that are observed in this step."""
+        return change.observed(self)
+
+    def observe(
+        self,
+        total: Callable[[Tensor], Tensor],
+        received: Mapping[str, Tensor],
+        factor: Callable[[Collection[str]], float],
+    ) -> None:
+        """Hand every observer its dense gradient of the step, once, summed over processes by `total`, as optimizers received it: see
+        `luthier.tune.change.observe`."""
+        change.observe(self, total, received, factor)
 
     def refresh(self, services_of: Callable[[str], Services], now: Now) -> list[str]:
         """Let techniques change what trains behind a step. Returns one sentence for each change."""

@@ -3,12 +3,21 @@ learnt meets. Each part keeps what it promises beside the others."""
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from itertools import combinations
+from typing import Any
 
 import pytest
+import torch
 
+from luthier.columns.chunked import passes_of, resolve
+from luthier.columns.losses import nll
 from luthier.errors import LuthierError
-from luthier.registry import kinds_under
+from luthier.kinds import Column, Term, TokenWeight, View
+from luthier.registry import key_of, kinds_under
+from luthier.training.services import view_of
+from tests.conftest import split
 from tests.contracts.combinations import (
     BESIDE,
     REFUSED,
@@ -23,7 +32,7 @@ from tests.contracts.combinations import (
     try_out,
 )
 from tests.contracts.covering import covering, uncovered
-from tests.contracts.fixtures import FREES, LEARNING, RUNS
+from tests.contracts.fixtures import FREES, LEARNING, NOW, RUNS, engine_of, part_of, rows_for
 from tests.contracts.invariants import check
 from tests.toys.helpers import toys  # noqa: F401
 
@@ -64,6 +73,74 @@ PROMISED = [("dft", "kl"), ("sstoken", "tl_weights"), ("q_tuning", "masked_thoug
 @pytest.mark.parametrize(("one", "other"), PROMISED)
 def test_these_are_promised_to_go_together(one: str, other: str) -> None:
     assert any({one, other} <= {name for _, name in chosen} for chosen in ARRAYS)
+
+
+COMPARING = [
+    one
+    for one in LEARNING
+    if any(other.at for value in part_of(*one).values for other in passes_of(resolve(getattr(value, "columns", ()))))
+]
+"""Techniques that compare the model with other weights."""
+MAPS = [one for one in LEARNING if one[0] == "input_map"]
+
+
+@pytest.mark.parametrize("one", COMPARING, ids=lambda one: one[1])
+@pytest.mark.parametrize("given", MAPS, ids=lambda one: one[1])
+def test_both_sides_of_a_comparison_read_the_same(one: Technique, given: Technique) -> None:
+    """The model read the changed input and the base the clean rows, so that a model that is its base differed from it."""
+    kinds = {one[0]: part_of(*one), given[0]: part_of(*given)}
+    learnt = [part for kind, part in kinds.items() if key_of(kind) == "objective"]
+    weights = [part for kind, part in kinds.items() if key_of(kind) == "token_weight"]
+    run = engine_of(objective=["cross_entropy", *learnt], token_weight=weights)
+    batch, now = rows_for(kinds), NOW._replace(step=NOW.steps - 1)
+    passes = [other for other in passes_of(run.objective.columns()) if other.at]
+    columns = [Column(f"nll of {p.name}", lambda chunk, p=p: nll(chunk.others[p.name], chunk.label_C), (p,)) for p in passes]
+    read = run.inputs.read(batch, now)
+    embed = run.inputs.embed(read, now)
+    view = view_of(run.tune, batch, [*resolve(["nll"]), *columns], now, read=read, embed=embed)
+    clean = view_of(run.tune, batch, resolve(["nll"]), now)
+    assert passes and not torch.allclose(view["nll"], clean["nll"])
+    for column in columns:
+        assert torch.allclose(view[column.name], view["nll"].detach(), atol=1e-5), column.name
+
+
+BESIDE_A_LEARNT_PROMPT = [one for one in LEARNING if refused(one, ("prompt", "cpt")) is None and one[0] != "input_map"]
+
+
+@pytest.mark.parametrize("one", BESIDE_A_LEARNT_PROMPT, ids=lambda one: one[1])
+def test_rules_over_rows_see_the_rows_own_targets(one: Technique) -> None:
+    """Targets of a context that stands before every row were taken for the row's own by what goes by rows."""
+    seen: list[torch.Tensor] = []
+    batch = rows_for([one[0]])
+    own = {(row, int(where)) for row, b in zip(batch.row_ids, batch.label_BT) for where in (b >= 0).nonzero()}  # noqa: B905
+
+    def watch_view(view: View) -> None:
+        seen.append(view.batch.token_ids_BT[view.row_N, view.position_N])
+        assert int(view.targets_by_row().sum()) == int(view.batch.targets_by_row().sum()) == len(view["nll"]) <= len(own)
+
+    def watched(value: Any) -> Any:
+        if isinstance(value, TokenWeight):
+            weigh, look, count = value.weigh, value.look, value.count
+            return value._replace(
+                weigh=weigh and (lambda view: (watch_view(view), weigh(view))[1]),
+                look=look and (lambda table: (seen.append(table.position_M - length), look(table))[1]),
+                count=count and (lambda rows: (seen.append(rows.token_ids_BT[rows.label_BT >= 0]), count(rows))[1]),
+            )
+        if isinstance(value, Term) and value.unit == "row":
+            total, count_rows = value.total, value.count
+            return value._replace(
+                total=lambda view, tensors: (watch_view(view), total(view, tensors))[1],
+                count=count_rows and (lambda rows: (seen.append(rows.token_ids_BT[rows.label_BT >= 0]), count_rows(rows))[1]),
+            )
+        return value
+
+    part = part_of(*one)
+    part = replace(part, values=tuple(watched(value) for value in part.values))
+    run = engine_of(tune=[part_of("prompt", "cpt")], **{key_of(one[0]): [part]})
+    length = run.tune.prompt_length
+    assert int((run.tune.prompt_labels >= 0).sum()) > 0
+    result = run.step(split(batch, (5, 3)), NOW._replace(step=NOW.steps - 1))
+    assert math.isfinite(result.loss) and all(bool((some >= 0).all()) for some in seen)
 
 
 def test_the_arrays_are_the_same_every_time() -> None:

@@ -24,7 +24,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "tasks by their losses": {"token_weight": {"convergence_balance": {"validation_source": "other", "every": 1, "window": 2}}},
     "attention and an earlier state": {
         "tune": "lora",
-        "token_weight": {"sstoken": {"attention_only": 0.25, "every": 2, "average": 0.5}},
+        "token_weight": {"sstoken": {"attention_only": 0.25, "every": 2, "average": 0.9}},
     },
     "reference": {"token_weight": "beats_reference"},
     "penalty": {"objective": ["cross_entropy", {"pull_to_start": {"weight": 1.0}}, "extra_head"]},

@@ -250,14 +250,15 @@ def test_a_bad_file_of_rows(file: str, content: Content, where: list[str], mend:
         ({"rows.train": "*.none"}, ["*.none"], "the pattern"),
         ({"rows.train": "n" * 5000}, ["nnn"], "check the path"),
         ({"rows.train": "~nobody-of-this-name/rows"}, ["~nobody"], "check the path"),
-        ({"rows.train": ["rows.jsonl", "same.jsonl"]}, ["rows.jsonl:1", "same.jsonl:1"], "ids"),
+        ({"rows.train": ["own.jsonl", "same.jsonl"]}, ["own.jsonl:1", "same.jsonl:1"], "ids"),
         ({"rows.max_tokens": 8}, ["rows.jsonl:1 (row "], "raise max_tokens"),
         ({"rows.max_tokens": 3, "rows.too_long": "right"}, ["rows.jsonl:1 (row "], "mend these rows"),
         ({"rows.shape": "messages"}, ["rows.jsonl:1"], "mend these rows"),
     ],
 )
 def test_rows_that_do_not_fit_the_recipe(changes: dict[str, Any], where: list[str], mend: str, tmp_path: Path) -> None:
-    put(tmp_path / "same.jsonl", ROWS[:1])
+    for number, name in enumerate(("own.jsonl", "same.jsonl")):
+        put(tmp_path / name, [{**ROWS[number], "id": "x"}])
     refused_to_train(tmp_path, write_recipe(tmp_path, changes), where, mend)
 
 

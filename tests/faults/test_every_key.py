@@ -44,6 +44,8 @@ ASKS = {"asked": {"rows": ASKED, "metric": "contains", "max_new_tokens": 2}}
 ELSEWHERE = {
     "control": "tests/unit/test_control.py::test_a_run_is_compared_with_the_run_it_names",
     "revision": "tests/faults/test_every_key.py::test_the_revision_chooses_the_weights",
+    "rows.template": "tests/unit/test_rows_template.py::test_one_of_several_templates",
+    "rows.template_options": "tests/unit/test_rows_template.py::test_the_day_that_a_template_is_told_can_be_set",
     "track": "tests/unit/test_trackers.py::test_a_run_in_tensorboard_reads_back",
     "trust_remote_code": "tests/faults/test_every_key.py::test_code_that_comes_with_a_model_runs_only_when_trusted",
 }

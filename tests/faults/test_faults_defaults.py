@@ -32,6 +32,13 @@ def test_low_rank_deltas_stand_at_all_linear_maps_by_default() -> None:
     assert len(plan({"lora": {"roles": ["attention"]}}).warnings()) == 1
 
 
+def test_what_a_model_lacks_biases_for_is_said_before_training() -> None:
+    """Shifts of a model without biases stay beside the weights, and only the end of the run said so."""
+    warnings = plan({"ssf": {"shift": "everywhere"}}).warnings()
+    assert ["`ssf` learns shifts" in warning and "cannot be exported" in warning for warning in warnings] == [True]
+    assert plan({"ssf": {"shift": "none"}}).warnings() == plan("ia3").warnings() == []
+
+
 def test_a_recipe_without_a_rate_gets_the_most_careful_advice() -> None:
     rates = {name: registry.find(name).card.learning_rate for name in ("half", "lora")}
     mixed = plan([{"half": {"roles": ["mlp"]}}, {"lora": {"roles": ["attention"]}}])

@@ -66,6 +66,26 @@ def test_linear_has_the_gradient_of_cross_entropy_times_beta(beta: float) -> Non
         assert torch.allclose(found, scale * plain, atol=1e-15)
 
 
+def test_the_reward_of_a_model_that_is_its_base_is_zero_whatever_it_reads(engine: Any, now: Now) -> None:
+    """With masked or noisy inputs the base read the clean rows: targets were rewarded and stopped before anything had moved."""
+    for changed in ({"masked_thought": {"rate": 0.4, "warmup": 0.0, "mask_id": 3}}, "neftune"):
+        for objective in ("f_divergence", "f_divergence_rows"):
+            result = engine(objective=[objective, changed], dtype=torch.float64).step([rows_of_eight()], now)
+            assert abs(result.loss) < 1e-6 and result.notes["weight 0 or below"] == 0.0, (objective, changed)
+
+
+@pytest.mark.parametrize("objective", ["f_divergence", "f_divergence_rows"])
+def test_with_dropout_the_base_answers_without_it_as_the_card_says(engine: Any, now: Now, objective: str) -> None:
+    run = engine([{"lora": {"dropout": 0.5}}], objective=objective, model=model_of())
+    run.tune.set({name: torch.full_like(one.master, 0.1) for name, one in run.tune.trained.items()})
+    base = view_of(engine(model=model_of()).tune, rows_of_eight(), resolve(["nll"]), now)["nll"]
+    columns = resolve(["nll", "reference_nll"])
+    views = [view_of(run.tune, rows_of_eight(), columns, now, trains=trains) for trains in (True, False)]
+    assert all(torch.equal(view["reference_nll"], base.detach()) for view in views)
+    assert not torch.allclose(views[0]["nll"], views[1]["nll"])
+    assert "without dropout" in registry.find(objective).card.departs
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_a_model_that_is_its_base_learns_as_by_cross_entropy(engine: Any, now: Now, name: str) -> None:
     """At the first step: a wrong reference would show. The model's norms round to fp32 behind another scale."""

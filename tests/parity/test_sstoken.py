@@ -221,6 +221,17 @@ def test_the_history_follows_the_model(engine: Any, now: Now) -> None:
     assert spans[1, 0.9][0] < 1e-9 and FLOOR < spans[1, 0.9][1] < spans[None, 0.0][2] and spans[1, 0.9][3] < spans[None, 0.0][3]
 
 
+def test_of_the_history_the_average_stays(engine: Any, now: Now) -> None:
+    """With 0.9, nine tenths of the history stay at each step and one comes from the model."""
+    run = engine("lora", model=model_of(), step="adamw", token_weight={"sstoken": {"every": 1, "average": 0.9}})
+    wanted = {name: one.master.detach().clone() for name, one in run.tune.trained.items()}
+    for i in range(2):
+        run.step([rows_of_eight()], now._replace(step=i, learning_rate=0.02))
+        wanted = {name: 0.9 * wanted[name] + 0.1 * one.master.detach() for name, one in run.tune.trained.items()}
+        for name, value in wanted.items():
+            assert torch.allclose(run.tune.snapshots["sstoken"][f"master|{name}"], value, atol=1e-12)
+
+
 def test_together_with_another_weight(engine: Any) -> None:
     """Kept targets count as much as the model believes in them; still divided by how many are kept."""
     batch = rows_of_eight()

@@ -46,6 +46,30 @@ def test_calibration_looks_from_moved_weights_and_puts_them_back(engine: Any, no
     assert torch.allclose(services.gradients(calibration(8, ""), [place])[place], moved, atol=1e-12)
 
 
+def test_a_model_in_bf16_is_looked_at_from_steps_that_bf16_rounds_away(engine: Any, now: Now) -> None:
+    """Changes were rounded into bf16 weights, so that gradients behind a small step were those before it; and they were added to what the
+    model rounds, not to what optimizers hold."""
+    places, wanted, found = [], {}, {}
+    for dtype in (torch.float64, torch.bfloat16):
+        model = model_of(tied=True).to(torch.bfloat16)
+        run = engine("full", model=model.to(dtype), dtype=dtype)
+        places = run.tune.parts.select(roles=("mlp_down", "embedding"))
+        services = run.services("full", now)
+        for name, one in run.tune.trained.items():
+            run.tune.set({name: one.master.detach() * (1 + 2**-12)})
+        # The fp64 model's masters are its weights: start them where the other's are.
+        moved = {place: 2**-11 * services.weight(place).to(torch.float32 if dtype == torch.bfloat16 else dtype) for place in places}
+        before = {name: one.clone() for name, one in run.tune.model.named_parameters()}
+        kept = dict(run.tune.model.named_parameters())
+        at = services.gradients(list(services.batches(8)), places, moved)
+        (wanted if dtype == torch.float64 else found).update(at)
+        assert all(one is kept[name] and torch.equal(one, before[name]) for name, one in run.tune.model.named_parameters())
+        assert run.tune.model.lm_head.weight is run.tune.model.model.embed_tokens.weight
+    for place in places:
+        gap = float((found[place].double() - wanted[place]).norm() / wanted[place].norm())
+        assert gap < 1e-4, (str(place), gap)
+
+
 def test_calibration_reads_real_tokens_alone(engine: Any, now: Now) -> None:
     run = engine(["plain_prompt", "lora"])
     seen: dict[Place, int] = {}

@@ -187,6 +187,19 @@ def test_covariances_are_those_of_every_row_by_itself(architecture: str, rescale
     assert gap(found, sums) < 1e-9
 
 
+def test_factors_do_not_follow_from_how_calibration_rows_are_batched(engine: Any) -> None:
+    """Each row is divided by its own largest input, whatever rows stand beside it."""
+    found = []
+    for sizes in ((1,) * 8, (8,), (3, 3, 2)):
+        batches = split(rows_of_eight(), sizes)
+        made = corda(calibration_rows=8)
+        run = engine(made, model=model_of(layers=1), calibration=lambda count, source, batches=batches: batches)
+        # The product alone: singular vectors have no sign of their own.
+        found.append({own.name: own.masters()["up_start"] @ own.masters()["down_start"] for own in run.tune.owns})
+    for other in found[1:]:
+        assert gap(other, found[0]) < 1e-9
+
+
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 def test_it_trains_like_factors_cut_out_of_the_weight(engine: Any, now: Now, architecture: str) -> None:
     """Beside W - s B0 A0, the gradient of B is s G A^T and that of A is s B^T G, with G the weight's."""

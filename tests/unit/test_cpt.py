@@ -11,17 +11,19 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from luthier.columns.chunked import resolve
 from luthier.errors import LuthierError
 from luthier.kinds import Batch, Now
 from luthier.methods.prompt.cpt import at_width, context_of, cpt, project
+from luthier.methods.term._coverage import coverage_factor
 from luthier.models.parts import map_parts
 from luthier.training.engine import with_context
-from luthier.training.services import RunServices
+from luthier.training.services import RunServices, view_of
 from luthier.tune import Tune
 from luthier.tune.forward import hidden
 from tests.conftest import make_batch, split
 from tests.tolerance import TINY, assert_rounded
-from tests.toys.helpers import model_of
+from tests.toys.helpers import model_of, rows_of_eight
 
 BOTH = pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 ROWS = make_batch([(5, 1), (7, 2), (6, 1)], seed=3)
@@ -97,6 +99,49 @@ def test_without_weights_of_the_context_the_loss_still_counts_its_targets(engine
     assert math.isclose(run.step([batch], now).loss, own / 3, rel_tol=1e-10)
 
 
+@pytest.mark.parametrize("sizes", [(8,), (3, 1, 4)])
+def test_a_term_over_rows_is_of_the_rows_own_targets(engine: Any, now: Now, sizes: tuple[int, ...]) -> None:
+    """The context's targets counted into each row's mean and probability, and a row without targets became one with those."""
+    batch = rows_of_eight()
+    run = engine({"cpt": {"examples": 3}}, model=model_of(), objective="poft", calibration=rows)
+    view = view_of(run.tune, with_context(batch, run.tune.prompt_labels), resolve(["nll"]), now)
+    own_N = view.position_N >= run.tune.prompt_length
+    has_B = batch.targets_by_row() > 0
+    sums_B = torch.zeros(8, dtype=torch.float64).index_add(0, view.row_N[own_N], view["nll"].detach()[own_N])
+    margin_B = -sums_B / batch.targets_by_row().clamp(min=1) - batch.columns["aligned_log_likelihood"]
+    wanted = float(-(functional.logsigmoid(margin_B) * has_B).sum() / has_B.sum())
+    weight = float((torch.sigmoid(-margin_B) * batch.targets_by_row()).sum() / batch.supervised)
+    result = run.step(split(batch, sizes), now)
+    assert result.loss == pytest.approx(wanted, rel=1e-6)
+    assert result.notes["poft weight"] == pytest.approx(weight, rel=1e-6)
+    # As likely as not, of one token: far from 0 for the row, and 0 with the context's targets in it.
+    run = engine({"cpt": {"examples": 3}}, model=model_of(), objective={"dco": {"samples": 4}}, calibration=rows)
+    factor_B = coverage_factor(sums_B, 4)
+    wanted = float((factor_B * sums_B).sum() / has_B.sum())
+    assert run.step(split(batch, sizes), now).loss == pytest.approx(wanted, rel=1e-6)
+
+
+@pytest.mark.parametrize("sizes", [(8,), (3, 1, 4)])
+@pytest.mark.parametrize("weight", ["row_balance", {"answer_coverage": {"samples": 9}}], ids=str)
+def test_other_weights_leave_the_contexts_targets_as_they_are(engine: Any, now: Now, sizes: tuple[int, ...], weight: Any) -> None:
+    """Rules counted the context's targets into each row, and rows without targets had those."""
+    batch = rows_of_eight()
+    run = engine({"cpt": {"examples": 3}}, model=model_of(), token_weight=weight, calibration=rows)
+    plain = engine(model=model_of(), token_weight=weight)
+    looked = plain._look([batch], now)
+    view = view_of(plain.tune, batch, plain.objective.columns(), now)
+    own = plain.objective.weights[0].weight
+    own_N = looked.keeps[0] if looked is not None else own.weigh(view)  # type: ignore[misc]
+    kept = batch if looked is None else looked.batches[0]
+    whole = with_context(kept, run.tune.prompt_labels)
+    seen = view_of(run.tune, whole, resolve(["nll"]), now)
+    virtual_N = seen.position_N < run.tune.prompt_length
+    context_N = run.objective.weights[0].weight.weigh(seen.for_technique(run.states["cpt"]))  # type: ignore[misc]
+    weight_N = context_N.masked_scatter(~virtual_N, own_N.to(context_N))
+    wanted = float((weight_N * seen["nll"].detach()).sum()) / (int(virtual_N.sum()) + int((own_N != 0).sum()))
+    assert run.step(split(batch, sizes), now).loss == pytest.approx(wanted, rel=1e-6)
+
+
 def test_weights_by_hand(engine: Any, now: Now) -> None:
     def loss(examples: list[tuple[int, int]], nll_N: list[float]) -> float:
         """The loss with gamma 0.5 where the targets have these losses, in the order of the text."""
@@ -143,6 +188,20 @@ def test_after_every_step_offsets_lie_in_their_balls_and_targets_have_none(
         norm_P = offset_PD[~is_target_P].norm(dim=1)
         assert bool((norm_P > 0).all()) and float(norm_P.max()) <= length + 1e-6
     assert float(norm_P.max()) == pytest.approx(length, rel=1e-5)
+
+
+def test_of_a_model_in_bf16_only_the_sum_of_embedding_and_offset_is_rounded(engine: Any) -> None:
+    """Embeddings and offsets were rounded before they were added, and their sum once more."""
+    run = engine({"cpt": {"examples": 3}}, model=model_of(), calibration=rows, dtype=torch.bfloat16)
+    (own,) = run.tune.owns
+    offset_PD = torch.randn(run.tune.prompt_length, 32, generator=torch.Generator().manual_seed(0))
+    run.tune.set({"cpt.offset_PD": offset_PD})
+    held = own.masters()
+    wanted_PD = (held["context_PD"].float() + offset_PD * held["moves_P1"]).bfloat16()
+    ids_BT = -1 - torch.arange(run.tune.prompt_length)[None]
+    (_, prompt) = run.tune.site(run.tune.parts.embedding).prompts[0]
+    found_BTD = prompt.apply(own.tensors(torch.bfloat16), ids_BT, torch.zeros(1, len(wanted_PD), 32, dtype=torch.bfloat16))
+    assert torch.equal(found_BTD[0], wanted_PD)
 
 
 def test_a_radius_towards_zero_stays_in_context_learning(engine: Any, now: Now) -> None:

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from luthier.cli import app
 from luthier.errors import LuthierError
-from luthier.export import export_gguf
+from luthier.export import export_gguf, gguf_tokenizer
 from luthier.export.gguf import _check_weights, _neighbors
 from luthier.export.model import PROBES, outputs
 from luthier.kinds import Now
@@ -237,6 +237,56 @@ def test_what_a_file_would_hold_wrongly_is_refused(change: Any, said: str, tmp_p
     with pytest.raises(LuthierError, match=said):
         export_gguf(tune, tokenizer, tmp_path / "model.gguf")
     assert list(tmp_path.iterdir()) == [] and tune.merged is None
+
+
+def with_added(*tokens: AddedToken) -> Any:
+    tokenizer = trained_tokenizer()
+    tokenizer.add_tokens(list(tokens))
+    return tokenizer
+
+
+@pytest.mark.parametrize("flag", ["lstrip", "rstrip", "single_word"])
+@pytest.mark.parametrize("special", [False, True])
+def test_added_tokens_that_take_more_than_their_text_are_refused(flag: str, special: bool, tmp_path: Path) -> None:
+    """A file was written whose readers cut text around such a token otherwise, and the check looked elsewhere."""
+    tokenizer = with_added(AddedToken("<harbor>", special=special, **{flag: True}))
+    with pytest.raises(LuthierError) as told:
+        export_gguf(tuned(model_of("llama")), tokenizer, tmp_path / "model.gguf")
+    assert told.value.what.startswith(f"GGUF cannot hold that the added token `<harbor>` is {flag}")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_added_tokens_that_are_looked_for_in_another_text_are_refused(tmp_path: Path) -> None:
+    """A file holds no normalizer, so that tokens which it finds were lost."""
+    tokenizer = with_added(AddedToken("<harbor>", special=False, normalized=True))
+    tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
+    with pytest.raises(LuthierError, match="the added token `<harbor>` is normalized"):
+        export_gguf(tuned(model_of("llama")), tokenizer, tmp_path / "model.gguf")
+
+
+def test_every_added_token_is_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Added tokens were in none of the texts on which a file's tokenizer was tried."""
+    plain = with_added(AddedToken("<harbor>", special=True), AddedToken("<pier>", special=False, normalized=True))
+    export_gguf(tuned(model_of("llama")), plain, tmp_path / "model.gguf")
+    monkeypatch.setattr(gguf_tokenizer, "_check_added", lambda state, tokenizer: None, raising=False)
+    for one in (AddedToken("<harbor>", lstrip=True), AddedToken("ar", special=False, single_word=True)):
+        with pytest.raises(LuthierError, match="cuts text differently"):
+            export_gguf(tuned(model_of("llama")), with_added(one), tmp_path / "other.gguf")
+
+
+@pytest.mark.parametrize("name", [None, "chat"])
+def test_a_file_keeps_all_chat_templates(name: str | None, tmp_path: Path) -> None:
+    """Of a tokenizer with named templates a file kept one, or could not be written."""
+    tokenizer = trained_tokenizer()
+    others = {"chat": "C" + CHAT_TEMPLATE, "tool_use": "T" + CHAT_TEMPLATE}
+    tokenizer.chat_template = others if name else {"default": CHAT_TEMPLATE, **others}
+    if name is not None:
+        from luthier.rows.template import choose
+
+        choose(tokenizer, name)
+    export_gguf(tuned(model_of("llama")), tokenizer, tmp_path / "model.gguf")
+    found = load_tokenizer(str(tmp_path / "model.gguf")).chat_template
+    assert found == {"default": others["chat"] if name else CHAT_TEMPLATE, **others}, "readers take the default"
 
 
 def test_names_of_files_and_weights_are_checked(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from luthier import registry
 from luthier.errors import LuthierError
 from luthier.kinds import Now
 from luthier.methods.selective._backward_cost import Cost, Load, costs, load_of, spent, worth_training
@@ -212,6 +213,21 @@ def test_measuring_importance_leaves_everything_as_it_was(engine: Any, now: Now)
     assert before.keys() == after.keys() and all(torch.equal(value, after[name]) for name, value in before.items())
     assert grads == [one.requires_grad for one in run.tune.model.parameters()]
     assert run.states["greentrainer"]["selection"] == 3
+
+
+def test_what_a_choice_really_costs_is_logged_and_importance_is_that_for_cross_entropy(engine: Any, now: Now) -> None:
+    """The share of a full backward pass was kept and shown to nobody. Importance is of plain cross-entropy, as the card says, whatever
+    the run minimizes: the choice is the same."""
+    chosen = []
+    for objective in ("cross_entropy", {"dco": {"samples": 4}}):
+        run = engine("greentrainer", model=model_of(), objective=objective, step="adamw")
+        state = run.states["greentrainer"]
+        result = run.step([rows_of_eight()], now)
+        assert 0.0 < state["backward share"] < 1.0
+        assert result.notes.get("greentrainer backward share") == state["backward share"]
+        chosen.append({key: value for key, value in state.items() if key.startswith("trains ")})
+    assert chosen[0] == chosen[1]
+    assert "whatever the run minimizes" in registry.find("greentrainer", ("selective",)).card.departs
 
 
 def test_what_stands_still_keeps_every_bit_and_has_no_optimizer_state(engine: Any, now: Now) -> None:

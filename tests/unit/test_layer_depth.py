@@ -16,7 +16,7 @@ from luthier.errors import LuthierError
 from luthier.kinds import Now, Place
 from luthier.methods.selective._depth import depth
 from luthier.methods.selective.freeze_lower import frozen_blocks
-from luthier.methods.selective.reinitialized_top import family_deviation, fresh
+from luthier.methods.selective.reinitialized_top import fresh
 from luthier.models.parts import map_parts
 from luthier.models.tiny import ARCHITECTURES, tiny, tiny_kind
 from tests.conftest import split
@@ -222,13 +222,16 @@ def test_adams_first_step_by_hand(engine: Any, now: Now) -> None:
 
 @pytest.mark.parametrize("architecture", [name for name in ARCHITECTURES if tiny_kind(name) == "causal"])
 def test_new_blocks_are_those_the_family_itself_would_begin_with(architecture: str) -> None:
-    """Norms and biases equal, matrices of the same deviation: compared with transformers' own initialization."""
+    """Norms and biases equal, matrices of the same deviation: compared with transformers' own initialization, at a deviation that is not
+    the family's default."""
     config = copy.deepcopy(tiny(architecture, layers=3, width=128).config)
+    setattr(config, "init_std" if hasattr(config, "init_std") else "initializer_range", 0.05)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         theirs = transformers.AutoModelForCausalLM.from_config(config)
     parts = map_parts(theirs)
-    deviation = family_deviation(parts.architecture)
+    deviation = parts.initial_deviation
+    assert deviation == 0.05
     rng = torch.Generator().manual_seed(0)
     for place in parts.places:
         if place.block is None:
@@ -285,7 +288,18 @@ def test_new_blocks_are_the_seeds_and_the_base_is_kept(engine: Any) -> None:
     assert not torch.equal(first[name], other[name]) and abs(float(first[name].std()) / 0.5 - 1) < 0.1
 
 
-def test_an_unknown_family_needs_a_deviation() -> None:
-    with pytest.raises(LuthierError, match="how `no_such_family` begins is not known"):
-        family_deviation("no_such_family")
-    assert family_deviation("llama") == 0.02 and family_deviation("opt") == 0.02
+def test_new_blocks_have_the_deviation_of_the_models_own_configuration(engine: Any) -> None:
+    """New matrices were drawn as the family does by default, whatever the configuration of the model itself says."""
+    model = model_of(width=128)
+    model.config.initializer_range = 0.0416667
+    engine("reinitialized_top", model=model)
+    new = model.get_parameter("model.layers.1.mlp.down_proj.weight")
+    assert abs(float(new.detach().std()) / 0.0416667 - 1) < 0.05
+
+
+def test_a_configuration_that_does_not_tell_needs_a_deviation(engine: Any) -> None:
+    model = model_of()
+    model.config.initializer_range = 0.0
+    with pytest.raises(LuthierError, match="does not say with which deviation"):
+        engine("reinitialized_top", model=model)
+    engine({"reinitialized_top": {"deviation": 0.02}}, model=model_of())

@@ -164,6 +164,22 @@ def spread(state: dict[str, Any], key: str, index: Tensor, numel: int) -> Tensor
     return torch.zeros(numel, dtype=state[key].dtype).index_put((index,), state[key])
 
 
+def test_entries_of_a_model_in_bf16_are_ranked_as_their_masters_hold_them(engine: Any, now: Now) -> None:
+    """Later selections ranked the live weights in bf16, in which what was learnt since is rounded away."""
+    run = engine(
+        {"lift": {"rank": 32, "lora_rank": 1, "every": 1, "roles": ["mlp_down"]}}, model=model_of(layers=1), dtype=torch.bfloat16
+    )
+    ((name, one),) = run.tune.trained.items()
+    learnt = one.master.detach() * (1 + 2**-11)
+    run.tune.set({name: learnt})
+    weight = run.services("lift", now).weight(one.place)
+    assert weight.dtype == torch.float32 and torch.equal(weight.flatten()[one.index], learnt)
+    live = run.tune.region(one.place).flatten().float()
+    others = torch.ones_like(live, dtype=torch.bool)
+    others[one.index] = False
+    assert torch.equal(weight.flatten()[others], live[others])
+
+
 def test_moments_of_entries_that_stay_are_kept_and_others_start_at_zero(engine: Any, now: Now) -> None:
     run = engine(lift(every=2), model=model_of(), step="adamw")
     state = run.chain.state["adamw"]

@@ -12,9 +12,18 @@ from torch import Tensor
 
 from luthier.errors import LuthierError
 from luthier.kinds import Now
-from luthier.methods.additive._cosine import HIGHEST, cells, cosine_basis, inverse_transform, located, location_gradients, scatter
+from luthier.methods.additive._cosine import (
+    HIGHEST,
+    cells,
+    cosine_basis,
+    inverse_transform,
+    located,
+    location_gradients,
+    scatter,
+)
 from luthier.registry import make
 from luthier.training.dryrun import peak_of
+from tests.conftest import split
 from tests.toys.helpers import model_of, rows_of_eight
 from tests.unit.test_kinds_resume import assert_equal, assert_resumes, everything, go
 
@@ -95,9 +104,7 @@ def test_location_gradients_worked_by_hand(cell: tuple[int, int], by_row: float,
     assert torch.allclose(torch.cat([row, column]), doubles(2 * by_row, 2 * by_column), atol=1e-12)
 
 
-def test_location_gradients_are_clamped_and_vanish_outside_the_range() -> None:
-    row, column = location_gradients(Z, doubles(10.0), doubles(0.5), doubles(0.5))
-    assert (row.item(), column.item()) == (-2.0, 2.0)
+def test_location_gradients_vanish_outside_the_range() -> None:
     row, column = location_gradients(Z, doubles(0.1, 0.1), doubles(-0.01, 0.5), doubles(0.5, 1.0))
     assert float(row[0]) == 0.0 and float(column[1]) == 0.0
     assert float(column[0]) == pytest.approx(2 * 0.5 * 0.1 * (4 - 1)) and float(row[1]) == pytest.approx(2 * 0.5 * 0.1 * (2 - 4))
@@ -170,7 +177,7 @@ def test_coefficients_and_locations_take_turns_until_the_search_ends(engine: Any
 
 def test_the_papers_turns(now: Now) -> None:
     """Ten steps of coefficients, twenty of locations, over a tenth of the run."""
-    additive, freezing = make("loca", ("additive",)).values
+    additive, _, freezing = make("loca", ("additive",)).values
 
     class One:
         def __init__(self, name: str) -> None:
@@ -221,27 +228,38 @@ def test_merging_adds_the_inverse_transform(engine: Any, architecture: str) -> N
         assert torch.allclose(run.tune.region(own.place), wanted, atol=1e-12)
 
 
-def test_a_model_in_bf16_trains_the_very_cells_that_are_merged() -> None:
-    """Of 768 cells, bf16 tells neighbors apart in the lower third only: a location itself must not be rounded to it."""
-    additive = make({"loca": {"coefficients": 200}}, ("additive",)).values[0]
-    rng = torch.Generator().manual_seed(0)
-    tensors = {
-        "coefficients": torch.randint(1, 9, (200,), generator=rng).float(),
-        "rows": 0.1 * torch.randn(200, generator=rng),
-        "columns": 0.1 * torch.randn(200, generator=rng),
-        "begin": torch.randint(1 << 24, (2, 200), generator=rng),
-        "shape": torch.tensor([768, 768]),
-    }
+def test_a_model_in_bf16_trains_with_what_is_merged(engine: Any) -> None:
+    """Coefficients and the way of locations were rounded to bf16, in which 768 cells are not told apart, before they were used."""
+    run = engine({"loca": {"coefficients": 200}}, model=model_of(layers=1), dtype=torch.bfloat16)
+    run.tune.set({name: 0.1 * random(200, seed=len(name)).float() for name in run.tune.trained})
+    own = run.tune.owns[0]
+    used, merged = own.tensors(torch.bfloat16), own.masters()
+    assert used["rows"].dtype == used["coefficients"].dtype == torch.float32
+    assert torch.equal(own.value.delta(used), own.value.delta(merged))
+    at = {**merged, "shape": torch.tensor([768, 768])}
+    exact = cells(at["begin"][0].double() / (1 << 24) + at["rows"].double(), 768)
+    assert torch.equal(cells(located(at["begin"][0], at["rows"]), 768), exact)
 
-    def cast(dtype: torch.dtype) -> dict[str, Tensor]:
-        return {name: one.to(dtype) if one.is_floating_point() else one for name, one in tensors.items()}
 
-    wanted = additive.delta(tensors)
-    assert torch.equal(additive.delta(cast(torch.bfloat16)), wanted)
-    assert torch.allclose(additive.delta(cast(DOUBLE)), wanted.double(), atol=1e-6)
-    exact = cells(tensors["begin"][0].double() / (1 << 24) + tensors["rows"].double(), 768)
-    found = cells(located(tensors["begin"][0], tensors["rows"]), 768)
-    assert int((found - exact).abs().max()) <= 1 and float((found == exact).float().mean()) > 0.85
+def test_the_gradients_of_a_step_are_bounded_and_not_those_of_its_passes(engine: Any, now: Now) -> None:
+    """Each backward pass bounded its own gradients of locations, so that they followed from the split into micro-batches."""
+    batch, found = rows_of_eight(), []
+    for sizes in ((8,), (3, 1, 4)):
+        run = engine({"loca": {"coefficients": 3, "search": 1.0}}, model=model_of(layers=1), objective={"dco": {"samples": 1}})
+        rng = torch.Generator().manual_seed(0)
+        large = {
+            name: 10.0 * torch.randn(one.master.shape, generator=rng).double()
+            for name, one in run.tune.trained.items()
+            if name.endswith(".coefficients")
+        }
+        run.tune.set(large)
+        run._afterwards = lambda now: []
+        run.chain.watching = frozenset(run.tune.trained)
+        run.step(split(batch, sizes), now._replace(step=15))
+        found.append(dict(run.chain.received))
+    whole, parts = found
+    assert whole and max(float((whole[name] - parts[name]).abs().max()) for name in whole) < 1e-9
+    assert any(float(one.abs().max()) == 31.0 for one in whole.values()), "the bound is reached"
 
 
 def test_a_location_that_moved_keeps_its_gradient_whole() -> None:

@@ -49,6 +49,20 @@ def moved(run: Any, seed: int = 3) -> Any:
     return run
 
 
+def test_neither_scales_nor_offsets_decay(engine: Any) -> None:
+    """Weight decay acted on offsets, which stand in a matrix, one vector for each head."""
+    run = engine(lofit(share=0.5), model=model_of(), step={"adamw": {"decay": 0.5}})
+    assert [one.decay for one in run.tune.trained.values()] == [False, False]
+    later = NOW._replace(step=2, learning_rate=0.0)
+    run.tune.refresh(lambda slot: run.services(slot, later), later)
+    offsets = list(run.tune.trained.values())
+    for one in offsets:
+        run.tune.set({one.name: torch.ones_like(one.master)})
+        one.gradient = torch.zeros_like(one.master)
+    run.chain.step(NOW._replace(learning_rate=0.1))
+    assert offsets and all(bool((one.master == 1.0).all()) for one in offsets)
+
+
 def test_heads_are_ordered_by_the_l2_norm_over_all_layers() -> None:
     rows = torch.tensor([[3.0, 0, 0, 0], [1, 1, 1, 1], [2, 2, 0, 0]])
     assert top_heads([rows], 3, 0.0) == [(0, 0), (0, 2), (0, 1)]

@@ -175,6 +175,25 @@ def test_the_penalty_pulls_each_moved_number_by_lambda_over_all_numbers(engine: 
         assert torch.allclose(both[name] - plain[name], 0.1 / everything * sign, rtol=0, atol=1e-15)
 
 
+def test_the_penalty_of_a_model_in_bf16_is_of_what_its_masters_hold(engine: Any, now: Now) -> None:
+    """The penalty was of the live weights in bf16: numbers that had moved by less than their rounding had none."""
+    run = engine({"lt_sft": {"l1": 0.1}}, model=model_of(tied=True, layers=1), step="adamw", dtype=torch.bfloat16)
+    everything, loss = sum(one.numel() for one in run.tune.model.parameters()), 0.0
+    for name, one in run.tune.trained.items():
+        run.tune.set({name: one.start.float() * (1 + 2**-12)})
+        loss += 0.1 / everything * float((one.master.detach() - one.start.float()).abs().sum())
+    batches = split(rows_of_eight(), (5, 3))
+    both = gradients(run, batches, now)
+    result = run.step(batches, now._replace(learning_rate=0.0))
+    assert result.parts["lt_sft"] == pytest.approx(loss, rel=1e-5)
+    run.objective.terms = [one for one in run.objective.terms if one.slot != "lt_sft"]
+    plain = gradients(run, batches, now)
+    for name, one in run.tune.trained.items():
+        assert both[name].dtype == torch.float32
+        wanted = plain[name] + 0.1 / everything * one.start.float().sign()
+        assert torch.allclose(both[name], wanted, rtol=1e-5, atol=1e-9), name
+
+
 def test_what_is_learnt_shrinks_as_the_penalty_grows(engine: Any, now: Now) -> None:
     sizes = []
     for l1 in (0.0, 10.0, 1000.0):

@@ -9,12 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from luthier import registry
 from luthier.delta import Delta
 from luthier.errors import LuthierError
 from luthier.kinds import Batch, Freezing, Now
 from luthier.methods.prompt.promot import promot
 from luthier.tune.forward import hidden
 from tests.conftest import split
+from tests.contracts.fixtures import engine_of
 from tests.toys.helpers import gap, gradients, model_of, rows_of_eight
 
 STEPS = 4
@@ -139,7 +141,7 @@ def test_the_delta_alone_is_the_tuned_model_without_the_prompt(engine: Any, part
 
 
 def test_a_share_of_one_is_prompt_tuning(engine: Any) -> None:
-    run = make(engine, share=1.0, prompt_rate=1.0)
+    run = make(engine, share=1.0, prompt_rate=0.1)
     plain = engine({"prompt_tuning": {"length": 3}}, model=model_of(), step=DECAYING)
     plain.tune.set({"prompt_tuning.prompt_PD": prompt(run)})
     weights = live(run)
@@ -149,11 +151,24 @@ def test_a_share_of_one_is_prompt_tuning(engine: Any) -> None:
     assert not moved(weights, live(run))
 
 
-def test_the_prompts_learning_rate_is_a_multiple_and_the_schedule_restarts() -> None:
-    value, freezing = promot(share=0.25, prompt_rate=7.0)
-    assert value.rates == {"promot_PD": 7.0}
+def test_the_schedule_restarts() -> None:
+    _, freezing = promot(share=0.25)
     assert isinstance(freezing, Freezing) and freezing.ends == (0.25,) and freezing.restart
     assert freezing.alone == {0}
+
+
+@pytest.mark.parametrize("rate", [1e-3, 2e-5])
+def test_the_prompt_has_a_learning_rate_of_its_own(rate: float) -> None:
+    """The prompt's rate was a multiple of the run's, which is that of the most careful partner: 0.002 beside one of 2e-5, 0.1 alone."""
+    now = Now(steps=STEPS, learning_rate=0.25 * rate, factor=0.25)
+    run = engine_of(tune=["promot", "full"], step=[registry.make({"adamw": {"epsilon": 1e-30}}, ("optimizer",))], now=now)
+    before = prompt(run).clone()
+    run.step(rows(0), now)
+    moved_PD = (prompt(run) - before).abs()
+    # The first step of Adam is the learning rate, here at a quarter of the schedule.
+    assert torch.allclose(moved_PD, torch.full_like(moved_PD, 0.25 * 0.1), rtol=1e-6)
+    for one in run.tune.trained.values():
+        assert now.learning_rate * one.rate == pytest.approx(0.025 if one.slot == "promot" else 0.25 * rate)
 
 
 def test_a_prompt_is_a_copy_of_embeddings(engine: Any) -> None:
@@ -167,7 +182,12 @@ def test_a_prompt_is_a_copy_of_embeddings(engine: Any) -> None:
 
 @pytest.mark.parametrize(
     ("options", "says"),
-    [({"length": 0}, "the prompt has 0 tokens"), ({"share": 0.0}, "the share is 0"), ({"share": 1.5}, "the share is 1.5")],
+    [
+        ({"length": 0}, "the prompt has 0 tokens"),
+        ({"share": 0.0}, "the share is 0"),
+        ({"share": 1.5}, "the share is 1.5"),
+        ({"prompt_rate": 0.0}, "the prompt's learning rate is 0"),
+    ],
 )
 def test_impossible_options_are_refused(options: dict[str, Any], says: str) -> None:
     with pytest.raises(LuthierError, match=says):

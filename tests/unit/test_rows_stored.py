@@ -30,7 +30,7 @@ from luthier.rows.chunks import Encoding, Records, cut, encode_chunks
 from luthier.rows.encode import encode_all
 from luthier.rows.read import read
 from luthier.rows.shapes import BadRow
-from luthier.rows.sources import Streamed
+from luthier.rows.sources import Joined, Streamed, read_rows
 from luthier.rows.stored import FACTS, ROWS, StoredRows
 
 RECORDS: list[dict[str, Any]] = [
@@ -395,7 +395,7 @@ from luthier.rows.chat import form_of
 from luthier.rows.chunks import Encoding
 from luthier.rows.encode import encode_all
 from luthier.rows.read import read
-from luthier.rows.sources import Streamed
+from luthier.rows.sources import Joined, Streamed, read_rows
 from luthier.training.feed import Feed
 
 def resident():
@@ -436,3 +436,15 @@ def test_streaming_takes_little_memory(tmp_path: Path) -> None:
     (in_memory, tokens), (streamed, same) = grown("in memory"), grown("streamed")
     assert tokens == same and tokens[0] > 1_000_000
     assert streamed < in_memory / 3, (streamed, in_memory)
+
+
+def test_the_same_row_in_two_sources_gets_a_second_id_in_memory_and_streamed(tmp_path: Path) -> None:
+    """Rows without ids that stand in two sources were refused for ids that nobody had given them."""
+    a = written(tmp_path / "a.jsonl", [RECORDS[0], RECORDS[1], RECORDS[0]])
+    b = written(tmp_path / "b.jsonl", [RECORDS[0], {**RECORDS[2], "id": "own"}, RECORDS[0]])
+    c = written(tmp_path / "c.jsonl", [RECORDS[1], RECORDS[0]])
+    recipe = make_recipe({"model": "tiny:llama", "rows": {"train": [str(a), str(b), str(c)]}})
+    in_memory = [row.id for row in Joined(read_rows(recipe.rows))]
+    first, second = in_memory[:2]
+    assert in_memory == [first, second, *(f"{first}-2", f"{first}-3", "own", f"{first}-4"), f"{second}-2", f"{first}-5"]
+    assert [row.id for row in kept(a, b, c).rows.rows] == in_memory

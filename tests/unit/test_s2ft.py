@@ -146,9 +146,21 @@ def test_a_share_of_one_is_the_whole_projection(engine: Any, now: Now, name: str
     found = []
     for tune in ({"s2ft": {"down": 0.0, name: 1.0}}, {"full": {"roles": [role]}}):
         model = model_of()
-        steps(engine(tune, model=model, step={"adamw": {"decay": 0.1}}), now)
+        steps(engine(tune, model=model, step="adamw"), now)
         found.append(live(model))
     assert max(float((value - found[1][name]).abs().max()) for name, value in found[0].items()) < 1e-12
+
+
+def test_weight_decay_pulls_towards_the_base(engine: Any, now: Now) -> None:
+    """Decay drew the selected slices to zero, where the paper's slices, which begin at zero, are drawn back to the base."""
+    run = engine({"s2ft": {"down": 0.5}}, model=model_of(), step={"adamw": {"decay": 0.5}})
+    (one, *_) = run.tune.trained.values()
+    base = one.master.detach().clone()
+    for moved, wanted in ((0.0, 0.0), (1.0, 0.95)):
+        run.tune.set({one.name: base + moved})
+        one.gradient = torch.zeros_like(base)
+        run.chain.step(now._replace(learning_rate=0.1))
+        assert torch.allclose(one.master.detach() - base, torch.full_like(base, wanted), atol=1e-12)
 
 
 def test_moving_selected_channels_together_is_the_same_mathematics() -> None:

@@ -138,6 +138,18 @@ def test_every_weight_moves_by_its_own_projection_times_its_blocks_scale(engine:
     assert len(seeds) == len(owns) == 12
 
 
+def test_a_model_in_bf16_trains_with_the_scales_that_are_merged(engine: Any) -> None:
+    """Scales were rounded to bf16 before they were used, in which 1.003 is 1, and merged as they are."""
+    model = model_of(layers=1)
+    run = engine("said", model=model, dtype=torch.bfloat16)
+    run.tune.set({"said.vector": random(199).float(), "said.scale": torch.tensor([1.003])})
+    own = run.tune.owns[-1]
+    used, merged = own.value.delta(own.tensors(torch.bfloat16)), own.value.delta(own.masters())
+    assert torch.equal(used, merged)
+    run.tune.set({"said.scale": torch.tensor([1.0])})
+    assert float((merged / own.value.delta(own.masters())).mean()) == pytest.approx(1.003, abs=1e-5)
+
+
 def test_the_scale_of_a_head_is_one_more(engine: Any) -> None:
     model = model_of(tied=False)
     run = engine({"said": {"dimension": 50, "roles": ["linear", "head"]}}, model=model)

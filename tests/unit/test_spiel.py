@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +116,75 @@ def test_a_gathering_phase_by_hand(engine: Any, now: Now) -> None:
     assert torch.allclose(state["first"][new], (mean * (1 - 0.9**2))[new], rtol=1e-9, atol=1e-18)
     assert torch.allclose(state["second"][new], (square * (1 - 0.999**2))[new], rtol=1e-6, atol=1e-24)
     assert not [key for key in run.states["spiel"] if key.startswith("gathered")]
+
+
+@pytest.mark.parametrize("limit", [0.01, 1e9])
+def test_new_entries_are_seeded_with_gradients_as_the_optimizer_gets_them(engine: Any, now: Now, limit: float) -> None:
+    """New entries began with the moments of gradients that were not clipped, while the optimizer received clipped ones."""
+    options = {"density": 0.01, "roles": ["mlp_up"], "every": 4, "gather": 2}
+    run = engine({"spiel": options}, model=model_of(layers=1), step=[{"clip": {"norm": limit}}, "adamw"])
+    ((name, one),) = trained_of(run).items()
+    place, before = one.place.parameter, one.index.clone()
+    still, seen = now._replace(learning_rate=0.0), []
+    for i in range(2):
+        dense = plain_gradients(run.tune.model, rows_of_eight(seed=i))[place].flatten()
+        seen.append(dense * min(1.0, limit / float(dense[before].norm() + 1e-6)))
+        run.step(split(rows_of_eight(seed=i), (5, 3)), still._replace(step=i))
+    state, new = run.chain.state["adamw"][name], ~torch.isin(one.index, before)
+    mean = ((seen[0] + seen[1]) / 2)[one.index]
+    square = ((seen[0].square() + seen[1].square()) / 2)[one.index]
+    assert bool(new.any())
+    assert torch.allclose(state["first"][new], (mean * (1 - 0.9**2))[new], rtol=1e-6, atol=1e-18)
+    assert torch.allclose(state["second"][new], (square * (1 - 0.999**2))[new], rtol=1e-6, atol=1e-24)
+
+
+def test_what_a_zero_gradient_was_scaled_by_is_told_by_the_others(engine: Any, now: Now) -> None:
+    """One norm scales everything alike: entries whose own gradient is zero are observed with the factor of all."""
+    run = engine({"spiel": {"density": 0.01}}, model=model_of(layers=1), step=[{"clip": {"norm": 1.0}}, "sgd"])
+    first, *others = trained_of(run).values()
+    for one in others:
+        one.gradient = torch.ones_like(one.master)
+    first.gradient = torch.zeros_like(first.master)
+    norm = sum(one.numel for one in others) ** 0.5
+    run.chain.observed = frozenset(trained_of(run))
+    run.chain.step(now)
+    assert run.chain.factor([first.name]) == run.chain.factor([others[0].name]) == pytest.approx(1 / norm, rel=1e-5)
+
+
+@pytest.mark.parametrize("policy", ["linear", "cosine"])
+def test_nothing_joins_at_the_very_end_and_only_the_linear_policy_begins_with_all(engine: Any, policy: str) -> None:
+    """Of a run that ends with a gathering phase: behind its last step nothing would learn, and half a cosine begins at the share itself."""
+    options = {
+        "density": 0.02,
+        "roles": ["mlp_down"],
+        "policy": policy,
+        "drop": 0.2,
+        "criterion": "momentum",
+        "every": 4,
+        "gather": 2,
+    }
+    run = engine({"spiel": options}, model=model_of(layers=1), step="adamw")
+    (one,) = trained_of(run).values()
+    moved = {}
+    for i in range(10):
+        before = one.index.clone()
+        run.step([rows_of_eight(seed=i)], Now(step=i, steps=10, learning_rate=0.01))
+        if not torch.equal(one.index, before):
+            moved[i + 1] = int((one.index != before).sum())
+    halves = {2: 0.2 * (1 + math.cos(0.2 * math.pi)) / 2, 6: 0.2 * (1 + math.cos(0.6 * math.pi)) / 2}
+    shares = {2: 1.0, 6: 0.2 * 0.4} if policy == "linear" else halves
+    assert moved == {step: int(share * one.numel) for step, share in shares.items()}
+
+
+def test_a_run_as_long_as_one_gathering_phase_exchanges_nothing(engine: Any) -> None:
+    """The first exchange takes all entries; behind the last step they would stay where they began."""
+    options = {"density": 0.02, "roles": ["mlp_down"], "every": 4, "gather": 2}
+    run = engine({"spiel": options}, model=model_of(layers=1), step="adamw")
+    (one,) = trained_of(run).values()
+    before = one.index.clone()
+    for i in range(2):
+        run.step([rows_of_eight(seed=i)], Now(step=i, steps=2, learning_rate=0.01))
+    assert torch.equal(one.index, before) and bool((one.master.detach() != one.start).all())
 
 
 def test_survivors_keep_everything_and_the_dropped_go_back_to_the_base(engine: Any, now: Now) -> None:

@@ -58,7 +58,7 @@ FAMILIES = ["llama", "gpt2", "qwen2", "qwen3", "gemma", "gemma3_text", "phi", "p
 def test_merged_and_beside_the_weights_it_is_the_same_model(engine: Any, architecture: str) -> None:
     model = model_of(architecture)
     base = {name: one.detach().clone() for name, one in model.named_parameters()}
-    run = moved(engine(ssf(), model=model))
+    run = moved(engine(ssf(shift="foldable"), model=model))
     wanted = logits_of(model, BATCH)
     assert float((wanted - logits_of(model_of(architecture), BATCH)).abs().max()) > 1e-2
     run.tune.merge()
@@ -77,7 +77,7 @@ def test_in_fp32_merging_is_exact_to_rounding(engine: Any) -> None:
 
 
 def test_an_untied_embedding_and_head_fold_too(engine: Any) -> None:
-    run = moved(engine(ssf(roles=("embedding", "head")), model=model_of(tied=False)))
+    run = moved(engine(ssf(roles=("embedding", "head"), shift="foldable"), model=model_of(tied=False)))
     assert {name.rpartition(".")[2] for name in run.tune.trained} == {"scale", "shift"}
     wanted = logits_of(run.tune.model, BATCH)
     run.tune.merge()
@@ -104,8 +104,16 @@ def test_a_shift_without_a_bias_trains_and_is_refused_by_name_when_merged(engine
     assert all(torch.equal(one, before[name]) for name, one in run.tune.model.named_parameters())
 
 
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "gpt2"])
+def test_every_channel_that_is_scaled_is_shifted(engine: Any, architecture: str) -> None:
+    """Of models without biases, as most are, nothing was shifted unless it was asked for."""
+    trained = engine("ssf", model=model_of(architecture)).tune.trained
+    shifts, scales = ({name for name in trained if name.endswith(what)} for what in (".shift", ".scale"))
+    assert scales and {name.removesuffix(".shift") for name in shifts} == {name.removesuffix(".scale") for name in scales}
+
+
 def test_shifts_stand_where_a_bias_can_take_them(engine: Any) -> None:
-    run = engine(ssf(), model=model_of("qwen2"))
+    run = engine(ssf(shift="foldable"), model=model_of("qwen2"))
     shifted = {one.place.role for one in run.tune.trained.values() if one.name.endswith(".shift")}
     assert shifted == {"attention_query", "attention_key", "attention_value"}
     assert not [name for name in engine(ssf(shift="none"), model=model_of("gpt2")).tune.trained if name.endswith(".shift")]

@@ -141,7 +141,7 @@ def test_an_observer_whose_place_gets_no_gradient_is_an_error(engine: Any, now: 
     run = engine("some_entries")
     run.tune.start_observing(now._replace(step=1))
     with pytest.raises(LuthierError, match="no gradient reached"):
-        run.tune.observe(lambda value: value)
+        run.tune.observe(lambda value: value, {}, lambda names: 1.0)
 
 
 def test_a_whole_part_of_a_fused_projection_trains_as_rows(engine: Any, now: Any) -> None:

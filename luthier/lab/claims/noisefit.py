@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from luthier import machine
 from luthier.lab import world
 from luthier.lab.claim import Arm, Claim, Expectation, Finished, Recipe, Setting
 from luthier.lab.claims.dft import SFT
@@ -57,7 +58,7 @@ def measure(finished: Finished) -> dict[str, float]:
     (sure_told, right_told), (sure_other, right_other) = sureness(finished, told), sureness(finished, other)
     return {
         "new facts": right(finished.runs[0], told),
-        "sure and wrong": float(((sure_other > SURE) & (right_other == 0)).double().mean()),
+        "sure and wrong": float(machine.widened((sure_other > SURE) & (right_other == 0)).mean()),
         "calibration error": calibration_error(torch.cat([sure_told, sure_other]), torch.cat([right_told, right_other])),
         "kept": mean(finished.runs[0], TAUGHT),
     }

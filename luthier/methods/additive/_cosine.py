@@ -48,12 +48,8 @@ class _InverseTransform(torch.autograd.Function):
 
 
 def located(begin_K: Tensor, moved_K: Tensor) -> Tensor:
-    """u, normalized rows or columns, in fp32 or wider: where they began, in parts of `GRAIN`, and how far they moved."""
-    moved_K = moved_K.to(torch.promote_types(moved_K.dtype, torch.float32))
-    # Where the model computes in bf16, u itself would be off by cells: only the way from the start is rounded, always, so that training
-    # and merging agree in every type.
-    rounded_K = moved_K.to(torch.bfloat16).to(moved_K.dtype)
-    return begin_K.to(moved_K.dtype) / GRAIN + (moved_K + (rounded_K - moved_K).detach())
+    """u, normalized rows or columns: where they began, in parts of `GRAIN`, and how far they moved, in fp32 or wider."""
+    return begin_K.to(moved_K.dtype) / GRAIN + moved_K
 
 
 def cells(location_K: Tensor, size: int) -> Tensor:
@@ -91,7 +87,7 @@ class _Scatter(torch.autograd.Function):
 
 
 def location_gradients(gradient_OI: Tensor, coefficient_K: Tensor, row_K: Tensor, column_K: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of normalized rows and columns: half the loss's difference between the two neighbors, at most 1 a cell and pass.
+    """Gradients of normalized rows and columns: half the loss's difference between the two neighbors, for each cell.
 
     Args:
         gradient_OI: Z, the gradient of the spectrum; a neighbor outside it is the cell itself.
@@ -108,6 +104,11 @@ def location_gradients(gradient_OI: Tensor, coefficient_K: Tensor, row_K: Tensor
 
     def chained(difference_K: Tensor, location_K: Tensor, size: int) -> Tensor:
         moves_K = (location_K >= 0.0) & (location_K <= HIGHEST)
-        return (size - 1) * (0.5 * coefficient_K * difference_K).clamp(-1.0, 1.0) * moves_K
+        return (size - 1) * 0.5 * coefficient_K * difference_K * moves_K
 
     return chained(by_row_K, row_K, height), chained(by_column_K, column_K, width)
+
+
+def bounded(gradient_K: Tensor, size: int) -> Tensor:
+    """Gradients of locations among `size` rows or columns, each at most 1 a cell: of the whole step, not of the passes it is made of."""
+    return gradient_K.clamp(1 - size, size - 1)

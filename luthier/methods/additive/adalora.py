@@ -87,7 +87,7 @@ def adalora(
 
     def penalty(view: View, own: Tensors) -> Tensor:
         assert view.services is not None
-        vectors = [one for mine in triplets(view.services).values() for one in (mine["right"].leaf, mine["left"].leaf.T)]
+        vectors = [one for mine in triplets(view.services).values() for one in (mine["right"].value, mine["left"].value.T)]
         return torch.stack([far_from_orthonormal(vector_RI) for vector_RI in vectors]).mean()
 
     def after_step(state: State, services: Services) -> None:

@@ -11,8 +11,8 @@ from torch.nn import functional
 
 from luthier import draws
 from luthier.errors import LuthierError
-from luthier.kinds import Additive, Freezing, Now, Place, Services, State, Tensors, TrainedLike
-from luthier.methods.additive._cosine import GRAIN, inverse_transform, located, scatter
+from luthier.kinds import Additive, Freezing, Now, Place, Services, State, Tensors, TrainedLike, Transform
+from luthier.methods.additive._cosine import GRAIN, bounded, inverse_transform, located, scatter
 from luthier.registry import method
 
 
@@ -35,11 +35,12 @@ def loca(
     coefficient_steps: int = 10,
     location_steps: int = 20,
     location_rate: float = 0.02,
-) -> tuple[Additive, Freezing]:
+) -> tuple[Additive, Transform, Freezing]:
     """Train a few coefficients of each weight's cosine transform, and in the first part of the run where they stand.
 
-    Coefficients and locations take turns; a location moves along the difference of the loss between its two neighbors. After the
-    search, locations stand still. One coefficient counts for three trained numbers while its location is learned, one afterwards.
+    Coefficients and locations take turns; a location moves along the difference of the loss between its two neighbors, which counts as 1
+    at most, over the whole step. After the search, locations stand still. One coefficient counts for three trained numbers while its
+    location is learned, one afterwards.
     With the paper's turns, a run of up to 100 steps ends its search before the first turn of locations.
 
     Args:
@@ -54,9 +55,12 @@ def loca(
             from 0 to 1 over all rows or columns.
     """
     _check(coefficients, dropout, search, coefficient_steps, location_steps)
+    # Facts of the model: nothing to save.
+    shapes: dict[Place | None, tuple[int, ...]] = {}
 
     def start(place: Place, weight_OI: Tensor, services: Services) -> Tensors:
         begin_2K = torch.randint(GRAIN, (2, coefficients), generator=services.rng(f"loca {place}"))
+        shapes[place] = tuple(weight_OI.shape)
         trained = {name: torch.zeros(coefficients) for name in ("coefficients", "rows", "columns")}
         return {**trained, "begin": begin_2K, "shape": torch.tensor(weight_OI.shape)}
 
@@ -64,7 +68,7 @@ def loca(
         height, width = tensors["shape"].tolist()
         begin_row_K, begin_column_K = tensors["begin"]
         row_K, column_K = located(begin_row_K, tensors["rows"]), located(begin_column_K, tensors["columns"])
-        return alpha * inverse_transform(scatter(tensors["coefficients"].to(row_K.dtype), row_K, column_K, height, width))
+        return alpha * inverse_transform(scatter(tensors["coefficients"], row_K, column_K, height, width))
 
     def apply(tensors: Tensors, x: Tensor) -> Tensor:
         return functional.linear(draws.dropout(x, dropout), delta(tensors).to(x.dtype))
@@ -74,10 +78,23 @@ def loca(
         turn_of_locations = searching and now.step % (coefficient_steps + location_steps) >= coefficient_steps
         return turn_of_locations == trained.name.endswith(".coefficients")
 
-    rates = {"rows": location_rate, "columns": location_rate}
-    return Additive(start, apply, delta, roles=roles, rates=rates, frozen=frozenset({"begin", "shape"})), Freezing(
-        frozen, ends=(search,)
+    def bound(gradient_K: Tensor, state: State, trained: TrainedLike, now: Now) -> Tensor:
+        return bounded(gradient_K, shapes[trained.place][int(trained.name.endswith(".columns"))])
+
+    def is_location(trained: TrainedLike) -> bool:
+        return not trained.name.endswith(".coefficients")
+
+    additive = Additive(
+        start,
+        apply,
+        delta,
+        roles=roles,
+        rates={"rows": location_rate, "columns": location_rate},
+        frozen=frozenset({"begin", "shape"}),
+        # In bf16 a location would be off by cells.
+        wide=frozenset({"coefficients", "rows", "columns"}),
     )
+    return additive, Transform(lambda trained: {}, bound, takes=is_location), Freezing(frozen, ends=(search,))
 
 
 def _check(coefficients: int, dropout: float, search: float, coefficient_steps: int, location_steps: int) -> None:

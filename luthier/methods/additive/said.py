@@ -78,15 +78,15 @@ def said(*, dimension: int = 200, scales: Literal["block", "none"] = "block", ro
 
     def delta(tensors: Tensors) -> Tensor:
         layout = Layout(*tensors["layout"].tolist())
-        # Sums of a transform are too long for narrow types.
-        vector = tensors["vector"].to(torch.promote_types(tensors["vector"].dtype, torch.float32))
-        projected_OI = project(vector, layout.size, layout.seed).view(layout.width_out, layout.width_in)
+        projected_OI = project(tensors["vector"], layout.size, layout.seed).view(layout.width_out, layout.width_in)
         return tensors["scale"][layout.layer] * projected_OI if scales == "block" else projected_OI
 
     def apply(tensors: Tensors, x: Tensor) -> Tensor:
         return functional.linear(x, delta(tensors).to(x.dtype))
 
-    return Additive(start, apply, delta, roles=roles, frozen=frozenset({"layout"}), shared=shared)
+    # Sums of a transform are too long for narrow types, and a scale near 1 would be 1 in them.
+    wide = frozenset({"vector", "scale"})
+    return Additive(start, apply, delta, roles=roles, frozen=frozenset({"layout"}), shared=shared, wide=wide)
 
 
 def intrinsic_dimension(scores: Mapping[int, float], full: float, *, share: float = 0.9) -> int | None:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from luthier import machine
 from luthier.kinds import Place, Resize, Services, Tensors
 
 
@@ -16,7 +17,7 @@ def top_heads(scale_LHW: Sequence[Tensor], count: int, learning_rate: float) -> 
 
     Warns when no head's scales went as far as half a step of the learning rate: then the order is the optimizer's noise.
     """
-    score_LH = torch.stack([scale_HW.double().norm(dim=-1).cpu() for scale_HW in scale_LHW])
+    score_LH = torch.stack([machine.widened(scale_HW).norm(dim=-1).cpu() for scale_HW in scale_LHW])
     noise = 0.5 * learning_rate * scale_LHW[0].shape[-1] ** 0.5
     if float(score_LH.max()) < noise:
         warnings.warn(

@@ -68,7 +68,7 @@ def lofit(
 
     def total(view: View, own: Tensors) -> Tensor:
         assert view.services is not None
-        sizes = [one.leaf.abs().sum() for one in _scales(view.services)]
+        sizes = [one.value.abs().sum() for one in _scales(view.services)]
         return penalty * torch.stack(sizes).sum() if sizes else view["nll"].new_zeros(())
 
     edit = HiddenEdit(
@@ -78,6 +78,7 @@ def lofit(
         _fold,
         of="input",
         frozen=frozenset({"heads"}),
+        undecayed=frozenset({"scale", "offset"}),
         rates={"offset": rate},
         refresh=refresh,
     )

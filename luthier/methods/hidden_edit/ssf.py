@@ -26,18 +26,19 @@ TAKES = (*GROUPS["linear"], *GROUPS["norm"], "head", "embedding")
     row=72,
     reduces_to="shift none, on keys and values: IA3 there; scales held at 1: training the biases (BitFit)",
     departs="starts at the base (`noise` gives the paper's start); trains gamma - 1, so that weight decay would pull to the base; "
-    "leaves the embedding alone by default, which a tied head would feel when folded",
+    "leaves the embedding alone by default, which a tied head would feel when folded; shifts fold away only where the model has biases",
     learning_rate=1e-3,
 )
 def ssf(
-    *, roles: tuple[str, ...] = ("linear", "norm"), shift: ShiftWhere = "foldable", noise: float = 0.0
+    *, roles: tuple[str, ...] = ("linear", "norm"), shift: ShiftWhere = "everywhere", noise: float = 0.0
 ) -> tuple[HiddenEdit, ...]:
     """Learn a factor (gamma) and a shift (beta) for each output channel of linear maps and norms.
 
     Args:
         roles: what is scaled and shifted: linear maps, norms, `head`, `embedding`; roles or groups of roles.
-        shift: `foldable` shifts where the model has a bias to fold into, `everywhere` also where it has none, which cannot be merged
-            into the weights, `none` only scales.
+        shift: `everywhere`, as in the paper; where the model has no bias, as Llama has none, a shift stays beside the weights, and the
+            result cannot be merged or exported as a plain model. `foldable` shifts where there is a bias to fold into, which in such
+            models is nowhere, and `none` only scales.
         noise: standard deviation of gamma around 1 and of beta around 0 at the start; 0.02 in the authors' code.
     """
     unknown = [role for role in expand_roles(roles) if role not in TAKES]
@@ -53,7 +54,7 @@ def ssf(
 
     def start(place: Place, width_in: int, width_out: int, services: Services) -> Tensors:
         # An embedding's channels are its columns; of a norm only its own weight tells the width.
-        channels = width_in if place.role == "embedding" else services.weight(place).shape[0]
+        channels = width_in if place.role == "embedding" else services.shape(place)[0]
         rng = services.rng(f"ssf {place}")
         tensors = {"scale": noise * torch.randn(channels, generator=rng)}
         if shifts(place, services):

@@ -45,7 +45,7 @@ def sm3(*, momentum: float = 0.0, decay: float = 0.0, epsilon: float = 1e-30) ->
     def start(services: Services) -> State:
         for one in services.trained():
             if one.place is not None and one.form not in ("factor", "free"):
-                shapes[one] = tuple(services.weight(one.place).shape)
+                shapes[one] = tuple(services.shape(one.place))
         return {}
 
     def init(trained: TrainedLike) -> State:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from luthier import machine
 from luthier.delta.weights import effective_rank, summed
 from luthier.errors import LuthierError
 from luthier.kinds import Comparison, Drawing, Finding, Line, Place, Probe
@@ -78,7 +79,7 @@ def spectrum(base_OI: Tensor, tuned_OI: Tensor, k: int) -> Spectrum:
     known_OR = torch.linalg.svd(base_OI.to(wide), full_matrices=False).U
     left_OR, value_R, right_RI = torch.linalg.svd(tuned_OI.to(wide), full_matrices=False)
     left_OK = left_OR[:, :k]
-    return Spectrum(value_R[:k], (known_OR.T @ left_OK).abs().amax(0).double(), left_OK, right_RI[:k])
+    return Spectrum(value_R[:k], machine.widest((known_OR.T @ left_OK).abs().amax(0)), left_OK, right_RI[:k])
 
 
 def repaired(base_OI: Tensor, tuned_OI: Tensor, strength: float, *, k: int = 10, epsilon: float = 0.5) -> Tensor:

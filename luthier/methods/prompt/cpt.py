@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from luthier import machine
 from luthier.errors import LuthierError
 from luthier.kinds import Batch, Keeper, Prompt, Services, State, Tensors, TokenWeight, View
 from luthier.methods.prompt._virtual import stand_before
@@ -27,7 +28,8 @@ REFERENCE_WIDTH = 2048
     reduces_to="radius towards 0: the few-shot context as it is written",
     departs="one radius for all tokens but targets, where the paper has one for inputs and one for the template: rows do not tell these "
     "apart; every training row stands behind the same context, in which it may stand itself, as in the paper where the context is all "
-    "the rows there are; offsets are projected after every step, where the authors' code waits for the next forward pass",
+    "the rows there are; offsets are projected after every step, where the authors' code waits for the next forward pass; objectives "
+    "that are a mean over rows learn the rows' own targets alone, and other token weights leave those of the context as they are",
     step0="on purpose not the base",
     merges="never",
     learning_rate=1e-3,
@@ -66,12 +68,12 @@ def cpt(*, examples: int = 4, radius: float = 0.1, decay: float = 0.95) -> tuple
 
     def apply(tensors: Tensors, token_ids_BT: Tensor, embeds_BTD: Tensor) -> Tensor:
         prompt_PD = tensors["context_PD"] + tensors["offset_PD"] * tensors["moves_P1"]
-        return stand_before(prompt_PD, token_ids_BT, embeds_BTD)
+        return stand_before(prompt_PD.to(embeds_BTD.dtype), token_ids_BT, embeds_BTD)
 
     def remember(services: Services) -> State:
         found = context(services)
         before_P = 1 + found.example_P.max() - found.example_P
-        return {"moves_P": found.label_P < 0, "weight_P": decay ** before_P.double()}
+        return {"moves_P": found.label_P < 0, "weight_P": decay ** machine.widened(before_P)}
 
     def keep_small(state: State, services: Services) -> None:
         for one in services.trained():
@@ -83,9 +85,17 @@ def cpt(*, examples: int = 4, radius: float = 0.1, decay: float = 0.95) -> tuple
         virtual_N = -1 - view.batch.token_ids_BT[view.row_N, view.position_N]
         return torch.where(virtual_N >= 0, weight_P[virtual_N.clamp(min=0)], 1.0)
 
+    prompt = Prompt(
+        start,
+        apply,
+        labels=lambda services: context(services).label_P,
+        frozen=frozenset({"context_PD", "moves_P1"}),
+        # An offset is small beside its embedding: only their sum is rounded.
+        wide=frozenset({"context_PD", "offset_PD"}),
+    )
     return (
-        Prompt(start, apply, labels=lambda services: context(services).label_P, frozen=frozenset({"context_PD", "moves_P1"})),
-        TokenWeight(weigh, ("nll",)),
+        prompt,
+        TokenWeight(weigh, ("nll",), virtual=True),
         Keeper(after_step=keep_small, start=remember),
     )
 

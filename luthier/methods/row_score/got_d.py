@@ -15,6 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from luthier import machine
 from luthier.errors import LuthierError
 from luthier.kinds import RowScore, RowServices
 from luthier.registry import method
@@ -62,8 +63,8 @@ def got_d(
             raise LuthierError(f"{name} is {value}", where=f"got_d: {name}", mend=f"use more than {limit}")
 
     def score(rows: Sequence[Row], services: RowServices) -> list[float]:
-        embedding_BD = services.embed([text_of(row) for row in rows]).double()
-        target_KD = services.embed([text_of(row) for row in services.target]).double()
+        embedding_BD = machine.widened(services.embed([text_of(row) for row in rows]))
+        target_KD = machine.widened(services.embed([text_of(row) for row in services.target]))
         order_B = torch.randperm(len(rows), generator=services.rng("chunks"))
         score_B = torch.zeros(len(rows), dtype=torch.float64)
         unit = 0.0

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
+from luthier import machine
 from luthier.kinds import RowScore, RowServices
 from luthier.registry import method
 from luthier.rows.shapes import Row
@@ -26,8 +27,8 @@ def nearest(*, to: Literal["closest", "all"] = "closest") -> RowScore:
     """
 
     def score(rows: Sequence[Row], services: RowServices) -> list[float]:
-        embedding_BD = services.embed([text_of(row) for row in rows]).double()
-        target_KD = services.embed([text_of(row) for row in services.target]).double()
+        embedding_BD = machine.widened(services.embed([text_of(row) for row in rows]))
+        target_KD = machine.widened(services.embed([text_of(row) for row in services.target]))
         if to == "all":
             return [float(one) for one in embedding_BD @ target_KD.mean(0)]
         # In pieces, because every row beside every target row can be more than memory holds.

@@ -88,7 +88,7 @@ def _position(place: Place) -> tuple[int, int, int]:
 
 
 def _cost(services: Services, place: Place, load: Load) -> Cost:
-    parts, size = services.parts, services.weight(place).numel()
+    parts, size = services.parts, services.shape(place).numel()
     if place.role == "embedding":
         head = load.targets * size if parts.head in parts.ties else 0
         return Cost(0, 0, head + size)

@@ -89,7 +89,7 @@ def no_momenta(services: Services) -> State:
     state: State = {}
     for one in services.trained():
         if one.slot == services.slot and one.place is not None:
-            shape = services.weight(one.place).shape
+            shape = services.shape(one.place)
             rows_O1, columns_1I = accumulators(shape, one.master.detach())
             state |= {f"rows {one.place}": rows_O1, f"columns {one.place}": columns_1I}
     return state

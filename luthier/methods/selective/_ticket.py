@@ -30,7 +30,7 @@ def most_changed(size: Sequence[Tensor], count: int) -> list[Tensor]:
 
 def ticket(state: State, services: Services, mine: Sequence[TrainedLike], share: float) -> dict[Place, Refresh]:
     """Keep what trains already, add what moved most beside it, and go back to where the iteration began."""
-    numbers = sum(services.weight(one.place).numel() for one in mine if one.place is not None)
+    numbers = sum(services.shape(one.place).numel() for one in mine if one.place is not None)
     size = [_moved(state, services, one).abs() for one in mine]
     held = sum(len(_held(state, one)[0]) for one in mine)
     new = most_changed(size, max(1, int(share * numbers)) - held)
@@ -56,7 +56,7 @@ def everything(state: State, services: Services, mine: Sequence[TrainedLike]) ->
         index = state[f"index {one.place}"]
         learnt = (one.master.detach() - one.anchor)[: len(index)]
         state[f"learnt {one.place}"] = learnt
-        size = services.weight(one.place).numel()
+        size = services.shape(one.place).numel()
         everywhere = learnt.new_zeros(size).index_copy(0, index, learnt)
         changed[one.place] = _refreshed(torch.arange(size, device=index.device), everywhere)
     return changed

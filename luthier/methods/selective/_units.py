@@ -107,5 +107,5 @@ def selects(pool: Sequence[Cut], drawn: Tensor) -> dict[Place, Select]:
         mine = drawn[(drawn >= first) & (drawn < end)] - first
         if len(mine):
             index = mine[:, None] * cut.width + torch.arange(cut.width, device=mine.device)
-            chosen[cut.place] = Select(cut.form, index.flatten())
+            chosen[cut.place] = Select(cut.form, index.flatten(), decay="start")
     return chosen

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
+from luthier import machine
 from luthier.errors import LuthierError
 from luthier.kinds import Batch, Freezing, Keeper, Now, Place, Select, Selective, Services, State, TrainedLike
 from luthier.kinds.parts import Parts
@@ -20,8 +20,9 @@ from luthier.registry import method
     row=15,
     reduces_to="target 1, where every tensor is of use: full fine-tuning of the same tensors",
     departs="the selection is exact, where the authors' recurrence misses some; importance is measured with a step from fresh moments "
-    "and leaves the optimizer alone; a tensor that trains again begins with fresh moments; the head is computed at targets only; a "
-    "target below the forward pass is refused",
+    "and leaves the optimizer alone, and for plain cross-entropy without dropout, whatever the run minimizes; a tensor that trains again "
+    "begins with fresh moments; the head is computed at targets only; a target below the forward pass is refused; what checkpointing "
+    "computes again and passes for selections are not counted as cost",
     merges="is in place",
     learning_rate=2e-5,
     claim="greentrainer",
@@ -35,7 +36,8 @@ def greentrainer(
 ) -> tuple[Selective, Freezing, Keeper]:
     """Choose which tensors train so that a step costs a share of full fine-tuning's, and choose again in the course of the run.
 
-    Backward passes end at the earliest tensor that trains. What does not train keeps what it learnt and has no optimizer state.
+    What share of full fine-tuning's backward pass the choice really costs is logged as `greentrainer backward share`. Backward passes end
+    at the earliest tensor that trains. What does not train keeps what it learnt and has no optimizer state.
 
     Args:
         target: rho, the cost of forward and backward pass as a share of full fine-tuning's; the paper's 0.5, or 0.7.
@@ -74,7 +76,11 @@ def greentrainer(
         if selection != state["selection"]:
             state |= {"selection": selection, **_selected(services, target, calibration_rows)}
 
-    return Selective(choose), Freezing(_stands_still, forget=True), Keeper(after_step, start=start)
+    return Selective(choose), Freezing(_stands_still, forget=True), Keeper(after_step, start=start, notes=_notes)
+
+
+def _notes(state: State) -> dict[str, float]:
+    return {"greentrainer backward share": state["backward share"]}
 
 
 def _stands_still(trained: TrainedLike, state: State, now: Now) -> bool:
@@ -108,4 +114,4 @@ def _importances(services: Services, batches: Sequence[Batch], places: Sequence[
 
 def importance(gradient: Tensor, moved: Tensor) -> float:
     """How much a move lowered the loss, to first order, by the gradient where it led to: -sum(gradient x move)."""
-    return -float(torch.sum(gradient * moved, dtype=torch.float64))
+    return -machine.total(gradient * moved)

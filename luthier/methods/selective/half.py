@@ -105,7 +105,7 @@ def _draw_numbers(groups: list[Group], share: float, rng: torch.Generator, servi
     drawn: list[Ticket] = []
     owed = 0.0
     for group in groups:
-        sizes = [sum(services.weight(place).numel() for place in ticket) for ticket in group]
+        sizes = [sum(services.shape(place).numel() for place in ticket) for ticket in group]
         owed += share * sum(sizes)
         for i in _shuffled(len(group), rng):
             if sizes[i] / 2 <= owed:

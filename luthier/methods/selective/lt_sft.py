@@ -87,9 +87,9 @@ def _penalty(l1: float) -> Term:
     def total(view: View, own: Tensors) -> Tensor:
         services = view.services
         assert services is not None
-        numbers = sum(services.weight(place).numel() for place in services.parts.places)
+        numbers = sum(services.shape(place).numel() for place in services.parts.places)
         far = [
-            _distance(one.leaf, one.anchor) for one in services.trained() if one.slot == services.slot and one.anchor is not None
+            _distance(one.value, one.anchor) for one in services.trained() if one.slot == services.slot and one.anchor is not None
         ]
         return torch.stack(far).sum() * (l1 / numbers)
 

@@ -6,7 +6,6 @@ import math
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig
 
 from luthier.errors import LuthierError
 from luthier.kinds import Place, Select, Selective, Services
@@ -38,7 +37,7 @@ def reinitialized_top(*, blocks: int = 1, deviation: float | None = None) -> Sel
 
     Args:
         blocks: n, how many of the last blocks begin anew; the paper tries 1 to 6.
-        deviation: the standard deviation of new matrices; None: what the family's configuration has by default, mostly 0.02.
+        deviation: the standard deviation of new matrices; None: the one in the model's own configuration, mostly 0.02.
     """
     if blocks < 0:
         raise LuthierError(f"{blocks} blocks are to begin anew", where="reinitialized_top: blocks", mend="use 0 or more")
@@ -52,7 +51,7 @@ def reinitialized_top(*, blocks: int = 1, deviation: float | None = None) -> Sel
                 where="reinitialized_top: blocks",
                 mend=f"use 0 to {parts.blocks}",
             )
-        spread = family_deviation(parts.architecture) if deviation is None else deviation
+        spread = _own_deviation(parts) if deviation is None else deviation
 
         def select(place: Place) -> Select:
             if place.block is None or place.block < parts.blocks - blocks:
@@ -65,18 +64,14 @@ def reinitialized_top(*, blocks: int = 1, deviation: float | None = None) -> Sel
     return Selective(choose)
 
 
-def family_deviation(architecture: str) -> float:
-    """The standard deviation with which a family draws its matrices, by its configuration's defaults."""
-    try:
-        config = AutoConfig.for_model(architecture)
-    except ValueError as error:
+def _own_deviation(parts: Parts) -> float:
+    if parts.initial_deviation is None:
         raise LuthierError(
-            f"how `{architecture}` begins is not known",
+            f"the configuration of this {parts.architecture} does not say with which deviation its matrices began",
             where="reinitialized_top: deviation",
             mend="give the deviation, mostly 0.02",
-        ) from error
-    named = [getattr(config, name, None) for name in ("initializer_range", "init_std")]
-    return float(next((value for value in named if value), 0.02))
+        )
+    return parts.initial_deviation
 
 
 def fresh(values: Tensor, place: Place, parts: Parts, deviation: float, rng: torch.Generator) -> Tensor:

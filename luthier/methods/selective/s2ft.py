@@ -19,7 +19,7 @@ from luthier.registry import method
     title="S2FT",
     paper="arXiv:2412.06289",
     row=62,
-    reduces_to="share 1 of a projection: its whole weight",
+    reduces_to="share 1 of a projection: its whole weight, which weight decay pulls towards the base",
     departs="the paper moves selected units together, so that a slice is contiguous in memory: here they train where they are, which is "
     "the same mathematics, keeps the model comparable with its base, and holds for grouped-query attention",
     merges="is in place",
@@ -38,6 +38,8 @@ def s2ft(
     calibration_source: str = "",
 ) -> Selective:
     """Train slices of weights that belong to some heads and some channels of the MLP; biases stay frozen.
+
+    Weight decay pulls what trains towards the base: the paper's slices are added to the weight and begin at zero.
 
     Each projection selects for itself, among the units of all blocks together: a block may get many or none. The defaults are the
     paper's for Llama-3-8B; for Llama-2-7B it uses an output of 0.052 and a down of 0.02.

@@ -108,11 +108,11 @@ def _cosine(drop: float, done: int, steps: int, first: int) -> float:
 
 def _budget(density: float, places: list[Place], services: Services) -> list[int]:
     """How many entries of each weight train, at least one."""
-    sizes = [services.weight(place).numel() for place in places]
-    wanted = int(density * sum(services.weight(place).numel() for place in services.parts.places))
+    sizes = [services.shape(place).numel() for place in places]
+    wanted = int(density * sum(services.shape(place).numel() for place in services.parts.places))
     return [min(size, max(1, wanted * size // sum(sizes))) for size in sizes]
 
 
 def _drawn(services: Services, place: Place, count: int) -> Tensor:
-    drawn = torch.randperm(services.weight(place).numel(), generator=services.rng(f"entries {place}"))
+    drawn = torch.randperm(services.shape(place).numel(), generator=services.rng(f"entries {place}"))
     return drawn[:count].sort().values

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from luthier import machine
 from luthier.errors import LuthierError
 
 LEAST, MOST = 1e-300, 690.0
@@ -14,7 +15,7 @@ LEAST, MOST = 1e-300, 690.0
 
 
 def coverage_factor(surprisal: Tensor, samples: int) -> Tensor:
-    """F(N, p) = N (1 - p)^(N - 1) p / (1 - (1 - p)^N) in fp64, from -log p: 1 where p is small beside 1 / N, 0 where p is 1.
+    """F(N, p) = N (1 - p)^(N - 1) p / (1 - (1 - p)^N), computed in fp64, from -log p: 1 where p is small beside 1 / N, 0 where p is 1.
 
     It is the gradient of `-log(1 - (1 - p)^N)` as a multiple of that of `-log p`.
 
@@ -22,11 +23,15 @@ def coverage_factor(surprisal: Tensor, samples: int) -> Tensor:
         surprisal: -log p, of any shape; infinite where p is 0.
         samples: N.
     """
-    wide = surprisal.detach().double().clamp(LEAST, MOST)
-    right = (-wide).exp()
-    log_wrong = torch.where(wide < math.log(2.0), (-(-wide).expm1()).log(), (-right).log1p())
-    factor: Tensor = samples * ((samples - 1) * log_wrong).exp() * right / -(samples * log_wrong).expm1()
-    return factor.clamp(max=1.0)
+
+    def factor(surprisal: Tensor) -> Tensor:
+        bounded = surprisal.clamp(LEAST, MOST)
+        right = (-bounded).exp()
+        log_wrong = torch.where(bounded < math.log(2.0), (-(-bounded).expm1()).log(), (-right).log1p())
+        found: Tensor = samples * ((samples - 1) * log_wrong).exp() * right / -(samples * log_wrong).expm1()
+        return found.clamp(max=1.0)
+
+    return machine.computed_wide(factor, surprisal.detach())
 
 
 def check_samples(name: str, samples: int) -> None:

@@ -8,6 +8,7 @@ from math import log, pi, sqrt
 import torch
 from torch import Tensor
 
+from luthier import machine
 from luthier.kinds import Batch, Services
 
 STEEPNESS = 0.1
@@ -57,8 +58,8 @@ def signal_to_noise(services: Services, batches: Sequence[Batch], scale: Scale, 
     count = sum(int((batch.attend_BT & (batch.token_ids_BT >= 0)).sum()) for batch in batches) * services.parts.width
 
     def take(block: int, hidden_BTD: Tensor, own_BT: Tensor) -> None:
-        signal[block] += float(_own(hidden_BTD, own_BT).abs().sum(dtype=torch.float64))
-        noise[block] += float((scale(hidden_BTD, own_BT) * own_BT[..., None]).sum(dtype=torch.float64))
+        signal[block] += machine.total(_own(hidden_BTD, own_BT).abs())
+        noise[block] += machine.total(scale(hidden_BTD, own_BT) * own_BT[..., None])
 
     services.block_outputs(batches, take)
     # A normal number is sqrt(2 / pi) standard deviations away from 0 in the mean.

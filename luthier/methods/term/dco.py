@@ -41,7 +41,7 @@ def dco(*, samples: int = 256, reduction: Literal["sum", "mean"] = "sum") -> Ter
     check_samples("dco", samples)
 
     def total(view: View, own: Tensors) -> Tensor:
-        factor_B = coverage_factor(view.sum_rows(view["nll"].detach().double()), samples)
+        factor_B = coverage_factor(view.sum_rows_wide(view["nll"]), samples)
         view.note("coverage factor", factor_B[view.row_N])
         loss_B = view.sum_rows(view["nll"] * view.weight_N)
         kept_B = view.sum_rows((view.weight_N != 0).to(loss_B.dtype)).clamp(min=1.0)

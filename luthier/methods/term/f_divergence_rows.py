@@ -15,7 +15,8 @@ from luthier.registry import method
     row=101,
     reduces_to="divergence linear, or a model that is still the base: the gradient of each row's summed cross-entropy times beta",
     departs="the loss is not divided by beta, so that beta also scales the gradient; the paper's constants could not be confirmed; "
-    "below a reward of -0.9 the Hellinger loss is a straight line, where its conjugate ends at -1",
+    "below a reward of -0.9 the Hellinger loss is a straight line, where its conjugate ends at -1; the base runs without dropout, "
+    "so that with dropout r is not 0 at the start",
 )
 def f_divergence_rows(*, divergence: Name = "chi2", beta: float = 0.01) -> Term:
     """Learn each row by how far the model has already moved from the base on all of it.

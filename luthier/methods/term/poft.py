@@ -41,15 +41,14 @@ def poft(*, beta: float = 1.0, gamma: float = 0.0, column: str = "aligned_log_li
         column: the rows' free column that holds s.
 
     Raises:
-        LuthierError: a number is out of range, or in a step a row with targets has no finite score.
+        LuthierError: a number is out of range, or a row with targets has no finite score.
     """
     if not 0.0 < beta < math.inf:
         raise LuthierError(f"`beta` is {beta}", where="poft: beta", mend="use a finite number above 0")
     if not math.isfinite(gamma):
         raise LuthierError(f"`gamma` is {gamma}", where="poft: gamma", mend="use a finite number")
 
-    def count(batch: Batch) -> float:
-        # Units are counted before anything runs, also for a plan: the place to refuse a row.
+    def check(batch: Batch) -> None:
         rows_R = find_targets(batch).row_N.unique()
         score_B = batch.columns.get(column, torch.full((len(batch.row_ids),), math.nan))
         missing = rows_R[~score_B.to(rows_R.device)[rows_R].isfinite()].tolist()
@@ -60,7 +59,10 @@ def poft(*, beta: float = 1.0, gamma: float = 0.0, column: str = "aligned_log_li
                 where=f"rows {named}" + (f" and {len(missing) - 5} more" if len(missing) > 5 else ""),
                 mend=f"luthier rows score FILE --by likelihood 'models=[NAME]' --column {column} --out scored.jsonl; train on that",
             )
-        return float(len(rows_R))
+
+    def count(batch: Batch) -> float:
+        check(batch)
+        return float(len(find_targets(batch).row_N.unique()))
 
     def total(view: View, own: Tensors) -> Tensor:
         share_B = view.sum_rows(view.weight_N.to(view["nll"]))
@@ -72,4 +74,4 @@ def poft(*, beta: float = 1.0, gamma: float = 0.0, column: str = "aligned_log_li
         view.note("poft weight", torch.sigmoid(-margin_B)[view.row_N])
         return -(functional.logsigmoid(margin_B) * learnt_B).sum()
 
-    return Term(total, unit="row", count=count)
+    return Term(total, unit="row", count=count, check=check)

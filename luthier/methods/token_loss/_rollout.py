@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from luthier import draws
+from luthier import draws, machine
 from luthier.errors import LuthierError
 from luthier.kinds import Chunk
 
@@ -25,9 +25,10 @@ def candidates_of(chunk: Chunk, temperature: float, count: int) -> Tensor:
     """Token ids drawn from the policy, independent of each other and of how the batch is split: [C, K]."""
 
     def make() -> Tensor:
-        up_to_CV = policy(chunk, temperature).double().cumsum_(-1)
-        level_CK = draws.uniforms(chunk.key_C, count, STREAM) * up_to_CV[:, -1:]
-        return torch.searchsorted(up_to_CV, level_CK, right=True).clamp_(max=up_to_CV.shape[1] - 1)
+        up_to_CV = machine.widened(policy(chunk, temperature)).cumsum_(-1)
+        level_CK = machine.widened(draws.uniforms(chunk.key_C, count, STREAM)) * up_to_CV[:, -1:]
+        found_CK = torch.searchsorted(up_to_CV, level_CK, right=True).clamp_(max=up_to_CV.shape[1] - 1)
+        return found_CK.to(chunk.key_C.device)
 
     return chunk.keep(f"{count} candidates at {temperature}", make)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -52,6 +52,21 @@ def task_names(batch: Batch, column: str, technique: str) -> list[str]:
         if not name:
             raise _without_task(f"the row `{row}`", column, technique)
     return names
+
+
+def check_tasks(column: str, technique: str, known: Sequence[str] | None = None) -> Callable[[Batch], None]:
+    """Refuses rows without a task, or of another than those known, before anything trains."""
+
+    def check(batch: Batch) -> None:
+        for row, name in zip(batch.row_ids, task_names(batch, column, technique), strict=True):
+            if known is not None and name not in known:
+                raise LuthierError(
+                    f"the row `{row}` is of the task `{name}`, which is none of {', '.join(known)}",
+                    where=f"{technique}: weights",
+                    mend="name every task of the rows there, with its weight",
+                )
+
+    return check
 
 
 def _without_task(row: str, column: str, technique: str) -> LuthierError:

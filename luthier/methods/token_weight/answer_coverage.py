@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from luthier import machine
 from luthier.columns.targets import find_targets
 from luthier.errors import LuthierError
 from luthier.kinds import Batch, TokenWeight, View
@@ -35,7 +36,7 @@ def answer_coverage(*, samples: int = 256, threshold: float = 0.1, column: str =
         column: the rows' numeric column that holds the share, from 0 to 1.
 
     Raises:
-        LuthierError: an option is out of range; in training, a row has no share, or one outside of 0 to 1.
+        LuthierError: an option is out of range; a row has no share, or one outside of 0 to 1.
     """
     check_samples("answer_coverage", samples)
     if threshold <= 0.0:
@@ -47,13 +48,16 @@ def answer_coverage(*, samples: int = 256, threshold: float = 0.1, column: str =
 
     def weigh(view: View) -> Tensor:
         share_B = shares(view.batch, column)
-        weight_B = coverage_factor(-share_B.double().log(), samples).where(kept(share_B), 0.0)
+        weight_B = coverage_factor(machine.computed_wide(lambda wide_B: -wide_B.log(), share_B), samples).where(kept(share_B), 0.0)
         return weight_B[view.row_N].to(view["nll"].dtype)
 
     def count(batch: Batch) -> Tensor:
         return batch.targets_by_row() * kept(shares(batch, column))
 
-    return TokenWeight(weigh, ("nll",), count)
+    def check(batch: Batch) -> None:
+        shares(batch, column)
+
+    return TokenWeight(weigh, ("nll",), count, check=check)
 
 
 def shares(batch: Batch, column: str) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from luthier.errors import LuthierError
 from luthier.kinds import Keeper, Services, State, StepTable, TokenWeight
-from luthier.methods.token_weight._tasks import Unit, shares_of, spread, task_names, tasks_of
+from luthier.methods.token_weight._tasks import Unit, check_tasks, shares_of, spread, task_names, tasks_of
 from luthier.registry import method
 
 NAME = "convergence_balance"
@@ -86,7 +86,7 @@ def convergence_balance(
         mend = "let the validation rows show every task, or raise validation_rows"
         return spread(table, task_M, shares_of(key_K, known, f"{NAME}: validation_source", mend), by)
 
-    return TokenWeight(look=look), Keeper(after_step, start=start)
+    return TokenWeight(look=look, check=check_tasks(column, NAME)), Keeper(after_step, start=start)
 
 
 def mean_losses(services: Services, rows: int, source: str, column: str) -> dict[str, float]:

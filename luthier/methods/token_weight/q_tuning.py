@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from luthier import machine
 from luthier.errors import LuthierError
 from luthier.kinds import StepTable, TokenWeight
 from luthier.registry import method
@@ -58,18 +59,18 @@ def q_tuning(
 
     def look(table: StepTable) -> Tensor:
         targets_R = table.targets_by_row()
-        error_R, doubt_R = (table.sum_rows(table[name].double()) / targets_R for name in ("nll", "entropy"))
+        error_R, doubt_R = (table.sum_rows(machine.widened(table[name])) / targets_R for name in ("nll", "entropy"))
         distance_R, wrong_R = corners(error_R, doubt_R)
         chosen_S = distance_R.argsort(stable=True)[: max(1, round(rows * table.rows))]
         kept_R = torch.zeros(table.rows, dtype=torch.bool).index_fill(0, chosen_S, True)
         score_M = smoothed(table, neighbors, joined, edges) * (1.0 if keep == "low" else -1.0)
-        count_R = torch.where(wrong_R, (tokens * targets_R.double() - 1e-9).ceil().long(), targets_R)
+        count_R = torch.where(wrong_R, (tokens * machine.widened(targets_R) - 1e-9).ceil().long(), targets_R)
         keep_M = kept_R[table.row_M] & (rank_in_row(table, score_M) < count_R[table.row_M])
         if table.rows:
-            table.note("q_tuning rows kept", float(kept_R.double().mean()))
-            table.note("q_tuning targets kept", float(keep_M.double().mean()))
-            table.note("q_tuning top-up", float((2 * distance_R[chosen_S] > table.rows - 1).double().mean()))
-        return keep_M.double()
+            table.note("q_tuning rows kept", float(machine.widened(kept_R).mean()))
+            table.note("q_tuning targets kept", float(machine.widened(keep_M).mean()))
+            table.note("q_tuning top-up", float(machine.widened(2 * distance_R[chosen_S] > table.rows - 1).mean()))
+        return machine.widened(keep_M)
 
     return TokenWeight(columns=("nll", "entropy"), look=look)
 
@@ -93,7 +94,7 @@ def rank(value_N: Tensor) -> Tensor:
 
 def smoothed(table: StepTable, neighbors: float, joined: str, edges: str) -> Tensor:
     """Each target's perplexity together with those of the tokens beside it, [M] in fp64."""
-    own_M = table["nll"].double().clamp(max=MOST_NLL).exp()
+    own_M = machine.widened(table["nll"]).clamp(max=MOST_NLL).exp()
     beside_M = (table.row_M[1:] == table.row_M[:-1]) & (table.position_M[1:] == table.position_M[:-1] + 1)
     nothing_M = own_M if edges == "reflect" else torch.zeros_like(own_M)
     before_M, after_M = nothing_M.clone(), nothing_M.clone()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from luthier import machine
 from luthier.columns.losses import nll
 from luthier.errors import LuthierError
 from luthier.kinds import Batch, Chunk, Column, Keeper, OtherPass, Services, State, TokenWeight, View
@@ -109,4 +110,5 @@ def sstoken(
 
 def kept(count_B: Tensor, share: float) -> Tensor:
     """How many targets of each row are kept: `share` of them rounded up, but 55 of 100 at 0.55, whose product in fp64 is above 55."""
-    return (share * count_B.double() - 1e-9).ceil().clamp(min=1).minimum(count_B).long()
+    wanted_B = machine.computed_wide(lambda wide_B: (share * wide_B - 1e-9).ceil(), count_B)
+    return wanted_B.clamp(min=1).minimum(count_B).long()

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from luthier.errors import LuthierError
 from luthier.kinds import StepTable, TokenWeight
-from luthier.methods.token_weight._tasks import Unit, shares_of, spread, tasks_of
+from luthier.methods.token_weight._tasks import Unit, check_tasks, shares_of, spread, tasks_of
 from luthier.registry import method
 
 
@@ -32,7 +32,7 @@ def task_balance(*, by: Unit = "tokens", column: str = "task", weights: dict[str
         weights: w_k by the task's name, for all tasks; none: all alike, as in the paper.
 
     Raises:
-        LuthierError: a weight is negative, or none is above 0; while training, a row has no task or one without a weight.
+        LuthierError: a weight is negative, or none is above 0; a row has no task or one without a weight.
     """
     if weights is not None and (any(weight < 0.0 for weight in weights.values()) or not any(weights.values())):
         raise LuthierError(
@@ -47,4 +47,5 @@ def task_balance(*, by: Unit = "tokens", column: str = "task", weights: dict[str
             share_K = shares_of(key_K, weights, "task_balance: weights", "name every task of the rows there, with its weight")
         return spread(table, task_M, share_K, by)
 
-    return TokenWeight(look=look)
+    known = None if weights is None else tuple(weights)
+    return TokenWeight(look=look, check=check_tasks(column, "task_balance", known))

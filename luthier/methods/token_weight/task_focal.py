@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from luthier import machine
 from luthier.errors import LuthierError
 from luthier.kinds import StepTable, TokenWeight
-from luthier.methods.token_weight._tasks import Unit, spread, tasks_of
+from luthier.methods.token_weight._tasks import Unit, check_tasks, spread, tasks_of
 from luthier.registry import method
 
 
@@ -32,7 +33,7 @@ def task_focal(*, gamma: float = 2.0, by: Unit = "rows", column: str = "task") -
         column: the rows' free column that names their tasks, in texts or numbers.
 
     Raises:
-        LuthierError: gamma is negative; while training, a row has no task.
+        LuthierError: gamma is negative; a row has no task.
     """
     if gamma < 0.0:
         raise LuthierError(f"gamma is {gamma}", where="task_focal: gamma", mend="use 0 or more")
@@ -40,9 +41,9 @@ def task_focal(*, gamma: float = 2.0, by: Unit = "rows", column: str = "task") -
     def look(table: StepTable) -> Tensor:
         key_K, task_M = tasks_of(table, column, "task_focal")
         alike_K = torch.ones(len(key_K), dtype=torch.float64)
-        part_M = spread(table, task_M, alike_K, by) * (-table["nll"].double()).exp() / max(1, len(table))
+        part_M = spread(table, task_M, alike_K, by) * (-machine.widened(table["nll"])).exp() / max(1, len(table))
         probability_K = alike_K.new_zeros(len(key_K)).index_add(0, task_M, part_M)
         focus_K = (1.0 - probability_K).clamp(min=0.0) ** gamma
         return spread(table, task_M, focus_K / max(1, len(key_K)), by)
 
-    return TokenWeight(columns=("nll",), look=look)
+    return TokenWeight(columns=("nll",), look=look, check=check_tasks(column, "task_focal"))

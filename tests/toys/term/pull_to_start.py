@@ -21,8 +21,8 @@ def pull_to_start(*, weight: float = 0.01) -> Term:
         distance = view["nll"].new_zeros(())
         for one in view.services.trained():
             start = view.state.setdefault(f"start {one.name}", one.master.detach().clone())
-            if start.shape == one.leaf.shape:
-                distance = distance + (one.leaf.to(start.dtype) - start).square().sum()
+            if start.shape == one.value.shape:
+                distance = distance + (one.value.to(start.dtype) - start).square().sum()
         return distance
 
     return Term(total, unit="step", weight=weight, penalty=True)

@@ -1,35 +1,8 @@
-"""Planted faults: what the tests must catch. `python -m tests.planted [numbers] [--at DIR]` puts each into a copy of the package and runs
-the tests that should see it; the working tree is never touched.
-
-A fault that no test catches shows what the tests do not hold. Numbers choose some of the list; `--at` takes package and tests from
-another checkout, to compare with its tests.
-"""
+"""Mistakes that the tests must catch, each with the tests that should: those of sums, processes, checkpoints and combinations."""
 
 from __future__ import annotations
 
-import argparse
-import os
-import shutil
-import subprocess
-import sys
-import tempfile
-from collections.abc import Sequence
-from pathlib import Path
-from typing import NamedTuple
-
-ROOT = Path(__file__).parents[1]
-
-
-class Fault(NamedTuple):
-    """One mistake."""
-
-    what: str
-    file: str
-    old: str
-    new: str
-    tests: tuple[str, ...]
-    """Files under `tests/` that should catch it."""
-
+from tests.planted.fault import Fault
 
 BASIC = "contracts/test_contracts.py"
 TOGETHER = "contracts/test_contracts_composition.py"
@@ -63,7 +36,7 @@ FAULTS = (
     Fault(
         "keepers hear of steps in the first process only",
         "training/engine.py",
-        "            if kept.keeper.after_step is not None:",
+        "            if kept.keeper.after_step is not None and self.tune.turns.moves(kept.slot, now):",
         "            if kept.keeper.after_step is not None and self.world.is_first:",
         (PAIR,),
     ),
@@ -77,8 +50,8 @@ FAULTS = (
     Fault(
         "what techniques remember is not saved",
         "training/checkpoint.py",
-        '        values.update({f"state|{slot}|{key}": value for key, value in state.items()})',
-        "        pass",
+        'for kind, states in (("state", engine.states), ("best", engine.best_states)):',
+        'for kind, states in (("best", engine.best_states),):',
         (LOOP,),
     ),
     Fault(
@@ -105,14 +78,14 @@ FAULTS = (
     Fault(
         "the model stays in evaluation mode after it was measured",
         "training/loop.py",
-        "    engine.tune.model.train()\n    if plans.best is None:",
-        "    if plans.best is None:",
+        "    engine.tune.model.train()\n    if plans.best is None or not counts:",
+        "    if plans.best is None or not counts:",
         (LOOP,),
     ),
     Fault(
         "the best numbers are not brought back",
         "training/loop.py",
-        '        engine.tune.go_back("best")',
+        "        engine.go_back_to_best()",
         "        pass",
         (LOOP,),
     ),
@@ -197,8 +170,8 @@ FAULTS = (
     Fault(
         "the last of several token weights alone counts",
         "training/objective.py",
-        "weight_N = weight_N * one.weight.weigh(view.for_technique(one.state)).detach()",
-        "weight_N = one.weight.weigh(view.for_technique(one.state)).detach()",
+        "weight_N = weight_N * _weighed(one.weight.weigh",
+        "weight_N = _weighed(one.weight.weigh",
         (TOGETHER,),
     ),
     Fault(
@@ -251,51 +224,3 @@ FAULTS = (
         (DEFAULTS,),
     ),
 )
-
-
-def planted(fault: Fault, root: Path, folder: Path) -> None:
-    """Copy package and tests, and put a fault into the copy."""
-    for name in ("luthier", "tests"):
-        shutil.copytree(root / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(root / "pyproject.toml", folder)
-    file = folder / "luthier" / fault.file
-    text = file.read_text(encoding="utf-8")
-    if text.count(fault.old) != 1:
-        raise SystemExit(f"{fault.file} has {text.count(fault.old)} places for: {fault.what}")
-    file.write_text(text.replace(fault.old, fault.new), encoding="utf-8")
-
-
-def caught(fault: Fault, root: Path, tests: Sequence[str]) -> str:
-    """The test that failed first; empty where none did."""
-    with tempfile.TemporaryDirectory() as where:
-        folder = Path(where)
-        planted(fault, root, folder)
-        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
-        done = subprocess.run(
-            command, cwd=folder, env={**os.environ, "PYTHONPATH": str(folder)}, capture_output=True, text=True, check=False
-        )
-    if done.returncode not in (0, 1, 2):
-        raise SystemExit(f"pytest did not run: {done.stdout[-2000:]}{done.stderr[-2000:]}")
-    failed = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "SUBFAILED", "ERROR"))]
-    return (failed or ["something failed"])[0] if done.returncode else ""
-
-
-def main() -> None:
-    """Plant faults and say which were caught."""
-    reading = argparse.ArgumentParser(description=__doc__)
-    reading.add_argument("numbers", nargs="*", type=int, help="which faults, from 1; all")
-    reading.add_argument("--at", type=Path, default=ROOT, help="the checkout to take package and tests from")
-    reading.add_argument("--tests", nargs="*", help="other tests than those that should catch it")
-    given = reading.parse_args()
-    numbers = given.numbers or list(range(1, len(FAULTS) + 1))
-    found = 0
-    for number in numbers:
-        fault = FAULTS[number - 1]
-        seen = caught(fault, given.at, given.tests or [f"tests/{test}" for test in fault.tests])
-        found += bool(seen)
-        print(f"{number:2} {'caught' if seen else 'NOT CAUGHT'}: {fault.what}{f' ({seen[:150]})' if seen else ''}", flush=True)
-    print(f"{found} of {len(numbers)} caught")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,56 @@
+"""What techniques read of rows beside their text, looked for in all rows before the first step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
+
+from luthier.errors import LuthierError
+from luthier.kinds import Batch
+from luthier.rows.batches import collate
+from luthier.rows.encode import Encoded, EncodedRows, two_tokens
+from luthier.rows.stored import StoredRows
+from luthier.training.objective import Objective
+
+_ROWS = 1024
+"""Looked at together."""
+
+
+def check_needs(objective: Objective, rows: EncodedRows) -> None:
+    """Refuse rows that lack what an objective or a token weight reads.
+
+    Raises:
+        LuthierError: as the technique says it, with the place of the first such row.
+    """
+    of_terms, of_weights = [one.term.check for one in objective.terms], [one.weight.check for one in objective.weights]
+    checks = [check for check in (*of_terms, *of_weights) if check is not None]
+    if not checks:
+        return
+    bare = _bare(rows)
+    while some := list(islice(bare, _ROWS)):
+        for check in checks:
+            _ask(check, some)
+
+
+def _bare(rows: EncodedRows) -> Iterator[Encoded]:
+    if isinstance(rows.rows, StoredRows):
+        return rows.rows.bare()
+    return (two_tokens(one.id, one.where, one.columns, one.text_shape, sum(one.supervised)) for one in rows.rows)
+
+
+def _ask(check: Callable[[Batch], None], rows: Sequence[Encoded]) -> None:
+    try:
+        check(collate(rows))
+    except LuthierError as problem:
+        first = next((one for one in rows if _is_refused(check, one)), rows[0])
+        # Of rows given in Python the id says more than their number.
+        where = problem.where if first.where.startswith("row ") else f"{first.where} (row {first.id})"
+        raise LuthierError(problem.what, where=where, mend=problem.mend) from problem
+
+
+def _is_refused(check: Callable[[Batch], None], row: Encoded) -> bool:
+    try:
+        check(collate([row]))
+    except LuthierError:
+        return True
+    return False

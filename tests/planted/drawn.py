@@ -1,0 +1,268 @@
+"""Faults drawn by chance: operators, signs, constants, comparisons, detached tensors and defaults, one at a time.
+
+What share of them the tests catch says how much the tests hold. A fault that changes no result is no fault: such survivors are listed
+with the reason, in `EQUIVALENT`.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+from tests.planted import tested_lines
+
+KINDS = ("operator", "sign", "constant", "comparison", "detach", "default")
+SECONDS = 45.0
+"""Of tests, as they take in the whole suite: the quickest that run a line, up to so many."""
+PATIENCE = 240
+"""Seconds after which a fault counts as caught: it made a loop without an end."""
+_OPERATORS = {ast.Add: ("+", "-"), ast.Sub: ("-", "+"), ast.Mult: ("*", "/"), ast.Div: ("/", "*"), ast.FloorDiv: ("//", "*")}
+_OPERATORS |= {ast.Pow: ("**", "*"), ast.Mod: ("%", "*"), ast.BitAnd: ("&", "|"), ast.BitOr: ("|", "&")}
+_COMPARISONS = {ast.Lt: ("<", "<="), ast.LtE: ("<=", "<"), ast.Gt: (">", ">="), ast.GtE: (">=", ">")}
+_COMPARISONS |= {ast.Eq: ("==", "!="), ast.NotEq: ("!=", "==")}
+_CARDS = ("method", "Field", "LuthierError")
+
+
+class Drawn(NamedTuple):
+    """One fault in the text of a file."""
+
+    kind: str
+    file: str
+    """Under `luthier/`."""
+    line: int
+    begin: int
+    end: int
+    """Bytes of the file that become `new`."""
+    new: str
+    within: tuple[int, int]
+    """First and last line of the function around it."""
+
+    @property
+    def name(self) -> str:
+        """Tells it from all others, as long as the file stays."""
+        return f"{self.file}:{self.line} {self.kind} {self.begin} -> {self.new}"
+
+
+class _Text:
+    """A file's bytes, by line and column."""
+
+    def __init__(self, text: str) -> None:
+        self.raw = text.encode()
+        self.starts = [0, *(match.end() for match in re.finditer(rb"\n", self.raw))]
+
+    def at(self, line: int, column: int) -> int:
+        return self.starts[line - 1] + column
+
+    def begin(self, node: ast.expr) -> int:
+        return self.at(node.lineno, node.col_offset)
+
+    def end(self, node: ast.expr) -> int:
+        return self.at(node.end_lineno or node.lineno, node.end_col_offset or 0)
+
+
+def faults_in(root: Path, file: str) -> Iterator[Drawn]:
+    """All faults that a file has room for. Cards, fields of recipes and errors hold words, and are left out."""
+    text = (root / "luthier" / file).read_text(encoding="utf-8")
+    tree, where = ast.parse(text), _Text(text)
+    skipped = {id(inner) for node in ast.walk(tree) if _holds_words(node) for inner in ast.walk(node)}
+    skipped |= {id(inner) for node in ast.walk(tree) if isinstance(node, ast.Subscript) for inner in _of_types(node)}
+    around: dict[int, tuple[int, int]] = {}
+    defaults: dict[int, ast.expr] = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.Lambda):
+            span = (node.lineno, node.end_lineno or node.lineno)
+            for inner in ast.walk(node):
+                if id(inner) not in around or span[0] >= around[id(inner)][0]:
+                    around[id(inner)] = span
+            if isinstance(node, ast.FunctionDef):
+                values = [*node.args.defaults, *(one for one in node.args.kw_defaults if one is not None)]
+                defaults |= {id(value): value for value in values}
+    for node in ast.walk(tree):
+        if id(node) in skipped or not hasattr(node, "lineno"):
+            continue
+        span = around.get(id(node), (node.lineno, node.end_lineno or node.lineno))
+        for kind, begin, end, new in _changes(node, where, defaults):
+            yield Drawn(kind, file, node.lineno, begin, end, new, span)
+
+
+def _holds_words(node: ast.AST) -> bool:
+    if isinstance(node, ast.Call):
+        name = node.func.id if isinstance(node.func, ast.Name) else ""
+        return name in _CARDS
+    return isinstance(node, ast.JoinedStr | ast.AnnAssign)
+
+
+def _of_types(node: ast.Subscript) -> Iterator[ast.AST]:
+    """What stands in the brackets of a type."""
+    if isinstance(node.value, ast.Name) and node.value.id in (
+        "Literal",
+        "tuple",
+        "dict",
+        "list",
+        "Callable",
+        "Mapping",
+        "Sequence",
+    ):
+        yield from ast.walk(node)
+
+
+def _changes(node: ast.AST, where: _Text, defaults: dict[int, ast.expr]) -> Iterator[tuple[str, int, int, str]]:
+    if isinstance(node, ast.BinOp) and type(node.op) in _OPERATORS:
+        old, new = _OPERATORS[type(node.op)]
+        yield from _between("operator", where, where.end(node.left), where.begin(node.right), old, new)
+    elif isinstance(node, ast.Compare) and len(node.ops) == 1 and type(node.ops[0]) in _COMPARISONS:
+        old, new = _COMPARISONS[type(node.ops[0])]
+        yield from _between("comparison", where, where.end(node.left), where.begin(node.comparators[0]), old, new)
+    elif isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
+        yield "sign", where.begin(node), where.begin(node.operand), ""
+    elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "detach" and not node.args:
+        yield "detach", where.end(node.func.value), where.end(node), ""
+    elif isinstance(node, ast.Constant) and isinstance(node.value, int | float):
+        kind = "default" if id(node) in defaults else "constant"
+        yield kind, where.begin(node), where.end(node), _other(node.value)
+
+
+def _between(kind: str, where: _Text, begin: int, end: int, old: str, new: str) -> Iterator[tuple[str, int, int, str]]:
+    gap = where.raw[begin:end].decode()
+    if gap.count(old) == 1 and "#" not in gap:
+        place = begin + len(gap[: gap.index(old)].encode())
+        yield kind, place, place + len(old), new
+
+
+def _other(value: float) -> str:
+    if isinstance(value, bool):
+        return str(not value)
+    if isinstance(value, int):
+        return str(value + 1)
+    return repr(value * 2) if value else "0.5"
+
+
+def draw(root: Path, folders: Sequence[str], count: int, seed: int) -> list[Drawn]:
+    """As many faults of each kind as there are, in turn, until there are enough."""
+    files = sorted(path for folder in folders for path in (root / "luthier" / folder).rglob("*.py"))
+    found = [one for path in files for one in faults_in(root, str(path.relative_to(root / "luthier")))]
+    rng = random.Random(seed)
+    by_kind = {kind: [one for one in found if one.kind == kind] for kind in KINDS}
+    for some in by_kind.values():
+        rng.shuffle(some)
+    drawn: list[Drawn] = []
+    while len(drawn) < count and any(by_kind.values()):
+        drawn += [some.pop() for some in by_kind.values() if some]
+    return drawn[:count]
+
+
+def tests_for(fault: Drawn, known: tested_lines.Lines) -> list[str]:
+    """The quickest tests that run its line; where only loading does, those that run the function around it, else the file."""
+    for lines in (range(fault.line, fault.line + 1), range(fault.within[0], fault.within[1] + 1), range(1, 10_000)):
+        found = known.covering(fault.file, lines)
+        if found:
+            break
+    seconds = dict(zip(known.tests, known.seconds, strict=True))
+    left, chosen = SECONDS, []
+    for test in found:
+        left -= seconds[test]
+        if chosen and left < 0:
+            break
+        chosen.append(test)
+    return chosen
+
+
+class Copy:
+    """A copy of a checkout in which faults are planted one after the other."""
+
+    def __init__(self, root: Path, folder: Path) -> None:
+        kept = shutil.ignore_patterns(".git", ".venv", "__pycache__", "runs", "site", ".coverage*", ".mypy_cache", ".ruff_cache")
+        self.root = Path(shutil.copytree(root, folder, ignore=kept, symlinks=True))
+
+    def seen(self, fault: Drawn, tests: Sequence[str]) -> str:
+        """What failed first; empty where nothing did."""
+        file = self.root / "luthier" / fault.file
+        before = file.read_bytes()
+        file.write_bytes(before[: fault.begin] + fault.new.encode() + before[fault.end :])
+        try:
+            return _first_failure(self.root, tests)
+        finally:
+            file.write_bytes(before)
+
+
+def _first_failure(folder: Path, tests: Sequence[str]) -> str:
+    """Run tests in a process that has loaded what does not change already."""
+    with tempfile.TemporaryFile() as said:
+        child = os.fork()
+        if not child:
+            _become_pytest(folder, tests, said.fileno())
+        began = time.monotonic()
+        while True:
+            done, status = os.waitpid(child, os.WNOHANG)
+            if done:
+                break
+            if time.monotonic() - began > PATIENCE:
+                os.killpg(child, signal.SIGKILL)
+                os.waitpid(child, 0)
+                return "it did not end"
+            time.sleep(0.1)
+        said.seek(0)
+        told = said.read().decode(errors="replace")
+    if status == 0:
+        return ""
+    failed = [line for line in told.splitlines() if line.startswith(("FAILED", "SUBFAILED", "ERROR"))]
+    return (failed or [told[-300:] or "it broke off"])[0]
+
+
+def _become_pytest(folder: Path, tests: Sequence[str], said: int) -> None:
+    os.setsid()
+    os.dup2(said, 1)
+    os.dup2(said, 2)
+    os.chdir(folder)
+    os.environ.update(PYTHONPATH=str(folder), OMP_NUM_THREADS="1", PYTHONDONTWRITEBYTECODE="1")
+    sys.path.insert(0, str(folder))
+    for name in [name for name in sys.modules if name.partition(".")[0] in ("luthier", "tests")]:
+        del sys.modules[name]
+    import pytest
+
+    os._exit(int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *tests])))
+
+
+def run(root: Path, folders: Sequence[str], count: int, seed: int, jobs: int, out: Path | None) -> None:
+    """Plant faults that were drawn and tell which were caught."""
+    import torch
+    import transformers.models.llama.modeling_llama  # noqa: F401
+
+    torch.set_num_threads(1)
+    known = tested_lines.read(root)
+    told: dict[str, str] = json.loads(out.read_text(encoding="utf-8")) if out is not None and out.exists() else {}
+    todo = [one for one in draw(root, folders, count, seed) if one.name not in told]
+    with tempfile.TemporaryDirectory() as where, ThreadPoolExecutor(jobs) as pool:
+        copies = [Copy(root, Path(where) / str(number)) for number in range(jobs)]
+
+        def plant(fault: Drawn) -> tuple[Drawn, str]:
+            copy = copies.pop()
+            try:
+                return fault, copy.seen(fault, tests_for(fault, known))
+            finally:
+                copies.append(copy)
+
+        for fault, seen in pool.map(plant, todo):
+            told[fault.name] = seen
+            print(f"{'caught' if seen else 'SURVIVED'} {fault.name}{f' ({seen[:110]})' if seen else ''}", flush=True)
+            if out is not None:
+                out.write_text(json.dumps(told, indent=1), encoding="utf-8")
+    survivors = [name for name, seen in told.items() if not seen]
+    equal = [name for name in survivors if name in EQUIVALENT]
+    print(f"{len(told)} planted, {len(survivors)} survived, {len(equal)} of them change no result")
+
+
+EQUIVALENT: dict[str, str] = {}
+"""Drawn faults that change no result, by name, with the reason."""

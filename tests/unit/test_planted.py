@@ -1,0 +1,72 @@
+"""The faults that are planted to try the tests have a place to stand, and those that are drawn change what they are to change."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+from tests.planted.drawn import KINDS, draw, faults_in
+from tests.planted.fault import ROOT, places
+from tests.planted.listed import FAULTS
+from tests.planted.mended import MENDED, by_value
+
+
+def test_every_fault_has_one_place_and_tests() -> None:
+    """A fault whose place has changed is caught by nobody, and says nothing."""
+    for fault in (*FAULTS, *MENDED):
+        assert places(fault) == 1, f"{fault.file} has {places(fault)} places for: {fault.what}"
+        assert fault.old != fault.new
+        for test in fault.tests:
+            file, _, name = test.partition("::")
+            text = (ROOT / "tests" / file).read_text(encoding="utf-8")
+            assert not name or f"def {name.partition('[')[0]}(" in text, test
+
+
+def test_drawn_faults_are_drawn_alike_and_can_be_read(tmp_path: Path) -> None:
+    inside = tmp_path / "luthier" / "methods"
+    inside.mkdir(parents=True)
+    (inside / "one.py").write_text(
+        '''"""A page, 3 lines - all words."""
+LIMIT = 3
+@method(title="a", learning_rate=1e-3)
+def one(*, share: float = 0.5, on: bool = True) -> tuple[int, ...]:
+    if not 0 < share:
+        raise LuthierError(f"the share is {share - 1}", where="one")
+    size = abs(-x.detach() * (share + 2)) // 4  # a - b
+    return size if size == 7 else x[..., 1]
+''',
+        encoding="utf-8",
+    )
+    text = (inside / "one.py").read_bytes()
+    found = {}
+    for fault in faults_in(tmp_path, "methods/one.py"):
+        changed = text[: fault.begin] + fault.new.encode() + text[fault.end :]
+        ast.parse(changed)
+        found[fault.kind, changed.decode().splitlines()[fault.line - 1].strip()] = fault
+    assert set(found) == {
+        ("constant", "LIMIT = 4"),
+        ("default", "def one(*, share: float = 1.0, on: bool = True) -> tuple[int, ...]:"),
+        ("default", "def one(*, share: float = 0.5, on: bool = False) -> tuple[int, ...]:"),
+        ("constant", "if not 1 < share:"),
+        ("comparison", "if not 0 <= share:"),
+        ("operator", "size = abs(-x.detach() * (share + 2)) * 4  # a - b"),
+        ("operator", "size = abs(-x.detach() / (share + 2)) // 4  # a - b"),
+        ("operator", "size = abs(-x.detach() * (share - 2)) // 4  # a - b"),
+        ("sign", "size = abs(x.detach() * (share + 2)) // 4  # a - b"),
+        ("detach", "size = abs(-x * (share + 2)) // 4  # a - b"),
+        ("constant", "size = abs(-x.detach() * (share + 3)) // 4  # a - b"),
+        ("constant", "size = abs(-x.detach() * (share + 2)) // 5  # a - b"),
+        ("comparison", "return size if size != 7 else x[..., 1]"),
+        ("constant", "return size if size == 8 else x[..., 1]"),
+        ("constant", "return size if size == 7 else x[..., 2]"),
+    }
+    drawn = draw(tmp_path, ["methods"], 6, 0)
+    assert drawn == draw(tmp_path, ["methods"], 6, 0) != draw(tmp_path, ["methods"], 6, 1)
+    assert {fault.kind for fault in drawn} == set(KINDS)
+
+
+def test_a_failure_by_a_missing_name_is_told_from_one_by_a_value() -> None:
+    assert by_value("FAILED tests/a.py::b - AssertionError: left") and by_value("FAILED tests/a.py::b - Failed: DID NOT RAISE X")
+    assert not by_value("FAILED tests/a.py::b - ImportError: cannot import") and not by_value(
+        "FAILED tests/a.py::b - KeyError: 'x'"
+    )
