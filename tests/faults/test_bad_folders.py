@@ -96,7 +96,7 @@ MODELS: list[tuple[Callable[[Path], None], str, str]] = [
     (configured(hidden_size="wide"), "model", "complete"),
     (configured(hidden_size=64), "model", "architecture"),
     (configured(num_hidden_layers=4), "model", "missing weights would be random"),
-    (configured(max_position_embeddings=-1), "", "at least 2"),
+    (configured(max_position_embeddings=-1), "max_position_embeddings", "at least 2"),
     (indexed('{"weight_map": 3}'), "model.safetensors.index.json", "copy the model again"),
     (indexed('{"weight_map": {"a": 3}}'), "model", "copy the model again"),
     (indexed('{"weight_map": {"a": "not-there.safetensors"}}'), "model", "copy the model again"),
