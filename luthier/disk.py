@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from luthier.errors import LuthierError
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_LEFT_OVER = re.compile(r"\.(.+)\.(\d+|old)")
+_LEFT_OVER = re.compile(r"\.(.+)\.(\d+|old|mode)")
 _CHUNK_BYTES = 1 << 22
 
 
@@ -59,6 +59,7 @@ def written(path: Path, mend: str = "") -> Iterator[Path]:
         remove(beside)
         try:
             yield beside
+            as_others(beside)
             force(beside)
             _take_place(beside, path)
         finally:
@@ -92,6 +93,18 @@ def sweep(folder: Path) -> None:
             path.rename(folder / found[1])
         else:
             remove(path)
+
+
+def as_others(path: Path) -> None:
+    """Let a file, or those in a folder, be read by whoever may read what is written here: safetensors writes for the user alone."""
+    # The mask of the process cannot be asked without setting it, for all threads; what a new file gets tells it.
+    probe = path.with_name(f".{path.name}.{os.getpid()}.mode")
+    probe.touch()
+    mode = probe.stat().st_mode & 0o666
+    probe.unlink()
+    for one in path.rglob("*") if path.is_dir() else (path,):
+        if one.is_file() and not one.is_symlink():
+            one.chmod(one.stat().st_mode & ~0o666 | mode)
 
 
 def remove(path: Path) -> None:

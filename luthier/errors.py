@@ -41,12 +41,18 @@ class LuthierError(Exception):
 def nearest(name: str, known: Iterable[str]) -> str:
     """A sentence that offers the known names closest to `name`, or all of them when few."""
     names = sorted(str(candidate) for candidate in known)
-    close = difflib.get_close_matches(name, names, n=3, cutoff=0.6)
+    # Whoever writes LoRA or prompt-tuning means the name, which is all small letters.
+    plain = {_plain(candidate): candidate for candidate in reversed(names)}
+    close = [plain[found] for found in difflib.get_close_matches(_plain(name), plain, n=3, cutoff=0.6)]
     if close:
         return "did you mean " + " or ".join(f"`{candidate}`" for candidate in close) + "?"
     if names and len(names) <= 30:
         return "known: " + ", ".join(names)
     return ""
+
+
+def _plain(name: str) -> str:
+    return name.lower().replace("-", "_")
 
 
 def refuse_truth(value: object, annotation: Any) -> None:

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 def train(
     recipe: Annotated[Path | None, typer.Argument(help="A recipe (YAML).", metavar="RECIPE")] = None,
     overrides: Overrides = None,
-    resume: Annotated[Path | None, typer.Option(help="Continue this run's folder; ends in the same weights.")] = None,
+    resume: Annotated[str | None, typer.Option(help="Continue this run, by name or folder; ends in the same weights.")] = None,
     world: World = False,
     skills: Skills = "",
     count: Items = None,
@@ -47,16 +47,20 @@ def train(
         from luthier.cli.progress import Bar
         from luthier.recipe import read_recipe
         from luthier.report.terminal import summary
+        from luthier.results.folder import read_run
+        from luthier.runs.resume import recipe_file
         from luthier.runs.train import train as run_training
 
+        words = list(overrides or [])
+        if resume is not None and recipe is not None and "=" in str(recipe) and not recipe.is_file():
+            # Without a recipe, the first key to set stands where a recipe would.
+            recipe, words = None, [str(recipe), *words]
         if recipe is None:
             if resume is None:
                 raise LuthierError("a recipe is missing", where="luthier train", mend="give a recipe, or --resume RUN")
-            recipe = resume / "recipe.yaml"
-            if not recipe.is_file():
-                raise LuthierError("this is no run's folder", where=str(resume), mend="name a folder that `luthier runs` lists")
-        read = _measuring_world(read_recipe(recipe, overrides or []), world, skills, count)
-        command = _command(recipe, overrides, world, skills, count)
+            recipe = recipe_file(read_run(resume))
+        read = _measuring_world(read_recipe(recipe, words), world, skills, count)
+        command = _command(recipe, words, world, skills, count)
         with Bar(err, quiet=speak.quiet) as bar:
             run = run_training(read, resume=resume, say=bar.say, tell=bar.step, command=command)
         speak.show(run.as_json(), lambda: summary(run.facts))

@@ -43,6 +43,7 @@ def _new(path: Path, kind: str) -> Iterator[Path]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield beside
+        disk.as_others(beside)
         beside.rename(path)
     except OSError as error:
         raise LuthierError(f"the {kind} cannot be written: {error}", where=str(path), mend="name a place to write to") from error

@@ -17,14 +17,16 @@ from torch import Tensor
 from luthier.delta import Delta
 from luthier.delta.forms import LowRank, combine
 from luthier.errors import LuthierError, nearest
+from luthier.export.folder import new_folder
 from luthier.export.peft_adapter import CONFIG, PREFIX, TENSORS, Adapter, write_adapter
+from luthier.export.peft_base import base_of
 from luthier.export.peft_beside import WEIGHTS_ALONE, writer_of
 from luthier.kinds import Additive, Place, Services, Tensors
 from luthier.kinds.parts import Parts
 from luthier.machine import versions
 from luthier.methods.additive.lora import lora
 from luthier.models.fingerprint import fingerprint as fingerprint_of
-from luthier.models.known import KNOWN
+from luthier.models.load import ModelSource
 from luthier.tune import Tune
 from luthier.tune.sites import Addition
 
@@ -50,7 +52,7 @@ class Factors(NamedTuple):
         return len(self.down_RI)
 
 
-def export_peft(tune: Tune, folder: str | Path, base_name: str, *, fingerprint: str | None = None) -> dict[str, Any]:
+def export_peft(tune: Tune, folder: str | Path, base: ModelSource | str, *, fingerprint: str | None = None) -> dict[str, Any]:
     """Write what trains as a PEFT adapter: low-rank deltas, or a prompt, a prefix or factors of channels.
 
     Of deltas, parts of a fused projection become one adapter whose `lora_B` is zero where a part does not reach. Scales are
@@ -60,12 +62,14 @@ def export_peft(tune: Tune, folder: str | Path, base_name: str, *, fingerprint: 
     Args:
         tune: with low-rank deltas only, or one technique of `peft_beside.WRITERS`; not merged.
         folder: must not exist.
-        base_name: of the base. Short names are written as the hub's; a path on this machine is not written at all.
+        base: where the base's weights come from, or its name. What is written is what others find these very weights by, the hub's
+            name and revision, and nothing where they are not there; in any case their fingerprint, in base.json.
         fingerprint: of the base, where it is known, to be compared with the weights. What is written is that of the
             weights.
 
     Returns:
-        `peft_type`, `base_fingerprint`, and `modules` (how many) for LORA and IA3, `ranks` (modules by rank) for LORA,
+        `peft_type`, `base`, its name on the hub or where it comes from, `base_fingerprint`, `note`, where there is something to
+        know of the base, and `modules` (how many) for LORA and IA3, `ranks` (modules by rank) for LORA,
         `tokens` for PROMPT_TUNING and PREFIX_TUNING.
 
     Raises:
@@ -77,23 +81,33 @@ def export_peft(tune: Tune, folder: str | Path, base_name: str, *, fingerprint: 
     if beside is None:
         _refuse_other_kinds(tune)
     with tune.at("base"):
-        base = fingerprint_of(tune.model)
+        untouched = fingerprint_of(tune.model)
     live = fingerprint_of(tune.model)
-    if live != base or fingerprint not in (None, live):
+    if live != untouched or fingerprint not in (None, live):
         raise LuthierError(
             "numbers of the model itself changed, and an adapter would lose that",
             where="export_peft",
             mend="export the model" if beside is None else WEIGHTS_ALONE,
         )
     adapter = (beside or _low_rank)(tune)
+    named = base_of(base)
     common = {
         "task_type": "CAUSAL_LM" if tune.parts.causal else "FEATURE_EXTRACTION",
-        "base_model_name_or_path": _public_name(base_name),
         "inference_mode": True,
+        **named.config(),
     }
     metadata = {"luthier": versions()["luthier"], "base_fingerprint": live}
-    write_adapter(Path(folder), adapter._replace(config={**adapter.config, **common}), metadata)
-    return {"peft_type": adapter.config["peft_type"], **adapter.facts, "base_fingerprint": live}
+    with new_folder(Path(folder)) as place:
+        write_adapter(place, adapter._replace(config={**adapter.config, **common}), metadata)
+        named.write(place, live)
+    note = {"note": named.note} if named.note else {}
+    return {
+        "peft_type": adapter.config["peft_type"],
+        **adapter.facts,
+        "base": named.hub or named.origin,
+        "base_fingerprint": live,
+        **note,
+    }
 
 
 def load_peft(folder: str | Path, tune: Tune, *, force: bool = False) -> Additive:
@@ -249,14 +263,6 @@ def _config(tune: Tune, modules: Mapping[str, Factors]) -> dict[str, Any]:
         "fan_in_fan_out": any(name in tune.parts.transposed for name in modules),
         "target_modules": list(modules),
     }
-
-
-def _public_name(base_name: str) -> str | None:
-    """What others can find the base by; None for a path, which means nothing elsewhere."""
-    if base_name in KNOWN:
-        return KNOWN[base_name].hub
-    local = Path(base_name).expanduser().exists() or base_name.startswith((".", "~", "/")) or base_name.count("/") > 1
-    return None if local or "\\" in base_name or base_name.endswith(".gguf") else base_name
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

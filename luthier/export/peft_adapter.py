@@ -10,8 +10,6 @@ from typing import Any, NamedTuple
 from safetensors.torch import save_file
 from torch import Tensor
 
-from luthier.export.folder import new_folder
-
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -30,12 +28,7 @@ class Adapter(NamedTuple):
 
 
 def write_adapter(folder: Path, adapter: Adapter, metadata: Mapping[str, str]) -> None:
-    """Write an adapter's two files; the folder appears when both are there.
-
-    Raises:
-        LuthierError: the folder exists, or cannot be written.
-    """
+    """Write an adapter's two files into a folder."""
     tensors = {name: values.detach().cpu().contiguous() for name, values in adapter.tensors.items()}
-    with new_folder(folder) as beside:
-        save_file(tensors, beside / TENSORS, {"format": "pt", **metadata})
-        (beside / CONFIG).write_text(json.dumps(adapter.config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    save_file(tensors, folder / TENSORS, {"format": "pt", **metadata})
+    (folder / CONFIG).write_text(json.dumps(adapter.config, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -29,6 +29,7 @@ from luthier.recipe import Recipe
 from luthier.recipe.paths import SOURCES
 from luthier.results.folder import write_json
 from luthier.rows.ids import canonical
+from luthier.rows.read import files_of
 
 PACKAGE = Path(luthier.__file__).parent
 _COMPUTES_NOTHING = ("report", "cli", "sweep", "__main__", "registry/catalogue", "registry/papers")
@@ -76,7 +77,10 @@ def content(value: Any, where: str) -> Any:
         LuthierError: a value that has no content to compare, such as a function.
     """
     if isinstance(value, str | int | float | bool) or value is None:
-        return {"file": disk.sha256(Path(value))} if isinstance(value, str) and _names_file(value, where) else value
+        files = _files_named(value, where) if isinstance(value, str) else ()
+        if len(files) == 1 and files[0] == Path(str(value)):
+            return {"file": disk.sha256(files[0])}
+        return {"files": [[one.name, disk.sha256(one)] for one in files]} if files else value
     if isinstance(value, Path):
         return {"file": disk.sha256(value)}
     if isinstance(value, registry.Part) and value.name in registry.names(value.kind):
@@ -94,14 +98,32 @@ def content(value: Any, where: str) -> Any:
     )
 
 
-def _names_file(value: str, where: str) -> bool:
-    if not where.endswith(("rows", "train", *SOURCES)):
-        return False
+def _files_named(value: str, where: str) -> tuple[Path, ...]:
+    """The files of rows that a recipe's value names: one, those of a folder, or those of a pattern."""
+    if not where.endswith(("rows", "train", *SOURCES)) or value.startswith("hub:"):
+        return ()
     try:
-        return Path(value).is_file()
-    except (OSError, ValueError):
+        return files_of(value)
+    except LuthierError:
+        # Whatever else it means, or a file that is missing, which whoever reads it will say.
+        return ()
+
+
+def base_key(name: str, revision: str | None) -> str:
+    """Names the model that runs start from: what lies in a folder or a file by its content, anything else by its name and revision."""
+    try:
+        path = Path(name).expanduser()
+        files = sorted(one for one in path.iterdir() if one.is_file()) if path.is_dir() else [path] if path.is_file() else []
+    except (OSError, RuntimeError):
         # No file can have such a name.
-        return False
+        files = []
+    weights = key_of([[one.name, _sha256(one, one.stat().st_size, one.stat().st_mtime_ns)] for one in files]) if files else ""
+    return f"{name} {revision} {weights}".strip()
+
+
+@cache
+def _sha256(path: Path, size: int, changed: int) -> str:
+    return disk.sha256(path)
 
 
 def technique_names(recipe: Recipe) -> frozenset[str]:

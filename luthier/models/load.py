@@ -42,6 +42,10 @@ class ModelSource:
     path: Path | None = None
     """The folder or the GGUF file on this machine; None for a tiny model."""
     trust_remote_code: bool = False
+    hub: str = ""
+    """The name of these very weights on the Hugging Face hub; empty where they come from elsewhere."""
+    revision: str | None = None
+    """The commit there."""
 
 
 def resolve(name: str, *, revision: str | None = None, trust_remote_code: bool = False, say: Say = silent) -> ModelSource:
@@ -253,7 +257,7 @@ def _on_hub(name: str, hub: str, revision: str | None, trust_remote_code: bool, 
         say(f"looking for {hub} on the Hugging Face hub")
         folder = fetch_snapshot(hub, revision=revision, remote_code=trust_remote_code)
     kind = check_folder(folder, trust_remote_code=trust_remote_code)
-    return ModelSource(name, kind, f"Hugging Face hub {hub}@{folder.name[:12]}", folder, trust_remote_code)
+    return ModelSource(name, kind, f"Hugging Face hub {hub}@{folder.name[:12]}", folder, trust_remote_code, hub, folder.name)
 
 
 def _not_found(name: str, reason: str) -> LuthierError:

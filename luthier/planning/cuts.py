@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from luthier.errors import LuthierError
+from luthier.errors import LuthierError, Say, silent
 from luthier.kinds import Now
 from luthier.kinds.parts import Parts
 from luthier.models.parts import map_parts
@@ -37,7 +37,14 @@ class Cut(NamedTuple):
 
 
 def too_much(
-    recipe: Recipe, engine: Engine, parts: Parts, feed: Feed, dtype: torch.dtype, cost: Estimate, available: int | None
+    recipe: Recipe,
+    engine: Engine,
+    parts: Parts,
+    feed: Feed,
+    dtype: torch.dtype,
+    cost: Estimate,
+    available: int | None,
+    say: Say = silent,
 ) -> str:
     """What to change where a run will not fit; empty where it fits, or where the system does not tell.
 
@@ -49,6 +56,7 @@ def too_much(
         dtype: the type of weights and computation.
         cost: the estimate.
         available: bytes that can still be had beside what stands already.
+        say: hears that it does not fit, before what would is looked for.
     """
     if available is None:
         return ""
@@ -56,6 +64,7 @@ def too_much(
     needed = cost.gradients + cost.activations
     if needed <= available:
         return ""
+    say("this will not fit into memory as it is: looking for what to change")
     room = cost.total_bytes - needed + available
     return advice(find_cuts(recipe, engine, parts, feed, dtype, cost, room), needed, available)
 

@@ -46,6 +46,10 @@ KERNEL_BYTES = 5 * 2**19
 KERNELS_A_SIZE = 12
 """Products of different shape in a block of the Llama kind: four forward, and two backward for each."""
 
+MOST_ROWS = 16
+"""Rows of a micro-batch that are counted one by one: attention takes packed rows in turn, in every block and back, and hundreds of them
+took minutes."""
+
 PURPOSES = ("weights", "masters", "optimizer", "kept", "gradients", "activations", "process")
 
 
@@ -182,9 +186,33 @@ def find_largest(feed: Feed) -> Largest:
 
 
 def _count(engine: Engine, batch: Batch) -> Peak:
+    """Bytes of a micro-batch, counted on its shapes; of one with very many rows, on the line through two parts of it."""
     if engine.tune.root is not None:
         raise RuntimeError("the model is spread over several processes")
-    return peak_of(engine, [batch], Clock(1, 0.0, constant, 0, 0).at(0, 0.0))
+
+    def counted(part: Batch) -> Peak:
+        return peak_of(engine, [part], Clock(1, 0.0, constant, 0, 0).at(0, 0.0))
+
+    if len(batch.row_ids) <= MOST_ROWS:
+        return counted(batch)
+    few, more = (batch.take(_spread(batch, number)) for number in (MOST_ROWS // 2, MOST_ROWS))
+    return _on_the_line(counted(few), counted(more), *(_size(engine, one) for one in (few, more, batch)))
+
+
+def _on_the_line(few: Peak, more: Peak, size_few: int, size_more: int, size: int) -> Peak:
+    """What many rows take, from what few and more of them take: what grows grows with every token, and the rest stands."""
+    beyond = (size - size_more) / (size_more - size_few) if size_more > size_few else size / size_more - 1
+    return Peak(*(most + round(max(0, most - least) * beyond) for least, most in zip(few, more, strict=True)))
+
+
+def _spread(batch: Batch, number: int) -> Tensor:
+    """Places of the longest row, whose attention may outweigh all others, and of more rows of all lengths."""
+    by_length = batch.attend_BT.sum(-1).argsort(descending=True, stable=True).cpu()
+    return by_length[torch.arange(number) * len(by_length) // number]
+
+
+def _size(engine: Engine, batch: Batch) -> int:
+    return batch.tokens if engine.tune.packs else batch.token_ids_BT.numel()
 
 
 def _guess(engine: Engine, parts: Parts, largest: Largest, dtype: torch.dtype, *, checkpointing: bool) -> Peak:
@@ -195,8 +223,7 @@ def _guess(engine: Engine, parts: Parts, largest: Largest, dtype: torch.dtype, *
         per_token = parts.width * size * parts.blocks + per_token // max(parts.blocks, 1)
     logits = min(largest.targets * parts.vocabulary * size * 2, 2 * LOGIT_BYTES)
     gradients = waiting(engine)
-    tokens = largest.batch.tokens if engine.tune.packs else largest.batch.token_ids_BT.numel()
-    activations = tokens * per_token + logits
+    activations = _size(engine, largest.batch) * per_token + logits
     return Peak(max(activations, gradients), activations, gradients)
 
 

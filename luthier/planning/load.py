@@ -18,6 +18,7 @@ from luthier.models.load import ModelSource, load_model, load_tokenizer, resolve
 from luthier.models.parts import map_parts
 from luthier.models.sharding import Root, shard
 from luthier.recipe import Recipe
+from luthier.results.opened import check_no_run
 from luthier.rows.template import choose
 from luthier.training.precision import pick, pick_device
 from luthier.training.world import World
@@ -51,8 +52,9 @@ def load(recipe: Recipe, world: World, say: Say, today: date | None = None) -> L
         today: what a chat template is told that asks for the day; none: the day it is.
 
     Raises:
-        LuthierError: there is no such model, it cannot be mapped, or its tokenizer has no such chat template.
+        LuthierError: there is no such model, it is a run, it cannot be mapped, or its tokenizer has no such chat template.
     """
+    check_no_run(recipe.model, recipe.out)
     device = pick_device(recipe.train.device)
     dtype, precision = pick(recipe.train.precision, device)
     # Before the model exists: nothing in it may depend on what ran earlier.

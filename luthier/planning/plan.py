@@ -15,7 +15,7 @@ from luthier import machine
 from luthier.errors import Say
 from luthier.evaluate.planned import evaluation_sets
 from luthier.evaluate.sets import EvalSet, check
-from luthier.kinds import Optimizer
+from luthier.kinds import HiddenEdit, Optimizer, Prefix, Prompt
 from luthier.kinds.parts import GROUPS, Parts
 from luthier.models.load import ModelSource
 from luthier.models.quantized import count, described
@@ -27,7 +27,7 @@ from luthier.planning.prepare import check_processes
 from luthier.planning.read import check_maps, read
 from luthier.recipe import Recipe
 from luthier.recipe.parts import Chosen, choose_parts
-from luthier.registry import Part
+from luthier.registry import KINDS, Part, names, slots_of, values_of
 from luthier.results.control import find_control
 from luthier.results.folder import Run
 from luthier.rows.encode import EncodedRows, told
@@ -151,6 +151,8 @@ class Plan:
         """What is allowed but seldom wanted."""
         warnings = [*told(self.rows.notes, self.rows.first_noted), *self.noted]
         warnings += [self.too_large] if self.too_large else []
+        warnings += self._chosen_by_what_is_reported()
+        warnings += self._given_in_python()
         warnings += [
             f"`{slot}` learns shifts that fold into biases, and this model lacks some: the result stays beside the weights, and cannot be "
             "exported as a plain model"
@@ -165,6 +167,23 @@ class Plan:
                     "fine-tuning (roles: [linear])"
                 )
         return warnings
+
+    def _chosen_by_what_is_reported(self) -> list[str]:
+        best = self.recipe.train.best
+        if best is None:
+            return []
+        why = "its values after training are the best of several looks, so a little too good; report another set"
+        return [f"`train.best` chooses the weights by {best}, which is reported as well: {why}"]
+
+    def _given_in_python(self) -> list[str]:
+        """What a run's folder cannot hold: values that no technique's name and options make again."""
+        kinds = (HiddenEdit, Prefix, Prompt)
+        lost = [slot for slot, value in values_of(self.chosen, *kinds) if _by_hand(self.chosen, slot)]
+        return [
+            f"`{slot}` was given in Python: the result can be used in this process, and neither opened again nor exported; write it as "
+            "a technique in a file of your own (LUTHIER_METHODS) for that"
+            for slot in dict.fromkeys(lost)
+        ]
 
     def _processes(self) -> str:
         world = self.engine.world
@@ -241,6 +260,12 @@ class Plan:
         }
 
 
+def _by_hand(chosen: Chosen, slot: str) -> bool:
+    """Whether what bears this slot is no technique that can be looked up."""
+    part = next(part for _, named, part in slots_of(chosen) if named == slot)
+    return part.kind not in KINDS or part.name not in names(part.kind)
+
+
 def _listed(label: str, said: Sequence[str]) -> list[str]:
     """Lines of a plan under one label."""
     shown = [*said[:SHOWN], *([f"and {len(said) - SHOWN} more"] if len(said) > SHOWN else [])]
@@ -248,10 +273,13 @@ def _listed(label: str, said: Sequence[str]) -> list[str]:
 
 
 def _described(parts: Sequence[Part]) -> str:
-    return ", then ".join(
-        part.name + (f" ({', '.join(f'{k} {_short(v)}' for k, v in part.options.items())})" if part.options else "")
-        for part in parts
-    )
+    return ", then ".join(_described_part(part) for part in parts)
+
+
+def _described_part(part: Part) -> str:
+    """A technique with its options, but for those that ask for nothing: no blocks named are all blocks."""
+    options = [f"{key} {_short(value)}" for key, value in part.options.items() if value is not None and value not in ((), "")]
+    return f"{part.name} ({', '.join(options)})" if options else part.name
 
 
 def _short(value: Any) -> str:
@@ -290,6 +318,7 @@ def make_plan(recipe: Recipe, say: Say = lambda text: None, *, today: date | Non
     rows = read(recipe.rows, recipe.seed, sources, chosen, loaded, say)
     engine, feed, clock, rate_from, padded = attach(recipe, schedule, chosen, loaded, rows, world)
     noted = check(engine.tune, loaded.tokenizer, sets, rows.encoded.notes)
+    say("estimating memory and time")
     cost = estimate(engine, loaded.parts, feed, loaded.dtype, checkpointing=recipe.train.checkpointing)
     room = machine.available_bytes(loaded.device)
     return Plan(
@@ -320,7 +349,7 @@ def make_plan(recipe: Recipe, say: Say = lambda text: None, *, today: date | Non
         left_out=rows.left_out,
         padded=padded,
         noted=noted,
-        too_large=too_much(recipe, engine, loaded.parts, feed, loaded.dtype, cost, room),
+        too_large=too_much(recipe, engine, loaded.parts, feed, loaded.dtype, cost, room, say),
     )
 
 

@@ -38,15 +38,42 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 def same_steps(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     """Whether two recipes, as plain data, ask for the same steps: into which micro-batches a step is cut changes the rounding alone."""
+    return not differences(one, other)
 
-    def steps(plain: Mapping[str, Any]) -> str:
-        train = {key: value for key, value in (plain.get("train") or {}).items() if key != "micro_batch_tokens"}
-        # Runs from before there were trackers, quantized bases or named templates say nothing of them, and a tracker changes no step.
-        spelled = spelled_out(plain)
-        rows = {"template": None, "template_options": {}, **(spelled.get("rows") or {})}
-        return json.dumps({"quantize": "none", **spelled, "rows": rows, "train": train, "track": None}, sort_keys=True)
 
-    return steps(one) == steps(other)
+def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    """The keys by which two recipes, as plain data, ask for different steps, with what each holds; None where one lacks the key."""
+    both = [spelled_out(plain) for plain in (one, other)]
+    if not all("techniques" in spelled for spelled in both):
+        # What cannot be looked up here is compared as it stands, in both.
+        both = [dict(one), dict(other)]
+    left, right = (flat(_steps(spelled)) for spelled in both)
+    keys = [key for key in dict.fromkeys([*left, *right]) if left.get(key) != right.get(key)]
+    return [(key, left.get(key), right.get(key)) for key in keys]
+
+
+def _steps(plain: Mapping[str, Any]) -> dict[str, Any]:
+    train = {key: value for key, value in (plain.get("train") or {}).items() if key != "micro_batch_tokens"}
+    # Runs from before there were trackers, quantized bases or named templates say nothing of them, and a tracker changes no step.
+    rows = {"template": None, "template_options": {}, **(plain.get("rows") or {})}
+    found = {"quantize": "none", **plain, "rows": rows, "train": train, "track": None}
+    return {key: value for key, value in found.items() if key != "techniques"} | _numbered(plain.get("techniques") or {})
+
+
+def _numbered(techniques: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
+    """Techniques by key, where several stand under one with their places: `step[2]`."""
+    found: dict[str, Any] = {}
+    for key, parts in techniques.items():
+        found |= {f"{key}[{place}]" if len(parts) > 1 else key: part for place, part in enumerate(parts, start=1)}
+    return found
+
+
+def flat(plain: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Plain data with whole keys: `train.epochs`."""
+    found: dict[str, Any] = {}
+    for key, value in plain.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) and value else {f"{prefix}{key}": value}
+    return found
 
 
 def apply_overrides(data: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:

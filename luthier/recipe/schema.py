@@ -19,6 +19,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validat
 from luthier.errors import LuthierError, explain, nearest, refuse_truth
 from luthier.registry import fields_under
 
+GIVEN_IN_PYTHON = "given in Python>"
+"""How plain data ends that stands for a value no file can hold."""
+
 
 class Strict(BaseModel):
     """Frozen, with no keys but its own."""
@@ -239,12 +242,12 @@ def plain(value: Any) -> Any:
     if hasattr(value, "options") and hasattr(value, "kind"):
         return {value.name: plain(value.options)}
     if hasattr(value, "_fields"):
-        return f"<{type(value).__name__} given in Python>"
+        return f"<{type(value).__name__} {GIVEN_IN_PYTHON}"
     if isinstance(value, Sequence):
         if len(value) > 100:
-            return f"<{len(value)} rows given in Python>"
+            return f"<{len(value)} rows {GIVEN_IN_PYTHON}"
         return [plain(one) for one in value]
-    return f"<{type(value).__name__} given in Python>"
+    return f"<{type(value).__name__} {GIVEN_IN_PYTHON}"
 
 
 def issubclass_safe(annotation: type) -> bool:

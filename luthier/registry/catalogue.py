@@ -6,12 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-from rich.console import Group
+from rich.console import Group, RenderableType
 from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
 from luthier import registry
+from luthier.errors import LuthierError
 from luthier.registry.papers import papers
 
 NOT_MEASURED = "not measured"
@@ -21,7 +22,11 @@ VERDICTS = Path(__file__).parent / "verdicts.json"
 
 
 def as_rows(kind: str | None = None) -> list[dict[str, Any]]:
-    """Every technique's card and verdict."""
+    """Every technique's card and verdict.
+
+    Raises:
+        LuthierError: there is no such kind.
+    """
     kinds = tuple(registry.KINDS) if kind is None else (kind,)
     return [{**card.as_json(), "verdict": verdict(card.claim)} for card in registry.cards(kinds)]
 
@@ -39,8 +44,10 @@ def _with_columns(*columns: str) -> Table:
     return shown
 
 
-def table(rows: list[dict[str, Any]]) -> Table:
+def table(rows: list[dict[str, Any]]) -> RenderableType:
     """Techniques by kind."""
+    if not rows:
+        return Text("There is no technique of this kind yet: docs/adding-a-technique.md tells how one is added.")
     shown = _with_columns("technique", "kind", "what it does", "paper", "claim")
     for row in rows:
         shown.add_row(
@@ -54,7 +61,13 @@ def table(rows: list[dict[str, Any]]) -> Table:
 
 
 def one_technique(name: str) -> tuple[dict[str, Any], Group]:
-    """One technique whole: its card and its options."""
+    """One technique whole: its card and its options. Papers write names in capitals and with hyphens; both find it.
+
+    Raises:
+        LuthierError: there is no such technique.
+    """
+    known = {other for kind in registry.KINDS for other in registry.names(kind)}
+    name = next((one for one in (name, name.lower().replace("-", "_")) if one in known), name)
     found = registry.find(name)
     schema = registry.options_model(found.factory, name).model_json_schema()
     facts = {**found.card.as_json(), "verdict": verdict(found.card.claim), "options": schema.get("properties", {})}
@@ -90,7 +103,14 @@ def _type(option: dict[str, Any]) -> str:
 
 
 def paper_rows(area: str | None = None, done: bool = False) -> list[dict[str, Any]]:
-    """The papers, each with the techniques that stand for it; an arXiv number only where a technique's author checked it."""
+    """The papers, each with the techniques that stand for it; an arXiv number only where a technique's author checked it.
+
+    Raises:
+        LuthierError: no area contains these words.
+    """
+    areas = sorted({paper.area for paper in papers()})
+    if area and not any(area.lower() in one.lower() for one in areas):
+        raise LuthierError(f"no area of the papers contains `{area}`", where="--area", mend=f"areas: {'; '.join(areas)}")
     standing: dict[int, list[registry.Card]] = {}
     for card in registry.cards():
         if card.row is not None:
@@ -113,8 +133,10 @@ def paper_rows(area: str | None = None, done: bool = False) -> list[dict[str, An
     return rows
 
 
-def paper_table(rows: list[dict[str, Any]]) -> Table:
+def paper_table(rows: list[dict[str, Any]]) -> RenderableType:
     """Papers with what stands for them."""
+    if not rows:
+        return Text("No paper of this area has a technique yet.")
     shown = _with_columns("row", "title", "area", "technique", "paper")
     for row in rows:
         shown.add_row(

@@ -175,7 +175,11 @@ def _load(kind: str, name: str) -> Technique:
 def _unknown(name: str, kinds: tuple[str, ...], where: str, key: str = "") -> LuthierError:
     known = [other for kind in kinds for other in names(kind)]
     elsewhere = [kind for kind in KINDS if name in _files(kind) and (key or kind not in kinds)]
-    mend = nearest(name, known) or f"known: {', '.join(known) or 'none yet'}"
+    mend = nearest(name, known) or (
+        f"known: {', '.join(known)}" if known else "none of this kind is known to this version yet; leave it out"
+    )
+    if "," in name:
+        mend = f"several are written as a list: {where or 'tune'}=[{name}]"
     if elsewhere:
         mend = f"its kind is {elsewhere[0]}: {_place_of(elsewhere[0], name)}"
     return LuthierError(f"there is no technique `{name}` among {', '.join(kinds)}", where=where, mend=mend)

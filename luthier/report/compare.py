@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from luthier.errors import LuthierError
+from luthier.recipe import flat as flat_recipe
 from luthier.report.facts import Facts, SetFacts, sets_of, short_name
 from luthier.report.figures import Range, range_of
 from luthier.report.html import render_page, write_page
@@ -217,20 +218,10 @@ def _ahead(name: str, runs: Sequence[Facts], sets: Sequence[SetFacts | None]) ->
 
 
 def _recipe_values(runs: Sequence[Facts]) -> dict[str, tuple[Any, ...]]:
-    flat = [_flat(run.get("recipe") or {}) for run in runs]
+    flat = [flat_recipe(run.get("recipe") or {}) for run in runs]
     keys = [key for key in dict.fromkeys(key for one in flat for key in one) if key not in OWN_KEYS]
     values = {key: tuple(one.get(key) for one in flat) for key in keys}
     return {key: found for key, found in values.items() if len({_as_text(value) for value in found}) > 1}
-
-
-def _flat(recipe: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in recipe.items():
-        if isinstance(value, Mapping) and value:
-            found |= _flat(value, f"{prefix}{key}.")
-        else:
-            found[f"{prefix}{key}"] = value
-    return found
 
 
 def _as_text(value: Any) -> str:

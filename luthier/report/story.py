@@ -51,7 +51,7 @@ def cards(run: Facts) -> tuple[Card, Card, Card, Card]:
 
 def warnings_of(run: Facts) -> list[str]:
     """What a reader must know before believing the rest."""
-    found = [] if run.get("status") == "finished" else [f"{_capital(_unfinished_words(run))}."]
+    found = [] if run.get("status") == "finished" else [f"{_capital(_unfinished_words(run))}.{_how_it_goes_on(run)}"]
     found += [str(one) for one in run.get("warnings") or ()]
     for name, shared in ((run.get("rows") or {}).get("overlap") or {}).items():
         if shared:
@@ -74,10 +74,19 @@ def _capital(sentence: str) -> str:
 
 
 def _unfinished_words(run: Facts) -> str:
-    how = {"failed": "this run failed", "stopped": "this run was stopped", "running": "this run is not finished"}
+    step, of = last_step(run), run.get("planned_steps")
+    if run.get("status") == "running":
+        return f"this run is under way: {count(step)} of {plural(of, 'step')} taken" if of else "this run is under way"
+    how = {"failed": "this run failed", "stopped": "this run was stopped", "broken off": "this run was broken off"}
     words = how.get(str(run.get("status")), f"the state of this run is {run.get('status') or 'unknown'}")
-    step = last_step(run)
     return f"{words} after {plural(step, 'step')}" if step else f"{words}; no step was recorded"
+
+
+def _how_it_goes_on(run: Facts) -> str:
+    """What continues a run that ended before its time; empty for any other."""
+    if run.get("status") in ("stopped", "broken off") and run.get("run"):
+        return f" `luthier train --resume {run['run']}` goes on."
+    return ""
 
 
 def _learned_words(sets: list[SetFacts]) -> list[str]:

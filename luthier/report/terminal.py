@@ -1,4 +1,4 @@
-"""A run in the terminal: the headline, the four cards and the sets, within 80 columns and 24 lines."""
+"""A run in the terminal: the headline, the four cards and the sets, within 80 columns and 24 lines, and as much more as warnings need."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from rich.table import Table
 from rich.text import Text
 
 from luthier.report.facts import Estimate, Facts, SetFacts, are_shares, sets_of, short_name
-from luthier.report.story import Card, cards, headline, warnings_of
-from luthier.report.words import NOT_MEASURED, clean, duration, moment, number, percent, shown, spaced
+from luthier.report.story import Card, cards, headline, last_step, warnings_of
+from luthier.report.words import NOT_MEASURED, clean, count, duration, moment, number, percent, shown, spaced
 
 if TYPE_CHECKING:
     from luthier.evaluate.harness import Scores
@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
 MOST_SETS = 4
 MOST_WARNINGS = 2
-LONGEST_HEADLINE = 300
+LONGEST_SENTENCE = 300
+"""Characters of the headline and of each warning: four lines, and no warning that luthier writes by itself is longer."""
 STYLES = {"better": "green", "worse": "red", NOT_MEASURED: "dim"}
 
 
@@ -34,7 +35,7 @@ def summary(run: Facts) -> Group:
         parts.append(_set_table(sets[:MOST_SETS]))
     if len(sets) > MOST_SETS:
         parts.append(plain(f"and {len(sets) - MOST_SETS} more sets in report.html", "dim"))
-    parts += [_one_line(f"warning: {warning}", "yellow") for warning in warnings[:MOST_WARNINGS]]
+    parts += [plain(_clipped(f"warning: {warning}"), "yellow") for warning in warnings[:MOST_WARNINGS]]
     if len(warnings) > MOST_WARNINGS:
         parts.append(plain(f"and {len(warnings) - MOST_WARNINGS} more warnings in report.html", "yellow"))
     return Group(*parts)
@@ -42,13 +43,14 @@ def summary(run: Facts) -> Group:
 
 def run_table(runs: Iterable[Facts]) -> Table:
     """Runs, one a line. Each stands for itself: sets of different runs need not be the same, so nothing is ranked."""
-    table = _table("run", "status", "learned", "kept", "trained", "time", "started")
+    table = _table("run", "status", "steps", "learned", "kept", "trained", "time", "started")
     for run in runs:
         learned = next((one for one in sets_of(run) if one.side != "kept"), None)
         trained, total = run.get("trained_numbers"), run.get("total_numbers")
         table.add_row(
             plain(short_name(run), "bold"),
             plain(str(run.get("status") or "unknown"), "" if run.get("status") == "finished" else "yellow"),
+            plain(_steps(run)),
             plain(learned.value(learned.after.value) if learned else NOT_MEASURED),
             plain(shown(run.get("kept"), percent)),
             plain(percent(trained / total) if trained is not None and total else NOT_MEASURED),
@@ -56,6 +58,14 @@ def run_table(runs: Iterable[Facts]) -> Table:
             plain(moment(str(run.get("started") or ""))[:10]),
         )
     return table
+
+
+def _steps(run: Facts) -> str:
+    """Steps taken, and of how many where that is not all of them."""
+    step, of = last_step(run) or run.get("steps"), run.get("planned_steps")
+    if step is None:
+        return NOT_MEASURED
+    return count(step) if run.get("status") == "finished" or not of else f"{count(step)}/{count(of)}"
 
 
 def measured(results: Mapping[str, SetResult]) -> Table:
@@ -94,7 +104,7 @@ def plain(text: str, style: str = "") -> Text:
 
 
 def _clipped(text: str) -> str:
-    return text if len(text) <= LONGEST_HEADLINE else f"{text[: LONGEST_HEADLINE - 1]}\u2026"
+    return text if len(text) <= LONGEST_SENTENCE else f"{text[: LONGEST_SENTENCE - 1]}\u2026"
 
 
 def _cards(four: Iterable[Card]) -> Table:

@@ -32,7 +32,7 @@ def find_control(named: str | None, out: str) -> Run | None:
         raise LuthierError(
             f"the control `{named}` has not finished ({status})",
             where="control",
-            mend=f"luthier train --resume {run.folder}, or name another run",
+            mend=f"{'wait for it' if status == 'running' else f'luthier train --resume {run.folder}'}, or name another run",
         )
     return run
 

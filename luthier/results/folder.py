@@ -13,8 +13,12 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from luthier import disk
 from luthier.errors import LuthierError, explain, nearest
+from luthier.results.lock import holder
 
 FILE = "run.json"
+STEPS = "steps.jsonl"
+BROKEN_OFF = "broken off"
+"""The status of a run whose process has died before it could write how it ended."""
 _AGAIN = "copy the run's folder again, or train again"
 
 
@@ -29,8 +33,8 @@ class Run:
     facts: dict[str, Any] = field(default_factory=dict)
     model: Any = None
     """The tuned model, when the run was made in this process, in evaluation mode. What its weights do not hold, such as low-rank deltas,
-    acts in it but is not saved with it, and a learnt prompt stands before rows that luthier encodes alone: `luthier export` writes
-    what other tools can use, and `tune.merge()` puts deltas into the weights."""
+    acts in it and is no part of its `state_dict()`, and a learnt prompt stands before rows that luthier encodes alone: `export` writes
+    what other tools can use, and `tune.merge()` puts deltas into the weights. Until then `save_pretrained` is refused."""
     tokenizer: Any = None
     tune: Any = None
     """What trained (`luthier.tune.Tune`), when the run was made in this process."""
@@ -57,6 +61,29 @@ class Run:
         if found is None:
             raise LuthierError(f"this run does not hold its `{'.'.join(keys)}`", where=str(self.folder / FILE), mend=_AGAIN)
         return found
+
+    def export(
+        self, target: str | Path, *, form: str = "model", weights: str = "auto", weights_only: bool = False
+    ) -> dict[str, Any]:
+        """Write the result for other tools: the tuned model as it is kept in the run's folder, whatever stands beside its weights.
+
+        Args:
+            target: what to write; it must not exist.
+            form: `model`, a plain Hugging Face folder with everything merged, `gguf`, one file of the same, or `peft`, a
+                folder with an adapter.
+            weights: the type of a GGUF file's matrices: f32, f16, bf16, q8_0 or auto, which keeps the model's.
+            weights_only: leave out prompts, prefixes and edits, which weights cannot hold.
+
+        Returns:
+            What was written and how well it reads back, as `luthier export` prints it.
+
+        Raises:
+            LuthierError: the target exists, the run has not finished, or its result cannot be held in this form.
+        """
+        # A run is also read where no model is opened, and this opens one.
+        from luthier.results.written import write_result
+
+        return write_result(self, Path(target), form=form, weights=weights, weights_only=weights_only)
 
     def as_json(self) -> dict[str, Any]:
         """What scripts get: all facts but the long ones."""
@@ -115,7 +142,7 @@ def read_run(path: str | Path, out: str | Path = "runs") -> Run:
     known = [run.folder.name for run in list_runs(out)]
     if _true(Path(path).exists):
         raise LuthierError(f"this is no run's folder: it holds no {FILE}", where=str(path), mend="name a folder that a run made")
-    raise LuthierError(f"there is no run `{path}`", where=str(out), mend=nearest(str(path), known) or "see `luthier runs`")
+    raise LuthierError(f"there is no run `{path}`", where=str(out), mend=nearest(Path(path).name, known) or "see `luthier runs`")
 
 
 def list_runs(out: str | Path = "runs") -> list[Run]:
@@ -145,6 +172,8 @@ def _read_facts(path: Path) -> dict[str, Any]:
     """
     try:
         facts = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(facts, dict) and facts.get("status") == "running":
+            facts |= _under_way(path.parent)
         _Facts.model_validate(facts)
     except pydantic.ValidationError as error:
         first = error.errors()[0]
@@ -155,6 +184,25 @@ def _read_facts(path: Path) -> dict[str, Any]:
         raise LuthierError(f"this run cannot be read: {error}", where=str(path), mend=_AGAIN) from None
     checked: dict[str, Any] = facts
     return checked
+
+
+def _under_way(folder: Path) -> dict[str, Any]:
+    """What a run does not write into its facts while it trains: whether its process still lives, and the steps it has taken."""
+    status = BROKEN_OFF if holder(folder) is None else "running"
+    try:
+        lines = (folder / STEPS).read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    return {"status": status, "history": [step for line in lines if (step := _step(line)) is not None]}
+
+
+def _step(line: str) -> dict[str, Any] | None:
+    """A line of the log of steps; None for half a line, as a kill leaves it."""
+    try:
+        found = json.loads(line)
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) and isinstance(found.get("step"), int) else None
 
 
 class _Checked(BaseModel):
@@ -216,6 +264,8 @@ class _Facts(_Checked):
     delta: _Delta | None = None
     warnings: list[str] | None = None
     kept: float | None = None
+    inputs: dict[str, str] | None = None
+    planned_steps: int | None = None
     trained_numbers: int | None = None
     total_numbers: int | None = None
     seconds: float | None = None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,7 +24,7 @@ from luthier.models.parts import map_parts
 from luthier.models.quantized import holder, quantized
 from luthier.recipe import Recipe, make_recipe
 from luthier.registry import Part, values_of
-from luthier.results.folder import FILE, Run, read_run
+from luthier.results.folder import FILE, Run, list_runs, read_run
 from luthier.rows.template import choose
 from luthier.training.precision import pick, pick_device
 from luthier.training.services import RunServices
@@ -32,6 +34,8 @@ from luthier.tune.sites import Addition
 BESIDE = "beside.safetensors"
 """What no delta of the weights can hold: the tensors of prompts, prefixes and edits."""
 PROMPT_LENGTH = "prompt_length"
+_RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*-\d+")
+"""How the names of runs' folders are made: a name and a number."""
 
 
 def save_result(folder: Path, tune: Tune, delta: Delta) -> None:
@@ -68,28 +72,71 @@ def open_model(
     if is_run(name, out):
         return open_run(read_run(name, out), say=say, weights_only=weights_only)
     device = pick_device("auto")
-    source = resolve(name, say=say)
+    source = source_of(name, out, say)
     model = load_model(source, dtype=pick(precision, device)[0]).to(device)  # type: ignore[arg-type]
     return Tune(model, map_parts(model)), load_tokenizer(source)
 
 
 def is_run(name: str, out: str) -> bool:
     """Whether a name is that of a run, in the folder `out` or as a folder of its own."""
-    return (Path(name) / FILE).is_file() or (Path(out) / name / FILE).is_file()
+    try:
+        return (Path(name) / FILE).is_file() or (Path(out) / name / FILE).is_file()
+    except (OSError, ValueError):
+        # No file can have such a name.
+        return False
+
+
+def source_of(name: str, out: str, say: Say) -> ModelSource:
+    """Where the weights of a model come from, or those of the base of a run.
+
+    Raises:
+        LuthierError: there is no such model or run.
+    """
+    if is_run(name, out):
+        recipe = make_recipe(read_run(name, out).fact("recipe"))
+        return resolve(recipe.model, revision=recipe.revision, trust_remote_code=recipe.trust_remote_code, say=say)
+    check_no_run(name, out)
+    return resolve(name, say=say)
+
+
+def check_no_run(name: str, out: str) -> None:
+    """Refuse what names a run where a model belongs, or seems to, before the hub is asked for a model of this name.
+
+    Raises:
+        LuthierError: a run has this name, or it is a run's folder; or it is formed like one and there are runs of names like it.
+    """
+    if is_run(name, out) and not (Path(name) / "config.json").is_file():
+        raise LuthierError(
+            f"`{name}` is a run, and a model belongs here",
+            where="model",
+            mend=f"write what it made as a model first: luthier export {name} FOLDER; then name that folder",
+        )
+    near = difflib.get_close_matches(name, [run.folder.name for run in list_runs(out)], n=3, cutoff=0.5)
+    if near and _RUN_NAME.fullmatch(name) and not Path(name).exists():
+        raise LuthierError(
+            f"there is no run `{name}` in `{out}`, and no folder",
+            where="model",
+            mend=f"did you mean {' or '.join(f'`{one}`' for one in near)}? A model on the hub is named OWNER/NAME",
+        )
 
 
 def open_run(
-    run: Run, *, say: Say = silent, merged: bool = True, weights_only: bool = False
+    run: Run | str | Path, *, out: str = "runs", say: Say = silent, merged: bool = True, weights_only: bool = False
 ) -> tuple[Tune, PreTrainedTokenizerBase]:
     """A run's tuned model: its base, with the delta applied and the rest attached.
 
     Args:
-        run: a finished run.
+        run: a finished run, its folder, or its name.
+        out: the folder that holds the run folders.
         say: hears what is being done.
         merged: put low-rank deltas into the weights; False attaches them beside, as in training. Quantized weights take none, so
             beside them they stand in any case.
         weights_only: leave out prompts, prefixes and edits of hidden states.
+
+    Raises:
+        LuthierError: there is no such run, it has not finished, or its result cannot be read.
     """
+    run = run if isinstance(run, Run) else read_run(run, out)
     recipe = recipe_of(run)
     source, model, device = load_base(recipe, say)
     delta = Delta.load(run.folder / "delta.safetensors")
@@ -123,11 +170,12 @@ def _tokenizer(source: ModelSource, recipe: Recipe) -> PreTrainedTokenizerBase:
 
 def recipe_of(run: Run) -> Recipe:
     """A finished run's recipe."""
-    if run.facts.get("status") != "finished":
+    status = run.facts.get("status", "unknown")
+    if status != "finished":
         raise LuthierError(
-            f"this run has not finished ({run.facts.get('status', 'unknown')})",
+            f"this run has not finished ({status})",
             where=str(run.folder),
-            mend=f"luthier train --resume {run.folder}",
+            mend="wait for it" if status == "running" else f"luthier train --resume {run.folder}",
         )
     return make_recipe(run.fact("recipe"), where=str(run.folder / FILE))
 

@@ -1,8 +1,8 @@
 """Encoded rows are kept between runs, under a key made of everything they depend on.
 
-A file counts by its path, its size, the time it was last changed, and its first and last MiB. Its whole content would be safer by
-little and costs as much time as reading it, at every start; size and time alone miss a file that was copied over another with its
-times kept. Where only the time differs the rows are encoded again, which costs time and nothing else.
+A file counts by its path, its size, its times, and its first and last MiB. Its whole content would be safer by little and costs as much
+time as reading it, at every start. The time of its last change can be kept when another file is copied over it; the time at which the
+system last touched it cannot. Where only a time differs the rows are encoded again, which costs time and nothing else.
 """
 
 from __future__ import annotations
@@ -170,7 +170,7 @@ def _stamp(file: Path) -> list[str | int]:
         found = hashlib.sha256(content.read(_END_BYTES))
         content.seek(max(0, about.st_size - _END_BYTES), os.SEEK_SET)
         found.update(content.read(_END_BYTES))
-    return [str(file), about.st_size, about.st_mtime_ns, found.hexdigest()]
+    return [str(file), about.st_size, about.st_mtime_ns, about.st_ctime_ns, found.hexdigest()]
 
 
 def _kept(

@@ -35,6 +35,12 @@ class Limits:
         check_choice("too_long", self.too_long, get_args(TooLong))
         if self.max_tokens is not None and self.max_tokens < 2:
             raise LuthierError(f"max_tokens is {self.max_tokens}", mend="allow at least 2: one token to see and one to learn")
+        if self.reads.context is not None and self.reads.context < 2:
+            raise LuthierError(
+                f"the model's configuration says that it reads {self.reads.context} tokens at once",
+                where="max_position_embeddings",
+                mend="copy the model again, or write there what it was trained with, at least 2",
+            )
 
     @property
     def longest(self) -> int | None:

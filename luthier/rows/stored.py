@@ -85,9 +85,9 @@ class StoredRows(Sequence[Encoded]):
     """
 
     def __init__(self, batches: Iterable[pyarrow.RecordBatch], renamed: Mapping[int, str] | None = None) -> None:
-        self._batches = [batch for batch in batches if batch.num_rows]
-        self._renamed = renamed or {}
-        self._ends = list(accumulate(batch.num_rows for batch in self._batches))
+        self.batches = [batch for batch in batches if batch.num_rows]
+        self.renamed = renamed or {}
+        self._ends = list(accumulate(batch.num_rows for batch in self.batches))
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
@@ -101,10 +101,10 @@ class StoredRows(Sequence[Encoded]):
             return tuple(self[place] for place in range(len(self))[index])
         place = range(len(self))[index]
         number = bisect_right(self._ends, place)
-        batch = self._batches[number]
+        batch = self.batches[number]
         row = batch.slice(place - (self._ends[number] - batch.num_rows), 1).to_pylist()[0]
         return Encoded(
-            id=self._renamed.get(place, row["id"]),
+            id=self.renamed.get(place, row["id"]),
             token_ids=tuple(row["token_ids"]),
             supervised=tuple(row["supervised"]),
             where=row["where"],
@@ -118,17 +118,17 @@ class StoredRows(Sequence[Encoded]):
     def id_of(self, place: int) -> str:
         """A row's id, without reading the row."""
         number = bisect_right(self._ends, place)
-        batch = self._batches[number]
-        return self._renamed.get(place) or str(batch["id"][place - (self._ends[number] - batch.num_rows)])
+        batch = self.batches[number]
+        return self.renamed.get(place) or str(batch["id"][place - (self._ends[number] - batch.num_rows)])
 
     def bare(self) -> Iterator[Encoded]:
         """The rows one after the other as `two_tokens` makes them, which reads none of their tokens."""
         place = 0
-        for batch in self._batches:
+        for batch in self.batches:
             names = ("id", "where", "columns", "text_shape", "targets")
             for row in batch.select(names).to_pylist():
                 yield two_tokens(
-                    self._renamed.get(place, row["id"]), row["where"], json.loads(row["columns"]), row["text_shape"], row["targets"]
+                    self.renamed.get(place, row["id"]), row["where"], json.loads(row["columns"]), row["text_shape"], row["targets"]
                 )
                 place += 1
 
@@ -138,7 +138,7 @@ class StoredRows(Sequence[Encoded]):
 
     def _numbers(self, column: str) -> array[int]:
         numbers = array("i")
-        for batch in self._batches:
+        for batch in self.batches:
             numbers.frombytes(batch[column].to_numpy().tobytes())
         return numbers
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from luthier.errors import LuthierError, Say, silent
-from luthier.export import export_gguf, export_model, export_peft
+from luthier.errors import Say, silent
 from luthier.results.folder import read_run
-from luthier.results.opened import open_run
+from luthier.results.written import check_asked, write_result
 
 
 def export(
@@ -34,22 +33,5 @@ def export(
     Raises:
         LuthierError: the target exists, or the result cannot be held in this form.
     """
-    if target.exists():
-        raise LuthierError("this exists already", where=str(target), mend="name another, or remove it")
-    if form != "gguf" and weights != "auto":
-        raise LuthierError(f"weights `{weights}` are for GGUF files", where="--weights", mend="leave it out, or use --as gguf")
-    run = read_run(name, out)
-    if form == "model":
-        tune, tokenizer = open_run(run, say=say, merged=False, weights_only=weights_only)
-        return {"folder": str(target), "as": form, **export_model(tune, tokenizer, target)}
-    if form == "gguf":
-        tune, tokenizer = open_run(run, say=say, merged=False, weights_only=weights_only)
-        return {"file": str(target), "as": form, **export_gguf(tune, tokenizer, target, weights=weights)}
-    if form == "peft":
-        tune, _ = open_run(run, say=say, merged=False, weights_only=weights_only)
-        return {
-            "folder": str(target),
-            "as": form,
-            **export_peft(tune, target, run.fact("model", "name"), fingerprint=run.fact("model", "fingerprint")),
-        }
-    raise LuthierError(f"`{form}` is no form of export", where="--as", mend="use model, gguf or peft")
+    check_asked(target, form, weights)
+    return write_result(read_run(name, out), target, form=form, weights=weights, say=say, weights_only=weights_only)

@@ -22,7 +22,7 @@ from luthier.models.load import load_model, resolve
 from luthier.models.parts import map_parts
 from luthier.models.quantized import expand
 from luthier.results.folder import Run, read_run
-from luthier.results.opened import BESIDE, is_run, load_base, open_run, recipe_of
+from luthier.results.opened import BESIDE, check_no_run, is_run, load_base, open_run, recipe_of
 from luthier.training.precision import TYPES, pick
 from luthier.training.services import RunServices
 from luthier.tune import Tune
@@ -98,6 +98,7 @@ def _beside_base(run: Run, base: str, out: str, say: Say) -> tuple[PreTrainedMod
     if base and is_run(base, out):
         return None
     if base:
+        check_no_run(base, out)
         source = resolve(base, say=say)
     else:
         source = resolve(recipe.model, revision=recipe.revision, trust_remote_code=recipe.trust_remote_code, say=say)
@@ -128,6 +129,7 @@ def _whole_model(name: str, out: str, precision: str, say: Say) -> PreTrainedMod
         expand(model, model.dtype)
         Delta.load(run.folder / "delta.safetensors").apply(model, force=True)
         return model
+    check_no_run(name, out)
     return load_model(resolve(name, say=say), dtype=pick(precision, torch.device("cpu"))[0])
 
 

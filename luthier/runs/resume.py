@@ -7,18 +7,19 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from datetime import date, datetime
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from luthier import disk
 from luthier.errors import LuthierError, Say
 from luthier.evaluate.sets import SetResult
 from luthier.planning.plan import Plan
-from luthier.recipe import Recipe, same_steps
-from luthier.results.folder import read_run, write_json
+from luthier.recipe import GIVEN_IN_PYTHON, Recipe, differences, flat
+from luthier.results.folder import STEPS, Run, read_run, write_json
+from luthier.runs.inputs import check_inputs
 from luthier.training import checkpoint
 from luthier.training.loop import Progress
 
-BEFORE, CHECKPOINTS = "before.json", "checkpoints"
+BEFORE, CHECKPOINTS, RECIPE = "before.json", "checkpoints", "recipe.yaml"
 
 
 class Before(NamedTuple):
@@ -51,7 +52,7 @@ def read_before(folder: Path, say: Say) -> Before | None:
 
 def write_recipe(folder: Path, recipe: Recipe) -> None:
     """Keep the recipe beside what it makes."""
-    with disk.written(folder / "recipe.yaml") as beside:
+    with disk.written(folder / RECIPE) as beside:
         beside.write_text(recipe.as_yaml(), encoding="utf-8")
 
 
@@ -61,25 +62,69 @@ def day_of(folder: Path) -> date | None:
     return None if told is None else datetime.fromisoformat(told).date()
 
 
-def check_resumable(plan: Plan, folder: Path) -> bool:
-    """Whether the recipe cuts steps into other micro-batches than that of the run in the folder; else it must ask for the same.
+def recipe_file(run: Run) -> Path:
+    """The recipe that a run keeps, to go on with.
 
     Raises:
-        LuthierError: the folder holds no run, the run has finished, or it was made by another recipe.
+        LuthierError: it is not there, or some of it was given in Python and cannot be read back.
+    """
+    path = run.folder / RECIPE
+    if not path.is_file():
+        raise LuthierError(
+            f"this run's {RECIPE} is gone", where=str(run.folder), mend=f"luthier train RECIPE --resume {run.folder}"
+        )
+    given = sorted(key for key, value in flat(run.facts.get("recipe") or {}).items() if GIVEN_IN_PYTHON in str(value))
+    if given:
+        raise LuthierError(
+            f"what this run holds under {', '.join(f'`{key}`' for key in given)} was given in Python, and no file can hold it",
+            where=str(path),
+            mend=f"go on in Python, with the same values: luthier.train(recipe, resume={str(run.folder)!r})",
+        )
+    return path
+
+
+def check_resumable(plan: Plan, folder: Path, inputs: Mapping[str, str], say: Say) -> bool:
+    """Whether the recipe cuts steps into other micro-batches than that of the run in the folder; else it must ask for the same, of the
+    same rows and the same base.
+
+    Args:
+        plan: the run, freshly made.
+        folder: where it began.
+        inputs: what it reads now.
+        say: hears what cannot be checked.
+
+    Raises:
+        LuthierError: the folder holds no run, the run has finished, it was made by another recipe, or what it reads has changed.
     """
     run = read_run(folder)
     if run.facts.get("status") == "finished":
-        raise LuthierError("this run has finished", where=str(folder), mend="start a new one: luthier train RECIPE")
-    made_by, before = run.facts.get("recipe_hash"), run.fact("recipe")
-    if made_by == plan.recipe.hash():
-        return False
-    if not same_steps(before, plan.recipe.as_plain()):
         raise LuthierError(
-            f"this run was made by another recipe ({made_by}, not {plan.recipe.hash()})",
+            "this run has finished, and a finished run takes no more steps",
             where=str(folder),
-            mend=f"use {folder / 'recipe.yaml'}",
+            mend=f"start a new one: luthier train {folder / RECIPE}, with more train.epochs if it shall train longer",
         )
+    before, now = run.fact("recipe"), plan.recipe.as_plain()
+    if run.facts.get("recipe_hash") != plan.recipe.hash():
+        _check_steps(before, now, folder)
+    check_inputs(inputs, run, say)
     return bool((before.get("train") or {}).get("micro_batch_tokens") != plan.recipe.train.micro_batch_tokens)
+
+
+def _check_steps(before: Mapping[str, Any], now: Mapping[str, Any], folder: Path) -> None:
+    changed = differences(before, now)
+    if not changed:
+        return
+    told = [f"{key}: {_written(old)}, now {_written(new)}" for key, old, new in changed]
+    raise LuthierError(
+        f"this run was made by another recipe: {'; '.join(told)}",
+        where=str(folder),
+        mend="set these keys back to go on with this run, or begin a new run with the changed recipe: luthier train RECIPE",
+    )
+
+
+def _written(value: object) -> str:
+    """A value as a recipe writes it."""
+    return "not set" if value is None else json.dumps(value, ensure_ascii=False, default=str)
 
 
 def continue_from(plan: Plan, folder: Path, say: Say, *, cut_anew: bool) -> Progress:
@@ -117,8 +162,8 @@ def continue_from(plan: Plan, folder: Path, say: Say, *, cut_anew: bool) -> Prog
     # Steps taken after the checkpoint are taken again.
     lines = "".join(json.dumps(line) + "\n" for line in progress.history)
     if world.is_first:
-        with disk.explained(folder / "steps.jsonl"):
-            (folder / "steps.jsonl").write_text(lines, encoding="utf-8")
+        with disk.explained(folder / STEPS):
+            (folder / STEPS).write_text(lines, encoding="utf-8")
     return progress
 
 

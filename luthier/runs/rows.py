@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import cast, get_args
 
 from luthier.errors import LuthierError, Say, silent
-from luthier.models.load import load_tokenizer, resolve, source_reads
+from luthier.models.load import load_tokenizer, source_reads
+from luthier.results.opened import source_of
 from luthier.rows.chat import LossOn
 from luthier.rows.look import Look, look
 from luthier.rows.template import choose
@@ -19,11 +20,12 @@ def look_at_rows(
     loss_on: str = "assistant",
     template: str | None = None,
     rows: int = 5,
+    out: str = "runs",
     say: Say = silent,
 ) -> Look:
-    """Rows as a model would see them; the other arguments are those under `rows` in a recipe."""
+    """Rows as a model, or a run, which reads as its base does, would see them; the other arguments are those under `rows` in a recipe."""
     turns = turns_of(loss_on)
-    found = resolve(model, say=say)
+    found = source_of(model, out, say)
     tokenizer = load_tokenizer(found)
     choose(tokenizer, template)
     return look(source, tokenizer, n=rows, shape=shape, loss_on=turns, reads=source_reads(found))

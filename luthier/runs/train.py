@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -25,9 +26,11 @@ from luthier.planning.plan import Plan, make_plan
 from luthier.recipe import Recipe, make_recipe, read_recipe, with_keys
 from luthier.report import write_report
 from luthier.report.compare import compared, write_comparison
-from luthier.results.folder import FILE, Run, new_folder, write_json
+from luthier.results.folder import FILE, STEPS, Run, new_folder, read_run, write_json
+from luthier.results.lock import held
 from luthier.results.opened import save_result
 from luthier.rows.template import date_of
+from luthier.runs.inputs import inputs_of
 from luthier.runs.resume import (
     CHECKPOINTS,
     Before,
@@ -61,7 +64,8 @@ def train(
 
     Args:
         recipe: a recipe, its data, or its file.
-        resume: a run's folder to continue; the result is the same, bit for bit, as without the interruption.
+        resume: a run's folder, or its name under the recipe's `out`, to continue; the result is the same, bit for bit, as without the
+            interruption.
         say: hears what is being done.
         tell: hears of every step.
         command: what a user would type to do this again.
@@ -71,8 +75,9 @@ def train(
         The run, with the tuned model in memory and everything else in its folder.
 
     Raises:
-        LuthierError: a mistake in the recipe, the rows or the model, found before anything trains; or numbers that are not
-            finite, with the rows that made them.
+        LuthierError: a mistake in the recipe, the rows or the model, found before anything trains; a run to continue that is still
+            running, has finished, or was begun with another recipe, other rows or another base; or numbers that are not finite, with
+            the rows that made them.
     """
     recipe = with_keys(as_recipe(recipe), keys) if recipe is not None else as_recipe(keys)
     try:
@@ -90,21 +95,53 @@ def _train(recipe: Recipe, resume: str | Path | None, say: Say, tell: Tell, comm
         # All processes take every step and measure alike; the first one speaks and writes.
         say, tell = _nothing, _nothing
     check_trackers(recipe.track)
-    plan = make_plan(recipe, say, today=day_of(Path(resume)) if resume is not None else None)
-    sets = plan.sets
-    folder = Path(resume) if resume is not None else shared_folder(world, recipe)
+    if resume is None:
+        plan = make_plan(recipe, say)
+        folder = shared_folder(world, recipe)
+        with alone(folder, world):
+            return _train_in(folder, plan, False, say, tell, command, began)
+    folder = read_run(resume, recipe.out).folder
+    with alone(folder, world):
+        return _train_in(folder, make_plan(recipe, say, today=day_of(folder)), True, say, tell, command, began)
+
+
+@contextmanager
+def alone(folder: Path, world: World) -> Iterator[None]:
+    """Work in a run's folder, which its first process holds for all of them.
+
+    Raises:
+        LuthierError: another run does; in all processes.
+    """
+    with ExitStack() as until:
+        refused: LuthierError | None = None
+        if world.is_first:
+            try:
+                until.enter_context(held(folder))
+            except LuthierError as error:
+                refused = error
+        told = world.from_first(None if refused is None else (refused.what, refused.where, refused.mend))
+        if told is not None:
+            raise LuthierError(told[0], where=told[1], mend=told[2])
+        yield
+
+
+def _train_in(folder: Path, plan: Plan, resumes: bool, say: Say, tell: Tell, command: str, began: float) -> Run:
+    recipe, world, sets = plan.recipe, plan.engine.world, plan.sets
     facts = first_facts(plan, folder, command, sets)
+    cut_anew = resumes and check_resumable(plan, folder, facts["inputs"], say)
     progress = Progress()
-    cut_anew = resume is not None and check_resumable(plan, folder)
     if world.is_first:
-        if resume is None or cut_anew:
+        if not resumes or cut_anew:
             write_recipe(folder, recipe)
         write_json(folder / FILE, facts)
     trackers = start_trackers(recipe.track if world.is_first else None, folder, recipe.name, recipe.as_plain())
     try:
-        before = (read_before(folder, say) if resume is not None else None) or measure_base(plan, say)
+        before = (read_before(folder, say) if resumes else None) or measure_base(plan, say)
         save_before(plan, folder, before)
-        if resume is not None:
+        facts["metrics"] = {name: compare(result, None) for name, result in before.results.items()}
+        if world.is_first:
+            write_json(folder / FILE, facts)
+        if resumes:
             progress = continue_from(plan, folder, say, cut_anew=cut_anew)
         machine.reset_peak(plan.device)
         say(f"training: {plan.clock.steps} steps")
@@ -197,6 +234,8 @@ def first_facts(plan: Plan, folder: Path, command: str, sets: list[EvalSet]) -> 
         "recipe": recipe.as_plain(),
         "recipe_text": recipe.as_yaml(),
         "recipe_hash": recipe.hash(),
+        "inputs": inputs_of(plan),
+        "planned_steps": plan.clock.steps,
         "seed": recipe.seed,
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "versions": machine.versions(),
@@ -265,7 +304,7 @@ def _step_done(plan: Plan, folder: Path, progress: Progress, result: StepResult,
         progress.history[-1]["norm"] = norm
     if not plan.engine.world.is_first:
         return
-    steps = folder / "steps.jsonl"
+    steps = folder / STEPS
     with disk.explained(steps), steps.open("a", encoding="utf-8") as file:
         file.write(json.dumps(progress.history[-1]) + "\n")
     trackers.log(progress.step, {key: value for key, value in progress.history[-1].items() if key != "step"})

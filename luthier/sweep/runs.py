@@ -4,8 +4,8 @@
     SWEEP/problems/NAME.json  what stopped it, where something did
     SWEEP/logs/NAME.log    what it said
 
-NAME ends in a key made of the recipe with the content of its rows, the versions and the sources of what computes: a run that is
-finished under its name is the run that would be made again.
+NAME ends in a key made of the recipe with the content of its rows and of a base that lies on this machine, the versions and the
+sources of what computes: a run that is finished under its name is the run that would be made again.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from luthier import disk
 from luthier.errors import LuthierError
-from luthier.lab.cache import stage_key
+from luthier.lab.cache import base_key, stage_key
 from luthier.lab.jobs import diverged
 from luthier.recipe import make_recipe
 from luthier.results.folder import FILE, read_run, write_json
@@ -75,7 +75,7 @@ def job_of(arm: Arm, rate: float, seed: int, root: Path) -> Job:
     recipe = arm.recipe.model_copy(
         update={"train": arm.recipe.train.model_copy(update={"learning_rate": rate}), "seed": seed, "out": runs}
     )
-    key = stage_key(recipe, f"{recipe.model} {recipe.revision}", recipe.train.device)[:_KEY_DIGITS]
+    key = stage_key(recipe, base_key(recipe.model, recipe.revision), recipe.train.device)[:_KEY_DIGITS]
     name = f"{arm.slug}-rate-{rate:g}-seed-{seed}-{key}".replace("+", "")
     return Job(name, arm.name, rate, seed, {**recipe.as_plain(), "name": name}, str(root), os.getcwd())
 

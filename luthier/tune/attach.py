@@ -16,6 +16,7 @@ from luthier.models.embedding import scale_of
 from luthier.models.quantized import quantized, refuse_change, shape_of
 from luthier.models.sharding import whole
 from luthier.tune.attached import Attached
+from luthier.tune.saving import guard
 from luthier.tune.sites import Addition, Edit, Own
 from luthier.tune.taps import TapSpec
 from luthier.tune.trained import Trained, check_select, decays, read, write
@@ -320,6 +321,7 @@ def add_prefix(tune: Attached, slot: str, value: Prefix, services: Services) -> 
     """Let every query attend to trained keys and values as well."""
     prefix = own(tune, Own(slot, None), value.start(tune.parts, services), rates=value.rates, frozen=value.frozen)
     tune.prefixes.append((prefix, value))
+    guard(tune)
     if tune.attention_handle is None:
         tune.attention_handle = use_context(tune.model, tune.parts, tune.context)
 

@@ -21,6 +21,7 @@ from luthier.models.attention import Context
 from luthier.models.block_outputs import open_blocks
 from luthier.models.quantized import QuantizedLinear
 from luthier.models.sharding import Root, put
+from luthier.tune import saving
 from luthier.tune.sites import Own, Site
 from luthier.tune.trained import Trained, region, region_of, watch, write
 from luthier.tune.turns import Turns
@@ -103,6 +104,7 @@ class Attached:
             here = self.model.get_submodule(module)
             self.sites[module] = Site(here, lambda: self.is_off or self.merged is not None, lambda: self.drawing)
             self.sites[module].attach()
+            saving.guard(self)
         return self.sites[module]
 
     def touches(self, module: str) -> bool:
@@ -224,6 +226,7 @@ class Attached:
         if self.attention_handle is not None:
             self.attention_handle.remove()
             self.attention_handle = None
+        saving.unguard(self)
         self.model.requires_grad_(False)
 
     def numbers(self) -> int:

@@ -96,7 +96,7 @@ MODELS: list[tuple[Callable[[Path], None], str, str]] = [
     (configured(hidden_size="wide"), "model", "complete"),
     (configured(hidden_size=64), "model", "architecture"),
     (configured(num_hidden_layers=4), "model", "missing weights would be random"),
-    (configured(max_position_embeddings=-1), "", "at least 2"),
+    (configured(max_position_embeddings=-1), "max_position_embeddings", "at least 2"),
     (indexed('{"weight_map": 3}'), "model.safetensors.index.json", "copy the model again"),
     (indexed('{"weight_map": {"a": 3}}'), "model", "copy the model again"),
     (indexed('{"weight_map": {"a": "not-there.safetensors"}}'), "model", "copy the model again"),
@@ -224,7 +224,7 @@ def test_resuming_what_cannot_be_resumed(copied: Path, tmp_path: Path) -> None:
     refused(lambda: luthier.train(recipe, resume=copied), ["copied"], "start a new one")
     stated(copied, status="stopped")
     other = luthier.read_recipe("recipe.yaml", ["seed=5"])
-    refused(lambda: luthier.train(other, resume=copied), ["copied"], "recipe.yaml")
+    refused(lambda: luthier.train(other, resume=copied), ["copied"], "set these keys back")
     refused(lambda: luthier.train(recipe, resume=tmp_path), [str(tmp_path)], "a folder that a run made")
     refused(lambda: luthier.train(recipe, resume="nothing-here"), ["runs"], "copied")
     (copied / "run.json").write_text("{}")
@@ -274,7 +274,7 @@ def test_a_bad_use(call: Callable[[], Any], where: str, mend: str, tmp_path: Pat
     [
         ("train", "luthier train", "a recipe"),
         ("train none.yaml", "none.yaml", "YAML file"),
-        ("train --resume runs/none", "runs/none", "luthier runs"),
+        ("train --resume runs/none", "runs", "copied"),
         ("plan recipe.yaml evaluate.asked.rows=none.jsonl", "none.jsonl", "check the path"),
         ("plan recipe.yaml evaluate.asked.max_new_tokens=600", "asked.jsonl:1 (row ", "max_new_tokens"),
         ("eval none recipe.yaml", "model", "a folder"),

@@ -16,8 +16,10 @@ from typer.testing import CliRunner
 from luthier import machine
 from luthier.cli import app
 from luthier.models.tiny import tiny, tiny_tokenizer
+from luthier.planning import estimate as planning
 from luthier.planning.plan import make_plan, measure_plan
 from luthier.recipe import make_recipe
+from luthier.training.dryrun import peak_of
 from tests.processor import multiplies_bf16
 
 ROWS = [{"prompt": "abc " * (12 + i % 29), "completion": "xyz " * (30 + i % 31)} for i in range(40)]
@@ -104,9 +106,33 @@ def test_checkpointing_and_smaller_micro_batches_lower_the_estimate(tmp_path: Pa
     assert activations(batch_tokens=512, micro_batch_tokens=512) < activations() / 2
 
 
+def test_many_rows_are_estimated_from_few(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The plan of a micro-batch of hundreds of rows counted all of them, which took minutes, and again for every cut."""
+    whole, counted = peak_of, []
+
+    def few(engine: Any, batches: Any, now: Any) -> Any:
+        counted.append(max(len(batch.row_ids) for batch in batches))
+        return whole(engine, batches, now)
+
+    monkeypatch.setattr(planning, "peak_of", few)
+    keys = recipe("tiny:llama", tmp_path, precision="fp32", packing=True, batch_tokens=99999, micro_batch_tokens=99999)
+    # One that is far longer than the others, whose attention alone weighs as much as that of many.
+    short = [{"prompt": "abc " * (1 + i % 7), "completion": "xyz " * (1 + i % 5)} for i in range(40)]
+    keys["rows"] = {"train": [*short, {"prompt": "abc", "completion": "xyz " * 110}]}
+    plan = make_plan(make_recipe(keys))
+    assert counted == [8, 16]
+    batch = planning.find_largest(plan.feed).batch
+    assert len(batch.row_ids) == 41
+    exact = whole(plan.engine, [batch], plan.clock.at(0, 0.0))
+    estimated = (plan.estimate.activations + plan.estimate.gradients) / (1 + planning.UNFIT)
+    assert estimated == pytest.approx(exact.activations, rel=0.05)
+
+
 def test_it_says_what_to_cut_when_memory_will_not_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "available_bytes", lambda device: 2**20)
-    plan = make_plan(make_recipe(recipe("tiny:llama", tmp_path, precision="fp32")))
+    said: list[str] = []
+    plan = make_plan(make_recipe(recipe("tiny:llama", tmp_path, precision="fp32")), said.append)
+    assert "estimating memory and time" in said and any("will not fit" in one for one in said)
     (warning,) = [text for text in plan.warnings() if "MiB are available" in text]
     for change in ("train.micro_batch_tokens=", "train.checkpointing=true", "tune=half", "tune=lora", "train.precision=bf16"):
         assert change in warning

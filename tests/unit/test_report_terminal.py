@@ -47,7 +47,14 @@ def test_the_summary_fits_a_small_terminal(name: str) -> None:
     entry = {**SAMPLE.sample_run()["metrics"]["general"], "metric": name}
     run = SAMPLE.sample_run(metrics={f"{name}{index}": entry for index in range(12)}, warnings=[name] * 9, name=name)
     lines = printed(summary(run)).splitlines()
-    assert len(lines) <= 23 and max(map(len, lines)) <= 80
+    # Two warnings may take three lines more each than the one that is in the count.
+    assert len(lines) <= 23 + 2 * 3 and max(map(len, lines)) <= 80
+
+
+def test_a_warning_is_told_to_its_end() -> None:
+    """A warning that is wider than the terminal lost its end, which is where it says what it means."""
+    text = printed(summary(SAMPLE.sample_run(warnings=[], rows={"overlap": {"held_back": 60}})))
+    assert "60 items of held_back also stand in the training rows: gains there prove nothing." in " ".join(text.split())
 
 
 def test_text_from_data_is_neither_markup_nor_control() -> None:
@@ -68,6 +75,7 @@ def test_the_list_of_runs_takes_any_run() -> None:
     assert first.split() == [
         "quickstart-1",
         "finished",
+        "84",
         "96.7",
         "%",
         "97",
@@ -80,7 +88,19 @@ def test_the_list_of_runs_takes_any_run() -> None:
         "s",
         "2026-11-21",
     ]
-    assert second.split() == ["half-2", "damaged", *["not", "measured"] * 4]
+    assert second.split() == ["half-2", "damaged", *["not", "measured"] * 5]
+
+    unfinished = {"run": "runs/a-1", "history": [{"step": 95, "loss": 1.0}], "planned_steps": 456}
+    shown = [printed(run_table([{**unfinished, "status": status}]), width=120) for status in ("running", "broken off")]
+    assert "running  95/456" in shown[0] and "broken off  95/456" in shown[1]
+
+
+def test_a_run_that_was_killed_says_how_it_goes_on() -> None:
+    """A killed run was called unfinished, without its steps and without the command that continues it."""
+    run = {"run": "runs/a-1", "status": "broken off", "history": [{"step": 95, "loss": 1.0}], "planned_steps": 456}
+    text = " ".join(printed(summary(run)).split())
+    assert "This run was broken off after 95 steps. `luthier train --resume runs/a-1` goes on." in text
+    assert "This run is under way: 95 of 456 steps taken" in " ".join(printed(summary({**run, "status": "running"})).split())
 
 
 def test_sets_measured_on_one_model_are_listed() -> None:

@@ -181,6 +181,18 @@ def test_fault_31_the_key_follows_from_everything_rows_depend_on(tmp_path: Path,
     assert len(set(keys.values())) == len(keys), keys
 
 
+def test_a_file_that_was_copied_over_is_another_one(tmp_path: Path) -> None:
+    """A change in the middle of a large file, of the same size and with its time kept, gave the rows of the file before."""
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b"a" * 3 * 2**20)
+    before, about = cache._stamp(path), path.stat()
+    with path.open("r+b") as file:
+        file.seek(3 * 2**19)
+        file.write(b"b")
+    os.utime(path, ns=(about.st_atime_ns, about.st_mtime_ns))
+    assert path.stat().st_mtime_ns == about.st_mtime_ns and cache._stamp(path) != before
+
+
 @pytest.mark.parametrize("name", ["chat", "chunks", "encode", "ids", "read", "shapes", "stored", "cache"])
 def test_any_change_to_the_encoding_code_is_another_version(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fault 31: the code's version follows from its source."""

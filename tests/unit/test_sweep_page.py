@@ -11,6 +11,7 @@ import pytest
 from rich.console import Console
 
 from luthier.lab.verdict import t_quantile
+from luthier.report.compare import write_comparison
 from luthier.report.words import number, percent
 from luthier.sweep.facts import forgotten, seconds_per_step, set_facts, summary
 from luthier.sweep.figure import Point, tradeoff_figure
@@ -154,6 +155,25 @@ def test_hostile_text_is_escaped_and_nothing_runs(browser: Browser, tmp_path: Pa
     for width in (1100, 390):
         page.resize(width)
         assert page.value("document.documentElement.scrollWidth - document.documentElement.clientWidth") <= 0
+
+
+def test_every_cell_says_its_column_where_a_narrow_window_stacks_them(tmp_path: Path) -> None:
+    """On a narrow window the tables and the figure of a sweep and of a comparison lay beyond its edge."""
+    runs = [{"name": name, "recipe": {"seed": seed}, "seconds": 1.0} for seed, name in enumerate(("one", "two"))]
+    for path in (write_sweep(sample(), tmp_path / "sweep.html"), write_comparison(runs, tmp_path / "compare.html")):
+        page = path.read_text(encoding="utf-8")
+        tables = re.findall(r"<table[^>]*>.*?</table>", page, re.DOTALL)
+        assert len(tables) >= 2
+        for table in tables:
+            assert "stacked" in table.partition(">")[0]
+            assert table.count("<td") == table.count("data-label=") > 0
+    assert ".scroll > svg.tradeoff { width: 100%; }" in page
+
+
+def test_a_narrow_window_cuts_nothing(browser: Browser, tmp_path: Path) -> None:
+    """Nothing that could be scrolled sideways is wider than its place."""
+    page = browser.open(write_sweep(sample(), tmp_path / "sweep.html"), 390)
+    assert page.value("[...document.querySelectorAll('.scroll')].every(one => one.scrollWidth <= one.clientWidth)")
 
 
 def test_the_terminal_shows_the_same() -> None:

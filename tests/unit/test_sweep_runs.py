@@ -57,6 +57,24 @@ def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return path
 
 
+@pytest.mark.parametrize("changed", ["base/model.safetensors", "folder/more.jsonl"])
+def test_a_run_of_another_base_or_other_rows_is_another_run(changed: str, recipe: Path) -> None:
+    """A sweep took finished runs of a base, or of a folder of rows, that had changed under its name."""
+    for folder in ("base", "folder"):
+        Path(folder).mkdir()
+    for name in ("base/config.json", "base/model.safetensors", "folder/rows.jsonl", "folder/more.jsonl"):
+        Path(name).write_text("as it was")
+    words = ["tune=full,half", "model=base", "rows.train=folder"]
+
+    def names() -> list[str]:
+        return [job_of(arm, 1e-4, 0, Path("sweep")).name for arm in arms_of(recipe, read_words(words))]
+
+    before = names()
+    assert names() == before
+    Path(changed).write_text("as it is now")
+    assert not set(names()) & set(before)
+
+
 @pytest.fixture
 def made(monkeypatch: pytest.MonkeyPatch) -> list[Job]:
     """The runs that are made, in this process, so that no test waits for imports."""

@@ -1,0 +1,45 @@
+"""Writing a run's result for other tools."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from luthier.errors import LuthierError, Say, silent
+from luthier.export import export_gguf, export_model, export_peft
+from luthier.models.load import resolve
+from luthier.results.folder import Run
+from luthier.results.opened import open_run, recipe_of
+
+
+def check_asked(target: Path, form: str, weights: str) -> None:
+    """Refuse what can be refused before a run is read.
+
+    Raises:
+        LuthierError: the target exists, there is no such form, or the type of the weights does not go with it.
+    """
+    if target.exists():
+        raise LuthierError("this exists already", where=str(target), mend="name another, or remove it")
+    if form not in ("model", "gguf", "peft"):
+        raise LuthierError(f"`{form}` is no form of export", where="--as", mend="use model, gguf or peft")
+    if form != "gguf" and weights != "auto":
+        raise LuthierError(f"weights `{weights}` are for GGUF files", where="--weights", mend="leave it out, or use --as gguf")
+
+
+def write_result(
+    run: Run, target: Path, *, form: str = "model", weights: str = "auto", say: Say = silent, weights_only: bool = False
+) -> dict[str, Any]:
+    """What `luthier.runs.export.export` does, of a run that is known.
+
+    Raises:
+        LuthierError: the target exists, the run has not finished, or its result cannot be held in this form.
+    """
+    check_asked(target, form, weights)
+    recipe = recipe_of(run)
+    tune, tokenizer = open_run(run, say=say, merged=False, weights_only=weights_only)
+    if form == "model":
+        return {"folder": str(target), "as": form, **export_model(tune, tokenizer, target)}
+    if form == "gguf":
+        return {"file": str(target), "as": form, **export_gguf(tune, tokenizer, target, weights=weights)}
+    base = resolve(recipe.model, revision=recipe.revision, trust_remote_code=recipe.trust_remote_code)
+    return {"folder": str(target), "as": form, **export_peft(tune, target, base, fingerprint=run.fact("model", "fingerprint"))}
