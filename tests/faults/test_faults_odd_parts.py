@@ -91,7 +91,10 @@ def test_estimating_memory_in_the_midst_of_a_run_leaves_its_weights_alone(engine
     wanted, slopes = logits_of(run.tune.model, batch), gradients(run, [batch], now)
     with run.tune.at("base"):
         base = logits_of(run.tune.model, batch)
-    peak_of(run, [batch], now)
+    try:
+        peak_of(run, [batch], now)
+    finally:
+        assert not any(one.is_meta for one in run.tune.model.parameters()), "shapes stand where weights stood"
     assert torch.equal(logits_of(run.tune.model, batch), wanted)
     assert gap(gradients(run, [batch], now), slopes) == 0.0
     with run.tune.at("base"):

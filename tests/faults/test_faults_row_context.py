@@ -115,7 +115,7 @@ def test_a_system_text_and_tools_beside_any_shape_are_read(record: dict[str, Any
     assert text_of({**record, "system": "", "history": []}) == f"{ASKED}a<|im_end|>\n"
     prompt = TOKENIZER.decode(encode_prompt(row_of({**record, "system": "SYS"}), TOKENIZER))
     assert prompt == SYSTEM + ASKED
-    assert row_of({**record, "tools": [{"name": "add"}]}).fields["tools"] == [{"name": "add"}]
+    assert row_of({**record, "tools": [{"name": "add"}]}).fields.get("tools") == [{"name": "add"}]
 
 
 def test_a_system_text_stands_before_pairs_and_open_prompts() -> None:

@@ -70,3 +70,6 @@ def test_a_failure_by_a_missing_name_is_told_from_one_by_a_value() -> None:
     assert not by_value("FAILED tests/a.py::b - ImportError: cannot import") and not by_value(
         "FAILED tests/a.py::b - KeyError: 'x'"
     )
+    # A fault that was a crash or a wrong refusal is seen by that one alone.
+    assert by_value("FAILED tests/a.py::b - OverflowError: int too large", "OverflowError")
+    assert not by_value("FAILED tests/a.py::b - ImportError: cannot import", "OverflowError")

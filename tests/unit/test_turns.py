@@ -7,8 +7,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-from luthier.kinds import Batch, Freezing, Now
+from luthier.kinds import Additive, Batch, Freezing, Now
+from luthier.planning.plan import make_plan
+from luthier.recipe import make_recipe
 from luthier.training.loop import Clock
 from luthier.training.schedule import linear
 from luthier.tune.turns import Turns
@@ -216,7 +219,7 @@ def kept(run: Any, name: str) -> tuple[Any, ...]:
     """What a keeper holds that it renews every few steps."""
     if name == "adalora":
         return (sum(ranks(run)),)
-    found = run.states[name]["losses"] if name == "convergence_balance" else [*run.tune.snapshots[name].values()][0]
+    found = run.states[name]["losses"] if name == "convergence_balance" else next(iter(run.tune.snapshots[name].values()))
     return tuple(found.flatten().tolist())
 
 
@@ -236,3 +239,20 @@ def test_keepers_make_up_for_a_step_without_targets(name: str) -> None:
         run.step([batch], clock(step))
         went.append(kept(run, name) != before)
     assert went[idle:] == [False, True]
+
+
+def test_a_plan_tells_a_technique_the_rate_of_its_own_first_step() -> None:
+    """A technique that waits for a prompt was told the learning rate with which the prompt begins."""
+    told: list[Now] = []
+
+    def start(place: Any, weight_OI: Tensor, services: Any) -> dict[str, Tensor]:
+        told.append(services.now)
+        return {"scale": torch.zeros(1)}
+
+    waits = Additive(start, lambda tensors, x: functional.linear(x, tensors["scale"]), lambda tensors: tensors["scale"])
+    train = {"steps": 20, "batch_rows": 2, "warmup": 0.2, "precision": "fp32", "learning_rate": 1e-3}
+    rows = {"train": [{"prompt": f"What is {i}?", "completion": f"It is {i}."} for i in range(4)]}
+    tune = [{"promot": {"share": 0.25, "length": 2}}, waits]
+    plan = make_plan(make_recipe({"model": "tiny:llama", "rows": rows, "tune": tune, "train": train}))
+    assert plan.clock.factor(0) != plan.clock.factor(5)
+    assert {(now.step, now.steps, now.learning_rate) for now in told} == {(0, 15, 1e-3 * plan.clock.factor(5))}

@@ -5,9 +5,9 @@ refusal, it says with which words, and a test that fails with these fails by it.
 from __future__ import annotations
 
 from tests.planted.fault import Fault
-from tests.planted.mended import clocks, files, rows, techniques
+from tests.planted.mended import clocks, files, rows, runs, techniques
 
-MENDED: tuple[Fault, ...] = (*clocks.FAULTS, *techniques.FAULTS, *rows.FAULTS, *files.FAULTS)
+MENDED: tuple[Fault, ...] = (*clocks.FAULTS, *techniques.FAULTS, *rows.FAULTS, *files.FAULTS, *runs.FAULTS)
 
 
 def by_value(seen: str, raises: str = "") -> bool:

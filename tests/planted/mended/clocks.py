@@ -98,6 +98,20 @@ FAULTS = (
         "        return RunServices(owner, slot, now, calibration)",
         (f"{TURNS}::test_what_begins_with_its_first_step_gets_the_rate_of_that_step",),
     ),
+    Fault(
+        "a plan tells all techniques the learning rate of the run's first step",
+        "planning/attach.py",
+        "        first=clock.first,\n",
+        "",
+        (f"{TURNS}::test_a_plan_tells_a_technique_the_rate_of_its_own_first_step",),
+    ),
+    Fault(
+        "a plan's clock knows nothing of phases",
+        "planning/attach.py",
+        ", turns=turns_of(values_of(chosen)))",
+        ")",
+        (f"{TURNS}::test_a_plan_tells_a_technique_the_rate_of_its_own_first_step",),
+    ),
     # Steps without targets.
     Fault(
         "spiel's exchange is tied to a step that had no targets, and never comes",
@@ -116,21 +130,21 @@ FAULTS = (
     Fault(
         "sstoken's history is not moved on behind a step that had no targets",
         "methods/token_weight/sstoken.py",
-        "        if times != state[\"remembered\"]:",
+        '        if times != state["remembered"]:',
         "        if services.now.after().step % every == 0:",
         (f"{TURNS}::test_keepers_make_up_for_a_step_without_targets[sstoken]",),
     ),
     Fault(
         "convergence_balance does not look behind a step that had no targets",
         "methods/token_weight/convergence_balance.py",
-        "        if times == state[\"looked\"]:",
+        '        if times == state["looked"]:',
         "        if services.now.after().step % every:",
         (f"{TURNS}::test_keepers_make_up_for_a_step_without_targets[convergence_balance]",),
     ),
     Fault(
         "adalora does not prune behind a step that had no targets",
         "methods/additive/adalora.py",
-        "        due = step // every != state.get(\"pruned\", 0)",
+        '        due = step // every != state.get("pruned", 0)',
         "        due = step % every == 0",
         (f"{TURNS}::test_keepers_make_up_for_a_step_without_targets[adalora]",),
     ),

@@ -172,7 +172,7 @@ FAULTS = (
     Fault(
         "other text beside a shape is left out without a word",
         "rows/chat.py",
-        "    return tuple(f\"the row's `{key}` is no part of its text\" for key in unread(row))",
+        '    return tuple(f"the row\'s `{key}` is no part of its text" for key in unread(row))',
         "    return ()",
         (f"{UNWRITTEN}::test_other_text_of_a_row_is_noted_and_columns_are_not",),
     ),
@@ -230,8 +230,9 @@ FAULTS = (
     Fault(
         "several templates and no default end in a bare ValueError",
         "rows/template.py",
-        "        if name not in held:\n            raise LuthierError(\n                f\"the tokenizer has several",
-        "        if name not in held:\n            str(tokenizer.get_chat_template())\n            raise LuthierError(\n                f\"the tokenizer has several",
+        '        if name not in held:\n            raise LuthierError(\n                f"the tokenizer has several',
+        "        if name not in held:\n            str(tokenizer.get_chat_template())\n"
+        '            raise LuthierError(\n                f"the tokenizer has several',
         (f"{TEMPLATE}::test_one_of_several_templates",),
     ),
     Fault(

@@ -116,7 +116,9 @@ FAULTS = (
         "training/objective.py",
         "    seen = view if virtual else view.of_own()\n",
         "    seen = view\n",
-        ("unit/test_cpt.py::test_other_weights_leave_the_contexts_targets_as_they_are[{'answer_coverage': {'samples': 9}}-sizes0]",),
+        (
+            "unit/test_cpt.py::test_other_weights_leave_the_contexts_targets_as_they_are[{'answer_coverage': {'samples': 9}}-sizes0]",
+        ),
     ),
     Fault(
         "targets of a context count into what a rule over the step makes of each row",
@@ -200,8 +202,8 @@ FAULTS = (
     Fault(
         "a step sums its losses in fp64 on a device that has none",
         "training/objective.py",
-        "        nll=machine.total(view[\"nll\"]),",
-        "        nll=float(view[\"nll\"].detach().to(dtype=torch.float64).sum()),",
+        '        nll=machine.total(view["nll"]),',
+        '        nll=float(view["nll"].detach().to(dtype=torch.float64).sum()),',
         (f"{FP64}::test_no_technique_asks_a_device_for_fp64_that_has_none[term-cross_entropy]",),
     ),
     Fault(
@@ -246,7 +248,7 @@ FAULTS = (
         "whole(one.master.detach()).cpu().reshape(-1).view(torch.uint8)",
         "whole(one.master.detach()).cpu().contiguous().view(torch.uint8)",
         (f"{ODD}::test_a_trained_number_without_a_dimension_is_trained_and_told",),
-        raises="0-dim",
+        raises="cannot be 0 to view",
     ),
     Fault(
         "a look at shapes in the midst of a run puts them into the place of the weights",

@@ -1,0 +1,322 @@
+"""Runs that are gone on with, left, saved, named and told of."""
+
+from __future__ import annotations
+
+from tests.planted.fault import Fault
+
+RESUME = "unit/test_resume.py"
+SAVING = "unit/test_saving.py"
+WORDS = "unit/test_words.py"
+TERMINAL = "unit/test_report_terminal.py"
+
+FAULTS = (
+    # What a run was begun with.
+    Fault(
+        "a run goes on with other rows under the same name",
+        "runs/inputs.py",
+        '        "rows.train": f"{counted} ({fingerprint.of_encoded(rows.rows)[:DIGITS]}){mixed}",\n',
+        "",
+        (f"{RESUME}::test_a_run_goes_on_only_with_what_it_was_begun_with[change-rows.train-keys0]",),
+    ),
+    Fault(
+        "a run goes on with as many rows of other content",
+        "runs/inputs.py",
+        "{counted} ({fingerprint.of_encoded(rows.rows)[:DIGITS]}){mixed}",
+        "{counted}{mixed}",
+        (f"{RESUME}::test_a_run_goes_on_only_with_what_it_was_begun_with[change-rows.train-keys0]",),
+    ),
+    Fault(
+        "a run goes on with another base under the same name",
+        "runs/inputs.py",
+        '        "model": plan.fingerprint[:DIGITS],\n',
+        "",
+        (f"{RESUME}::test_a_run_goes_on_only_with_what_it_was_begun_with[other_weights-model-keys5]",),
+    ),
+    Fault(
+        "a run goes on with another chat template under the same name",
+        "runs/inputs.py",
+        '        "the chat template": _short(canonical(plan.tokenizer.chat_template)),\n',
+        "",
+        (f"{RESUME}::test_a_run_goes_on_only_with_what_it_was_begun_with[other_template-the chat template-keys6]",),
+    ),
+    Fault(
+        "a run is measured on other evaluation rows at its end than at its beginning",
+        "runs/inputs.py",
+        '        **{f"evaluate.{one.name}.rows": f"{len(one.used):,} rows ({fingerprint.of_rows(one.used)[:DIGITS]})" '
+        "for one in plan.sets},\n",
+        "",
+        (f"{RESUME}::test_a_run_goes_on_only_with_what_it_was_begun_with[change-evaluate.held.rows-keys3]",),
+    ),
+    Fault(
+        "a run goes on with other rows for calibration",
+        "runs/inputs.py",
+        "        **_named_rows(plan),\n",
+        "",
+        (f"{RESUME}::test_a_run_goes_on_only_with_what_it_was_begun_with[change-corda.calibration_source-keys4]",),
+    ),
+    Fault(
+        "a run goes on with a technique whose file has changed",
+        "runs/inputs.py",
+        "        **_own_techniques(plan),\n",
+        "",
+        (f"{RESUME}::test_a_run_goes_on_only_with_the_techniques_it_was_begun_with",),
+    ),
+    Fault(
+        "another recipe is refused without a word of what differs",
+        "runs/resume.py",
+        "        f\"this run was made by another recipe: {'; '.join(told)}\",",
+        '        "this run was made by another recipe",',
+        (f"{RESUME}::test_another_recipe_is_told_by_its_keys",),
+    ),
+    Fault(
+        "a run that is listed by its name is not found by it",
+        "cli/training.py",
+        "            recipe = recipe_file(read_run(resume))",
+        '            recipe = Path(resume) / "recipe.yaml"',
+        (f"{RESUME}::test_a_run_is_resumed_by_its_name",),
+    ),
+    Fault(
+        "a key to set beside a run to go on with is read as a recipe's file",
+        "cli/training.py",
+        '        if resume is not None and recipe is not None and "=" in str(recipe) and not recipe.is_file():',
+        "        if resume is not None and recipe is not None and not str(recipe):",
+        (f"{RESUME}::test_a_run_is_resumed_by_its_name",),
+    ),
+    Fault(
+        "a run with a technique given in Python is refused for the name of its description",
+        "runs/resume.py",
+        "    if given:\n",
+        "    if given is None:\n",
+        (f"{RESUME}::test_what_was_given_in_python_is_gone_on_with_in_python",),
+    ),
+    Fault(
+        "a sweep takes finished runs of a base that has changed under its name",
+        "sweep/runs.py",
+        "base_key(recipe.model, recipe.revision)",
+        'f"{recipe.model} {recipe.revision}"',
+        ("unit/test_sweep_runs.py::test_a_run_of_another_base_or_other_rows_is_another_run[base/model.safetensors]",),
+    ),
+    Fault(
+        "a sweep takes finished runs of a folder of rows that has changed",
+        "lab/cache.py",
+        "        return files_of(value)\n",
+        "        return files_of(value) if Path(value).is_file() else ()\n",
+        ("unit/test_sweep_runs.py::test_a_run_of_another_base_or_other_rows_is_another_run[folder/more.jsonl]",),
+    ),
+    Fault(
+        "a file that was copied over another with its times kept is taken for that one",
+        "rows/cache.py",
+        "about.st_mtime_ns, about.st_ctime_ns, found",
+        "about.st_mtime_ns, found",
+        ("unit/test_rows_stored.py::test_a_file_that_was_copied_over_is_another_one",),
+    ),
+    # Two processes, and killed ones.
+    Fault(
+        "a run that is under way is gone on with by a second process",
+        "results/lock.py",
+        "        if other is not None:\n",
+        "        if other is not None and other.process < 0:\n",
+        ("unit/test_run_lock.py::test_a_folder_is_held_by_one_process_until_that_dies",),
+    ),
+    Fault(
+        "a killed run is running for ever",
+        "results/folder.py",
+        '    status = BROKEN_OFF if holder(folder) is None else "running"',
+        '    status = "running"',
+        (f"{RESUME}::test_a_killed_run_keeps_its_steps_and_what_was_measured",),
+    ),
+    Fault(
+        "a killed run shows no steps",
+        "results/folder.py",
+        '"history": [step for line in lines if (step := _step(line)) is not None]}',
+        '"history": []}',
+        (f"{RESUME}::test_a_killed_run_keeps_its_steps_and_what_was_measured",),
+    ),
+    Fault(
+        "a killed run shows nothing of what was measured before it trained",
+        "runs/train.py",
+        '        facts["metrics"] = {name: compare(result, None) for name, result in before.results.items()}\n'
+        "        if world.is_first:\n            write_json(folder / FILE, facts)\n",
+        '        facts["metrics"] = {name: compare(result, None) for name, result in before.results.items()}\n',
+        (f"{RESUME}::test_a_killed_run_keeps_its_steps_and_what_was_measured",),
+    ),
+    Fault(
+        "a list of runs does not tell how far each of them is",
+        "report/terminal.py",
+        '    return count(step) if run.get("status") == "finished" or not of else f"{count(step)}/{count(of)}"',
+        "    return NOT_MEASURED",
+        (f"{TERMINAL}::test_the_list_of_runs_takes_any_run",),
+    ),
+    Fault(
+        "a killed run does not say what goes on with it",
+        "report/story.py",
+        "        return f\" `luthier train --resume {run['run']}` goes on.\"",
+        '        return ""',
+        (f"{TERMINAL}::test_a_run_that_was_killed_says_how_it_goes_on",),
+    ),
+    # Saving, exporting, and a run where a model belongs.
+    Fault(
+        "a model with a delta beside its weights is saved as its base",
+        "tune/saving.py",
+        "        lost = [] if tune is None else what_is_lost(tune)",
+        "        lost: list[str] = []",
+        (f"{SAVING}::test_a_model_with_something_beside_its_weights_is_not_saved_as_its_base[lora]",),
+    ),
+    Fault(
+        "an adapter of a base that is on no hub names the hub's model of that name",
+        "export/peft_base.py",
+        "    return Base(None, None, origin, note)",
+        "    return Base(KNOWN[source.name].hub if source.name in KNOWN else None, None, origin, note)",
+        (f"{SAVING}::test_an_adapter_names_the_base_it_was_trained_on",),
+    ),
+    Fault(
+        "an adapter does not say which weights its base has",
+        "export/peft_base.py",
+        '"origin": self.origin, "fingerprint": fingerprint}',
+        '"origin": self.origin, "fingerprint": ""}',
+        (f"{SAVING}::test_an_adapter_names_the_base_it_was_trained_on",),
+    ),
+    Fault(
+        "an adapter of a base that no other tool knows names it all the same",
+        "export/peft_base.py",
+        '        return Base(None, None, source.origin, f"no other tool',
+        '        return Base(source.name, None, source.origin, f"no other tool',
+        (f"{SAVING}::test_an_adapter_of_a_base_that_only_luthier_names_says_so[tiny:llama-no other tool can make]",),
+    ),
+    Fault(
+        "an adapter of a packaged base names it as if others knew it",
+        "export/peft_base.py",
+        "    return Base(None, None, origin, note)",
+        "    return Base(source.name if named else None, None, origin, note)",
+        (f"{SAVING}::test_an_adapter_of_a_base_that_only_luthier_names_says_so[workshop-small-packaged/workshop-small]",),
+    ),
+    Fault(
+        "an adapter of the hub names no revision",
+        "models/load.py",
+        "folder, trust_remote_code, hub, folder.name)",
+        "folder, trust_remote_code, hub)",
+        (f"{SAVING}::test_an_adapter_of_the_hub_names_name_and_revision",),
+    ),
+    Fault(
+        "weights are written for their owner's eyes alone",
+        "export/folder.py",
+        "        disk.as_others(beside)\n",
+        "",
+        (f"{SAVING}::test_files_are_for_whoever_may_read_the_folder",),
+    ),
+    Fault(
+        "a run's delta is written for its owner's eyes alone",
+        "disk.py",
+        "            as_others(beside)\n",
+        "",
+        (f"{SAVING}::test_files_are_for_whoever_may_read_the_folder",),
+    ),
+    Fault(
+        "a run where a model belongs is looked for as a model",
+        "results/opened.py",
+        '    if is_run(name, out) and not (Path(name) / "config.json").is_file():',
+        '    if is_run(name, out) and (Path(name) / "config.json").is_file():',
+        (f"{RESUME}::test_a_run_is_told_from_a_model[runs/run-1]",),
+    ),
+    Fault(
+        "a run that is not there is looked for on the hub",
+        "results/opened.py",
+        "    if near and _RUN_NAME.fullmatch(name) and not Path(name).exists():",
+        "    if near and _RUN_NAME.fullmatch(name) and Path(name).exists():",
+        (f"{RESUME}::test_a_run_that_is_not_there_is_not_looked_for_on_the_hub[open_model]",),
+    ),
+    Fault(
+        "a run cannot be opened by its name",
+        "results/opened.py",
+        "    run = run if isinstance(run, Run) else read_run(run, out)\n",
+        "",
+        (f"{RESUME}::test_a_run_is_opened_by_its_name",),
+        raises="'str' object has no attribute 'facts'",
+    ),
+    # Plans.
+    Fault(
+        "a plan counts every row of a micro-batch of hundreds",
+        "planning/estimate.py",
+        "MOST_ROWS = 16\n",
+        "MOST_ROWS = 10**9\n",
+        ("unit/test_estimate.py::test_many_rows_are_estimated_from_few",),
+    ),
+    Fault(
+        "a plan looks for what would fit without a word",
+        "planning/cuts.py",
+        '    say("this will not fit into memory as it is: looking for what to change")\n',
+        "",
+        ("unit/test_estimate.py::test_it_says_what_to_cut_when_memory_will_not_do",),
+    ),
+    Fault(
+        "a plan names options that ask for nothing",
+        "planning/plan.py",
+        'if value is not None and value not in ((), "")]',
+        "]",
+        (f"{WORDS}::test_a_plan_names_no_option_that_asks_for_nothing",),
+    ),
+    Fault(
+        "the best of several looks is reported like any other value",
+        "planning/plan.py",
+        "        warnings += self._chosen_by_what_is_reported()\n",
+        "",
+        (f"{WORDS}::test_a_set_that_chooses_and_reports_is_warned_of",),
+    ),
+    Fault(
+        "what no run's folder can hold is trained without a word",
+        "planning/plan.py",
+        "        warnings += self._given_in_python()\n",
+        "",
+        (f"{WORDS}::test_a_value_that_no_folder_can_hold_is_told_before_it_trains",),
+    ),
+    # Words.
+    Fault(
+        "a warning loses its end in the terminal",
+        "report/terminal.py",
+        '    parts += [plain(_clipped(f"warning: {warning}"), "yellow")',
+        '    parts += [_one_line(f"warning: {warning}", "yellow")',
+        (f"{TERMINAL}::test_a_warning_is_told_to_its_end",),
+    ),
+    Fault(
+        "a technique is not shown by the name that papers write",
+        "registry/catalogue.py",
+        'for one in (name, name.lower().replace("-", "_")) if one in known',
+        "for one in (name,) if one in known",
+        (f"{WORDS}::test_a_technique_is_found_as_papers_write_it[LoRA]",),
+    ),
+    Fault(
+        "a name as papers write it is not near to any that is known",
+        "errors.py",
+        '    return name.lower().replace("-", "_")',
+        "    return name",
+        (f"{WORDS}::test_a_technique_is_found_as_papers_write_it[LoRA]",),
+    ),
+    Fault(
+        "several techniques are taken for the name of one",
+        "registry/techniques.py",
+        '    if "," in name:',
+        '    if "," in name and not name:',
+        (f"{WORDS}::test_several_techniques_are_a_list",),
+    ),
+    Fault(
+        "a kind without techniques is a table of bare heads",
+        "registry/catalogue.py",
+        '        return Text("There is no technique of this kind yet: docs/adding-a-technique.md tells how one is added.")',
+        '        return _with_columns("technique", "kind")',
+        (f"{WORDS}::test_what_is_not_there_is_not_shown_as_an_empty_table",),
+    ),
+    Fault(
+        "an area without papers is an empty table",
+        "registry/catalogue.py",
+        "    if area and not any(",
+        "    if not areas and not any(",
+        (f"{WORDS}::test_what_is_not_there_is_not_shown_as_an_empty_table",),
+    ),
+    Fault(
+        "a narrow window cuts the figure of a sweep",
+        "report/templates/style.css",
+        "  .scroll > svg.radar, .scroll > svg.tradeoff { width: 100%; }",
+        "  .scroll > svg.radar { width: 100%; }",
+        ("unit/test_sweep_page.py::test_every_cell_says_its_column_where_a_narrow_window_stacks_them",),
+    ),
+)
