@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 
+import luthier
 from luthier.errors import LuthierError
+from luthier.generation.generate import generate
 from luthier.models.tiny import MAX_POSITIONS, tiny, tiny_tokenizer
 from luthier.planning.plan import make_plan
 from luthier.recipe import make_recipe
@@ -67,6 +69,14 @@ def test_tokens_that_the_model_does_not_have_in_evaluation_sets(strange: str, tm
     told = _refused(strange, {"train": ROWS[:1]}, evaluate={"held": {"rows": held}})
     assert told.what.startswith("the token `<lighthouse>` has the id 259")
     assert told.where.startswith(f"evaluation set `held`, {held}:1 (row ")
+
+
+def test_a_prompt_with_a_token_that_the_model_does_not_have(strange: str) -> None:
+    """A prompt with such a token stopped an answer with an IndexError."""
+    tune, tokenizer = luthier.open_model(strange)
+    with pytest.raises(LuthierError) as told:
+        generate(tune, tokenizer, [[5], [9, 259]], max_new_tokens=1)
+    assert (told.value.what.startswith("the token `<lighthouse>` has the id 259"), told.value.where) == (True, "prompt 1")
 
 
 def test_the_words_about_a_row_that_is_too_long_are_true(tmp_path: Path) -> None:

@@ -44,7 +44,9 @@ def test_several_techniques_are_a_list() -> None:
 def test_what_is_not_there_is_not_shown_as_an_empty_table() -> None:
     """A kind without techniques and an area without papers were bare column heads."""
     assert "no technique of this kind yet" in shown("techniques", "--kind", "keeper")
-    told = json.loads(CliRunner().invoke(app, ["papers", "--area", "sft", "--json"]).stdout)
+    command = CliRunner().invoke(app, ["papers", "--area", "sft", "--json"])
+    assert command.exit_code == 2
+    told = json.loads(command.stdout)
     assert "no area" in told["error"] and "objectives/supervised" in told["mend"]
     with pytest.raises(LuthierError, match="no technique `ema`") as caught:
         make_all("ema", "keep")

@@ -38,8 +38,8 @@ FAULTS = (
     Fault(
         "keepers act at the end of a stage on what they knew last, not on what they knew at the best state",
         "training/engine.py",
-        "            self.states[slot].update(copy.deepcopy(state))",
-        "            self.states[slot].update(copy.deepcopy(state) if slot == 'none' else self.states[slot])",
+        "        for slot, state in self.best_states.items():",
+        "        for slot, state in list(self.best_states.items())[:0]:",
         (f"{LOOP}::test_patience_ends_a_run_with_its_best_numbers[keeper-average]",),
     ),
     Fault(

@@ -92,6 +92,6 @@ FAULTS = (
         "        header = [name.strip() for name in names]",
         "        header = list(names)",
         (f"{FILES}::test_tables_as_others_write_them",),
-        raises="fit no known shape",
+        raises="lacks `prompt`",
     ),
 )

@@ -33,6 +33,13 @@ FAULTS = (
         (f"{RESUME}::test_a_run_goes_on_only_with_what_it_was_begun_with[other_weights-model-keys5]",),
     ),
     Fault(
+        "a run goes on with another tokenizer under the same name",
+        "runs/inputs.py",
+        '        "the tokenizer": tokenizer_fingerprint(plan.tokenizer)[:DIGITS],\n',
+        "",
+        (f"{RESUME}::test_a_run_goes_on_only_with_what_it_was_begun_with[other_token-the tokenizer-keys7]",),
+    ),
+    Fault(
         "a run goes on with another chat template under the same name",
         "runs/inputs.py",
         '        "the chat template": _short(canonical(plan.tokenizer.chat_template)),\n',
@@ -303,6 +310,13 @@ FAULTS = (
         "registry/catalogue.py",
         '        return Text("There is no technique of this kind yet: docs/adding-a-technique.md tells how one is added.")',
         '        return _with_columns("technique", "kind")',
+        (f"{WORDS}::test_what_is_not_there_is_not_shown_as_an_empty_table",),
+    ),
+    Fault(
+        "a name of a kind without techniques is told that none is known yet",
+        "registry/techniques.py",
+        'if known else "none of this kind is known to this version yet; leave it out"',
+        'if known else "known: none yet"',
         (f"{WORDS}::test_what_is_not_there_is_not_shown_as_an_empty_table",),
     ),
     Fault(

@@ -116,16 +116,7 @@ FAULTS = (
         "training/objective.py",
         "    seen = view if virtual else view.of_own()\n",
         "    seen = view\n",
-        (
-            "unit/test_cpt.py::test_other_weights_leave_the_contexts_targets_as_they_are[{'answer_coverage': {'samples': 9}}-sizes0]",
-        ),
-    ),
-    Fault(
-        "targets of a context count into what a rule over the step makes of each row",
-        "training/objective.py",
-        "    where = find_targets(batch.own())\n",
-        "    where = find_targets(batch)\n",
-        ("contracts/test_contracts_composition.py::test_rules_over_rows_see_the_rows_own_targets[task_focal]",),
+        ("contracts/test_contracts_composition.py::test_rules_over_rows_see_the_rows_own_targets[answer_coverage]",),
     ),
     Fault(
         "the base reads clean rows where the model reads masked ones",
