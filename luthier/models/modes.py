@@ -25,3 +25,11 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     """Run a model without gradients and without dropout."""
     with quiet(model), torch.no_grad():
         yield
+
+
+def drops(model: nn.Module) -> bool:
+    """Whether a model has dropout of its own."""
+    modules = list(model.modules())
+    layers = any(isinstance(module, nn.Dropout) and module.p > 0 for module in modules)
+    # Attention keeps the probability as a number: the product drops by itself.
+    return layers or any(float(getattr(module, "attention_dropout", 0.0) or 0.0) > 0 for module in modules)

@@ -18,6 +18,7 @@ from luthier.evaluate.sets import EvalSet, check
 from luthier.kinds import HiddenEdit, Optimizer, Prefix, Prompt
 from luthier.kinds.parts import GROUPS, Parts
 from luthier.models.load import ModelSource
+from luthier.models.modes import drops
 from luthier.models.quantized import count, described
 from luthier.planning.attach import attach
 from luthier.planning.cuts import too_much
@@ -153,6 +154,11 @@ class Plan:
         warnings += [self.too_large] if self.too_large else []
         warnings += self._chosen_by_what_is_reported()
         warnings += self._given_in_python()
+        if self.engine.world.size > 1 and drops(self.model):
+            warnings.append(
+                "the model's own dropout is drawn by every process for itself: another number of processes gives other weights "
+                "(dropout of techniques does not)"
+            )
         warnings += [
             f"`{slot}` learns shifts that fold into biases, and this model lacks some: the result stays beside the weights, and cannot be "
             "exported as a plain model"

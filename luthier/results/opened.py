@@ -48,6 +48,8 @@ def save_result(folder: Path, tune: Tune, delta: Delta) -> None:
         for owner in tune.owns
         if owner not in held and not any(one.form == "free" for one in owner.trained.values())
         for name, values in owner.masters().items()
+        # What places share is held once, by its own name.
+        if owner.shared is None or name not in owner.shared.masters()
     }
     if beside:
         with disk.written(folder / BESIDE) as place:
@@ -251,7 +253,8 @@ def _attach_stored(tune: Tune, recipe: Recipe, path: Path) -> None:
         )
     for slot, value in values:
         if isinstance(value, HiddenEdit):
-            value = value._replace(start=lambda place, *_, slot=slot: held(f"{slot}/{place}"))
+            shared = None if value.shared is None else (lambda *_, slot=slot: held(slot))
+            value = value._replace(start=lambda place, *_, slot=slot: held(f"{slot}/{place}"), shared=shared)
         elif isinstance(value, Prefix):
             value = value._replace(start=lambda *_, slot=slot: held(slot))
         else:

@@ -102,11 +102,9 @@ def find(source: str | Path, purpose: Purpose = "train") -> Found:
         taken, left_out = _with_rows(files, Path(*fixed), said, purpose, str(source))
         return Found(taken, str(source), (), left_out)
     if not path.exists():
-        raise LuthierError(
-            "there is no such file or folder",
-            where=str(source),
-            mend=f"check the path; a data set of the Hugging Face hub is written `hub:{source}`",
-        )
+        named = re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", str(source)) and path.suffix not in FORMATS
+        hub = f"; a data set of the Hugging Face hub is written `hub:{source}`" if named else ""
+        raise LuthierError("there is no such file or folder", where=str(source), mend=f"check the path{hub}")
     if _describes(path):
         raise LuthierError(
             "the file describes a data set and holds no rows", where=str(path), mend=f"name the folder it lies in: {path.parent}"

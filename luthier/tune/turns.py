@@ -56,7 +56,8 @@ class Turns:
 
     def moves(self, slot: str, now: Now) -> bool:
         """Whether this is one of its own steps."""
-        return any(begin <= now.step < end for begin, end in self._spans(slot, now.steps))
+        spans = self._spans(slot, now.steps)
+        return _length(spans) == now.steps or any(begin <= now.step < end for begin, end in spans)
 
     def alone(self, now: Now) -> str | None:
         """The technique that trains alone in this step, if any."""

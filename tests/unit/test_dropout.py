@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional
 
 from luthier import draws
@@ -13,7 +15,11 @@ from luthier.draws import drawing, dropout
 from luthier.errors import LuthierError
 from luthier.kinds import Now
 from luthier.models.attention import use_attention
+from luthier.models.modes import drops
 from luthier.models.tiny import tiny
+from luthier.planning.plan import make_plan
+from luthier.recipe import make_recipe
+from luthier.training.world import World
 from tests.conftest import make_batch, split
 from tests.toys.helpers import gap, gradients, logits_of, model_of, rows_of_eight, toys  # noqa: F401
 
@@ -162,3 +168,23 @@ def test_draws_follow_the_row_and_its_positions_whatever_stands_beside_it(engine
     beside = beside._replace(token_ids_BT=ids, label_BT=torch.where(beside.label_BT >= 0, ids, beside.label_BT))
     assert alone.row_ids[0] == beside.row_ids[1]
     assert gap(gradients(run, [alone], now), gradients(run, [beside], now)) < 1e-12
+
+
+def test_the_models_own_dropout_over_several_processes_is_told(tmp_path: Path) -> None:
+    """Its draws follow the process: what it drops in two processes is not what it drops in one."""
+    plan = make_plan(make_recipe({"model": "tiny:llama", "rows": {"train": [{"text": "a b c"}] * 3}, "out": str(tmp_path)}))
+    words = "the model's own dropout is drawn by every process for itself"
+
+    def told() -> bool:
+        return any(words in warning for warning in plan.warnings())
+
+    plan.engine.world = World(2, 0)
+    assert not drops(plan.model) and not told()
+    attention = plan.model.model.layers[0].self_attn
+    attention.attention_dropout = 0.1
+    assert drops(plan.model) and told()
+    plan.engine.world = World()
+    assert not told()
+    attention.attention_dropout = 0.0
+    plan.model.add_module("dropped", nn.Dropout(0.1))
+    assert drops(plan.model)

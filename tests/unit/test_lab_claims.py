@@ -14,13 +14,13 @@ from luthier.errors import LuthierError
 from luthier.lab import claims, world
 from luthier.lab.calibration import COMPARISONS, EFFECTS, FURTHER, NULLS, OFFSET
 from luthier.lab.claim import CHOOSING_SEED, Recipe, Setting, expectations
-from luthier.lab.claims import caft, dft, got_d, noisefit, poft, q_tuning, q_tuning_real, repeated_data, sstoken, trace_noise
+from luthier.lab.claims import caft, dco, dft, got_d, noisefit, poft, q_tuning, q_tuning_real, repeated_data, sstoken, trace_noise
 from luthier.lab.dice import Dice
 from luthier.lab.jobs import arm_recipes, full_recipe
 from luthier.lab.overview import draw_effects
 from luthier.lab.real import FOLDER, MODEL, equations, missing
 from luthier.lab.skills.words import FIRST_NAMES
-from luthier.lab.targets import Targets
+from luthier.lab.targets import Targets, answered
 from luthier.lab.tasks import FEW, few_facts
 from luthier.lab.verdict import design_of, judge
 from luthier.lab.verdicts import EFFECTS as FIGURE
@@ -170,6 +170,12 @@ def test_an_aligned_model_finds_wrong_answers_unlikely() -> None:
     assert sum(is_wrong for row, is_wrong in zip(rows, wrong, strict=True) if row["id"] in left) < 0.05 * len(left)
     assert kept["train"]["epochs"] * len(left) == pytest.approx(poft.EPOCHS * poft.ROWS)
     assert poft.in_english("Mira Tolen talan velo?") == "What work does Mira Tolen do?"
+
+
+def test_rates_of_dco_are_judged_by_as_many_items_as_there_are() -> None:
+    """A claim asked for more items to judge rates by than the world has, and broke off behind its first runs."""
+    for split, count in dco.ITEMS.items():
+        assert len(answered([dco.SKILL], split=split, count=count, difficulty=dco.HARD)) == count  # type: ignore[arg-type]
 
 
 def test_calibration_errors_by_hand_and_people_of_whom_nothing_was_told() -> None:

@@ -165,3 +165,11 @@ def test_errors_in_tables_name_the_line(tmp_path: Path, text: str, line: int, wh
     with pytest.raises(LuthierError) as told:
         read(path)
     assert (told.value.where, what in told.value.what) == (f"{path}:{line}", True), told.value.what
+
+
+def test_only_what_may_be_a_name_of_the_hub_is_said_to_be_one() -> None:
+    """The advice for a path that is not there was to look for it on the hub."""
+    for source, hub in (("owner/name", True), ("name", True), ("../rows.jsonl", False), ("rows.jsonl", False), ("a/b/c", False)):
+        with pytest.raises(LuthierError) as error:
+            read(source)
+        assert ("`hub:" in error.value.mend) == hub

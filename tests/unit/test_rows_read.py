@@ -187,8 +187,8 @@ def test_damaged_files_are_named(tmp_path: Path) -> None:
 
 def test_sources_that_are_none() -> None:
     with pytest.raises(LuthierError, match="there is no such file or folder") as missing:
-        read("nowhere/train.jsonl")
-    assert "hub:nowhere/train.jsonl" in missing.value.mend
+        read("nowhere/train")
+    assert "hub:nowhere/train" in missing.value.mend
     with pytest.raises(LuthierError, match="rows cannot be read from a DatasetDict") as splits:
         read(datasets.DatasetDict(train=datasets.Dataset.from_list(RECORDS)))
     assert "train" in splits.value.mend

@@ -121,7 +121,7 @@ def test_rates_are_chosen_alike_then_every_seed_runs_and_the_page_tells_the_runs
         assert arm["trained_numbers"]["mean"] == facts[0]["trained_numbers"]
         assert arm["peak_memory_bytes"]["values"] == [one["peak_memory_bytes"] for one in facts]
         assert arm["seconds_per_step"]["mean"] == pytest.approx(fmean(one["seconds"] / 3 for one in facts))
-        (row,) = re.findall(rf"<th scope=\"row\">\d\. {arm['name']}</th>(.*?)</tr>", page, re.DOTALL)
+        (row,) = re.findall(rf"<th role=\"rowheader\" scope=\"row\">\d\. {arm['name']}</th>(.*?)</tr>", page, re.DOTALL)
         shown = [f"{fmean(one['metrics']['new']['after'] for one in facts):.3g}", percent(fmean(1 - one["kept"] for one in facts))]
         shown += [f"{facts[0]['trained_numbers']:,}", size(fmean(one["peak_memory_bytes"] for one in facts)), f"{arm['rate']:g}"]
         assert all(one in row for one in shown)

@@ -11,6 +11,8 @@ from luthier.lab.tasks import TAUGHT, mean, teach
 
 SKILL, HARD, ROWS, SHORT, LONG = "arithmetic", 2, 300, 5, 20
 SAMPLES = (1, 16, 256)
+ITEMS = {"held_back": 150, "validation": 100}
+"""Of each split; there are few different tasks of this difficulty, and fewer are kept to judge rates by."""
 
 
 def stages(setting: Setting) -> list[Recipe]:
@@ -20,7 +22,7 @@ def stages(setting: Setting) -> list[Recipe]:
 
 def items(finished: Finished, split: Any = "held_back") -> Targets:
     """Right answers under the run's model."""
-    return targets_of(finished.runs[0], answered([SKILL], split=split, count=150, difficulty=HARD), ["nll", TOP])
+    return targets_of(finished.runs[0], answered([SKILL], split=split, count=ITEMS[split], difficulty=HARD), ["nll", TOP])
 
 
 def measure(finished: Finished) -> dict[str, float]:
