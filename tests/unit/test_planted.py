@@ -72,4 +72,5 @@ def test_a_failure_by_a_missing_name_is_told_from_one_by_a_value() -> None:
     )
     # A fault that was a crash or a wrong refusal is seen by that one alone.
     assert by_value("FAILED tests/a.py::b - OverflowError: int too large", "OverflowError")
+    assert not by_value("FAILED tests/a.py::b[OverflowError] - KeyError: 'x'", "OverflowError")
     assert not by_value("FAILED tests/a.py::b - ImportError: cannot import", "OverflowError")

@@ -12,5 +12,5 @@ MENDED: tuple[Fault, ...] = (*clocks.FAULTS, *techniques.FAULTS, *rows.FAULTS, *
 
 def by_value(seen: str, raises: str = "") -> bool:
     """Whether a test failed by what it asserts, or by the very error that the fault raised."""
-    asserted = any(word in seen for word in ("AssertionError", "assert ", "DID NOT RAISE"))
-    return asserted or (bool(raises) and raises in seen)
+    error = seen.partition(" - ")[2]
+    return error.startswith(("AssertionError", "assert ", "Failed: DID NOT RAISE")) or (bool(raises) and raises in error)

@@ -70,7 +70,7 @@ FAULTS = (
         '    if path.suffix.lower() == ".gz" or _begins(path, _GZIP):',
         '    if path.suffix.lower() == ".gz":',
         (f"{FILES}::test_what_is_packed_is_known_by_its_bytes",),
-        raises="JSON",
+        raises="broken JSON",
     ),
     Fault(
         "half a character that JSON escapes is taken for the encoding of the file",

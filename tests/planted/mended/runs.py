@@ -333,4 +333,11 @@ FAULTS = (
         "  .scroll > svg.radar { width: 100%; }",
         ("unit/test_sweep_page.py::test_every_cell_says_its_column_where_a_narrow_window_stacks_them",),
     ),
+    Fault(
+        "cells of a comparison do not say their column where a narrow window stacks them",
+        "report/templates/comparison.html.j2",
+        '{% for value in line.values %}<td role="cell" data-label="{{ names[loop.index0] }}">',
+        '{% for value in line.values %}<td role="cell">',
+        ("unit/test_sweep_page.py::test_every_cell_says_its_column_where_a_narrow_window_stacks_them",),
+    ),
 )
