@@ -14,7 +14,7 @@ from luthier.columns import chunked
 from luthier.errors import LuthierError
 from luthier.generation.generate import BATCH_TOKENS, context_of
 from luthier.kinds import Now, RowLikelihood
-from luthier.models.context import Reads
+from luthier.kinds.parts import Reads
 from luthier.models.modes import evaluating
 from luthier.rows.batches import collate, plan_epoch
 from luthier.rows.chat import LossOn

@@ -236,3 +236,12 @@ def common_module(first: str, second: str) -> str:
             break
         shared.append(left)
     return ".".join(shared)
+
+
+class Reads(NamedTuple):
+    """What a model can read."""
+
+    context: int | None = None
+    """The most tokens at once; None where it does not say."""
+    vocabulary: int | None = None
+    """How many token ids it knows, from 0 on; None where that is not known."""

@@ -2,16 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
-
-class Reads(NamedTuple):
-    """What a model can read."""
-
-    context: int | None = None
-    """The most tokens at once; None where it does not say."""
-    vocabulary: int | None = None
-    """How many token ids it knows, from 0 on; None where that is not known."""
+from luthier.kinds.parts import Reads
 
 
 def reads_of(config: Any) -> Reads:

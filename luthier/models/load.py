@@ -12,7 +12,8 @@ import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from luthier.errors import LuthierError, Say, nearest, silent
-from luthier.models.context import Reads, reads_of
+from luthier.kinds.parts import Reads
+from luthier.models.context import reads_of
 from luthier.models.convert import load_gguf_model, load_gguf_tokenizer
 from luthier.models.folder import check_folder, has_tokenizer
 from luthier.models.hub import HubUnavailableError, cached_snapshot, fetch_snapshot

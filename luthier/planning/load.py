@@ -11,8 +11,8 @@ from transformers import PreTrainedTokenizerBase
 
 from luthier import draws, machine
 from luthier.errors import Say
-from luthier.kinds.parts import Parts
-from luthier.models.context import Reads, reads_of
+from luthier.kinds.parts import Parts, Reads
+from luthier.models.context import reads_of
 from luthier.models.fingerprint import fingerprint
 from luthier.models.load import ModelSource, load_model, load_tokenizer, resolve
 from luthier.models.parts import map_parts

@@ -13,8 +13,8 @@ from transformers import PreTrainedTokenizerBase
 from luthier import draws
 from luthier.errors import LuthierError
 from luthier.kinds import Batch
+from luthier.kinds.parts import Reads
 from luthier.models.attention import use_attention
-from luthier.models.context import Reads
 from luthier.recipe import RowsRecipe, TrainRecipe
 from luthier.rows.batches import collate, plan_epoch
 from luthier.rows.encode import EncodedRows

@@ -15,7 +15,7 @@ from typing import NamedTuple
 from luthier import machine
 from luthier.errors import LuthierError
 from luthier.kinds import Annotation
-from luthier.models.context import Reads
+from luthier.kinds.parts import Reads
 from luthier.rows.chat import Form, LossOn
 from luthier.rows.encode import encode_each
 from luthier.rows.limits import ANYTHING, TooLong

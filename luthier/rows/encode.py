@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 
 from luthier.errors import LuthierError
 from luthier.kinds import Annotation, Written
-from luthier.models.context import Reads
+from luthier.kinds.parts import Reads
 from luthier.rows.annotate import token_columns
 from luthier.rows.chat import Form, LossOn, Rendered, form_of, render_pair, render_prompt, render_training
 from luthier.rows.limits import ANYTHING, Limits, TooLong, check_choice, check_ids

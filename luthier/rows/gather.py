@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from luthier.errors import LuthierError
 from luthier.kinds import Annotation
-from luthier.models.context import Reads
+from luthier.kinds.parts import Reads
 from luthier.recipe import RowsRecipe
 from luthier.rows.annotate import check_streamed
 from luthier.rows.cache import Kept, keep

@@ -9,7 +9,7 @@ from typing import Literal, get_args
 from transformers import PreTrainedTokenizerBase
 
 from luthier.errors import LuthierError
-from luthier.models.context import Reads
+from luthier.kinds.parts import Reads
 from luthier.rows.shapes import Row
 
 TooLong = Literal["refuse", "left", "right"]

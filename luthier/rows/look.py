@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
-from luthier.models.context import Reads
+from luthier.kinds.parts import Reads
 from luthier.rows.chat import LossOn
 from luthier.rows.encode import Encoded, EncodedRows, encode_each, told
 from luthier.rows.files import LeftOut

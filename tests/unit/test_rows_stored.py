@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
 import json
 import multiprocessing
@@ -448,3 +449,21 @@ def test_the_same_row_in_two_sources_gets_a_second_id_in_memory_and_streamed(tmp
     first, second = in_memory[:2]
     assert in_memory == [first, second, *(f"{first}-2", f"{first}-3", "own", f"{first}-4"), f"{second}-2", f"{first}-5"]
     assert [row.id for row in kept(a, b, c).rows.rows] == in_memory
+
+
+def test_rows_are_encoded_without_what_models_are_made_of() -> None:
+    """Every worker loaded all that loads models, which took as long as encoding some thousand rows."""
+    heavy = ("luthier.models", "luthier.training", "luthier.tune", "transformers.models")
+    rows = Path(luthier.__file__).parent / "rows"
+    seen: set[str] = set()
+    todo = ["chunks"]
+    while todo:
+        module = todo.pop()
+        seen.add(module)
+        for node in ast.parse((rows / f"{module}.py").read_text(encoding="utf-8")).body:
+            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            names += [one.name for one in node.names] if isinstance(node, ast.Import) else []
+            assert not any(name.startswith(heavy) for name in names), f"{module} imports {names}"
+            inside = {name.removeprefix("luthier.rows.") for name in names if name.startswith("luthier.rows.")}
+            todo += sorted(inside - seen)
+    assert {"encode", "chat", "read", "limits"} <= seen
