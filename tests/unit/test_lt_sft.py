@@ -183,15 +183,14 @@ def test_the_penalty_of_a_model_in_bf16_is_of_what_its_masters_hold(engine: Any,
         run.tune.set({name: one.start.float() * (1 + 2**-12)})
         loss += 0.1 / everything * float((one.master.detach() - one.start.float()).abs().sum())
     batches = split(rows_of_eight(), (5, 3))
-    both = gradients(run, batches, now)
     result = run.step(batches, now._replace(learning_rate=0.0))
     assert result.parts["lt_sft"] == pytest.approx(loss, rel=1e-5)
-    run.objective.terms = [one for one in run.objective.terms if one.slot != "lt_sft"]
-    plain = gradients(run, batches, now)
+    # By itself: beside it, rounding of the loss's own gradients in bf16 would be larger than all of it.
+    run.objective.terms = [one for one in run.objective.terms if one.slot == "lt_sft"]
+    found = gradients(run, batches, now)
     for name, one in run.tune.trained.items():
-        assert both[name].dtype == torch.float32
-        wanted = plain[name] + 0.1 / everything * one.start.float().sign()
-        assert torch.allclose(both[name], wanted, rtol=1e-5, atol=1e-9), name
+        assert found[name].dtype == torch.float32
+        assert torch.allclose(found[name], 0.1 / everything * one.start.float().sign(), rtol=1e-5, atol=0), name
 
 
 def test_what_is_learnt_shrinks_as_the_penalty_grows(engine: Any, now: Now) -> None:
