@@ -17,7 +17,7 @@ from luthier.kinds import Now, RowLikelihood
 from luthier.kinds.parts import Reads
 from luthier.models.modes import evaluating
 from luthier.rows.batches import collate, plan_epoch
-from luthier.rows.chat import LossOn
+from luthier.rows.chat import Form, LossOn, form_of
 from luthier.rows.encode import Encoded, encode_each, encode_pair, end_of_turn_ids
 from luthier.rows.shapes import Row, bad_rows_error
 from luthier.training.services import view_of
@@ -96,12 +96,13 @@ def row_likelihoods(
     return found
 
 
-def encode_choices(row: Row, tokenizer: PreTrainedTokenizerBase) -> list[Encoded]:
+def encode_choices(row: Row, tokenizer: PreTrainedTokenizerBase, form: Form | None = None) -> list[Encoded]:
     """A row's prompt with each of its choices. Only the choice is scored, not the token that ends a turn: the sums are
     those of the LM Evaluation Harness."""
-    ends = end_of_turn_ids(tokenizer)
+    form = form or form_of(tokenizer)
+    ends = end_of_turn_ids(tokenizer, form)
     return [
-        _without_end(encode_pair(row, tokenizer, choice, id=f"{row.id}#{number}"), ends)
+        _without_end(encode_pair(row, tokenizer, choice, id=f"{row.id}#{number}", form=form), ends)
         for number, choice in enumerate(row.fields["choices"])
     ]
 

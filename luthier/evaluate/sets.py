@@ -19,6 +19,7 @@ from luthier.evaluate.metrics import METRICS, Metric
 from luthier.generation.generate import BATCH_TOKENS, context_of, generate
 from luthier.models.head import head_of
 from luthier.rows.beside import asked
+from luthier.rows.chat import form_of
 from luthier.rows.encode import Encoded, counted, encode, told
 from luthier.rows.limits import check_ids
 from luthier.rows.shapes import Row
@@ -268,14 +269,16 @@ def _likely(tune: Tune, tokenizer: PreTrainedTokenizerBase, one: EvalSet, batch_
 
 
 def _prompts(tune: Tune, tokenizer: PreTrainedTokenizerBase, one: EvalSet) -> list[Encoded]:
-    prompts = [encode(row, tokenizer, purpose="prompt") for row in one.used]
+    form = form_of(tokenizer)
+    prompts = [encode(row, tokenizer, purpose="prompt", form=form) for row in one.used]
     for row, prompt in zip(one.used, prompts, strict=True):
         _check_read(tune, tokenizer, row, prompt.token_ids, one.max_new_tokens)
     return prompts
 
 
 def _choices(tune: Tune, tokenizer: PreTrainedTokenizerBase, one: EvalSet) -> list[Encoded]:
-    encoded = [encode_choices(row, tokenizer) for row in one.used]
+    form = form_of(tokenizer)
+    encoded = [encode_choices(row, tokenizer, form) for row in one.used]
     for row, choices in zip(one.used, encoded, strict=True):
         for choice in choices:
             _check_read(tune, tokenizer, row, choice.token_ids)
@@ -283,7 +286,8 @@ def _choices(tune: Tune, tokenizer: PreTrainedTokenizerBase, one: EvalSet) -> li
 
 
 def _texts(tune: Tune, tokenizer: PreTrainedTokenizerBase, one: EvalSet) -> list[Encoded]:
-    encoded = [encode(row, tokenizer) for row in one.used]
+    form = form_of(tokenizer)
+    encoded = [encode(row, tokenizer, form=form) for row in one.used]
     for row, ids in zip(one.used, encoded, strict=True):
         _check_target(row, ids)
         _check_read(tune, tokenizer, row, ids.token_ids)

@@ -23,6 +23,7 @@ from luthier.models.modes import evaluating
 from luthier.results.folder import Run
 from luthier.results.opened import open_base, open_run
 from luthier.rows.batches import collate
+from luthier.rows.chat import form_of
 from luthier.rows.encode import encode
 from luthier.rows.read import read
 from luthier.training.services import view_of
@@ -118,7 +119,8 @@ def answered(skills: Sequence[str], *, split: Split = "held_back", count: int = 
 
 
 def _batches(tune: Tune, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Mapping[str, Any]]) -> Iterator[Batch]:
-    encoded = [encode(row, tokenizer) for row in read(list(rows)).rows]
+    form = form_of(tokenizer)
+    encoded = [encode(row, tokenizer, form=form) for row in read(list(rows)).rows]
     device = next(tune.model.parameters()).device
     for first in range(0, len(encoded), BATCH_ROWS):
         yield collate(encoded[first : first + BATCH_ROWS]).to(device)

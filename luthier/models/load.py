@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -151,18 +153,10 @@ def source_reads(source: ModelSource) -> Reads:
         return reads_of(tiny(source.name.removeprefix(_TINY)).config)
     where: dict[str, Any] = {"gguf_file": source.path.name} if source.path.is_file() else {}
     folder = source.path.parent if source.path.is_file() else source.path
-    try:
-        with quiet():
-            config = transformers.AutoConfig.from_pretrained(
-                folder, local_files_only=True, trust_remote_code=source.trust_remote_code, **where
-            )
-    # As with weights: damaged files make the readers raise anything.
-    except Exception as error:
-        raise LuthierError(
-            f"the model's configuration can not be loaded: {error}",
-            where=str(source.path),
-            mend="check that its files are complete",
-        ) from error
+    with _readable("the model's configuration", source, "check that its files are complete"):
+        config = transformers.AutoConfig.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=source.trust_remote_code, **where
+        )
     return reads_of(config)
 
 
@@ -189,19 +183,22 @@ def load_tokenizer(
             where=str(source.path),
             mend="save the tokenizer into the model's folder",
         )
+    mend = "check that its files are complete; code that comes with it needs `trust_remote_code: true`"
+    with _readable("the tokenizer", source, mend):
+        tokenizer: PreTrainedTokenizerBase = transformers.AutoTokenizer.from_pretrained(
+            source.path, local_files_only=True, trust_remote_code=source.trust_remote_code
+        )
+    return tokenizer
+
+
+@contextmanager
+def _readable(what: str, source: ModelSource, mend: str) -> Iterator[None]:
+    """Read some of a model's files in silence, and explain what goes wrong: damaged ones make the readers raise anything."""
     try:
         with quiet():
-            tokenizer: PreTrainedTokenizerBase = transformers.AutoTokenizer.from_pretrained(
-                source.path, local_files_only=True, trust_remote_code=source.trust_remote_code
-            )
-    # As with weights: damaged files make the readers raise anything.
+            yield
     except Exception as error:
-        raise LuthierError(
-            f"the tokenizer can not be loaded: {error}",
-            where=str(source.path),
-            mend="check that its files are complete; code that comes with it needs `trust_remote_code: true`",
-        ) from error
-    return tokenizer
+        raise LuthierError(f"{what} can not be loaded: {error}", where=str(source.path), mend=mend) from error
 
 
 def _settled(source: ModelSource | str, revision: str | None, trust_remote_code: bool, say: Say) -> ModelSource:

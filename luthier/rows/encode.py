@@ -151,6 +151,7 @@ def encode(
     max_tokens: int | None = None,
     too_long: TooLong = "refuse",
     template_options: Mapping[str, Any] | None = None,
+    form: Form | None = None,
 ) -> Encoded:
     """Turn one row into token ids.
 
@@ -164,6 +165,7 @@ def encode(
         too_long: what happens to a longer row: `"refuse"` raises; `"right"` cuts its end off; `"left"` cuts its
             beginning off, which keeps the answer, and keeps a beginning-of-sequence token in its place.
         template_options: variables for the chat template, such as `{"enable_thinking": False}`.
+        form: what `form_of` gave for the tokenizer and these, where it is known already: it takes longer than a short row.
 
     Returns:
         The encoded row. Truncation, or a template that writes earlier turns otherwise, can leave it without any target:
@@ -172,7 +174,7 @@ def encode(
     Raises:
         LuthierError: the row is too long, has nothing to learn, or the chat template refuses it.
     """
-    form = form_of(tokenizer, template_options)
+    form = form or form_of(tokenizer, template_options)
     return _encode(row, form, purpose, loss_on, Limits(max_tokens, too_long))
 
 
@@ -197,6 +199,7 @@ def encode_pair(
     max_tokens: int | None = None,
     too_long: TooLong = "refuse",
     template_options: Mapping[str, Any] | None = None,
+    form: Form | None = None,
 ) -> Encoded:
     """A row's prompt and a given completion, whose tokens are the targets: a choice to score, or one side of a
     preference.
@@ -209,11 +212,12 @@ def encode_pair(
         max_tokens: as for `encode`.
         too_long: as for `encode`.
         template_options: as for `encode`.
+        form: as for `encode`.
 
     Raises:
         LuthierError: the result is too long, the row has no prompt, or the chat template refuses it.
     """
-    form = form_of(tokenizer, template_options)
+    form = form or form_of(tokenizer, template_options)
     encoded = _limited(row, render_pair(row, form, completion), form, Limits(max_tokens, too_long))
     return encoded if id is None else replace(encoded, id=id)
 
@@ -300,9 +304,9 @@ def encode_each(
     return EncodedRows.of(encoded, dropped, written), bad
 
 
-def end_of_turn_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+def end_of_turn_ids(tokenizer: PreTrainedTokenizerBase, form: Form | None = None) -> tuple[int, ...]:
     """The ids at which generation stops: the chat template's own end-of-turn token and the end-of-sequence token."""
-    end_of_turn = form_of(tokenizer).end_of_turn
+    end_of_turn = (form or form_of(tokenizer)).end_of_turn
     ids = [tokenizer.convert_tokens_to_ids(end_of_turn)] if end_of_turn else []
     return tuple(dict.fromkeys([*ids, *([tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else [])]))
 

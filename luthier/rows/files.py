@@ -36,8 +36,9 @@ _HELD_OUT = frozenset(
         "devset",
         "eval",
         "evaluation",
+        "heldout",
+        "holdout",
     }
-    | {"heldout", "holdout"}
 )
 _TRAINING = frozenset({"train", "training", "trainset"})
 _ABOUT_ROWS = frozenset(

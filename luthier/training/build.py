@@ -27,6 +27,7 @@ from luthier.models.attention import use_attention
 from luthier.models.modes import evaluating
 from luthier.models.sharding import Root
 from luthier.registry import KEYS, Part, slots_of, values_of
+from luthier.training import agreement
 from luthier.training.chain import Chain, Link
 from luthier.training.engine import Engine, Kept, idle_batch
 from luthier.training.inputs import Inputs, Mapped, bare_vocabulary
@@ -139,7 +140,7 @@ def build_engine(
             where="train.sharding",
             mend="use train.sharding: none",
         )
-    engine.refuse_apart(values=True)
+    agreement.check(world, owner, values=True)
     return engine
 
 

@@ -128,7 +128,8 @@ class Chain:
         watching = self.watching | self.observed
         todo = [only] if only is not None else [one for one in self.tune.trained.values() if one.gradient is not None]
         values: dict[str, Tensor] = {one.name: one.gradient for one in todo if one.gradient is not None}
-        self.came.update((name, values[name].norm()) for name in watching if name in values)
+        if self.observed:
+            self.came.update((name, values[name].norm()) for name in watching if name in values)
         with torch.no_grad():
             for i, link in enumerate(self.links):
                 mine = [one for one in todo if one.name in values and one.name in self.state[link.slot]]

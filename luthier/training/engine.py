@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import reduce
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from luthier import draws, machine
+from luthier import draws
 from luthier.errors import LuthierError
 from luthier.kinds import Batch, Keeper, Now, Services, Source, State, TrainedLike
 from luthier.models.modes import evaluating
 from luthier.models.sharding import is_sharded
 from luthier.registry import Part
+from luthier.training import agreement
 from luthier.training.chain import Chain
 from luthier.training.inputs import Inputs
 from luthier.training.objective import Counted, Looked, Objective, Sums
@@ -145,7 +145,7 @@ class Engine:
             return StepResult(0.0, 0.0, {}, int(counts[0]), 0, int(counts[2]), 0.0, said=tuple(said), skipped=True)
         # Not before: what comes to stand still may lose its optimizer state, and a step that is not taken changes nothing.
         self.tune.freeze(now)
-        self.refuse_apart(values=False)
+        agreement.check(self.world, self.tune, values=False)
         self.tune.start_observing(now)
         work = Work(self, passes, now, units, keeps, idle=len(idle))
         self.source.gradients(work)
@@ -267,52 +267,8 @@ class Engine:
     def _refresh(self, now: Now) -> list[str]:
         said = self.tune.refresh(lambda slot: self.services(slot, now), now)
         if said:
-            self.refuse_apart(values=True)
+            agreement.check(self.world, self.tune, values=True)
         return said
-
-    def refuse_apart(self, *, values: bool) -> None:
-        """Stop in all processes where they would train different numbers.
-
-        Each chooses for itself from what all of them see, which comes out alike as long as devices compute alike.
-
-        Args:
-            values: compare what the numbers are, too, and not only which stand still.
-
-        Raises:
-            LuthierError: the processes differ.
-        """
-        if self.world.size == 1:
-            return
-        everyone = self.world.gather_plain(choices(list(self.tune.trained.values()), values=values))
-        slots = {slot for one in everyone for slot in one}
-        apart = sorted(slot for slot in slots if len({one.get(slot) for one in everyone}) > 1)
-        if apart:
-            raise LuthierError(
-                f"`{apart[0]}` trains numbers that differ between the processes",
-                where=apart[0],
-                mend="use one process, or another technique: what it chooses is not the same on every device",
-            )
-
-
-def choices(trained: Sequence[Trained], *, values: bool) -> dict[str, str]:
-    """A short name for what each technique has chosen to train, by slot: equal where the choice is.
-
-    Args:
-        trained: what trains.
-        values: with the numbers themselves, other than whole tensors of the model, and which they are.
-    """
-    told: dict[str, list[Any]] = {}
-    for one in trained:
-        mine: list[Any] = [one.name, one.form, tuple(one.master.shape), one.still]
-        if values and one.form != "whole":
-            mine += [_sum_of(part) for part in (one.index, one.master.detach()) if part is not None and not is_sharded(part)]
-        told.setdefault(one.slot, []).append(mine)
-    return {slot: hashlib.sha256(repr(mine).encode()).hexdigest() for slot, mine in told.items()}
-
-
-def _sum_of(values: Tensor) -> tuple[float, ...]:
-    """Two numbers that other values of a tensor would hardly have."""
-    return machine.total(values), machine.norm(values)
 
 
 def with_context(batch: Batch, label_P: Tensor | None) -> Batch:

@@ -34,9 +34,9 @@ FAULTS = (
     ),
     Fault(
         "processes that train different numbers go on without a word",
-        "training/engine.py",
-        "        if self.world.size == 1:\n            return\n        everyone",
-        "        if self.world.size > 0:\n            return\n        everyone",
+        "training/agreement.py",
+        "    if world.size == 1:\n        return\n    everyone",
+        "    if world.size > 0:\n        return\n    everyone",
         (PAIR,),
     ),
     # What is observed, against what optimizers get and masters hold.
