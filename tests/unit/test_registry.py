@@ -48,7 +48,7 @@ def test_a_dropped_in_file_is_found_with_no_edit_elsewhere(folder: Path) -> None
 
 
 def test_the_toys_are_found_and_gone_again() -> None:
-    for path in TOYS.glob("*/*.py"):
+    for path in TOYS.glob("*/[!_]*.py"):
         assert find(path.stem, (path.parent.name,)).name == path.stem
     registry.remove_folder(TOYS)
     assert "likely_less" not in names("token_loss")
