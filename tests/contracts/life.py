@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,6 @@ from luthier.training.feed import Feed
 from luthier.training.loop import Clock, Plans, Progress, train
 from luthier.training.schedule import find_schedule
 from tests.unit.test_kinds_resume import assert_equal, everything
-
-NEVER = -1
 
 
 def encoded(batch: Batch) -> EncodedRows:
@@ -37,14 +35,14 @@ def encoded(batch: Batch) -> EncodedRows:
 
 
 class WithIdle(Feed):
-    """A feed in which one step has no target."""
+    """A feed in which some steps have no target."""
 
-    idle: int = NEVER
+    idle: Collection[int] = ()
 
     def at(self, step: int) -> tuple[float, list[Batch]]:
-        """As every feed; no token of the idle step is a target."""
+        """As every feed; no token of an idle step is a target."""
         epoch, batches = super().at(step)
-        if step == self.idle:
+        if step in self.idle:
             batches = [batch._replace(label_BT=torch.full_like(batch.label_BT, -100)) for batch in batches]
         return epoch, batches
 
@@ -65,8 +63,8 @@ class Life:
     rows: Batch
     folder: Path
     steps: int
-    idle: int
-    """The step in which no token is a target."""
+    idle: Collection[int]
+    """The steps in which no token is a target."""
     plans: Plans
     curve: Curve = field(default_factory=dict)
     """What is measured after each step; lower is better."""
@@ -97,7 +95,7 @@ class Life:
                 raise KilledError
 
         def tell(at: Progress, result: StepResult) -> None:
-            assert result.skipped == (at.step - 1 == self.idle)
+            assert result.skipped == (at.step - 1 in self.idle)
             self.at_step.setdefault(at.step, []).append(everything(engine))
             self.said |= {at.step} if result.said else set()
             event("told")

@@ -14,7 +14,7 @@ from luthier.training.engine import Engine
 from luthier.training.loop import Clock, Plans
 from tests.contracts.combinations import traits
 from tests.contracts.fixtures import OPTIONS, RUNS, rows_for, run_of
-from tests.contracts.life import NEVER, Curve, Life, assert_best
+from tests.contracts.life import Curve, Life, assert_best
 from tests.toys.helpers import model_of, toys  # noqa: F401
 from tests.unit.test_kinds_resume import assert_equal, everything
 
@@ -39,14 +39,16 @@ def with_dropout() -> Any:
     return model
 
 
-def life(kind: str, name: str, folder: Path, dtype: torch.dtype, idle: int, plans: Plans, curve: Curve | None = None) -> Life:
+def life(
+    kind: str, name: str, folder: Path, dtype: torch.dtype, idle: int | None, plans: Plans, curve: Curve | None = None
+) -> Life:
     """One run of a technique, with options that draw and remember."""
     options = {**LOOPED.get(name, {}), **{o: value for o, value in STIRRED.items() if (kind, name, o) in OPTIONS}}
 
     def make(clock: Clock) -> Engine:
         return run_of(kind, name, options, model=with_dropout(), dtype=dtype, now=clock.at(0, 0.0))
 
-    return Life(make, rows_for([kind]), folder, STEPS, idle, plans, curve or {})
+    return Life(make, rows_for([kind]), folder, STEPS, () if idle is None else (idle,), plans, curve or {})
 
 
 @pytest.mark.parametrize(("kind", "name"), RUNS)
@@ -54,10 +56,10 @@ def test_killed_between_any_two_events_and_measured_all_the_time(tmp_path: Path,
     """In bf16 with fp32 masters, one step of six without a target. Measured after every step with `best`, killed after each and
     resumed, the run ends with the bits of one that nobody measured or killed; then the best numbers are those of then."""
     # Where a prompt has targets of its own, every row has one.
-    idle = NEVER if "learns its prompt" in traits[kind, name] else 1 + zlib.crc32(name.encode()) % 3
+    idle = None if "learns its prompt" in traits[kind, name] else 1 + zlib.crc32(name.encode()) % 3
     plain = life(kind, name, tmp_path / "plain", torch.bfloat16, idle, Plans())
     assert plain.process() is not None
-    if idle != NEVER and idle + 1 not in plain.said:
+    if idle is not None and idle + 1 not in plain.said:
         assert_equal(plain.at_step[idle + 1][0], plain.at_step[idle][0])
     curve = dict(zip(range(1, STEPS + 1), (3.0, 4.0, 1.0, 2.0, 1.0, 5.0), strict=True))
     hard = life(kind, name, tmp_path / "hard", torch.bfloat16, idle, Plans(save_every=1, evaluate_every=1, best="set"), curve)
@@ -72,7 +74,7 @@ def test_killed_between_any_two_events_and_measured_all_the_time(tmp_path: Path,
     assert_equal(hard.at_end, plain.at_end)
     best = min(hard.counted, key=lambda step: curve[step])
     assert progress.best == curve[best] and [one["step"] for one in progress.evaluations] == list(range(1, STEPS + 1))
-    assert progress.empty_steps == (idle != NEVER) and not progress.stopped
+    assert progress.empty_steps == (idle is not None) and not progress.stopped
     assert_best(everything(engine), hard.at_step[best][0])
 
 
@@ -81,7 +83,7 @@ def test_patience_ends_a_run_with_its_best_numbers(tmp_path: Path, kind: str, na
     """In fp64: two evaluations without improvement end the run, and the numbers are those of the best one, bit for bit; also when it
     was killed between the two. Evaluations before the last phase of a technique do not count."""
     plans = Plans(save_every=1, evaluate_every=1, best="set", patience=2)
-    idle = NEVER if "learns its prompt" in traits[kind, name] else 2
+    idle = None if "learns its prompt" in traits[kind, name] else 2
     lived = life(kind, name, tmp_path, torch.float64, idle, plans, {1: 2.0, 2: 1.0, 3: 1.0, 4: 3.0, 5: 3.0, 6: 3.0})
     assert lived.process(("told", 4)) is None
     ended = lived.process()

@@ -3,7 +3,7 @@ targets at its borders, killed there and resumed, in a narrow type, and when the
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -15,13 +15,13 @@ from torch import Tensor
 from luthier.training.engine import Engine
 from luthier.training.loop import Clock, Plans
 from tests.contracts.fixtures import engine_of
-from tests.contracts.life import NEVER, Life, assert_best
+from tests.contracts.life import Life, assert_best
 from tests.toys.helpers import model_of, rows_of_eight, toys  # noqa: F401
 from tests.unit.test_kinds_resume import assert_equal, everything
 
 STEPS = 12
 ATTENTION = ["attention"]
-PHASED: dict[str, Any] = {
+TUNES: dict[str, Any] = {
     "adalora": {"initial_rank": 3, "target_rank": 2, "warmup": 0.1, "final": 0.4, "roles": ATTENTION},
     "loca": {"coefficients": 6, "search": 0.5, "coefficient_steps": 1, "location_steps": 1, "roles": ATTENTION},
     "lofit": {"selection": 0.5, "share": 0.5},
@@ -32,22 +32,37 @@ PHASED: dict[str, Any] = {
 """Options with which phases, or changes of what trains, fit into so few steps."""
 BESIDE: dict[str, dict[str, Any]] = {
     "alone": {},
-    "promot": {"tune": {"promot": {"length": 2, "share": 0.34}}},
+    "promot": {"tune": [{"promot": {"length": 2, "share": 0.34}}]},
     "caft": {"objective": {"caft": {"heads": 1, "heads_first": 0.25}}},
-    "greentrainer": {"tune": {"greentrainer": {"roles": ["mlp_down"], "target": 0.7, "selections": 2}}},
+    "greentrainer": {"tune": [{"greentrainer": {"roles": ["mlp_down"], "target": 0.7, "selections": 2}}]},
 }
+GREEN = {"roles": ["mlp_down", "attention"], "target": 0.7, "selections": 3}
+HALF = {"half": {"roles": ATTENTION}}
+PHASED: dict[str, dict[str, Any]] = {
+    **{name: {"tune": [{name: options}]} for name, options in TUNES.items()},
+    "greentrainer": {"tune": [{"greentrainer": GREEN}]},
+    "promot": {"tune": [*BESIDE["promot"]["tune"], HALF]},
+    "caft": {**BESIDE["caft"], "tune": [HALF]},
+}
+"""The keys of a run in which a technique has phases, or changes what trains."""
+ALIKE = ("spiel", "lift", "greentrainer")
+"""Those without phases: every state is as good as the last."""
+PAIRS = [(name, beside) for name, beside in product(PHASED, BESIDE) if name != beside]
 
 
 def made(name: str, beside: str) -> Callable[[Clock], Engine]:
     """How a technique is attached beside another."""
-    keys = BESIDE[beside]
-    tune = [keys["tune"]] if "tune" in keys else []
+    keys = {**PHASED[name], **BESIDE[beside], "tune": [*BESIDE[beside].get("tune", ()), *PHASED[name]["tune"]]}
 
     def make(clock: Clock) -> Engine:
-        both = {"tune": [*tune, {name: PHASED[name]}], "objective": keys.get("objective", "cross_entropy")}
+        both = {"tune": keys["tune"], "objective": keys.get("objective", "cross_entropy")}
         return engine_of(model_of(), dtype=torch.bfloat16, now=clock.at(0, 0.0), **both)
 
     return make
+
+
+def clock_of(run: Engine) -> Clock:
+    return Clock(STEPS, 0.01, lambda progress: 1.0, 0, 0, run.tune.turns)
 
 
 def own(run: Engine, name: str, ending: str = "") -> dict[str, Tensor]:
@@ -93,6 +108,51 @@ def _entries(run: Engine, lived: Life, border: int) -> None:
     assert any(not torch.equal(value, run.tune.trained[key.removeprefix("index ")].index) for key, value in indices.items())
 
 
+def _greentrainer(run: Engine, lived: Life, border: int) -> None:
+    """What was chosen trains, what was not stands still, in every step; choices cost what they may."""
+    clock = clock_of(run)
+    for step, before, after in _steps(lived):
+        moves = run.tune.turns.alone(clock.at(step, 0.0)) is None
+        wanted = {name for name in _names(before, MINE) if moves and before[_trains(name)]}
+        assert _moved(before, after, MINE) == wanted, f"step {step}"
+        assert before["state greentrainer backward share"] <= 0.7
+    assert lived.at_step[STEPS][0]["state greentrainer selection"] == 2
+
+
+MINE = "master greentrainer/"
+
+
+def _trains(name: str) -> str:
+    return f"state greentrainer trains {name.removeprefix(MINE)}"
+
+
+def _in_turn(run: Engine, lived: Life, border: int) -> None:
+    """While one trains alone nothing else moves; when it had its turn it stands still, and the model moves."""
+    clock, turns = clock_of(run), run.tune.turns
+    had: set[str] = set()
+    for step, before, after in _steps(lived):
+        alone, moved = turns.alone(clock.at(step, 0.0)), _moved(before, after, "master ")
+        slots = {run.tune.trained[name.removeprefix("master ")].slot for name in moved}
+        assert slots == {alone} if alone else (slots and not slots & had), f"step {step}"
+        had |= {alone} if alone else set()
+    assert had
+
+
+def _steps(lived: Life) -> Iterator[tuple[int, dict[str, Any], dict[str, Any]]]:
+    """Each step with targets but the first, with all numbers before and after it."""
+    for step in range(1, STEPS):
+        if step not in lived.idle and step + 1 in lived.at_step:
+            yield step, lived.at_step[step][0], lived.at_step[step + 1][0]
+
+
+def _names(found: Mapping[str, Any], beginning: str) -> set[str]:
+    return {name for name in found if name.startswith(beginning)}
+
+
+def _moved(before: Mapping[str, Any], after: Mapping[str, Any], beginning: str) -> set[str]:
+    return {name for name in _names(before, beginning) & after.keys() if not torch.equal(before[name], after[name])}
+
+
 ENDS: dict[str, Callable[[Engine, Life, int], None]] = {
     "adalora": _adalora,
     "loca": _loca,
@@ -100,6 +160,9 @@ ENDS: dict[str, Callable[[Engine, Life, int], None]] = {
     "lt_sft": _lt_sft,
     "spiel": _entries,
     "lift": _entries,
+    "greentrainer": _greentrainer,
+    "promot": _in_turn,
+    "caft": _in_turn,
 }
 
 
@@ -113,28 +176,32 @@ def base_of(run: Engine, place: Any) -> Tensor:
 def borders_of(name: str, beside: str) -> tuple[int, ...]:
     """The steps with which something about a technique changes, where it is alone or beside another."""
     run = made(name, beside)(Clock(STEPS, 0.01, lambda progress: 1.0, 0, 0))
-    turns = run.tune.turns
+    turns, clock = run.tune.turns, clock_of(run)
     found = set(turns.borders(STEPS))
-    if name in ("spiel", "lift"):
-        moving = [step for step in range(STEPS) if turns.moves(name, Clock(STEPS, 0.01, lambda progress: 1.0, 0, 0).at(step, 0.0))]
-        found |= {moving[place] for place in (PHASED[name]["every"], PHASED[name].get("gather", 0)) if place}
+    if name in ALIKE:
+        moving = [step for step in range(STEPS) if turns.moves(name, clock.at(step, 0.0))]
+        found |= {moving[place] for place in CHANGES[name] if place < len(moving)}
     return tuple(sorted(found))
 
 
-@pytest.mark.parametrize(("name", "beside"), [*product(PHASED, BESIDE)])
+CHANGES = {"spiel": (2, 4, 6, 8), "lift": (3, 6, 9), "greentrainer": (4, 8)}
+"""Steps of its own with which one without phases changes what trains, or begins to look."""
+
+
+@pytest.mark.parametrize(("name", "beside"), PAIRS)
 def test_the_end_is_what_the_card_says(tmp_path: Path, name: str, beside: str) -> None:
-    """A run with `best`, whose state of the lowest loss lies before the last border, without targets in the step before a border, killed
-    at every border: it ends with the bits of one that nobody killed, in a state that the card describes."""
+    """A run with `best`, whose state of the lowest loss lies before the last border, without targets in the step before every border,
+    killed at every border: it ends with the bits of one that nobody killed, in a state that the card describes."""
     borders = borders_of(name, beside)
-    # Without phases every state is as good as the last.
-    rising = -1.0 if name in ("spiel", "lift") else 1.0
+    idle = [border - 1 for border in borders]
+    rising = -1.0 if name in ALIKE else 1.0
     curve = {step: rising * step for step in range(1, STEPS + 1)}
-    plain = Life(made(name, beside), rows_of_eight(), tmp_path / "plain", STEPS, borders[-1] - 1, Plans())
+    plain = Life(made(name, beside), rows_of_eight(), tmp_path / "plain", STEPS, idle, Plans())
     ended = plain.process()
     assert ended is not None
     ENDS[name](ended[0], plain, borders[-1])
     plans = Plans(save_every=1, evaluate_every=1, best="set")
-    hard = Life(plain.make, rows_of_eight(), tmp_path / "hard", STEPS, borders[-1] - 1, plans, curve)
+    hard = Life(plain.make, rows_of_eight(), tmp_path / "hard", STEPS, idle, plans, curve)
     for border in borders:
         assert hard.process(("told", border)) is None and hard.process(("saved", border)) is None
     again = hard.process()
@@ -152,40 +219,10 @@ def test_an_early_stop_comes_in_the_last_phase(tmp_path: Path, name: str) -> Non
     """Going back to the start of a phase looked like no improvement: the run ended before its last phase, with what it had before."""
     plans = Plans(evaluate_every=1, best="set", patience=2)
     curve = {step: float(step) for step in range(1, STEPS + 1)}
-    lived = Life(made(name, "alone"), rows_of_eight(), tmp_path, STEPS, NEVER, plans, curve)
+    lived = Life(made(name, "alone"), rows_of_eight(), tmp_path, STEPS, (), plans, curve)
     ended = lived.process()
     assert ended is not None
     run, progress = ended
     assert progress.step == lived.counted[0] + 2 and progress.stopped
-    if name not in ("spiel", "lift"):
+    if name not in ALIKE:
         ENDS[name](run, lived, max(borders_of(name, "alone")))
-
-
-def _still(lived: Life, ending: str, border: int, run: Engine) -> bool:
-    found = lived.at_step[border][0]
-    mine = {name: one.master.detach() for name, one in run.tune.trained.items() if ending in name}
-    assert mine
-    return all(torch.equal(one, found[f"master {name}"]) for name, one in mine.items())
-
-
-@pytest.mark.parametrize(
-    ("keys", "ending"), [(BESIDE["promot"], ".promot_PD"), (BESIDE["caft"], ".ahead_")], ids=["promot", "caft"]
-)
-def test_what_trains_alone_first_stands_still_afterwards(tmp_path: Path, keys: dict[str, Any], ending: str) -> None:
-    """The prompt, or the heads, learn before all else, and are then what they were; the model is the base until then."""
-
-    def make(clock: Clock) -> Engine:
-        tune = [keys["tune"], "half"] if "tune" in keys else ["half"]
-        return engine_of(model_of(), now=clock.at(0, 0.0), tune=tune, objective=keys.get("objective", "cross_entropy"))
-
-    border = 4 if "tune" in keys else 3
-    lived = Life(make, rows_of_eight(), tmp_path, STEPS, border - 1, Plans())
-    ended = lived.process()
-    assert ended is not None and ended[0].tune.turns.borders(STEPS) == (border,)
-    assert _still(lived, ending, border, ended[0])
-    first, at_border, last = (lived.at_step[step][0] for step in (1, border, STEPS))
-    halves = [key for key in first if key.startswith("master half/")]
-    assert halves and all(torch.equal(first[key], at_border[key]) for key in halves)
-    assert any(not torch.equal(last[key], at_border[key]) for key in halves)
-    mine = [key for key in first if key.startswith("master ") and ending in key]
-    assert any(not torch.equal(first[key], at_border[key]) for key in mine)
