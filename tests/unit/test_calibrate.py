@@ -11,6 +11,7 @@ from torch import Tensor
 from luthier.kinds import Now, Place
 from tests.conftest import calibration
 from tests.toys.helpers import gradients, model_of, toys  # noqa: F401
+from tests.unit.test_kinds_resume import assert_equal, everything
 
 DOWN = ("mlp_down",)
 
@@ -68,6 +69,28 @@ def test_a_model_in_bf16_is_looked_at_from_steps_that_bf16_rounds_away(engine: A
     for place in places:
         gap = float((found[place].double() - wanted[place]).norm() / wanted[place].norm())
         assert gap < 1e-4, (str(place), gap)
+
+
+BY_GRADIENTS: dict[str, dict[str, Any]] = {
+    "lora_sb": {"rank": 2},
+    "s2ft": {"down": 0.2, "by": "gradient"},
+    "neuroada": {"connections": 3, "by": "gradient"},
+    "greentrainer": {"target": 0.7, "selections": 1},
+}
+
+
+@pytest.mark.parametrize("name", BY_GRADIENTS)
+def test_what_is_chosen_before_training_follows_plain_cross_entropy(engine: Any, now: Now, name: str) -> None:
+    """What the run minimizes, and what the model drops while it learns, leave the choice alone, as the technique's card says."""
+    found: list[dict[str, Any]] = []
+    for objective, dropped in (("cross_entropy", 0.0), ("poft", 0.5)):
+        model = model_of()
+        for module in model.modules():
+            if hasattr(module, "attention_dropout"):
+                module.attention_dropout = dropped
+        model.train()
+        found.append(everything(engine({name: BY_GRADIENTS[name]}, model=model, objective=objective)))
+    assert_equal(*found)
 
 
 def test_calibration_reads_real_tokens_alone(engine: Any, now: Now) -> None:

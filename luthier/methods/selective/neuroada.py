@@ -20,7 +20,8 @@ from luthier.registry import method
     row=256,
     reduces_to="connections as many as a neuron has: full fine-tuning of the linear maps",
     departs="the paper adds a trained bypass to each connection: here the connections train in place, which needs no second weight "
-    "in the forward pass; weight decay pulls towards the base all the same, as it does on bypasses that start at zero",
+    "in the forward pass; weight decay pulls towards the base all the same, as it does on bypasses that start at zero; gradients by "
+    "which connections are ranked are those of plain cross-entropy without dropout, whatever the run minimizes",
     merges="is in place",
     learning_rate=7e-4,
 )

@@ -21,7 +21,8 @@ from luthier.registry import method
     row=62,
     reduces_to="share 1 of a projection: its whole weight, which weight decay pulls towards the base",
     departs="the paper moves selected units together, so that a slice is contiguous in memory: here they train where they are, which is "
-    "the same mathematics, keeps the model comparable with its base, and holds for grouped-query attention",
+    "the same mathematics, keeps the model comparable with its base, and holds for grouped-query attention; gradients by which units "
+    "are chosen are those of plain cross-entropy without dropout, whatever the run minimizes",
     merges="is in place",
     learning_rate=2e-4,
     claim="s2ft",
