@@ -14,7 +14,20 @@ from __future__ import annotations
 
 from luthier.kinds.base import Batch, Form, Now, Services, State, Tensors, TrainedLike
 from luthier.kinds.columns import BASE, Chunk, Column, Disturbed, OtherPass, StepTable, View
-from luthier.kinds.objective import Annotation, InputMap, Reading, Term, TokenLoss, TokenWeight, Vocabulary, Written
+from luthier.kinds.objective import (
+    Annotation,
+    InputMap,
+    PairLoss,
+    Pairs,
+    Reading,
+    Reference,
+    Side,
+    Term,
+    TokenLoss,
+    TokenWeight,
+    Vocabulary,
+    Written,
+)
 from luthier.kinds.parts import Place
 from luthier.kinds.probe import Cell, Comparison, Drawing, Finding, Line, Probe, Table
 from luthier.kinds.rows import RowLikelihood, RowMap, RowScore, RowServices
@@ -42,12 +55,15 @@ __all__ = [
     "Now",
     "Optimizer",
     "OtherPass",
+    "PairLoss",
+    "Pairs",
     "Pass",
     "Place",
     "Prefix",
     "Probe",
     "Prompt",
     "Reading",
+    "Reference",
     "Refresh",
     "Resize",
     "RowLikelihood",
@@ -58,6 +74,7 @@ __all__ = [
     "Select",
     "Selective",
     "Services",
+    "Side",
     "Source",
     "State",
     "StepTable",

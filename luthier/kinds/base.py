@@ -77,6 +77,9 @@ class Batch(NamedTuple):
     """Free text columns of the rows, one text each; empty where a row lacks one."""
     token_columns: Mapping[str, Tensor] = {}
     """Numbers that the rows carry for each token, shape [B, T]; 0 where padded."""
+    groups: tuple[tuple[int, ...], ...] = ()
+    """Places of rows that belong together, such as a chosen answer and the rejected one behind it; empty where every row stands alone.
+    All rows of a group are in one micro-batch."""
 
     @property
     def tokens(self) -> int:
@@ -97,8 +100,17 @@ class Batch(NamedTuple):
         virtual_BT = (self.token_ids_BT < 0) & (self.label_BT >= 0)
         return self._replace(label_BT=self.label_BT.masked_fill(virtual_BT, -100)) if bool(virtual_BT.any()) else self
 
+    def of_first(self) -> Batch:
+        """The same with the targets of each group's first row alone; itself where every row stands alone."""
+        if not self.groups:
+            return self
+        others = [place for group in self.groups for place in group[1:]]
+        label_BT = self.label_BT.clone()
+        label_BT[others] = -100
+        return self._replace(label_BT=label_BT)
+
     def take(self, chosen: Tensor) -> Batch:
-        """Some rows of it, by their places [B]; as long as the longest of all."""
+        """Some rows of it, by their places [B]; as long as the longest of all. Groups of which a row is missing are none."""
         places = chosen.tolist()
         return Batch(
             self.token_ids_BT[chosen],
@@ -109,7 +121,12 @@ class Batch(NamedTuple):
             {name: column[chosen] for name, column in self.columns.items()},
             {name: tuple(texts[place] for place in places) for name, texts in self.texts.items()},
             {name: column[chosen] for name, column in self.token_columns.items()},
+            self._groups_of(places),
         )
+
+    def _groups_of(self, places: Sequence[int]) -> tuple[tuple[int, ...], ...]:
+        new = {place: number for number, place in enumerate(places)}
+        return tuple(tuple(new[one] for one in group) for group in self.groups if all(one in new for one in group))
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""
@@ -123,6 +140,7 @@ class Batch(NamedTuple):
             {name: column.to(device, widest) for name, column in self.columns.items()},
             self.texts,
             {name: column.to(device) for name, column in self.token_columns.items()},
+            self.groups,
         )
 
 

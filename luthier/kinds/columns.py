@@ -132,7 +132,7 @@ class View:
         self.weight_N = torch.ones(len(label_N), device=label_N.device) if weight_N is None else weight_N
         self.now, self.services, self.state = now, services, {} if state is None else state
         self.notes: dict[str, Tensor] = {}
-        """What to log beside the loss, a number for each target, by name."""
+        """What to log beside the loss, by name: numbers whose mean over the step is told."""
 
     def __getitem__(self, name: str) -> Tensor:
         return self.columns[name]
@@ -162,12 +162,19 @@ class View:
     def of_own(self) -> View:
         """The same view of the rows' own targets alone; what is logged through it joins what this one logs."""
         own = self.batch.own()
-        if own is self.batch:
-            return self
         # By place: a mask would make shapes depend on numbers, where only shapes are run.
-        place_N = self.is_own.nonzero()[:, 0]
+        return self if own is self.batch else self._only(own, self.is_own.nonzero()[:, 0])
+
+    def of_first(self) -> View:
+        """The same view of the targets of each group's first row alone; itself where every row stands alone."""
+        first = self.batch.of_first()
+        if first is self.batch:
+            return self
+        return self._only(first, (first.label_BT[self.row_N, self.position_N] >= 0).nonzero()[:, 0])
+
+    def _only(self, batch: Batch, place_N: Tensor) -> View:
         view = View(
-            own,
+            batch,
             {name: column[place_N] for name, column in self.columns.items()},
             label_N=self.label_N[place_N],
             row_N=self.row_N[place_N],
@@ -206,7 +213,12 @@ class View:
 
     def note(self, name: str, value_N: Tensor) -> None:
         """Log the mean over the step's targets of a column [N], beside the loss; targets of virtual tokens do not count."""
-        self.notes[name] = value_N.detach()
+        is_all = self.batch.own() is self.batch
+        self.notes[name] = value_N.detach() if is_all else value_N.detach()[self.is_own.nonzero()[:, 0]]
+
+    def note_groups(self, name: str, value_P: Tensor) -> None:
+        """Log the mean over the step's groups of a number of each, [P]."""
+        self.notes[name] = value_P.detach()
 
 
 class StepTable:

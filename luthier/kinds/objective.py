@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
+import torch
 from torch import Tensor
 
 from luthier.kinds.base import Batch, Now, Services, Tensors
@@ -53,14 +54,16 @@ class Term(NamedTuple):
     """What is minimized? Every objective is lowered to this.
 
     `total(view, own)` returns a *sum* over the unit; the loop alone divides, by the units of the whole step. `count(batch)` counts
-    units where the default (kept targets, rows with targets, or 1 a step) is wrong. A term whose unit is the row sees and counts the rows'
-    own targets alone, not those of a prompt's virtual tokens. `start(services)` makes trained tensors of its own.
+    units where the default (kept targets, rows with targets, groups, or 1 a step) is wrong. A term whose unit is the row or the group
+    sees and counts the rows' own targets alone, not those of a prompt's virtual tokens. Where rows belong together, all terms but those
+    whose unit is the group see and count the targets of each group's first row alone: of a pair, the chosen answer. `start(services)`
+    makes trained tensors of its own.
 
     Where `count` returns several numbers, `total` returns as many sums, [K]: each is divided by its own units.
     """
 
     total: Callable[[View, Tensors], Tensor]
-    unit: Literal["token", "row", "step"] = "token"
+    unit: Literal["token", "row", "group", "step"] = "token"
     count: Callable[[Batch], float | tuple[float, ...]] | None = None  # type: ignore[assignment]
     start: Callable[[Services], Tensors] | None = None
     columns: tuple[str | Column, ...] = ("nll",)
@@ -84,6 +87,84 @@ class TokenLoss(NamedTuple):
     weight: float = 1.0
     penalty: bool = False
     """As a Term's."""
+
+
+class Side(NamedTuple):
+    """One answer of each pair: the chosen one or the rejected one. Shapes: P pairs."""
+
+    log_likelihood_P: Tensor
+    """Of the whole answer, in nats, each target times its token weight."""
+    reference_P: Tensor
+    """The same under the reference, without a gradient; zeros where the loss has none."""
+    targets_P: Tensor
+    """How many targets the answer has, at least 1."""
+
+    @property
+    def mean_P(self) -> Tensor:
+        """Log-likelihood of a target, a mean over the answer."""
+        return self.log_likelihood_P / self.targets_P
+
+    @property
+    def gained_P(self) -> Tensor:
+        """By how much the answer is likelier than under the reference, log pi(y) - log reference(y)."""
+        return self.log_likelihood_P - self.reference_P
+
+
+class Pairs(NamedTuple):
+    """What a loss over pairs sees of one micro-batch."""
+
+    chosen: Side
+    rejected: Side
+    view: View
+    """Of both answers' targets; `view.batch.groups` has the places of each pair's rows."""
+
+    @property
+    def margin_P(self) -> Tensor:
+        """By how much more the chosen answer gained on the reference than the rejected one."""
+        return self.chosen.gained_P - self.rejected.gained_P
+
+    def column(self, name: str) -> Tensor:
+        """A free number of the rows, [P]; NaN where a row lacks it.
+
+        Raises:
+            KeyError: no row has it.
+        """
+        first_P = torch.tensor([group[0] for group in self.view.batch.groups], device=self.view.label_N.device, dtype=torch.int64)
+        return self.view.batch.columns[name][first_P]
+
+    def note(self, name: str, value_P: Tensor) -> None:
+        """Log the mean of a number over the step's pairs."""
+        self.view.note_groups(name, value_P)
+
+
+class Reference(NamedTuple):
+    """What answers are compared with, where a loss over them has a reference.
+
+    `read(view)` gives the log-likelihood of each row's targets under it, [B], without a gradient, from columns that it names; token weights
+    count there, too. A run in which nothing brings one compares with the base.
+    """
+
+    read: Callable[[View], Tensor]
+    columns: tuple[str | Column, ...] = ()
+    check: Callable[[Batch], None] | None = None
+    """That of a Term."""
+
+
+class PairLoss(NamedTuple):
+    """Which of two answers is preferred? `loss(pairs)` returns [P], in nats or as its paper has it.
+
+    The spelling of a Term over rows of a prompt, a chosen and a rejected answer, which are always in one micro-batch; the loop divides by
+    the pairs of the whole step. With `reference` the pairs hold the likelihoods under the run's reference. `check` is that of a Term.
+    """
+
+    loss: Callable[[Pairs], Tensor]
+    reference: bool = False
+    columns: tuple[str | Column, ...] = ()
+    """Beside `nll`."""
+    weight: float = 1.0
+    reward_scale: float = 1.0
+    """What is told as an answer's reward is its gain on the reference times this."""
+    check: Callable[[Batch], None] | None = None
 
 
 class Written(NamedTuple):

@@ -18,7 +18,7 @@ from luthier.planning.estimate import Estimate, estimate, standing, waiting
 from luthier.recipe import Recipe
 from luthier.recipe.parts import Chosen, completed
 from luthier.registry import KEYS
-from luthier.rows.encode import EncodedRows
+from luthier.rows.encode import Encoded, EncodedRows
 from luthier.training.build import build_engine
 from luthier.training.engine import Engine
 from luthier.training.feed import Feed
@@ -103,7 +103,7 @@ def _smaller_batches(
         new = estimate(engine, parts, other, dtype, checkpointing=checkpointing, process=now.process)
         return now.total_bytes - new.total_bytes
 
-    longest = max(feed.rows.sizes.tokens)
+    longest = max(feed.rows.sizes.lengths)
     limit, best = feed.micro_batch_tokens, 0
     # A row longer than the limit is a micro-batch by itself: below the longest row nothing is won.
     while limit // 2 >= max(longest, SMALLEST) and now.total_bytes - best > room:
@@ -112,10 +112,14 @@ def _smaller_batches(
     yield Cut(f"train.micro_batch_tokens={limit}", best)
     if longest >= 2 * SMALLEST and feed.mixture is None:
         half = longest // 2
-        rows = [replace(r, token_ids=r.token_ids[:half], supervised=r.supervised[:half]) for r in feed.rows.rows]
+        rows = [replace(_shortened(r, half), mates=tuple(_shortened(one, half) for one in r.mates)) for r in feed.rows.rows]
         shorter = replace(feed, rows=EncodedRows.of(rows), micro_batch_tokens=min(feed.micro_batch_tokens, half))
         shorter = replace(shorter, _epochs={}, _steps={})
         yield Cut(f"rows.max_tokens={half} with train.micro_batch_tokens={shorter.micro_batch_tokens}", saved(shorter))
+
+
+def _shortened(row: Encoded, tokens: int) -> Encoded:
+    return replace(row, token_ids=row.token_ids[:tokens], supervised=row.supervised[:tokens])
 
 
 def _checkpointed(engine: Engine, parts: Parts, feed: Feed, dtype: torch.dtype, now: Estimate) -> Iterator[Cut]:

@@ -35,7 +35,9 @@ def check_needs(objective: Objective, rows: EncodedRows) -> None:
 def _bare(rows: EncodedRows) -> Iterator[Encoded]:
     if isinstance(rows.rows, StoredRows):
         return rows.rows.bare()
-    return (two_tokens(one.id, one.where, one.columns, one.text_shape, sum(one.supervised)) for one in rows.rows)
+    return (
+        two_tokens(one.id, one.where, one.columns, one.text_shape, sum(one.supervised), mates=len(one.mates)) for one in rows.rows
+    )
 
 
 def _ask(check: Callable[[Batch], None], rows: Sequence[Encoded]) -> None:

@@ -119,7 +119,7 @@ class Plan:
             *(f"holds        {said}" for said in described(self.model, self.dtype)),
             f"rows         {len(self.rows.rows):,} rows, {self.rows.tokens:,} tokens, {self.rows.supervised_tokens:,} of them targets"
             + self._losses(),
-            f"{NOTHING_BEFORE}{self._padding()}; longest row {max(self.rows.sizes.tokens):,} tokens",
+            f"{NOTHING_BEFORE}{self._padding()}; longest row {max(self.rows.sizes.lengths):,} tokens",
         ]
         lines += [f"{NOTHING_BEFORE}{said}" for said in (*self.cache, *self.mapped, *map(described_share, self.feed.shares()))]
         lines += _listed("template", self._template())

@@ -93,8 +93,10 @@ def make_calibration(
             other = RowsRecipe(train=source, loss_on=recipe.loss_on, max_tokens=recipe.max_tokens, too_long=recipe.too_long)
             sources = read_rows(other)
             chosen = list(encode_rows(other, sources, Joined(sources), tokenizer, reads, lambda text: None).rows.rows[:count])
+        # Of rows that belong together the first teaches, as it does where nothing compares them.
+        chosen = [row.group[0] for row in chosen]
         plan = plan_epoch(
-            [len(row.token_ids) for row in chosen],
+            [len(row) for row in chosen],
             micro_batch_tokens=micro_batch_tokens,
             batch_rows=len(chosen),
             seed=seed,
@@ -111,7 +113,7 @@ def check_lengths(tune: Tune, rows: EncodedRows, context: int | None) -> None:
     Raises:
         LuthierError: the longest row and the prompt are longer than the model's context.
     """
-    longest = max(rows.sizes.tokens)
+    longest = max(rows.sizes.lengths)
     if tune.prompt_length and context is not None and longest + tune.prompt_length > context:
         raise LuthierError(
             f"a prompt of {tune.prompt_length} and a row of {longest} tokens are longer than this model reads ({context})",
@@ -146,7 +148,7 @@ def why_padded(train: TrainRecipe, tune: Tune, feed: Feed) -> str:
     """
     if train.packing is False:
         return "as the recipe asks"
-    mean = feed.rows.tokens / max(1, len(feed.rows.rows))
+    mean = feed.rows.tokens / max(1, sum(feed.rows.sizes.members) or len(feed.rows.rows))
     if train.packing == "auto" and feed.device.type == "cpu" and mean < SHORT_ROWS:
         return "rows this short are quicker side by side"
     reason = "blocks would be compiled anew for every micro-batch" if train.compile else obstacle(tune)

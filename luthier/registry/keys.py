@@ -18,9 +18,11 @@ from luthier.kinds import (
     InputMap,
     Keeper,
     Optimizer,
+    PairLoss,
     Prefix,
     Probe,
     Prompt,
+    Reference,
     RowMap,
     RowScore,
     Selective,
@@ -59,7 +61,7 @@ class Key(NamedTuple):
 
 
 def _teaches(value: Any) -> bool:
-    return isinstance(value, Term | TokenLoss) and not value.penalty
+    return isinstance(value, PairLoss) or (isinstance(value, Term | TokenLoss) and not value.penalty)
 
 
 KEYS: Mapping[str, Key] = {
@@ -80,7 +82,7 @@ KEYS: Mapping[str, Key] = {
         Key(
             "objective",
             "what is minimized, and what the model reads meanwhile; cross_entropy where nothing else is minimized",
-            {"input_map": InputMap, "term": Term, "token_loss": TokenLoss},
+            {"input_map": InputMap, "term": Term, "token_loss": TokenLoss, "pair_loss": PairLoss, "reference": Reference},
             otherwise="cross_entropy",
             brings=_teaches,
         ),

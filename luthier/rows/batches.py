@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from typing import Literal
 
 import torch
@@ -28,10 +29,10 @@ _MOST_PADDING = 1 / 16
 
 
 def collate(encoded: Sequence[Encoded], *, pad_to_multiple: int = 1, side: Literal["right", "left"] = "right") -> Batch:
-    """Pad rows to one length and stack them.
+    """Pad rows to one length and stack them, each with its mates behind it.
 
     Args:
-        encoded: B rows; none at all gives a batch of shape [0, 0], which adds nothing to any sum.
+        encoded: B rows, mates counted; none at all gives a batch of shape [0, 0], which adds nothing to any sum.
         pad_to_multiple: the length T is rounded up to a multiple of this.
         side: where padding stands: `"right"` to train, `"left"` to generate.
 
@@ -39,6 +40,8 @@ def collate(encoded: Sequence[Encoded], *, pad_to_multiple: int = 1, side: Liter
         The batch. Labels are not shifted. Numeric columns become fp32 of shape [B], NaN where a row lacks the column; those of tokens
         fp32 of shape [B, T], 0 there and where padded.
     """
+    groups = _groups(encoded)
+    encoded = [one for row in encoded for one in row.group]
     time = _rounded_up(max(map(len, encoded), default=0), pad_to_multiple)
     token_ids_BT = torch.zeros(len(encoded), time, dtype=torch.long)
     attend_BT = torch.zeros(len(encoded), time, dtype=torch.bool)
@@ -56,12 +59,22 @@ def collate(encoded: Sequence[Encoded], *, pad_to_multiple: int = 1, side: Liter
         for name, numbers in row.token_columns.items():
             token_columns[name][index, place] = torch.tensor(numbers)
     row_ids = tuple(row.id for row in encoded)
-    return Batch(token_ids_BT, attend_BT, position_BT, label_BT, row_ids, _columns(encoded), _texts(encoded), token_columns)
+    columns, texts = _columns(encoded), _texts(encoded)
+    return Batch(token_ids_BT, attend_BT, position_BT, label_BT, row_ids, columns, texts, token_columns, groups)
+
+
+def _groups(encoded: Sequence[Encoded]) -> tuple[tuple[int, ...], ...]:
+    """Places of each row and its mates; nothing where no row has any."""
+    ends = list(accumulate(1 + len(row.mates) for row in encoded))
+    whole = tuple(tuple(range(end - 1 - len(row.mates), end)) for row, end in zip(encoded, ends, strict=True))
+    return whole if any(row.mates for row in encoded) else ()
 
 
 def plan_epoch(
     lengths: Sequence[int],
     *,
+    tokens: Sequence[int] | None = None,
+    members: Sequence[int] = (),
     micro_batch_tokens: int,
     batch_tokens: int | None = None,
     batch_rows: int | None = None,
@@ -81,7 +94,9 @@ def plan_epoch(
     before its padding exceeds a sixteenth of `micro_batch_tokens`. Every row comes once an epoch.
 
     Args:
-        lengths: tokens of each row.
+        lengths: tokens of each row; of one with mates, those of the longest among them.
+        tokens: all tokens of each row and its mates; none: no row has mates.
+        members: how many rows stand in a micro-batch for each; none: one.
         micro_batch_tokens: the most tokens, padding counted, of one micro-batch; a longer row is one by itself.
         batch_tokens: the most tokens, padding not counted, of one step over all processes; a longer row is one by
             itself.
@@ -102,7 +117,8 @@ def plan_epoch(
     """
     _check_sizes(micro_batch_tokens, batch_tokens, batch_rows, world_size, rank)
     order = torch.randperm(len(lengths), generator=generator("epoch order", seed, epoch)).tolist()
-    budget, costs = (batch_tokens, lengths) if batch_tokens is not None else (batch_rows, [1] * len(lengths))
+    tokens, members = tokens or lengths, members or [1] * len(lengths)
+    budget, costs = (batch_tokens, tokens) if batch_tokens is not None else (batch_rows, [1] * len(lengths))
     assert budget is not None
     steps: list[list[int]] = []
     filled = budget
@@ -114,16 +130,22 @@ def plan_epoch(
         filled += costs[index]
     if drop_last and steps and filled < budget:
         steps.pop()
+    if packed:
+        return [_without_padding(_dealt(step, tokens, tokens, world_size)[rank], tokens, micro_batch_tokens) for step in steps]
     padded = [_rounded_up(length, pad_to_multiple) for length in lengths]
-    cut = _without_padding if packed else _micro_batches
-    return [cut(_dealt(step, padded, world_size)[rank], padded, micro_batch_tokens) for step in steps]
+    room = [count * length for count, length in zip(members, padded, strict=True)]
+    return [_micro_batches(_dealt(step, padded, room, world_size)[rank], padded, members, micro_batch_tokens) for step in steps]
 
 
-def padding_share(plan: Plan, lengths: Sequence[int], *, pad_to_multiple: int = 1) -> float:
-    """The share of a plan's tokens that are padding, from 0 to 1."""
+def padding_share(
+    plan: Plan, lengths: Sequence[int], *, tokens: Sequence[int] | None = None, members: Sequence[int] = (), pad_to_multiple: int = 1
+) -> float:
+    """The share of a plan's tokens that are padding, from 0 to 1. The arguments are those of `plan_epoch`."""
+    tokens, members = tokens or lengths, members or [1] * len(lengths)
     micro_batches = [rows for step in plan for rows in step]
-    real = sum(lengths[index] for rows in micro_batches for index in rows)
-    padded = sum(len(rows) * _rounded_up(max(lengths[index] for index in rows), pad_to_multiple) for rows in micro_batches)
+    real = sum(tokens[index] for rows in micro_batches for index in rows)
+    longest = [_rounded_up(max(lengths[index] for index in rows), pad_to_multiple) for rows in micro_batches]
+    padded = sum(sum(members[index] for index in rows) * length for rows, length in zip(micro_batches, longest, strict=True))
     return 1 - real / padded if padded else 0.0
 
 
@@ -138,29 +160,30 @@ def _check_sizes(micro_batch_tokens: int, batch_tokens: int | None, batch_rows: 
         raise LuthierError(f"rank {rank} is not one of {world_size} processes")
 
 
-def _dealt(rows: Sequence[int], lengths: Sequence[int], world_size: int) -> list[list[int]]:
+def _dealt(rows: Sequence[int], lengths: Sequence[int], room: Sequence[int], world_size: int) -> list[list[int]]:
     """Deal rows, the longest first, each to the process that has the fewest tokens so far."""
     hands: list[list[int]] = [[] for _ in range(world_size)]
     tokens = [0] * world_size
     for index in sorted(rows, key=lambda index: (-lengths[index], index)):
         least = tokens.index(min(tokens))
         hands[least].append(index)
-        tokens[least] += lengths[index]
+        tokens[least] += room[index]
     return hands
 
 
-def _micro_batches(rows: Sequence[int], lengths: Sequence[int], limit: int) -> list[list[int]]:
+def _micro_batches(rows: Sequence[int], lengths: Sequence[int], members: Sequence[int], limit: int) -> list[list[int]]:
     """Cut rows that are sorted by length, the longest first, so that too little memory shows at once."""
     cut: list[list[int]] = []
-    padding = 0
+    padding = filled = 0
     for index in rows:
-        longest = lengths[cut[-1][0]] if cut else 0
-        padding += longest - lengths[index]
-        if cut and (len(cut[-1]) + 1) * longest <= limit and padding <= limit * _MOST_PADDING:
+        longest, count = lengths[cut[-1][0]] if cut else 0, members[index]
+        padding += count * (longest - lengths[index])
+        if cut and (filled + count) * longest <= limit and padding <= limit * _MOST_PADDING:
             cut[-1].append(index)
+            filled += count
         else:
             cut.append([index])
-            padding = 0
+            padding, filled = 0, count
     return cut
 
 

@@ -31,13 +31,16 @@ from luthier.models.wheel import cache_folder
 from luthier.rows import (
     annotate,
     beside,
+    borders,
     chat,
     chunks,
     encode,
     files,
+    groups,
     ids,
     limits,
     messages,
+    preferences,
     read,
     separated,
     shapes,
@@ -55,7 +58,7 @@ from luthier.rows.stored import Chunk, Stored, StoredRows
 from luthier.rows.template import asks_clock
 
 _CODE = (
-    *(annotate, beside, chat, chunks, encode, files, ids, limits, messages, read, separated, shapes, stored, template, unwritten),
+    *(annotate, beside, borders, chat, chunks, encode, files, groups, ids, limits, messages, preferences, read, separated, shapes, stored, template, unwritten),
     sys.modules[__name__],
 )
 _END_BYTES = 2**20

@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import accumulate, pairwise
 from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
 from transformers import PreTrainedTokenizerBase
@@ -23,21 +22,15 @@ from luthier.errors import LuthierError
 from luthier.kinds import Annotation, Written
 from luthier.kinds.parts import Reads
 from luthier.rows.annotate import token_columns
+from luthier.rows.borders import Border, tokenized_at
 from luthier.rows.chat import Form, LossOn, Rendered, form_of, render_pair, render_prompt, render_training
+from luthier.rows.groups import GROUPS, PAIR, cut_alike, joined, refuse_other_prompts, without
 from luthier.rows.limits import ANYTHING, Limits, TooLong, check_choice, check_ids
 from luthier.rows.messages import Message
 from luthier.rows.shapes import BadRow, Row, Scalar, bad_rows_error
 
 Purpose = Literal["train", "prompt"]
 T = TypeVar("T")
-_Tokenize = Callable[[str], list[int]]
-
-
-class _Border(NamedTuple):
-    """A place in a text where targets begin or end."""
-
-    place: int
-    begins: bool
 
 
 @dataclass(frozen=True)
@@ -54,6 +47,8 @@ class Encoded:
         text_shape: the row's shape.
         notes: what about this row deserves a warning.
         token_columns: numbers for each token, by name, which token weights asked for.
+        mates: the other rows of its group, in order, without mates of their own: a group stands in one micro-batch. Of a pair the row
+            itself is the chosen answer, and its mate the rejected one.
     """
 
     id: str
@@ -65,21 +60,57 @@ class Encoded:
     text_shape: str
     notes: tuple[str, ...] = ()
     token_columns: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    mates: tuple[Encoded, ...] = ()
 
     def __len__(self) -> int:
         return len(self.token_ids)
 
+    @property
+    def group(self) -> tuple[Encoded, ...]:
+        """The row and its mates, each by itself."""
+        return (replace(self, mates=()), *self.mates) if self.mates else (self,)
 
-def two_tokens(id: str, where: str, columns: Mapping[str, Scalar], text_shape: str, targets: int) -> Encoded:
-    """What a row is apart from its text: two tokens, of which the second is a target if the row has any."""
-    return Encoded(id, (0, 0), (False, targets > 0), where, columns, 0, text_shape)
+
+def renamed(row: Encoded, id: str) -> Encoded:
+    """A row under another id, and its mates with it."""
+    mates = tuple(replace(one, id=id + one.id.removeprefix(row.id)) for one in row.mates)
+    return replace(row, id=id, mates=mates)
+
+
+def two_tokens(id: str, where: str, columns: Mapping[str, Scalar], text_shape: str, targets: int, mates: int = 0) -> Encoded:
+    """What a row is apart from its text: two tokens, of which the second is a target if the row has any; and as many mates."""
+    row = Encoded(id, (0, 0), (False, targets > 0), where, columns, 0, text_shape)
+    return replace(row, mates=(row,) * mates) if mates else row
 
 
 class Sizes(NamedTuple):
-    """How large each row is: all that steps are planned from."""
+    """How large each row is, its mates with it: all that steps are planned from."""
 
     tokens: Sequence[int]
     targets: Sequence[int]
+    longest: Sequence[int] = ()
+    """Tokens of the longest of the row and its mates; empty where no row has mates."""
+    members: Sequence[int] = ()
+    """How many rows stand in a micro-batch for it; empty where each stands alone."""
+
+    @classmethod
+    def of(cls, rows: Iterable[Encoded]) -> Sizes:
+        """The sizes of encoded rows."""
+        groups = [row.group for row in rows]
+        tokens = [sum(map(len, group)) for group in groups]
+        targets = [sum(sum(one.supervised) for one in group) for group in groups]
+        if all(len(group) == 1 for group in groups):
+            return cls(tokens, targets)
+        return cls(tokens, targets, [max(map(len, group)) for group in groups], [len(group) for group in groups])
+
+    @property
+    def lengths(self) -> Sequence[int]:
+        """Tokens of the longest of each row and its mates."""
+        return self.longest or self.tokens
+
+    def take(self, places: Sequence[int]) -> Sizes:
+        """Those of some rows."""
+        return Sizes(*([column[place] for place in places] if column else () for column in self))
 
 
 @dataclass(frozen=True)
@@ -122,8 +153,7 @@ class EncodedRows:
             noted: rows whose notes are counted, usable or not.
         """
         kept, (notes, first) = tuple(rows), counted(noted)
-        sizes = Sizes([len(row) for row in kept], [sum(row.supervised) for row in kept])
-        return cls(kept, sizes, sum(row.truncated > 0 for row in kept), tuple(dropped), notes, first)
+        return cls(kept, Sizes.of(kept), sum(row.truncated > 0 for row in kept), tuple(dropped), notes, first)
 
 
 def counted(rows: Iterable[Encoded]) -> tuple[dict[str, int], dict[str, str]]:
@@ -297,7 +327,7 @@ def encode_each(
             bad.append(BadRow(_place(row), problem.what, problem.mend))
             continue
         written.append(one)
-        if purpose == "train" and not any(one.supervised):
+        if purpose == "train" and not all(any(member.supervised) for member in one.group):
             dropped.append(BadRow(_place(row), _why_nothing_to_learn(one)))
         else:
             encoded.append(one)
@@ -320,6 +350,8 @@ def _encode(
 ) -> Encoded:
     check_choice("purpose", purpose, get_args(Purpose))
     check_choice("loss_on", loss_on, get_args(LossOn))
+    if purpose == "train" and row.shape in GROUPS:
+        return _together(row, form, loss_on, limits, annotations)
     if purpose == "train":
         rendered = render_training(row, form, loss_on)
 
@@ -349,25 +381,48 @@ def _limited(
     surplus = max(0, len(ids) - limits.longest) if limits.longest is not None else 0
     if surplus and limits.too_long == "refuse":
         raise limits.refusal(row, len(ids))
-    first = 1 if ids[:1] == [form.tokenizer.bos_token_id] else 0
-    start = len(ids) - surplus if limits.too_long == "right" else first
-
-    def cut(values: Sequence[T]) -> tuple[T, ...]:
-        return (*values[:start], *values[start + surplus :])
-
-    kept = cut(ids)
-    check_ids(kept, form.tokenizer, limits.reads.vocabulary, row.where)
-    return Encoded(
+    whole = Encoded(
         id=row.id,
-        token_ids=kept,
-        supervised=tuple(one and place > 0 for place, one in enumerate(cut(supervised))),
+        token_ids=tuple(ids),
+        supervised=tuple(supervised),
         where=row.where,
         columns=row.columns,
-        truncated=surplus,
+        truncated=0,
         text_shape=row.shape,
         notes=rendered.notes,
-        token_columns={name: cut(numbers) for name, numbers in columns_of(ids).items()},
+        token_columns={name: tuple(numbers) for name, numbers in columns_of(ids).items()},
     )
+    start = len(ids) - surplus if limits.too_long == "right" else _first_kept(whole, form)
+    kept = without(whole, start, surplus)
+    check_ids(kept.token_ids, form.tokenizer, limits.reads.vocabulary, row.where)
+    return kept
+
+
+def _first_kept(row: Encoded, form: Form) -> int:
+    """How many tokens at the beginning stay where others are cut off behind them."""
+    return 1 if row.token_ids[:1] == (form.tokenizer.bos_token_id,) else 0
+
+
+def _together(row: Row, form: Form, loss_on: LossOn, limits: Limits, annotations: Sequence[Annotation]) -> Encoded:
+    """Rows that belong together."""
+    members = GROUPS[row.shape](row)
+    if row.shape != PAIR:
+        return joined(row, [_encode(one, form, "train", loss_on, limits, annotations) for one in members])
+    if loss_on == "all":
+        raise LuthierError(
+            "of two answers to one prompt the answers are compared, and loss_on asks for all text",
+            where=row.where,
+            mend="leave rows.loss_on out",
+        )
+    whole = Limits(None, limits.too_long, limits.reads._replace(context=None))
+    pair = [_encode(one, form, "train", loss_on, whole, annotations) for one in members]
+    refuse_other_prompts(pair, form.tokenizer.decode)
+    surplus = max(map(len, pair)) - (max(map(len, pair)) if limits.longest is None else limits.longest)
+    if surplus > 0 and limits.too_long == "refuse":
+        raise limits.refusal(row, max(map(len, pair)))
+    if surplus > 0:
+        pair = cut_alike(pair, surplus, _first_kept(pair[0], form))
+    return joined(row, pair)
 
 
 def _replaced(rendered: Rendered, start: int, stop: int, text: str) -> Rendered:
@@ -394,7 +449,7 @@ def _tokenized(rendered: Rendered, form: Form) -> tuple[list[int], list[bool]]:
     text = rendered.text
     begins = {start for start, _ in rendered.targets}
     places = sorted(begins | {end for _, end in rendered.targets} | {0, len(text)})
-    ids, counts = _tokenized_at(tokenize, text, [_Border(place, place in begins) for place in places[1:-1]])
+    ids, counts = tokenized_at(tokenize, text, [Border(place, place in begins) for place in places[1:-1]])
     first_token = dict(zip(places, [0, *counts, len(ids)], strict=True))
     supervised = [False] * len(ids)
     for start, end in rendered.targets:
@@ -402,45 +457,3 @@ def _tokenized(rendered: Rendered, form: Form) -> tuple[list[int], list[bool]]:
     # A text may begin with the token itself, written out; a second one would be a beginning no model has seen.
     first_ids = list(form.first_ids) if rendered.plain and ids[:1] != list(form.first_ids) else []
     return first_ids + ids, [False] * len(first_ids) + supervised
-
-
-def _tokenized_at(tokenize: _Tokenize, text: str, borders: Sequence[_Border]) -> tuple[list[int], list[int]]:
-    """The ids of a text, and how many of them stand before each border.
-
-    Offsets are of no use here: many tokenizers trim spaces from them, and a character cut into bytes gives each of them
-    the same. Instead the text before a border is tokenized by itself, as inference does it. Where its tokens are not
-    the first tokens of the whole (a line break before the border that merges with one behind it), or where a special
-    token before the border swallows spaces the model has to write, the text is cut at the border.
-    """
-    whole = tokenize(text)
-    if not borders:
-        return whole, []
-    places = [0, *(border.place for border in borders), len(text)]
-    parts = [tokenize(text[start:end]) for start, end in pairwise(places)]
-    if [token for part in parts for token in part] == whole:
-        return whole, list(accumulate(map(len, parts[:-1])))
-    counts = []
-    for number, (place, begins) in enumerate(borders):
-        before = tokenize(text[:place])
-        if whole[: len(before)] != before or (begins and _swallows(tokenize, text, place, whole)):
-            head, head_counts = _tokenized_at(tokenize, text[:place], borders[:number])
-            later = [border._replace(place=border.place - place) for border in borders[number + 1 :]]
-            tail, tail_counts = _tokenized_at(_going_on(tokenize), text[place:], later)
-            return head + tail, [*head_counts, len(head), *(len(head) + count for count in tail_counts)]
-        counts.append(len(before))
-    return whole, counts
-
-
-def _swallows(tokenize: _Tokenize, text: str, place: int, whole: Sequence[int]) -> bool:
-    behind = text[place:]
-    return behind[:1].isspace() and tokenize(text[:place] + behind.lstrip()) == whole
-
-
-def _going_on(tokenize: _Tokenize) -> _Tokenize:
-    """Tokenize text that stands behind other text: some tokenizers put a space before the beginning of a text."""
-
-    def behind(text: str) -> list[int]:
-        line_break, both = tokenize("\n"), tokenize("\n" + text)
-        return both[len(line_break) :] if both[: len(line_break)] == line_break else tokenize(text)
-
-    return behind

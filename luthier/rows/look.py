@@ -134,7 +134,7 @@ def look(
         LuthierError: the source cannot be opened, or no row in it can be read.
     """
     rows = source if isinstance(source, Rows) else read(source, shape=shape, on_bad_row="skip")
-    answered = [part for row in rows if row.shape != "prompt" for part in _with_one_answer(row)]
+    answered = [part for row in rows if row.shape != "prompt" for part in sides(row)]
     questions = [row for row in rows if row.shape == "prompt"]
     whole, bad = encode_each(
         answered, tokenizer, loss_on=loss_on, template_options=template_options, reads=Reads(vocabulary=reads.vocabulary)
@@ -195,16 +195,6 @@ def render(looked: Look) -> RenderableType:
         if fact:
             table.add_row(Text(name, style="bold"), Text(_visible(fact)))
     return Group(Text(_visible(looked.name), style="bold underline"), table, *map(_rendered, looked.samples))
-
-
-def _with_one_answer(row: Row) -> list[Row]:
-    if row.shape != "prompt+chosen+rejected":
-        return [row]
-    rest = {key: value for key, value in row.fields.items() if key not in ("chosen", "rejected")}
-    return [
-        replace(row, id=f"{row.id}/{side}", shape="prompt+completion", fields={**rest, "completion": row.fields[side]})
-        for side in ("chosen", "rejected")
-    ]
 
 
 def _quantiles(lengths: Sequence[int]) -> dict[str, int]:

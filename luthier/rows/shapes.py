@@ -12,6 +12,8 @@ travel with the row into its batch, everything else stays in `fields`.
 | `text` | a document to learn |
 | `text`, `label` | a document to classify |
 | `prompt`, `chosen`, `rejected` | two answers, the better one first |
+| `conversations`, `chosen`, `rejected` or `chosen`, `rejected` | the same, see `luthier.rows.preferences` |
+| `members` | rows that belong together, each a record of its own |
 | `prompt`, `answer` or `question`, `answer` | an item with its accepted answers |
 | `prompt`, `choices`, `answer` or `question`, `choices`, `answer` | multiple choice; `answer` is a text or its index |
 | `prompt` | an item without an answer |
@@ -32,16 +34,14 @@ from typing import Any, NamedTuple
 from luthier.errors import LuthierError, nearest
 from luthier.rows import beside
 from luthier.rows.messages import (
-    Message,
     checked_messages,
     checked_text,
     from_json_list,
-    is_message,
     kind_of,
     sharegpt_messages,
     with_marks,
-    without_mark,
 )
+from luthier.rows.preferences import of_conversation, of_dialogues, prompted, text_or_messages
 
 Scalar = float | int | str
 
@@ -116,6 +116,9 @@ def row_of(record: Mapping[str, Any], *, id: str, where: str, shape: str | None 
             fields[key] = value
     if isinstance(fields.get("label"), int | float):
         columns["label"] = fields["label"]
+    if becomes == "members":
+        each = enumerate(fields["members"])
+        fields["members"] = [row_of(one, id=f"{id}/{number}", where=f"{where}: members[{number}]") for number, one in each]
     return Row(id=id, shape=becomes, fields=fields, where=where, columns=columns, derived=record.get("id") is None)
 
 
@@ -190,7 +193,7 @@ def _recognized(record: Mapping[str, Any]) -> str:
         fewest = min(map(len, near.values()))
         said = [f"{_listed(gap)} for the shape {name}" for name, gap in near.items() if len(gap) == fewest]
         what = f"the row has {_listed(record)}, and lacks {' or '.join(said)}"
-        hints = ["add it" + (": what the answers are given to" if near.get("prompt+chosen+rejected") == ["prompt"] else "")]
+        hints = ["add it"]
     else:
         what, hints = f"the row's keys {_listed(record)} fit no known shape", []
     known = {key for shape in _SHAPES.values() for key in shape.needs}
@@ -201,25 +204,6 @@ def _recognized(record: Mapping[str, Any]) -> str:
 
 def _listed(keys: Sequence[str] | Mapping[str, Any]) -> str:
     return ", ".join(f"`{key}`" for key in keys) or "(none)"
-
-
-def _text_or_messages(value: Any, key: str) -> str | list[Message]:
-    # Other tools write an answer that is one message without a list around it.
-    messages = [value] if is_message(value) else value
-    return checked_messages(messages, key) if isinstance(messages, list | tuple) else checked_text(value, key)
-
-
-def _completion(value: Any, key: str, prompt: str | list[Message]) -> str | list[Message]:
-    """The completion alone: files that repeat the prompt at the start of it would otherwise have it learned twice."""
-    completion = _text_or_messages(value, key)
-    if isinstance(completion, str):
-        return completion
-    asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    if list(map(without_mark, completion[: len(asked)])) == list(map(without_mark, asked)):
-        completion = completion[len(asked) :]
-    if not completion or completion[0]["role"] != "assistant":
-        raise LuthierError(f"`{key}` must begin with an assistant message, or with the messages of `prompt` and then one")
-    return completion
 
 
 def _conversation(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -242,17 +226,19 @@ def _with_marks(record: Mapping[str, Any], messages: Any, key: str) -> dict[str,
     return {"messages": checked_messages(messages if marks is None else with_marks(messages, marks, "loss_mask"), key)}
 
 
-def _prompted(record: Mapping[str, Any], *completions: str) -> dict[str, Any]:
-    prompt = _text_or_messages(record["prompt"], "prompt")
-    return {"prompt": prompt, **{key: _completion(record[key], key, prompt) for key in completions}}
-
-
 def _instruction(record: Mapping[str, Any]) -> dict[str, Any]:
     given = record.get("input")
     if given is not None and not isinstance(given, str):
         raise LuthierError(f"`input` must be text, not {kind_of(given)}")
     instruction, output = checked_text(record["instruction"], "instruction"), checked_text(record["output"], "output")
     return {"instruction": instruction, "input": given or "", "output": output}
+
+
+def _members(record: Mapping[str, Any]) -> dict[str, Any]:
+    members = record["members"]
+    if not isinstance(members, list | tuple) or not members or not all(isinstance(one, Mapping) for one in members):
+        raise LuthierError("`members` must be a list of records", mend="write each member as a row of its own would be")
+    return {"members": [dict(one) for one in members]}
 
 
 def _labelled(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -273,7 +259,7 @@ def _answered(record: Mapping[str, Any], asked: str) -> dict[str, Any]:
         raise LuthierError("`answer` is empty")
     # A whole number has one way of being written; a fraction has many, so that choice stays with the file.
     texts = [str(one) if type(one) is int else checked_text(one, "answer") for one in accepted]
-    return {"prompt": _text_or_messages(record[asked], asked), "answer": texts}
+    return {"prompt": text_or_messages(record[asked], asked), "answer": texts}
 
 
 def _multiple_choice(record: Mapping[str, Any], asked: str) -> dict[str, Any]:
@@ -288,15 +274,15 @@ def _multiple_choice(record: Mapping[str, Any], asked: str) -> dict[str, Any]:
     if type(answer) is not int and answer not in texts:
         raise LuthierError(f"`answer` is {answer!r}, which is neither one of the choices nor their index")
     index = answer if type(answer) is int else texts.index(answer)
-    return {"prompt": _text_or_messages(record[asked], asked), "choices": texts, "answer": index}
+    return {"prompt": text_or_messages(record[asked], asked), "choices": texts, "answer": index}
 
 
-_DOCUMENTS = ("text", "text+label")
+_DOCUMENTS = ("text", "text+label", "members")
 _SHAPES: dict[str, _Shape] = {
     "messages": _Shape(("messages",), beside.OF_CONVERSATIONS, "messages", _conversation),
     "conversations": _Shape(("conversations",), beside.OF_CONVERSATIONS, "messages", _sharegpt),
     "prompt+completion": _Shape(
-        ("prompt", "completion"), beside.OF_PROMPTS, "prompt+completion", lambda record: _prompted(record, "completion")
+        ("prompt", "completion"), beside.OF_PROMPTS, "prompt+completion", lambda record: prompted(record, "completion")
     ),
     "instruction+output": _Shape(("instruction", "output"), ("input", *beside.OF_PROMPTS), "instruction", _instruction),
     "text": _Shape(("text",), (), "text", lambda record: {"text": checked_text(record["text"], "text")}),
@@ -305,8 +291,13 @@ _SHAPES: dict[str, _Shape] = {
         ("prompt", "chosen", "rejected"),
         beside.OF_PROMPTS,
         "prompt+chosen+rejected",
-        lambda record: _prompted(record, "chosen", "rejected"),
+        lambda record: prompted(record, "chosen", "rejected"),
     ),
+    "conversations+chosen+rejected": _Shape(
+        ("conversations", "chosen", "rejected"), beside.OF_PROMPTS, "prompt+chosen+rejected", of_conversation
+    ),
+    "chosen+rejected": _Shape(("chosen", "rejected"), beside.OF_PROMPTS, "prompt+chosen+rejected", of_dialogues),
+    "members": _Shape(("members",), (), "members", _members),
     "prompt+answer": _Shape(("prompt", "answer"), beside.OF_PROMPTS, "prompt+answer", lambda record: _answered(record, "prompt")),
     "question+answer": _Shape(
         ("question", "answer"), beside.OF_PROMPTS, "prompt+answer", lambda record: _answered(record, "question")
@@ -323,7 +314,7 @@ _SHAPES: dict[str, _Shape] = {
         "prompt+choices+answer",
         lambda record: _multiple_choice(record, "question"),
     ),
-    "prompt": _Shape(("prompt",), beside.OF_PROMPTS, "prompt", lambda record: _prompted(record)),
+    "prompt": _Shape(("prompt",), beside.OF_PROMPTS, "prompt", lambda record: prompted(record)),
 }
 _OWN: dict[str, frozenset[str]] = {
     name: frozenset(

@@ -13,7 +13,7 @@ from array import array
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple, overload
@@ -21,24 +21,30 @@ from typing import Any, NamedTuple, overload
 import pyarrow
 
 from luthier import disk
-from luthier.rows.encode import Encoded, EncodedRows, Sizes, two_tokens
+from luthier.rows.encode import Encoded, EncodedRows, Sizes, renamed, two_tokens
 from luthier.rows.ids import digest, parted
 from luthier.rows.shapes import BadRow
 
 ROWS, FACTS = "rows.arrow", "facts.json"
+TOKENS = {
+    "id": pyarrow.string(),
+    "token_ids": pyarrow.list_(pyarrow.int32()),
+    "supervised": pyarrow.list_(pyarrow.bool_()),
+    "where": pyarrow.string(),
+    "columns": pyarrow.string(),
+    "truncated": pyarrow.int32(),
+    "text_shape": pyarrow.string(),
+    "notes": pyarrow.list_(pyarrow.string()),
+    "token_columns": pyarrow.map_(pyarrow.string(), pyarrow.list_(pyarrow.float32())),
+}
 SCHEMA = pyarrow.schema(
     {
-        "id": pyarrow.string(),
-        "token_ids": pyarrow.list_(pyarrow.int32()),
-        "supervised": pyarrow.list_(pyarrow.bool_()),
-        "where": pyarrow.string(),
-        "columns": pyarrow.string(),
-        "truncated": pyarrow.int32(),
-        "text_shape": pyarrow.string(),
-        "notes": pyarrow.list_(pyarrow.string()),
-        "token_columns": pyarrow.map_(pyarrow.string(), pyarrow.list_(pyarrow.float32())),
+        **TOKENS,
+        "mates": pyarrow.list_(pyarrow.struct(TOKENS)),
         "tokens": pyarrow.int32(),
         "targets": pyarrow.int32(),
+        "longest": pyarrow.int32(),
+        "members": pyarrow.int32(),
         "digest": pyarrow.int64(),
         "content": pyarrow.int64(),
         "occurrence": pyarrow.int32(),
@@ -103,17 +109,8 @@ class StoredRows(Sequence[Encoded]):
         number = bisect_right(self._ends, place)
         batch = self.batches[number]
         row = batch.slice(place - (self._ends[number] - batch.num_rows), 1).to_pylist()[0]
-        return Encoded(
-            id=self.renamed.get(place, row["id"]),
-            token_ids=tuple(row["token_ids"]),
-            supervised=tuple(row["supervised"]),
-            where=row["where"],
-            columns=json.loads(row["columns"]),
-            truncated=row["truncated"],
-            text_shape=row["text_shape"],
-            notes=tuple(row["notes"]),
-            token_columns={name: tuple(numbers) for name, numbers in row["token_columns"]},
-        )
+        found = replace(_encoded(row), mates=tuple(map(_encoded, row["mates"])))
+        return renamed(found, self.renamed[place]) if place in self.renamed else found
 
     def id_of(self, place: int) -> str:
         """A row's id, without reading the row."""
@@ -125,16 +122,16 @@ class StoredRows(Sequence[Encoded]):
         """The rows one after the other as `two_tokens` makes them, which reads none of their tokens."""
         place = 0
         for batch in self.batches:
-            names = ("id", "where", "columns", "text_shape", "targets")
+            names = ("id", "where", "columns", "text_shape", "targets", "members")
             for row in batch.select(names).to_pylist():
-                yield two_tokens(
-                    self.renamed.get(place, row["id"]), row["where"], json.loads(row["columns"]), row["text_shape"], row["targets"]
-                )
+                id, columns = self.renamed.get(place, row["id"]), json.loads(row["columns"])
+                yield two_tokens(id, row["where"], columns, row["text_shape"], row["targets"], mates=row["members"] - 1)
                 place += 1
 
     def sizes(self) -> Sizes:
-        """Their sizes, 8 bytes a row."""
-        return Sizes(self._numbers("tokens"), self._numbers("targets"))
+        """Their sizes, 8 bytes a row, and as much again where rows have mates."""
+        sizes = Sizes(*(self._numbers(name) for name in Sizes._fields))
+        return sizes if any(count > 1 for count in sizes.members) else Sizes(sizes.tokens, sizes.targets)
 
     def _numbers(self, column: str) -> array[int]:
         numbers = array("i")
@@ -143,22 +140,31 @@ class StoredRows(Sequence[Encoded]):
         return numbers
 
 
+def _plain(row: Encoded) -> dict[str, Any]:
+    """What `TOKENS` says of one row."""
+    columns = {"columns": json.dumps(row.columns), "token_columns": list(row.token_columns.items())}
+    return {name: getattr(row, name) for name in TOKENS} | columns
+
+
+def _encoded(row: Mapping[str, Any]) -> Encoded:
+    """A row that `_plain` wrote, without mates."""
+    token_columns = {name: tuple(numbers) for name, numbers in row["token_columns"]}
+    several = {name: tuple(row[name]) for name in ("token_ids", "supervised", "notes")}
+    one = {name: row[name] for name in ("id", "where", "truncated", "text_shape")}
+    return Encoded(**one, **several, columns=json.loads(row["columns"]), token_columns=token_columns)
+
+
 def batch_of(rows: EncodedRows, derived: Set[str] = frozenset()) -> pyarrow.RecordBatch:
     """Encoded rows as Arrow keeps them; `derived` are the ids that were derived from a row's content."""
     parts = [parted(row.id) if row.id in derived else (row.id, 0) for row in rows.rows]
     plain = [
         {
-            "id": row.id,
-            "token_ids": row.token_ids,
-            "supervised": row.supervised,
-            "where": row.where,
-            "columns": json.dumps(row.columns),
-            "truncated": row.truncated,
-            "text_shape": row.text_shape,
-            "notes": row.notes,
-            "token_columns": list(row.token_columns.items()),
+            **_plain(row),
+            "mates": list(map(_plain, row.mates)),
             "tokens": tokens,
             "targets": targets,
+            "longest": max(map(len, row.group)),
+            "members": len(row.group),
             "digest": digest(row.id),
             "content": digest(content),
             "occurrence": occurrence,

@@ -14,6 +14,8 @@ from luthier.kinds import (
     Keeper,
     Now,
     Optimizer,
+    PairLoss,
+    Reference,
     Source,
     State,
     Term,
@@ -32,6 +34,7 @@ from luthier.training.chain import Chain, Link
 from luthier.training.engine import Engine, Kept, idle_batch
 from luthier.training.inputs import Inputs, Mapped, bare_vocabulary
 from luthier.training.objective import Minimized, Objective, Weighted, as_term
+from luthier.training.pairs import BASE_REFERENCE
 from luthier.training.services import Calibration, RunServices
 from luthier.training.world import World
 from luthier.tune import Tune
@@ -80,8 +83,9 @@ def build_engine(
     values = values_of(chosen)
     named = slots_of(chosen)
     states: dict[str, State] = {slot: {} for _, slot, _ in named}
+    reference = _reference(values)
     goal = Objective(
-        terms=[Minimized(slot, as_term(v), states[slot]) for slot, v in values if isinstance(v, Term | TokenLoss)],
+        terms=[Minimized(slot, as_term(v, reference), states[slot]) for slot, v in values if isinstance(v, Term | TokenLoss | PairLoss)],
         weights=[Weighted(slot, v, states[slot]) for slot, v in values if isinstance(v, TokenWeight)],
     )
     if not goal.terms:
@@ -142,6 +146,22 @@ def build_engine(
         )
     agreement.check(world, owner, values=True)
     return engine
+
+
+def _reference(values: Sequence[tuple[str, object]]) -> Reference:
+    """What answers are compared with."""
+    found = [(slot, v) for slot, v in values if isinstance(v, Reference)]
+    if len(found) > 1:
+        raise LuthierError(
+            f"`{found[0][0]}` and `{found[1][0]}` are both the reference", where="objective", mend="leave one of them out"
+        )
+    if found and not any(isinstance(v, PairLoss) and v.reference for _, v in values):
+        raise LuthierError(
+            f"`{found[0][0]}` is what answers are compared with, and nothing compares them",
+            where="objective",
+            mend="name a loss with a reference beside it, such as dpo",
+        )
+    return found[0][1] if found else BASE_REFERENCE
 
 
 def turns_of(values: Sequence[tuple[str, object]]) -> Turns:

@@ -21,7 +21,7 @@ from luthier.registry import Part
 from luthier.training import agreement
 from luthier.training.chain import Chain
 from luthier.training.inputs import Inputs
-from luthier.training.objective import Counted, Looked, Objective, Sums
+from luthier.training.objective import Counted, Looked, Noted, Objective, Sums
 from luthier.training.services import Calibration, RunServices
 from luthier.training.world import World
 from luthier.tune import Trained, Tune
@@ -44,10 +44,12 @@ class StepResult(NamedTuple):
     loss: float
     """What was minimized: all terms, each divided by its units."""
     nll: float
-    """Plain cross-entropy, a mean over the step's targets, without rows that a rule left out."""
+    """Plain cross-entropy, a mean over the step's targets, without rows that a rule left out; of rows that belong together, such as two
+    answers, those of the first alone."""
     parts: dict[str, float]
     tokens: int
     supervised: int
+    """All targets, of all rows that belong together."""
     rows: int
     kept: float
     """Mean token weight: 1 where every target counts fully."""
@@ -136,6 +138,7 @@ class Engine:
                 float(sum(b.tokens for b in given)),
                 float(sum(b.supervised for b in given)),
                 float(sum(len(b.row_ids) for b in given)),
+                float(sum(b.of_first().supervised for b in given)),
             ]
         )
         if self.objective.idle(units):
@@ -162,7 +165,7 @@ class Engine:
         said = self._afterwards(now)
         loss, *counted = self.world.sum_numbers([work.total, *work.counted])
         told = Counted(*counted)
-        targets, run, own = max(counts[1], 1.0), max(told.targets, 1.0), max(told.own, 1.0)
+        targets, run = max(counts[3], 1.0), max(told.targets, 1.0)
         notes = {} if looked is None else looked.notes
         return StepResult(
             loss,
@@ -173,7 +176,7 @@ class Engine:
             int(counts[2]),
             told.weight / targets,
             self._weights(told, targets),
-            {**self._kept_notes(), **notes, **{name: total / own for name, total in self._together(work.notes).items()}},
+            {**self._kept_notes(), **notes, **self._noted(work.notes)},
             tuple(said),
         )
 
@@ -197,6 +200,12 @@ class Engine:
             if kept.keeper.notes is not None
             for name, number in kept.keeper.notes(kept.state).items()
         }
+
+    def _noted(self, own: Mapping[str, Noted]) -> dict[str, float]:
+        """Means of what techniques log, over all processes."""
+        everyone = self.world.gather_plain({name: tuple(one) for name, one in own.items()})
+        names = dict.fromkeys(name for one in everyone for name in one)
+        return {name: reduce(Noted.plus, (Noted(*one[name]) for one in everyone if name in one)).mean for name in names}
 
     def _parts(self, own: dict[str, float]) -> dict[str, float]:
         return own if len(self.objective.terms) == 1 else self._together(own)
@@ -331,7 +340,7 @@ class Work:
         self.total = 0.0
         self.counted = Counted()
         self.parts: dict[str, float] = {}
-        self.notes: dict[str, float] = {}
+        self.notes: dict[str, Noted] = {}
 
     @property
     def trained(self) -> Sequence[Trained]:
@@ -373,9 +382,10 @@ class Work:
             self.broken.append(batch)
         self.total += value
         self.counted = self.counted.plus(sums.counted)
-        for mine, added in ((self.parts, sums.parts), (self.notes, sums.notes)):
-            for name, number in added.items():
-                mine[name] = mine.get(name, 0.0) + number
+        for name, number in sums.parts.items():
+            self.parts[name] = self.parts.get(name, 0.0) + number
+        for name, noted in sums.notes.items():
+            self.notes[name] = self.notes.get(name, Noted()).plus(noted)
         if sums.loss.requires_grad:
             sums.loss.backward()
 

@@ -12,7 +12,7 @@ import torch
 
 from luthier.kinds import Batch
 from luthier.rows.batches import Plan, collate, padding_share, plan_epoch
-from luthier.rows.encode import Encoded, EncodedRows
+from luthier.rows.encode import Encoded, EncodedRows, Sizes, renamed
 from luthier.rows.mixture import Mixture
 from luthier.training.world import World
 
@@ -75,16 +75,18 @@ class Feed:
         return self._epochs[number]
 
     def _planned(self, number: int) -> _Epoch:
-        sizes = self.rows.sizes.tokens
+        sizes = self.rows.sizes
         if self.mixture is None:
             return _Epoch(self._plan(sizes, number), None)
         drawn = self.mixture.epoch(number)
-        plan = self._plan([sizes[one.row] for one in drawn], number)
+        plan = self._plan(sizes.take([one.row for one in drawn]), number)
         return _Epoch(_looked_up(plan, [one.row for one in drawn]), _looked_up(plan, [one.copy for one in drawn]))
 
-    def _plan(self, lengths: Sequence[int], number: int) -> Plan:
+    def _plan(self, sizes: Sizes, number: int) -> Plan:
         return plan_epoch(
-            lengths,
+            sizes.lengths,
+            tokens=sizes.tokens,
+            members=sizes.members,
             micro_batch_tokens=self.micro_batch_tokens,
             batch_tokens=None if self.batch_rows is not None else self.batch_tokens,
             batch_rows=self.batch_rows,
@@ -127,13 +129,13 @@ class Feed:
     def _row(self, place: int, copy: int) -> Encoded:
         row = self.rows.rows[place]
         # Draws follow from a row's id, and two copies of a row should not share theirs.
-        return replace(row, id=f"{row.id}#{copy + 1}") if copy else row
+        return renamed(row, f"{row.id}#{copy + 1}") if copy else row
 
     def padding(self) -> float:
         """The share of padding in the first epoch."""
         if self.packed:
             return 0.0
-        return padding_share(self.epoch(0), self.rows.sizes.tokens)
+        return padding_share(self.epoch(0), self.rows.sizes.lengths, tokens=self.rows.sizes.tokens, members=self.rows.sizes.members)
 
     def tokens(self) -> tuple[int, int]:
         """Real and supervised tokens of the whole run, over all processes; where steps are given, as if all epochs had as many."""

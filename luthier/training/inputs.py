@@ -134,6 +134,7 @@ def _copy(batch: Batch, read_BT: Tensor) -> Batch:
         {name: column.clone() for name, column in batch.columns.items()},
         batch.texts,
         {name: column.clone() for name, column in batch.token_columns.items()},
+        batch.groups,
     )
 
 

@@ -13,8 +13,9 @@ from luthier import draws, machine
 from luthier.columns import chunked
 from luthier.columns.targets import find_targets
 from luthier.errors import LuthierError
-from luthier.kinds import Batch, Column, Now, Services, State, StepTable, Tensors, Term, TokenLoss, TokenWeight, View
+from luthier.kinds import Batch, Column, Now, PairLoss, Reference, Services, State, StepTable, Tensors, Term, TokenLoss, TokenWeight, View
 from luthier.models.modes import evaluating
+from luthier.training import pairs
 from luthier.training.services import view_of
 from luthier.training.world import World
 from luthier.tune import Tune
@@ -22,10 +23,17 @@ from luthier.tune.forward import EmbedChange
 from luthier.tune.sites import Own
 
 
-def as_term(value: Term | TokenLoss) -> Term:
-    """Every objective is a term in the end."""
+def as_term(value: Term | TokenLoss | PairLoss, reference: Reference = pairs.BASE_REFERENCE) -> Term:
+    """Every objective is a term in the end.
+
+    Args:
+        value: the objective.
+        reference: what answers are compared with, where it asks for that.
+    """
     if isinstance(value, Term):
         return value
+    if isinstance(value, PairLoss):
+        return pairs.as_term(value, reference)
     loss = value.loss
 
     def total(view: View, own: Tensors) -> Tensor:
@@ -76,6 +84,22 @@ class Counted(NamedTuple):
         return Counted(*(one + two for one, two in zip(self, other, strict=True)))
 
 
+class Noted(NamedTuple):
+    """Numbers of which a mean is told. Both add up over micro-batches and processes."""
+
+    total: float = 0.0
+    count: float = 0.0
+
+    def plus(self, other: Noted) -> Noted:
+        """Both together."""
+        return Noted(self.total + other.total, self.count + other.count)
+
+    @property
+    def mean(self) -> float:
+        """The mean; 0 of none."""
+        return self.total / max(self.count, 1.0)
+
+
 class Sums(NamedTuple):
     """What one micro-batch adds to the step."""
 
@@ -84,8 +108,8 @@ class Sums(NamedTuple):
     parts: dict[str, float]
     """Each term's share of the loss."""
     counted: Counted
-    notes: dict[str, float]
-    """What techniques log, summed over the rows' own targets."""
+    notes: dict[str, Noted]
+    """What techniques log."""
 
 
 class Looked(NamedTuple):
@@ -152,7 +176,17 @@ class Objective:
     def look(self, tune: Tune, batches: Sequence[Batch], now: Now, world: World, services_of: Callable[[str], Services]) -> Looked:
         """Rules over the whole step: one pass without gradients if they ask for columns, gathered over processes and sorted by row id
         and position, so that neither the split into micro-batches nor the number of processes matters. They take turns in their order,
-        each on the targets that those before it keep, and their weights multiply."""
+        each on the targets that those before it keep, and their weights multiply.
+
+        Raises:
+            LuthierError: rows belong together, of which a rule could keep one alone.
+        """
+        if any(batch.groups for batch in batches):
+            raise LuthierError(
+                f"`{self.rules[0].slot}` chooses among the targets of a step, and these rows belong together",
+                where="token_weight",
+                mend="leave it out, or train on rows that stand alone",
+            )
         wanted = chunked.resolve([column for one in self.rules for column in one.weight.columns])
         tables = []
         for batch in batches:
@@ -201,6 +235,8 @@ class Objective:
         return not any(number for several in data or units for number in several)
 
     def _count(self, term: Term, batches: Sequence[Batch], keeps: list[Tensor] | None) -> list[tuple[float, ...]]:
+        if term.unit != "group":
+            batches = [batch.of_first() for batch in batches]
         counts = [one.weight.count for one in self.weights if one.weight.count is not None]
         if term.unit == "row":
             batches = [batch.own() for batch in batches]
@@ -214,6 +250,8 @@ class Objective:
             return [(1.0,)] if batches else []
         if term.unit == "row":
             return [(float((batch.targets_by_row() > 0).sum()),) for batch in batches]
+        if term.unit == "group":
+            return [(float(len(batch.groups)),) for batch in batches]
         if len(counts) + (keeps is not None) > 1:
             slots = ", ".join(one.slot for one in self.weights if one.weight.count or one.weight.look)
             raise LuthierError(f"{slots} count tokens differently", where="token_weight", mend="use one of them")
@@ -269,16 +307,15 @@ class Objective:
             view.now = view.services.now
             own = minimized.own.tensors() if minimized.own is not None else {}
             seen = view.for_technique(minimized.state, weight_N)
-            total = minimized.term.total(seen.of_own() if minimized.term.unit == "row" else seen, own)
+            seen = seen if minimized.term.unit == "group" else seen.of_first()
+            total = minimized.term.total(seen.of_own() if minimized.term.unit in ("row", "group") else seen, own)
             # What has no unit in the whole step adds nothing.
             each = total.new_tensor([minimized.term.weight / one if one else 0.0 for one in unit])
             share = (total.reshape(-1) * each).sum()
             loss = loss + share
             parts[minimized.slot] = parts.get(minimized.slot, 0.0) + float(share.detach())
-        place_N = view.is_own.nonzero()[:, 0]
-        # What was noted of the rows' own targets alone is those already.
-        noted = {name: noted_N if len(noted_N) == len(place_N) else noted_N[place_N] for name, noted_N in view.notes.items()}
-        return Sums(loss, parts, _counted(view, weight_N), {name: machine.total(noted_N) for name, noted_N in noted.items()})
+        notes = {name: Noted(machine.total(noted), float(len(noted))) for name, noted in view.notes.items()}
+        return Sums(loss, parts, _counted(view.for_technique({}, weight_N).of_first()), notes)
 
 
 def _weighed(weigh: Callable[[View], Tensor], view: View, *, virtual: bool) -> Tensor:
@@ -288,7 +325,8 @@ def _weighed(weigh: Callable[[View], Tensor], view: View, *, virtual: bool) -> T
     return found if seen is view else torch.ones_like(view["nll"].detach()).masked_scatter(view.is_own, found.to(view["nll"]))
 
 
-def _counted(view: View, weight_N: Tensor) -> Counted:
+def _counted(view: View) -> Counted:
+    weight_N = view.weight_N
     wide_N = machine.widened(weight_N)
     entropy_N = view.columns.get("entropy")
     return Counted(

@@ -69,8 +69,8 @@ def measure(engine: Engine, feed: Feed, clock: Clock) -> Measured:
 
 def size_of(feed: Feed, group: Sequence[int]) -> int:
     """Tokens that a micro-batch computes: with padding where rows are not packed."""
-    sizes = [feed.rows.sizes.tokens[i] for i in group]
-    return sum(sizes) if feed.packed else len(sizes) * max(sizes)
+    sizes = feed.rows.sizes.take(group)
+    return sum(sizes.tokens) if feed.packed else sum(sizes.members or [1] * len(group)) * max(sizes.lengths)
 
 
 def largest_step(feed: Feed) -> int:

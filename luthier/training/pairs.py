@@ -1,0 +1,92 @@
+"""Losses over pairs of answers, lowered to terms: each answer's likelihood, summed over its targets, and the reference's."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from luthier.errors import LuthierError
+from luthier.kinds import Batch, PairLoss, Pairs, Reference, Side, Tensors, Term, View
+
+
+def _of_base(view: View) -> Tensor:
+    return view.sum_rows(-view["reference_nll"] * view.weight_N)
+
+
+BASE_REFERENCE = Reference(_of_base, columns=("reference_nll",))
+"""The model before training."""
+
+
+def as_term(value: PairLoss, reference: Reference) -> Term:
+    """The term that a loss over pairs is.
+
+    Args:
+        value: the loss.
+        reference: what answers are compared with, if it asks for that.
+    """
+    checks = [value.check, reference.check if value.reference else None]
+
+    def total(view: View, own: Tensors) -> Tensor:
+        found = pairs_of(view, reference if value.reference else None)
+        _tell(found, value)
+        return value.loss(found).sum()
+
+    def check(batch: Batch) -> None:
+        check_pairs(batch)
+        for one in checks:
+            if one is not None:
+                one(batch)
+
+    columns = ("nll", *value.columns, *(reference.columns if value.reference else ()))
+    return Term(total, unit="group", columns=columns, weight=value.weight, check=check)
+
+
+def _tell(pairs: Pairs, value: PairLoss) -> None:
+    """Log what shows how preferences are learnt, and whether the chosen answers themselves become less likely."""
+    chosen, rejected = pairs.chosen, pairs.rejected
+    pairs.note("chosen log-likelihood", chosen.log_likelihood_P)
+    pairs.note("rejected log-likelihood", rejected.log_likelihood_P)
+    pairs.note("preferred", _ahead(chosen.log_likelihood_P - rejected.log_likelihood_P))
+    pairs.note("chosen tokens", chosen.targets_P)
+    pairs.note("rejected tokens", rejected.targets_P)
+    if value.reference:
+        pairs.note("reward chosen", value.reward_scale * chosen.gained_P)
+        pairs.note("reward rejected", value.reward_scale * rejected.gained_P)
+        pairs.note("reward margin", value.reward_scale * pairs.margin_P)
+        pairs.note("reward accuracy", _ahead(pairs.margin_P))
+
+
+def _ahead(difference_P: Tensor) -> Tensor:
+    """1 where it is above 0, a half where it is 0."""
+    return (difference_P.detach().sign() + 1.0) / 2.0
+
+
+def check_pairs(batch: Batch) -> None:
+    """Refuse rows that are no pairs.
+
+    Raises:
+        LuthierError: a row has no two answers.
+    """
+    paired = {place for group in batch.groups if len(group) == 2 for place in group}
+    odd = next((row for place, row in enumerate(batch.row_ids) if place not in paired), None)
+    if odd is not None:
+        raise LuthierError(
+            "a loss over pairs needs rows with a chosen and a rejected answer, and this row is none",
+            where=f"row {odd}",
+            mend="give rows with `prompt`, `chosen` and `rejected`, or use another objective, such as cross_entropy",
+        )
+
+
+def pairs_of(view: View, reference: Reference | None) -> Pairs:
+    """The pairs of a micro-batch: what a loss over pairs reads.
+
+    Args:
+        view: of the rows' own targets.
+        reference: what they are compared with, if anything.
+    """
+    likely_B = view.sum_rows(-view["nll"] * view.weight_N)
+    base_B = torch.zeros_like(likely_B) if reference is None else reference.read(view).detach().to(likely_B)
+    targets_B = view.targets_by_row().clamp(min=1)
+    place_2P = torch.tensor(view.batch.groups, dtype=torch.int64, device=likely_B.device).reshape(-1, 2).t()
+    chosen, rejected = (Side(likely_B[place_P], base_B[place_P], targets_B[place_P]) for place_P in place_2P)
+    return Pairs(chosen, rejected, view)
