@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate
 from typing import Any
 
 import pytest
@@ -80,10 +81,11 @@ def with_columns(batch: Batch) -> Batch:
 
 
 def split(batch: Batch, sizes: Sequence[int]) -> list[Batch]:
-    """The same rows as several micro-batches."""
+    """The same rows as several micro-batches; rows that belong together stay so, whatever the sizes."""
     parts, start = [], 0
-    for size in sizes:
-        cut = slice(start, start + size)
+    ends = [end - next((end - g[0] for g in batch.groups if g[0] < end <= g[-1]), 0) for end in accumulate(sizes)]
+    for end in ends:
+        cut, size = slice(start, end), end - start
         length = max(int(batch.attend_BT[cut].sum(-1).max()), 1) if size else 1
         parts.append(
             Batch(
@@ -95,9 +97,10 @@ def split(batch: Batch, sizes: Sequence[int]) -> list[Batch]:
                 {name: column[cut] for name, column in batch.columns.items()},
                 {name: texts[cut] for name, texts in batch.texts.items()},
                 {name: column[cut, :length] for name, column in batch.token_columns.items()},
+                tuple(tuple(place - start for place in group) for group in batch.groups if start <= group[0] < end),
             )
         )
-        start += size
+        start = end
     return parts
 
 

@@ -25,8 +25,8 @@ from luthier.rows.answers import (
 class Metric(NamedTuple):
     """What a metric is."""
 
-    needs: Literal["generation", "choice", "likelihood"]
-    """Generated answers, the likelihoods of given choices, or the likelihood of the row's own text."""
+    needs: Literal["generation", "choice", "pair", "likelihood"]
+    """Generated answers, the likelihoods of given choices, of a chosen and a rejected answer, or of the row's own text."""
     higher_is_better: bool
     meaning: str
     score: Score | None = None
@@ -64,6 +64,8 @@ METRICS: Mapping[str, Metric] = {
     ),
     "choice": Metric("choice", True, "share of items whose most likely choice is right"),
     "choice_normalized": Metric("choice", True, "share of items whose most likely choice, per byte, is right"),
+    "preferred": Metric("pair", True, "share of pairs whose chosen answer is likelier than the rejected one, a tie being a half"),
+    "preferred_normalized": Metric("pair", True, "share of pairs whose chosen answer is likelier a token, a tie being a half"),
     "loss": Metric("likelihood", False, "mean negative log-likelihood of a target token, in nats"),
     "perplexity": Metric("likelihood", False, "e to the power of the loss"),
 }

@@ -21,7 +21,9 @@ from luthier.models.head import head_of
 from luthier.rows.beside import asked
 from luthier.rows.chat import form_of
 from luthier.rows.encode import Encoded, counted, encode, told
+from luthier.rows.groups import PAIR
 from luthier.rows.limits import check_ids
+from luthier.rows.preferences import SIDES
 from luthier.rows.shapes import Row
 from luthier.tune import Tune
 
@@ -30,6 +32,7 @@ Side = Literal["learnt", "kept"]
 _NEEDED_SHAPES = {
     "generation": "a `prompt` and an `answer`",
     "choice": "a `prompt`, `choices` and an `answer`",
+    "pair": "a `prompt`, a `chosen` and a `rejected` answer",
     "likelihood": "a `text`, `messages`, or a `prompt` and a `completion`",
 }
 _NEEDED_WITHOUT_ANSWER = "a `prompt`, or a `text` to go on from"
@@ -139,9 +142,9 @@ class SetResult:
 
 
 def default_metric(rows: Sequence[Row]) -> str:
-    """The metric for rows of a shape: `choice` for multiple choice, `contains` for prompts with answers, `perplexity`
-    for documents, else `loss`."""
-    by_shape = {"prompt+choices+answer": "choice", "prompt+answer": "contains", "text": "perplexity"}
+    """The metric for rows of a shape: `choice` for multiple choice, `contains` for prompts with answers, `preferred` for two answers of
+    which one is better, `perplexity` for documents, else `loss`."""
+    by_shape = {"prompt+choices+answer": "choice", "prompt+answer": "contains", PAIR: "preferred", "text": "perplexity"}
     return by_shape.get(rows[0].shape, "loss")
 
 
@@ -259,6 +262,19 @@ def _chosen(tune: Tune, tokenizer: PreTrainedTokenizerBase, one: EvalSet, batch_
     return items, [(choice.token_ids, choice.supervised) for choice in flat]
 
 
+def _preferred(tune: Tune, tokenizer: PreTrainedTokenizerBase, one: EvalSet, batch_tokens: int) -> tuple[list[Item], Any]:
+    per_token = one.chosen_metric == "preferred_normalized"
+    flat = _pairs(tune, tokenizer, one)
+    found = iter(likelihoods(tune, flat, batch_tokens=batch_tokens))
+    items = []
+    for row in one.used:
+        chosen, rejected = (each.nats / (each.targets if per_token else 1) for each in (next(found), next(found)))
+        answers = [text_of_answer(row.fields[side]) for side in SIDES]
+        score = 0.5 if chosen == rejected else float(chosen < rejected)
+        items.append(Item(row.id, prompt_text(row), answers[0], answers[chosen > rejected], score))
+    return items, [(answer.token_ids, answer.supervised) for answer in flat]
+
+
 def _likely(tune: Tune, tokenizer: PreTrainedTokenizerBase, one: EvalSet, batch_tokens: int) -> tuple[list[Item], Any]:
     encoded = _texts(tune, tokenizer, one)
     items = [
@@ -285,6 +301,16 @@ def _choices(tune: Tune, tokenizer: PreTrainedTokenizerBase, one: EvalSet) -> li
     return [choice for choices in encoded for choice in choices]
 
 
+def _pairs(tune: Tune, tokenizer: PreTrainedTokenizerBase, one: EvalSet) -> list[Encoded]:
+    form = form_of(tokenizer)
+    encoded = [encode(row, tokenizer, form=form).group for row in one.used]
+    for row, pair in zip(one.used, encoded, strict=True):
+        for answer in pair:
+            _check_target(row, answer)
+            _check_read(tune, tokenizer, row, answer.token_ids)
+    return [answer for pair in encoded for answer in pair]
+
+
 def _texts(tune: Tune, tokenizer: PreTrainedTokenizerBase, one: EvalSet) -> list[Encoded]:
     form = form_of(tokenizer)
     encoded = [encode(row, tokenizer, form=form) for row in one.used]
@@ -297,11 +323,13 @@ def _texts(tune: Tune, tokenizer: PreTrainedTokenizerBase, one: EvalSet) -> list
 _ASKED: Mapping[str, Callable[[Tune, PreTrainedTokenizerBase, EvalSet], list[Encoded]]] = {
     "generation": _prompts,
     "choice": _choices,
+    "pair": _pairs,
     "likelihood": _texts,
 }
 _MEASURES: Mapping[str, Callable[[Tune, PreTrainedTokenizerBase, EvalSet, int], tuple[list[Item], Any]]] = {
     "generation": _generated,
     "choice": _chosen,
+    "pair": _preferred,
     "likelihood": _likely,
 }
 
@@ -319,8 +347,12 @@ def accepted_answers(row: Row) -> list[str]:
     key = {"prompt+completion": "completion", "instruction": "output", "text+label": "label"}.get(row.shape)
     if key is None:
         return []
-    value = fields[key]
-    return [message["content"] for message in value[-1:]] if isinstance(value, list) else [str(value)]
+    return [text_of_answer(fields[key])]
+
+
+def text_of_answer(value: Any) -> str:
+    """An answer, text or messages, as a person would read its end."""
+    return str(value[-1]["content"]) if isinstance(value, list) else str(value)
 
 
 def prompt_text(row: Row) -> str:
@@ -368,8 +400,8 @@ def _check_shape(row: Row, metric: str, place: str) -> None:
 
 def _fits(row: Row, metric: Metric) -> bool:
     answered = bool(accepted_answers(row))
-    if metric.needs == "choice":
-        return row.shape == "prompt+choices+answer"
+    if metric.needs in ("choice", "pair"):
+        return row.shape == {"choice": "prompt+choices+answer", "pair": PAIR}[metric.needs]
     if metric.needs == "likelihood":
         return answered or row.shape in ("text", "messages")
     return row.shape != "prompt+choices+answer" and (

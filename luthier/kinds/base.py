@@ -100,6 +100,13 @@ class Batch(NamedTuple):
         virtual_BT = (self.token_ids_BT < 0) & (self.label_BT >= 0)
         return self._replace(label_BT=self.label_BT.masked_fill(virtual_BT, -100)) if bool(virtual_BT.any()) else self
 
+    def learnt_groups(self) -> tuple[tuple[int, ...], ...]:
+        """The groups of which every row has targets, without those of virtual tokens."""
+        if not self.groups:
+            return ()
+        targets = self.own().targets_by_row().tolist()
+        return tuple(group for group in self.groups if all(targets[place] for place in group))
+
     def of_first(self) -> Batch:
         """The same with the targets of each group's first row alone; itself where every row stands alone."""
         if not self.groups:

@@ -133,6 +133,8 @@ class View:
         self.now, self.services, self.state = now, services, {} if state is None else state
         self.notes: dict[str, Tensor] = {}
         """What to log beside the loss, by name: numbers whose mean over the step is told."""
+        self.reference_B: Tensor | None = None
+        """In a loss of the whole step that asks for it: the log-likelihood of each row under the reference, without a gradient."""
 
     def __getitem__(self, name: str) -> Tensor:
         return self.columns[name]

@@ -98,16 +98,15 @@ class Side(NamedTuple):
     """The same under the reference, without a gradient; zeros where the loss has none."""
     targets_P: Tensor
     """How many targets the answer has, at least 1."""
+    mean_P: Tensor
+    """Log-likelihood of a target, a mean over the answer."""
+    gained_P: Tensor
+    """By how much the answer is likelier than under the reference, log pi(y) - log reference(y)."""
 
-    @property
-    def mean_P(self) -> Tensor:
-        """Log-likelihood of a target, a mean over the answer."""
-        return self.log_likelihood_P / self.targets_P
-
-    @property
-    def gained_P(self) -> Tensor:
-        """By how much the answer is likelier than under the reference, log pi(y) - log reference(y)."""
-        return self.log_likelihood_P - self.reference_P
+    @classmethod
+    def of(cls, log_likelihood_P: Tensor, reference_P: Tensor, targets_P: Tensor) -> Side:
+        """A side, with what follows from its likelihoods."""
+        return cls(log_likelihood_P, reference_P, targets_P, log_likelihood_P / targets_P, log_likelihood_P - reference_P)
 
 
 class Pairs(NamedTuple):
@@ -116,12 +115,11 @@ class Pairs(NamedTuple):
     chosen: Side
     rejected: Side
     view: View
-    """Of both answers' targets; `view.batch.groups` has the places of each pair's rows."""
-
-    @property
-    def margin_P(self) -> Tensor:
-        """By how much more the chosen answer gained on the reference than the rejected one."""
-        return self.chosen.gained_P - self.rejected.gained_P
+    """Of both answers' targets."""
+    first_P: Tensor
+    """The places of the chosen answers in the batch."""
+    margin_P: Tensor
+    """By how much more the chosen answer gained on the reference than the rejected one."""
 
     def column(self, name: str) -> Tensor:
         """A free number of the rows, [P]; NaN where a row lacks it.
@@ -129,8 +127,7 @@ class Pairs(NamedTuple):
         Raises:
             KeyError: no row has it.
         """
-        first_P = torch.tensor([group[0] for group in self.view.batch.groups], device=self.view.label_N.device, dtype=torch.int64)
-        return self.view.batch.columns[name][first_P]
+        return self.view.batch.columns[name][self.first_P]
 
     def note(self, name: str, value_P: Tensor) -> None:
         """Log the mean of a number over the step's pairs."""
@@ -164,6 +161,41 @@ class PairLoss(NamedTuple):
     weight: float = 1.0
     reward_scale: float = 1.0
     """What is told as an answer's reward is its gain on the reference times this."""
+    check: Callable[[Batch], None] | None = None
+
+
+class RowTable(NamedTuple):
+    """All rows of a step, over micro-batches and processes, sorted by row id. Shapes: R rows."""
+
+    value: Tensor
+    """What the loss made of each row, [R, ...]; its gradient goes on to the rows from here."""
+    groups: tuple[tuple[int, ...], ...]
+    """Places of rows that belong together; empty where every row stands alone."""
+    columns: Mapping[str, Tensor]
+    """Free numbers of the rows, [R], in fp64; NaN where a row lacks one."""
+    now: Now
+
+    def sides(self) -> tuple[Tensor, Tensor]:
+        """Places of the first and of the second row of each group, [G] each."""
+        first_G, second_G = torch.tensor(self.groups, dtype=torch.int64).reshape(-1, 2).t()
+        return first_G, second_G
+
+
+class StepLoss(NamedTuple):
+    """A loss of all rows of a step together, such as one whose negatives are the other rows.
+
+    `value(view, own)` makes numbers of each row of a micro-batch, [B, ...]; `loss(table)` the loss, summed over its units. Where a step is
+    more than one micro-batch the numbers are first made without gradients, and each micro-batch then gets its part of the loss's
+    gradient: any split, and any number of processes, gives the same. That costs one forward pass. Where it reads columns, rows and groups
+    without targets are left out. With `reference` the view has likelihoods under the run's reference. `check` is that of a Term.
+    """
+
+    value: Callable[[View, Tensors], Tensor]
+    loss: Callable[[RowTable], Tensor]
+    unit: Literal["row", "group", "step"] = "row"
+    columns: tuple[str | Column, ...] = ("nll",)
+    reference: bool = False
+    weight: float = 1.0
     check: Callable[[Batch], None] | None = None
 
 

@@ -23,6 +23,8 @@ def check_needs(objective: Objective, rows: EncodedRows) -> None:
         LuthierError: as the technique says it, with the place of the first such row.
     """
     of_terms, of_weights = [one.term.check for one in objective.terms], [one.weight.check for one in objective.weights]
+    if rows.sizes.members and not any(one.term.unit == "group" for one in objective.terms):
+        raise _uncompared(rows)
     checks = [check for check in (*of_terms, *of_weights) if check is not None]
     if not checks:
         return
@@ -30,6 +32,16 @@ def check_needs(objective: Objective, rows: EncodedRows) -> None:
     while some := list(islice(bare, _ROWS)):
         for check in checks:
             _ask(check, some)
+
+
+def _uncompared(rows: EncodedRows) -> LuthierError:
+    place = next(place for place, members in enumerate(rows.sizes.members) if members > 1)
+    first = rows.rows[place]
+    return LuthierError(
+        "the rows hold answers to compare, a chosen and a rejected one, and nothing in the objective compares them",
+        where=f"{first.where} (row {first.id})",
+        mend="use a loss over pairs, such as objective: dpo, or learn the chosen answers alone with rows.map: chosen_answers",
+    )
 
 
 def _bare(rows: EncodedRows) -> Iterator[Encoded]:

@@ -27,6 +27,7 @@ from luthier.kinds import (
     RowScore,
     Selective,
     Source,
+    StepLoss,
     Term,
     TokenLoss,
     TokenWeight,
@@ -61,7 +62,7 @@ class Key(NamedTuple):
 
 
 def _teaches(value: Any) -> bool:
-    return isinstance(value, PairLoss) or (isinstance(value, Term | TokenLoss) and not value.penalty)
+    return isinstance(value, PairLoss | StepLoss) or (isinstance(value, Term | TokenLoss) and not value.penalty)
 
 
 KEYS: Mapping[str, Key] = {
@@ -82,7 +83,14 @@ KEYS: Mapping[str, Key] = {
         Key(
             "objective",
             "what is minimized, and what the model reads meanwhile; cross_entropy where nothing else is minimized",
-            {"input_map": InputMap, "term": Term, "token_loss": TokenLoss, "pair_loss": PairLoss, "reference": Reference},
+            {
+                "input_map": InputMap,
+                "term": Term,
+                "token_loss": TokenLoss,
+                "pair_loss": PairLoss,
+                "step_loss": StepLoss,
+                "reference": Reference,
+            },
             otherwise="cross_entropy",
             brings=_teaches,
         ),

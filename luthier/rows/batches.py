@@ -138,7 +138,12 @@ def plan_epoch(
 
 
 def padding_share(
-    plan: Plan, lengths: Sequence[int], *, tokens: Sequence[int] | None = None, members: Sequence[int] = (), pad_to_multiple: int = 1
+    plan: Plan,
+    lengths: Sequence[int],
+    *,
+    tokens: Sequence[int] | None = None,
+    members: Sequence[int] = (),
+    pad_to_multiple: int = 1,
 ) -> float:
     """The share of a plan's tokens that are padding, from 0 to 1. The arguments are those of `plan_epoch`."""
     tokens, members = tokens or lengths, members or [1] * len(lengths)

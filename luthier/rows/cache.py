@@ -58,7 +58,26 @@ from luthier.rows.stored import Chunk, Stored, StoredRows
 from luthier.rows.template import asks_clock
 
 _CODE = (
-    *(annotate, beside, borders, chat, chunks, encode, files, groups, ids, limits, messages, preferences, read, separated, shapes, stored, template, unwritten),
+    *(
+        annotate,
+        beside,
+        borders,
+        chat,
+        chunks,
+        encode,
+        files,
+        groups,
+        ids,
+        limits,
+        messages,
+        preferences,
+        read,
+        separated,
+        shapes,
+        stored,
+        template,
+        unwritten,
+    ),
     sys.modules[__name__],
 )
 _END_BYTES = 2**20

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from luthier.errors import LuthierError
+from luthier.kinds import Batch
 from luthier.rows.preferences import SIDES
 from luthier.rows.shapes import Row
 
@@ -102,3 +103,19 @@ def joined(row: Row, members: Sequence[Encoded]) -> Encoded:
         notes=tuple(dict.fromkeys(notes)),
         mates=mates,
     )
+
+
+def check_pairs(batch: Batch) -> None:
+    """Refuse rows that are no pairs.
+
+    Raises:
+        LuthierError: a row has no two answers.
+    """
+    paired = {place for group in batch.groups if len(group) == 2 for place in group}
+    odd = next((row for place, row in enumerate(batch.row_ids) if place not in paired), None)
+    if odd is not None:
+        raise LuthierError(
+            "a loss over pairs needs rows with a chosen and a rejected answer, and this row is none",
+            where=f"row {odd}",
+            mend="give rows with `prompt`, `chosen` and `rejected`, or use another objective, such as cross_entropy",
+        )

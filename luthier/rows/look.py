@@ -19,9 +19,10 @@ from luthier.kinds.parts import Reads
 from luthier.rows.chat import LossOn
 from luthier.rows.encode import Encoded, EncodedRows, encode_each, told
 from luthier.rows.files import LeftOut
+from luthier.rows.groups import sides
 from luthier.rows.limits import ANYTHING, TooLong
 from luthier.rows.read import Rows, read
-from luthier.rows.shapes import BadRow, Row
+from luthier.rows.shapes import BadRow
 
 _QUANTILES = {"shortest": 0.0, "median": 0.5, "90%": 0.9, "99%": 0.99, "longest": 1.0}
 _SHOWN_CHARACTERS = 1200

@@ -12,7 +12,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from itertools import takewhile
-from os.path import commonprefix
 from typing import Any
 
 from luthier.errors import LuthierError
@@ -109,7 +108,7 @@ def _dialogue(value: Any, key: str) -> str | list[Message]:
 
 
 def _texts(chosen: str, rejected: str) -> dict[str, Any]:
-    shared = commonprefix([chosen, rejected])
+    shared = "".join(one for one, _ in takewhile(lambda both: both[0] == both[1], zip(chosen, rejected, strict=False)))
     # No word is cut: both may go on with the same letters by chance.
     shared = shared[: max((place + 1 for place, one in enumerate(shared) if one.isspace()), default=0)]
     answers = [one[len(shared) :] for one in (chosen, rejected)]

@@ -18,6 +18,7 @@ from luthier.kinds import (
     Reference,
     Source,
     State,
+    StepLoss,
     Term,
     TokenLoss,
     TokenWeight,
@@ -40,6 +41,9 @@ from luthier.training.world import World
 from luthier.tune import Tune
 from luthier.tune.forward import hidden
 from luthier.tune.turns import Turns
+
+LOSSES = Term | TokenLoss | PairLoss | StepLoss
+"""What is minimized."""
 
 FREES = tuple(KEYS["tune"].kinds.values())
 """The kinds that free numbers of the model, or put some beside them."""
@@ -85,8 +89,13 @@ def build_engine(
     states: dict[str, State] = {slot: {} for _, slot, _ in named}
     reference = _reference(values)
     goal = Objective(
-        terms=[Minimized(slot, as_term(v, reference), states[slot]) for slot, v in values if isinstance(v, Term | TokenLoss | PairLoss)],
+        terms=[
+            Minimized(slot, as_term(v, reference), states[slot], of_step=v if isinstance(v, StepLoss) else None)
+            for slot, v in values
+            if isinstance(v, LOSSES)
+        ],
         weights=[Weighted(slot, v, states[slot]) for slot, v in values if isinstance(v, TokenWeight)],
+        reference=reference,
     )
     if not goal.terms:
         raise LuthierError("nothing is minimized", where="objective", mend="name one, e.g. cross_entropy")
@@ -155,7 +164,7 @@ def _reference(values: Sequence[tuple[str, object]]) -> Reference:
         raise LuthierError(
             f"`{found[0][0]}` and `{found[1][0]}` are both the reference", where="objective", mend="leave one of them out"
         )
-    if found and not any(isinstance(v, PairLoss) and v.reference for _, v in values):
+    if found and not any(isinstance(v, PairLoss | StepLoss) and v.reference for _, v in values):
         raise LuthierError(
             f"`{found[0][0]}` is what answers are compared with, and nothing compares them",
             where="objective",

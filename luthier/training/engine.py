@@ -7,14 +7,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import reduce
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from luthier import draws
 from luthier.errors import LuthierError
-from luthier.kinds import Batch, Keeper, Now, Services, Source, State, TrainedLike
+from luthier.kinds import Batch, Keeper, Now, Services, Source, State, TrainedLike, View
 from luthier.models.modes import evaluating
 from luthier.models.sharding import is_sharded
 from luthier.registry import Part
@@ -151,6 +151,7 @@ class Engine:
         agreement.check(self.world, self.tune, values=False)
         self.tune.start_observing(now)
         work = Work(self, passes, now, units, keeps, idle=len(idle))
+        work.gather()
         self.source.gradients(work)
         self._refuse_together(work.broken)
         self._sum_gradients(batches)
@@ -347,22 +348,40 @@ class Work:
         """Every tensor that trains in this step."""
         return [one for one in self._engine.tune.trained.values() if not one.still]
 
-    def _sums(self, batch: Batch, *, trains: bool) -> Sums:
+    def gather(self, *, trains: bool = True) -> None:
+        """Look at the whole step first, where a loss is of all its rows."""
+        engine = self._engine
+        if not engine.objective.looks_at_steps:
+            return
+
+        def see(batch: Batch) -> View:
+            return engine.objective.see(engine.tune, batch, self.now, **self._given(batch, trains=trains))
+
+        try:
+            engine.objective.gather(self.batches[: self._real], see, self.now, engine.world)
+        finally:
+            engine.tune.drawing = None
+
+    def _given(self, batch: Batch, *, trains: bool) -> dict[str, Any]:
+        """What a pass over a micro-batch gets."""
         i = next(i for i, one in enumerate(self.batches) if one is batch)
         engine = self._engine
+        if engine.objective.looks_at_steps:
+            # The model's own dropout must be alike in both passes.
+            torch.manual_seed(draws.seed_of(self.now.seed, "step", self.now.step, engine.world.rank, i))
         read = engine.inputs.read(batch, self.now)
-        sums = engine.objective.total(
-            engine.tune,
-            batch,
-            self._units,
-            self.now,
-            first=i == 0,
-            read=read,
-            embed=engine.inputs.embed(read, self.now),
-            keep_N=self._keeps[i] if self._keeps is not None and i < self._real else None,
-            services_of=lambda slot: engine.services(slot, self.now),
-            trains=trains,
-        )
+        return {
+            "read": read,
+            "embed": engine.inputs.embed(read, self.now),
+            "keep_N": self._keeps[i] if self._keeps is not None and i < self._real else None,
+            "services_of": lambda slot: engine.services(slot, self.now),
+            "trains": trains,
+        }
+
+    def _sums(self, batch: Batch, *, trains: bool) -> Sums:
+        i = next(i for i, one in enumerate(self.batches) if one is batch)
+        given = self._given(batch, trains=trains)
+        sums = self._engine.objective.total(self._engine.tune, batch, self._units, self.now, first=i == 0, **given)
         return sums if i < self._real else Sums(sums.loss * 0.0, {}, Counted(), {})
 
     def backward(self, batch: Batch) -> None:
@@ -392,6 +411,7 @@ class Work:
     def loss(self) -> float:
         """The step's loss without gradients, and without dropout: losses of two points are compared, not of two draws."""
         with evaluating(self._engine.tune.model):
+            self.gather(trains=False)
             sums = [self._sums(batch, trains=False) for batch in self.batches]
         self.total = sum(float(one.loss) for one in sums)
         self.counted = reduce(Counted.plus, (one.counted for one in sums), Counted())

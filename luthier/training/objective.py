@@ -2,28 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from luthier import draws, machine
+from luthier import machine
 from luthier.columns import chunked
-from luthier.columns.targets import find_targets
 from luthier.errors import LuthierError
-from luthier.kinds import Batch, Column, Now, PairLoss, Reference, Services, State, StepTable, Tensors, Term, TokenLoss, TokenWeight, View
+from luthier.kinds import (
+    Batch,
+    Column,
+    Now,
+    PairLoss,
+    Reference,
+    Services,
+    State,
+    StepLoss,
+    StepTable,
+    Tensors,
+    Term,
+    TokenLoss,
+    TokenWeight,
+    View,
+)
 from luthier.models.modes import evaluating
-from luthier.training import pairs
+from luthier.training import pairs, whole
+from luthier.training.rules import gathered, places_in, pruned, table_of
 from luthier.training.services import view_of
+from luthier.training.whole import Slopes
 from luthier.training.world import World
 from luthier.tune import Tune
 from luthier.tune.forward import EmbedChange
 from luthier.tune.sites import Own
 
 
-def as_term(value: Term | TokenLoss | PairLoss, reference: Reference = pairs.BASE_REFERENCE) -> Term:
+def as_term(value: Term | TokenLoss | PairLoss | StepLoss, reference: Reference = pairs.BASE_REFERENCE) -> Term:
     """Every objective is a term in the end.
 
     Args:
@@ -34,6 +50,8 @@ def as_term(value: Term | TokenLoss | PairLoss, reference: Reference = pairs.BAS
         return value
     if isinstance(value, PairLoss):
         return pairs.as_term(value, reference)
+    if isinstance(value, StepLoss):
+        return whole.as_term(value, reference)
     loss = value.loss
 
     def total(view: View, own: Tensors) -> Tensor:
@@ -50,6 +68,14 @@ class Minimized:
     term: Term
     state: State
     own: Own | None = None
+    of_step: StepLoss | None = None
+    """What it was lowered from, where that is a loss of the whole step."""
+    slopes: Slopes | None = None
+    """Of the step in progress, where it is."""
+
+    def tensors(self) -> Tensors:
+        """Its own trained tensors."""
+        return self.own.tensors() if self.own is not None else {}
 
 
 @dataclass
@@ -129,6 +155,8 @@ class Objective:
 
     terms: list[Minimized]
     weights: list[Weighted] = field(default_factory=list)
+    reference: Reference = pairs.BASE_REFERENCE
+    """What answers are compared with."""
 
     def start(self, tune: Tune, services_of: Callable[[str], Services]) -> None:
         """Make the terms' own trained tensors."""
@@ -191,18 +219,18 @@ class Objective:
         tables = []
         for batch in batches:
             with evaluating(tune.model):
-                tables.append(_table(tune, batch, wanted, now, self._states()))
-        whole, of_rows = _gathered(tables, [column.name for column in wanted], world)
-        keep = torch.ones(len(whole["row"]), dtype=torch.float64)
+                tables.append(table_of(tune, batch, wanted, now, self._states()))
+        step, of_rows = gathered(tables, [column.name for column in wanted], world)
+        keep = torch.ones(len(step["row"]), dtype=torch.float64)
         notes: dict[str, float] = {}
         for rule in self.rules:
             assert rule.weight.look is not None
             kept_L = (keep != 0).nonzero()[:, 0]
             services = services_of(rule.slot)
             table = StepTable(
-                {column.name: whole[column.name][kept_L] for column in wanted},
-                row_M=whole["row"][kept_L].unique(return_inverse=True)[1],
-                position_M=whole["position"][kept_L],
+                {column.name: step[column.name][kept_L] for column in wanted},
+                row_M=step["row"][kept_L].unique(return_inverse=True)[1],
+                position_M=step["position"][kept_L],
                 of_rows={name: values[kept_L] for name, values in of_rows.items()},
                 now=services.now,
                 state=rule.state,
@@ -212,7 +240,7 @@ class Objective:
             notes.update(table.notes)
         found = Looked([], [], notes)
         for batch, mine in zip(batches, tables, strict=True):
-            left, left_N = _pruned(batch, keep[_places(whole, mine)])
+            left, left_N = pruned(batch, keep[places_in(step, mine)])
             if left.row_ids:
                 found.batches.append(left)
                 found.keeps.append(left_N)
@@ -251,7 +279,7 @@ class Objective:
         if term.unit == "row":
             return [(float((batch.targets_by_row() > 0).sum()),) for batch in batches]
         if term.unit == "group":
-            return [(float(len(batch.groups)),) for batch in batches]
+            return [(float(len(batch.learnt_groups())),) for batch in batches]
         if len(counts) + (keeps is not None) > 1:
             slots = ", ".join(one.slot for one in self.weights if one.weight.count or one.weight.look)
             raise LuthierError(f"{slots} count tokens differently", where="token_weight", mend="use one of them")
@@ -263,22 +291,48 @@ class Objective:
             return [(float((keep != 0).sum()),) for keep in keeps]
         return [(float(batch.supervised),) for batch in batches]
 
-    def total(
+    @property
+    def looks_at_steps(self) -> bool:
+        """Whether there is a loss of the whole step."""
+        return any(one.of_step is not None for one in self.terms)
+
+    def gather(self, batches: Sequence[Batch], see: Callable[[Batch], View], now: Now, world: World) -> None:
+        """Prepare losses of the whole step: one pass over its micro-batches without gradients.
+
+        Args:
+            batches: this process's.
+            see: what `total` will see of one.
+            now: the clock.
+            world: the processes.
+        """
+        wholes = [one for one in self.terms if one.of_step is not None]
+        found: list[list[tuple[Batch, Tensor]]] = [[] for _ in wholes]
+        with torch.no_grad():
+            for batch in batches:
+                view = see(batch)
+                for one, mine in zip(wholes, found, strict=True):
+                    mine.append((batch, self._numbers(one, view.for_technique(one.state, view.weight_N).of_own())))
+        for one, mine in zip(wholes, found, strict=True):
+            assert one.of_step is not None
+            one.slopes = whole.slopes_of(one.of_step, mine, now, world)
+
+    def _numbers(self, one: Minimized, view: View) -> Tensor:
+        assert one.of_step is not None
+        return whole.value_of(one.of_step, view, one.tensors(), self.reference)
+
+    def see(
         self,
         tune: Tune,
         batch: Batch,
-        units: Sequence[tuple[float, ...]],
         now: Now,
         *,
-        first: bool,
         read: Batch | None = None,
         embed: EmbedChange | None = None,
         keep_N: Tensor | None = None,
         services_of: Callable[[str], Services],
         trains: bool = True,
-    ) -> Sums:
-        """One micro-batch's part of the step's loss, divided by the units of the whole step. The model reads `read`, if given, and of
-        its embeddings [B, T, D] what `embed` makes of them. Techniques drop numbers if it `trains`."""
+    ) -> View:
+        """Run a micro-batch: its columns, and the weights of its targets. The arguments are those of `total`."""
         hidden_wanted = any(one.term.hidden for one in self.terms)
         view = view_of(
             tune,
@@ -298,6 +352,26 @@ class Objective:
                     view.services = services_of(one.slot)
                     view.now = view.services.now
                     weight_N = weight_N * _weighed(one.weight.weigh, view.for_technique(one.state), virtual=one.weight.virtual)
+        view.weight_N = weight_N
+        return view
+
+    def total(
+        self,
+        tune: Tune,
+        batch: Batch,
+        units: Sequence[tuple[float, ...]],
+        now: Now,
+        *,
+        first: bool,
+        read: Batch | None = None,
+        embed: EmbedChange | None = None,
+        keep_N: Tensor | None = None,
+        services_of: Callable[[str], Services],
+        trains: bool = True,
+    ) -> Sums:
+        """One micro-batch's part of the step's loss, divided by the units of the whole step. The model reads `read`, if given, and of
+        its embeddings [B, T, D] what `embed` makes of them. Techniques drop numbers if it `trains`."""
+        view = self.see(tune, batch, now, read=read, embed=embed, keep_N=keep_N, services_of=services_of, trains=trains)
         loss = view["nll"].new_zeros(())
         parts: dict[str, float] = {}
         for minimized, unit in zip(self.terms, units, strict=True):
@@ -305,17 +379,28 @@ class Objective:
                 continue
             view.services = services_of(minimized.slot)
             view.now = view.services.now
-            own = minimized.own.tensors() if minimized.own is not None else {}
-            seen = view.for_technique(minimized.state, weight_N)
+            seen = view.for_technique(minimized.state, view.weight_N)
             seen = seen if minimized.term.unit == "group" else seen.of_first()
-            total = minimized.term.total(seen.of_own() if minimized.term.unit in ("row", "group") else seen, own)
+            seen = seen.of_own() if minimized.term.unit in ("row", "group") else seen
+            total = self._sum(tune, minimized, seen, first=first)
             # What has no unit in the whole step adds nothing.
             each = total.new_tensor([minimized.term.weight / one if one else 0.0 for one in unit])
             share = (total.reshape(-1) * each).sum()
             loss = loss + share
             parts[minimized.slot] = parts.get(minimized.slot, 0.0) + float(share.detach())
         notes = {name: Noted(machine.total(noted), float(len(noted))) for name, noted in view.notes.items()}
-        return Sums(loss, parts, _counted(view.for_technique({}, weight_N).of_first()), notes)
+        return Sums(loss, parts, _counted(view.of_first()), notes)
+
+    def _sum(self, tune: Tune, one: Minimized, view: View, *, first: bool) -> Tensor:
+        """A term's sum over a micro-batch."""
+        if one.of_step is None:
+            return one.term.total(view, one.tensors())
+        numbers = self._numbers(one, view)
+        if tune.only_shapes:
+            return numbers.sum()
+        if one.slopes is None:
+            raise RuntimeError("a loss of the whole step was not gathered before its micro-batches run")
+        return whole.part(one.slopes, view, numbers, first=first)
 
 
 def _weighed(weigh: Callable[[View], Tensor], view: View, *, virtual: bool) -> Tensor:
@@ -338,77 +423,3 @@ def _counted(view: View) -> Counted:
         targets=float(len(weight_N)),
         own=float(view.is_own.sum()),
     )
-
-
-def _table(tune: Tune, batch: Batch, wanted: Sequence[Column], now: Now, states: Mapping[str, State]) -> dict[str, Tensor]:
-    """The rows' own targets of one micro-batch; free columns of its rows under `rows NAME`."""
-    where = find_targets(batch.own())
-    rows_B = draws.seeds_of(batch.row_ids)
-    row_N = where.row_N.cpu()
-    here = {"row": rows_B[row_N], "position": where.source_N.cpu() + 1}
-    for name, numbers in batch.columns.items():
-        here[f"rows {name}"] = machine.widened(numbers.cpu())[row_N]
-    for name, texts in batch.texts.items():
-        here[f"rows {name}"] = draws.seeds_of(draws.names_of(texts, batch.columns.get(name)))[row_N]
-    if wanted:
-        view = view_of(tune, batch, wanted, now, remembered=states).of_own()
-        here.update({name: column.float().cpu() for name, column in view.columns.items()})
-    return here
-
-
-def _gathered(
-    tables: Sequence[dict[str, Tensor]], wanted: Sequence[str], world: World
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """All processes' targets, sorted by row and position, and the free columns of their rows at each.
-
-    Micro-batches differ in the free columns that their rows have.
-    """
-    kinds = {name: str(values.dtype) for table in tables for name, values in table.items() if name.startswith("rows ")}
-    everyone = world.gather_plain(kinds)
-    # Where some rows have texts and others numbers, all are names: of two kinds the later in the alphabet, int64, is that of texts.
-    free = dict(sorted((name, kind) for kinds in everyone for name, kind in kinds.items()))
-    local: dict[str, Tensor] = {}
-    for name in ("row", "position", *wanted):
-        kind = torch.int64 if name in ("row", "position") else torch.float32
-        local[name] = torch.cat([torch.zeros(0, dtype=kind), *(table[name] for table in tables)])
-    for name, spelled in free.items():
-        is_number = spelled == "torch.float64"
-        nothing = torch.tensor(float("nan"), dtype=torch.float64) if is_number else torch.tensor(draws.seed_of(""))
-        pieces = [table.get(name, nothing.expand(len(table["row"]))) for table in tables]
-        if nothing.dtype == torch.int64:
-            pieces = [draws.seeds_of_numbers(one) if one.is_floating_point() else one for one in pieces]
-        local[name] = torch.cat([nothing.new_zeros(0), *pieces])
-    whole = world.gather(local)
-    order = _sorted(whole)
-    table = {name: values[order] for name, values in whole.items()}
-    return table, {name.removeprefix("rows "): table[name] for name in free}
-
-
-def _places(whole: dict[str, Tensor], some: dict[str, Tensor]) -> Tensor:
-    """Where some targets are among all, which are sorted by row and position."""
-    row_R, row_M = whole["row"].unique(return_inverse=True)
-    longest = int(whole["position"].max()) + 1 if len(row_M) else 1
-    key_M = row_M * longest + whole["position"]
-    return torch.searchsorted(key_M, torch.searchsorted(row_R, some["row"]) * longest + some["position"])
-
-
-def _pruned(batch: Batch, keep_N: Tensor) -> tuple[Batch, Tensor]:
-    """A micro-batch without the rows of which nothing is kept, and the weights of the targets that are left.
-
-    Args:
-        batch: the micro-batch.
-        keep_N: the weights of its rows' own targets; those of virtual tokens stay as they are.
-    """
-    where = find_targets(batch)
-    row_N, own_N = where.row_N.cpu(), batch.token_ids_BT[where.row_N, where.source_N + 1].cpu() >= 0
-    kept_B = keep_N.new_zeros(len(batch.row_ids)).index_add(0, row_N[own_N], keep_N.abs()) > 0
-    every_N = keep_N.new_ones(len(row_N)).masked_scatter(own_N, keep_N)
-    if bool(kept_B.all()):
-        return batch, every_N
-    chosen = kept_B.nonzero()[:, 0].to(batch.token_ids_BT.device)
-    return batch.take(chosen), every_N[kept_B[row_N]]
-
-
-def _sorted(table: dict[str, Tensor]) -> Tensor:
-    by_position = table["position"].argsort(stable=True)
-    return by_position[table["row"][by_position].argsort(stable=True)]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from luthier.errors import LuthierError
 from luthier.kinds import Batch, PairLoss, Pairs, Reference, Side, Tensors, Term, View
+from luthier.rows.groups import check_pairs
 
 
 def _of_base(view: View) -> Tensor:
@@ -61,22 +61,6 @@ def _ahead(difference_P: Tensor) -> Tensor:
     return (difference_P.detach().sign() + 1.0) / 2.0
 
 
-def check_pairs(batch: Batch) -> None:
-    """Refuse rows that are no pairs.
-
-    Raises:
-        LuthierError: a row has no two answers.
-    """
-    paired = {place for group in batch.groups if len(group) == 2 for place in group}
-    odd = next((row for place, row in enumerate(batch.row_ids) if place not in paired), None)
-    if odd is not None:
-        raise LuthierError(
-            "a loss over pairs needs rows with a chosen and a rejected answer, and this row is none",
-            where=f"row {odd}",
-            mend="give rows with `prompt`, `chosen` and `rejected`, or use another objective, such as cross_entropy",
-        )
-
-
 def pairs_of(view: View, reference: Reference | None) -> Pairs:
     """The pairs of a micro-batch: what a loss over pairs reads.
 
@@ -87,6 +71,6 @@ def pairs_of(view: View, reference: Reference | None) -> Pairs:
     likely_B = view.sum_rows(-view["nll"] * view.weight_N)
     base_B = torch.zeros_like(likely_B) if reference is None else reference.read(view).detach().to(likely_B)
     targets_B = view.targets_by_row().clamp(min=1)
-    place_2P = torch.tensor(view.batch.groups, dtype=torch.int64, device=likely_B.device).reshape(-1, 2).t()
-    chosen, rejected = (Side(likely_B[place_P], base_B[place_P], targets_B[place_P]) for place_P in place_2P)
-    return Pairs(chosen, rejected, view)
+    place_2P = torch.tensor(view.batch.learnt_groups(), dtype=torch.int64, device=likely_B.device).reshape(-1, 2).t()
+    chosen, rejected = (Side.of(likely_B[place_P], base_B[place_P], targets_B[place_P]) for place_P in place_2P)
+    return Pairs(chosen, rejected, view, place_2P[0], chosen.gained_P - rejected.gained_P)

@@ -13,9 +13,11 @@ from luthier.kinds import (
     Batch,
     Keeper,
     Optimizer,
+    PairLoss,
     Prompt,
     Selective,
     Source,
+    StepLoss,
     Term,
     TokenLoss,
     TokenWeight,
@@ -50,7 +52,7 @@ BESIDE = ("half", "lora", "prompt_tuning", "spiel")
 """Rows of matrices, what stands beside them, what stands before the input, and scattered entries: everything that is learnt meets
 each of them."""
 
-MOST = {"tune": 7, "objective": 5, "input_map": 2, "term": 3, "token_loss": 2, "token_weight": 2}
+MOST = {"tune": 7, "objective": 6, "input_map": 2, "term": 3, "token_loss": 2, "pair_loss": 3, "step_loss": 2, "token_weight": 2}
 """How many of a key, or of a kind, stand in one combination; 1 of every other kind."""
 
 TRAITS: dict[str, Callable[[Any], bool]] = {
@@ -64,7 +66,10 @@ TRAITS: dict[str, Callable[[Any], bool]] = {
     ),
     "learns its prompt": lambda value: isinstance(value, Prompt) and value.labels is not None,
     "compares": lambda value: (
-        isinstance(value, Term | TokenLoss | TokenWeight) and any(one.at == "base" for one in passes_of(resolve(value.columns)))
+        (isinstance(value, PairLoss | StepLoss) and value.reference)
+        or (
+            isinstance(value, Term | TokenLoss | TokenWeight) and any(one.at == "base" for one in passes_of(resolve(value.columns)))
+        )
     ),
 }
 """What the values of techniques are like, where that is the reason for a refusal."""
@@ -75,6 +80,11 @@ REFUSED: dict[tuple[str, str], str] = {
     ("counts", "rule"): "count tokens differently",
     # Rows have one beginning.
     ("prompt", "prompt"): "is a second prompt",
+    # A rule could keep one answer of two.
+    ("rule", "pair_loss"): "these rows belong together",
+    ("rule", "step_loss"): "these rows belong together",
+    ("rule", "reference"): "these rows belong together",
+    ("reference", "reference"): "are both the reference",
     # The base knows nothing of tokens that are learnt.
     ("learns its prompt", "compares"): "compares with the base, which does not read the virtual tokens",
     # There is never a whole gradient, or none that went through the model.
@@ -182,6 +192,11 @@ def parts_for(chosen: Sequence[Technique]) -> dict[Technique, Part]:
     return {one: part_of(*one, options.get(one)) for one in chosen}
 
 
+def compares(part: Part) -> bool:
+    """Whether a part compares answers with a reference."""
+    return any(isinstance(value, PairLoss | StepLoss) and value.reference for value in part.values)
+
+
 def build(parts: dict[Technique, Part], **more: Any) -> Engine:
     """A run of these parts on a tiny model, with plain ones for what they leave open."""
     keys: dict[str, list[Any]] = {}
@@ -192,6 +207,8 @@ def build(parts: dict[Technique, Part], **more: Any) -> Engine:
     own = [value for part in keys["step"] for value in part.values if isinstance(value, Optimizer)]
     if not own or own[-1].takes is not None:
         keys["step"] = [*keys["step"], "adamw"]
+    if any(kind == "reference" for kind, _ in parts) and not any(compares(part) for part in parts.values()):
+        keys["objective"].append("dpo")
     keys.setdefault("tune", ["full"])
     chosen = completed(keys)
     return engine_of(more.pop("model", None) or model_of(), **{key: list(value) for key, value in chosen.items()}, **more)

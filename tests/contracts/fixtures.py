@@ -25,7 +25,7 @@ from luthier.runs.measure import likelihood_of_rows
 from luthier.training.build import build_engine
 from luthier.training.engine import Engine
 from tests.conftest import calibration, parts_of, split
-from tests.toys.helpers import TOYS, model_of, rows_of_eight
+from tests.toys.helpers import TOYS, model_of, rows_of_eight, rows_of_pairs
 
 NOW = Now(step=0, steps=20, learning_rate=0.1, factor=1.0)
 """The first of 20 steps, as the fixture `now`."""
@@ -92,6 +92,10 @@ def _learnt(part: Part) -> dict[str, Any]:
     return {"objective": ["cross_entropy", part]}
 
 
+def _compared(part: Part) -> dict[str, Any]:
+    return {"objective": [_plain("dpo", "objective"), part]}
+
+
 def _stepping(part: Part) -> dict[str, Any]:
     takes_all = part.kind == "optimizer" and part.values[0].takes is None
     return {"step": [part] if takes_all else [part, "adamw"]}
@@ -100,6 +104,9 @@ def _stepping(part: Part) -> dict[str, Any]:
 FIXTURES: dict[str, Fixture] = {
     **{kind: Fixture(rows_of_eight, _under("tune")) for kind in kinds_under("tune")},
     **{kind: Fixture(rows_of_eight, _learnt) for kind in ("input_map", "term", "token_loss")},
+    "pair_loss": Fixture(rows_of_pairs, _under("objective")),
+    "step_loss": Fixture(rows_of_pairs, _under("objective")),
+    "reference": Fixture(rows_of_pairs, _compared),
     "token_weight": Fixture(rows_of_eight, _under("token_weight")),
     "transform": Fixture(rows_of_eight, _stepping, by_step=True),
     "optimizer": Fixture(rows_of_eight, _stepping, by_step=True),
@@ -136,6 +143,9 @@ GIVEN: dict[str, dict[str, Any]] = {
     "loca": {"search": 0.2, "coefficient_steps": 1, "location_steps": 1, "dropout": 0.2},
     "lora": {"dropout": 0.2},
     "lt_sft": {"first": 0.1},
+    "following_reference": {"sync_every": 1},
+    "f_dpo": {"divergence": "alpha"},
+    "sppo_hard": {"beta": 0.5},
     "masked_thought": {"warmup": 0.05, "random_share": 0.5, "mask_id": 3},
     "neuroada": {"by": "gradient"},
     "noisefit": {"layers": 1},
@@ -158,6 +168,10 @@ OTHERS: dict[tuple[str, str], list[Any]] = {
     ("task_focal", "column"): ["quality"],
     ("likelihood", "models"): [("tiny:gpt2",)],
     ("poft", "column"): ["other_log_likelihood"],
+    ("margin", "column"): ["better"],
+    ("kto", "column"): ["verdict"],
+    ("stored_reference", "chosen"): ["other_chosen"],
+    ("stored_reference", "rejected"): ["reference_chosen"],
 }
 """Other values of options for which the type does not tell them, by technique and option."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,8 @@ def encoded(batch: Batch) -> EncodedRows:
         rows.append(
             Encoded(row, tuple(batch.token_ids_BT[i][real].tolist()), targets, "", columns, 0, "text", token_columns=tokens)
         )
+    if batch.groups:
+        rows = [replace(rows[group[0]], mates=tuple(rows[place] for place in group[1:])) for group in batch.groups]
     return EncodedRows.of(rows)
 
 

@@ -91,7 +91,8 @@ def test_both_sides_of_a_comparison_read_the_same(one: Technique, given: Techniq
     kinds = {one[0]: part_of(*one), given[0]: part_of(*given)}
     learnt = [part for kind, part in kinds.items() if key_of(kind) == "objective"]
     weights = [part for kind, part in kinds.items() if key_of(kind) == "token_weight"]
-    run = engine_of(objective=["cross_entropy", *learnt], token_weight=weights)
+    comparing = ["dpo"] if one[0] == "reference" else []
+    run = engine_of(objective=["cross_entropy", *comparing, *learnt], token_weight=weights)
     batch, now = rows_for(kinds), NOW._replace(step=NOW.steps - 1)
     passes = [other for other in passes_of(run.objective.columns()) if other.at]
     columns = [Column(f"nll of {p.name}", lambda chunk, p=p: nll(chunk.others[p.name], chunk.label_C), (p,)) for p in passes]
@@ -104,7 +105,9 @@ def test_both_sides_of_a_comparison_read_the_same(one: Technique, given: Techniq
         assert torch.allclose(view[column.name], view["nll"].detach(), atol=1e-5), column.name
 
 
-BESIDE_A_LEARNT_PROMPT = [one for one in LEARNING if refused(one, ("prompt", "cpt")) is None and one[0] != "input_map"]
+BESIDE_A_LEARNT_PROMPT = [
+    one for one in LEARNING if refused(one, ("prompt", "cpt")) is None and one[0] not in ("input_map", "reference")
+]
 
 
 @pytest.mark.parametrize("one", BESIDE_A_LEARNT_PROMPT, ids=lambda one: one[1])

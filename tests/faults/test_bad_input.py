@@ -206,7 +206,7 @@ FILES: list[tuple[str, Content, list[str], str]] = [
     ("rows.jsonl", [{**ROWS[0], **_said(("user", "a"))}], ["rows.jsonl:1"], "say which one"),
     ("rows.jsonl", [{"text": "a", "label": float("nan")}], ["rows.jsonl:1"], "mend this row"),
     ("rows.jsonl", [{"prompt": "a", "choices": ["x", "y"], "answer": 7}], ["rows.jsonl:1"], "mend this row"),
-    ("rows.jsonl", [{"prompt": "a", "chosen": "b", "rejected": "c"}], ["rows.jsonl:1", "(row "], "pair"),
+    ("rows.jsonl", [{"prompt": "a", "chosen": "b", "rejected": "c"}], ["rows.jsonl:1", "(row "], "dpo"),
     ("rows.jsonl", [_said(("usr", "a"), ("assistant", "b"))], ["rows.jsonl:1"], "`user`"),
     ("rows.jsonl", [_said((["user"], "a"), ("assistant", "b"))], ["rows.jsonl:1"], "`user`"),
     ("rows.jsonl", [{"messages": []}], ["rows.jsonl:1"], "mend this row"),

@@ -222,9 +222,9 @@ def test_an_empty_accepted_answer_is_refused(tmp_path: Path) -> None:
 def test_a_preference_without_a_prompt_says_what_is_missing() -> None:
     """The offer was the key itself: did you mean `rejected`?"""
     with pytest.raises(LuthierError) as refused:
-        read([{"chosen": [USER, {"role": "assistant", "content": "a"}], "rejected": [USER, {"role": "assistant", "content": "b"}]}])
-    assert refused.value.what == "the row has `chosen`, `rejected`, and lacks `prompt` for the shape prompt+chosen+rejected"
-    assert "did you mean" not in refused.value.mend
+        read([{"chosen": "a", "rejected": "b"}])
+    assert "`chosen` and `rejected` have no prompt in common" in refused.value.what
+    assert "did you mean" not in refused.value.mend and "add a `prompt`" in refused.value.mend
     for record, lacks in (
         ({"instruction": "q", "response": "a"}, "lacks `output` for the shape instruction+output"),
         ({"question": "q", "solution": "a"}, "lacks `answer` for the shape question+answer"),

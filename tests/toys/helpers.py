@@ -52,6 +52,25 @@ def rows_of_eight(**options: Any) -> Batch:
     return batch._replace(token_columns=dict.fromkeys(ANNOTATED, numbers_BT))
 
 
+def rows_of_pairs(**options: Any) -> Batch:
+    """Four pairs of unequal answers to the same prompts, with the columns and numbers of `rows_of_eight`, and what losses over pairs
+    read."""
+    batch = with_columns(make_batch([(9, 4), (7, 2), (12, 2), (13, 3), (7, 6), (10, 9), (8, 3), (6, 1)], **options))
+    groups = tuple((place, place + 1) for place in range(0, 8, 2))
+    for first, second in groups:
+        prompt = int((batch.label_BT[first] >= 0).nonzero()[0])
+        batch.token_ids_BT[second, :prompt] = batch.token_ids_BT[first, :prompt]
+    firsts = torch.tensor([first for first, _ in groups]).repeat_interleave(2)
+    columns = {name: column[firsts] for name, column in batch.columns.items()}
+    columns |= {"margin": torch.linspace(0.1, 2.0, 8)[firsts], "better": torch.linspace(1.5, 0.2, 8)[firsts]}
+    columns |= {"label": (firsts % 4 > 0).double(), "verdict": (firsts > 2).double()}
+    stored = {"reference_chosen": -21.0, "reference_rejected": -19.5, "other_chosen": -18.0}
+    columns |= {name: value - torch.arange(8.0)[firsts] for name, value in stored.items()}
+    texts = {name: tuple(values[place] for place in firsts) for name, values in batch.texts.items()}
+    numbers_BT = ((batch.position_BT + 2) % 9).float()
+    return batch._replace(columns=columns, texts=texts, token_columns=dict.fromkeys(ANNOTATED, numbers_BT), groups=groups)
+
+
 def gradients(engine: Engine, batches: Sequence[Batch], now: Now) -> dict[str, Tensor]:
     """The gradients one step would use, by name, without taking the step; observed dense ones too."""
     batches = [batch for batch in batches if batch.row_ids]
@@ -59,7 +78,9 @@ def gradients(engine: Engine, batches: Sequence[Batch], now: Now) -> dict[str, T
     batches, keeps = (batches, None) if looked is None else (looked.batches, looked.keeps)
     units = engine.objective.units(batches, keeps, engine.world)
     engine.tune.start_observing(now)
-    engine.source.gradients(Work(engine, batches, now, units, keeps))
+    work = Work(engine, batches, now, units, keeps)
+    work.gather()
+    engine.source.gradients(work)
     found = {name: one.gradient.clone() for name, one in engine.tune.trained.items() if one.gradient is not None}
     found |= {f"dense {place}": value.clone() for (_, place), value in engine.tune.dense.items()}
     engine.tune.free_gradients()

@@ -132,8 +132,6 @@ def test_rows_without_one_answer_say_so() -> None:
     with pytest.raises(LuthierError, match="no one answer to learn; it has `response`, `prompt`") as prompt_only:
         encode(row_of({"prompt": "q", "response": "a"}), tokenizer)
     assert prompt_only.value.mend == "add a `completion`"
-    with pytest.raises(LuthierError, match="no one answer to learn"):
-        encode(row_of({"prompt": "q", "chosen": "a", "rejected": "b"}), tokenizer)
     with pytest.raises(LuthierError, match="no assistant turn to learn"):
         encode(row_of({"messages": [USER]}), tokenizer)
 

@@ -38,6 +38,29 @@ SHAPES: list[tuple[dict[str, Any], str, dict[str, Any]]] = [
         "prompt+chosen+rejected",
         {"prompt": "q", "chosen": "a", "rejected": "b"},
     ),
+    (
+        {"chosen": [USER, ASSISTANT], "rejected": [USER, {"role": "assistant", "content": "b"}]},
+        "prompt+chosen+rejected",
+        {"prompt": [USER], "chosen": [ASSISTANT], "rejected": [{"role": "assistant", "content": "b"}]},
+    ),
+    (
+        {
+            "conversations": [{"from": "human", "value": "q"}],
+            "chosen": {"from": "gpt", "value": "a"},
+            "rejected": {"from": "gpt", "value": "b"},
+        },
+        "prompt+chosen+rejected",
+        {"prompt": [USER], "chosen": [ASSISTANT], "rejected": [{"role": "assistant", "content": "b"}]},
+    ),
+    (
+        {"members": [{"text": "t"}, {"text": "u"}]},
+        "members",
+        {
+            "members": [
+                Row(f"1/{i}", "text", {"text": text}, f"file.jsonl:7: members[{i}]", derived=True) for i, text in enumerate("tu")
+            ]
+        },
+    ),
     ({"prompt": "q", "answer": "a"}, "prompt+answer", {"prompt": "q", "answer": ["a"]}),
     ({"question": "q", "answer": ["a", "b"]}, "prompt+answer", {"prompt": "q", "answer": ["a", "b"]}),
     ({"prompt": "q", "answer": 42}, "prompt+answer", {"prompt": "q", "answer": ["42"]}),

@@ -13,7 +13,7 @@ from luthier.registry import method
     title="Identity Preference Optimization",
     paper="arXiv:2310.12036",
     reduces_to="length_normalized false: the paper's sums over tokens",
-    departs="margins are of means over an answer's tokens, as its authors and TRL came to do, unless `length_normalized` is false",
+    departs="margins are of means over an answer's tokens, which TRL's authors learned from the paper's to be what was run there",
     learning_rate=1e-6,
 )
 def ipo(*, beta: float = 0.1, length_normalized: bool = True, weight: float = 1.0) -> PairLoss:

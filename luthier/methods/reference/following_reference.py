@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from luthier.columns.losses import nll
 from luthier.errors import LuthierError
 from luthier.kinds import Column, Keeper, OtherPass, Reference, Services, State, View
-from luthier.columns.losses import nll
 from luthier.registry import method
 
 PASS = OtherPass("following", at="following")
@@ -31,7 +31,9 @@ def following_reference(*, sync_every: int = 512, mix: float = 0.6) -> tuple[Ref
         LuthierError: an option is out of range.
     """
     if sync_every < 1:
-        raise LuthierError(f"the reference moves every {sync_every} steps", where="following_reference: sync_every", mend="use 1 or more")
+        raise LuthierError(
+            f"the reference moves every {sync_every} steps", where="following_reference: sync_every", mend="use 1 or more"
+        )
     if not 0.0 <= mix <= 1.0:
         raise LuthierError(f"the share is {mix}", where="following_reference: mix", mend="use 0 to 1")
 

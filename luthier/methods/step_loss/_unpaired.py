@@ -1,0 +1,56 @@
+"""Rows with an answer and a verdict, each beside the answer to another row."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from luthier.errors import LuthierError
+from luthier.rows.shapes import Row
+
+
+def beside_other_answers(rows: Sequence[Row], column: str, name: str) -> list[Row]:
+    """Groups of two rows: each row, and its prompt with the answer of the next one.
+
+    Args:
+        rows: checked rows with a prompt, an answer and a number.
+        column: the number's key.
+        name: the technique's, for errors.
+
+    Raises:
+        LuthierError: a row has no prompt, answer or number, or there is one row alone.
+    """
+    asked = [_answered(row, column, name) for row in rows]
+    if len(asked) < 2:
+        raise LuthierError("there is one row, and no other answer to compare with", where=name, mend="train on two rows or more")
+    others = [*asked[1:], asked[0]]
+    return [
+        replace(row, shape="members", fields={"members": [row, _with_answer(row, other)]})
+        for row, other in zip(asked, others, strict=True)
+    ]
+
+
+def _answered(row: Row, column: str, name: str) -> Row:
+    if not isinstance(row.columns.get(column), int | float):
+        raise LuthierError(
+            f"the row has no label `{column}`, true where its answer is liked and false where it is not",
+            where=row.where,
+            mend="add it",
+        )
+    if row.shape == "prompt+completion":
+        return row
+    if row.shape == "messages":
+        messages = row.fields["messages"]
+        if len(messages) > 1 and messages[-1]["role"] == "assistant":
+            rest = {key: value for key, value in row.fields.items() if key != "messages"}
+            fields = {**rest, "prompt": messages[:-1], "completion": messages[-1:]}
+            return replace(row, shape="prompt+completion", fields=fields)
+    raise LuthierError(
+        f"`{name}` needs rows with a prompt and an answer, and this row is `{row.shape}`",
+        where=row.where,
+        mend="give `prompt` and `completion`, or `messages` that end with an assistant's",
+    )
+
+
+def _with_answer(row: Row, other: Row) -> Row:
+    return replace(row, id=f"{row.id}/other", fields={**row.fields, "completion": other.fields["completion"]})

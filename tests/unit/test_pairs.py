@@ -1,0 +1,259 @@
+"""Losses over pairs: their numbers by hand, what they are compared with, and what else learns from the same rows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from luthier import registry
+from luthier.errors import LuthierError
+from luthier.kinds import Batch, Now, PairLoss, Pairs, Side, View
+from luthier.models.attention import use_attention
+from tests.conftest import make_batch, split
+from tests.toys.helpers import gap, gradients, model_of, rows_of_pairs
+
+
+def side(likely: Sequence[float], reference: Sequence[float] | None, tokens: Sequence[int]) -> Side:
+    likely_P = torch.tensor(likely, dtype=torch.float64, requires_grad=True)
+    base_P = torch.zeros_like(likely_P) if reference is None else torch.tensor(reference, dtype=torch.float64)
+    return Side.of(likely_P, base_P.detach(), torch.tensor(tokens))
+
+
+def pairs_with(chosen: Side, rejected: Side, **columns: Sequence[float]) -> Pairs:
+    rows = [*range(len(chosen.targets_P))]
+    batch = make_batch([(3, 1)] * len(rows))._replace(columns={name: torch.tensor(value) for name, value in columns.items()})
+    view = View(batch, {}, label_N=torch.zeros(0), row_N=torch.zeros(0), position_N=torch.zeros(0))
+    return Pairs(chosen, rejected, view, torch.tensor(rows), chosen.gained_P - rejected.gained_P)
+
+
+def loss_of(name: str, pairs: Pairs, **options: Any) -> Tensor:
+    part = registry.make({name: options}, ("pair_loss",))
+    (value,) = (value for value in part.values if isinstance(value, PairLoss))
+    return value.loss(pairs)
+
+
+def log_sigmoid(x: float) -> float:
+    return -math.log1p(math.exp(-x))
+
+
+GAINED = (1.2, -0.7)
+"""By what the two answers of one pair gained on the reference, which found them at -20 and -31 nats."""
+WANTED: list[tuple[str, dict[str, Any], float]] = [
+    ("dpo", {"beta": 0.3}, -log_sigmoid(0.57)),
+    ("dpo", {"beta": 0.3, "smoothing": 0.2}, -0.8 * log_sigmoid(0.57) - 0.2 * log_sigmoid(-0.57)),
+    ("dpo", {"beta": 5.0, "length_normalized": True}, -log_sigmoid(5.0 * (1.2 / 4 + 0.7 / 8))),
+    ("robust", {"beta": 0.3, "wrong": 0.2}, (0.2 * log_sigmoid(-0.57) - 0.8 * log_sigmoid(0.57)) / 0.6),
+    ("ipo", {"beta": 0.5}, (1.2 / 4 + 0.7 / 8 - 1.0) ** 2),
+    ("ipo", {"beta": 0.5, "length_normalized": False}, (1.9 - 1.0) ** 2),
+    ("hinge", {"beta": 0.3}, 0.43),
+    ("hinge", {"beta": 0.6}, 0.0),
+    ("apo_zero", {"beta": 0.3}, 1 - 1 / (1 + math.exp(-0.36)) + 1 / (1 + math.exp(0.21))),
+    ("apo_down", {"beta": 0.3}, 1 / (1 + math.exp(-0.36)) + 1 - 1 / (1 + math.exp(-0.57))),
+    (
+        "exo",
+        {"beta": 0.3, "smoothing": 0.1},
+        (log_sigmoid(0.57) - math.log(0.9)) / (1 + math.exp(-0.57)) + (log_sigmoid(-0.57) - math.log(0.1)) / (1 + math.exp(0.57)),
+    ),
+    ("nca", {"beta": 0.3}, -log_sigmoid(0.36) - 0.5 * log_sigmoid(-0.36) - 0.5 * log_sigmoid(0.21)),
+    ("sppo_hard", {"beta": 0.25}, (1.2 - 2.0) ** 2 + (-0.7 + 2.0) ** 2),
+    (
+        "discopop",
+        {"beta": 0.3, "temperature": 0.5},
+        -log_sigmoid(0.57) * (1 - 1 / (1 + math.exp(-1.14))) + math.exp(-0.57) / (1 + math.exp(-1.14)),
+    ),
+    ("f_dpo", {"beta": 0.3, "divergence": "reverse_kl"}, -log_sigmoid(0.57)),
+    ("f_dpo", {"beta": 0.3, "divergence": "forward_kl"}, -log_sigmoid(0.3 * (math.exp(0.7) - math.exp(-1.2)))),
+    (
+        "f_dpo",
+        {"beta": 0.3, "divergence": "jensen_shannon"},
+        -log_sigmoid(0.3 * (log_sigmoid(1.2) - log_sigmoid(-0.7))),
+    ),
+    (
+        "f_dpo",
+        {"beta": 0.3, "divergence": "alpha", "alpha": 0.25},
+        -log_sigmoid(0.3 * ((1 - math.exp(-0.3)) - (1 - math.exp(0.175))) / 0.25),
+    ),
+    ("margin", {"beta": 0.3, "scale": 2.0}, -log_sigmoid(0.57 - 1.0)),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "wanted"), WANTED, ids=lambda value: str(value) if not isinstance(value, float) else ""
+)
+def test_losses_with_a_reference_by_hand(name: str, options: dict[str, Any], wanted: float) -> None:
+    chosen, rejected = side([-20.0 + GAINED[0]], [-20.0], [4]), side([-31.0 + GAINED[1]], [-31.0], [8])
+    found = loss_of(name, pairs_with(chosen, rejected, margin=[0.5]), **options)
+    assert found.tolist() == [pytest.approx(wanted, rel=1e-12)]
+
+
+def test_losses_without_a_reference_by_hand() -> None:
+    chosen, rejected = side([-2.0], None, [4]), side([-8.0], None, [8])
+    pairs = pairs_with(chosen, rejected)
+    assert loss_of("simpo", pairs, beta=2.0, margin=0.3).item() == pytest.approx(-log_sigmoid(2.0 * 0.5 - 0.3), rel=1e-12)
+    assert loss_of("cpo", pairs, beta=0.1, smoothing=0.2).item() == pytest.approx(
+        -0.8 * log_sigmoid(0.6) - 0.2 * log_sigmoid(-0.6), rel=1e-12
+    )
+    # The term of the odds, and both gradients, at mean log-likelihoods of -0.5 and -1.
+    odds = loss_of("orpo", pairs)
+    assert odds.item() == pytest.approx(0.320300, abs=1e-6)
+    absolute = loss_of("absolute_likelihood", pairs, beta=0.1)
+    assert absolute.item() == pytest.approx(0.595868, abs=1e-6)
+
+
+def test_absolute_likelihoods_pull_apart() -> None:
+    """The chosen answer's gradient does not depend on the rejected one; that of the rejected one is its odds."""
+    for likely in (-8.0, -80.0, -0.8):
+        chosen, rejected = side([-2.0], None, [4]), side([likely], None, [8])
+        found = loss_of("absolute_likelihood", pairs_with(chosen, rejected), beta=0.1)
+        of_chosen, of_rejected = torch.autograd.grad(found.sum(), [chosen.log_likelihood_P, rejected.log_likelihood_P])
+        odds = math.exp(likely / 8) / (1 - math.exp(likely / 8))
+        assert of_chosen.item() == pytest.approx(-1.1 / 4, rel=1e-12)
+        assert of_rejected.item() == pytest.approx(0.1 * odds / 8, rel=1e-9)
+
+
+@pytest.mark.parametrize("likely", [0.0, -1e-9, -0.6931, -0.6932, -60.0, -800.0])
+def test_odds_are_finite_where_an_answer_is_certain_or_impossible(likely: float) -> None:
+    for name in ("orpo", "absolute_likelihood"):
+        for chosen, rejected in ((likely, -1.0), (-1.0, likely)):
+            one, other = side([chosen], None, [1]), side([rejected], None, [1])
+            found = loss_of(name, pairs_with(one, other))
+            slopes = torch.autograd.grad(found.sum(), [one.log_likelihood_P, other.log_likelihood_P])
+            assert bool(found.isfinite().all()) and all(bool(slope.isfinite().all()) for slope in slopes), (name, chosen, rejected)
+
+
+def test_regularized_preference_optimization_in_both_forms() -> None:
+    """The two forms differ by beta, too; either pulls the chosen answer up however large the margin is."""
+    chosen, rejected = side([-6.0], [-8.0], [4]), side([-9.0], [-9.0], [2])
+    pairs = pairs_with(chosen, rejected)
+    assert loss_of("rpo", pairs, beta=0.1, eta=0.2).item() == pytest.approx(0.898139, abs=1e-6)
+    assert loss_of("rpo", pairs, beta=0.1, eta=0.2, form="cumulative").item() == pytest.approx(0.718139, abs=1e-6)
+    certain = pairs_with(side([-6.0], [-6000.0], [4]), side([-9000.0], [-9.0], [2]))
+    found = loss_of("rpo", certain, beta=0.1, eta=0.2, form="cumulative")
+    (slope,) = torch.autograd.grad(found.sum(), [certain.chosen.log_likelihood_P])
+    assert slope.item() == pytest.approx(-0.02, rel=1e-12)
+
+
+def alone(batch: Batch, places: Sequence[int]) -> Batch:
+    return batch.take(torch.tensor(places))._replace(groups=())
+
+
+def test_other_objectives_learn_from_the_chosen_answer_alone(engine: Any, now: Now) -> None:
+    """Beside a loss over pairs cross-entropy would teach the rejected answers, too."""
+    batch = rows_of_pairs()
+    both = engine(objective=[{"dpo": {"weight": 0.0}}, "cross_entropy"])
+    plain = engine()
+    wanted = gradients(plain, [alone(batch, [0, 2, 4, 6])], now)
+    assert gap(gradients(both, split(batch, (4, 4)), now), wanted) < 1e-12
+    result = both.step([batch], now)
+    assert result.nll == pytest.approx(plain.step([alone(batch, [0, 2, 4, 6])], now).nll, rel=1e-12)
+
+
+def test_a_pair_is_what_it_is_whatever_stands_beside_it(engine: Any, now: Now) -> None:
+    """Margins do not depend on the other pairs, on padding, on the mate's length or on packing, and are 0 before training."""
+    batch, model = rows_of_pairs(), model_of()
+    use_attention(model)
+    run = engine(objective="dpo", model=model)
+    first = run.step([batch], now._replace(learning_rate=0.05))
+    assert first.loss == pytest.approx(math.log(2.0), rel=1e-12) and first.notes["reward margin"] == 0.0
+    assert first.notes["reward accuracy"] == 0.5
+    margins = []
+    for packs, some in ((False, (batch,)), (True, (batch,)), (False, split(batch, (2, 2, 2, 2)))):
+        run.tune.packs = packs
+        seen = [run.objective.see(run.tune, one, now, services_of=lambda slot: run.services(slot, now)) for one in some]
+        margins.append([run.objective.terms[0].term.total(one, {}) for one in seen])
+    totals = [float(sum(one)) for one in margins]
+    assert totals[0] != pytest.approx(4 * math.log(2.0), rel=1e-3)
+    assert totals == pytest.approx([totals[0]] * 3, rel=1e-10)
+
+
+def test_token_weights_count_in_both_likelihoods(engine: Any, now: Now) -> None:
+    """A weight counted in the model's likelihood and not in the reference's: the margin before training was not 0."""
+    run = engine(objective="dpo", token_weight="dft")
+    found = run.step([rows_of_pairs()], now)
+    assert found.loss == pytest.approx(math.log(2.0), rel=1e-12) and found.notes["chosen log-likelihood"] > -1.0
+
+
+def test_a_stored_reference_is_the_base_where_it_holds_the_bases_numbers(engine: Any, now: Now) -> None:
+    batch = rows_of_pairs()
+    view = engine().services("full", now).forward(batch, ["nll"])
+    likely_B = -view.sum_rows(view["nll"])
+    chosen_B, rejected_B = likely_B[0::2].repeat_interleave(2), likely_B[1::2].repeat_interleave(2)
+    held = batch._replace(columns={**batch.columns, "reference_chosen": chosen_B, "reference_rejected": rejected_B})
+    found = []
+    for objective in ("dpo", ["dpo", "stored_reference"]):
+        run = engine(objective=objective)
+        for step in range(3):
+            run.step([held], now._replace(step=step))
+        found.append(gradients(run, [held], now))
+    assert gap(found[1], found[0]) < 1e-9
+
+
+def test_a_reference_follows_at_its_steps(engine: Any, now: Now) -> None:
+    """The margin is 0 again right behind a step at which the whole model becomes the reference, and not before."""
+    run = engine(objective=["dpo", {"following_reference": {"sync_every": 2, "mix": 1.0}}])
+    margins = [run.step([rows_of_pairs()], now._replace(step=step)).notes["reward margin"] for step in range(5)]
+    assert margins[0] == margins[2] == margins[4] == 0.0 and margins[1] > 0.0 and margins[3] > 0.0
+    half = engine(objective=["dpo", {"following_reference": {"sync_every": 1, "mix": 0.25}}])
+    still = engine(objective=["dpo", {"following_reference": {"sync_every": 1, "mix": 0.0}}])
+    base = engine(objective="dpo")
+    for step in range(2):
+        told = [one.step([rows_of_pairs()], now._replace(step=step)).notes["reward margin"] for one in (half, still, base)]
+    assert told[1] == pytest.approx(told[2], rel=1e-12) and 0.5 * told[2] < told[0] < 0.8 * told[2]
+
+
+@pytest.mark.parametrize(
+    ("objective", "rows", "words"),
+    [
+        ("dpo", make_batch([(5, 2), (6, 3)]), "needs rows with a chosen and a rejected answer"),
+        ("margin", rows_of_pairs()._replace(columns={}), "has no number `margin`"),
+        (["dpo", "stored_reference"], rows_of_pairs()._replace(columns={}), "has no log-likelihood `reference_chosen`"),
+    ],
+    ids=str,
+)
+def test_rows_that_lack_what_a_loss_over_pairs_reads_are_refused(engine: Any, objective: Any, rows: Batch, words: str) -> None:
+    checks = [one.term.check for one in engine(objective=objective).objective.terms if one.term.check is not None]
+    with pytest.raises(LuthierError, match=words):
+        for check in checks:
+            check(rows)
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        ({"objective": ["cross_entropy", "stored_reference"]}, "nothing compares them"),
+        ({"objective": ["dpo", "stored_reference", "following_reference"]}, "are both the reference"),
+        ({"objective": ["simpo", "following_reference"]}, "nothing compares them"),
+    ],
+    ids=str,
+)
+def test_references_that_nothing_reads_are_refused(engine: Any, keys: dict[str, Any], words: str) -> None:
+    with pytest.raises(LuthierError, match=words):
+        engine(**keys)
+
+
+def test_rules_over_a_step_do_not_choose_between_two_answers(engine: Any, now: Now) -> None:
+    run = engine(objective="dpo", token_weight="random_step_rows", model=model_of())
+    with pytest.raises(LuthierError, match="these rows belong together"):
+        run.step([rows_of_pairs()], now)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("dpo", {"beta": 0.0}),
+        ("dpo", {"smoothing": 0.5}),
+        ("robust", {"wrong": -0.1}),
+        ("exo", {"smoothing": 0.0}),
+        ("f_dpo", {"alpha": 1.0}),
+        ("discopop", {"temperature": 0.0}),
+    ],
+    ids=str,
+)
+def test_options_out_of_range_are_refused(name: str, options: dict[str, Any]) -> None:
+    with pytest.raises(LuthierError, match=f"{next(iter(options.values()))}"):
+        registry.make({name: options}, ("pair_loss",))

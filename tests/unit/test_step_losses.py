@@ -1,0 +1,155 @@
+"""Losses of a whole step: by hand, whatever micro-batches its rows are in, and the rows that they need."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from luthier import registry
+from luthier.errors import LuthierError
+from luthier.kinds import Now, RowMap, RowTable, StepLoss
+from luthier.rows.read import read
+from tests.conftest import split
+from tests.toys.helpers import gap, gradients, rows_of_pairs, toys  # noqa: F401
+
+
+def value_of(name: str, **options: Any) -> StepLoss:
+    return next(one for one in registry.make({name: options}, ("step_loss",)).values if isinstance(one, StepLoss))
+
+
+def table(value: list[Any], **columns: list[float]) -> RowTable:
+    groups = tuple((place, place + 1) for place in range(0, len(value), 2))
+    numbers = {name: torch.tensor(column, dtype=torch.float64) for name, column in columns.items()}
+    return RowTable(torch.tensor(value, dtype=torch.float64, requires_grad=True), groups, numbers, Now())
+
+
+def sigmoid(x: float) -> float:
+    return 1 / (1 + math.exp(-x))
+
+
+def test_kahneman_tversky_by_hand() -> None:
+    """Gains of 3 (liked) and 1 (disliked) nats against a mean gain of 0.5 on other answers; no gradient goes through that."""
+    rows = table([3.0, 1.5, 1.0, -0.5], label=[1.0, 1.0, 0.0, 0.0])
+    found = value_of("kto", beta=0.2, liked=1.5, disliked=0.5).loss(rows)
+    assert found.item() == pytest.approx(1.5 * (1 - sigmoid(0.2 * 2.5)) + 0.5 * (1 - sigmoid(-0.2 * 0.5)), rel=1e-12)
+    (slope,) = torch.autograd.grad(found, rows.value)
+    up, down = sigmoid(0.5), sigmoid(-0.1)
+    assert slope.tolist() == pytest.approx([-1.5 * 0.2 * up * (1 - up), 0.0, 0.5 * 0.2 * down * (1 - down), 0.0], rel=1e-12)
+
+
+def test_the_model_is_not_taken_to_have_moved_backwards() -> None:
+    rows = table([3.0, -4.0], label=[1.0, 1.0])
+    assert value_of("kto", beta=0.2).loss(rows).item() == pytest.approx(1 - sigmoid(0.6), rel=1e-12)
+
+
+def test_optimal_transport_compares_quantiles() -> None:
+    """Two pairs whose margins are 4 and 1, and 2 and 3 under the reference: sorted, 1 beside 2 and 4 beside 3."""
+    rows = table([[-10.0, -10.0], [-14.0, -12.0], [-6.0, -6.0], [-7.0, -9.0]])
+    wanted = -math.log(sigmoid(-0.5)) - math.log(sigmoid(0.5))
+    assert value_of("aot", beta=0.5).loss(rows).item() == pytest.approx(wanted, rel=1e-12)
+    softer = sum(-0.9 * math.log(sigmoid(x)) - 0.1 * math.log(sigmoid(-x)) for x in (-0.5, 0.5))
+    assert value_of("aot", beta=0.5, smoothing=0.1).loss(rows).item() == pytest.approx(softer, rel=1e-12)
+    unpaired = table([2.0, 3.0, 1.0, -1.0])
+    wanted = -math.log(sigmoid(0.5 * 2)) - math.log(sigmoid(-0.5 * 1))
+    assert value_of("aot_unpaired", beta=0.5).loss(unpaired).item() == pytest.approx(wanted, rel=1e-12)
+
+
+def test_answers_are_classified_against_the_middle_of_the_step() -> None:
+    rows = table([2.0, 1.0, 4.0, -1.0])
+    middle = 0.1 * (3.0 + 0.0) / 2
+    wanted = -sum(math.log(sigmoid(0.1 * x - middle)) for x in (2, 4)) - sum(math.log(sigmoid(middle - 0.1 * x)) for x in (1, -1))
+    found = value_of("bco", beta=0.1).loss(rows)
+    assert found.item() == pytest.approx(wanted, rel=1e-12)
+    (slope,) = torch.autograd.grad(found, rows.value)
+    assert slope[0].item() == pytest.approx(-0.1 * sigmoid(middle - 0.2), rel=1e-12), "a gradient went through the middle"
+    plain = -sum(math.log(sigmoid(x)) for x in (0.2, 0.4, -0.1, 0.1))
+    assert value_of("bco", beta=0.1, shift=False).loss(rows).item() == pytest.approx(plain, rel=1e-12)
+
+
+@pytest.mark.parametrize("name", ["aot", "aot_unpaired"])
+def test_one_pair_a_step_is_dpo(engine: Any, now: Now, name: str) -> None:
+    pair = split(rows_of_pairs(), (2, 6))[0]
+    found = []
+    for objective in (name, "dpo"):
+        run = engine(objective=objective, step="sgd")
+        told = [run.step([pair], now._replace(step=step)).loss for step in range(3)]
+        found.append((told, gradients(run, [pair], now)))
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-12)
+
+
+def test_the_loss_that_is_told_is_that_of_the_whole_step(engine: Any, now: Now) -> None:
+    """Parts of micro-batches add up to it, however the step is split, also where the model drops numbers while it learns."""
+    losses = []
+    for sizes in ((8,), (2, 4, 2), (2, 2, 2, 2)):
+        run = engine(objective="kto", step="sgd")
+        batch = rows_of_pairs()
+        batch = batch._replace(columns={"label": torch.tensor([1.0, 1, 0, 0, 1, 1, 0, 0])})
+        losses.append([run.step(split(batch, sizes), now._replace(step=step)).loss for step in range(3)])
+    assert losses[0][2] < losses[0][0]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-12) and losses[2] == pytest.approx(losses[0], rel=1e-12)
+    assert losses[0][0] == pytest.approx(0.5, rel=1e-12)
+
+
+def test_rows_stand_beside_the_answer_to_the_next_one() -> None:
+    rows = list(
+        read(
+            [
+                {"id": "a", "prompt": "1?", "completion": "one", "label": True},
+                {
+                    "id": "b",
+                    "messages": [{"role": "user", "content": "2?"}, {"role": "assistant", "content": "two"}],
+                    "label": False,
+                },
+            ]
+        )
+    )
+    map_ = next(one for one in registry.make("kto", ("step_loss",)).values if isinstance(one, RowMap))
+    first, second = map_.map(rows, None)  # type: ignore[arg-type]
+    own, other = first.fields["members"]
+    assert (first.id, first.shape, first.columns["label"], second.columns["label"]) == ("a", "members", 1, 0)
+    assert own.fields["completion"] == "one" and other.fields["prompt"] == "1?"
+    assert other.fields["completion"][0]["content"] == "two" and other.id == "a/other"
+    assert second.fields["members"][1].fields["completion"] == "one"
+
+
+@pytest.mark.parametrize(
+    ("records", "words"),
+    [
+        ([{"prompt": "1?", "completion": "one"}] * 2, "the row has no label `label`"),
+        ([{"prompt": "1?", "completion": "one", "label": True}], "there is one row"),
+        ([{"text": "one", "label": 1}, {"text": "two", "label": 0}], "needs rows with a prompt and an answer"),
+    ],
+    ids=str,
+)
+def test_rows_without_a_verdict_or_an_answer_are_refused(records: list[dict[str, Any]], words: str) -> None:
+    map_ = next(one for one in registry.make("kto", ("step_loss",)).values if isinstance(one, RowMap))
+    with pytest.raises(LuthierError, match=words):
+        map_.map(list(read(records)), None)  # type: ignore[arg-type]
+
+
+def test_sources_without_a_backward_pass_look_at_the_step_again(engine: Any, now: Now, toys: None) -> None:
+    """A loss at other weights would have been that of the weights before, had the step not been looked at anew."""
+    run = engine(objective="kto", source="zeroth_order", step="sgd")
+    batch = rows_of_pairs()._replace(columns={"label": torch.tensor([1.0, 1, 0, 0, 1, 1, 0, 0])})
+    found = [run.step([batch], now._replace(step=step)).loss for step in range(2)]
+    assert found[0] == pytest.approx(0.5, abs=0.01) and found[1] != found[0]
+
+
+def test_gradients_are_right_by_differences(engine: Any, now: Now) -> None:
+    """Of a step in three micro-batches, along the gradient itself."""
+    batch = rows_of_pairs()._replace(columns={"label": torch.tensor([1.0, 1, 0, 0, 1, 1, 0, 0])})
+    run = engine(objective={"bco": {"shift": False}}, step="sgd")
+    run.step([batch], now)
+    slopes = gradients(run, split(batch, (2, 4, 2)), now)
+    size = math.sqrt(sum(float(one.square().sum()) for one in slopes.values()))
+    masters = {name: one.master.detach().clone() for name, one in run.tune.trained.items()}
+
+    def moved(by: float) -> float:
+        run.tune.set({name: masters[name] + by * slopes[name] / size for name in masters})
+        return float(run.step(split(batch, (2, 4, 2)), now._replace(learning_rate=0.0)).loss)
+
+    assert (moved(1e-5) - moved(-1e-5)) / 2e-5 == pytest.approx(size, rel=1e-6)
+    assert gap(gradients(run, [batch], now), gradients(run, split(batch, (4, 4)), now)) < 1e-10
