@@ -27,6 +27,12 @@ Seed = Annotated[int, typer.Option(help="Of all draws.")]
 
 def rows_look(
     source: Annotated[str, typer.Argument(help="A file of rows, a folder, or `hub:name`.")],
+    options: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="Keys under `rows` of the recipe: max_tokens=512 template_options.date=2026-01-01", metavar="KEY=VALUE"
+        ),
+    ] = None,
     model: Annotated[str, typer.Option(help="Whose tokenizer and chat template to use.")] = "smollm2-135m-instruct",
     shape: Annotated[str | None, typer.Option(help="The rows' shape, where it cannot be recognized.")] = None,
     loss_on: Annotated[str, typer.Option(help="assistant, last or all.")] = "assistant",
@@ -36,10 +42,20 @@ def rows_look(
 ) -> None:
     """Show shape, counts, lengths, and some rows as the model sees them, with what is learnt in color."""
     with face(as_json, quiet=as_json) as speak:
+        from luthier.recipe import apply_overrides
         from luthier.rows.look import render
         from luthier.runs.rows import look_at_rows
 
-        looked = look_at_rows(source, model, shape=shape, loss_on=loss_on, template=template, rows=rows, say=speak.say)
+        looked = look_at_rows(
+            source,
+            model,
+            apply_overrides({}, options or []),
+            shape=shape,
+            loss_on=loss_on,
+            template=template,
+            rows=rows,
+            say=speak.say,
+        )
         speak.show(looked.as_json(), lambda: render(looked))
 
 

@@ -56,10 +56,17 @@ class Freezing(NamedTuple):
     forget: bool = False
     ends: tuple[float, ...] = ()
     """Where phases end, as shares of the technique's own steps (`Now`), in rising order; the last ends with the run."""
+    settles: bool = False
+    """The last phase has one step at least, however small its share: only a state behind that is what the technique leaves."""
     restart: bool = False
     """The learning rate schedule begins again with each phase."""
     alone: frozenset[int] = frozenset()
     """Phases, from 0, in which nothing trains but the technique's own numbers. The clocks of all others stand still meanwhile."""
+
+    def borders(self, steps: int) -> list[int]:
+        """The own steps with which the phases behind the first begin, of so many."""
+        most = max(0, steps - 1) if self.settles else steps
+        return [min(most, round(end * steps)) for end in self.ends]
 
 
 class Pass(Protocol):
@@ -111,3 +118,5 @@ class Keeper(NamedTuple):
     needs: frozenset[str] = frozenset()
     notes: Callable[[State], Mapping[str, float]] | None = None
     """Numbers to log with each step, by name; the same on every process."""
+    by_clock: bool = False
+    """`after_step` goes by the clock, and is called behind steps without rows, too. Those of others hear of steps that moved something."""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from luthier.kinds import Selective
 from luthier.planning.load import Loaded
-from luthier.planning.needs import check_needs
+from luthier.planning.needs import check_needs, check_phases
 from luthier.planning.prepare import check_lengths, make_calibration, make_feed, prepare_model
 from luthier.planning.read import TrainingRows
 from luthier.recipe import Recipe, TrainRecipe
@@ -46,6 +47,7 @@ def attach(recipe: Recipe, schedule: Schedule, chosen: Chosen, loaded: Loaded, r
     steps = feed.total()
     rate, rate_from = advised_rate(train, chosen)
     clock = Clock(steps, rate, schedule, warmup_steps(train.warmup, steps), seed, turns=turns_of(values_of(chosen)))
+    clock.turns.check(steps)
     engine = build_engine(
         loaded.model,
         loaded.parts,
@@ -55,15 +57,23 @@ def attach(recipe: Recipe, schedule: Schedule, chosen: Chosen, loaded: Loaded, r
         first=clock.first,
         vocabulary=vocabulary_of(loaded.tokenizer, loaded.parts.vocabulary),
         masters=train.masters,
+        keep_base=bool(recipe.evaluate) and _starts_elsewhere(chosen),
         world=world,
         root=loaded.root,
     )
+    check_phases(engine.tune, clock)
     check_needs(engine.objective, encoded)
     check_lengths(engine.tune, encoded, loaded.reads.context)
     padded = prepare_model(train, engine.tune, feed)
     if engine.tune.packs:
         feed.pack()
     return Attached(engine, feed, clock, rate_from, padded)
+
+
+def _starts_elsewhere(chosen: Chosen) -> bool:
+    """Whether numbers of the model itself begin as something else than the base's, which is measured all the same."""
+    parts = [part for _, _, part in slots_of(chosen)]
+    return any(part.card.step0 != "base exactly" and any(isinstance(v, Selective) for v in part.values) for part in parts)
 
 
 def advised_rate(train: TrainRecipe, chosen: Chosen) -> tuple[float, str]:

@@ -10,7 +10,9 @@ from luthier.kinds import Batch
 from luthier.rows.batches import collate
 from luthier.rows.encode import Encoded, EncodedRows, two_tokens
 from luthier.rows.stored import StoredRows
+from luthier.training.loop import Clock
 from luthier.training.objective import Objective
+from luthier.tune import Tune
 
 _ROWS = 1024
 """Looked at together."""
@@ -42,6 +44,22 @@ def _uncompared(rows: EncodedRows) -> LuthierError:
         where=f"{first.where} (row {first.id})",
         mend="use a loss over pairs, such as objective: dpo, or learn the chosen answers alone with rows.map: chosen_answers",
     )
+
+
+def check_phases(tune: Tune, clock: Clock) -> None:
+    """Refuse a run of which a whole phase would move nothing.
+
+    Raises:
+        LuthierError: nothing trains from some step on until another phase begins.
+    """
+    borders = [0, *tune.turns.borders(clock.steps)]
+    for first, behind in zip(borders, [*borders[1:], clock.steps], strict=True):
+        if first < behind and not tune.moves_at(clock.at(first, 0.0)):
+            raise LuthierError(
+                f"nothing trains in steps {first + 1} to {behind}: what trains before them stands still there, and nothing else is named",
+                where="tune",
+                mend="name what else trains beside it, such as full or lora, or give all of the run to it, such as share: 1",
+            )
 
 
 def _bare(rows: EncodedRows) -> Iterator[Encoded]:

@@ -37,7 +37,8 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def same_steps(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    """Whether two recipes, as plain data, ask for the same steps: into which micro-batches a step is cut changes the rounding alone."""
+    """Whether two recipes, as plain data, ask for the same steps: into which micro-batches a step is cut changes the rounding alone,
+    and how often checkpoints are saved and how many are kept changes nothing."""
     return not differences(one, other)
 
 
@@ -52,8 +53,12 @@ def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[tuple[
     return [(key, left.get(key), right.get(key)) for key in keys]
 
 
+_FREE = ("micro_batch_tokens", "save_every", "keep_checkpoints")
+"""Keys under `train` that change no step."""
+
+
 def _steps(plain: Mapping[str, Any]) -> dict[str, Any]:
-    train = {key: value for key, value in (plain.get("train") or {}).items() if key != "micro_batch_tokens"}
+    train = {key: value for key, value in (plain.get("train") or {}).items() if key not in _FREE}
     # Runs from before there were trackers, quantized bases or named templates say nothing of them, and a tracker changes no step.
     rows = {"template": None, "template_options": {}, **(plain.get("rows") or {})}
     found = {"quantize": "none", **plain, "rows": rows, "train": train, "track": None}

@@ -22,8 +22,10 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from typing import Any, Literal
 
+from jinja2.exceptions import UndefinedError
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -45,6 +47,10 @@ _EMPTY_LINE = "\n\n"
 _CONTINUED = ("prompt+completion", "prompt+chosen+rejected", "prompt+answer", "prompt+choices+answer", "prompt")
 
 REWRITES = "the chat template writes earlier turns otherwise than at inference: those assistant turns are context only"
+BEGINS = (
+    "the chat template's generation prompt begins an answer with {words!r}, and answers that begin otherwise are context only: begin them "
+    "so, or choose another template or template_options under rows"
+)
 OPENS = "the chat template cannot be asked for an assistant turn that opens a conversation: such turns are context only"
 UNREACHABLE = "the chat template cannot be rendered up to an assistant turn: that turn is context only"
 UNMARKED = "the chat template marks nothing of an assistant turn as generated: that turn is context only"
@@ -296,7 +302,9 @@ def _render(dialogue: Dialogue, form: Form, loss_on: LossOn) -> Rendered:
         if isinstance(turn, str):
             notes.append(turn)
             continue
-        if dialogue.messages[index]["content"].strip() not in text[slice(*turn)]:
+        words = dialogue.messages[index]["content"].strip()
+        # A template whose generation prompt begins the answer writes the first words in front of the turn.
+        if words not in text[max(0, turn[0] - len(words)) : turn[1]]:
             notes.append(ALTERS)
         narrowed = _narrowed(turn, marks) if form.marked else [turn]
         notes += [] if narrowed else [UNMARKED]
@@ -335,8 +343,17 @@ def _turn(dialogue: Dialogue, form: Form, index: int, text: str) -> Span | str:
         return UNREACHABLE if index else OPENS
     end = len(prefix) + _turn_length(through[len(prefix) :], form)
     if not through.startswith(prefix) or not text.startswith(through[:end]):
-        return REWRITES
+        return _begun(dialogue, form, index, prefix, through) or REWRITES
     return len(prefix), end
+
+
+def _begun(dialogue: Dialogue, form: Form, index: int, prefix: str, through: str) -> str | None:
+    """What to say where the generation prompt begins the last answer with words that it lacks."""
+    before = _up_to(dialogue, form, index) if index else ""
+    common = "".join(one for one, _ in takewhile(lambda both: both[0] == both[1], zip(prefix, through, strict=False)))
+    if index < len(dialogue.messages) - 1 or len(common) < len(before) or not through.startswith(before):
+        return None
+    return BEGINS.format(words=prefix[len(common) :])
 
 
 def _opening(dialogue: Dialogue, form: Form, through: str) -> str | None:
@@ -444,8 +461,8 @@ def _marked(dialogue: Dialogue, form: Form) -> tuple[str, Sequence[Span]]:
 
 def _refused(problem: Exception, where: str) -> LuthierError:
     # A template is a program of the model's author: it can fail in any way, and its message is what the user needs.
-    return LuthierError(
-        f"the chat template refuses the conversation: {problem}",
-        where=where,
-        mend="bring the turns into the order this model expects, for some: no system turn, user and assistant in turn",
-    )
+    if isinstance(problem, TypeError | UndefinedError):
+        mend = "give the messages all that this template reads of them, or choose another template under rows"
+    else:
+        mend = "bring the turns into the order this model expects, for some: no system turn, user and assistant in turn"
+    return LuthierError(f"the chat template refuses the conversation: {problem}", where=where, mend=mend)

@@ -195,6 +195,10 @@ def _message(value: Any, key: str) -> Message:
         offer = nearest(str(role), ROLES)
         raise LuthierError(f"`{key}` has the unknown role {role!r}", mend=offer or "known: " + ", ".join(ROLES))
     message = _marked(message, key)
+    if role == "assistant" and isinstance(message.get("function_call"), Mapping) and "tool_calls" not in message:
+        # As OpenAI's interface wrote a call before there could be several.
+        message = {**message, "tool_calls": [{"type": "function", "function": dict(message["function_call"])}]}
+        del message["function_call"]
     content = message.get("content")
     calls = _calls(message.get("tool_calls"), f"{key}.tool_calls")
     if calls:
@@ -251,9 +255,10 @@ def _calls(value: Any, key: str) -> list[dict[str, Any]]:
 
 def _with_arguments(call: Mapping[str, Any], change: Any) -> dict[str, Any]:
     body = call.get("function", call)
-    if not isinstance(body, Mapping) or "arguments" not in body:
+    if not isinstance(body, Mapping):
         return dict(call)
-    changed = {**body, "arguments": change(body["arguments"])}
+    # A call of a function that takes nothing is often written without any.
+    changed = {**body, "arguments": change(body.get("arguments", {}))}
     return {**call, "function": changed} if "function" in call else changed
 
 

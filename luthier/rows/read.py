@@ -5,6 +5,7 @@ Rows are checked while they are read, so a broken record stops a run before it t
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import json
 import re
@@ -236,6 +237,8 @@ def _decoded(raw: bytes) -> str:
 def _json_lines(path: Path) -> Iterator[Read]:
     with opened(path) as file:
         for number, raw in enumerate(file, start=1):
+            if number == 1:
+                _refuse_utf16(raw, path)
             line, where = _decoded(raw).strip(), f"{path}:{number}"
             if not line:
                 continue
@@ -256,6 +259,7 @@ def _without_advice(problem: Exception) -> str:
 
 def _json(path: Path) -> Iterator[Read]:
     raw = _bytes(path)
+    _refuse_utf16(raw, path)
     try:
         content = json.loads(_decoded(raw))
     except json.JSONDecodeError as problem:
@@ -287,6 +291,15 @@ def _in_whole_characters(record: Mapping[str, Any] | BadRow, where: str) -> Mapp
         half = half_character(problem)
         return BadRow(where, half.what, half.mend)
     return record
+
+
+def _refuse_utf16(raw: bytes, path: Path) -> None:
+    if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise LuthierError(
+            "the file is written in UTF-16",
+            where=str(path),
+            mend="save it as UTF-8; in PowerShell: `| Out-File -Encoding utf8 FILE`",
+        )
 
 
 def _may_hold_halves(raw: bytes) -> bool:

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from typing import cast, get_args
+from collections.abc import Mapping
+from typing import Any, cast, get_args
 
-from luthier.errors import LuthierError, Say, silent
+from luthier.errors import LuthierError, Say, nearest, silent
 from luthier.models.load import load_tokenizer, source_reads
 from luthier.results.opened import source_of
 from luthier.rows.chat import LossOn
 from luthier.rows.look import Look, look
 from luthier.rows.template import choose
 
+_OPTIONS = ("max_tokens", "too_long", "template_options")
+
 
 def look_at_rows(
     source: str,
     model: str,
+    options: Mapping[str, Any] = {},
     *,
     shape: str | None = None,
     loss_on: str = "assistant",
@@ -23,12 +27,29 @@ def look_at_rows(
     out: str = "runs",
     say: Say = silent,
 ) -> Look:
-    """Rows as a model, or a run, which reads as its base does, would see them; the other arguments are those under `rows` in a recipe."""
+    """Rows as a model, or a run, which reads as its base does, would see them.
+
+    Args:
+        source: the rows.
+        model: whose tokenizer and template write them.
+        options: `max_tokens`, `too_long` and `template_options`, as under `rows` in a recipe.
+        shape, loss_on, template: the same.
+        rows: how many are shown.
+        out: where runs are looked for.
+        say: hears what is being done.
+
+    Raises:
+        LuthierError: a key or a value is not known, or the rows cannot be read.
+    """
+    for key in options:
+        if key not in _OPTIONS:
+            raise LuthierError(f"`{key}` changes nothing of what is shown", where="command line", mend=nearest(key, _OPTIONS))
     turns = turns_of(loss_on)
     found = source_of(model, out, say)
     tokenizer = load_tokenizer(found)
-    choose(tokenizer, template)
-    return look(source, tokenizer, n=rows, shape=shape, loss_on=turns, reads=source_reads(found))
+    choose(tokenizer, template, options.get("template_options") or {})
+    limits = {key: value for key, value in options.items() if key != "template_options"}
+    return look(source, tokenizer, n=rows, shape=shape, loss_on=turns, reads=source_reads(found), **limits)
 
 
 def turns_of(loss_on: str) -> LossOn:

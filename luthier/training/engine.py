@@ -144,6 +144,7 @@ class Engine:
         if self.objective.idle(units):
             # Nothing moves, but the clock does: what was to change with this step changes.
             self.committed = True
+            self._keep(now, [kept for kept in self.keepers if kept.keeper.by_clock])
             said = self._refresh(now)
             return StepResult(0.0, 0.0, {}, int(counts[0]), 0, int(counts[2]), 0.0, said=tuple(said), skipped=True)
         # Not before: what comes to stand still may lose its optimizer state, and a step that is not taken changes nothing.
@@ -265,14 +266,17 @@ class Engine:
         watched = {name: one for name, one in self.chain.received.items() if name in self.chain.watching}
         for name, gradient in watched.items():
             self.tune.trained[name].gradient = gradient
-        for kept in self.keepers:
-            if kept.keeper.after_step is not None and self.tune.turns.moves(kept.slot, now):
-                kept.keeper.after_step(kept.state, self.services(kept.slot, now))
+        self._keep(now, self.keepers)
         for name in watched:
             self.tune.trained[name].gradient = None
         self.chain.received.clear()
         self.chain.came.clear()
         return self._refresh(now)
+
+    def _keep(self, now: Now, keepers: Sequence[Kept]) -> None:
+        for kept in keepers:
+            if kept.keeper.after_step is not None and self.tune.turns.moves(kept.slot, now):
+                kept.keeper.after_step(kept.state, self.services(kept.slot, now))
 
     def _refresh(self, now: Now) -> list[str]:
         said = self.tune.refresh(lambda slot: self.services(slot, now), now)

@@ -51,7 +51,10 @@ def at_base(tune: Attached) -> Iterator[None]:
     keeps = {slot for slot, value, _ in tune.selectives if value.refresh is not None and value.leave == "keep"}
     lost = any(one.start is None or one.slot in keeps for one in changed)
     if lost or (subtracts and not tune.altered):
-        raise LuthierError("the base's values were not kept", mend="ask for a reference in the recipe (keep_base)")
+        raise LuthierError(
+            "the base's values were not kept",
+            mend="let something in the run compare with the base, such as objective: [cross_entropy, {kl: {weight: 0}}]",
+        )
     saved: list[tuple[Trained, Tensor]] = []
     # Exchanging storage is free and leaves alone what autograd has saved for backward.
     exchanged = [(tune.model.get_parameter(name), base) for name, base in tune.altered.items()]

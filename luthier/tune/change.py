@@ -8,7 +8,21 @@ import torch
 from torch import Tensor
 
 from luthier.errors import LuthierError
-from luthier.kinds import Additive, Form, HiddenEdit, Now, Place, Refresh, Resize, Select, Selective, Services, State, Tensors
+from luthier.kinds import (
+    Additive,
+    Form,
+    Freezing,
+    HiddenEdit,
+    Now,
+    Place,
+    Refresh,
+    Resize,
+    Select,
+    Selective,
+    Services,
+    State,
+    Tensors,
+)
 from luthier.models.sharding import put, whole
 from luthier.tune.attach import master_type, own, put_tap, whole_master
 from luthier.tune.attached import Attached
@@ -26,16 +40,8 @@ def _places(tune: Attached, slot: str) -> list[Place]:
 
 def freeze(tune: Attached, now: Now) -> None:
     """Let stand still what techniques want still in this step, and wake the rest."""
-    alone = tune.turns.alone(now)
-    clocks = {slot: tune.turns.own(slot, now) for slot, _, _ in tune.freezings}
     for one in tune.trained.values():
-        mine = [
-            (slot, value, state)
-            for slot, value, state in tune.freezings
-            if slot == one.slot or (value.everywhere and tune.turns.moves(slot, now))
-        ]
-        asking = [value for slot, value, state in mine if value.frozen(one, state, clocks[slot])]
-        still = bool(asking) or alone not in (None, one.slot)
+        asking, still = _held(tune, one, now)
         if still != one.still:
             one.still = still
             if one.still and any(value.forget for value in asking):
@@ -43,6 +49,22 @@ def freeze(tune: Attached, now: Now) -> None:
             elif one.forgotten:
                 _remember(tune, one)
         one.leaf.requires_grad_(not one.still)
+
+
+def _held(tune: Attached, one: Trained, now: Now) -> tuple[list[Freezing], bool]:
+    """What wants a tensor to stand still in this step, and whether it does."""
+    mine = [
+        (slot, value, state)
+        for slot, value, state in tune.freezings
+        if slot == one.slot or (value.everywhere and tune.turns.moves(slot, now))
+    ]
+    asking = [value for slot, value, state in mine if value.frozen(one, state, tune.turns.own(slot, now))]
+    return asking, bool(asking) or tune.turns.alone(now) not in (None, one.slot)
+
+
+def moves_at(tune: Attached, now: Now) -> bool:
+    """Whether anything trains in a step, as far as it can be known beforehand."""
+    return any(not _held(tune, one, now)[1] for one in tune.trained.values())
 
 
 def hold_still(tune: Attached, name: str, *, forget: bool) -> None:

@@ -65,6 +65,10 @@ class Tune(Attached):
         """Decide what stands still in this step."""
         change.freeze(self, now)
 
+    def moves_at(self, now: Now) -> bool:
+        """Whether anything trains in a step, as far as it can be known beforehand."""
+        return change.moves_at(self, now)
+
     def start_observing(self, now: Now) -> None:
         """Decide which techniques look at dense gradients in this step."""
         change.start_observing(self, now)

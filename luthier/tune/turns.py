@@ -79,7 +79,7 @@ class Turns:
         """
         for slot, value in self._phases.items():
             count = _length(self._spans(slot, steps))
-            begins = [0, *(round(end * count) for end in value.ends), count]
+            begins = [0, *value.borders(count), count]
             if value.restart and any(begin >= end for begin, end in pairwise(begins)):
                 raise LuthierError(
                     f"a run of {steps} steps has {count} for `{slot}`, which are too few for its {len(begins) - 1} phases",
@@ -104,7 +104,7 @@ class Turns:
         for slot, value in sorted(self._phases.items(), key=lambda one: not one[1].alone):
             own = spans.get(slot, ((0, steps),))
             count = _length(own)
-            ends = [min(count, round(end * count)) for end in value.ends]
+            ends = value.borders(count)
             begins = {_at(own, end) for end in ends if 0 < end < count}
             borders |= begins
             restarts |= begins if value.restart else set()

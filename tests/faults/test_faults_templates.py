@@ -315,8 +315,39 @@ def test_text_a_template_deletes_is_reported() -> None:
 def test_a_generation_prompt_the_turn_does_not_begin_with_is_refused() -> None:
     """Fault 11: where inference begins a turn otherwise than the conversation shows it, nothing is learned."""
     tokenizer = byte_level(CHATML.replace("assistant\\n' }}{% endif %}", "assistant\\n<think>\\n' }}{% endif %}"))
-    with pytest.raises(LuthierError, match=r"no token is left to learn.*otherwise than at inference"):
+    with pytest.raises(LuthierError, match=r"no token is left to learn.*begins an answer with '<think>"):
         encode_all(read([conversation("hi", "yes")]), tokenizer)
+
+
+THINKING = CHATML.replace("'<|im_start|>assistant\\n' }}{% endif %}", "'<|im_start|>assistant\\n<think>\\n' }}{% endif %}")
+
+
+def test_a_generation_prompt_that_begins_the_answer_is_named() -> None:
+    """Of single answers it was said that the template rewrites earlier turns, and nothing of what to do; answers that begin as the
+    generation prompt has it were learnt, with a warning that their text is altered."""
+    tokenizer = byte_level(THINKING)
+    assert THINKING != CHATML
+    with pytest.raises(LuthierError, match="begins an answer with '<think>") as refused:
+        encode_all(read([conversation("q", "a")]), tokenizer)
+    assert "earlier turns" not in refused.value.what
+    row = encoded(conversation("q", "<think>\nwell</think>a"), tokenizer)
+    assert learned(row, tokenizer) == ["well</think>a<|im_end|>"] and not row.notes
+
+
+def test_a_call_that_takes_nothing_is_written_with_empty_arguments() -> None:
+    """Templates that write a call's arguments failed with a message about the order of turns; calls as they were written before there
+    could be several were no calls at all."""
+    tokenizer = byte_level(
+        CHATML.replace("m.content", "(m.tool_calls[0].function.arguments | tojson if m.tool_calls else m.content)")
+    )
+    calls = (
+        {"tool_calls": [{"function": {"name": "now"}}]},
+        {"function_call": {"name": "now"}},
+        {"function_call": {"name": "now", "arguments": "{}"}},
+    )
+    for call in calls:
+        record = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": None, **call}]}
+        assert learned(encoded(record, tokenizer), tokenizer) == ["{}<|im_end|>"]
 
 
 def test_a_template_that_refuses_a_conversation_names_the_row() -> None:

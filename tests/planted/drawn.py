@@ -26,6 +26,8 @@ from tests.planted import tested_lines
 KINDS = ("operator", "sign", "constant", "comparison", "detach", "default")
 SECONDS = 45.0
 """Of tests, as they take in the whole suite: the quickest that run a line, up to so many."""
+SOUND = 8
+"""Of so many faults the tests are first run without the fault."""
 PATIENCE = 240
 """Seconds after which a fault counts as caught: it made a loop without an end."""
 _OPERATORS = {ast.Add: ("+", "-"), ast.Sub: ("-", "+"), ast.Mult: ("*", "/"), ast.Div: ("/", "*"), ast.FloorDiv: ("//", "*")}
@@ -48,6 +50,11 @@ class Drawn(NamedTuple):
     new: str
     within: tuple[int, int]
     """First and last line of the function around it."""
+
+    @property
+    def unharmed(self) -> Drawn:
+        """The same place with nothing changed."""
+        return self._replace(end=self.begin, new="")
 
     @property
     def name(self) -> str:
@@ -183,8 +190,15 @@ class Copy:
     """A copy of a checkout in which faults are planted one after the other."""
 
     def __init__(self, root: Path, folder: Path) -> None:
-        kept = shutil.ignore_patterns(".git", ".venv", "__pycache__", "runs", "site", ".coverage*", ".mypy_cache", ".ruff_cache")
-        self.root = Path(shutil.copytree(root, folder, ignore=kept, symlinks=True))
+        ignored = shutil.ignore_patterns(
+            ".git", ".venv", "runs", "site", ".coverage*", ".mypy_cache", ".ruff_cache", ".pytest_cache"
+        )
+        everywhere = shutil.ignore_patterns("__pycache__")
+
+        def left_out(where: str, names: list[str]) -> set[str]:
+            return everywhere(where, names) | (ignored(where, names) if Path(where) == root else set())
+
+        self.root = Path(shutil.copytree(root, folder, ignore=left_out, symlinks=True))
 
     def seen(self, fault: Drawn, tests: Sequence[str]) -> str:
         """What failed first; empty where nothing did."""
@@ -232,7 +246,7 @@ def _become_pytest(folder: Path, tests: Sequence[str], said: int) -> None:
         del sys.modules[name]
     import pytest
 
-    os._exit(int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *tests])))
+    os._exit(int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-n0", *tests])))
 
 
 def run(root: Path, folders: Sequence[str], count: int, seed: int, jobs: int, out: Path | None) -> None:
@@ -246,6 +260,12 @@ def run(root: Path, folders: Sequence[str], count: int, seed: int, jobs: int, ou
     todo = [one for one in draw(root, folders, count, seed) if one.name not in told]
     with tempfile.TemporaryDirectory() as where, ThreadPoolExecutor(jobs) as pool:
         copies = [Copy(root, Path(where) / str(number)) for number in range(jobs)]
+
+        # Whatever fails without a fault would be taken for a catch.
+        for fault in todo[:: max(1, len(todo) // SOUND)]:
+            seen = copies[0].seen(fault.unharmed, tests_for(fault, known))
+            if seen:
+                raise SystemExit(f"tests fail without a fault: {seen}")
 
         def plant(fault: Drawn) -> tuple[Drawn, str]:
             copy = copies.pop()

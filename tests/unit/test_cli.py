@@ -94,6 +94,10 @@ def test_rows_look(recipe: Path, tmp_path: Path) -> None:
     found = facts(call("rows", "look", tmp_path / "rows.jsonl", "--model", "tiny:llama", "--json"))
     assert json.dumps(found).count("assistant") >= 1
     assert "three!" in call("rows", "look", tmp_path / "rows.jsonl", "--model", "tiny:llama").stdout
+    cut = facts(call("rows", "look", tmp_path / "rows.jsonl", "max_tokens=12", "too_long=left", "--model", "tiny:llama", "--json"))
+    assert cut["tokens"] < found["tokens"] and cut["too_long"]
+    refused = call("rows", "look", tmp_path / "rows.jsonl", "max_token=12", "--model", "tiny:llama")
+    assert refused.exit_code == 2 and "max_tokens" in refused.stderr
 
 
 @pytest.mark.parametrize(

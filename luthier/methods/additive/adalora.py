@@ -99,7 +99,7 @@ def adalora(
             for one in (one for tensors in mine.values() for one in tensors.values()):
                 look(state, one, beta1, beta2)
         state["pruned"] = step // every
-        if step > last or (step > first and due):
+        if step >= last or (step > first and due):
             most, least = initial_rank * len(mine), target_rank * len(mine)
             prune(state, services, int((most - least) * excess(step, first, last) + least))
 
@@ -110,7 +110,7 @@ def adalora(
         Additive(start, apply, delta, roles=roles, factors=factors),
         Term(penalty, unit="step", weight=orthogonality, penalty=True),
         Keeper(after_step, after_stage, needs=frozenset({"gradients"})),
-        Freezing(ends=(1.0 - final,)),
+        Freezing(ends=(1.0 - final,), settles=True),
     )
 
 
@@ -123,8 +123,8 @@ def far_from_orthonormal(vector_RI: Tensor) -> Tensor:
 
 def _phases(now: Now, warmup: float, final: float) -> tuple[int, int]:
     """The last step before pruning begins, and the one at which the final phase does."""
-    # One step at least is looked at: without any importance there is nothing to choose by.
-    return round(warmup * now.steps), max(1, now.steps - round(final * now.steps))
+    # One step at least is looked at: without any importance there is nothing to choose by. The final phase has one at least, too.
+    return round(warmup * now.steps), max(1, min(now.steps - 1, round((1.0 - final) * now.steps)))
 
 
 def _refuse_impossible(initial_rank: int, target_rank: int, warmup: float, final: float, betas: Mapping[str, float]) -> None:

@@ -71,12 +71,11 @@ def greentrainer(
         return {"selection": 0, **chosen}
 
     def after_step(state: State, services: Services) -> None:
-        # Compared with what was done, not with the clock: a step without rows is not heard of here.
         selection = services.now.after().phase(ends)
         if selection != state["selection"]:
             state |= {"selection": selection, **_selected(services, target, calibration_rows)}
 
-    return Selective(choose), Freezing(_stands_still, forget=True), Keeper(after_step, start=start, notes=_notes)
+    return Selective(choose), Freezing(_stands_still, forget=True), Keeper(after_step, start=start, notes=_notes, by_clock=True)
 
 
 def _notes(state: State) -> dict[str, float]:

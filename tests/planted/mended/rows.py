@@ -248,7 +248,7 @@ FAULTS = (
     Fault(
         "rows cannot be looked at with one of several templates",
         "runs/rows.py",
-        "    choose(tokenizer, template)\n",
+        '    choose(tokenizer, template, options.get("template_options") or {})\n',
         "    choose(tokenizer, None)\n",
         (f"{TEMPLATE}::test_a_look_at_rows_takes_a_template",),
         raises="none is the default",
