@@ -117,7 +117,7 @@ class Plan:
         lines = [
             f"model        {self.source.name}: {self.parts.architecture}, {self.total_numbers:,} numbers ({self.source.origin})",
             *(f"holds        {said}" for said in described(self.model, self.dtype)),
-            f"rows         {len(self.rows.rows):,} rows, {self.rows.tokens:,} tokens, {self.rows.supervised_tokens:,} of them targets"
+            f"rows         {self._rows()}, {self.rows.tokens:,} tokens, {self.rows.supervised_tokens:,} of them targets"
             + self._losses(),
             f"{NOTHING_BEFORE}{self._padding()}; longest row {max(self.rows.sizes.lengths):,} tokens",
         ]
@@ -195,6 +195,12 @@ class Plan:
         world = self.engine.world
         spread = ", the model spread over them" if self.engine.tune.root is not None else ""
         return f", {world.size} processes{spread}" if world.size > 1 else ""
+
+    def _rows(self) -> str:
+        rows, members = len(self.rows.rows), self.rows.sizes.members
+        if not members:
+            return f"{rows:,} rows"
+        return f"{rows:,} pairs" if set(members) == {2} else f"{rows:,} groups of {sum(members):,} rows"
 
     def _padding(self) -> str:
         if self.engine.tune.packs:

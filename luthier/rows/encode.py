@@ -416,7 +416,7 @@ def _together(row: Row, form: Form, loss_on: LossOn, limits: Limits, annotations
         )
     whole = Limits(None, limits.too_long, limits.reads._replace(context=None))
     pair = [_encode(one, form, "train", loss_on, whole, annotations) for one in members]
-    refuse_other_prompts(pair, form.tokenizer.decode)
+    refuse_other_prompts(pair, lambda ids: form.tokenizer.decode(list(ids)))
     surplus = max(map(len, pair)) - (max(map(len, pair)) if limits.longest is None else limits.longest)
     if surplus > 0 and limits.too_long == "refuse":
         raise limits.refusal(row, max(map(len, pair)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from luthier.errors import LuthierError
 from luthier.kinds import Batch
@@ -14,6 +14,7 @@ from luthier.rows.shapes import Row
 if TYPE_CHECKING:
     from luthier.rows.encode import Encoded
 
+T = TypeVar("T")
 PAIR = "prompt+chosen+rejected"
 TOO_LONG = "the prompt and an answer do not fit together, and answers are not cut"
 SAME = "the chosen and the rejected answer are the same, which teaches nothing"
@@ -77,7 +78,10 @@ def cut_alike(pair: Sequence[Encoded], surplus: int, first: int) -> list[Encoded
 
 def without(one: Encoded, start: int, count: int) -> Encoded:
     """A row without so many tokens from a place on."""
-    kept = lambda values: (*values[:start], *values[start + count :])  # noqa: E731
+
+    def kept(values: Sequence[T]) -> tuple[T, ...]:
+        return (*values[:start], *values[start + count :])
+
     return replace(
         one,
         token_ids=kept(one.token_ids),

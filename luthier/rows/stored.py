@@ -149,8 +149,8 @@ def _plain(row: Encoded) -> dict[str, Any]:
 def _encoded(row: Mapping[str, Any]) -> Encoded:
     """A row that `_plain` wrote, without mates."""
     token_columns = {name: tuple(numbers) for name, numbers in row["token_columns"]}
-    several = {name: tuple(row[name]) for name in ("token_ids", "supervised", "notes")}
-    one = {name: row[name] for name in ("id", "where", "truncated", "text_shape")}
+    several: dict[str, Any] = {name: tuple(row[name]) for name in ("token_ids", "supervised", "notes")}
+    one: dict[str, Any] = {name: row[name] for name in ("id", "where", "truncated", "text_shape")}
     return Encoded(**one, **several, columns=json.loads(row["columns"]), token_columns=token_columns)
 
 

@@ -114,16 +114,16 @@ class Noted(NamedTuple):
     """Numbers of which a mean is told. Both add up over micro-batches and processes."""
 
     total: float = 0.0
-    count: float = 0.0
+    numbers: float = 0.0
 
     def plus(self, other: Noted) -> Noted:
         """Both together."""
-        return Noted(self.total + other.total, self.count + other.count)
+        return Noted(self.total + other.total, self.numbers + other.numbers)
 
     @property
     def mean(self) -> float:
         """The mean; 0 of none."""
-        return self.total / max(self.count, 1.0)
+        return self.total / max(self.numbers, 1.0)
 
 
 class Sums(NamedTuple):

@@ -45,7 +45,7 @@ CLAIM = Claim(
     unit="rank of the answer, 0 to 1",
     rates=(1e-5, 1e-4, 1e-3),
     minutes=12,
-    notes="The paper compares summaries and dialogues by a judge. Here eight answers to a question differ in one word, have an order, and are "
-    "all as likely before; pairs are two of them, drawn alike. Cross-entropy on the better ones comes to the mean of what wins, two "
+    notes="The paper compares summaries and dialogues by a judge. Here eight answers to a question differ in one word, have an order, and "
+    "are all as likely before; pairs are two of them, drawn alike. Cross-entropy on the better ones comes to the mean of what wins, two "
     "thirds of the way up; what is measured is the mean rank under the model's own likelihoods, without sampling.",
 )
