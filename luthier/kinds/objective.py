@@ -118,6 +118,8 @@ class Pairs(NamedTuple):
     """Of both answers' targets."""
     first_P: Tensor
     """The places of the chosen answers in the batch."""
+    second_P: Tensor
+    """Those of the rejected ones."""
     margin_P: Tensor
     """By how much more the chosen answer gained on the reference than the rejected one."""
 

@@ -73,4 +73,4 @@ def pairs_of(view: View, reference: Reference | None) -> Pairs:
     targets_B = view.targets_by_row().clamp(min=1)
     place_2P = torch.tensor(view.batch.learnt_groups(), dtype=torch.int64, device=likely_B.device).reshape(-1, 2).t()
     chosen, rejected = (Side.of(likely_B[place_P], base_B[place_P], targets_B[place_P]) for place_P in place_2P)
-    return Pairs(chosen, rejected, view, place_2P[0], chosen.gained_P - rejected.gained_P)
+    return Pairs(chosen, rejected, view, place_2P[0], place_2P[1], chosen.gained_P - rejected.gained_P)

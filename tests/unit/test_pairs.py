@@ -28,7 +28,7 @@ def pairs_with(chosen: Side, rejected: Side, **columns: Sequence[float]) -> Pair
     rows = [*range(len(chosen.targets_P))]
     batch = make_batch([(3, 1)] * len(rows))._replace(columns={name: torch.tensor(value) for name, value in columns.items()})
     view = View(batch, {}, label_N=torch.zeros(0), row_N=torch.zeros(0), position_N=torch.zeros(0))
-    return Pairs(chosen, rejected, view, torch.tensor(rows), chosen.gained_P - rejected.gained_P)
+    return Pairs(chosen, rejected, view, torch.tensor(rows), torch.tensor(rows), chosen.gained_P - rejected.gained_P)
 
 
 def loss_of(name: str, pairs: Pairs, **options: Any) -> Tensor:
