@@ -177,7 +177,8 @@ def test_calls_need_no_words_and_system_may_be_empty() -> None:
     messages = [{"role": "system", "content": ""}, USER, {"role": "assistant", "content": None, "tool_calls": calls}]
     row = made({"messages": messages, "tools": '[{"name": "add"}]'})
     assert row.fields["messages"][0]["content"] == ""
-    assert row.fields["messages"][2] == {"role": "assistant", "content": "", "tool_calls": calls}
+    written = [{"function": {"name": "add", "arguments": {}}}]
+    assert row.fields["messages"][2] == {"role": "assistant", "content": "", "tool_calls": written}
     assert row.fields["tools"] == [{"name": "add"}]
 
 
