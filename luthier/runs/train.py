@@ -43,6 +43,7 @@ from luthier.runs.resume import (
     write_recipe,
 )
 from luthier.runs.trackers import Trackers, check_trackers, run_numbers, start_trackers
+from luthier.training import pairs
 from luthier.training.engine import StepResult
 from luthier.training.loop import Plans, Progress
 from luthier.training.loop import train as run_loop
@@ -329,7 +330,7 @@ def cost(plan: Plan, progress: Progress) -> dict[str, Any]:
     """What training took."""
     losses = [line["loss"] for line in progress.history if line["loss"] is not None]
     warnings = plan.warnings()
-    warnings += progress.notes
+    warnings += [*progress.notes, *pairs.warnings_of(progress.history)]
     if progress.empty_steps:
         warnings.append(f"{progress.empty_steps} steps had no target and were not taken")
     if progress.stopped:

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from statistics import fmean
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from luthier.kinds import Batch, PairLoss, Pairs, Reference, Side, Tensors, Term, View
 from luthier.rows.groups import check_pairs
+
+CHOSEN = "chosen log-likelihood"
 
 
 def _of_base(view: View) -> Tensor:
@@ -44,16 +50,34 @@ def as_term(value: PairLoss, reference: Reference) -> Term:
 def _tell(pairs: Pairs, value: PairLoss) -> None:
     """Log what shows how preferences are learnt, and whether the chosen answers themselves become less likely."""
     chosen, rejected = pairs.chosen, pairs.rejected
-    pairs.note("chosen log-likelihood", chosen.log_likelihood_P)
+    # A report draws the first few alone.
+    pairs.note(CHOSEN, chosen.log_likelihood_P)
     pairs.note("rejected log-likelihood", rejected.log_likelihood_P)
+    if value.reference:
+        pairs.note("reward margin", value.reward_scale * pairs.margin_P)
+        pairs.note("reward accuracy", _ahead(pairs.margin_P))
     pairs.note("preferred", _ahead(chosen.log_likelihood_P - rejected.log_likelihood_P))
-    pairs.note("chosen tokens", chosen.targets_P)
-    pairs.note("rejected tokens", rejected.targets_P)
     if value.reference:
         pairs.note("reward chosen", value.reward_scale * chosen.gained_P)
         pairs.note("reward rejected", value.reward_scale * rejected.gained_P)
-        pairs.note("reward margin", value.reward_scale * pairs.margin_P)
-        pairs.note("reward accuracy", _ahead(pairs.margin_P))
+    pairs.note("chosen tokens", chosen.targets_P)
+    pairs.note("rejected tokens", rejected.targets_P)
+
+
+def warnings_of(history: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What to say of a run whose chosen answers became less likely while pairs were compared.
+
+    Args:
+        history: of its steps, with what was logged.
+    """
+    told = [float(line["notes"][CHOSEN]) for line in history if CHOSEN in (line.get("notes") or {})]
+    part = max(1, len(told) // 10)
+    if len(told) < 2 or (now := fmean(told[-part:])) >= (before := fmean(told[:part])):
+        return []
+    return [
+        f"the chosen answers became less likely while they were preferred: {before:.1f} nats in the first steps, {now:.1f} in the last; "
+        "rpo, or cross_entropy beside the loss, holds them up"
+    ]
 
 
 def _ahead(difference_P: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from luthier import registry
 from luthier.errors import LuthierError
 from luthier.kinds import Batch, Now, PairLoss, Pairs, Side, View
 from luthier.models.attention import use_attention
+from luthier.training.pairs import CHOSEN, warnings_of
 from tests.conftest import make_batch, split
 from tests.toys.helpers import gap, gradients, model_of, rows_of_pairs
 
@@ -257,3 +258,15 @@ def test_rules_over_a_step_do_not_choose_between_two_answers(engine: Any, now: N
 def test_options_out_of_range_are_refused(name: str, options: dict[str, Any]) -> None:
     with pytest.raises(LuthierError, match=f"{next(iter(options.values()))}"):
         registry.make({name: options}, ("pair_loss",))
+
+
+def test_a_run_whose_chosen_answers_fall_is_told() -> None:
+    """By the means of its first and its last tenth, whatever single steps had."""
+
+    def history(values: Sequence[float]) -> list[dict[str, Any]]:
+        return [{"step": step, "notes": {CHOSEN: value}} for step, value in enumerate(values)]
+
+    falling = [-10.0] * 2 + [-3.0] * 16 + [-12.5] * 2
+    (said,) = warnings_of(history(falling))
+    assert "-10.0 nats in the first steps, -12.5 in the last" in said
+    assert not warnings_of(history(falling[::-1])) and not warnings_of(history([-1.0])) and not warnings_of([{"step": 1}])
