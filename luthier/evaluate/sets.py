@@ -16,8 +16,9 @@ from luthier.errors import LuthierError, Say, nearest
 from luthier.evaluate.intervals import FEWEST, Interval, Numbers, bootstrap, wilson
 from luthier.evaluate.likelihood import encode_choices, likelihoods, most_likely
 from luthier.evaluate.metrics import METRICS, Metric
+from luthier.evaluate.readings import class_number, head_of, readings
 from luthier.generation.generate import BATCH_TOKENS, context_of, generate
-from luthier.models.head import head_of
+from luthier.models.head import head_of as language_head_of
 from luthier.rows.beside import asked
 from luthier.rows.chat import form_of
 from luthier.rows.encode import Encoded, counted, encode, told
@@ -33,6 +34,9 @@ _NEEDED_SHAPES = {
     "generation": "a `prompt` and an `answer`",
     "choice": "a `prompt`, `choices` and an `answer`",
     "pair": "a `prompt`, a `chosen` and a `rejected` answer",
+    "score": "a `prompt`, a `chosen` and a `rejected` answer",
+    "class": "a `text` and a `label`",
+    "value": "a `text` and a `label`, a number",
     "likelihood": "a `text`, `messages`, or a `prompt` and a `completion`",
 }
 _NEEDED_WITHOUT_ANSWER = "a `prompt`, or a `text` to go on from"
@@ -195,7 +199,7 @@ def check(tune: Tune, tokenizer: PreTrainedTokenizerBase, sets: Sequence[EvalSet
     said: list[str] = []
     for one in sets:
         with _placed(one):
-            head_of(tune.model, tune.parts)
+            language_head_of(tune.model, tune.parts)
             notes, first = counted(_ASKED[METRICS[one.chosen_metric].needs](tune, tokenizer, one))
         new = {note: count for note, count in notes.items() if note not in known}
         said += [f"evaluation set `{one.name}`: {note}" for note in told(new, first)]
@@ -275,6 +279,46 @@ def _preferred(tune: Tune, tokenizer: PreTrainedTokenizerBase, one: EvalSet, bat
     return items, [(answer.token_ids, answer.supervised) for answer in flat]
 
 
+def _classified(tune: Tune, tokenizer: PreTrainedTokenizerBase, one: EvalSet, batch_tokens: int) -> tuple[list[Item], Any]:
+    head, rows = head_of(tune), _read(tune, tokenizer, one)
+    found = readings(tune, rows, batch_tokens=batch_tokens).argmax(-1).tolist()
+    items = []
+    for row, number in zip(one.used, found, strict=True):
+        right = class_number(head, row.fields["label"], f"{row.where} (row {row.id})")
+        items.append(Item(row.id, prompt_text(row), head.names[right], head.names[number], float(number == right)))
+    return items, [row.token_ids for row in rows]
+
+
+def _valued(tune: Tune, tokenizer: PreTrainedTokenizerBase, one: EvalSet, batch_tokens: int) -> tuple[list[Item], Any]:
+    rows = _read(tune, tokenizer, one)
+    found = readings(tune, rows, batch_tokens=batch_tokens)[:, 0].tolist()
+    items = [
+        Item(row.id, prompt_text(row), f"{row.fields['label']:g}", f"{value:g}", abs(value - float(row.fields["label"])))
+        for row, value in zip(one.used, found, strict=True)
+    ]
+    return items, [row.token_ids for row in rows]
+
+
+def _scored(tune: Tune, tokenizer: PreTrainedTokenizerBase, one: EvalSet, batch_tokens: int) -> tuple[list[Item], Any]:
+    flat = _pairs(tune, tokenizer, one)
+    score_P2 = readings(tune, flat, batch_tokens=batch_tokens).mean(-1).reshape(-1, 2).tolist()
+    items = []
+    for row, (chosen, rejected) in zip(one.used, score_P2, strict=True):
+        answers = [text_of_answer(row.fields[side]) for side in SIDES]
+        score = 0.5 if chosen == rejected else float(chosen > rejected)
+        items.append(Item(row.id, prompt_text(row), answers[0], answers[chosen < rejected], score))
+    return items, [answer.token_ids for answer in flat]
+
+
+def _read(tune: Tune, tokenizer: PreTrainedTokenizerBase, one: EvalSet) -> list[Encoded]:
+    head_of(tune)
+    form = form_of(tokenizer)
+    encoded = [encode(row, tokenizer, purpose="read", form=form) for row in one.used]
+    for row, ids in zip(one.used, encoded, strict=True):
+        _check_read(tune, tokenizer, row, ids.token_ids)
+    return encoded
+
+
 def _likely(tune: Tune, tokenizer: PreTrainedTokenizerBase, one: EvalSet, batch_tokens: int) -> tuple[list[Item], Any]:
     encoded = _texts(tune, tokenizer, one)
     items = [
@@ -324,12 +368,18 @@ _ASKED: Mapping[str, Callable[[Tune, PreTrainedTokenizerBase, EvalSet], list[Enc
     "generation": _prompts,
     "choice": _choices,
     "pair": _pairs,
+    "score": _pairs,
+    "class": _read,
+    "value": _read,
     "likelihood": _texts,
 }
 _MEASURES: Mapping[str, Callable[[Tune, PreTrainedTokenizerBase, EvalSet, int], tuple[list[Item], Any]]] = {
     "generation": _generated,
     "choice": _chosen,
     "pair": _preferred,
+    "score": _scored,
+    "class": _classified,
+    "value": _valued,
     "likelihood": _likely,
 }
 
@@ -398,10 +448,13 @@ def _check_shape(row: Row, metric: str, place: str) -> None:
             )
 
 
+_SHAPES = {"choice": "prompt+choices+answer", "pair": PAIR, "score": PAIR, "class": "text+label", "value": "text+label"}
+
+
 def _fits(row: Row, metric: Metric) -> bool:
     answered = bool(accepted_answers(row))
-    if metric.needs in ("choice", "pair"):
-        return row.shape == {"choice": "prompt+choices+answer", "pair": PAIR}[metric.needs]
+    if metric.needs in _SHAPES:
+        return row.shape == _SHAPES[metric.needs] and (metric.needs != "value" or isinstance(row.fields["label"], int | float))
     if metric.needs == "likelihood":
         return answered or row.shape in ("text", "messages")
     return row.shape != "prompt+choices+answer" and (

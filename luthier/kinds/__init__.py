@@ -16,6 +16,7 @@ from luthier.kinds.base import Batch, Form, Now, Services, State, Tensors, Train
 from luthier.kinds.columns import BASE, Chunk, Column, Disturbed, OtherPass, StepTable, View
 from luthier.kinds.objective import (
     Annotation,
+    Head,
     InputMap,
     PairLoss,
     Pairs,
@@ -50,6 +51,7 @@ __all__ = [
     "Finding",
     "Form",
     "Freezing",
+    "Head",
     "HiddenEdit",
     "InputMap",
     "Keeper",

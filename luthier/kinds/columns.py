@@ -133,11 +133,17 @@ class View:
         self.now, self.services, self.state = now, services, {} if state is None else state
         self.notes: dict[str, Tensor] = {}
         """What to log beside the loss, by name: numbers whose mean over the step is told."""
+        self.output_BK: Tensor | None = None
+        """What the run's head says of each row, [B, K], where it has one."""
         self.reference_B: Tensor | None = None
         """In a loss of the whole step that asks for it: the log-likelihood of each row under the reference, without a gradient."""
 
     def __getitem__(self, name: str) -> Tensor:
         return self.columns[name]
+
+    def example(self) -> Tensor:
+        """Some numbers of it, for their type and device: a column, or what a head says where there is none."""
+        return next(iter(self.columns.values())) if self.columns else self.outputs_BK
 
     def for_technique(self, state: State, weight_N: Tensor | None = None) -> View:
         """The same view with another technique's state, and weights when given."""
@@ -153,7 +159,7 @@ class View:
             services=self.services,
             state=state,
         )
-        view.notes = self.notes
+        view.notes, view.output_BK = self.notes, self.output_BK
         return view
 
     @property
@@ -187,7 +193,7 @@ class View:
             services=self.services,
             state=self.state,
         )
-        view.notes = self.notes
+        view.notes, view.output_BK = self.notes, self.output_BK
         return view
 
     def sum_rows(self, value_N: Tensor) -> Tensor:
@@ -218,8 +224,19 @@ class View:
         is_all = self.batch.own() is self.batch
         self.notes[name] = value_N.detach() if is_all else value_N.detach()[self.is_own.nonzero()[:, 0]]
 
+    @property
+    def outputs_BK(self) -> Tensor:  # noqa: N802
+        """What the run's head says of each row.
+
+        Raises:
+            RuntimeError: the run has no head.
+        """
+        if self.output_BK is None:
+            raise RuntimeError("a term reads what a head says of rows, and no part of the run brings a head")
+        return self.output_BK
+
     def note_groups(self, name: str, value_P: Tensor) -> None:
-        """Log the mean over the step's groups of a number of each, [P]."""
+        """Log the mean over the step's groups, or rows, of a number of each, [P]."""
         self.notes[name] = value_P.detach()
 
 

@@ -166,6 +166,24 @@ class PairLoss(NamedTuple):
     check: Callable[[Batch], None] | None = None
 
 
+class Head(NamedTuple):
+    """What does the model say of a whole row?
+
+    `start(services)` makes trained tensors, `read(tensors, hidden_BD)` gives K numbers a row, [B, K] in fp32 or wider, from one of its last
+    hidden states: the `last` token's, or the `mean` of all. They are `view.output_BK` for terms. A head is part of the result: it is
+    saved with the run, and stands beside the model when that is used. `means` says what the numbers are.
+    """
+
+    start: Callable[[Services], Tensors]
+    read: Callable[[Tensors, Tensor], Tensor]
+    means: Literal["score", "classes", "value", "vector"]
+    pool: Literal["last", "mean"] = "last"
+    names: tuple[str, ...] = ()
+    """Of classes, in the order of their numbers."""
+    rate: float = 1.0
+    """What the learning rate of its tensors is multiplied with."""
+
+
 class RowTable(NamedTuple):
     """All rows of a step, over micro-batches and processes, sorted by row id. Shapes: R rows."""
 

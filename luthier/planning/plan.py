@@ -15,7 +15,7 @@ from luthier import machine
 from luthier.errors import Say
 from luthier.evaluate.planned import evaluation_sets
 from luthier.evaluate.sets import EvalSet, check
-from luthier.kinds import HiddenEdit, Optimizer, Prefix, Prompt
+from luthier.kinds import Head, HiddenEdit, Optimizer, Prefix, Prompt
 from luthier.kinds.parts import GROUPS, Parts
 from luthier.models.load import ModelSource
 from luthier.models.modes import drops
@@ -320,7 +320,8 @@ def make_plan(recipe: Recipe, say: Say = lambda text: None, *, today: date | Non
     machine.bound_kernels()
     if recipe.train.threads is not None:
         torch.set_num_threads(recipe.train.threads)
-    sets = evaluation_sets(recipe.evaluate, recipe.train)
+    head = next((value for _, value in values_of(chosen) if isinstance(value, Head)), None)
+    sets = evaluation_sets(recipe.evaluate, recipe.train, head)
     schedule = find_schedule(recipe.train.schedule)
     control = find_control(recipe.control, recipe.out)
     world = World.current()

@@ -6,13 +6,13 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 from luthier.errors import LuthierError, Say
-from luthier.kinds import Now, RowMap
+from luthier.kinds import Head, Now, RowMap
 from luthier.planning.load import Loaded
 from luthier.recipe import RowsRecipe
 from luthier.recipe.parts import Chosen
 from luthier.registry import slots_of, values_of
 from luthier.rows.annotate import annotations_of
-from luthier.rows.encode import EncodedRows
+from luthier.rows.encode import EncodedRows, Purpose
 from luthier.rows.files import LeftOut
 from luthier.rows.gather import encode_rows, mixture_of
 from luthier.rows.mixture import Mixture
@@ -77,7 +77,8 @@ def read(recipe: RowsRecipe, seed: int, sources: Sources, chosen: Chosen, loaded
         raw = after = value.map(before, RunServices(Tune(loaded.model, loaded.parts), slot, Now(seed=seed)))
         mapped += [f"{slot}: {value.told(before, after)}"] if value.told is not None else []
     annotations = annotations_of(value for _, value in values_of(chosen))
-    rows, places, skipped, cache = encode_rows(recipe, sources, raw, loaded.tokenizer, loaded.reads, say, annotations)
+    purpose: Purpose = "read" if any(isinstance(value, Head) for _, value in values_of(chosen)) else "train"
+    rows, places, skipped, cache = encode_rows(recipe, sources, raw, loaded.tokenizer, loaded.reads, say, annotations, purpose)
     mixture = mixture_of(recipe, seed, sources, rows, places)
     return TrainingRows([one.name for one in sources], raw, rows, mixture, skipped, cache, mapped, *files_of(sources))
 

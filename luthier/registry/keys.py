@@ -14,6 +14,7 @@ from luthier.errors import LuthierError, nearest
 from luthier.kinds import (
     Additive,
     Freezing,
+    Head,
     HiddenEdit,
     InputMap,
     Keeper,
@@ -62,7 +63,7 @@ class Key(NamedTuple):
 
 
 def _teaches(value: Any) -> bool:
-    return isinstance(value, PairLoss | StepLoss) or (isinstance(value, Term | TokenLoss) and not value.penalty)
+    return isinstance(value, PairLoss | StepLoss | Head) or (isinstance(value, Term | TokenLoss) and not value.penalty)
 
 
 KEYS: Mapping[str, Key] = {
@@ -89,6 +90,7 @@ KEYS: Mapping[str, Key] = {
                 "token_loss": TokenLoss,
                 "pair_loss": PairLoss,
                 "step_loss": StepLoss,
+                "head": Head,
                 "reference": Reference,
             },
             otherwise="cross_entropy",

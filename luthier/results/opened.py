@@ -18,7 +18,7 @@ from luthier.delta import Delta
 from luthier.delta.beside import standing
 from luthier.errors import LuthierError, Say, silent
 from luthier.export.peft import parted
-from luthier.kinds import Additive, HiddenEdit, Now, Prefix, Prompt, Tensors
+from luthier.kinds import Additive, Head, HiddenEdit, Now, Prefix, Prompt, Tensors
 from luthier.models.load import ModelSource, load_model, load_tokenizer, resolve
 from luthier.models.parts import map_parts
 from luthier.models.quantized import holder, quantized
@@ -32,7 +32,7 @@ from luthier.tune import Tune
 from luthier.tune.sites import Addition
 
 BESIDE = "beside.safetensors"
-"""What no delta of the weights can hold: the tensors of prompts, prefixes and edits."""
+"""What no delta of the weights can hold: the tensors of prompts, prefixes, edits and heads."""
 PROMPT_LENGTH = "prompt_length"
 _RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*-\d+")
 """How the names of runs' folders are made: a name and a number."""
@@ -46,7 +46,7 @@ def save_result(folder: Path, tune: Tune, delta: Delta) -> None:
     beside = {
         f"{owner.name}.{name}": values.detach().cpu().contiguous()
         for owner in tune.owns
-        if owner not in held and not any(one.form == "free" for one in owner.trained.values())
+        if owner not in held and (_is_head(tune, owner) or not any(one.form == "free" for one in owner.trained.values()))
         for name, values in owner.masters().items()
         # What places share is held once, by its own name.
         if owner.shared is None or name not in owner.shared.masters()
@@ -54,6 +54,10 @@ def save_result(folder: Path, tune: Tune, delta: Delta) -> None:
     if beside:
         with disk.written(folder / BESIDE) as place:
             save_file(beside, place, {PROMPT_LENGTH: str(tune.prompt_length)})
+
+
+def _is_head(tune: Tune, owner: object) -> bool:
+    return tune.head is not None and tune.head[0] is owner
 
 
 def open_model(
@@ -242,7 +246,8 @@ def _attach_stored(tune: Tune, recipe: Recipe, path: Path) -> None:
         return {name: values for name, values in found.items() if name.isidentifier()}
 
     now = Now(seed=recipe.seed)
-    values = [(slot, value) for slot, value in _values(recipe).found if isinstance(value, HiddenEdit | Prefix | Prompt)]
+    kinds = HiddenEdit | Prefix | Prompt | Head
+    values = [(slot, value) for slot, value in _values(recipe).found if isinstance(value, kinds)]
     left = {name for name in stored if not any(name.startswith((f"{slot}/", f"{slot}.")) for slot, _ in values)}
     if left:
         slot = sorted(left)[0].split("/")[0].split(".")[0]
@@ -252,6 +257,9 @@ def _attach_stored(tune: Tune, recipe: Recipe, path: Path) -> None:
             mend="name the folder of your own techniques in LUTHIER_METHODS; what was given in Python cannot be opened again",
         )
     for slot, value in values:
+        if isinstance(value, Head):
+            tune.head = (tune.add_free(slot, held(slot)), value)
+            continue
         if isinstance(value, HiddenEdit):
             shared = None if value.shared is None else (lambda *_, slot=slot: held(slot))
             value = value._replace(start=lambda place, *_, slot=slot: held(f"{slot}/{place}"), shared=shared)

@@ -145,6 +145,7 @@ def inputs_of(source: Streamed, encoding: Encoding, on_bad_row: OnBadRow) -> dic
         "shape": source.shape,
         "on_bad_row": on_bad_row,
         "loss_on": encoding.loss_on,
+        "purpose": encoding.purpose,
         "max_tokens": encoding.max_tokens,
         "too_long": encoding.too_long,
         "reads": encoding.reads._asdict(),

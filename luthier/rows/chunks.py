@@ -17,7 +17,7 @@ from luthier.errors import LuthierError
 from luthier.kinds import Annotation
 from luthier.kinds.parts import Reads
 from luthier.rows.chat import Form, LossOn
-from luthier.rows.encode import encode_each
+from luthier.rows.encode import Purpose, encode_each
 from luthier.rows.limits import ANYTHING, TooLong
 from luthier.rows.shapes import BadRow, Row
 from luthier.rows.stored import Chunk, batch_of
@@ -36,6 +36,7 @@ class Encoding:
         loss_on, max_tokens, too_long: as for `luthier.rows.encode.encode`.
         annotations: what gives the rows' tokens numbers.
         reads: what the model can read.
+        purpose: `train`, or `read` where a head reads the rows.
     """
 
     form: Form
@@ -44,6 +45,7 @@ class Encoding:
     too_long: TooLong
     annotations: tuple[Annotation, ...] = ()
     reads: Reads = ANYTHING
+    purpose: Purpose = "train"
 
 
 class Records(NamedTuple):
@@ -74,6 +76,7 @@ def encode_chunk(records: Records, encoding: Encoding) -> Chunk:
     found, bad = encode_each(
         records.rows,
         encoding.form.tokenizer,
+        purpose=encoding.purpose,
         loss_on=encoding.loss_on,
         max_tokens=encoding.max_tokens,
         too_long=encoding.too_long,

@@ -24,12 +24,12 @@ from luthier.kinds.parts import Reads
 from luthier.rows.annotate import token_columns
 from luthier.rows.borders import Border, tokenized_at
 from luthier.rows.chat import Form, LossOn, Rendered, form_of, render_pair, render_prompt, render_training
-from luthier.rows.groups import GROUPS, PAIR, cut_alike, joined, refuse_other_prompts, without
+from luthier.rows.groups import GROUPS, PAIR, TEXTS, cut_alike, joined, refuse_other_prompts, without
 from luthier.rows.limits import ANYTHING, Limits, TooLong, check_choice, check_ids
 from luthier.rows.messages import Message
 from luthier.rows.shapes import BadRow, Row, Scalar, bad_rows_error
 
-Purpose = Literal["train", "prompt"]
+Purpose = Literal["train", "prompt", "read"]
 T = TypeVar("T")
 
 
@@ -188,7 +188,8 @@ def encode(
     Args:
         row: a checked row.
         tokenizer: the model's tokenizer.
-        purpose: `"train"`: the whole row with its targets; `"prompt"`: up to where the model answers, without targets.
+        purpose: `"train"`: the whole row with its targets; `"prompt"`: up to where the model answers, without targets; `"read"`: as a
+            head reads it, texts with the special tokens that the tokenizer puts around them, all else whole.
         loss_on: `"assistant"`: all assistant turns, or the completion where the row has one; `"last"`: the last of
             them; `"all"`: every token. A document is always learned whole.
         max_tokens: the most tokens a row may have; None for no limit.
@@ -350,9 +351,11 @@ def _encode(
 ) -> Encoded:
     check_choice("purpose", purpose, get_args(Purpose))
     check_choice("loss_on", loss_on, get_args(LossOn))
-    if purpose == "train" and row.shape in GROUPS:
-        return _together(row, form, loss_on, limits, annotations)
-    if purpose == "train":
+    if purpose != "prompt" and row.shape in GROUPS:
+        return _together(row, form, purpose, loss_on, limits, annotations)
+    if purpose == "read" and row.shape in TEXTS:
+        return _text(row, form, limits)
+    if purpose != "prompt":
         rendered = render_training(row, form, loss_on)
 
         def write(other: Row) -> str:
@@ -398,16 +401,32 @@ def _limited(
     return kept
 
 
+def _text(row: Row, form: Form, limits: Limits) -> Encoded:
+    """A text as a head reads it, with its label among the columns."""
+    ids = list(form.tokenizer(row.fields["text"], verbose=False)["input_ids"])
+    surplus = max(0, len(ids) - limits.longest) if limits.longest is not None else 0
+    if surplus and limits.too_long == "refuse":
+        raise limits.refusal(row, len(ids))
+    label = {"label": row.fields["label"]} if "label" in row.fields else {}
+    whole = Encoded(row.id, tuple(ids), (False,) * len(ids), row.where, {**row.columns, **label}, 0, row.shape)
+    # The tokens that a tokenizer puts around a text stay; of one that ends with none the text's own end does.
+    kept = without(whole, len(ids) - surplus - 1 if limits.too_long == "right" else 1, surplus)
+    check_ids(kept.token_ids, form.tokenizer, limits.reads.vocabulary, row.where)
+    return kept
+
+
 def _first_kept(row: Encoded, form: Form) -> int:
     """How many tokens at the beginning stay where others are cut off behind them."""
     return 1 if row.token_ids[:1] == (form.tokenizer.bos_token_id,) else 0
 
 
-def _together(row: Row, form: Form, loss_on: LossOn, limits: Limits, annotations: Sequence[Annotation]) -> Encoded:
+def _together(
+    row: Row, form: Form, purpose: Purpose, loss_on: LossOn, limits: Limits, annotations: Sequence[Annotation]
+) -> Encoded:
     """Rows that belong together."""
     members = GROUPS[row.shape](row)
     if row.shape != PAIR:
-        return joined(row, [_encode(one, form, "train", loss_on, limits, annotations) for one in members])
+        return joined(row, [_encode(one, form, purpose, loss_on, limits, annotations) for one in members])
     if loss_on == "all":
         raise LuthierError(
             "of two answers to one prompt the answers are compared, and loss_on asks for all text",

@@ -15,7 +15,7 @@ from luthier.rows.annotate import check_streamed
 from luthier.rows.cache import Kept, keep
 from luthier.rows.chat import form_of
 from luthier.rows.chunks import Encoding
-from luthier.rows.encode import EncodedRows, encode_all
+from luthier.rows.encode import EncodedRows, Purpose, encode_all
 from luthier.rows.mixture import Mixture, Source, make_mixture
 from luthier.rows.read import Rows
 from luthier.rows.sources import Sources, Streamed, distinct, places_of
@@ -29,6 +29,7 @@ def encode_rows(
     reads: Reads,
     say: Callable[[str], None],
     annotations: tuple[Annotation, ...] = (),
+    purpose: Purpose = "train",
 ) -> Kept:
     """Training rows as tokens and targets.
 
@@ -40,6 +41,7 @@ def encode_rows(
         reads: what the model can read: no row is longer, and none has other tokens.
         say: hears what is being done.
         annotations: what gives the rows' tokens numbers.
+        purpose: `train`, or `read` where a head reads the rows.
 
     Raises:
         LuthierError: a row cannot be used, rows may be longer than the model can read, or an annotation cannot be streamed.
@@ -54,11 +56,12 @@ def encode_rows(
     if recipe.streaming:
         streamed = [one for one in sources if isinstance(one, Streamed)]
         check_streamed(annotations, recipe.workers)
-        encoding = Encoding(form_of(tokenizer), recipe.loss_on, limit, recipe.too_long, annotations, reads)
+        encoding = Encoding(form_of(tokenizer), recipe.loss_on, limit, recipe.too_long, annotations, reads, purpose)
         return keep(streamed, encoding, on_bad_row=recipe.on_bad_row, workers=recipe.workers, say=say)
     rows = encode_all(
         raw,
         tokenizer,
+        purpose=purpose,
         loss_on=recipe.loss_on,
         max_tokens=limit,
         too_long=recipe.too_long,

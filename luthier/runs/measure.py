@@ -22,13 +22,13 @@ from luthier.runs.rows import turns_of
 
 def evaluate(model: str, recipe: Recipe, *, say: Say = silent, weights_only: bool = False) -> dict[str, SetResult]:
     """Measure a model or a run on the evaluation sets of a recipe."""
-    sets = evaluation_sets(recipe.evaluate, recipe.train)
-    if not sets:
+    if not recipe.evaluate:
         raise LuthierError("the recipe has no evaluation sets", where="evaluate", mend="add `evaluate: {name: {rows: FILE}}`")
     tune, tokenizer = open_model(model, out=recipe.out, say=say, precision=recipe.train.precision, weights_only=weights_only)
     if not is_run(model, recipe.out):
         choose(tokenizer, recipe.rows.template, recipe.rows.template_options)
-    return measure(tune, tokenizer, sets, say=say)
+    head = tune.head[1] if tune.head is not None else None
+    return measure(tune, tokenizer, evaluation_sets(recipe.evaluate, recipe.train, head), say=say)
 
 
 def evaluate_harness(

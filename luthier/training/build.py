@@ -10,6 +10,7 @@ from luthier.columns.chunked import CONTEXT_ATTENTION
 from luthier.errors import LuthierError
 from luthier.kinds import (
     Freezing,
+    Head,
     InputMap,
     Keeper,
     Now,
@@ -96,6 +97,7 @@ def build_engine(
         ],
         weights=[Weighted(slot, v, states[slot]) for slot, v in values if isinstance(v, TokenWeight)],
         reference=reference,
+        head=_head(values),
     )
     if not goal.terms:
         raise LuthierError("nothing is minimized", where="objective", mend="name one, e.g. cross_entropy")
@@ -152,6 +154,16 @@ def build_engine(
         )
     agreement.check(world, owner, values=True)
     return engine
+
+
+def _head(values: Sequence[tuple[str, object]]) -> tuple[str, Head] | None:
+    """What reads whole rows."""
+    found = [(slot, v) for slot, v in values if isinstance(v, Head)]
+    if len(found) > 1:
+        raise LuthierError(
+            f"`{found[0][0]}` and `{found[1][0]}` both put a head beside the model", where="objective", mend="leave one of them out"
+        )
+    return found[0] if found else None
 
 
 def _reference(values: Sequence[tuple[str, object]]) -> Reference:

@@ -15,6 +15,7 @@ from luthier.errors import LuthierError
 from luthier.kinds import (
     Batch,
     Column,
+    Head,
     Now,
     PairLoss,
     Reference,
@@ -29,7 +30,7 @@ from luthier.kinds import (
     View,
 )
 from luthier.models.modes import evaluating
-from luthier.training import pairs, whole
+from luthier.training import pairs, readout, whole
 from luthier.training.rules import gathered, places_in, pruned, table_of
 from luthier.training.services import view_of
 from luthier.training.whole import Slopes
@@ -157,9 +158,14 @@ class Objective:
     weights: list[Weighted] = field(default_factory=list)
     reference: Reference = pairs.BASE_REFERENCE
     """What answers are compared with."""
+    head: tuple[str, Head] | None = None
+    """What reads whole rows, under its slot."""
 
     def start(self, tune: Tune, services_of: Callable[[str], Services]) -> None:
-        """Make the terms' own trained tensors."""
+        """Make the head's and the terms' own trained tensors."""
+        if self.head is not None:
+            slot, head = self.head
+            tune.head = (tune.add_free(slot, head.start(services_of(slot)), head.rate), head)
         for one in self.terms:
             if one.term.start is not None:
                 one.own = tune.add_free(one.slot, one.term.start(services_of(one.slot)), one.term.rate)
@@ -175,8 +181,11 @@ class Objective:
         return bool(self.weights)
 
     def columns(self) -> tuple[Column, ...]:
-        """The union of what terms and weights read; the plain loss is always among them, and beside weights the entropy."""
-        wanted: list[str | Column] = ["nll"]
+        """The union of what terms and weights read; the plain loss is among them unless a head alone reads the rows, and beside weights
+        the entropy."""
+        # The output matrix of the language model is not run for nothing.
+        of_tokens = self.head is None or self.is_weighted or any(one.term.columns for one in self.terms)
+        wanted: list[str | Column] = ["nll"] if of_tokens else []
         for one in self.terms:
             wanted += one.term.columns
         for other in self.weights:
@@ -333,7 +342,7 @@ class Objective:
         trains: bool = True,
     ) -> View:
         """Run a micro-batch: its columns, and the weights of its targets. The arguments are those of `total`."""
-        hidden_wanted = any(one.term.hidden for one in self.terms)
+        hidden_wanted = any(one.term.hidden for one in self.terms) or self.head is not None
         view = view_of(
             tune,
             batch,
@@ -345,7 +354,11 @@ class Objective:
             keep_hidden=hidden_wanted,
             trains=trains,
         )
-        weight_N = torch.ones_like(view["nll"].detach()) if keep_N is None else keep_N.to(view["nll"])
+        if tune.head is not None and view.hidden_BTD is not None:
+            own, head = tune.head
+            view.output_BK = readout.read(head, own.tensors(), view.hidden_BTD, batch)
+        some = view.example().detach()
+        weight_N = some.new_ones(len(view.label_N)) if keep_N is None else keep_N.to(some)
         with torch.no_grad():
             for one in self.weights:
                 if one.weight.weigh is not None:
@@ -372,7 +385,7 @@ class Objective:
         """One micro-batch's part of the step's loss, divided by the units of the whole step. The model reads `read`, if given, and of
         its embeddings [B, T, D] what `embed` makes of them. Techniques drop numbers if it `trains`."""
         view = self.see(tune, batch, now, read=read, embed=embed, keep_N=keep_N, services_of=services_of, trains=trains)
-        loss = view["nll"].new_zeros(())
+        loss = view.example().new_zeros(())
         parts: dict[str, float] = {}
         for minimized, unit in zip(self.terms, units, strict=True):
             if not any(unit) or (minimized.term.unit == "step" and not first):
@@ -411,6 +424,8 @@ def _weighed(weigh: Callable[[View], Tensor], view: View, *, virtual: bool) -> T
 
 
 def _counted(view: View) -> Counted:
+    if "nll" not in view.columns:
+        return Counted()
     weight_N = view.weight_N
     wide_N = machine.widened(weight_N)
     entropy_N = view.columns.get("entropy")

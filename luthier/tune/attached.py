@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from luthier.kinds import Additive, Freezing, HiddenEdit, Place, Prefix, Seen, Selective, State
+from luthier.kinds import Additive, Freezing, Head, HiddenEdit, Place, Prefix, Seen, Selective, State
 from luthier.kinds.parts import Parts
 from luthier.models.attention import Context
 from luthier.models.block_outputs import open_blocks
@@ -58,6 +58,8 @@ class Attached:
         self.additives: list[tuple[str, Additive, State]] = []
         self.edits: list[tuple[str, HiddenEdit, State]] = []
         self.freezings: list[tuple[str, Freezing, State]] = []
+        self.head: tuple[Own, Head] | None = None
+        """What reads whole rows, with its tensors."""
         self.turns = Turns()
         """Whose turn it is to move, and each technique's clock."""
         self.prompt_length = 0

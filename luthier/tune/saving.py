@@ -71,5 +71,6 @@ def what_is_lost(tune: Attached) -> list[str]:
     for site in tune.sites.values():
         beside += [own.slot for own in (*site.additions, *site.edits) if own.stands]
         beside += [own.slot for own, _ in site.prompts]
+    beside += [tune.head[0].slot] if tune.head is not None else []
     beside += ["quantize"] if quantized(tune.model) else []
     return list(dict.fromkeys(beside))

@@ -1,0 +1,79 @@
+"""What a head says of evaluation rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from luthier.errors import LuthierError
+from luthier.generation.generate import BATCH_TOKENS
+from luthier.kinds import Head
+from luthier.models.modes import evaluating
+from luthier.rows.batches import collate, plan_epoch
+from luthier.rows.encode import Encoded
+from luthier.training.readout import read
+from luthier.tune import Tune
+from luthier.tune.forward import hidden
+
+
+def head_of(tune: Tune) -> Head:
+    """The head of a model.
+
+    Raises:
+        LuthierError: it has none.
+    """
+    if tune.head is None:
+        raise LuthierError(
+            "this model has no head that reads rows",
+            mend="name a run that trained one, with objective: classify, regress or reward_model",
+        )
+    return tune.head[1]
+
+
+def readings(tune: Tune, rows: Sequence[Encoded], *, batch_tokens: int = BATCH_TOKENS) -> Tensor:
+    """The head's numbers of rows, [rows, K], in fp32 or wider, on the processor.
+
+    Args:
+        tune: the model, with what is attached to it.
+        rows: encoded rows, each by itself.
+        batch_tokens: the most tokens of one forward pass, padding counted.
+
+    Raises:
+        LuthierError: the model has no head, or the head gives numbers that are not finite.
+    """
+    head = head_of(tune)
+    assert tune.head is not None
+    own, device = tune.head[0].masters(), next(tune.model.parameters()).device
+    found: dict[int, Tensor] = {}
+    plan = plan_epoch([len(row) for row in rows], micro_batch_tokens=batch_tokens, batch_rows=max(1, len(rows)), seed=0, epoch=0)
+    with evaluating(tune.model):
+        for chosen in (places for step in plan for places in step):
+            batch = collate([rows[place] for place in chosen]).to(device)
+            states = tune.run(lambda batch=batch: hidden(tune, batch).padded(batch.attend_BT))
+            found |= dict(zip(chosen, read(head, own, states, batch).cpu(), strict=True))
+    numbers = torch.stack([found[place] for place in range(len(rows))])
+    broken = (~numbers.isfinite().all(-1)).nonzero()
+    if len(broken):
+        first = rows[int(broken[0])]
+        raise LuthierError(
+            f"the head gives numbers that are not finite for {len(broken)} of {len(rows)} rows",
+            where=f"{first.where} (row {first.id})",
+            mend="lower the learning rate, or use precision fp32",
+        )
+    return numbers
+
+
+def class_number(head: Head, label: object, where: str) -> int:
+    """The number of a row's class.
+
+    Raises:
+        LuthierError: the head knows no such class.
+    """
+    known = [*head.names]
+    if isinstance(label, str) and label in known:
+        return known.index(label)
+    if isinstance(label, int | float) and float(label) in range(len(known)):
+        return int(label)
+    raise LuthierError(f"the row's label is `{label}`, and the classes are {', '.join(known)}", where=where, mend="mend the row")

@@ -1,0 +1,78 @@
+"""A head that tells classes apart, with cross-entropy."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from luthier.errors import LuthierError
+from luthier.kinds import Batch, Head, Services, Tensors, Term, View
+from luthier.registry import method
+
+
+@method(
+    title="Classification",
+    departs="the head starts at zero, so that every class is as likely at step 0, where transformers draws it",
+    learning_rate=1e-4,
+)
+def classify(*, labels: tuple[str, ...], smoothing: float = 0.0, head_rate: float = 1.0, weight: float = 1.0) -> tuple[Head, Term]:
+    """Learn which of several classes a text belongs to, from the last hidden state of its last token.
+
+    Rows are `text` and `label`: one of the labels, or its number from 0. The head is saved with the run, with the labels, and has no
+    bias, as that of `AutoModelForSequenceClassification` for decoders.
+
+    Args:
+        labels: the names of the classes, in the order of their numbers.
+        smoothing: share of the probability that is spread over all classes alike.
+        head_rate: multiplies the learning rate of the head.
+        weight: multiplies the term where there are several.
+
+    Raises:
+        LuthierError: there are fewer than two labels or one comes twice, or an option is out of range.
+    """
+    if len(labels) < 2 or len(set(labels)) < len(labels):
+        raise LuthierError(f"the labels are {list(labels)}", where="classify: labels", mend="name two classes or more, each once")
+    if not 0.0 <= smoothing < 1.0:
+        raise LuthierError(f"the smoothing is {smoothing}", where="classify: smoothing", mend="use at least 0 and less than 1")
+    number_of = {label: number for number, label in enumerate(labels)}
+
+    def start(services: Services) -> Tensors:
+        return {"weight": torch.zeros(len(labels), services.parts.width)}
+
+    def read(own: Tensors, hidden_BD: Tensor) -> Tensor:
+        return functional.linear(hidden_BD, own["weight"])
+
+    def classes(batch: Batch) -> list[int | None]:
+        names = batch.texts.get("label", ("",) * len(batch.row_ids))
+        numbers = batch.columns["label"].tolist() if "label" in batch.columns else [-1.0] * len(names)
+        return [number_of.get(name) if name else _whole(number, len(labels)) for name, number in zip(names, numbers, strict=True)]
+
+    def total(view: View, own: Tensors) -> Tensor:
+        logits_BK = view.outputs_BK
+        label_B = torch.tensor(classes(view.batch), device=logits_BK.device)
+        view.note_groups("accuracy", (logits_BK.detach().argmax(-1) == label_B).to(logits_BK.dtype))
+        return functional.cross_entropy(logits_BK, label_B, reduction="sum", label_smoothing=smoothing)
+
+    def check(batch: Batch) -> None:
+        found = classes(batch)
+        if None in found:
+            place = found.index(None)
+            names = batch.texts.get("label", ())
+            label = (
+                names[place] if names and names[place] else float(batch.columns.get("label", torch.full((place + 1,), -1.0))[place])
+            )
+            raise LuthierError(
+                f"the row's label is `{label}`, and the classes are {', '.join(labels)}",
+                where=f"row {batch.row_ids[place]}",
+                mend="add it to the labels, or mend the row",
+            )
+
+    return (
+        Head(start, read, "classes", names=tuple(labels), rate=head_rate),
+        Term(total, unit="row", count=lambda batch: float(len(batch.row_ids)), columns=(), weight=weight, check=check),
+    )
+
+
+def _whole(number: float, classes: int) -> int | None:
+    return int(number) if number in range(classes) else None

@@ -1,0 +1,76 @@
+"""Reward models by the Bradley-Terry model, alone or several beside each other (Eisenstein et al., 2023)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.nn.functional import logsigmoid
+
+from luthier.errors import LuthierError
+from luthier.kinds import Batch, Head, Services, Tensors, Term, View
+from luthier.registry import method
+from luthier.rows.groups import check_pairs
+
+SPREAD = 0.02
+"""Standard deviation of the numbers that heads start from, as transformers draws them."""
+
+
+@method(
+    title="Reward model ensemble",
+    paper="arXiv:2312.09244",
+    row=207,
+    reduces_to="members 1: a reward model; centring 0: plain Bradley-Terry",
+    departs="members are heads over one model, the weaker of the paper's ensembles; theirs differ in their fine-tuning or pretraining",
+    learning_rate=1e-5,
+)
+def reward_model(
+    *, members: int = 1, centring: float = 0.01, margin: str = "", head_rate: float = 1.0, weight: float = 1.0
+) -> tuple[Head, Term]:
+    """Learn to score answers from pairs of which one is preferred: -log sigmoid(score of the chosen - score of the rejected).
+
+    The score is read from the last hidden state of an answer's last token. It is saved with the run.
+
+    Args:
+        members: K, heads that differ in where they start; each learns by itself.
+        centring: eta, multiplies (score of the chosen + score of the rejected) squared, which pulls a pair's mean to 0 so that members
+            can be compared; the paper's regularizer.
+        margin: a key of the rows by whose number the chosen answer's score shall be larger; none: any.
+        head_rate: multiplies the learning rate of the heads.
+        weight: multiplies the term where there are several.
+
+    Raises:
+        LuthierError: an option is out of range.
+    """
+    if members < 1:
+        raise LuthierError(f"there are {members} members", where="reward_model: members", mend="use 1 or more")
+    if centring < 0.0:
+        raise LuthierError(f"the centring is {centring}", where="reward_model: centring", mend="use 0 or more")
+
+    def start(services: Services) -> Tensors:
+        rngs = (services.rng(f"reward_model {member}") for member in range(members))
+        return {"weight": torch.stack([SPREAD * torch.randn(services.parts.width, generator=rng) for rng in rngs])}
+
+    def read(own: Tensors, hidden_BD: Tensor) -> Tensor:
+        return functional.linear(hidden_BD, own["weight"])
+
+    def total(view: View, own: Tensors) -> Tensor:
+        place_2P = torch.tensor(view.batch.groups, dtype=torch.int64, device=view.outputs_BK.device).reshape(-1, 2).t()
+        chosen_PK, rejected_PK = view.outputs_BK[place_2P[0]], view.outputs_BK[place_2P[1]]
+        difference_PK = chosen_PK - rejected_PK
+        view.note_groups("accuracy", ((difference_PK.detach().sign() + 1.0) / 2.0).mean(-1))
+        view.note_groups("reward margin", difference_PK.mean(-1))
+        view.note_groups("reward chosen", chosen_PK.mean(-1))
+        wanted_P1 = view.batch.columns[margin][place_2P[0]].to(difference_PK)[:, None] if margin else 0.0
+        loss_PK = centring * (chosen_PK + rejected_PK).square() - logsigmoid(difference_PK - wanted_P1)
+        return loss_PK.mean(-1).sum()
+
+    def check(batch: Batch) -> None:
+        check_pairs(batch)
+        if margin and (margin not in batch.columns or not bool(batch.columns[margin].isfinite().all())):
+            raise LuthierError(f"a row has no number `{margin}`", where=f"row {batch.row_ids[0]}", mend="add it to every row")
+
+    return (
+        Head(start, read, "score", rate=head_rate),
+        Term(total, unit="group", count=lambda batch: float(len(batch.groups)), columns=(), weight=weight, check=check),
+    )

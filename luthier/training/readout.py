@@ -1,0 +1,32 @@
+"""What a head says of whole rows: one of their last hidden states, and the head's numbers of it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from luthier.kinds import Batch, Head, Tensors
+
+
+def read(head: Head, tensors: Tensors, hidden_BTD: Tensor, batch: Batch) -> Tensor:
+    """The head's numbers of each row, [B, K], in fp32 or wider.
+
+    Args:
+        head: the head.
+        tensors: its tensors.
+        hidden_BTD: last hidden states of the rows' own tokens.
+        batch: the rows.
+    """
+    state_BD = pooled(hidden_BTD, batch.attend_BT & (batch.token_ids_BT >= 0), head.pool)
+    wide_BD = state_BD.to(torch.promote_types(state_BD.dtype, torch.float32))
+    return head.read({name: one.to(wide_BD) for name, one in tensors.items()}, wide_BD)
+
+
+def pooled(hidden_BTD: Tensor, own_BT: Tensor, pool: str) -> Tensor:
+    """One state a row, [B, D]: the last own token's, or the mean of all."""
+    if pool == "mean":
+        weight_BT1 = own_BT[..., None].to(hidden_BTD.dtype)
+        return (hidden_BTD * weight_BT1).sum(1) / weight_BT1.sum(1).clamp(min=1.0)
+    time_T = torch.arange(own_BT.shape[1], device=own_BT.device)
+    last_B = (time_T * own_BT).argmax(-1)
+    return hidden_BTD[torch.arange(len(last_B), device=last_B.device), last_B]
