@@ -60,8 +60,8 @@ def export_model(tune: Tune, tokenizer: PreTrainedTokenizerBase, folder: str | P
         unmerged = outputs(tune.model, ids) if tune.merged is None and tune.parts.causal else None
         with merged(tune) as untied:
             after = outputs(tune.model, ids)
-            _save(tune.model, tokenizer, beside)
-            _check_tokenizer(tokenizer, beside)
+            save(tune.model, tokenizer, beside)
+            check_tokenizer(tokenizer, beside)
             difference = _check_model(tune, beside, ids, after)
     return {
         "max_logit_difference": difference,
@@ -123,7 +123,12 @@ def divergence(left: Sequence[Tensor], right: Sequence[Tensor]) -> float:
     return total / count
 
 
-def _save(model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+def save(model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write a model and its tokenizer as `transformers` does.
+
+    Raises:
+        LuthierError: `transformers` refuses.
+    """
     try:
         with quiet():
             model.save_pretrained(folder)
@@ -137,7 +142,12 @@ def _save(model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
         ) from error
 
 
-def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Read a saved tokenizer back and compare it.
+
+    Raises:
+        LuthierError: it cuts text differently.
+    """
     reloaded: Any = load_tokenizer(str(folder))
     give(reloaded, choice_of(tokenizer))
     if _token_ids(tokenizer) != _token_ids(reloaded) or tokenizer.chat_template != reloaded.chat_template:

@@ -7,6 +7,7 @@ from typing import Any
 
 from luthier.errors import LuthierError, Say, silent
 from luthier.export import export_gguf, export_model, export_peft
+from luthier.export.classifier import export_classifier
 from luthier.models.load import resolve
 from luthier.results.folder import Run
 from luthier.results.opened import open_run, recipe_of
@@ -37,8 +38,15 @@ def write_result(
     check_asked(target, form, weights)
     recipe = recipe_of(run)
     tune, tokenizer = open_run(run, say=say, merged=False, weights_only=weights_only)
+    if tune.head is not None and form != "model":
+        raise LuthierError(
+            f"`{tune.head[0].slot}` is a head that reads rows, which a {form} result does not hold",
+            where="--as",
+            mend="use --as model, which writes it for sequence classification, or --weights-only, which leaves it out",
+        )
     if form == "model":
-        return {"folder": str(target), "as": form, **export_model(tune, tokenizer, target)}
+        write = export_model if tune.head is None else export_classifier
+        return {"folder": str(target), "as": form, **write(tune, tokenizer, target)}
     if form == "gguf":
         return {"file": str(target), "as": form, **export_gguf(tune, tokenizer, target, weights=weights)}
     base = resolve(recipe.model, revision=recipe.revision, trust_remote_code=recipe.trust_remote_code)

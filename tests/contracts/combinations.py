@@ -85,6 +85,8 @@ REFUSED: dict[tuple[str, str], str] = {
     ("rule", "step_loss"): "these rows belong together",
     ("rule", "reference"): "these rows belong together",
     ("reference", "reference"): "are both the reference",
+    ("rule", "head"): "these rows belong together",
+    ("head", "head"): "both put a head beside the model",
     # The base knows nothing of tokens that are learnt.
     ("learns its prompt", "compares"): "compares with the base, which does not read the virtual tokens",
     # There is never a whole gradient, or none that went through the model.

@@ -15,6 +15,9 @@ from luthier.registry import method
 def regress(*, column: str = "label", head_rate: float = 1.0, weight: float = 1.0) -> tuple[Head, Term]:
     """Learn a number of each text, from the last hidden state of its last token, with the mean squared error.
 
+    The head has no bias, as that of `AutoModelForSequenceClassification` for decoders: numbers far from 0 are learnt better when their mean
+    is taken out of the rows first.
+
     Args:
         column: the key of the rows that holds the number.
         head_rate: multiplies the learning rate of the head.
@@ -22,10 +25,10 @@ def regress(*, column: str = "label", head_rate: float = 1.0, weight: float = 1.
     """
 
     def start(services: Services) -> Tensors:
-        return {"weight": torch.zeros(1, services.parts.width), "bias": torch.zeros(1)}
+        return {"weight": torch.zeros(1, services.parts.width)}
 
     def read(own: Tensors, hidden_BD: Tensor) -> Tensor:
-        return functional.linear(hidden_BD, own["weight"], own["bias"])
+        return functional.linear(hidden_BD, own["weight"])
 
     def total(view: View, own: Tensors) -> Tensor:
         error_B = view.outputs_BK[:, 0] - view.batch.columns[column].to(view.outputs_BK)

@@ -1,0 +1,122 @@
+"""A tuned model with its head as `transformers` has it, for sequence classification, read back and compared before anyone relies on it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from luthier.errors import LuthierError
+from luthier.export.folder import new_folder
+from luthier.export.model import PROBES, check_tokenizer, merged, save
+from luthier.kinds import Batch, Head
+from luthier.models.modes import evaluating
+from luthier.models.quiet import quiet
+from luthier.models.weights import load_weights
+from luthier.training.readout import read
+from luthier.tune import Tune
+from luthier.tune.forward import hidden
+
+PROBLEMS = {"classes": "single_label_classification", "value": "regression", "score": "regression"}
+"""What `transformers` calls what a head's numbers mean."""
+
+
+def export_classifier(tune: Tune, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> dict[str, Any]:
+    """Write the merged model and its head as a folder that `AutoModelForSequenceClassification` loads, and check it by loading it.
+
+    Args:
+        tune: the tuned model, with a head; afterwards it is as it was.
+        tokenizer: saved with it.
+        folder: must not exist; it appears when everything has been checked.
+
+    Returns:
+        `max_logit_difference` between the live model's head and the reloaded one on texts of many kinds, and `dtype`.
+
+    Raises:
+        LuthierError: the folder exists, `transformers` has no such class or head for this model, or what was read back differs.
+    """
+    assert tune.head is not None
+    own, head = tune.head
+    with new_folder(Path(folder)) as beside:
+        ids = [list(tokenizer(text)["input_ids"]) for text in PROBES]
+        with merged(tune):
+            expected = _ours(tune, head, ids)
+            model = _with_head(tune, tokenizer, own.masters(), head)
+            save(model, tokenizer, beside)
+            check_tokenizer(tokenizer, beside)
+            difference = _check(beside, ids, expected, tune)
+    return {"max_logit_difference": difference, "dtype": str(next(tune.model.parameters()).dtype).removeprefix("torch.")}
+
+
+def _with_head(tune: Tune, tokenizer: PreTrainedTokenizerBase, tensors: dict[str, Tensor], head: Head) -> Any:
+    if head.means not in PROBLEMS or head.pool != "last" or set(tensors) != {"weight"}:
+        raise _impossible(tune, "transformers has no head that reads rows as this one does")
+    config = copy.deepcopy(tune.model.config)
+    config.num_labels = len(tensors["weight"])
+    config.problem_type = PROBLEMS[head.means]
+    if head.names:
+        config.id2label, config.label2id = dict(enumerate(head.names)), {name: number for number, name in enumerate(head.names)}
+    # Rows are padded with it; without one a batch of several rows is refused.
+    config.pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    parameter = next(tune.model.parameters())
+    try:
+        with quiet():
+            model: Any = transformers.AutoModelForSequenceClassification.from_config(config)
+    except ValueError as error:
+        raise _impossible(tune, "transformers has no class that reads rows with this model") from error
+    if not hasattr(model, "score") or getattr(model.score, "bias", None) is not None:
+        raise _impossible(tune, "its head there is of another kind")
+    model = model.to(parameter.dtype)
+    body = getattr(model, model.base_model_prefix)
+    body.load_state_dict(tune.model.get_submodule(tune.parts.backbone).state_dict())
+    with torch.no_grad():
+        model.score.weight.copy_(tensors["weight"])
+    return model.eval()
+
+
+def _impossible(tune: Tune, why: str) -> LuthierError:
+    return LuthierError(
+        f"this result cannot be written for sequence classification: {why}",
+        where=tune.parts.architecture,
+        mend="use the run itself, with luthier.open_run",
+    )
+
+
+def _ours(tune: Tune, head: Head, ids: Sequence[Sequence[int]]) -> list[Tensor]:
+    assert tune.head is not None
+    device = next(tune.model.parameters()).device
+    found = []
+    with evaluating(tune.model):
+        for row in ids:
+            ids_BT = torch.tensor([row], device=device)
+            batch = Batch(ids_BT, ids_BT >= 0, torch.arange(len(row), device=device)[None], torch.full_like(ids_BT, -100), ("",))
+            states_BTD = tune.run(lambda batch=batch: hidden(tune, batch).padded(batch.attend_BT))
+            found.append(read(head, tune.head[0].masters(), states_BTD, batch)[0])
+    return found
+
+
+def _check(folder: Path, ids: Sequence[Sequence[int]], expected: Sequence[Tensor], tune: Tune) -> float:
+    with quiet():
+        model, _ = load_weights(
+            transformers.AutoModelForSequenceClassification, folder, folder, dtype="auto", local_files_only=True
+        )
+    reloaded: Any = model.to(next(tune.model.parameters()).device)  # type: ignore[arg-type]
+    differences = []
+    with evaluating(reloaded):
+        for row, wanted_K in zip(ids, expected, strict=True):
+            found_K = reloaded(input_ids=torch.tensor([row], device=wanted_K.device)).logits[0].to(wanted_K)
+            differences.append(float((found_K - wanted_K).abs().max()))
+    allowed = torch.finfo(next(tune.model.parameters()).dtype).eps ** 0.5 * max(1.0, *(float(one.abs().max()) for one in expected))
+    if not max(differences) <= allowed:
+        raise LuthierError(
+            f"the saved model says other things: its numbers differ by {max(differences):g}, where rounding explains {allowed:g}",
+            where=type(reloaded).__name__,
+            mend="use the run itself, with luthier.open_run",
+        )
+    return max(differences)

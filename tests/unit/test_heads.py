@@ -1,0 +1,203 @@
+"""Heads that read whole rows: their losses by hand, which state they read, and what is left of them when a run is over."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+import luthier
+from luthier import registry
+from luthier.errors import LuthierError
+from luthier.evaluate.readings import readings
+from luthier.evaluate.sets import EvalSet, measure
+from luthier.export.classifier import export_classifier
+from luthier.kinds import Batch, Head, Now, Term, View
+from luthier.models.attention import use_attention
+from luthier.rows.encode import encode, encode_all
+from luthier.rows.read import read
+from luthier.training.readout import pooled
+from luthier.training.readout import read as read_head
+from tests.conftest import make_batch, split
+from tests.toys.helpers import gap, gradients, model_of, rows_of_eight, rows_of_pairs
+from tests.unit.test_rows_encode import tiny_tokenizer
+
+CLASSES = {"classify": {"labels": ["no", "yes"]}}
+ROWS = [
+    {"text": f"It was {word}.", "label": label}
+    for word, label in (("warm", "good"), ("cold", "bad"), ("fine", "good"), ("dull", "bad"))
+]
+
+
+def parts(name: str, **options: Any) -> tuple[Head, Term]:
+    head, term = registry.make({name: options}, ("head",)).values
+    assert isinstance(head, Head) and isinstance(term, Term)
+    return head, term
+
+
+def view_with(output: list[list[float]], batch: Batch) -> View:
+    view = View(batch, {}, label_N=torch.zeros(0), row_N=torch.zeros(0), position_N=torch.zeros(0))
+    view.output_BK = torch.tensor(output, dtype=torch.float64, requires_grad=True)
+    return view
+
+
+def test_rewards_by_hand() -> None:
+    """Bradley-Terry and the pull of a pair's mean to zero, at scores of 1 and 0.5, for each member by itself."""
+    _, term = parts("reward_model", members=2, centring=0.01)
+    batch = make_batch([(3, 1), (3, 1)])._replace(groups=((0, 1),))
+    view = view_with([[1.0, 0.3], [0.5, -0.3]], batch)
+    other = -math.log(1 / (1 + math.exp(-0.6)))
+    found = term.total(view, {})
+    assert found.item() == pytest.approx((0.496577 + other) / 2, abs=1e-6)
+    (slope_BK,) = torch.autograd.grad(found, view.outputs_BK)
+    assert (2 * slope_BK[:, 0]).tolist() == pytest.approx([-0.347541, 0.407541], abs=1e-6)
+    assert float(slope_BK[:, 1].sum()) == pytest.approx(0.0, abs=1e-12), "members that are centred are pulled nowhere"
+    margin = parts("reward_model", centring=0.0, margin="margin")[1]
+    told = batch._replace(columns={"margin": torch.tensor([0.2, 0.2], dtype=torch.float64)})
+    assert margin.total(view_with([[1.0], [0.5]], told), {}).item() == pytest.approx(-math.log(1 / (1 + math.exp(-0.3))), rel=1e-12)
+    assert term.count is not None and term.count(rows_of_pairs()) == 4.0
+
+
+def test_classes_by_hand() -> None:
+    _, term = parts("classify", labels=("a", "b", "c"), smoothing=0.3)
+    batch = make_batch([(3, 1), (3, 1)])._replace(texts={"label": ("c", "a")})
+    logits = [[0.0, 1.0, 2.0], [0.5, 0.0, 0.0]]
+    wanted = 0.0
+    for row, right in zip(logits, (2, 0), strict=True):
+        log_sum = math.log(sum(map(math.exp, row)))
+        each = [log_sum - one for one in row]
+        wanted += 0.7 * each[right] + 0.1 * sum(each)
+    view = view_with(logits, batch)
+    assert term.total(view, {}).item() == pytest.approx(wanted, rel=1e-12)
+    assert view.notes["accuracy"].tolist() == [1.0, 1.0]
+    numbered = batch._replace(texts={}, columns={"label": torch.tensor([2.0, 0.0])})
+    assert term.total(view_with(logits, numbered), {}).item() == pytest.approx(wanted, rel=1e-12)
+
+
+def test_numbers_by_hand() -> None:
+    _, term = parts("regress", column="length")
+    batch = make_batch([(3, 1), (3, 1)])._replace(columns={"length": torch.tensor([2.0, -1.0])})
+    assert term.total(view_with([[2.5], [1.0]], batch), {}).item() == pytest.approx(0.25 + 4.0, rel=1e-12)
+
+
+def test_the_state_of_the_last_own_token_is_read() -> None:
+    """Neither padding on either side nor a prompt's virtual tokens are read; the mean is of own tokens alone."""
+    hidden_BTD = torch.arange(24.0).reshape(2, 6, 2)
+    own_BT = torch.tensor([[True, True, True, False, False, False], [False, False, True, True, True, False]])
+    assert torch.equal(pooled(hidden_BTD, own_BT, "last"), torch.stack([hidden_BTD[0, 2], hidden_BTD[1, 4]]))
+    assert torch.equal(pooled(hidden_BTD, own_BT, "mean"), torch.stack([hidden_BTD[0, :3].mean(0), hidden_BTD[1, 2:5].mean(0)]))
+    head, _ = parts("classify", labels=("a", "b"))
+    batch = make_batch([(3, 0), (5, 0)])
+    virtual = batch._replace(token_ids_BT=batch.token_ids_BT.index_fill(1, torch.tensor([0]), -1))
+    tensors = {"weight": torch.eye(2, dtype=torch.float64)}
+    states = torch.randn(2, 5, 2, generator=torch.Generator().manual_seed(0)).double()
+    assert torch.equal(read_head(head, tensors, states, virtual), torch.stack([states[0, 2], states[1, 4]]))
+
+
+def test_a_row_is_read_the_same_whatever_stands_beside_it(engine: Any, now: Now) -> None:
+    """Packed or padded, in one micro-batch or several; and the output matrix of the language model is not run for it."""
+    batch, model = rows_of_pairs(), model_of()
+    use_attention(model)
+    run = engine(objective=CLASSES, model=model)
+    assert run.objective.columns() == () and run.step([batch], now).loss == pytest.approx(math.log(2.0), rel=1e-12)
+    found = []
+    for packs, sizes in ((False, (8,)), (True, (8,)), (False, (2, 4, 2))):
+        run.tune.packs = packs
+        found.append(gradients(run, split(batch, sizes), now))
+    assert gap(found[1], found[0]) < 1e-9 and gap(found[2], found[0]) < 1e-9
+
+
+def test_texts_are_read_as_their_tokenizer_writes_them() -> None:
+    """The tokens are those of plain `transformers`, and none is a target: rows without targets were dropped."""
+    tokenizer: Any = tiny_tokenizer()
+    rows = list(read(ROWS))
+    encoded = encode_all(rows, tokenizer, purpose="read")
+    assert len(encoded.rows) == 4 and not encoded.dropped
+    for row, one in zip(ROWS, encoded.rows, strict=True):
+        assert list(one.token_ids) == tokenizer(row["text"])["input_ids"] and not any(one.supervised)
+        assert one.columns["label"] == row["label"]
+    whole = encoded.rows[0].token_ids
+    left = encode(rows[0], tokenizer, purpose="read", max_tokens=4, too_long="left").token_ids
+    right = encode(rows[0], tokenizer, purpose="read", max_tokens=4, too_long="right").token_ids
+    assert left == (whole[0], *whole[-3:]) and right == (*whole[:3], whole[-1])
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "rows", "words"),
+    [
+        ("classify", {"labels": ("a", "b")}, {"texts": {"label": ("a", "c")}}, "label is `c`, and the classes are a, b"),
+        ("classify", {"labels": ("a", "b")}, {"columns": {"label": torch.tensor([0.0, 2.0])}}, "label is `2.0`"),
+        ("regress", {}, {"columns": {"label": torch.tensor([0.0, math.nan])}}, "no number `label`"),
+        ("reward_model", {}, {}, "needs rows with a chosen and a rejected answer"),
+        ("reward_model", {"margin": "margin"}, {"groups": ((0, 1),)}, "no number `margin`"),
+    ],
+    ids=str,
+)
+def test_rows_without_what_a_head_learns_are_refused(name: str, options: dict[str, Any], rows: dict[str, Any], words: str) -> None:
+    _, term = parts(name, **options)
+    assert term.check is not None
+    with pytest.raises(LuthierError, match=words):
+        term.check(make_batch([(3, 1), (3, 1)])._replace(**rows))
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("classify", {"labels": ("a",)}),
+        ("classify", {"labels": ("a", "a")}),
+        ("classify", {"labels": ("a", "b"), "smoothing": 1.0}),
+        ("reward_model", {"members": 0}),
+        ("reward_model", {"centring": -0.1}),
+    ],
+    ids=str,
+)
+def test_options_out_of_range_are_refused(name: str, options: dict[str, Any]) -> None:
+    with pytest.raises(LuthierError, match="mend"):
+        registry.make({name: options}, ("head",))
+
+
+def test_two_heads_are_refused(engine: Any) -> None:
+    with pytest.raises(LuthierError, match="both put a head beside the model"):
+        engine(objective=[CLASSES, "regress"])
+
+
+def test_a_run_keeps_its_head(tmp_path: Path) -> None:
+    """Opened again it tells the classes as the run did; exported, plain `transformers` does. Its weights alone are not saved in its
+    place."""
+    found = luthier.train(
+        model="tiny:llama",
+        rows={"train": ROWS},
+        tune="lora",
+        objective={"classify": {"labels": ["bad", "good"]}},
+        train={"steps": 6, "batch_rows": 4, "learning_rate": 1e-2, "precision": "fp32"},
+        evaluate={"same": {"rows": ROWS}},
+        out=str(tmp_path),
+    )
+    assert found.metrics["same"]["before"] == 0.5
+    with pytest.raises(LuthierError, match=r"`classify`.* would not be saved"):
+        found.model.save_pretrained(tmp_path / "lost")
+    tune, tokenizer = luthier.open_run(found.folder)
+    rows = encode_all(list(read(ROWS)), tokenizer, purpose="read").rows
+    said_BK = readings(tune, rows)
+    assert tune.head is not None and tune.head[1].names == ("bad", "good")
+    result = measure(tune, tokenizer, [EvalSet("same", list(read(ROWS)), "accuracy")])["same"]
+    assert result.value == float((said_BK.argmax(-1) == torch.tensor([1, 0, 1, 0])).double().mean())
+    facts = export_classifier(tune, tokenizer, tmp_path / "out")
+    assert facts["max_logit_difference"] < 1e-5
+    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
+    assert theirs.config.id2label == {0: "bad", 1: "good"}
+    with torch.no_grad():
+        logits = [theirs(input_ids=torch.tensor([row.token_ids])).logits[0] for row in rows]
+    assert torch.allclose(torch.stack(logits), said_BK.float(), atol=1e-5)
+    with pytest.raises(LuthierError, match="a head that reads rows"):
+        found.export(tmp_path / "adapter", form="peft")
+
+
+def test_a_model_without_a_head_says_so(engine: Any) -> None:
+    with pytest.raises(LuthierError, match="has no head that reads rows"):
+        readings(engine().tune, [])
+    assert rows_of_eight().groups == ()
