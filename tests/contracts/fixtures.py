@@ -154,6 +154,7 @@ GIVEN: dict[str, dict[str, Any]] = {
     "prompt_tuning": {"init": "text"},
     "s2ft": {"by": "activation"},
     "spiel": {"every": 3, "gather": 1},
+    "weak_to_strong": {"labels": ("no", "yes"), "column": "weak", "warmup": 0.05},
     "sstoken": {"attention_only": 0.05, "every": 2},
 }
 """Options of techniques that have options without a default, whose defaults do nothing in the first steps, or that draw."""
@@ -172,6 +173,8 @@ OTHERS: dict[tuple[str, str], list[Any]] = {
     ("poft", "column"): ["other_log_likelihood"],
     ("margin", "column"): ["better"],
     ("kto", "column"): ["verdict"],
+    ("weak_to_strong", "column"): ["verdict"],
+    ("weak_to_strong", "labels"): [("yes", "no")],
     ("classify", "labels"): [("yes", "no")],
     ("regress", "column"): ["verdict"],
     ("reward_model", "margin"): ["margin"],

@@ -63,7 +63,7 @@ def rows_of_pairs(**options: Any) -> Batch:
     firsts = torch.tensor([first for first, _ in groups]).repeat_interleave(2)
     columns = {name: column[firsts] for name, column in batch.columns.items()}
     columns |= {"margin": torch.linspace(0.1, 2.0, 8)[firsts], "better": torch.linspace(1.5, 0.2, 8)[firsts]}
-    columns |= {"label": (firsts % 4 > 0).double(), "verdict": (firsts > 2).double()}
+    columns |= {"label": (firsts % 4 > 0).double(), "verdict": (firsts > 2).double(), "weak": torch.linspace(0.1, 0.8, 8)}
     stored = {"reference_chosen": -21.0, "reference_rejected": -19.5, "other_chosen": -18.0}
     columns |= {name: value - torch.arange(8.0)[firsts] for name, value in stored.items()}
     texts = {name: tuple(values[place] for place in firsts) for name, values in batch.texts.items()}

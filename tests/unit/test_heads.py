@@ -16,7 +16,8 @@ from luthier.errors import LuthierError
 from luthier.evaluate.readings import readings
 from luthier.evaluate.sets import EvalSet, measure
 from luthier.export.classifier import export_classifier
-from luthier.kinds import Batch, Head, Now, Term, View
+from luthier.kinds import Batch, Head, Now, RowTable, StepLoss, Term, View
+from luthier.methods.head.weak_to_strong import hardened
 from luthier.models.attention import use_attention
 from luthier.rows.encode import encode, encode_all
 from luthier.rows.read import read
@@ -201,3 +202,31 @@ def test_a_model_without_a_head_says_so(engine: Any) -> None:
     with pytest.raises(LuthierError, match="has no head that reads rows"):
         readings(engine().tune, [])
     assert rows_of_eight().groups == ()
+
+
+def test_hard_labels_are_as_many_as_the_weak_ones_say() -> None:
+    """Probabilities .9, .8, .3 and .1 of the first class, by hand for three means of the weak labels."""
+    first_R = torch.tensor([0.9, 0.8, 0.3, 0.1], dtype=torch.float64)
+    for mean, wanted in ((0.5, [0, 0, 1, 1]), (0.25, [0, 0, 0, 1]), (0.75, [0, 1, 1, 1])):
+        assert hardened(first_R, torch.full((4,), mean, dtype=torch.float64)).tolist() == wanted
+
+
+@pytest.mark.parametrize(("most", "wanted"), [(0.0, 0.818074), (0.5, 0.507855), (1.0, 0.197635)])
+def test_own_predictions_join_the_weak_labels(most: float, wanted: float) -> None:
+    """A mean over rows; the share rises linearly to its end and stays; no gradient goes through the own predictions."""
+    loss = next(
+        one
+        for one in registry.make({"weak_to_strong": {"labels": ("a", "b"), "most": most}}, ("head",)).values
+        if isinstance(one, StepLoss)
+    )
+    logits = torch.tensor([[math.log(p), math.log(1 - p)] for p in (0.9, 0.8, 0.3, 0.1)], dtype=torch.float64, requires_grad=True)
+    weak = {"weak": torch.tensor([0.3, 0.4, 0.8, 0.5], dtype=torch.float64)}
+    late = Now(step=20, steps=100)
+    found = loss.loss(RowTable(logits, (), weak, late))
+    assert found.item() / 4 == pytest.approx(wanted, abs=1e-6)
+    if most == 0.5:
+        (slope_RK,) = torch.autograd.grad(found, logits)
+        assert (slope_RK[:, 1] / 4).tolist() == pytest.approx([-0.0125, 0.0, -0.05, 0.0375], abs=1e-9)
+        half = loss.loss(RowTable(logits, (), weak, late._replace(step=10)))
+        assert half.item() / 4 == pytest.approx((0.818074 + 0.507855) / 2, abs=1e-6)
+    assert loss.loss(RowTable(logits, (), weak, late._replace(step=0))).item() / 4 == pytest.approx(0.818074, abs=1e-6)
