@@ -16,7 +16,7 @@ from luthier.registry import method
     paper="arXiv:2312.09390",
     row=60,
     reduces_to="most 0: cross-entropy with the weak model's soft labels",
-    departs="the share of the own predictions rises linearly, as in the paper, where the authors' code jumps; the threshold is taken over the "
+    departs="the share of the own predictions rises linearly, as in the paper, where the code jumps; the threshold is taken over the "
     "whole step, whatever its micro-batches; two classes, as in the code",
     learning_rate=1e-5,
 )
