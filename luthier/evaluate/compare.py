@@ -23,8 +23,9 @@ from luthier.evaluate.intervals import (
     newcombe,
     sign_flip,
 )
+from luthier.evaluate.items import Item
 from luthier.evaluate.metrics import METRICS
-from luthier.evaluate.sets import EvalSet, Item, SetResult, is_binary, measure, statistic_of
+from luthier.evaluate.sets import EvalSet, SetResult, is_binary, measure, statistic_of
 from luthier.tune import Tune
 
 NOT_MEASURED = "not measured"

@@ -25,9 +25,9 @@ from luthier.rows.answers import (
 class Metric(NamedTuple):
     """What a metric is."""
 
-    needs: Literal["generation", "choice", "pair", "likelihood", "class", "value", "score"]
+    needs: Literal["generation", "choice", "pair", "likelihood", "class", "value", "score", "vector"]
     """Generated answers, the likelihoods of given choices, of a chosen and a rejected answer, or of the row's own text; or what a head
-    says: a class, a number, the scores of two answers."""
+    says: a class, a number, the scores of two answers, vectors."""
     higher_is_better: bool
     meaning: str
     score: Score | None = None
@@ -70,6 +70,8 @@ METRICS: Mapping[str, Metric] = {
     "accuracy": Metric("class", True, "share of texts whose class a head tells rightly"),
     "absolute_error": Metric("value", False, "mean distance of a head's number from the row's"),
     "scored": Metric("score", True, "share of pairs whose chosen answer a head scores higher, a tie being a half"),
+    "found_first": Metric("vector", True, "share of questions whose text is nearest of all texts of the set"),
+    "reciprocal_rank": Metric("vector", True, "mean of one over the place of a question's text among all texts of the set"),
     "loss": Metric("likelihood", False, "mean negative log-likelihood of a target token, in nats"),
     "perplexity": Metric("likelihood", False, "e to the power of the loss"),
 }

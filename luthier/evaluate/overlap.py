@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from luthier.evaluate.sets import accepted_answers
+from luthier.evaluate.items import accepted_answers
 from luthier.rows.answers import contains, words_of
 from luthier.rows.shapes import Row
 
@@ -54,7 +54,10 @@ def _agree(one: Sequence[str], other: Sequence[str]) -> bool:
 
 
 def _asked(row: Row) -> list[Asked]:
-    """What a row asks and answers. A conversation asks at every turn, and at the end all its turns together."""
+    """What a row asks and answers. A conversation asks at every turn, and at the end all its turns together; of rows that belong together
+    the first one asks."""
+    if row.shape == "members":
+        return _asked(row.fields["members"][0])
     if row.shape == "text":
         return [(_key(row.fields["text"]), [])]
     if row.shape == "text+label":

@@ -11,7 +11,12 @@ from luthier.recipe import EvaluationSet, TrainRecipe
 from luthier.rows.groups import PAIR
 from luthier.rows.read import read
 
-BY_HEAD = {"classes": ("text+label", "accuracy"), "value": ("text+label", "absolute_error"), "score": (PAIR, "scored")}
+BY_HEAD = {
+    "classes": ("text+label", "accuracy"),
+    "value": ("text+label", "absolute_error"),
+    "score": (PAIR, "scored"),
+    "vector": ("members", "reciprocal_rank"),
+}
 """By what a head's numbers mean: the rows that it is measured on unless a recipe says otherwise, and the metric."""
 
 

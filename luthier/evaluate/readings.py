@@ -77,3 +77,19 @@ def class_number(head: Head, label: object, where: str) -> int:
     if isinstance(label, int | float) and float(label) in range(len(known)):
         return int(label)
     raise LuthierError(f"the row's label is `{label}`, and the classes are {', '.join(known)}", where=where, mend="mend the row")
+
+
+def places_of(vector_RD: Tensor, sizes: Sequence[int]) -> list[int]:
+    """At which place, from 1, each question's text stands among all texts by cosine; of equals the worst.
+
+    Args:
+        vector_RD: vectors of groups, each a question, the text that answers it, and maybe others.
+        sizes: of the groups.
+    """
+    unit_RD = torch.nn.functional.normalize(vector_RD, dim=-1)
+    starts = [sum(sizes[:number]) for number in range(len(sizes))]
+    texts = [start + place for start, size in zip(starts, sizes, strict=True) for place in range(1, size)]
+    cosine_GM = unit_RD[starts] @ unit_RD[texts].t()
+    own_G = torch.tensor([texts.index(start + 1) for start in starts])
+    own_G1 = cosine_GM.gather(1, own_G[:, None])
+    return [int(count) for count in (cosine_GM >= own_G1).sum(-1)]

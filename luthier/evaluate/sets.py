@@ -7,19 +7,19 @@ import json
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, NamedTuple, cast, get_args
+from typing import Any, Literal, cast, get_args
 
 import numpy
 from transformers import PreTrainedTokenizerBase
 
 from luthier.errors import LuthierError, Say, nearest
 from luthier.evaluate.intervals import FEWEST, Interval, Numbers, bootstrap, wilson
+from luthier.evaluate.items import Item, accepted_answers, prompt_text, text_of_answer
 from luthier.evaluate.likelihood import encode_choices, likelihoods, most_likely
 from luthier.evaluate.metrics import METRICS, Metric
-from luthier.evaluate.readings import class_number, head_of, readings
+from luthier.evaluate.readings import class_number, head_of, places_of, readings
 from luthier.generation.generate import BATCH_TOKENS, context_of, generate
 from luthier.models.head import head_of as language_head_of
-from luthier.rows.beside import asked
 from luthier.rows.chat import form_of
 from luthier.rows.encode import Encoded, counted, encode, told
 from luthier.rows.groups import PAIR
@@ -37,6 +37,7 @@ _NEEDED_SHAPES = {
     "score": "a `prompt`, a `chosen` and a `rejected` answer",
     "class": "a `text` and a `label`",
     "value": "a `text` and a `label`, a number",
+    "vector": "a `query` and a `positive` text",
     "likelihood": "a `text`, `messages`, or a `prompt` and a `completion`",
 }
 _NEEDED_WITHOUT_ANSWER = "a `prompt`, or a `text` to go on from"
@@ -85,21 +86,6 @@ class EvalSet:
     def chosen_metric(self) -> str:
         """The metric, by name."""
         return default_metric(self.used) if self.metric is None else self.metric
-
-
-class Item(NamedTuple):
-    """One row, measured."""
-
-    id: str
-    prompt: str
-    expected: str | list[str]
-    """The accepted answer or answers; empty where a likelihood is measured, or the answer alone."""
-    answer: str
-    """What the model said or chose; empty where a likelihood is measured."""
-    score: float
-    """From 0 to 1; for loss and perplexity the mean nats of a target."""
-    weight: float = 1.0
-    """What the item counts in the mean: the targets, for loss and perplexity."""
 
 
 @dataclass(frozen=True)
@@ -310,13 +296,25 @@ def _scored(tune: Tune, tokenizer: PreTrainedTokenizerBase, one: EvalSet, batch_
     return items, [answer.token_ids for answer in flat]
 
 
+def _found(tune: Tune, tokenizer: PreTrainedTokenizerBase, one: EvalSet, batch_tokens: int) -> tuple[list[Item], Any]:
+    members = [row.fields["members"] for row in one.used]
+    rows = _read(tune, tokenizer, one)
+    ranks = places_of(readings(tune, rows, batch_tokens=batch_tokens), [len(some) for some in members])
+    items = []
+    for row, texts, rank in zip(one.used, members, ranks, strict=True):
+        score = 1.0 / rank if one.chosen_metric == "reciprocal_rank" else float(rank == 1)
+        items.append(Item(row.id, texts[0].fields["text"], texts[1].fields["text"], f"place {rank}", score))
+    return items, [row.token_ids for row in rows]
+
+
 def _read(tune: Tune, tokenizer: PreTrainedTokenizerBase, one: EvalSet) -> list[Encoded]:
     head_of(tune)
     form = form_of(tokenizer)
-    encoded = [encode(row, tokenizer, purpose="read", form=form) for row in one.used]
-    for row, ids in zip(one.used, encoded, strict=True):
-        _check_read(tune, tokenizer, row, ids.token_ids)
-    return encoded
+    encoded = [encode(row, tokenizer, purpose="read", form=form).group for row in one.used]
+    for row, group in zip(one.used, encoded, strict=True):
+        for ids in group:
+            _check_read(tune, tokenizer, row, ids.token_ids)
+    return [ids for group in encoded for ids in group]
 
 
 def _likely(tune: Tune, tokenizer: PreTrainedTokenizerBase, one: EvalSet, batch_tokens: int) -> tuple[list[Item], Any]:
@@ -371,6 +369,7 @@ _ASKED: Mapping[str, Callable[[Tune, PreTrainedTokenizerBase, EvalSet], list[Enc
     "score": _pairs,
     "class": _read,
     "value": _read,
+    "vector": _read,
     "likelihood": _texts,
 }
 _MEASURES: Mapping[str, Callable[[Tune, PreTrainedTokenizerBase, EvalSet, int], tuple[list[Item], Any]]] = {
@@ -380,45 +379,9 @@ _MEASURES: Mapping[str, Callable[[Tune, PreTrainedTokenizerBase, EvalSet, int], 
     "score": _scored,
     "class": _classified,
     "value": _valued,
+    "vector": _found,
     "likelihood": _likely,
 }
-
-
-def accepted_answers(row: Row) -> list[str]:
-    """The texts that answer a row: its accepted answers, its right choice, or what it would teach; maybe none."""
-    fields = row.fields
-    if row.shape == "prompt+answer":
-        return list(fields["answer"])
-    if row.shape == "prompt+choices+answer":
-        return [fields["choices"][fields["answer"]]]
-    if row.shape == "messages":
-        last = fields["messages"][-1]
-        return [last["content"]] if last["role"] == "assistant" else []
-    key = {"prompt+completion": "completion", "instruction": "output", "text+label": "label"}.get(row.shape)
-    if key is None:
-        return []
-    return [text_of_answer(fields[key])]
-
-
-def text_of_answer(value: Any) -> str:
-    """An answer, text or messages, as a person would read its end."""
-    return str(value[-1]["content"]) if isinstance(value, list) else str(value)
-
-
-def prompt_text(row: Row) -> str:
-    """What a row asks, as a person would read it."""
-    fields = row.fields
-    if row.shape == "instruction":
-        return asked(fields)
-    if row.shape in ("text", "text+label"):
-        return str(fields["text"])
-    conversation = row.shape == "messages"
-    messages = fields["messages" if conversation else "prompt"]
-    if conversation and accepted_answers(row):
-        messages = messages[:-1]
-    if isinstance(messages, str):
-        return messages
-    return "\n\n".join(f"{message['role']}: {message['content']}" for message in messages)
 
 
 def _check_shape(row: Row, metric: str, place: str) -> None:
@@ -448,7 +411,14 @@ def _check_shape(row: Row, metric: str, place: str) -> None:
             )
 
 
-_SHAPES = {"choice": "prompt+choices+answer", "pair": PAIR, "score": PAIR, "class": "text+label", "value": "text+label"}
+_SHAPES = {
+    "choice": "prompt+choices+answer",
+    "pair": PAIR,
+    "score": PAIR,
+    "class": "text+label",
+    "value": "text+label",
+    "vector": "members",
+}
 
 
 def _fits(row: Row, metric: Metric) -> bool:

@@ -129,6 +129,9 @@ class Pairs(NamedTuple):
         Raises:
             KeyError: no row has it.
         """
+        if not len(self.first_P) and name not in self.view.batch.columns:
+            # Rows without anything to learn, which some process has to run, have no columns.
+            return self.margin_P.detach()
         return self.view.batch.columns[name][self.first_P]
 
     def note(self, name: str, value_P: Tensor) -> None:

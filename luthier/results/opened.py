@@ -152,9 +152,8 @@ def open_run(
         delta.apply(model)
     else:
         _put_beside(tune, recipe, delta)
-    beside = run.folder / BESIDE
-    if beside.is_file() and not weights_only:
-        _attach_stored(tune, recipe, beside)
+    if not weights_only:
+        _attach_stored(tune, recipe, run.folder / BESIDE)
     model.to(device)  # type: ignore[arg-type]
     return tune, _tokenizer(source, recipe)
 
@@ -236,10 +235,13 @@ def _put_beside(tune: Tune, recipe: Recipe, delta: Delta) -> None:
 
 
 def _attach_stored(tune: Tune, recipe: Recipe, path: Path) -> None:
-    """Let prompts, prefixes and edits stand beside the weights, as they were stored."""
-    with safe_open(path, "pt") as file:
-        stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        length = int((file.metadata() or {}).get(PROMPT_LENGTH, 0))
+    """Let prompts, prefixes, edits and heads stand beside the weights, as they were stored; a head may have no numbers of its own."""
+    stored: Tensors = {}
+    length = 0
+    if path.is_file():
+        with safe_open(path, "pt") as file:
+            stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            length = int((file.metadata() or {}).get(PROMPT_LENGTH, 0))
 
     def held(owner: str) -> Tensors:
         found = {name.removeprefix(f"{owner}."): values for name, values in stored.items() if name.startswith(f"{owner}.")}
@@ -248,6 +250,7 @@ def _attach_stored(tune: Tune, recipe: Recipe, path: Path) -> None:
     now = Now(seed=recipe.seed)
     kinds = HiddenEdit | Prefix | Prompt | Head
     values = [(slot, value) for slot, value in _values(recipe).found if isinstance(value, kinds)]
+    values = values if stored else [(slot, value) for slot, value in values if isinstance(value, Head)]
     left = {name for name in stored if not any(name.startswith((f"{slot}/", f"{slot}.")) for slot, _ in values)}
     if left:
         slot = sorted(left)[0].split("/")[0].split(".")[0]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
 from datetime import date, time, timedelta
 from decimal import Decimal
 from typing import Any, Protocol
@@ -148,6 +149,9 @@ def canonical(value: Any) -> str:
 def _plain(value: Any) -> Any:
     if hasattr(value, "tolist"):
         return value.tolist()
+    if is_dataclass(value) and not isinstance(value, type):
+        # A row within a row.
+        return {field.name: getattr(value, field.name) for field in fields(value)}
     if isinstance(value, date | time | timedelta | Decimal | bytes | UUID):
         return str(value)
     raise LuthierError(f"a row cannot hold a value of the type {type(value).__name__}", mend="make it text or a number")

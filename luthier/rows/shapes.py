@@ -14,6 +14,7 @@ travel with the row into its batch, everything else stays in `fields`.
 | `prompt`, `chosen`, `rejected` | two answers, the better one first |
 | `conversations`, `chosen`, `rejected` or `chosen`, `rejected` | the same, see `luthier.rows.preferences` |
 | `members` | rows that belong together, each a record of its own |
+| `query`, `positive`, maybe `negatives` | the same: texts, of which the second answers the first |
 | `prompt`, `answer` or `question`, `answer` | an item with its accepted answers |
 | `prompt`, `choices`, `answer` or `question`, `choices`, `answer` | multiple choice; `answer` is a text or its index |
 | `prompt` | an item without an answer |
@@ -241,6 +242,16 @@ def _members(record: Mapping[str, Any]) -> dict[str, Any]:
     return {"members": [dict(one) for one in members]}
 
 
+def _found(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A question as a row of its own, before the text that answers it and those that do not."""
+    negatives = record.get("negatives") or ()
+    if not isinstance(negatives, list | tuple):
+        raise LuthierError(f"`negatives` must be a list of texts, not {kind_of(negatives)}")
+    texts = {"query": record["query"], "positive": record["positive"]}
+    texts |= {f"negatives[{number}]": one for number, one in enumerate(negatives)}
+    return {"members": [{"text": checked_text(text, key)} for key, text in texts.items()]}
+
+
 def _labelled(record: Mapping[str, Any]) -> dict[str, Any]:
     label = record["label"]
     if isinstance(label, bool):
@@ -298,6 +309,7 @@ _SHAPES: dict[str, _Shape] = {
     ),
     "chosen+rejected": _Shape(("chosen", "rejected"), beside.OF_PROMPTS, "prompt+chosen+rejected", of_dialogues),
     "members": _Shape(("members",), (), "members", _members),
+    "query+positive": _Shape(("query", "positive"), ("negatives",), "members", _found),
     "prompt+answer": _Shape(("prompt", "answer"), beside.OF_PROMPTS, "prompt+answer", lambda record: _answered(record, "prompt")),
     "question+answer": _Shape(
         ("question", "answer"), beside.OF_PROMPTS, "prompt+answer", lambda record: _answered(record, "question")

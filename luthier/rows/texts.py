@@ -36,4 +36,5 @@ _PIECES: dict[str, Callable[[Mapping[str, Any]], list[str]]] = {
     "prompt+answer": lambda fields: [*_said(fields["prompt"]), fields["answer"][0]],
     "prompt+choices+answer": lambda fields: [*_said(fields["prompt"]), fields["choices"][fields["answer"]]],
     "prompt": lambda fields: _said(fields["prompt"]),
+    "members": lambda fields: [piece for row in fields["members"] for piece in _PIECES[row.shape](row.fields)],
 }

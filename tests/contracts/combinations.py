@@ -85,6 +85,11 @@ REFUSED: dict[tuple[str, str], str] = {
     ("rule", "step_loss"): "these rows belong together",
     ("rule", "reference"): "these rows belong together",
     ("reference", "reference"): "are both the reference",
+    # There is no average over time of numbers that come and go.
+    ("following_reference", "spiel"): "an average over time needs the same numbers",
+    ("following_reference", "lift"): "an average over time needs the same numbers",
+    ("following_reference", "lofit"): "an average over time needs the same numbers",
+    ("following_reference", "some_entries"): "an average over time needs the same numbers",
     ("rule", "head"): "these rows belong together",
     ("head", "head"): "both put a head beside the model",
     # The base knows nothing of tokens that are learnt.

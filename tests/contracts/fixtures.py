@@ -155,6 +155,7 @@ GIVEN: dict[str, dict[str, Any]] = {
     "s2ft": {"by": "activation"},
     "spiel": {"every": 3, "gather": 1},
     "weak_to_strong": {"labels": ("no", "yes"), "column": "weak", "warmup": 0.05},
+    "embed": {"sizes": (8,)},
     "sstoken": {"attention_only": 0.05, "every": 2},
 }
 """Options of techniques that have options without a default, whose defaults do nothing in the first steps, or that draw."""
@@ -175,6 +176,7 @@ OTHERS: dict[tuple[str, str], list[Any]] = {
     ("kto", "column"): ["verdict"],
     ("weak_to_strong", "column"): ["verdict"],
     ("weak_to_strong", "labels"): [("yes", "no")],
+    ("embed", "sizes"): [(4,)],
     ("classify", "labels"): [("yes", "no")],
     ("regress", "column"): ["verdict"],
     ("reward_model", "margin"): ["margin"],

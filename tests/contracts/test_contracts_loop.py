@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 import torch
 
+from luthier.kinds import Keeper
 from luthier.training.engine import Engine
 from luthier.training.loop import Clock, Plans
 from tests.contracts.combinations import traits
-from tests.contracts.fixtures import OPTIONS, RUNS, rows_for, run_of
+from tests.contracts.fixtures import OPTIONS, RUNS, part_of, rows_for, run_of
 from tests.contracts.life import Curve, Life, assert_best
 from tests.toys.helpers import model_of, toys  # noqa: F401
 from tests.unit.test_kinds_resume import assert_equal, everything
@@ -60,7 +61,11 @@ def test_killed_between_any_two_events_and_measured_all_the_time(tmp_path: Path,
     plain = life(kind, name, tmp_path / "plain", torch.bfloat16, idle, Plans())
     assert plain.process() is not None
     if idle is not None and idle + 1 not in plain.said:
-        assert_equal(plain.at_step[idle + 1][0], plain.at_step[idle][0])
+        before, after = (plain.at_step[step][0] for step in (idle, idle + 1))
+        if any(isinstance(value, Keeper) and value.by_clock for value in part_of(kind, name).values):
+            # What goes by the clock changes what it remembers, and no numbers.
+            before, after = ({key: one for key, one in told.items() if not key.startswith("state ")} for told in (before, after))
+        assert_equal(after, before)
     curve = dict(zip(range(1, STEPS + 1), (3.0, 4.0, 1.0, 2.0, 1.0, 5.0), strict=True))
     hard = life(kind, name, tmp_path / "hard", torch.bfloat16, idle, Plans(save_every=1, evaluate_every=1, best="set"), curve)
     for kill in (("told", 2), ("measured", 3), ("saved", 3), ("saved", 4), ("saved", 5)):

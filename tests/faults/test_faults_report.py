@@ -13,8 +13,9 @@ from luthier import registry
 from luthier.errors import LuthierError
 from luthier.evaluate.compare import base_noise, compare
 from luthier.evaluate.intervals import FALSE_POSITIVES
+from luthier.evaluate.items import Item
 from luthier.evaluate.overlap import overlap
-from luthier.evaluate.sets import EvalSet, Item, SetResult, measure, result_of
+from luthier.evaluate.sets import EvalSet, SetResult, measure, result_of
 from luthier.kinds import Now
 from luthier.models.parts import map_parts
 from luthier.models.tiny import tiny, tiny_tokenizer

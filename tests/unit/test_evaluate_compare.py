@@ -12,7 +12,8 @@ import torch
 from luthier.errors import LuthierError
 from luthier.evaluate.compare import base_noise, compare, share_kept
 from luthier.evaluate.intervals import mcnemar, newcombe, wilson
-from luthier.evaluate.sets import EvalSet, Item, SetResult, measure, result_of
+from luthier.evaluate.items import Item
+from luthier.evaluate.sets import EvalSet, SetResult, measure, result_of
 from luthier.models.parts import map_parts
 from luthier.models.tiny import tiny, tiny_tokenizer
 from luthier.rows.read import read

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from luthier.errors import LuthierError
 from luthier.evaluate.intervals import wilson
+from luthier.evaluate.items import accepted_answers, prompt_text
 from luthier.evaluate.likelihood import encode_choices, likelihoods
-from luthier.evaluate.sets import EvalSet, SetResult, accepted_answers, default_metric, measure, prompt_text
+from luthier.evaluate.sets import EvalSet, SetResult, default_metric, measure
 from luthier.models.parts import map_parts
 from luthier.models.tiny import tiny, tiny_tokenizer
 from luthier.rows.encode import encode

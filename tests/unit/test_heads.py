@@ -13,7 +13,7 @@ import transformers
 import luthier
 from luthier import registry
 from luthier.errors import LuthierError
-from luthier.evaluate.readings import readings
+from luthier.evaluate.readings import places_of, readings
 from luthier.evaluate.sets import EvalSet, measure
 from luthier.export.classifier import export_classifier
 from luthier.kinds import Batch, Head, Now, RowTable, StepLoss, Term, View
@@ -21,6 +21,7 @@ from luthier.methods.head.weak_to_strong import hardened
 from luthier.models.attention import use_attention
 from luthier.rows.encode import encode, encode_all
 from luthier.rows.read import read
+from luthier.training.objective import as_term
 from luthier.training.readout import pooled
 from luthier.training.readout import read as read_head
 from tests.conftest import make_batch, split
@@ -230,3 +231,56 @@ def test_own_predictions_join_the_weak_labels(most: float, wanted: float) -> Non
         half = loss.loss(RowTable(logits, (), weak, late._replace(step=10)))
         assert half.item() / 4 == pytest.approx((0.818074 + 0.507855) / 2, abs=1e-6)
     assert loss.loss(RowTable(logits, (), weak, late._replace(step=0))).item() / 4 == pytest.approx(0.818074, abs=1e-6)
+
+
+def embedding(**options: Any) -> StepLoss:
+    return next(one for one in registry.make({"embed": options}, ("head",)).values if isinstance(one, StepLoss))
+
+
+def test_embeddings_by_hand() -> None:
+    """Two questions, of which one brings a text that does not answer it: either is told from all three texts."""
+    vectors = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.0, 1.0], [0.8, -0.6], [1.0, 0.0]], dtype=torch.float64, requires_grad=True)
+    table = RowTable(vectors, ((0, 1), (2, 3, 4)), {}, Now())
+    first, second = [0.6, 0.8, 1.0], [0.8, -0.6, 0.0]
+    wanted = 0.0
+    for cosines, right in ((first, 0), (second, 1)):
+        logits = [one / 0.5 for one in cosines]
+        wanted += math.log(sum(map(math.exp, logits))) - logits[right]
+    assert embedding(temperature=0.5).loss(table).item() == pytest.approx(wanted, rel=1e-12)
+    # Of the first number alone only its sign is left.
+    short = sum(
+        math.log(sum(math.exp(one / 0.5) for one in signs)) - signs[right] / 0.5
+        for signs, right in (([1, 1, 1], 0), ([0, 0, 0], 1))
+    )
+    assert embedding(temperature=0.5, sizes=(1,)).loss(table).item() == pytest.approx((wanted + short) / 2, rel=1e-12)
+
+
+def test_places_among_all_texts() -> None:
+    vectors = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.0, 1.0], [0.8, -0.6], [0.0, 2.0], [0.5, 0.5], [5.0, 5.0]])
+    # The first is behind both others' and one of no question, the second behind all, the third is there at once.
+    assert places_of(vectors, [2, 3, 2]) == [3, 4, 1]
+    assert places_of(torch.tensor([[1.0, 0.0], [1.0, 0.0], [1.0, 0.0], [1.0, 0.0]]), [2, 2]) == [2, 2], "ties are no finds"
+
+
+def test_questions_and_their_texts_are_groups() -> None:
+    (row,) = read([{"query": "q?", "positive": "yes", "negatives": ["no", "perhaps"]}])
+    assert row.shape == "members" and [one.fields["text"] for one in row.fields["members"]] == ["q?", "yes", "no", "perhaps"]
+    tokenizer: Any = tiny_tokenizer()
+    assert [len(one.group) for one in encode_all([row], tokenizer, purpose="read").rows] == [4]
+    with pytest.raises(LuthierError, match=r"`negatives\[1\]` must be text"):
+        list(read([{"query": "q?", "positive": "yes", "negatives": ["no", 3]}]))
+    term = as_term(embedding())
+    assert term.check is not None
+    with pytest.raises(LuthierError, match="a question and the text that answers it"):
+        term.check(rows_of_eight())
+
+
+@pytest.mark.parametrize("options", [{"temperature": 0.0}, {"sizes": (0,)}], ids=str)
+def test_options_of_embeddings_out_of_range_are_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(LuthierError, match="mend"):
+        registry.make({"embed": options}, ("head",))
+
+
+def test_vectors_have_as_many_numbers_as_the_model(engine: Any) -> None:
+    with pytest.raises(LuthierError, match="vectors of this model have 32 numbers, and 64 are asked for"):
+        engine(objective={"embed": {"sizes": [64]}})

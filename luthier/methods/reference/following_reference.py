@@ -41,7 +41,8 @@ def following_reference(*, sync_every: int = 512, mix: float = 0.6) -> tuple[Ref
         return view.sum_rows(-view[COLUMN.name] * view.weight_N)
 
     def start(services: Services) -> State:
-        services.remember(PASS.at)
+        # A copy; with the share it is refused right away where an average over time means nothing.
+        services.remember(PASS.at, mix or 1.0)
         return {}
 
     def after_step(state: State, services: Services) -> None:

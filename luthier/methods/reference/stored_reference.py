@@ -26,6 +26,8 @@ def stored_reference(*, chosen: str = "reference_chosen", rejected: str = "refer
         first_P = torch.tensor([group[0] for group in view.batch.groups], dtype=torch.int64, device=view.label_N.device)
         second_P = torch.tensor([group[1] for group in view.batch.groups], dtype=torch.int64, device=view.label_N.device)
         found_B = view["nll"].new_zeros(len(view.batch.row_ids))
+        if not view.batch.groups:
+            return found_B
         columns = view.batch.columns
         return found_B.index_put((first_P,), columns[chosen][first_P].to(found_B)).index_put(
             (second_P,), columns[rejected][second_P].to(found_B)

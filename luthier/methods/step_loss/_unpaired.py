@@ -23,10 +23,11 @@ def beside_other_answers(rows: Sequence[Row], column: str, name: str) -> list[Ro
     asked = [_answered(row, column, name) for row in rows]
     if len(asked) < 2:
         raise LuthierError("there is one row, and no other answer to compare with", where=name, mend="train on two rows or more")
-    others = [*asked[1:], asked[0]]
+    # The verdict is the group's: an answer that is marked as a bad one is not learnt like others here.
+    bare = [replace(row, columns={name: value for name, value in row.columns.items() if name != column}) for row in asked]
     return [
-        replace(row, shape="members", fields={"members": [row, _with_answer(row, other)]})
-        for row, other in zip(asked, others, strict=True)
+        replace(row, shape="members", fields={"members": [one, _with_answer(one, other)]})
+        for row, one, other in zip(asked, bare, [*bare[1:], bare[0]], strict=True)
     ]
 
 

@@ -1,0 +1,62 @@
+"""One row of an evaluation set, measured, and its texts as a person would read them."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from luthier.rows.beside import asked
+from luthier.rows.shapes import Row
+
+
+class Item(NamedTuple):
+    """One row, measured."""
+
+    id: str
+    prompt: str
+    expected: str | list[str]
+    """The accepted answer or answers; empty where a likelihood is measured, or the answer alone."""
+    answer: str
+    """What the model said or chose; empty where a likelihood is measured."""
+    score: float
+    """From 0 to 1; for loss and perplexity the mean nats of a target."""
+    weight: float = 1.0
+    """What the item counts in the mean: the targets, for loss and perplexity."""
+
+
+def accepted_answers(row: Row) -> list[str]:
+    """The texts that answer a row: its accepted answers, its right choice, or what it would teach; maybe none."""
+    fields = row.fields
+    if row.shape == "prompt+answer":
+        return list(fields["answer"])
+    if row.shape == "prompt+choices+answer":
+        return [fields["choices"][fields["answer"]]]
+    if row.shape == "messages":
+        last = fields["messages"][-1]
+        return [last["content"]] if last["role"] == "assistant" else []
+    key = {"prompt+completion": "completion", "instruction": "output", "text+label": "label"}.get(row.shape)
+    if key is None:
+        return []
+    return [text_of_answer(fields[key])]
+
+
+def text_of_answer(value: Any) -> str:
+    """An answer, text or messages, as a person would read its end."""
+    return str(value[-1]["content"]) if isinstance(value, list) else str(value)
+
+
+def prompt_text(row: Row) -> str:
+    """What a row asks, as a person would read it."""
+    fields = row.fields
+    if row.shape == "instruction":
+        return asked(fields)
+    if row.shape in ("text", "text+label"):
+        return str(fields["text"])
+    if row.shape == "members":
+        return prompt_text(fields["members"][0])
+    conversation = row.shape == "messages"
+    messages = fields["messages" if conversation else "prompt"]
+    if conversation and accepted_answers(row):
+        messages = messages[:-1]
+    if isinstance(messages, str):
+        return messages
+    return "\n\n".join(f"{message['role']}: {message['content']}" for message in messages)
