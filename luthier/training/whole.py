@@ -86,6 +86,8 @@ def slopes_of(value: StepLoss, found: Sequence[tuple[Batch, Tensor]], now: Now, 
         if batch.groups
     ]
     everyones = world.gather_plain(mine)
+    # What is missing to the loss is told by every process that runs a micro-batch, whether or not its rows take part.
+    telling = sum(world.gather_plain(bool(found)))
     rows = sorted((one for some in everyones for one in some), key=lambda one: str(one["id"]))
     if not rows:
         return Slopes({}, 0.0)
@@ -98,7 +100,7 @@ def slopes_of(value: StepLoss, found: Sequence[tuple[Batch, Tensor]], now: Now, 
     with torch.enable_grad():
         loss = value.loss(RowTable(leaf, tuple(together), columns, now))
         (slope,) = torch.autograd.grad(loss, leaf)
-    rest = float(loss.detach() - (slope * leaf.detach()).sum()) / sum(bool(some) for some in everyones)
+    rest = float(loss.detach() - (slope * leaf.detach()).sum()) / max(1, telling)
     return Slopes({id: slope[number] for id, number in place.items()}, rest)
 
 

@@ -59,6 +59,7 @@ TRAITS: dict[str, Callable[[Any], bool]] = {
     "counts": lambda value: isinstance(value, TokenWeight) and value.count is not None,
     "rule": lambda value: isinstance(value, TokenWeight) and value.look is not None,
     "observes": lambda value: isinstance(value, Selective | Additive) and value.observe is not None,
+    "comes and goes": lambda value: getattr(value, "refresh", None) is not None or getattr(value, "resize", None) is not None,
     "one at a time": lambda value: isinstance(value, Source) and "all" not in value.gives,
     "looks elsewhere": lambda value: isinstance(value, Source) and "gradients" not in value.gives,
     "all at once": lambda value: (
@@ -86,10 +87,7 @@ REFUSED: dict[tuple[str, str], str] = {
     ("rule", "reference"): "these rows belong together",
     ("reference", "reference"): "are both the reference",
     # There is no average over time of numbers that come and go.
-    ("following_reference", "spiel"): "an average over time needs the same numbers",
-    ("following_reference", "lift"): "an average over time needs the same numbers",
-    ("following_reference", "lofit"): "an average over time needs the same numbers",
-    ("following_reference", "some_entries"): "an average over time needs the same numbers",
+    ("following_reference", "comes and goes"): "an average over time needs the same numbers",
     ("rule", "head"): "these rows belong together",
     ("head", "head"): "both put a head beside the model",
     # The base knows nothing of tokens that are learnt.

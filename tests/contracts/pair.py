@@ -43,7 +43,8 @@ class Told(NamedTuple):
 def shares(step: int, kinds: tuple[str, ...] = ()) -> list[list[Batch]]:
     """The micro-batches of two processes: even, uneven, none at all, without a target, and even ones."""
     whole = split(rows_for(kinds, seed=step) if kinds else rows_of_eight(seed=step), (5, 3))
-    quiet = make_batch([(4, 0)], first=50)
+    # A head reads rows without targets, too, and what it learns is missing in those that are made here.
+    quiet = rows_for(kinds, seed=step, first=50) if "head" in kinds else make_batch([(4, 0)], first=50)
     return [[whole[:1], whole[1:]], [whole[1:], whole[:1]], [whole, [quiet]], [whole, []]][step % 4]
 
 

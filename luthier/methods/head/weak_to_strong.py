@@ -69,7 +69,8 @@ def weak_to_strong(
 def hardened(first_R: Tensor, weak_R: Tensor) -> Tensor:
     """1 for rows of the second class, 0 for the first, so that their share is the mean of the weak labels; from the probability of the
     first class."""
-    return (first_R < torch.quantile(first_R, weak_R.mean())).to(weak_R)
+    is_second_R = first_R < torch.quantile(first_R, weak_R.mean())
+    return torch.where(is_second_R, torch.ones_like(weak_R), torch.zeros_like(weak_R))
 
 
 def _risen(now: Now, warmup: float) -> float:
