@@ -246,6 +246,13 @@ def _take_out(tune: Attached, place: Place, delta_OI: Tensor) -> None:
         remember(tune, [place.parameter])
     values = tune.region(place)
     values.copy_(values.to(torch.promote_types(values.dtype, delta_OI.dtype)) - delta_OI)
+    for one in tune.trained.values():
+        # What trains in the same weight already would write back what was taken out with its first step.
+        if one.place is not None and one.place.parameter == place.parameter and one.form not in ("factor", "free"):
+            if one.form != "whole":
+                one.master.data.copy_(read(tune.region(one.place), one.form, one.index))
+            elif one.master is not one.leaf:
+                one.master.data.copy_(tune.model.get_parameter(place.parameter).data)
 
 
 def add_edit(tune: Attached, slot: str, value: HiddenEdit, services: Services, state: State) -> None:

@@ -25,6 +25,7 @@ from luthier.models import map_parts, tiny, tiny_tokenizer
 from luthier.training.services import RunServices
 from luthier.tune import Tune
 from tests.tolerance import TINY, assert_rounded
+from tests.toys.helpers import model_of, toys  # noqa: F401
 
 IDS = [[5, 9, 200, 31, 77, 8], [14, 15]]
 
@@ -306,3 +307,14 @@ def test_a_saved_adapter_is_not_empty(tmp_path: Path) -> None:
     key = f"lora/{name}.weight.up"
     assert torch.equal(tensors[f"base_model.model.{name}.lora_B.weight"], tune.trained[key].master.detach())
     assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["r"] == 3
+
+
+@pytest.mark.parametrize("tune", [{"s2ft": {"down": 0.5}}, "full", {"spiel": {"density": 0.1}}], ids=lambda one: next(iter(one)))
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_what_an_adapter_takes_out_of_a_weight_stays_out(engine: Any, toys: None, tune: Any, dtype: torch.dtype) -> None:  # noqa: F811
+    """Numbers that train in a weight held what it was before an adapter took its start out of it, and wrote that back with their first
+    step: the model jumped."""
+    run = engine([tune, "svd_start"], model=model_of(layers=1).to(dtype), dtype=dtype)
+    before = {name: parameter.data.clone() for name, parameter in run.tune.model.named_parameters()}
+    run.tune.set({name: one.master.detach().clone() for name, one in run.tune.trained.items()})
+    assert all(torch.equal(parameter.data, before[name]) for name, parameter in run.tune.model.named_parameters())
