@@ -13,7 +13,7 @@ from torch import Tensor
 from luthier.errors import LuthierError
 from luthier.kinds import Now, State
 from luthier.methods.additive._sensitivity import excess, importance, look, prune, triplets
-from luthier.methods.additive.adalora import adalora, far_from_orthonormal
+from luthier.methods.additive.adalora import _phases, adalora, far_from_orthonormal
 from tests.conftest import split
 from tests.toys.helpers import gap, gradients, logits_of, model_of, plain_gradients, rows_of_eight
 
@@ -72,6 +72,10 @@ def test_the_budget_falls_by_a_cube() -> None:
     budgets = [int(8 + 4 * excess(step, 0, 10)) for step in range(12)]
     assert budgets[1] == 10 and budgets[5] == 8 and budgets[0] == 12 and budgets[10] == budgets[11] == 8
     assert [excess(step, 4, 8) for step in (3, 4, 6, 8, 9)] == [1.0, 1.0, 0.125, 0.0, 0.0]
+
+
+def test_one_step_is_looked_at_where_the_final_phase_is_the_whole_run() -> None:
+    assert [_phases(Now(steps=20), *shares) for shares in ((0.0, 1.0), (0.2, 0.4), (0.0, 0.0))] == [(0, 1), (4, 12), (0, 19)]
 
 
 def test_the_penalty_is_a_norm_and_not_its_square() -> None:

@@ -348,7 +348,13 @@ def test_a_mixture_of_experts_is_refused(engine: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "match"), [({"target": 0.0}, "target"), ({"selections": 0}, "selections"), ({"calibration_rows": 0}, "rows")]
+    ("options", "match"),
+    [
+        ({"target": 0.0}, "the target is 0"),
+        ({"target": 1.01}, r"the target is 1\.01"),
+        ({"selections": 0}, "there are 0 selections"),
+        ({"calibration_rows": 0}, "there are 0 rows"),
+    ],
 )
 def test_options_out_of_range_are_refused(options: dict[str, Any], match: str) -> None:
     with pytest.raises(LuthierError, match=match):
