@@ -160,6 +160,8 @@ def test_a_step_without_targets_for_the_last_head(engine: Any, now: Now) -> None
     run = shaken(engine(model=model_of(), objective=objective()))
     assert loss_of(run, split(batch, (1, 1)), now) == pytest.approx(float(by_hand(run, batch).detach()), rel=1e-12)
     assert targets_ahead(make_batch([(1, 0)]), 4) == 0.0
+    # The vocabulary's first id is a target like any other.
+    assert targets_ahead(batch._replace(label_BT=batch.label_BT.clamp(max=0)), 1) == 3.0
 
 
 def test_gradients_are_finite_differences(engine: Any, now: Now) -> None:

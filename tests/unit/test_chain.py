@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from luthier import registry
 from luthier.errors import LuthierError
 from luthier.kinds import Keeper, Now, Place, Select, Selective, Services, Tensors, Term, View
 from luthier.methods.optimizer.adamw import _correction
@@ -268,3 +269,19 @@ def test_disjoint_selections_and_stacked_deltas_go_together(engine: Any, now: No
     for i in range(2):
         run.step([rows_of_eight()], now._replace(step=i, learning_rate=0.01))
     assert all(not torch.equal(value, before[name]) for name, value in masters(run).items())
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "says"),
+    [
+        ("adamw", {"beta1": 1.0}, "beta1 is 1"),
+        ("adamw", {"beta2": -0.1}, "beta2 is -0.1"),
+        ("adamw", {"decay": -0.1}, "the weight decay is -0.1"),
+        ("adamw", {"epsilon": 0.0}, "epsilon is 0"),
+        ("sgd", {"momentum": 1.0}, "the momentum is 1"),
+        ("clip", {"norm": -0.1}, "the norm is -0.1"),
+    ],
+)
+def test_options_just_out_of_range_are_refused(name: str, options: dict[str, float], says: str) -> None:
+    with pytest.raises(LuthierError, match=says):
+        registry.part(name, **options)
