@@ -142,6 +142,14 @@ def test_the_noise_of_one_token_by_hand(now: Now) -> None:
     assert abs(float(torch.corrcoef(torch.stack([noise_BD.flatten(), other_BD.flatten()]))[0, 1])) < 4.5 / sqrt(5 * count)
 
 
+def test_the_spread_of_the_row_has_no_gradient() -> None:
+    hidden_BTD = ONE_TOKEN.clone().requires_grad_()
+    absolute, relative = (
+        torch.autograd.grad(scale(hidden_BTD, ALONE).sum(), hidden_BTD)[0] for scale in (absolute_scale, relative_scale)
+    )
+    assert torch.allclose(absolute, 3.96232 * relative, rtol=1e-5, atol=1e-5) and relative.abs().max() > 0.1
+
+
 def test_padding_and_other_rows_do_not_matter_to_the_noise() -> None:
     hidden_BTD = torch.randn(3, 6, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     own_BT = torch.arange(6)[None] < torch.tensor([4, 6, 1])[:, None]
