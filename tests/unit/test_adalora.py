@@ -167,6 +167,16 @@ def test_pruned_triplets_may_come_back_before_the_final_phase(engine: Any, now: 
     assert int(stays(run).sum()) == 12
 
 
+def test_steps_without_rows_move_no_pruning(engine: Any, now: Now) -> None:
+    """Every third step, of which 0 and 3 are not heard of: nothing goes at 1, and at 4 what was due."""
+    run = engine({"adalora": {**SMALL, "warmup": 0.0, "final": 0.0, "every": 3}}, model=model_of(), step="adamw")
+    counts = []
+    for step in (1, 4):
+        go(run, now, 1, first=step)
+        counts.append(int(stays(run).sum()))
+    assert counts == [12, int(8 + 4 * excess(4, 0, 19))] == [12, 9]
+
+
 def test_the_end_of_the_run_prunes_once_more(engine: Any, now: Now) -> None:
     run = engine({"adalora": {**SMALL, "final": 0.0, "every": 3}}, model=model_of(), step="adamw")
     go(run, now, 20)
