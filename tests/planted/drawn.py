@@ -287,9 +287,7 @@ def run(root: Path, folders: Sequence[str], count: int, seed: int, jobs: int, ou
 EQUIVALENT: dict[str, str] = {
     "methods/hidden_edit/ssf.py:99 operator 4512 -> &": "a type, which is not evaluated",
     "methods/selective/_growth.py:60 constant 2412 -> 1": "all four names come and go together",
-    "methods/hidden_edit/_heads.py:21 sign 805 -> ": "axis -1 of two is axis 1",
     "methods/hidden_edit/lofit.py:65 detach 3353 -> ": "only PyTorch would warn: scores are numbers, and nothing takes their gradient",
-    "methods/prompt/dept.py:108 sign 4839 -> ": "axis -1 of two is axis 1",
     "methods/selective/greentrainer.py:111 constant 5865 -> 0.5": "without tensors there is nothing to divide",
     "methods/selective/_ticket.py:81 detach 3933 -> ": "nothing takes its gradient; without a graph it needs less memory",
     "methods/term/focal.py:46 detach 1727 -> ": "the shift cancels in the gradient as it does in the value",

@@ -105,7 +105,7 @@ def positions_after_prompt(token_ids_BT: Tensor) -> Tensor:
     """
     time_T = torch.arange(token_ids_BT.shape[1], device=token_ids_BT.device)
     is_virtual_BT = token_ids_BT < 0
-    last_BT = torch.where(is_virtual_BT, time_T, -1).cummax(-1).values
+    last_BT = torch.where(is_virtual_BT, time_T, -1).cummax(1).values
     return torch.where(last_BT >= 0, time_T - last_BT - 1, -1)
 
 
