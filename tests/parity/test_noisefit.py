@@ -15,7 +15,7 @@ import luthier
 from luthier import registry
 from luthier.columns.chunked import resolve
 from luthier.errors import LuthierError
-from luthier.kinds import Keeper, Now, Term, TokenWeight
+from luthier.kinds import Column, Disturbed, Keeper, Now, Term, TokenWeight
 from luthier.methods.term._noise import absolute_scale, relative_scale, signal_to_noise
 from luthier.models.attention import use_attention
 from luthier.training.disturb import disturbance
@@ -116,10 +116,14 @@ def test_without_the_soft_losses_it_is_cross_entropy_bit_for_bit(engine: Any, no
     assert found[0] == found[1] != found[2]
 
 
+def soft_of(**options: Any) -> Column:
+    (one,) = [one for one in term_of(**options)[0].columns if not isinstance(one, str) and one.name == SOFT]
+    return one
+
+
 def disturbed(hidden_BTD: Tensor, now: Now, name: int = 0, **options: Any) -> Tensor:
     """The noise that a pass adds behind block 0."""
-    term, _ = term_of(**options)
-    (one,) = [one for one in term.columns if not isinstance(one, str) and one.name == SOFT]
+    one = soft_of(**options)
     rows = len(hidden_BTD)
     change = disturbance(one.passes[name], make_batch([(1, 0)] * rows), now, {"noise behind block 0": 1})
     assert change is not None
@@ -140,6 +144,15 @@ def test_the_noise_of_one_token_by_hand(now: Now) -> None:
     assert torch.allclose(twice_BD, 2 * noise_BD, rtol=1e-10)
     other_BD = disturbed(ONE_TOKEN.expand(count, 1, 5), now, name=1)[:, 0]
     assert abs(float(torch.corrcoef(torch.stack([noise_BD.flatten(), other_BD.flatten()]))[0, 1])) < 4.5 / sqrt(5 * count)
+
+
+def test_the_noise_is_added(now: Now) -> None:
+    """Three standard deviations up, where all that is drawn is 3."""
+    drawn_BTD = torch.full_like(ONE_TOKEN, 3.0)
+    for other in soft_of().passes:
+        assert other.disturb is not None
+        found_BTD = other.disturb(Disturbed(0, ONE_TOKEN, ALONE, lambda stream: drawn_BTD, now, {"noise behind block 0": 1}))
+        assert torch.allclose(found_BTD, ONE_TOKEN + 0.3 * absolute_scale(ONE_TOKEN, ALONE), rtol=1e-12)
 
 
 def test_the_spread_of_the_row_has_no_gradient() -> None:

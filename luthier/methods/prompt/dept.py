@@ -88,7 +88,7 @@ def shortest_question(batches: Sequence[Batch]) -> int:
     asked: list[int] = []
     for batch in batches:
         time_BT = torch.where(batch.label_BT >= 0, batch.position_BT, torch.iinfo(torch.int64).max)
-        asked += time_BT.amin(-1)[(batch.label_BT >= 0).any(-1)].tolist()
+        asked += time_BT.amin(1)[(batch.label_BT >= 0).any(1)].tolist()
     if min(asked, default=0) < 1:
         raise LuthierError(
             "a training row has no question before its answer",
