@@ -289,9 +289,9 @@ EQUIVALENT: dict[str, str] = {
     "methods/selective/_growth.py:60 constant 2412 -> 1": "all four names come and go together",
     "methods/hidden_edit/lofit.py:65 detach 3353 -> ": "only PyTorch would warn: scores are numbers, and nothing takes their gradient",
     "methods/selective/greentrainer.py:111 constant 5865 -> 0.5": "without tensors there is nothing to divide",
+    "methods/selective/_knapsack.py:25 constant 1109 -> 2": "any number below 0 stands for none",
     "methods/selective/_ticket.py:81 detach 3933 -> ": "nothing takes its gradient; without a graph it needs less memory",
     "methods/term/_coverage.py:30 comparison 968 -> <=": "both forms hold where p is a half",
     "methods/term/focal.py:46 detach 1727 -> ": "the shift cancels in the gradient as it does in the value",
-    "methods/token_loss/otr_expected.py:59 sign 2257 -> ": "axis -1 of two is axis 1",
 }
 """Drawn faults that change no result, by name, with the reason."""

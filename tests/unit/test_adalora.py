@@ -177,6 +177,16 @@ def test_steps_without_rows_move_no_pruning(engine: Any, now: Now) -> None:
     assert counts == [12, int(8 + 4 * excess(4, 0, 19))] == [12, 9]
 
 
+def test_the_final_phase_begins_with_a_pruning(engine: Any, now: Now) -> None:
+    """At step 11 of 20, where every third would be 9 and 12; what was pruned at 9 is back at 10."""
+    run = engine({"adalora": {**SMALL, "warmup": 0.0, "final": 0.45, "every": 3}}, model=model_of(), step="adamw")
+    counts = []
+    for step in (9, 10, 11):
+        go(run, now, 1, first=step)
+        counts.append(int(stays(run).sum()))
+    assert counts == [8, 12, 8]
+
+
 def test_the_end_of_the_run_prunes_once_more(engine: Any, now: Now) -> None:
     run = engine({"adalora": {**SMALL, "final": 0.0, "every": 3}}, model=model_of(), step="adamw")
     go(run, now, 20)
