@@ -71,6 +71,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "instruction": {"instruction": "Add.", "input": "1 2", "output": "3"},
     "answer": {"prompt": "Add 1 2.", "answer": ["3"]},
     "messages in a prompt": {"prompt": [{"role": "user", "content": "Add."}], "completion": "3"},
+    "one turn": {"messages": [{"role": "user", "content": "Add 1 2."}, {"role": "assistant", "content": "3"}]},
     "conversation": {
         "messages": [
             {"role": "system", "content": "Short."},
