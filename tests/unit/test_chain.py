@@ -60,6 +60,14 @@ def test_adamw_equals_pytorchs_over_ten_steps(engine: Any, now: Now, fused: bool
             assert_rounded(value, copies[name].detach(), ROUNDINGS, what=name)
 
 
+def test_adamw_without_memory_steps_by_the_sign(engine: Any, now: Now) -> None:
+    run = engine("full", model=model_of(), step={"adamw": {"beta1": 0.0, "beta2": 0.0}})
+    before, given = masters(run), give(run, 0)
+    run.chain.step(now._replace(learning_rate=0.25))
+    for name, value in masters(run).items():
+        assert torch.allclose(value, before[name] - 0.25 * given[name] / (given[name].abs() + 1e-8), rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_an_age_for_each_entry_equals_one_age_when_nothing_changes(engine: Any, now: Now, dtype: torch.dtype) -> None:
     def choose(parts: Any, services: Services) -> dict[Place, Select]:
