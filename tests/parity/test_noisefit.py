@@ -62,14 +62,15 @@ def test_the_clean_prediction_is_left_alone_unless_asked_for(detach: bool, slope
     assert gradient_of(objective, [[1.0, 0.0]], [0], others=others)[0] == pytest.approx([-slope, slope], abs=1e-6)
 
 
-def test_the_temperature_is_the_targets_alone() -> None:
+@pytest.mark.parametrize("temperature", [2.0, 0.4])
+def test_the_temperature_is_the_targets_alone(temperature: float) -> None:
     """At T = 2 the target of (2, 0) is that of (1, 0), whatever the noise; equal logits then no longer cost nothing."""
     others = noisy([2.0, 0.0], [2.0, 0.0])
     only_soft = {"mix": 0.0, "consistency": 0.0}
     assert loss_of({"noisefit": only_soft}, [[2.0, 0.0]], [0], others=others) == 0.0
-    p, q = e / (1 + e), e**2 / (1 + e**2)
+    p, q = 1 / (1 + exp(-2 / temperature)), e**2 / (1 + e**2)
     wanted = p * (torch.tensor(p / q).log()) + (1 - p) * torch.tensor((1 - p) / (1 - q)).log()
-    found = loss_of({"noisefit": {**only_soft, "temperature": 2.0}}, [[2.0, 0.0]], [0], others=others)
+    found = loss_of({"noisefit": {**only_soft, "temperature": temperature}}, [[2.0, 0.0]], [0], others=others)
     assert found == pytest.approx(float(wanted), abs=1e-7) and found > 0.05
 
 
