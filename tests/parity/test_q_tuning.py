@@ -39,7 +39,8 @@ def test_corners_by_hand() -> None:
     """One row in each corner: noise, misconception, known, unsure."""
     error_R, doubt_R = torch.tensor([3.0, 2.9, 1.0, 1.1]), torch.tensor([3.0, 1.0, 1.1, 2.9])
     distance_R, wrong_R = corners(error_R, doubt_R)
-    assert distance_R.tolist() == [3, 1, 2, 1] and wrong_R[[1, 3]].tolist() == [True, False]
+    # A row as far from both, as the first is, loses no token.
+    assert distance_R.tolist() == [3, 1, 2, 1] and wrong_R.tolist() == [False, True, False, False]
     rows = by_id(*(Given([nll], {}, [entropy]) for nll, entropy in zip(error_R.tolist(), doubt_R.tolist(), strict=True)))
     found = step_on(rows, weight(rows=0.5), (2, 2))
     names = list(rows)

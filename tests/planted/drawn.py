@@ -286,10 +286,9 @@ def run(root: Path, folders: Sequence[str], count: int, seed: int, jobs: int, ou
 
 EQUIVALENT: dict[str, str] = {
     "methods/additive/said.py:101 constant 4713 -> 2e-09": "twice what rounding may do is as far below any score",
+    "methods/hidden_edit/lofit.py:65 detach 3353 -> ": "only PyTorch would warn: scores are numbers, and nothing takes their gradient",
     "methods/hidden_edit/ssf.py:99 operator 4512 -> &": "a type, which is not evaluated",
     "methods/selective/_growth.py:60 constant 2412 -> 1": "all four names come and go together",
-    "methods/hidden_edit/lofit.py:65 detach 3353 -> ": "only PyTorch would warn: scores are numbers, and nothing takes their gradient",
-    "methods/selective/greentrainer.py:111 constant 5865 -> 0.5": "without tensors there is nothing to divide",
     "methods/selective/_knapsack.py:25 constant 1109 -> 2": "any number below 0 stands for none",
     "methods/selective/_ticket.py:81 detach 3933 -> ": "nothing takes its gradient; without a graph it needs less memory",
     "methods/term/_coverage.py:30 comparison 968 -> <=": "both forms hold where p is a half",
