@@ -187,10 +187,10 @@ def test_the_final_phase_begins_with_a_pruning(engine: Any, now: Now) -> None:
     assert counts == [8, 12, 8]
 
 
-def test_the_end_of_the_run_prunes_once_more(engine: Any, now: Now) -> None:
+def test_the_end_of_a_run_that_stops_early_prunes_once_more(engine: Any, now: Now) -> None:
     run = engine({"adalora": {**SMALL, "final": 0.0, "every": 3}}, model=model_of(), step="adamw")
-    go(run, now, 20)
-    assert int(stays(run).sum()) == 12
+    go(run, now, 15)
+    assert int(stays(run).sum()) > 8
     before = values_of(run)
     end(run, now)
     assert int(stays(run).sum()) == 8
