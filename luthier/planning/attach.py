@@ -47,6 +47,7 @@ def attach(recipe: Recipe, schedule: Schedule, chosen: Chosen, loaded: Loaded, r
     steps = feed.total()
     rate, rate_from = advised_rate(train, chosen)
     clock = Clock(steps, rate, schedule, warmup_steps(train.warmup, steps), seed, turns=turns_of(values_of(chosen)))
+    # A run of one step is too short, too.
     clock.turns.check(steps)
     engine = build_engine(
         loaded.model,

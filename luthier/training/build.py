@@ -112,6 +112,9 @@ def build_engine(
     keep_base = keep_base or bool(goal.comparing()) or any("base" in v.needs for _, v in keepers)
     owner = Tune(model, parts, masters=masters, keep_base=keep_base, root=root)
     owner.turns = turns_of(values)
+    # Where memory is only estimated there is no clock.
+    if now.steps > 1:
+        owner.turns.check(now.steps)
 
     def services_of(slot: str) -> RunServices:
         return RunServices(owner, slot, now if first is None else first(slot), calibration)

@@ -160,6 +160,8 @@ def test_a_step_without_targets_for_the_last_head(engine: Any, now: Now) -> None
     run = shaken(engine(model=model_of(), objective=objective()))
     assert loss_of(run, split(batch, (1, 1)), now) == pytest.approx(float(by_hand(run, batch).detach()), rel=1e-12)
     assert targets_ahead(make_batch([(1, 0)]), 4) == 0.0
+    # The vocabulary's first id is a target like any other.
+    assert targets_ahead(batch._replace(label_BT=batch.label_BT.clamp(max=0)), 1) == 3.0
 
 
 def test_gradients_are_finite_differences(engine: Any, now: Now) -> None:
@@ -227,6 +229,8 @@ def test_no_weight_is_supervised_fine_tuning_bit_for_bit(engine: Any, now: Now) 
 )
 def test_schedules(schedule: str, over: float, step: int, value: float) -> None:
     assert strength(Now(step=step, steps=100), schedule, over=over) == pytest.approx(value, abs=5e-7)
+    if over == 1.0:
+        assert strength(Now(step=step, steps=100), schedule) == pytest.approx(value, abs=5e-7)
     # Behind the heads' own steps it is the same over the rest.
     assert strength(Now(step=step + 25, steps=125), schedule, 0.2, over) == pytest.approx(value, abs=5e-7)
 

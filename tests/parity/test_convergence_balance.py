@@ -83,6 +83,7 @@ def test_slopes_are_those_of_least_squares() -> None:
 
 def test_the_floor() -> None:
     assert floored(fp64(0.4, 0.6)).tolist() == [0.4, 0.6]
+    assert floored(fp64(0.05, 0.95)).tolist() == [0.05, 0.95], "a twentieth is not below the floor"
     assert floored(fp64(0.04, 0.96)).tolist() == pytest.approx([0.04 * 0.9 + 0.05, 0.96 * 0.9 + 0.05])
     assert float(floored(fp64(0.04, 0.96)).sum()) == pytest.approx(1.0)
 

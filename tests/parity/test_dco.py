@@ -151,7 +151,7 @@ def test_a_row_without_a_share_is_named(column: Tensor | None) -> None:
 
 def test_rows_that_are_all_covered_make_no_step(engine: Any, now: Now) -> None:
     batch = rows_of_eight()
-    covered = batch._replace(columns={"right_share": torch.full((8,), 0.5)})
+    covered = batch._replace(columns={"right_share": torch.linspace(0.5, 1.0, 8)})
     assert engine(token_weight="answer_coverage").step([covered], now).skipped
     # Without a target nothing is needed.
     run = engine(token_weight="answer_coverage")

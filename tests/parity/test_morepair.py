@@ -60,6 +60,12 @@ def test_two_rows_that_know_nothing_of_each_other() -> None:
     assert learnt(answer) == learnt(row_of({"prompt": "abc", "completion": "de"}, id="one", where=""))
 
 
+def test_both_rows_keep_their_other_columns_and_leave_the_rationale() -> None:
+    assert [row.columns for row in made({**ASKED, "level": 3})] == [
+        {"level": 3, "target": name} for name in ("answer", "rationale")
+    ]
+
+
 def test_a_target_that_is_cut_has_no_end() -> None:
     _, rationale = made({**ASKED, "rationale": "fgh" * 99}, rationale_marker="?")
     cut = learnt(rationale, max_tokens=200, too_long="right")[1]
@@ -71,6 +77,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "instruction": {"instruction": "Add.", "input": "1 2", "output": "3"},
     "answer": {"prompt": "Add 1 2.", "answer": ["3"]},
     "messages in a prompt": {"prompt": [{"role": "user", "content": "Add."}], "completion": "3"},
+    "one turn": {"messages": [{"role": "user", "content": "Add 1 2."}, {"role": "assistant", "content": "3"}]},
     "conversation": {
         "messages": [
             {"role": "system", "content": "Short."},

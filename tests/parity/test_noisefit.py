@@ -15,7 +15,7 @@ import luthier
 from luthier import registry
 from luthier.columns.chunked import resolve
 from luthier.errors import LuthierError
-from luthier.kinds import Keeper, Now, Term, TokenWeight
+from luthier.kinds import Column, Disturbed, Keeper, Now, Term, TokenWeight
 from luthier.methods.term._noise import absolute_scale, relative_scale, signal_to_noise
 from luthier.models.attention import use_attention
 from luthier.training.disturb import disturbance
@@ -62,14 +62,15 @@ def test_the_clean_prediction_is_left_alone_unless_asked_for(detach: bool, slope
     assert gradient_of(objective, [[1.0, 0.0]], [0], others=others)[0] == pytest.approx([-slope, slope], abs=1e-6)
 
 
-def test_the_temperature_is_the_targets_alone() -> None:
+@pytest.mark.parametrize("temperature", [2.0, 0.4])
+def test_the_temperature_is_the_targets_alone(temperature: float) -> None:
     """At T = 2 the target of (2, 0) is that of (1, 0), whatever the noise; equal logits then no longer cost nothing."""
     others = noisy([2.0, 0.0], [2.0, 0.0])
     only_soft = {"mix": 0.0, "consistency": 0.0}
     assert loss_of({"noisefit": only_soft}, [[2.0, 0.0]], [0], others=others) == 0.0
-    p, q = e / (1 + e), e**2 / (1 + e**2)
+    p, q = 1 / (1 + exp(-2 / temperature)), e**2 / (1 + e**2)
     wanted = p * (torch.tensor(p / q).log()) + (1 - p) * torch.tensor((1 - p) / (1 - q)).log()
-    found = loss_of({"noisefit": {**only_soft, "temperature": 2.0}}, [[2.0, 0.0]], [0], others=others)
+    found = loss_of({"noisefit": {**only_soft, "temperature": temperature}}, [[2.0, 0.0]], [0], others=others)
     assert found == pytest.approx(float(wanted), abs=1e-7) and found > 0.05
 
 
@@ -116,10 +117,14 @@ def test_without_the_soft_losses_it_is_cross_entropy_bit_for_bit(engine: Any, no
     assert found[0] == found[1] != found[2]
 
 
+def soft_of(**options: Any) -> Column:
+    (one,) = [one for one in term_of(**options)[0].columns if not isinstance(one, str) and one.name == SOFT]
+    return one
+
+
 def disturbed(hidden_BTD: Tensor, now: Now, name: int = 0, **options: Any) -> Tensor:
     """The noise that a pass adds behind block 0."""
-    term, _ = term_of(**options)
-    (one,) = [one for one in term.columns if not isinstance(one, str) and one.name == SOFT]
+    one = soft_of(**options)
     rows = len(hidden_BTD)
     change = disturbance(one.passes[name], make_batch([(1, 0)] * rows), now, {"noise behind block 0": 1})
     assert change is not None
@@ -140,6 +145,23 @@ def test_the_noise_of_one_token_by_hand(now: Now) -> None:
     assert torch.allclose(twice_BD, 2 * noise_BD, rtol=1e-10)
     other_BD = disturbed(ONE_TOKEN.expand(count, 1, 5), now, name=1)[:, 0]
     assert abs(float(torch.corrcoef(torch.stack([noise_BD.flatten(), other_BD.flatten()]))[0, 1])) < 4.5 / sqrt(5 * count)
+
+
+def test_the_noise_is_added(now: Now) -> None:
+    """Three standard deviations up, where all that is drawn is 3."""
+    drawn_BTD = torch.full_like(ONE_TOKEN, 3.0)
+    for other in soft_of().passes:
+        assert other.disturb is not None
+        found_BTD = other.disturb(Disturbed(0, ONE_TOKEN, ALONE, lambda stream: drawn_BTD, now, {"noise behind block 0": 1}))
+        assert torch.allclose(found_BTD, ONE_TOKEN + 0.3 * absolute_scale(ONE_TOKEN, ALONE), rtol=1e-12)
+
+
+def test_the_spread_of_the_row_has_no_gradient() -> None:
+    hidden_BTD = ONE_TOKEN.clone().requires_grad_()
+    absolute, relative = (
+        torch.autograd.grad(scale(hidden_BTD, ALONE).sum(), hidden_BTD)[0] for scale in (absolute_scale, relative_scale)
+    )
+    assert torch.allclose(absolute, 3.96232 * relative, rtol=1e-5, atol=1e-5) and relative.abs().max() > 0.1
 
 
 def test_padding_and_other_rows_do_not_matter_to_the_noise() -> None:

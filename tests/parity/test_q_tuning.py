@@ -11,8 +11,8 @@ from torch import Tensor
 
 from luthier.draws import seed_of
 from luthier.errors import LuthierError
-from luthier.kinds import Now
-from luthier.methods.token_weight.q_tuning import corners
+from luthier.kinds import Now, StepTable
+from luthier.methods.token_weight.q_tuning import corners, smoothed
 from luthier.training import objective
 from tests.conftest import make_batch, split
 from tests.steps import TUNES, Given, assert_trains, step_on
@@ -39,7 +39,8 @@ def test_corners_by_hand() -> None:
     """One row in each corner: noise, misconception, known, unsure."""
     error_R, doubt_R = torch.tensor([3.0, 2.9, 1.0, 1.1]), torch.tensor([3.0, 1.0, 1.1, 2.9])
     distance_R, wrong_R = corners(error_R, doubt_R)
-    assert distance_R.tolist() == [3, 1, 2, 1] and wrong_R[[1, 3]].tolist() == [True, False]
+    # A row as far from both, as the first is, loses no token.
+    assert distance_R.tolist() == [3, 1, 2, 1] and wrong_R.tolist() == [False, True, False, False]
     rows = by_id(*(Given([nll], {}, [entropy]) for nll, entropy in zip(error_R.tolist(), doubt_R.tolist(), strict=True)))
     found = step_on(rows, weight(rows=0.5), (2, 2))
     names = list(rows)
@@ -75,6 +76,21 @@ def test_smoothed_perplexities_by_hand(options: dict[str, Any], places: list[int
     found = step_on({"wrong": wrong, "right": right}, weight(**{"rows": 1.0, "tokens": 0.5, **options}))
     assert kept(found.slopes) == {"wrong": places, "right": [0, 1, 2]}
     assert {slope for slopes in found.slopes.values() for slope in slopes} <= {0.0, 1 / (3 + len(places))}
+
+
+@pytest.mark.parametrize(
+    ("joined", "edges", "wanted"),
+    [
+        ("sum", "zero", [3.5, 6.5, 3.0, 12.0]),
+        ("sum", "reflect", [4.0, 8.5, 5.0, 20.0]),
+        ("mean", "reflect", [2.75, 7.25, 4.0, 16.0]),
+    ],
+)
+def test_every_edge_reflects_its_own_perplexity(joined: str, edges: str, wanted: list[float]) -> None:
+    """Perplexities 2 and 8 in one row, 4 and 16 apart in another: 0.75 of each and 0.25 of its neighbors."""
+    columns = {"nll": torch.tensor([2.0, 8.0, 4.0, 16.0], dtype=torch.float64).log()}
+    table = StepTable(columns, row_M=torch.tensor([0, 0, 1, 1]), position_M=torch.tensor([3, 4, 1, 5]), of_rows={})
+    assert smoothed(table, 0.25, joined, edges).tolist() == pytest.approx(wanted, abs=1e-12)
 
 
 def test_a_gap_between_targets_is_an_edge() -> None:

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 import luthier
 from luthier.errors import LuthierError
 from luthier.kinds import Now
-from luthier.methods.token_weight._tool_calls import END, KEY, TOOL_CALLS
+from luthier.methods.token_weight._tool_calls import END, KEY, TOOL_CALLS, _parameter_ends
 from luthier.models.tiny import tiny_tokenizer
 from luthier.planning.plan import make_plan
 from luthier.recipe import make_recipe
@@ -172,6 +172,12 @@ def test_where_parameters_end(arguments: str, ends: list[str]) -> None:
     assert [
         tokenizer.decode(token) for token, mark in zip(row.token_ids, row.token_columns["tool_calls"], strict=True) if mark == END
     ] == ends
+
+
+def test_parameters_end_within_the_target() -> None:
+    """A bracket that is closed behind it, or nowhere, closes nothing."""
+    assert _parameter_ends("f(1)", 1, 4) == [3]
+    assert _parameter_ends("f(1)", 1, 3) == _parameter_ends("f(1", 1, 3) == []
 
 
 def test_names_that_a_template_alters_are_refused() -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from luthier.errors import LuthierError
 from luthier.kinds import Now, State
 from luthier.methods.additive._sensitivity import excess, importance, look, prune, triplets
-from luthier.methods.additive.adalora import adalora, far_from_orthonormal
+from luthier.methods.additive.adalora import _phases, adalora, far_from_orthonormal
 from tests.conftest import split
 from tests.toys.helpers import gap, gradients, logits_of, model_of, plain_gradients, rows_of_eight
 
@@ -72,6 +72,10 @@ def test_the_budget_falls_by_a_cube() -> None:
     budgets = [int(8 + 4 * excess(step, 0, 10)) for step in range(12)]
     assert budgets[1] == 10 and budgets[5] == 8 and budgets[0] == 12 and budgets[10] == budgets[11] == 8
     assert [excess(step, 4, 8) for step in (3, 4, 6, 8, 9)] == [1.0, 1.0, 0.125, 0.0, 0.0]
+
+
+def test_one_step_is_looked_at_where_the_final_phase_is_the_whole_run() -> None:
+    assert [_phases(Now(steps=20), *shares) for shares in ((0.0, 1.0), (0.2, 0.4), (0.0, 0.0))] == [(0, 1), (4, 12), (0, 19)]
 
 
 def test_the_penalty_is_a_norm_and_not_its_square() -> None:
@@ -163,10 +167,30 @@ def test_pruned_triplets_may_come_back_before_the_final_phase(engine: Any, now: 
     assert int(stays(run).sum()) == 12
 
 
-def test_the_end_of_the_run_prunes_once_more(engine: Any, now: Now) -> None:
+def test_steps_without_rows_move_no_pruning(engine: Any, now: Now) -> None:
+    """Every third step, of which 0 and 3 are not heard of: nothing goes at 1, and at 4 what was due."""
+    run = engine({"adalora": {**SMALL, "warmup": 0.0, "final": 0.0, "every": 3}}, model=model_of(), step="adamw")
+    counts = []
+    for step in (1, 4):
+        go(run, now, 1, first=step)
+        counts.append(int(stays(run).sum()))
+    assert counts == [12, int(8 + 4 * excess(4, 0, 19))] == [12, 9]
+
+
+def test_the_final_phase_begins_with_a_pruning(engine: Any, now: Now) -> None:
+    """At step 11 of 20, where every third would be 9 and 12; what was pruned at 9 is back at 10."""
+    run = engine({"adalora": {**SMALL, "warmup": 0.0, "final": 0.45, "every": 3}}, model=model_of(), step="adamw")
+    counts = []
+    for step in (9, 10, 11):
+        go(run, now, 1, first=step)
+        counts.append(int(stays(run).sum()))
+    assert counts == [8, 12, 8]
+
+
+def test_the_end_of_a_run_that_stops_early_prunes_once_more(engine: Any, now: Now) -> None:
     run = engine({"adalora": {**SMALL, "final": 0.0, "every": 3}}, model=model_of(), step="adamw")
-    go(run, now, 20)
-    assert int(stays(run).sum()) == 12
+    go(run, now, 15)
+    assert int(stays(run).sum()) > 8
     before = values_of(run)
     end(run, now)
     assert int(stays(run).sum()) == 8

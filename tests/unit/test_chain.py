@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from luthier import registry
 from luthier.errors import LuthierError
 from luthier.kinds import Keeper, Now, Place, Select, Selective, Services, Tensors, Term, View
 from luthier.methods.optimizer.adamw import _correction
@@ -59,6 +60,14 @@ def test_adamw_equals_pytorchs_over_ten_steps(engine: Any, now: Now, fused: bool
             assert_rounded(value, copies[name].detach(), ROUNDINGS, what=name)
 
 
+def test_adamw_without_memory_steps_by_the_sign(engine: Any, now: Now) -> None:
+    run = engine("full", model=model_of(), step={"adamw": {"beta1": 0.0, "beta2": 0.0}})
+    before, given = masters(run), give(run, 0)
+    run.chain.step(now._replace(learning_rate=0.25))
+    for name, value in masters(run).items():
+        assert torch.allclose(value, before[name] - 0.25 * given[name] / (given[name].abs() + 1e-8), rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_an_age_for_each_entry_equals_one_age_when_nothing_changes(engine: Any, now: Now, dtype: torch.dtype) -> None:
     def choose(parts: Any, services: Services) -> dict[Place, Select]:
@@ -104,8 +113,9 @@ def test_masters_of_slices_are_contiguous_however_the_weight_is_stored(engine: A
     assert all(one.master.is_contiguous() for one in run.tune.trained.values())
 
 
-@pytest.mark.parametrize("norm", [0.0, 0.1, 1e6])
+@pytest.mark.parametrize("norm", [0.0, 0.1, 300.0, 1e6])
 def test_clipping_equals_pytorchs(engine: Any, now: Now, norm: float) -> None:
+    """The joint norm is about 200: 300 is above it by less than twice."""
     run = engine("full", model=model_of(), step=[{"clip": {"norm": norm}}, "sgd"])
     before = masters(run)
     copies = {name: torch.zeros_like(value, requires_grad=True) for name, value in before.items()}
@@ -267,3 +277,19 @@ def test_disjoint_selections_and_stacked_deltas_go_together(engine: Any, now: No
     for i in range(2):
         run.step([rows_of_eight()], now._replace(step=i, learning_rate=0.01))
     assert all(not torch.equal(value, before[name]) for name, value in masters(run).items())
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "says"),
+    [
+        ("adamw", {"beta1": 1.0}, "beta1 is 1"),
+        ("adamw", {"beta2": -0.1}, "beta2 is -0.1"),
+        ("adamw", {"decay": -0.1}, "the weight decay is -0.1"),
+        ("adamw", {"epsilon": 0.0}, "epsilon is 0"),
+        ("sgd", {"momentum": 1.0}, "the momentum is 1"),
+        ("clip", {"norm": -0.1}, "the norm is -0.1"),
+    ],
+)
+def test_options_just_out_of_range_are_refused(name: str, options: dict[str, float], says: str) -> None:
+    with pytest.raises(LuthierError, match=says):
+        registry.part(name, **options)

@@ -190,6 +190,15 @@ def test_after_every_step_offsets_lie_in_their_balls_and_targets_have_none(
     assert float(norm_P.max()) == pytest.approx(length, rel=1e-5)
 
 
+def test_targets_with_the_first_id_do_not_move_either(engine: Any) -> None:
+    first = ROWS._replace(token_ids_BT=ROWS.token_ids_BT.masked_fill(ROWS.label_BT >= 0, 0), label_BT=ROWS.label_BT.clamp(max=0))
+    run = engine({"cpt": {"examples": 3}}, calibration=lambda count, source: [first])
+    context_P = run.tune.prompt_labels == -100
+    assert int((~context_P).sum()) == 4
+    for moves_P in (run.tune.owns[0].masters()["moves_P1"][:, 0], run.states["cpt"]["moves_P"]):
+        assert torch.equal(moves_P, context_P)
+
+
 def test_of_a_model_in_bf16_only_the_sum_of_embedding_and_offset_is_rounded(engine: Any) -> None:
     """Embeddings and offsets were rounded before they were added, and their sum once more."""
     run = engine({"cpt": {"examples": 3}}, model=model_of(), calibration=rows, dtype=torch.bfloat16)

@@ -153,6 +153,7 @@ def test_tensors_stand_in_the_order_of_the_forward_pass(engine: Any, tied: bool)
 
 def test_biases_cost_their_own_gradient_alone_and_those_of_norms_nothing(engine: Any) -> None:
     found = costs(engine("full", model=model_of("gpt2", layers=1)).services("test", Now()), Load(10, 40, 3))
+    assert list(dict.fromkeys(place.role for place in found))[:3] == ["embedding", "position_embedding", "attention_norm"]
     for place, cost in found.items():
         if place.tensor == "bias":
             width = 32 * 3 if place.role == "mlp_up" else 32
@@ -348,7 +349,13 @@ def test_a_mixture_of_experts_is_refused(engine: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "match"), [({"target": 0.0}, "target"), ({"selections": 0}, "selections"), ({"calibration_rows": 0}, "rows")]
+    ("options", "match"),
+    [
+        ({"target": 0.0}, "the target is 0"),
+        ({"target": 1.01}, r"the target is 1\.01"),
+        ({"selections": 0}, "there are 0 selections"),
+        ({"calibration_rows": 0}, "there are 0 rows"),
+    ],
 )
 def test_options_out_of_range_are_refused(options: dict[str, Any], match: str) -> None:
     with pytest.raises(LuthierError, match=match):

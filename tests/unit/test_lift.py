@@ -82,7 +82,7 @@ def test_a_randomized_decomposition_selects_nearly_the_same() -> None:
     weight = left * torch.arange(1, 61, dtype=torch.float64) ** -0.7 @ right.t()
     exact = low_rank(weight, 8)
     near = randomized_low_rank(weight, 8, torch.Generator().manual_seed(1))
-    assert torch.equal(near, randomized_low_rank(weight, 8, torch.Generator().manual_seed(1)))
+    assert torch.equal(near, randomized_low_rank(weight, 8, torch.Generator().manual_seed(1), rounds=8))
     assert 0 < float((near - exact).norm() / exact.norm()) < 0.005
     both = set(largest(exact.abs(), 320).tolist()) & set(largest(near.abs(), 320).tolist())
     assert len(both) > 0.99 * 320

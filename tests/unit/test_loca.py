@@ -14,6 +14,7 @@ from luthier.errors import LuthierError
 from luthier.kinds import Now
 from luthier.methods.additive._cosine import (
     HIGHEST,
+    bounded,
     cells,
     cosine_basis,
     inverse_transform,
@@ -260,6 +261,10 @@ def test_the_gradients_of_a_step_are_bounded_and_not_those_of_its_passes(engine:
     whole, parts = found
     assert whole and max(float((whole[name] - parts[name]).abs().max()) for name in whole) < 1e-9
     assert any(float(one.abs().max()) == 31.0 for one in whole.values()), "the bound is reached"
+
+
+def test_gradients_of_locations_move_by_a_cell_at_most() -> None:
+    assert bounded(doubles(-10.0, -3.5, 0.25, 3.5, 10.0), 5).tolist() == [-4.0, -3.5, 0.25, 3.5, 4.0]
 
 
 def test_a_location_that_moved_keeps_its_gradient_whole() -> None:

@@ -68,6 +68,11 @@ def test_heads_are_ordered_by_the_l2_norm_over_all_layers() -> None:
     assert top_heads([rows], 3, 0.0) == [(0, 0), (0, 2), (0, 1)]
     assert rows.abs().sum(-1).argsort().tolist() == [0, 1, 2], "by L1 the first row would be the last"
     assert top_heads([rows, 2 * rows], 3, 0.0) == [(1, 0), (1, 2), (1, 1)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert top_heads([torch.ones(1, 4)], 1, 2.0) == [(0, 0)], "2 is half a step of 2 on each of 4 numbers, and no noise"
+    with pytest.warns(UserWarning, match="the largest is 2"):
+        top_heads([torch.ones(1, 4)], 1, 2.01)
     assert top_heads([torch.ones(3, 4), torch.ones(3, 4)], 4, 0.0) == [(0, 0), (0, 1), (0, 2), (1, 0)], "ties go to the first"
 
 

@@ -79,6 +79,14 @@ def test_labels_prompts_and_padding_are_untouched(now: Now) -> None:
     assert inputs(**ALWAYS).read(empty, now).token_ids_BT.shape == empty.token_ids_BT.shape
 
 
+def test_the_first_id_is_hidden_too_where_it_stands_for_text(now: Now) -> None:
+    """Only ids below 0 stand for no token."""
+    batch = rows_of_eight()
+    answer_BT = batch.label_BT >= 0
+    read = inputs(**ALWAYS).read(batch._replace(token_ids_BT=batch.token_ids_BT.masked_fill(answer_BT, 0)), now)
+    assert (read.token_ids_BT[answer_BT] == MASK).all()
+
+
 @pytest.mark.parametrize(("step", "chance"), [(0, 0.0), (1, 0.006), (20, 0.12), (50, 0.3), (66, 0.396), (67, 0.4), (99, 0.4)])
 def test_the_chance_rises_in_a_straight_line(step: int, chance: float) -> None:
     now = Now(step=step, steps=100)

@@ -105,6 +105,19 @@ def test_the_network_is_an_embedding_two_maps_and_a_tanh() -> None:
             assert torch.allclose(found, expected[:, block, kind].transpose(0, 1), rtol=0, atol=1e-6)
 
 
+def test_the_network_starts_as_pytorch_starts_linear_maps() -> None:
+    """Evenly within one over the root of the width that is read, biases too; the embedding is normal."""
+    own = services()
+    tensors = prefix_tuning(length=30, hidden=100).start(own.parts, own)
+    assert float(tensors["embedding"].std()) == pytest.approx(1.0, abs=4 * (2 * 30 * own.parts.width) ** -0.5)
+    for name, width_in in (("down", own.parts.width), ("down_bias", own.parts.width), ("up", 100), ("up_bias", 100)):
+        even = tensors[name].double().flatten() * width_in**0.5
+        assert float(even.abs().max()) <= 1 + 1e-6
+        # The variance of what is even is a third, that of its square 4 / 45.
+        assert abs(float(even.mean())) < 4 * (3 * len(even)) ** -0.5
+        assert float(even.square().mean()) == pytest.approx(1 / 3, abs=4 * (4 / 45 / len(even)) ** 0.5)
+
+
 def test_the_network_can_go_once_it_made_its_keys_and_values(engine: Any) -> None:
     made = prefix_tuning(length=4, hidden=6)
     run = engine(made, model=model_of())

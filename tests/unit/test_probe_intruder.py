@@ -168,6 +168,18 @@ def test_a_finding_counts_by_matrix_role_block_and_threshold() -> None:
     assert list(curve.values()) == sorted(curve.values())
 
 
+def test_a_matrix_without_intruders_is_no_hit() -> None:
+    model, turn = hand_made(100.0 * torch.outer(SPREAD, SPREAD))
+
+    def change(tuned: nn.Module, parts: Parts) -> None:
+        turn(tuned, parts)
+        parts.view(tuned, parts.select("mlp_up", (1,))[0]).mul_(2.0)
+
+    finding, _ = look(model, change)
+    assert finding.sentence.startswith("1 intruder dimension in 1 of 2 changed matrices")
+    assert (finding.numbers["matrices_with_intruders"], finding.numbers["intruders_per_matrix"]) == (1, 0.5)
+
+
 def test_of_a_fused_projection_only_the_changed_part_is_compared() -> None:
     def change(tuned: nn.Module, parts: Parts) -> None:
         tuned.get_parameter("transformer.h.1.attn.c_attn.weight")[:, 64:].add_(0.1)

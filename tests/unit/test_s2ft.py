@@ -15,7 +15,7 @@ from luthier import registry
 from luthier.delta import Delta, Sparse
 from luthier.delta.forms import bits
 from luthier.errors import LuthierError
-from luthier.kinds import Now, Place, Select
+from luthier.kinds import Batch, Now, Place, Select
 from luthier.models.parts import map_parts
 from luthier.models.tiny import tiny
 from luthier.training.checkpoint import restore, save
@@ -329,6 +329,20 @@ def test_fault_27_a_resumed_run_selects_the_same(engine: Any, now: Now, tmp_path
 def test_what_makes_no_sense_is_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(LuthierError, match=message):
         registry.make({"s2ft": options}, ("selective",))
+
+
+def test_a_ranking_may_look_at_one_row() -> None:
+    asked: list[tuple[int, str]] = []
+
+    def look(rows: int, source: str) -> list[Batch]:
+        asked.append((rows, source))
+        return calibration(rows, source)
+
+    parts = map_parts(model := tiny("llama", layers=1))
+    options = {"by": "activation", "down": 0.5, "calibration_rows": 1, "calibration_source": "other"}
+    (value,) = registry.make({"s2ft": options}, ("selective",)).values
+    value.choose(parts, RunServices(Tune(model, parts), "s2ft", Now(), look))
+    assert set(asked) == {(1, "other")}
 
 
 def test_a_share_too_small_for_one_unit_is_refused() -> None:

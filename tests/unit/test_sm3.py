@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from luthier.errors import LuthierError
-from luthier.kinds import Now, Place, Refresh, Select, Selective, Services
+from luthier.kinds import Now, Place, Refresh, Select, Selective, Services, State
 from luthier.methods.optimizer._accumulators import accumulate, accumulate_entries, accumulators
 from luthier.registry import make
 from tests.conftest import split
@@ -78,6 +79,16 @@ def test_vectors_are_pytorchs_adagrad(engine: Any, now: Now) -> None:
         run.chain.step(now._replace(step=i))
     for name, one in run.tune.trained.items():
         assert torch.allclose(one.master.detach(), copies[name].detach(), rtol=0, atol=1e-14)
+
+
+def test_a_number_alone_is_adagrads(now: Now) -> None:
+    """Gradients of 2: 3 - 0.1 * 2 / sqrt(4), and then less 0.1 * 2 / sqrt(8)."""
+    one: Any = SimpleNamespace(form="free", index=None, rate=1.0, decay=False)
+    value, optimizer = torch.tensor(3.0, dtype=torch.float64), make({"sm3": {}}, ("optimizer",)).values[0]
+    state: State = {}
+    for wanted in (2.9, 2.9 - 0.1 / 2**0.5):
+        optimizer.step(value, torch.tensor(2.0, dtype=torch.float64), state, one, now._replace(learning_rate=0.1))
+        assert value.item() == pytest.approx(wanted, abs=1e-14)
 
 
 def test_momentum_and_decay_by_hand(engine: Any, now: Now) -> None:

@@ -55,7 +55,7 @@ def prune(state: State, services: Services, budget: int) -> None:
     goes = torch.ones(len(order), dtype=torch.bool, device=order.device)
     goes[order[:budget]] = False
     for tensors, goes_R in zip(mine.values(), goes.split([len(score) for score in scores]), strict=True):
-        services.write(tensors["values"], tensors["values"].master.detach().masked_fill(goes_R[:, None], 0.0))
+        services.write(tensors["values"], tensors["values"].master.masked_fill(goes_R[:, None], 0.0))
 
 
 def excess(step: int, first: int, last: int) -> float:

@@ -17,8 +17,8 @@ def top_heads(scale_LHW: Sequence[Tensor], count: int, learning_rate: float) -> 
 
     Warns when no head's scales went as far as half a step of the learning rate: then the order is the optimizer's noise.
     """
-    score_LH = torch.stack([machine.widened(scale_HW).norm(dim=-1).cpu() for scale_HW in scale_LHW])
-    noise = 0.5 * learning_rate * scale_LHW[0].shape[-1] ** 0.5
+    score_LH = torch.stack([machine.widened(scale_HW).norm(dim=1).cpu() for scale_HW in scale_LHW])
+    noise = 0.5 * learning_rate * scale_LHW[0].shape[1] ** 0.5
     if float(score_LH.max()) < noise:
         warnings.warn(
             f"LoFiT: the heads' scores are noise (the largest is {float(score_LH.max()):.2g}); lower the penalty or select for longer",

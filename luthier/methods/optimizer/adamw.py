@@ -32,7 +32,7 @@ def adamw(*, decay: float = 0.0, beta1: float = 0.9, beta2: float = 0.999, epsil
         raise LuthierError(f"epsilon is {epsilon}", where="adamw: epsilon", mend="use more than 0, e.g. 1e-8")
 
     def init(trained: TrainedLike) -> State:
-        values = trained.master.detach()
+        values = trained.master
         wide = torch.promote_types(values.dtype, torch.float32)
         state: State = {"first": torch.zeros_like(values, dtype=wide), "second": torch.zeros_like(values, dtype=wide)}
         shape = [1] * values.ndim

@@ -21,7 +21,7 @@ def sgd(*, momentum: float = 0.0) -> Optimizer:
         raise LuthierError(f"the momentum is {momentum}", where="sgd: momentum", mend="use 0 to below 1")
 
     def init(trained: TrainedLike) -> State:
-        return {"velocity": torch.zeros_like(trained.master.detach())} if momentum else {}
+        return {"velocity": torch.zeros_like(trained.master)} if momentum else {}
 
     def step(value: Tensor, gradient: Tensor, state: State, trained: TrainedLike, now: Now) -> None:
         direction = state["velocity"].mul_(momentum).add_(gradient) if momentum else gradient

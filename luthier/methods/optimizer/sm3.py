@@ -49,7 +49,7 @@ def sm3(*, momentum: float = 0.0, decay: float = 0.0, epsilon: float = 1e-30) ->
         return {}
 
     def init(trained: TrainedLike) -> State:
-        values = trained.master.detach()
+        values = trained.master
         wide = torch.promote_types(values.dtype, torch.float32)
         return {"direction": torch.zeros_like(values, dtype=wide)} if momentum else {}
 

@@ -78,7 +78,7 @@ def cpt(*, examples: int = 4, radius: float = 0.1, decay: float = 0.95) -> tuple
     def keep_small(state: State, services: Services) -> None:
         for one in services.trained():
             if one.slot == services.slot:
-                services.write(one, project(one.master.detach(), state["moves_P"] * at_width(radius, one.master.shape[1])))
+                services.write(one, project(one.master, state["moves_P"] * at_width(radius, one.master.shape[1])))
 
     def weigh(view: View) -> Tensor:
         weight_P = view.state["weight_P"].to(view["nll"])

@@ -88,7 +88,7 @@ def shortest_question(batches: Sequence[Batch]) -> int:
     asked: list[int] = []
     for batch in batches:
         time_BT = torch.where(batch.label_BT >= 0, batch.position_BT, torch.iinfo(torch.int64).max)
-        asked += time_BT.amin(-1)[(batch.label_BT >= 0).any(-1)].tolist()
+        asked += time_BT.amin(1)[(batch.label_BT >= 0).any(1)].tolist()
     if min(asked, default=0) < 1:
         raise LuthierError(
             "a training row has no question before its answer",
@@ -105,7 +105,7 @@ def positions_after_prompt(token_ids_BT: Tensor) -> Tensor:
     """
     time_T = torch.arange(token_ids_BT.shape[1], device=token_ids_BT.device)
     is_virtual_BT = token_ids_BT < 0
-    last_BT = torch.where(is_virtual_BT, time_T, -1).cummax(-1).values
+    last_BT = torch.where(is_virtual_BT, time_T, -1).cummax(1).values
     return torch.where(last_BT >= 0, time_T - last_BT - 1, -1)
 
 

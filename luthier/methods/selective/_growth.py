@@ -90,7 +90,7 @@ def no_momenta(services: Services) -> State:
     for one in services.trained():
         if one.slot == services.slot and one.place is not None:
             shape = services.shape(one.place)
-            rows_O1, columns_1I = accumulators(shape, one.master.detach())
+            rows_O1, columns_1I = accumulators(shape, one.master)
             state |= {f"rows {one.place}": rows_O1, f"columns {one.place}": columns_1I}
     return state
 
@@ -121,7 +121,7 @@ def _index(one: TrainedLike) -> Tensor:
 
 def _change(one: TrainedLike, services: Services) -> Tensor:
     assert one.place is not None
-    return one.master.detach() - services.start_weight(one.place)
+    return one.master - services.start_weight(one.place)
 
 
 def _refreshed(index_K: Tensor, slot_G: Tensor, entry_G: Tensor) -> Refresh:

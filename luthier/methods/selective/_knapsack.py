@@ -25,11 +25,12 @@ def select(through: Sequence[int], own: Sequence[int], value: Sequence[float], b
     top, earliest, left, chain = 0.0, -1, 0, 0
     for k, (pass_on, cost, worth) in enumerate(zip(through, own, value, strict=True)):
         chain += pass_on
+        # What is worth 0 or less never wins: with less room there is no more value.
         room = budget - chain - cost
-        if worth > 0 and room >= 0 and worth + float(best[room]) > top:
+        if room >= 0 and worth + float(best[room]) > top:
             top, earliest, left = worth + float(best[room]), k, room
         taken = torch.full_like(best, -torch.inf)
-        if worth > 0 and cost <= budget:
+        if cost <= budget:
             taken[cost:] = best[: budget + 1 - cost] + worth
         takes.append(taken > best)
         best = torch.maximum(best, taken)

@@ -107,7 +107,7 @@ def _importances(services: Services, batches: Sequence[Batch], places: Sequence[
     moved = {place: -services.now.learning_rate * g / (g.abs() + 1e-8) for place, g in before.items()}
     after = services.gradients(batches, places, moved)
     raw = [importance(after[place], moved[place]) for place in places]
-    largest = max(map(abs, raw), default=0.0)
+    largest = max(map(abs, raw))
     return [one / largest if largest else 0.0 for one in raw]
 
 

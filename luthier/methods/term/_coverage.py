@@ -31,7 +31,7 @@ def coverage_factor(surprisal: Tensor, samples: int) -> Tensor:
         found: Tensor = samples * ((samples - 1) * log_wrong).exp() * right / -(samples * log_wrong).expm1()
         return found.clamp(max=1.0)
 
-    return machine.computed_wide(factor, surprisal.detach())
+    return machine.computed_wide(factor, surprisal)
 
 
 def check_samples(name: str, samples: int) -> None:

@@ -30,7 +30,7 @@ def relative_scale(hidden_BTD: Tensor, own_BT: Tensor) -> Tensor:
     floor_BT1 = (FLOOR * x_BTD.norm(dim=-1, keepdim=True)).clamp(min=torch.finfo(x_BTD.dtype).tiny)
     typical_BT1 = apart_BTD.median(-1, keepdim=True).values.maximum(floor_BT1)
     variance_BT1 = x_BTD.var(-1, keepdim=True)
-    mean_B11 = variance_BT1.sum(1, keepdim=True) / own_BT.sum(-1).clamp(min=1)[:, None, None]
+    mean_B11 = variance_BT1.sum(1, keepdim=True) / own_BT.sum(1).clamp(min=1)[:, None, None]
     ratio_BT1 = variance_BT1 / mean_B11.clamp(min=torch.finfo(x_BTD.dtype).tiny)
     # Limited before it grows: an infinite factor would have no gradient.
     factor_BT1 = ratio_BT1.clamp(max=log(LARGEST_FACTOR)).exp()
@@ -40,7 +40,7 @@ def relative_scale(hidden_BTD: Tensor, own_BT: Tensor) -> Tensor:
 def absolute_scale(hidden_BTD: Tensor, own_BT: Tensor) -> Tensor:
     """The same times the standard deviation of all numbers of the row, which has no gradient: as large as the states' square."""
     x_BTD = _own(hidden_BTD.detach(), own_BT)
-    count_B = own_BT.sum(-1) * x_BTD.shape[-1]
+    count_B = own_BT.sum(1) * x_BTD.shape[-1]
     mean_B11 = (x_BTD.sum((1, 2)) / count_B.clamp(min=1))[:, None, None]
     squares_B = ((x_BTD - mean_B11) * own_BT[..., None]).square().sum((1, 2))
     spread_B = (squares_B / (count_B - 1).clamp(min=1)).sqrt()

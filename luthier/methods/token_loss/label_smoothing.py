@@ -8,7 +8,7 @@ from luthier.errors import LuthierError
 from luthier.kinds import Column, TokenLoss, View
 from luthier.registry import method
 
-UNIFORM = Column("uniform_nll", lambda chunk: -chunk.log_probabilities.mean(-1))
+UNIFORM = Column("uniform_nll", lambda chunk: -chunk.log_probabilities.mean(1))
 """Cross-entropy of a target that is every token alike."""
 
 

@@ -55,15 +55,15 @@ def columns(beta: float, temperature: float) -> tuple[Column, Column]:
 
         def make() -> Tensor:
             chance_CV = policy(chunk, temperature)
-            hit_C1 = chance_CV.gather(-1, label_C1)
-            return chance_CV.mul_(beta).scatter_(-1, label_C1, hit_C1)
+            hit_C1 = chance_CV.gather(1, label_C1)
+            return chance_CV.mul_(beta).scatter_(1, label_C1, hit_C1)
 
         return chunk.once(name, make)
 
     def loss(chunk: Chunk) -> Tensor:
-        return -(rewarded(chunk) * chunk.log_probabilities).sum(-1)
+        return -(rewarded(chunk) * chunk.log_probabilities).sum(1)
 
     def hits(chunk: Chunk) -> Tensor:
-        return rewarded(chunk).gather(-1, chunk.label_C[:, None])[:, 0]
+        return rewarded(chunk).gather(1, chunk.label_C[:, None])[:, 0]
 
     return Column(name, loss), Column(f"{name}, hits", hits, gradient=False)

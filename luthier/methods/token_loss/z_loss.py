@@ -7,7 +7,7 @@ from torch import Tensor
 from luthier.kinds import Column, TokenLoss, View
 from luthier.registry import method
 
-LOG_PARTITION = Column("log_partition", lambda chunk: chunk.logits_CV.logsumexp(-1))
+LOG_PARTITION = Column("log_partition", lambda chunk: chunk.logits_CV.logsumexp(1))
 """log Z, the logarithm of the softmax's denominator."""
 
 
