@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -13,9 +14,8 @@ from luthier.kinds import Head
 from luthier.models.modes import evaluating
 from luthier.rows.batches import collate, plan_epoch
 from luthier.rows.encode import Encoded
-from luthier.training.readout import read
+from luthier.training.readout import read, states_of
 from luthier.tune import Tune
-from luthier.tune.forward import hidden
 
 
 def head_of(tune: Tune) -> Head:
@@ -51,7 +51,7 @@ def readings(tune: Tune, rows: Sequence[Encoded], *, batch_tokens: int = BATCH_T
     with evaluating(tune.model):
         for chosen in (places for step in plan for places in step):
             batch = collate([rows[place] for place in chosen]).to(device)
-            states = tune.run(lambda batch=batch: hidden(tune, batch).padded(batch.attend_BT))
+            states = tune.run(partial(states_of, tune, batch))
             found |= dict(zip(chosen, read(head, own, states, batch).cpu(), strict=True))
     numbers = torch.stack([found[place] for place in range(len(rows))])
     broken = (~numbers.isfinite().all(-1)).nonzero()

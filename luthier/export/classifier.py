@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,8 @@ from luthier.kinds import Batch, Head
 from luthier.models.modes import evaluating
 from luthier.models.quiet import quiet
 from luthier.models.weights import load_weights
-from luthier.training.readout import read
+from luthier.training.readout import read, states_of
 from luthier.tune import Tune
-from luthier.tune.forward import hidden
 
 PROBLEMS = {"classes": "single_label_classification", "value": "regression", "score": "regression"}
 """What `transformers` calls what a head's numbers mean."""
@@ -57,7 +57,7 @@ def export_classifier(tune: Tune, tokenizer: PreTrainedTokenizerBase, folder: st
 def _with_head(tune: Tune, tokenizer: PreTrainedTokenizerBase, tensors: dict[str, Tensor], head: Head) -> Any:
     if head.means not in PROBLEMS or head.pool != "last" or set(tensors) != {"weight"}:
         raise _impossible(tune, "transformers has no head that reads rows as this one does")
-    config = copy.deepcopy(tune.model.config)
+    config: Any = copy.deepcopy(tune.model.config)
     config.num_labels = len(tensors["weight"])
     config.problem_type = PROBLEMS[head.means]
     if head.names:
@@ -96,7 +96,7 @@ def _ours(tune: Tune, head: Head, ids: Sequence[Sequence[int]]) -> list[Tensor]:
         for row in ids:
             ids_BT = torch.tensor([row], device=device)
             batch = Batch(ids_BT, ids_BT >= 0, torch.arange(len(row), device=device)[None], torch.full_like(ids_BT, -100), ("",))
-            states_BTD = tune.run(lambda batch=batch: hidden(tune, batch).padded(batch.attend_BT))
+            states_BTD = tune.run(partial(states_of, tune, batch))
             found.append(read(head, tune.head[0].masters(), states_BTD, batch)[0])
     return found
 

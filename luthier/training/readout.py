@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 
 from luthier.kinds import Batch, Head, Tensors
+from luthier.tune import Tune
+from luthier.tune.forward import hidden
 
 
 def read(head: Head, tensors: Tensors, hidden_BTD: Tensor, batch: Batch) -> Tensor:
@@ -20,6 +22,11 @@ def read(head: Head, tensors: Tensors, hidden_BTD: Tensor, batch: Batch) -> Tens
     state_BD = pooled(hidden_BTD, batch.attend_BT & (batch.token_ids_BT >= 0), head.pool)
     wide_BD = state_BD.to(torch.promote_types(state_BD.dtype, torch.float32))
     return head.read({name: one.to(wide_BD) for name, one in tensors.items()}, wide_BD)
+
+
+def states_of(tune: Tune, batch: Batch) -> Tensor:
+    """Last hidden states of a batch's own tokens, [B, T, D]."""
+    return hidden(tune, batch).padded(batch.attend_BT)
 
 
 def pooled(hidden_BTD: Tensor, own_BT: Tensor, pool: str) -> Tensor:
