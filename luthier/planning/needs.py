@@ -27,6 +27,13 @@ def check_needs(objective: Objective, rows: EncodedRows) -> None:
     of_terms, of_weights = [one.term.check for one in objective.terms], [one.weight.check for one in objective.weights]
     if rows.sizes.members and not any(one.term.unit == "group" for one in objective.terms):
         raise _uncompared(rows)
+    of_tokens = [one.slot for one in objective.terms if one.term.columns]
+    if objective.head is not None and of_tokens and not rows.supervised_tokens:
+        raise LuthierError(
+            f"`{of_tokens[0]}` learns from targets, and the texts that `{objective.head[0]}` reads have none",
+            where="objective",
+            mend=f"leave `{of_tokens[0]}` out",
+        )
     checks = [check for check in (*of_terms, *of_weights) if check is not None]
     if not checks:
         return

@@ -101,6 +101,12 @@ def build_engine(
     )
     if not goal.terms:
         raise LuthierError("nothing is minimized", where="objective", mend="name one, e.g. cross_entropy")
+    if goal.head is not None and goal.rules:
+        raise LuthierError(
+            f"`{goal.rules[0].slot}` chooses among the targets of a step, and what `{goal.head[0]}` reads has none",
+            where="token_weight",
+            mend="leave one of them out",
+        )
     # Refuses two parts that define a column differently.
     goal.columns()
     maps = [Mapped(slot, v) for slot, v in values if isinstance(v, InputMap)]
@@ -191,7 +197,7 @@ def turns_of(values: Sequence[tuple[str, object]]) -> Turns:
     Args:
         values: of all parts, with their slots, in the order in which they stand in the run.
     """
-    frees = {slot for slot, v in values if isinstance(v, FREES) or (isinstance(v, Term) and v.start is not None)}
+    frees = {slot for slot, v in values if isinstance(v, (*FREES, Head)) or (isinstance(v, Term) and v.start is not None)}
     return Turns({slot: v for slot, v in values if isinstance(v, Freezing) and (v.ends or v.alone)}, frees)
 
 

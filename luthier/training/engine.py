@@ -362,7 +362,8 @@ class Work:
             return engine.objective.see(engine.tune, batch, self.now, **self._given(batch, trains=trains))
 
         try:
-            engine.objective.gather(self.batches[: self._real], see, self.now, engine.world)
+            services_of = lambda slot: engine.services(slot, self.now)  # noqa: E731
+            engine.objective.gather(self.batches[: self._real], see, services_of, engine.world)
         finally:
             engine.tune.drawing = None
 

@@ -305,13 +305,15 @@ class Objective:
         """Whether there is a loss of the whole step."""
         return any(one.of_step is not None for one in self.terms)
 
-    def gather(self, batches: Sequence[Batch], see: Callable[[Batch], View], now: Now, world: World) -> None:
+    def gather(
+        self, batches: Sequence[Batch], see: Callable[[Batch], View], services_of: Callable[[str], Services], world: World
+    ) -> None:
         """Prepare losses of the whole step: one pass over its micro-batches without gradients.
 
         Args:
             batches: this process's.
             see: what `total` will see of one.
-            now: the clock.
+            services_of: what a technique under a slot may ask.
             world: the processes.
         """
         wholes = [one for one in self.terms if one.of_step is not None]
@@ -323,7 +325,7 @@ class Objective:
                     mine.append((batch, self._numbers(one, view.for_technique(one.state, view.weight_N).of_own())))
         for one, mine in zip(wholes, found, strict=True):
             assert one.of_step is not None
-            one.slopes = whole.slopes_of(one.of_step, mine, now, world)
+            one.slopes = whole.slopes_of(one.of_step, mine, services_of(one.slot).now, world)
 
     def _numbers(self, one: Minimized, view: View) -> Tensor:
         assert one.of_step is not None

@@ -88,7 +88,8 @@ REFUSED: dict[tuple[str, str], str] = {
     ("reference", "reference"): "are both the reference",
     # There is no average over time of numbers that come and go.
     ("following_reference", "comes and goes"): "an average over time needs the same numbers",
-    ("rule", "head"): "these rows belong together",
+    # What a head reads need not have targets.
+    ("rule", "head"): "chooses among the targets of a step",
     ("head", "head"): "both put a head beside the model",
     # The base knows nothing of tokens that are learnt.
     ("learns its prompt", "compares"): "compares with the base, which does not read the virtual tokens",
