@@ -281,17 +281,13 @@ def row_text(row: Mapping[str, Any]) -> str:
 def metrics() -> str:
     """What an evaluation set can be measured by."""
     from luthier.evaluate.metrics import METRICS
+    from luthier.evaluate.sets import NEEDED_SHAPES
 
-    needs = {
-        "generation": "`prompt`, `answer`",
-        "choice": "`prompt`, `choices`, `answer`",
-        "likelihood": "a text, or an answer to learn",
-    }
     rows = (
         (
             code(name),
             cell(one.meaning),
-            needs[one.needs] if one.compares else "`prompt`",
+            NEEDED_SHAPES[one.needs] if one.compares else "a `prompt`",
             "higher" if one.higher_is_better else "lower",
         )
         for name, one in METRICS.items()

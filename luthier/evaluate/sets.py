@@ -30,7 +30,7 @@ from luthier.tune import Tune
 
 Side = Literal["learnt", "kept"]
 
-_NEEDED_SHAPES = {
+NEEDED_SHAPES = {
     "generation": "a `prompt` and an `answer`",
     "choice": "a `prompt`, `choices` and an `answer`",
     "pair": "a `prompt`, a `chosen` and a `rejected` answer",
@@ -388,7 +388,7 @@ def _check_shape(row: Row, metric: str, place: str) -> None:
     place = f"{place}, {row.where} (row {row.id})"
     known = METRICS[metric]
     if not _fits(row, known):
-        needed = _NEEDED_SHAPES[known.needs] if known.compares else _NEEDED_WITHOUT_ANSWER
+        needed = NEEDED_SHAPES[known.needs] if known.compares else _NEEDED_WITHOUT_ANSWER
         fitting = ", ".join(name for name, one in METRICS.items() if _fits(row, one))
         raise LuthierError(
             f"`{metric}` needs rows with {needed}, and this row is `{row.shape}`",
