@@ -270,3 +270,39 @@ def test_a_run_whose_chosen_answers_fall_is_told() -> None:
     (said,) = warnings_of(history(falling))
     assert "-10.0 nats in the first steps, -12.5 in the last" in said
     assert not warnings_of(history(falling[::-1])) and not warnings_of(history([-1.0])) and not warnings_of([{"step": 1}])
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "other", "others"),
+    [
+        ("robust", {"wrong": 0.0}, "dpo", {}),
+        ("rpo", {"beta": 0.1, "eta": 0.0}, "dpo", {}),
+        ("f_dpo", {"divergence": "reverse_kl"}, "dpo", {}),
+        ("margin", {"scale": 0.0}, "dpo", {}),
+        ("wpo", {}, "dpo", {}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_each_becomes_something_simpler(name: str, options: dict[str, Any], other: str, others: dict[str, Any]) -> None:
+    """As its card says: at the option that does nothing, and of a model that finds every token equally likely."""
+    sides = side([-12.0, -9.0], [-13.0, -8.0], [4, 3]), side([-6.0, -15.0], [-7.0, -13.0], [2, 5])
+    pairs = pairs_with(*sides, margin=[0.7, 0.1])
+    even = torch.full((14,), math.log(1 / 250), dtype=torch.float64)
+    batch = make_batch([(6, 4), (4, 2), (5, 3), (7, 5)])._replace(groups=((0, 1), (2, 3)))
+    rows = torch.tensor([0, 0, 0, 0, 1, 1, 2, 2, 2, 3, 3, 3, 3, 3])
+    view = View(batch, {"nll": -even, "log_sum_of_squares": even}, label_N=rows, row_N=rows, position_N=rows)
+    uniform = pairs._replace(view=view, first_P=torch.tensor([0, 2]), second_P=torch.tensor([1, 3]))
+    found = loss_of(name, uniform if name == "wpo" else pairs, **options)
+    assert found.tolist() == pytest.approx(loss_of(other, pairs, **others).tolist(), rel=1e-12)
+
+
+def test_without_their_own_part_they_are_cross_entropy(engine: Any, now: Now) -> None:
+    """Of the chosen answers: ORPO of weight 0 over the step's tokens, absolute likelihood of beta 0 over each answer's."""
+    batch = rows_of_pairs()
+    first = alone(batch, [0, 2, 4, 6])
+    assert gap(gradients(engine(objective={"orpo": {"weight": 0.0}}), [batch], now), gradients(engine(), [first], now)) < 1e-12
+    found = gradients(engine(objective={"absolute_likelihood": {"beta": 0.0}}), [batch], now)
+    weight = engine(token_weight="row_balance")
+    wanted = gradients(weight, [first], now)
+    size = {name: float(found[name].norm() / wanted[name].norm()) for name in wanted if float(wanted[name].norm()) > 1e-9}
+    assert max(size.values()) == pytest.approx(min(size.values()), rel=1e-9), "each answer counts alike"
