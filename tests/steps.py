@@ -17,7 +17,7 @@ from luthier.kinds import Batch, Now, TokenWeight, View
 from luthier.registry import Part
 from luthier.rows.batches import collate
 from luthier.rows.encode import Encoded
-from luthier.training import objective
+from luthier.training import objective, rules
 from luthier.training.objective import Minimized, Objective, Weighted, as_term
 from luthier.training.world import World
 from tests.conftest import split
@@ -67,15 +67,15 @@ def step_on(rows: Mapping[str, Given], weight: Any, sizes: Sequence[int] = (), *
         return View(batch, each, label_N=where.label_N, row_N=where.row_N, position_N=where.source_N + 1, now=now)
 
     made = [one if isinstance(one, Part) else registry.make(one, ("token_weight",)) for one in _list(weight)]
-    rules = [Weighted(part.name, value, state or {}) for part in made for value in part.values if isinstance(value, TokenWeight)]
+    weights = [Weighted(part.name, value, state or {}) for part in made for value in part.values if isinstance(value, TokenWeight)]
     ((plain,),) = [one.values for one in registry.make_all("cross_entropy", "objective")]
-    goal = Objective([Minimized("cross_entropy", as_term(plain), {})], rules)
+    goal = Objective([Minimized("cross_entropy", as_term(plain), {})], weights)
 
     def services(slot: str) -> Any:
         return SimpleNamespace(now=Now())
 
     tune: Any = SimpleNamespace(model=nn.Identity())
-    with mock.patch.object(objective, "view_of", view):
+    with mock.patch.object(objective, "view_of", view), mock.patch.object(rules, "view_of", view):
         looked = goal.look(tune, batches, Now(), World(), services)
         assert looked is not None
         taken = len(passes)

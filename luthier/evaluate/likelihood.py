@@ -19,6 +19,7 @@ from luthier.models.modes import evaluating
 from luthier.rows.batches import collate, plan_epoch
 from luthier.rows.chat import Form, LossOn, form_of
 from luthier.rows.encode import Encoded, encode_each, encode_pair, end_of_turn_ids
+from luthier.rows.groups import GROUPS
 from luthier.rows.shapes import Row, bad_rows_error
 from luthier.training.services import view_of
 from luthier.tune import Tune
@@ -81,6 +82,13 @@ def row_likelihoods(
         LuthierError: a row cannot be written as the model reads it, is longer than its context or has no target; or the model gives
             numbers that are not finite.
     """
+    several = [row for row in rows if row.shape in GROUPS]
+    if several:
+        raise LuthierError(
+            f"a row of the shape `{several[0].shape}` has no one answer to learn, whose likelihood could be told",
+            where=f"{several[0].where} (row {several[0].id})",
+            mend="remove these rows, or give one answer each, such as the chosen one as `completion`",
+        )
     encoded, bad = encode_each(rows, tokenizer, loss_on=loss_on, reads=Reads(context_of(tune), tune.parts.vocabulary))
     bad += encoded.dropped
     if bad:

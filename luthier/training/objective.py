@@ -356,7 +356,7 @@ class Objective:
             keep_hidden=hidden_wanted,
             trains=trains,
         )
-        if tune.head is not None and view.hidden_BTD is not None:
+        if self.head is not None and tune.head is not None and view.hidden_BTD is not None:
             own, head = tune.head
             view.output_BK = readout.read(head, own.tensors(), view.hidden_BTD, batch)
         some = view.example().detach()

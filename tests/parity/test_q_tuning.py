@@ -13,7 +13,7 @@ from luthier.draws import seed_of
 from luthier.errors import LuthierError
 from luthier.kinds import Now, StepTable
 from luthier.methods.token_weight.q_tuning import corners, smoothed
-from luthier.training import objective
+from luthier.training import objective, rules
 from tests.conftest import make_batch, split
 from tests.steps import TUNES, Given, assert_trains, step_on
 from tests.toys.helpers import gap, gradients, model_of, rows_of_eight
@@ -172,6 +172,7 @@ def test_rows_of_which_nothing_is_kept_are_not_run(engine: Any, now: Now, monkey
         return real(tune, batch, *given, **more)
 
     monkeypatch.setattr(objective, "view_of", counted)
+    monkeypatch.setattr(rules, "view_of", counted)
     batches = split(rows_of_eight(), (1,) * 8)
     result = engine(token_weight=weight(rows=0.3)).step(batches, now)
     assert seen == [(False, 1)] * 8 + [(True, 1)] * 2, "seven rows have targets: round(0.3 * 7) are kept"

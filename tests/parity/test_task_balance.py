@@ -12,7 +12,7 @@ from torch import Tensor
 from luthier.errors import LuthierError
 from luthier.kinds import Now, StepTable, TokenWeight
 from luthier.registry import Part
-from luthier.training import objective
+from luthier.training import objective, rules
 from tests.conftest import split
 from tests.steps import TUNES, Given, assert_trains, step_on
 from tests.toys.helpers import gap, gradients, model_of, rows_of_eight
@@ -152,7 +152,8 @@ def test_rows_of_equal_length_reduce_row_balance_to_cross_entropy(engine: Any, n
 def test_the_loss_of_a_real_step_is_the_mean_over_tasks(engine: Any, now: Now, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int] = []
     real = objective.view_of
-    monkeypatch.setattr(objective, "view_of", lambda *given, **more: (calls.append(1), real(*given, **more))[1])
+    for module in (objective, rules):
+        monkeypatch.setattr(module, "view_of", lambda *given, **more: (calls.append(1), real(*given, **more))[1])
     batch = rows_of_eight()
     names = batch.texts["task"]
     each = []

@@ -204,7 +204,7 @@ FAULTS = (
     ),
     Fault(
         "rules over the step see one process's targets",
-        "training/objective.py",
+        "training/rules.py",
         "    whole = world.gather(local)\n",
         "    whole = local\n",
         (PAIR,),

