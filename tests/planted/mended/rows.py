@@ -302,8 +302,8 @@ FAULTS = (
     Fault(
         "tokens that the model does not have stop a run in its middle",
         "rows/encode.py",
-        "    check_ids(kept, form.tokenizer, limits.reads.vocabulary, row.where)\n",
-        "",
+        "    kept = without(whole, start, surplus)\n    check_ids(kept.token_ids, form.tokenizer, limits.reads.vocabulary, row.where)\n",
+        "    kept = without(whole, start, surplus)\n",
         (f"{LIMITS}::test_tokens_that_the_model_does_not_have[False]",),
     ),
     Fault(
