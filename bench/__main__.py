@@ -10,6 +10,7 @@ import argparse
 import json
 import statistics
 import tempfile
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -57,7 +58,8 @@ def measure(setting: dict[str, Any], rounds: int, folder: Path) -> dict[str, Any
         ours.end()
         peer.end()
     for mine, theirs in pairs:
-        if mine["supervised"] != theirs["supervised"] or abs(mine["tokens"] - theirs["tokens"]) > 0.02 * mine["tokens"]:
+        apart = abs(mine["tokens"] - theirs["tokens"])
+        if mine["supervised"] != theirs["supervised"] or apart > setting.get("tokens_apart", 0.0) * mine["tokens"]:
             raise RuntimeError(f"the two sides trained on different tokens: {mine} and {theirs}")
     counted = pairs[1:]
     ratios = [theirs["seconds"] / mine["seconds"] for mine, theirs in counted]
@@ -83,23 +85,31 @@ def _speeds(steps: list[dict[str, Any]]) -> dict[str, float]:
     }
 
 
-def main() -> None:
-    """Measure every setting and write the results."""
-    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+def compare(
+    parser: argparse.ArgumentParser,
+    out: Path,
+    rows_in: Callable[[Path], tuple[str, list[dict[str, Any]]]],
+    size: dict[str, Any],
+    sides: dict[str, Any] | None = None,
+) -> None:
+    """Measure every setting that the command line names on the rows found in its data folder, print a line for each and write them all.
+
+    `size` is written beside the results; `sides` (which peer, which keys of a run) is not.
+    """
     parser.add_argument("--model", default="smollm2-135m-instruct")
     parser.add_argument("--rounds", type=int, default=6, help="pairs of steps that count, a setting")
     parser.add_argument("--tune", nargs="+", default=["lora", "full"])
     parser.add_argument("--precision", nargs="+", default=["bf16", "fp32"])
     parser.add_argument("--data", type=Path, default=HERE.parent.parent / "shared" / "data", help="folder of data sets")
-    parser.add_argument("--out", type=Path, default=HERE / "results.json")
+    parser.add_argument("--out", type=Path, default=out)
     chosen = parser.parse_args()
-    name, rows = chat_rows(chosen.data)
+    name, rows = rows_in(chosen.data)
     results = []
     for tune in chosen.tune:
         for precision in chosen.precision:
-            setting = {"tune": tune, "precision": precision, "model": chosen.model, **SIZE}
+            setting = {"tune": tune, "precision": precision, "model": chosen.model, **size}
             with tempfile.TemporaryDirectory() as folder:
-                found = measure({**setting, "rows": rows}, chosen.rounds, Path(folder))
+                found = measure({**setting, **(sides or {}), "rows": rows}, chosen.rounds, Path(folder))
             results.append({**setting, "rows": name, **found})
             ours, peer = found["luthier"], found["peer"]
             print(
@@ -115,6 +125,11 @@ def main() -> None:
     }
     chosen.out.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
     print(f"written to {chosen.out}")
+
+
+def main() -> None:
+    """Supervised fine-tuning of conversations."""
+    compare(argparse.ArgumentParser(prog="python -m bench", description=__doc__), HERE / "results.json", chat_rows, SIZE)
 
 
 if __name__ == "__main__":
