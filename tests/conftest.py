@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache
 from itertools import accumulate
 from typing import Any
 
@@ -20,6 +21,7 @@ from luthier.models.tiny import tiny
 from luthier.registry import Part
 from luthier.training.build import build_engine
 from luthier.training.engine import Engine
+from luthier.tune import Tune
 from tests.costs import Costs
 from tests.processor import describe
 from tests.unit.browser import Browser, find_browser, running
@@ -120,6 +122,17 @@ def parts_of(**specs: Any) -> dict[str, list[Part]]:
     return {name: registry.make_all(specs.get(name), name) for name in registry.KEYS}
 
 
+@cache
+def _other(name: str, dtype: torch.dtype) -> Tune:
+    model = tiny("llama", seed=len(name), layers=3).to(dtype)
+    return Tune(model, map_parts(model))
+
+
+def other_models(dtype: torch.dtype) -> Callable[[Mapping[str, str]], dict[str, Tune]]:
+    """Loads a model of its own for every name that techniques ask for."""
+    return lambda asked: {name: _other(name, dtype) for name in asked}
+
+
 @pytest.fixture
 def engine() -> Callable[..., Engine]:
     """Make an engine on a tiny model: `engine(tune="half", dtype=torch.float64, ...)`."""
@@ -145,7 +158,7 @@ def engine() -> Callable[..., Engine]:
             map_parts(model),
             parts_of(tune=tune, objective=objective, token_weight=token_weight, step=step, source=source, keep=keep, freeze=freeze),
             now=Now(steps=20, learning_rate=0.1, seed=seed),
-            **{"calibration": calibration, **options},
+            **{"calibration": calibration, "load_others": other_models(dtype), **options},
         )
 
     return make

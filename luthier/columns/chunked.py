@@ -78,11 +78,19 @@ def passes_of(columns: Sequence[Column]) -> tuple[OtherPass, ...]:
     Raises:
         LuthierError: two columns mean different passes by one name.
     """
+    return alike([one for column in columns for one in column.passes])
+
+
+def alike(passes: Sequence[OtherPass]) -> tuple[OtherPass, ...]:
+    """Passes, each once.
+
+    Raises:
+        LuthierError: two different ones have one name.
+    """
     found: dict[str, OtherPass] = {}
-    for column in columns:
-        for one in column.passes:
-            if found.setdefault(one.name, one) != one:
-                raise LuthierError(f"two parts define the pass `{one.name}` differently", mend="rename the pass in one of them")
+    for one in passes:
+        if found.setdefault(one.name, one) != one:
+            raise LuthierError(f"two parts define the pass `{one.name}` differently", mend="rename the pass in one of them")
     return tuple(found.values())
 
 

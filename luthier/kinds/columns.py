@@ -41,6 +41,9 @@ class OtherPass(NamedTuple):
     """Gradients flow through it, too; for the weights that train alone. Without, it runs in evaluation mode."""
     disturb: Callable[[Disturbed], Tensor] | None = None
     """What each block's output becomes before the next block reads it; `hidden_BTD` itself where nothing shall happen."""
+    model: str = ""
+    """Another model, by its name under `models:`, instead of the run's own. Its vocabulary is the run's, but for ids behind all tokens,
+    of which it may have more or fewer."""
 
 
 BASE = OtherPass("base", at="base")
@@ -135,6 +138,8 @@ class View:
         """What to log beside the loss, by name: numbers whose mean over the step is told."""
         self.output_BK: Tensor | None = None
         """What the run's head says of each row, [B, K], where it has one."""
+        self.other_hidden: Mapping[str, Tensor] = {}
+        """Last hidden states [B, T, D] of the other passes that a term asks for, by name, without a graph unless the pass has one."""
         self.reference_B: Tensor | None = None
         """In a loss of the whole step that asks for it: the log-likelihood of each row under the reference, without a gradient."""
 
@@ -159,7 +164,7 @@ class View:
             services=self.services,
             state=state,
         )
-        view.notes, view.output_BK = self.notes, self.output_BK
+        view.notes, view.output_BK, view.other_hidden = self.notes, self.output_BK, self.other_hidden
         return view
 
     @property
@@ -193,7 +198,7 @@ class View:
             services=self.services,
             state=self.state,
         )
-        view.notes, view.output_BK = self.notes, self.output_BK
+        view.notes, view.output_BK, view.other_hidden = self.notes, self.output_BK, self.other_hidden
         return view
 
     def sum_rows(self, value_N: Tensor) -> Tensor:

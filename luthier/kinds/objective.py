@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from luthier.kinds.base import Batch, Now, Services, Tensors
-from luthier.kinds.columns import Column, StepTable, View
+from luthier.kinds.columns import Column, OtherPass, StepTable, View
 
 
 class Vocabulary(NamedTuple):
@@ -70,6 +70,8 @@ class Term(NamedTuple):
     weight: float = 1.0
     hidden: bool = False
     """Ask for `view.hidden_BTD`."""
+    others: tuple[OtherPass, ...] = ()
+    """Other passes of which it asks for the last hidden states, `view.other_hidden[name]`."""
     rate: float = 1.0
     """What the learning rate of its own tensors is multiplied with."""
     penalty: bool = False

@@ -63,9 +63,11 @@ def stage_key(recipe: Recipe, start: str, device: str) -> str:
         start: the fingerprint of the model, or the key of the stage before.
         device: what it is computed on.
     """
-    facts = {
-        name: content(getattr(recipe, name), name) for name in type(recipe).model_fields if name not in ("model", "name", "out")
-    }
+    left_out = ("model", "models", "name", "out")
+    facts = {name: content(getattr(recipe, name), name) for name in type(recipe).model_fields if name not in left_out}
+    # Without other models keys are what they were before there were any.
+    others = {name: base_key(one, None) for name, one in recipe.models.items()}
+    facts |= {"models": others} if others else {}
     sources = [core_sources(), technique_sources(technique_names(recipe))]
     return key_of({"recipe": facts, "start": start, "device": device, "versions": machine.versions(), "sources": sources})
 
@@ -110,7 +112,7 @@ def _files_named(value: str, where: str) -> tuple[Path, ...]:
 
 
 def base_key(name: str, revision: str | None) -> str:
-    """Names the model that runs start from: what lies in a folder or a file by its content, anything else by its name and revision."""
+    """Names a model or a run: what lies in a folder or a file by its content, anything else by its name and revision."""
     try:
         path = Path(name).expanduser()
         files = sorted(one for one in path.iterdir() if one.is_file()) if path.is_dir() else [path] if path.is_file() else []

@@ -14,7 +14,8 @@ from luthier.evaluate.sets import EvalSet, SetResult, measure
 from luthier.lab import world
 from luthier.lab.world_sets import sets_of
 from luthier.results.folder import read_run
-from luthier.results.opened import is_run, open_base, open_model
+from luthier.results.opened import open_base, open_model
+from luthier.results.start import is_run
 from luthier.tune import Tune
 
 COUNT = 100

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from luthier.kinds import Selective
 from luthier.planning.load import Loaded
+from luthier.planning.models import OtherModels
 from luthier.planning.needs import check_needs, check_phases
 from luthier.planning.prepare import check_lengths, make_calibration, make_feed, prepare_model
 from luthier.planning.read import TrainingRows
@@ -35,7 +36,15 @@ class Attached(NamedTuple):
     """Why rows run with padding; empty where they are packed."""
 
 
-def attach(recipe: Recipe, schedule: Schedule, chosen: Chosen, loaded: Loaded, rows: TrainingRows, world: World) -> Attached:
+def attach(
+    recipe: Recipe,
+    schedule: Schedule,
+    chosen: Chosen,
+    loaded: Loaded,
+    rows: TrainingRows,
+    others: OtherModels,
+    world: World,
+) -> Attached:
     """Build the engine, the order of rows and the clock.
 
     Raises:
@@ -59,6 +68,7 @@ def attach(recipe: Recipe, schedule: Schedule, chosen: Chosen, loaded: Loaded, r
         vocabulary=vocabulary_of(loaded.tokenizer, loaded.parts.vocabulary),
         masters=train.masters,
         keep_base=bool(recipe.evaluate) and _starts_elsewhere(chosen),
+        load_others=others.load,
         world=world,
         root=loaded.root,
     )

@@ -191,6 +191,7 @@ def _standing(
         now=Now(seed=recipe.seed),
         vocabulary=engine.inputs.vocabulary,
         masters=masters or recipe.train.masters,
+        load_others=lambda asked: {name: engine.tune.others[name] for name in asked},
         world=engine.world,
     )
     return sum(standing(made).values()) + waiting(made)

@@ -13,7 +13,7 @@ from functools import cache
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from luthier import machine
 from luthier.columns.chunked import LOGIT_BYTES
@@ -143,11 +143,16 @@ def standing(engine: Engine) -> dict[str, int]:
     """Bytes that stand throughout a run, by purpose."""
     trained = engine.tune.trained.values()
     return {
-        "weights": held([*engine.tune.model.parameters(), *code_tensors(engine.tune.model)]),
+        "weights": held(weight for model in _models(engine) for weight in (*model.parameters(), *code_tensors(model))),
         "masters": held(one.master for one in trained if not one.is_live),
         "optimizer": held(v for states in engine.chain.state.values() for state in states.values() for v in state.values()),
         "kept": held([*engine.tune.altered.values(), *(one.start for one in trained)]),
     }
+
+
+def _models(engine: Engine) -> list[nn.Module]:
+    """The run's own model, and those of others that have weights of their own."""
+    return [engine.tune.model, *(one.model for one in engine.tune.others.values() if one.beneath is None)]
 
 
 def waiting(engine: Engine) -> int:

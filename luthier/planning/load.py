@@ -14,11 +14,11 @@ from luthier.errors import Say
 from luthier.kinds.parts import Parts, Reads
 from luthier.models.context import reads_of
 from luthier.models.fingerprint import fingerprint
-from luthier.models.load import ModelSource, load_model, load_tokenizer, resolve
+from luthier.models.load import load_tokenizer
 from luthier.models.parts import map_parts
 from luthier.models.sharding import Root, shard
 from luthier.recipe import Recipe
-from luthier.results.opened import check_no_run
+from luthier.results.start import Start, load_start, start_of
 from luthier.rows.template import choose
 from luthier.training.precision import pick, pick_device
 from luthier.training.world import World
@@ -27,7 +27,8 @@ from luthier.training.world import World
 class Loaded(NamedTuple):
     """An untouched model, ready for what will be attached to it."""
 
-    source: ModelSource
+    start: Start
+    """Where its weights come from."""
     model: nn.Module
     parts: Parts
     tokenizer: PreTrainedTokenizerBase
@@ -52,19 +53,18 @@ def load(recipe: Recipe, world: World, say: Say, today: date | None = None) -> L
         today: what a chat template is told that asks for the day; none: the day it is.
 
     Raises:
-        LuthierError: there is no such model, it is a run, it cannot be mapped, or its tokenizer has no such chat template.
+        LuthierError: there is no such model or run, it cannot be mapped, or its tokenizer has no such chat template.
     """
-    check_no_run(recipe.model, recipe.out)
     device = pick_device(recipe.train.device)
     dtype, precision = pick(recipe.train.precision, device)
     # Before the model exists: nothing in it may depend on what ran earlier.
     torch.manual_seed(draws.seed_of(recipe.seed, "model"))
-    source = resolve(recipe.model, revision=recipe.revision, trust_remote_code=recipe.trust_remote_code, say=say)
-    say(f"loading {source.name} ({source.origin})")
+    start = start_of(recipe, say)
+    say(f"loading {start.name} ({start.origin})")
     machine.free_what_is_gone()
-    tokenizer = load_tokenizer(source)
+    tokenizer = load_tokenizer(start.source)
     choose(tokenizer, recipe.rows.template, recipe.rows.template_options, world.from_first(today or date.today()))
-    model = load_model(source, dtype=dtype, quantize=recipe.quantize)
+    model = load_start(start, dtype, quantize=recipe.quantize)
     parts = map_parts(model)
     identity = fingerprint(model)
     root = None
@@ -72,4 +72,4 @@ def load(recipe: Recipe, world: World, say: Say, today: date | None = None) -> L
         root = shard(model, parts.block_modules, device, world.size)
     else:
         model.to(device)  # type: ignore[arg-type]
-    return Loaded(source, model, parts, tokenizer, identity, reads_of(model.config), device, dtype, precision, root)
+    return Loaded(start, model, parts, tokenizer, identity, reads_of(model.config), device, dtype, precision, root)

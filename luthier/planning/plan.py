@@ -17,13 +17,13 @@ from luthier.evaluate.planned import evaluation_sets
 from luthier.evaluate.sets import EvalSet, check
 from luthier.kinds import Head, HiddenEdit, Optimizer, Prefix, Prompt
 from luthier.kinds.parts import GROUPS, Parts
-from luthier.models.load import ModelSource
 from luthier.models.modes import drops
 from luthier.models.quantized import count, described
 from luthier.planning.attach import attach
 from luthier.planning.cuts import too_much
 from luthier.planning.estimate import Estimate, estimate
 from luthier.planning.load import load
+from luthier.planning.models import OtherModels
 from luthier.planning.prepare import check_processes
 from luthier.planning.read import check_maps, read
 from luthier.recipe import Recipe
@@ -31,6 +31,7 @@ from luthier.recipe.parts import Chosen, choose_parts
 from luthier.registry import KINDS, Part, names, slots_of, values_of
 from luthier.results.control import find_control
 from luthier.results.folder import Run
+from luthier.results.start import Start
 from luthier.rows.encode import EncodedRows, told
 from luthier.rows.files import LeftOut
 from luthier.rows.mixture import described_share
@@ -58,7 +59,8 @@ class Plan:
     """A run that is ready to start."""
 
     recipe: Recipe
-    source: ModelSource
+    start: Start
+    """Where the model's weights come from."""
     model: nn.Module
     parts: Parts
     tokenizer: PreTrainedTokenizerBase
@@ -81,6 +83,8 @@ class Plan:
     """Of the base."""
     sets: list[EvalSet]
     """What is measured before and after."""
+    others: OtherModels | None = None
+    """The other models that techniques asked for."""
     control: Run | None = None
     """The finished run this one will be compared with."""
     cache: Sequence[str] = ()
@@ -115,8 +119,9 @@ class Plan:
         tokens, supervised = self.feed.tokens()
         rates = [clock.learning_rate * clock.factor(s) for s in self._moments()]
         lines = [
-            f"model        {self.source.name}: {self.parts.architecture}, {self.total_numbers:,} numbers ({self.source.origin})",
+            f"model        {self.start.name}: {self.parts.architecture}, {self.total_numbers:,} numbers ({self.start.origin})",
             *(f"holds        {said}" for said in described(self.model, self.dtype)),
+            *_listed("models", [] if self.others is None else self.others.told),
             f"rows         {self._rows()}, {self.rows.tokens:,} tokens, {self.rows.supervised_tokens:,} of them targets"
             + self._losses(),
             f"{NOTHING_BEFORE}{self._padding()}; longest row {max(self.rows.sizes.lengths):,} tokens",
@@ -154,6 +159,9 @@ class Plan:
         warnings += [self.too_large] if self.too_large else []
         warnings += self._chosen_by_what_is_reported()
         warnings += self._given_in_python()
+        warnings += [
+            f"no technique asks for the model `{name}`: it was not loaded" for name in (self.others.unused() if self.others else [])
+        ]
         if self.engine.world.size > 1 and drops(self.model):
             warnings.append(
                 "the model's own dropout is drawn by every process for itself: another number of processes gives other weights "
@@ -250,7 +258,7 @@ class Plan:
         tokens, supervised = self.feed.tokens()
         return {
             "name": self.recipe.name,
-            "model": {"name": self.source.name, "origin": self.source.origin, "architecture": self.parts.architecture},
+            "model": {"name": self.start.name, "origin": self.start.origin, "architecture": self.parts.architecture},
             "recipe_hash": self.recipe.hash(),
             "trained_numbers": self.trained_numbers,
             "total_numbers": self.total_numbers,
@@ -329,14 +337,15 @@ def make_plan(recipe: Recipe, say: Say = lambda text: None, *, today: date | Non
     sources = read_rows(recipe.rows)
     loaded = load(recipe, world, say, today)
     rows = read(recipe.rows, recipe.seed, sources, chosen, loaded, say)
-    engine, feed, clock, rate_from, padded = attach(recipe, schedule, chosen, loaded, rows, world)
+    others = OtherModels(recipe.models, recipe.out, loaded, say)
+    engine, feed, clock, rate_from, padded = attach(recipe, schedule, chosen, loaded, rows, others, world)
     noted = check(engine.tune, loaded.tokenizer, sets, rows.encoded.notes)
     say("estimating memory and time")
     cost = estimate(engine, loaded.parts, feed, loaded.dtype, checkpointing=recipe.train.checkpointing)
     room = machine.available_bytes(loaded.device)
     return Plan(
         recipe=recipe,
-        source=loaded.source,
+        start=loaded.start,
         model=loaded.model,
         parts=loaded.parts,
         tokenizer=loaded.tokenizer,
@@ -356,6 +365,7 @@ def make_plan(recipe: Recipe, say: Say = lambda text: None, *, today: date | Non
         fingerprint=loaded.fingerprint,
         sets=sets,
         control=control,
+        others=others,
         cache=rows.cache,
         mapped=rows.mapped,
         files=rows.files,

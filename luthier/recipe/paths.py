@@ -36,6 +36,8 @@ def with_paths(data: dict[str, Any], folder: Path) -> dict[str, Any]:
         }
     if isinstance(data.get("model"), str):
         data["model"] = found(data["model"])
+    if isinstance(data.get("models"), dict):
+        data["models"] = {name: found(one) for name, one in data["models"].items()}
     if isinstance(data.get("control"), str):
         data["control"] = found(data["control"])
     for key in KEYS.values():

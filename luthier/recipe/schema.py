@@ -195,6 +195,9 @@ class Recipe(Strict):
     revision: str | None = Field(None, description="a revision of a hub model")
     trust_remote_code: bool = Field(False, description="run code that comes with the model")
     quantize: Literal["none", "int8", "nf4"] = Field("none", description="hold the frozen matrices of the blocks in 8 or 4 bits")
+    models: Mapping[str, str] = Field(
+        default_factory=dict, description="other models or runs that techniques ask for, by name, such as `teacher`"
+    )
     seed: int = Field(0, ge=0, description="every random draw of the run follows from it")
     rows: RowsRecipe
     _techniques("", vars())
@@ -204,6 +207,18 @@ class Recipe(Strict):
     track: list[str] | str | None = Field(None, description="also show the run in tensorboard, trackio or wandb")
     out: str = Field("runs", min_length=1, description="folder that holds the run folders")
     control: str | None = Field(None, description="a run to compare this one with, or a recipe: its newest finished run")
+
+    @field_validator("models", mode="after")
+    @classmethod
+    def _check_models(cls, value: Mapping[str, str]) -> Mapping[str, str]:
+        for name, model in value.items():
+            if not name.isidentifier() or not model:
+                raise LuthierError(
+                    f"`{name}: {model}` names no model",
+                    where="models",
+                    mend="write a name of letters, digits and _ and what it stands for, e.g. models: {teacher: runs/large-1}",
+                )
+        return value
 
     @model_validator(mode="after")
     def _check_quantize(self) -> Recipe:

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
-import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from luthier import disk, registry
 from luthier.delta import Delta
@@ -19,28 +16,25 @@ from luthier.delta.beside import standing
 from luthier.errors import LuthierError, Say, silent
 from luthier.export.peft import parted
 from luthier.kinds import Additive, Head, HiddenEdit, Now, Prefix, Prompt, Tensors
-from luthier.models.load import ModelSource, load_model, load_tokenizer, resolve
+from luthier.models.load import ModelSource, load_tokenizer
 from luthier.models.parts import map_parts
 from luthier.models.quantized import holder, quantized
-from luthier.recipe import Recipe, make_recipe
+from luthier.recipe import Recipe
 from luthier.registry import Part, values_of
-from luthier.results.folder import FILE, Run, list_runs, read_run
+from luthier.results.folder import Run, read_run
+from luthier.results.start import BESIDE, DELTA, find_start, is_run, kept_recipe, load_base, load_start, recipe_of
 from luthier.rows.template import choose
 from luthier.training.precision import pick, pick_device
 from luthier.training.services import RunServices
 from luthier.tune import Tune
 from luthier.tune.sites import Addition
 
-BESIDE = "beside.safetensors"
-"""What no delta of the weights can hold: the tensors of prompts, prefixes, edits and heads."""
 PROMPT_LENGTH = "prompt_length"
-_RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*-\d+")
-"""How the names of runs' folders are made: a name and a number."""
 
 
 def save_result(folder: Path, tune: Tune, delta: Delta) -> None:
     """Keep what a run learnt: the delta of the weights, and what stands beside them."""
-    delta.save(folder / "delta.safetensors")
+    delta.save(folder / DELTA)
     additions = [owner for owner in tune.owns if isinstance(owner, Addition)]
     held = [*additions, *(one.shared for one in additions)]
     beside = {
@@ -78,52 +72,9 @@ def open_model(
     if is_run(name, out):
         return open_run(read_run(name, out), say=say, weights_only=weights_only)
     device = pick_device("auto")
-    source = source_of(name, out, say)
-    model = load_model(source, dtype=pick(precision, device)[0]).to(device)  # type: ignore[arg-type]
-    return Tune(model, map_parts(model)), load_tokenizer(source)
-
-
-def is_run(name: str, out: str) -> bool:
-    """Whether a name is that of a run, in the folder `out` or as a folder of its own."""
-    try:
-        return (Path(name) / FILE).is_file() or (Path(out) / name / FILE).is_file()
-    except (OSError, ValueError):
-        # No file can have such a name.
-        return False
-
-
-def source_of(name: str, out: str, say: Say) -> ModelSource:
-    """Where the weights of a model come from, or those of the base of a run.
-
-    Raises:
-        LuthierError: there is no such model or run.
-    """
-    if is_run(name, out):
-        recipe = make_recipe(read_run(name, out).fact("recipe"))
-        return resolve(recipe.model, revision=recipe.revision, trust_remote_code=recipe.trust_remote_code, say=say)
-    check_no_run(name, out)
-    return resolve(name, say=say)
-
-
-def check_no_run(name: str, out: str) -> None:
-    """Refuse what names a run where a model belongs, or seems to, before the hub is asked for a model of this name.
-
-    Raises:
-        LuthierError: a run has this name, or it is a run's folder; or it is formed like one and there are runs of names like it.
-    """
-    if is_run(name, out) and not (Path(name) / "config.json").is_file():
-        raise LuthierError(
-            f"`{name}` is a run, and a model belongs here",
-            where="model",
-            mend=f"write what it made as a model first: luthier export {name} FOLDER; then name that folder",
-        )
-    near = difflib.get_close_matches(name, [run.folder.name for run in list_runs(out)], n=3, cutoff=0.5)
-    if near and _RUN_NAME.fullmatch(name) and not Path(name).exists():
-        raise LuthierError(
-            f"there is no run `{name}` in `{out}`, and no folder",
-            where="model",
-            mend=f"did you mean {' or '.join(f'`{one}`' for one in near)}? A model on the hub is named OWNER/NAME",
-        )
+    start = find_start(name, out, say=say)
+    model = load_start(start, pick(precision, device)[0]).to(device)  # type: ignore[arg-type]
+    return Tune(model, map_parts(model)), load_tokenizer(start.source)
 
 
 def open_run(
@@ -144,8 +95,8 @@ def open_run(
     """
     run = run if isinstance(run, Run) else read_run(run, out)
     recipe = recipe_of(run)
-    source, model, device = load_base(recipe, say)
-    delta = Delta.load(run.folder / "delta.safetensors")
+    start, model, device = load_base(recipe, say)
+    delta = Delta.load(run.folder / DELTA)
     merged = merged and not quantized(model)
     tune = Tune(model, map_parts(model), keep_base=not merged)
     if merged:
@@ -155,15 +106,15 @@ def open_run(
     if not weights_only:
         _attach_stored(tune, recipe, run.folder / BESIDE)
     model.to(device)  # type: ignore[arg-type]
-    return tune, _tokenizer(source, recipe)
+    return tune, _tokenizer(start.source, recipe)
 
 
 def open_base(run: Run, *, say: Say = silent) -> tuple[Tune, PreTrainedTokenizerBase]:
     """The model a run started from, loaded anew."""
-    recipe = make_recipe(run.fact("recipe"))
-    source, model, device = load_base(recipe, say)
+    recipe = kept_recipe(run)
+    start, model, device = load_base(recipe, say)
     model.to(device)  # type: ignore[arg-type]
-    return Tune(model, map_parts(model)), _tokenizer(source, recipe)
+    return Tune(model, map_parts(model)), _tokenizer(start.source, recipe)
 
 
 def _tokenizer(source: ModelSource, recipe: Recipe) -> PreTrainedTokenizerBase:
@@ -171,26 +122,6 @@ def _tokenizer(source: ModelSource, recipe: Recipe) -> PreTrainedTokenizerBase:
     tokenizer = load_tokenizer(source)
     choose(tokenizer, recipe.rows.template, recipe.rows.template_options)
     return tokenizer
-
-
-def recipe_of(run: Run) -> Recipe:
-    """A finished run's recipe."""
-    status = run.facts.get("status", "unknown")
-    if status != "finished":
-        raise LuthierError(
-            f"this run has not finished ({status})",
-            where=str(run.folder),
-            mend="wait for it" if status == "running" else f"luthier train --resume {run.folder}",
-        )
-    return make_recipe(run.fact("recipe"), where=str(run.folder / FILE))
-
-
-def load_base(recipe: Recipe, say: Say) -> tuple[ModelSource, PreTrainedModel, torch.device]:
-    """A recipe's untouched model, still on the processor, and the device it belongs on."""
-    device = pick_device(recipe.train.device)
-    source = resolve(recipe.model, revision=recipe.revision, trust_remote_code=recipe.trust_remote_code, say=say)
-    model = load_model(source, dtype=pick(recipe.train.precision, device)[0], quantize=recipe.quantize)
-    return source, model, device
 
 
 class _Values(NamedTuple):

@@ -8,9 +8,9 @@ from typing import Any
 from luthier.errors import LuthierError, Say, silent
 from luthier.export import export_gguf, export_model, export_peft
 from luthier.export.classifier import export_classifier
-from luthier.models.load import resolve
 from luthier.results.folder import Run
-from luthier.results.opened import open_run, recipe_of
+from luthier.results.opened import open_run
+from luthier.results.start import recipe_of, start_of
 
 
 def check_asked(target: Path, form: str, weights: str) -> None:
@@ -49,5 +49,12 @@ def write_result(
         return {"folder": str(target), "as": form, **write(tune, tokenizer, target)}
     if form == "gguf":
         return {"file": str(target), "as": form, **export_gguf(tune, tokenizer, target, weights=weights)}
-    base = resolve(recipe.model, revision=recipe.revision, trust_remote_code=recipe.trust_remote_code)
-    return {"folder": str(target), "as": form, **export_peft(tune, target, base, fingerprint=run.fact("model", "fingerprint"))}
+    start = start_of(recipe)
+    if start.runs:
+        raise LuthierError(
+            f"this run began with what {start.name} learnt, and an adapter names a model that others can load",
+            where="--as",
+            mend=f"use --as model; or export {start.name} as a model, and train on that",
+        )
+    told = run.fact("model", "fingerprint")
+    return {"folder": str(target), "as": form, **export_peft(tune, target, start.source, fingerprint=told)}

@@ -36,6 +36,7 @@ def inputs_of(plan: Plan) -> dict[str, str]:
         "train.precision": f"{str(plan.dtype).removeprefix('torch.')} on {plan.device.type}",
         "rows.train": f"{counted} ({fingerprint.of_encoded(rows.rows)[:DIGITS]}){mixed}",
         **{f"evaluate.{one.name}.rows": f"{len(one.used):,} rows ({fingerprint.of_rows(one.used)[:DIGITS]})" for one in plan.sets},
+        **{f"models.{name}": _short(identity) for name, identity in (plan.others.identities if plan.others else {}).items()},
         **_named_rows(plan),
         **_own_techniques(plan),
     }

@@ -14,7 +14,8 @@ from luthier.evaluate.sets import SetResult, measure
 from luthier.kinds import RowLikelihood
 from luthier.recipe import Recipe
 from luthier.results.folder import read_run
-from luthier.results.opened import is_run, open_base, open_model, open_run
+from luthier.results.opened import open_base, open_model, open_run
+from luthier.results.start import is_run
 from luthier.rows.shapes import Row
 from luthier.rows.template import choose
 from luthier.runs.rows import turns_of

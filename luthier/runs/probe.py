@@ -18,11 +18,11 @@ from luthier.export.peft import load_peft
 from luthier.export.peft_adapter import CONFIG
 from luthier.kinds import Finding, Now
 from luthier.models.fingerprint import fingerprint
-from luthier.models.load import load_model, resolve
 from luthier.models.parts import map_parts
 from luthier.models.quantized import expand
 from luthier.results.folder import Run, read_run
-from luthier.results.opened import BESIDE, check_no_run, is_run, load_base, open_run, recipe_of
+from luthier.results.opened import open_run
+from luthier.results.start import BESIDE, find_start, is_run, load_base, load_start, recipe_of, start_of
 from luthier.training.precision import TYPES, pick
 from luthier.training.services import RunServices
 from luthier.tune import Tune
@@ -97,14 +97,10 @@ def _beside_base(run: Run, base: str, out: str, say: Say) -> tuple[PreTrainedMod
     recipe = recipe_of(run)
     if base and is_run(base, out):
         return None
-    if base:
-        check_no_run(base, out)
-        source = resolve(base, say=say)
-    else:
-        source = resolve(recipe.model, revision=recipe.revision, trust_remote_code=recipe.trust_remote_code, say=say)
+    start = find_start(base, out, say=say) if base else start_of(recipe, say)
     delta = Delta.load(run.folder / "delta.safetensors")
     dtype = next((one for one in TYPES.values() if in_words([one]) == delta.base.dtype), torch.float32)
-    model = load_model(source, dtype=dtype, quantize=recipe.quantize)
+    model = load_start(start, dtype, quantize=recipe.quantize)
     if fingerprint(model) == delta.base.fingerprint:
         expand(model, dtype)
         return model, delta
@@ -129,8 +125,7 @@ def _whole_model(name: str, out: str, precision: str, say: Say) -> PreTrainedMod
         expand(model, model.dtype)
         Delta.load(run.folder / "delta.safetensors").apply(model, force=True)
         return model
-    check_no_run(name, out)
-    return load_model(resolve(name, say=say), dtype=pick(precision, torch.device("cpu"))[0])
+    return load_start(find_start(name, out, say=say), pick(precision, torch.device("cpu"))[0])
 
 
 def _beside_notes(tuned: str, out: str) -> list[str]:

@@ -20,7 +20,6 @@ from luthier.evaluate.compare import base_noise, compare, share_kept
 from luthier.evaluate.overlap import overlaps
 from luthier.evaluate.sets import EvalSet, SetResult, measure
 from luthier.models.fingerprint import fingerprint
-from luthier.models.load import load_model
 from luthier.models.sharding import whole
 from luthier.planning.plan import Plan, make_plan
 from luthier.recipe import Recipe, make_recipe, read_recipe, with_keys
@@ -29,6 +28,7 @@ from luthier.report.compare import compared, write_comparison
 from luthier.results.folder import FILE, STEPS, Run, new_folder, read_run, write_json
 from luthier.results.lock import held
 from luthier.results.opened import save_result
+from luthier.results.start import load_start
 from luthier.rows.template import date_of
 from luthier.runs.inputs import inputs_of
 from luthier.runs.resume import (
@@ -243,11 +243,12 @@ def first_facts(plan: Plan, folder: Path, command: str, sets: list[EvalSet]) -> 
         "machine": machine.describe(plan.device, plan.dtype),
         "processes": plan.engine.world.size,
         "model": {
-            "name": plan.source.name,
-            "origin": plan.source.origin,
+            "name": plan.start.name,
+            "origin": plan.start.origin,
             "architecture": plan.parts.architecture,
             "parameters": plan.total_numbers,
             "fingerprint": plan.fingerprint,
+            "ancestors": [{"run": str(run.folder), "weights_sha256": run.facts.get("weights_sha256")} for run in plan.start.runs],
         },
         "rows": {
             "files": plan.sources,
@@ -387,8 +388,8 @@ def keep_what_changed(plan: Plan, folder: Path, say: Say) -> dict[str, Any]:
         # Only a model that is spread over the processes needs all of them to be put together.
         return {}
     say("comparing the weights with the base")
-    base = load_model(plan.source, dtype=plan.dtype, quantize=plan.recipe.quantize).to(plan.device)  # type: ignore[arg-type]
-    delta = Delta.of(tune, base, name=plan.source.name, fingerprint=plan.fingerprint)
+    base = load_start(plan.start, plan.dtype, quantize=plan.recipe.quantize).to(plan.device)  # type: ignore[arg-type]
+    delta = Delta.of(tune, base, name=plan.start.name, fingerprint=plan.fingerprint)
     if not is_first:
         return {}
     save_result(folder, tune, delta)

@@ -22,6 +22,7 @@ from luthier.lab.cache import base_key, stage_key
 from luthier.lab.jobs import diverged
 from luthier.recipe import make_recipe
 from luthier.results.folder import FILE, read_run, write_json
+from luthier.results.start import located
 from luthier.runs.train import train
 from luthier.sweep.grid import Arm
 
@@ -72,7 +73,7 @@ class Outcome(NamedTuple):
 def job_of(arm: Arm, rate: float, seed: int, root: Path) -> Job:
     """The run of an arm at a learning rate and a seed."""
     runs = str(root / "runs")
-    recipe = arm.recipe.model_copy(
+    recipe = located(arm.recipe).model_copy(
         update={"train": arm.recipe.train.model_copy(update={"learning_rate": rate}), "seed": seed, "out": runs}
     )
     key = stage_key(recipe, base_key(recipe.model, recipe.revision), recipe.train.device)[:_KEY_DIGITS]

@@ -61,6 +61,7 @@ def build_engine(
     vocabulary: Vocabulary | None = None,
     masters: str = "fp32",
     keep_base: bool = False,
+    load_others: Callable[[Mapping[str, str]], Mapping[str, Tune]] | None = None,
     world: World | None = None,
     root: Root | None = None,
 ) -> Engine:
@@ -78,6 +79,7 @@ def build_engine(
         vocabulary: without it, input maps know no special tokens and no mask.
         masters: as in a recipe.
         keep_base: keep the base's values of numbers that train in place, whoever asks for them.
+        load_others: gives the other models that techniques ask for, by name; it gets their names, each with a technique that asks.
         world: the processes.
         root: stands above a model that is spread over processes.
 
@@ -115,8 +117,14 @@ def build_engine(
     looking = goal.readers(CONTEXT_ATTENTION.name)
     if looking and not use_attention(model):
         raise _hidden(looking, parts)
-    keep_base = keep_base or bool(goal.comparing()) or any("base" in v.needs for _, v in keepers)
+    others = _others(goal.models(), load_others)
+    comparing = bool(goal.comparing()) or any(one.model is model or one.beneath is not None for one in others.values())
+    keep_base = keep_base or comparing or any("base" in v.needs for _, v in keepers)
     owner = Tune(model, parts, masters=masters, keep_base=keep_base, root=root)
+    owner.others.update(others)
+    for one in others.values():
+        if one.model is model:
+            one.beneath = owner
     owner.turns = turns_of(values)
     # Where memory is only estimated there is no clock.
     if now.steps > 1:
@@ -163,6 +171,18 @@ def build_engine(
         )
     agreement.check(world, owner, values=True)
     return engine
+
+
+def _others(asked: Mapping[str, str], load: Callable[[Mapping[str, str]], Mapping[str, Tune]] | None) -> Mapping[str, Tune]:
+    """The other models that techniques compare with."""
+    if asked and load is None:
+        name, slot = next(iter(asked.items()))
+        raise LuthierError(
+            f"`{slot}` asks for a model `{name}`, and there is none here",
+            where="models",
+            mend="give build_engine `load_others`, as a run from a recipe does",
+        )
+    return load(asked) if asked and load is not None else {}
 
 
 def _head(values: Sequence[tuple[str, object]]) -> tuple[str, Head] | None:

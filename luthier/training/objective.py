@@ -17,6 +17,7 @@ from luthier.kinds import (
     Column,
     Head,
     Now,
+    OtherPass,
     PairLoss,
     Reference,
     Services,
@@ -202,6 +203,16 @@ class Objective:
         terms = [(one, chunked.resolve(one.term.columns)) for one in self.terms]
         return [*terms, *((one, chunked.resolve(one.weight.columns)) for one in self.weights)]
 
+    def _others(self) -> tuple[OtherPass, ...]:
+        """The other passes of which terms ask for hidden states."""
+        return chunked.alike([one for minimized in self.terms for one in minimized.term.others])
+
+    def models(self) -> dict[str, str]:
+        """The other models that terms and weights compare with, by name, each with the slot of the first that does."""
+        of_columns = [(asking.slot, one) for asking, columns in self._asking() for one in chunked.passes_of(columns)]
+        of_terms = [(minimized.slot, one) for minimized in self.terms for one in minimized.term.others]
+        return {one.model: slot for slot, one in reversed([*of_columns, *of_terms]) if one.model}
+
     def comparing(self) -> list[str]:
         """The slots whose terms and weights compare with the base."""
         return [asking.slot for asking, columns in self._asking() if any(one.at == "base" for one in chunked.passes_of(columns))]
@@ -354,6 +365,7 @@ class Objective:
             embed=embed,
             remembered=self._states(),
             keep_hidden=hidden_wanted,
+            keep_others=self._others(),
             trains=trains,
         )
         if self.head is not None and tune.head is not None and view.hidden_BTD is not None:

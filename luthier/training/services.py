@@ -22,7 +22,7 @@ from luthier.models.sharding import whole
 from luthier.training import calibrate
 from luthier.training.disturb import disturbance
 from luthier.tune import Tune
-from luthier.tune.forward import BlockChange, EmbedChange, Hidden, head_now, hidden
+from luthier.tune.forward import BlockChange, EmbedChange, Hidden, head_now, hidden, without_virtual
 
 
 class RunServices:
@@ -151,6 +151,7 @@ def view_of(
     embed: EmbedChange | None = None,
     remembered: Mapping[str, State] = {},
     keep_hidden: bool = False,
+    keep_others: Sequence[OtherPass] = (),
     pack: bool | None = None,
     trains: bool = False,
 ) -> View:
@@ -165,6 +166,7 @@ def view_of(
         embed: what becomes of the embeddings [B, T, D], in every pass.
         remembered: the state of the technique that asks for another pass, by the pass's name.
         keep_hidden: keep the last hidden states.
+        keep_others: other passes whose last hidden states are kept, beside those that columns read.
         pack: run the rows without padding; None: as the run does.
         trains: the run learns from this pass, so that techniques drop numbers in it, as the model does.
     """
@@ -173,20 +175,29 @@ def view_of(
     row_number = draws.seeds_of(batch.row_ids, where.row_N.device)
     keys = draws.keys(now.seed, now.step, row_number[where.row_N], where.source_N)
 
+    # What is compared must have read the same.
+    reading = batch if read is None else read
+
     def run(change: BlockChange | None = None, context_BT: Tensor | None = None, *, trains: bool = trains) -> Hidden:
-        # What is compared must have read the same.
-        reading = batch if read is None else read
         at = now if trains else None
         return hidden(tune, reading, pack=pack, embed=embed, blocks=change, context_BT=context_BT, draws_at=at)
 
-    def make() -> tuple[Tensor | None, dict[str, Tensor]]:
+    def make() -> tuple[Tensor | None, dict[str, Tensor], dict[str, Tensor]]:
         # Other weights run first: exchanging weights under a graph that waits for backward would be wrong.
-        others = {}
-        for one in sorted(chunked.passes_of(columns), key=lambda one: one.at == ""):
+        others, states_of = {}, {}
+        named = {one.name: one for one in (*chunked.passes_of(columns), *keep_others)}
+        for one in sorted(named.values(), key=_is_own):
             change = disturbance(one, batch, now, remembered.get(one.name, {}))
-            # Dropout is the training pass's alone.
-            draws_here = trains and one.gradient and not one.at
-            others[one.name] = (_other if one.at else _again)(tune, one, where, partial(run, change, trains=draws_here))
+            if one.model:
+                made, head = _of_model(tune, one, reading, pack=pack, embed=embed, change=change)
+            else:
+                # Dropout is the training pass's alone.
+                draws_here = trains and one.gradient and not one.at
+                made, head = (_again if _is_own(one) else _other)(tune, one, partial(run, change, trains=draws_here))
+            others[one.name] = chunked.Other(made.at(where.row_N, where.source_N), head, one.gradient)
+            if one in keep_others:
+                states_of[one.name] = made.padded(batch.attend_BT)
+        asked = {one.name for one in chunked.passes_of(columns)}
         context_BT = _context(batch, where) if chunked.CONTEXT_ATTENTION in columns else None
         states = run(context_BT=context_BT)
         found = chunked.compute(
@@ -196,15 +207,15 @@ def view_of(
             [column for column in columns if column is not chunked.CONTEXT_ATTENTION],
             key_N=keys,
             drawing=(lambda key_N: tune.drawing_at(key_N if trains else None)),
-            others=others,
+            others={name: other for name, other in others.items() if name in asked},
             vocabulary=tune.parts.vocabulary,
         )
         if context_BT is not None:
             found[chunked.CONTEXT_ATTENTION.name] = states.mass_at(where.row_N, where.source_N + 1)
-        return states.padded(batch.attend_BT) if keep_hidden else None, found
+        return states.padded(batch.attend_BT) if keep_hidden else None, found, states_of
 
-    hidden_BTD, found = tune.run(make)
-    return View(
+    hidden_BTD, found, other_hidden = tune.run(make)
+    view = View(
         batch,
         found,
         label_N=where.label_N,
@@ -213,6 +224,8 @@ def view_of(
         hidden_BTD=hidden_BTD,
         now=now,
     )
+    view.other_hidden = other_hidden
+    return view
 
 
 def _context(batch: Batch, where: Targets) -> Tensor:
@@ -222,15 +235,29 @@ def _context(batch: Batch, where: Targets) -> Tensor:
     return context_BT
 
 
-def _other(tune: Tune, one: OtherPass, where: Targets, run: Callable[[], Hidden]) -> chunked.Other:
+def _is_own(one: OtherPass) -> bool:
+    """Whether a pass runs the weights that train."""
+    return not one.at and not one.model
+
+
+def _other(tune: Tune, one: OtherPass, run: Callable[[], Hidden]) -> tuple[Hidden, chunked.Head]:
     """A pass of other weights, as far as the head."""
     with tune.at(one.at), evaluating(tune.model):
-        states_ND = run().at(where.row_N, where.source_N)
-        return chunked.Other(states_ND, head_now(tune))
+        return run(), head_now(tune)
 
 
-def _again(tune: Tune, one: OtherPass, where: Targets, run: Callable[[], Hidden]) -> chunked.Other:
+def _again(tune: Tune, one: OtherPass, run: Callable[[], Hidden]) -> tuple[Hidden, chunked.Head]:
     """The weights that train once more, as far as the head; with gradients the model runs as it trains."""
     with nullcontext() if one.gradient else evaluating(tune.model):
-        states_ND = run().at(where.row_N, where.source_N)
-    return chunked.Other(states_ND, head_of(tune.model, tune.parts), one.gradient)
+        return run(), head_of(tune.model, tune.parts)
+
+
+def _of_model(
+    tune: Tune, one: OtherPass, reading: Batch, *, pack: bool, embed: EmbedChange | None, change: BlockChange | None
+) -> tuple[Hidden, chunked.Head]:
+    """A pass of another model of the run, as far as the head. It reads the rows' own tokens."""
+    ids_BT, attend_BT = without_virtual(reading.token_ids_BT, reading.attend_BT)
+    own = reading._replace(token_ids_BT=ids_BT, attend_BT=attend_BT)
+    with tune.running(one.model) as other, evaluating(other.model):
+        made = hidden(other, own, pack=pack and other.packs, embed=embed, blocks=change)
+        return made, head_now(other)

@@ -60,6 +60,10 @@ class Attached:
         self.freezings: list[tuple[str, Freezing, State]] = []
         self.head: tuple[Own, Head] | None = None
         """What reads whole rows, with its tensors."""
+        self.others: dict[str, Attached] = {}
+        """The run's other models, by name, which never train. What stands beside this one's weights acts only while it is run."""
+        self.beneath: Attached | None = None
+        """Of another model of a run: whose weights it stands beside, if it has none of its own."""
         self.turns = Turns()
         """Whose turn it is to move, and each technique's clock."""
         self.prompt_length = 0

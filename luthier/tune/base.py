@@ -119,3 +119,18 @@ def at_snapshot(tune: Attached, name: str) -> Iterator[None]:
         put_back(tune, now)
         tune.moved, tune.renewed, tune.left = listening
         tune.untouched = untouched
+
+
+@contextmanager
+def running(tune: Attached, name: str) -> Iterator[Attached]:
+    """Another model of the run, ready to run. One that stands beside the run's own weights needs the base in them for that long."""
+    other = tune.others[name]
+    if other.beneath is None:
+        yield other
+        return
+    with at_base(tune):
+        other.is_off = False
+        try:
+            yield other
+        finally:
+            other.is_off = True

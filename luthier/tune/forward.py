@@ -15,7 +15,7 @@ from luthier.errors import LuthierError
 from luthier.kinds import Batch, Now
 from luthier.models.attention import Context, Mass
 from luthier.models.head import finish
-from luthier.tune.tune import Tune
+from luthier.tune.attached import Attached
 
 EmbedChange = Callable[[Tensor], Tensor]
 """What becomes of the embeddings [B, T, D] of a batch."""
@@ -80,8 +80,13 @@ def own_tokens(batch: Batch) -> Tensor:
     return batch.attend_BT & (batch.token_ids_BT >= 0)
 
 
+def without_virtual(ids_BT: Tensor, attend_BT: Tensor) -> tuple[Tensor, Tensor]:
+    """Token ids and what is attended to, as a model reads them that has no such prompt: its tokens are padding there."""
+    return ids_BT.clamp(min=0), attend_BT & (ids_BT >= 0)
+
+
 def hidden(
-    tune: Tune,
+    tune: Attached,
     batch: Batch,
     *,
     pack: bool = False,
@@ -113,8 +118,7 @@ def hidden(
     # Rows with virtual tokens of their own hold the prompt already.
     length = 0 if tune.is_off or virtual else tune.prompt_length
     if tune.is_off and virtual:
-        attend_BT = attend_BT & (ids_BT >= 0)
-        ids_BT = ids_BT.clamp(min=0)
+        ids_BT, attend_BT = without_virtual(ids_BT, attend_BT)
     if length:
         before = -1 - torch.arange(length, device=ids_BT.device)
         ids_BT = torch.cat([before.expand(len(ids_BT), -1), ids_BT], dim=1)
@@ -154,7 +158,7 @@ def _keys(batch: Batch, length: int, now: Now) -> Tensor:
     return draws.keys(now.seed, now.step, row_B[:, None], torch.cat([before.expand(len(row_B), -1), position_BT], dim=1))
 
 
-def _told(tune: Tune, asked: Mass) -> Tensor:
+def _told(tune: Attached, asked: Mass) -> Tensor:
     if asked.found_BT is None:
         raise LuthierError(
             f"the last block of {tune.parts.architecture} does not tell where it looks",
@@ -191,7 +195,7 @@ def _known(backbone: torch.nn.Module) -> Mapping[str, inspect.Parameter]:
     return inspect.signature(backbone.forward).parameters
 
 
-def _embedded(tune: Tune, ids_BT: Tensor) -> Tensor:
+def _embedded(tune: Attached, ids_BT: Tensor) -> Tensor:
     """The embeddings as the model's body makes them, prompts among them."""
     if "inputs_embeds" not in _known(tune.model.get_submodule(tune.parts.backbone)):
         raise LuthierError("this model takes no embeddings", where=tune.parts.architecture, mend="change its token ids instead")
@@ -205,7 +209,7 @@ def _last(backbone: torch.nn.Module, arguments: dict[str, Any]) -> Tensor:
     return values
 
 
-def _last_open(tune: Tune, arguments: dict[str, Any], layout: _Layout, blocks: BlockChange) -> Tensor:
+def _last_open(tune: Attached, arguments: dict[str, Any], layout: _Layout, blocks: BlockChange) -> Tensor:
     """The same where each block's output passes through `blocks`."""
     tune.open_blocks()
     backbone = tune.model.get_submodule(tune.parts.backbone)
@@ -227,7 +231,7 @@ def _last_open(tune: Tune, arguments: dict[str, Any], layout: _Layout, blocks: B
     )
 
 
-def head_now(tune: Tune) -> Callable[[Tensor], Tensor]:
+def head_now(tune: Attached) -> Callable[[Tensor], Tensor]:
     """The head as the model has it now, hidden states to logits, without a graph of its own numbers: it stays what it is when these
     are exchanged or trained on. So `with tune.at(name)` gives the head of the base or of a snapshot, to be used afterwards."""
     module: Any = tune.model.get_submodule(tune.parts.head)
@@ -245,7 +249,9 @@ def head_now(tune: Tune) -> Callable[[Tensor], Tensor]:
     return head
 
 
-def _values_now(tune: Tune, module: str, tensor: str, live: Tensor) -> Tensor:
+def _values_now(tune: Attached, module: str, tensor: str, live: Tensor) -> Tensor:
+    # What stands beside the weights of another has none itself: they train there.
+    tune = tune if tune.beneath is None else tune.beneath
     name = f"{module}.{tensor}"
     here = [one for one in tune.trained.values() if one.place is not None and one.place.parameter == name]
     here = [one for one in here if one.form not in ("factor", "free")]

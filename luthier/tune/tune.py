@@ -43,6 +43,10 @@ class Tune(Attached):
         """Run the model as it was: `base`, or a snapshot's name. The tuned model comes back afterwards, bit for bit."""
         return base.at_base(self) if which == "base" else base.at_snapshot(self, which)
 
+    def running(self, name: str) -> AbstractContextManager[Attached]:
+        """Another model of the run, by its name under `models:`, as it is run."""
+        return base.running(self, name)
+
     def off(self) -> AbstractContextManager[None]:
         """The base: `at("base")`."""
         return self.at("base")

@@ -24,7 +24,7 @@ from luthier.rows.shapes import Row
 from luthier.runs.measure import likelihood_of_rows
 from luthier.training.build import build_engine
 from luthier.training.engine import Engine
-from tests.conftest import calibration, parts_of, split
+from tests.conftest import calibration, other_models, parts_of, split
 from tests.toys.helpers import TOYS, model_of, rows_of_eight, rows_of_pairs
 
 NOW = Now(step=0, steps=20, learning_rate=0.1, factor=1.0)
@@ -233,7 +233,13 @@ def engine_of(model: Any = None, *, dtype: torch.dtype = torch.float64, now: Now
     named = {"tune": "full", "objective": "cross_entropy", "step": "adamw", "source": "backprop"} | keys
     specs = {key: _made(named.pop(key), key) for key in [*named] if key in registry.KEYS}
     model = (model_of() if model is None else model).to(dtype)
-    return build_engine(model, _mapped(model), parts_of(**specs), now=now, **{"calibration": calibration, **named})
+    return build_engine(
+        model,
+        _mapped(model),
+        parts_of(**specs),
+        now=now,
+        **{"calibration": calibration, "load_others": other_models(dtype), **named},
+    )
 
 
 def run_of(kind: str, name: str, options: Mapping[str, Any] | None = None, **more: Any) -> Engine:

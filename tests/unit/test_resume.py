@@ -38,6 +38,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         write_rows(tmp_path / f"{name}.jsonl", ROWS)
     tiny("llama").save_pretrained(tmp_path / "base")
     tiny_tokenizer().save_pretrained(tmp_path / "base")
+    shutil.copytree(tmp_path / "base", tmp_path / "taught")
     return tmp_path
 
 
@@ -77,6 +78,10 @@ def other_template(folder: Path) -> None:
     tokenizer.save_pretrained(folder / "base")
 
 
+def other_teacher(folder: Path) -> None:
+    tiny("llama", seed=9).save_pretrained(folder / "taught")
+
+
 def other_token(folder: Path) -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.eos_token = "<|endoftext|>"
@@ -98,6 +103,7 @@ def other_token(folder: Path) -> None:
         (other_weights, "model", {"tune": "lora"}),
         (other_template, "the chat template", {}),
         (other_token, "the tokenizer", {}),
+        (other_teacher, "models.teacher", {"objective": "distill", "models": {"teacher": "taught"}}),
     ],
 )
 def test_a_run_goes_on_only_with_what_it_was_begun_with(
@@ -210,16 +216,6 @@ def test_a_killed_run_keeps_its_steps_and_what_was_measured(place: Path) -> None
     assert facts["status"] == "broken off" and [line["step"] for line in facts["history"]] == [1, 2]
     held = facts.get("metrics", {}).get("held", {})
     assert facts["planned_steps"] == 6 and held.get("before", 0.0) > 0 and held["after"] is None
-
-
-@pytest.mark.parametrize("name", ["run-1", "runs/run-1"])
-def test_a_run_is_told_from_a_model(name: str, place: Path) -> None:
-    """Training on from a run ended in a search on the hub, or in a missing file, and nothing said how it is done."""
-    luthier.train(recipe())
-    with pytest.raises(LuthierError) as caught:
-        luthier.train(recipe(model=name))
-    assert caught.value.what == f"`{name}` is a run, and a model belongs here"
-    assert f"luthier export {name} FOLDER" in caught.value.mend
 
 
 @pytest.mark.parametrize("use", ["train", "open_model", "probe", "look_at_rows"])

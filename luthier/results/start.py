@@ -1,0 +1,192 @@
+"""What a run starts from: a model, or the result of an earlier run, which again started from one of the two."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import safe_open
+from transformers import PreTrainedModel
+
+from luthier.delta import Delta
+from luthier.delta.sources import in_words
+from luthier.errors import LuthierError, Say, silent
+from luthier.models.load import ModelSource, load_model, resolve
+from luthier.models.parts import map_parts
+from luthier.models.quantized import quantize as quantize_blocks
+from luthier.recipe import Recipe, make_recipe
+from luthier.results.folder import FILE, Run, list_runs, read_run
+from luthier.training.precision import TYPES, pick, pick_device
+
+BESIDE = "beside.safetensors"
+"""What no delta of the weights can hold: the tensors of prompts, prefixes, edits and heads."""
+DELTA = "delta.safetensors"
+_RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*-\d+")
+"""How the names of runs' folders are made: a name and a number."""
+
+
+class Start(NamedTuple):
+    """Where weights come from."""
+
+    source: ModelSource
+    """The model that was there first."""
+    runs: tuple[Run, ...] = ()
+    """Runs whose changes stand in its weights, in order; the last of them is what was named."""
+
+    @property
+    def name(self) -> str:
+        """What it is called."""
+        return self.runs[-1].folder.name if self.runs else self.source.name
+
+    @property
+    def origin(self) -> str:
+        """In words, for reports."""
+        changes = ", then ".join(f"run {run.folder.name}" for run in self.runs)
+        return f"{self.source.name} from {self.source.origin}, then {changes}" if self.runs else self.source.origin
+
+
+def is_run(name: str, out: str) -> bool:
+    """Whether a name is that of a run, in the folder `out` or as a folder of its own."""
+    try:
+        return (Path(name) / FILE).is_file() or (Path(out) / name / FILE).is_file()
+    except (OSError, ValueError):
+        # No file can have such a name.
+        return False
+
+
+def _is_model(name: str) -> bool:
+    """Whether a folder holds a model as well, such as one that was exported into a run's folder."""
+    return (Path(name) / "config.json").is_file()
+
+
+def find_start(name: str, out: str, *, revision: str | None = None, trust_remote_code: bool = False, say: Say = silent) -> Start:
+    """Where the weights of a model or a run's result come from.
+
+    Args:
+        name: of a model, or a run's folder or name.
+        out: the folder that holds the run folders.
+        revision, trust_remote_code: of a model, as in a recipe.
+        say: hears what is being done.
+
+    Raises:
+        LuthierError: there is no such model or run, a run has not finished, or what one learnt is more than a change of weights.
+    """
+    runs: list[Run] = []
+    while is_run(name, out) and not _is_model(name):
+        run = read_run(name, out)
+        if any(run.folder.resolve() == one.folder.resolve() for one in runs):
+            raise LuthierError("this run starts from itself", where=str(run.folder), mend="name a model")
+        if revision is not None:
+            raise LuthierError(f"`{name}` is a run, and has no revisions", where="revision", mend="leave it out")
+        _check_whole(run)
+        runs.append(run)
+        recipe = recipe_of(run)
+        name, out, revision, trust_remote_code = recipe.model, recipe.out, recipe.revision, recipe.trust_remote_code
+    check_near_runs(name, out)
+    return Start(resolve(name, revision=revision, trust_remote_code=trust_remote_code, say=say), tuple(reversed(runs)))
+
+
+def start_of(recipe: Recipe, say: Say = silent) -> Start:
+    """Where the weights come from that a recipe begins with. Errors are those of `find_start`."""
+    return find_start(recipe.model, recipe.out, revision=recipe.revision, trust_remote_code=recipe.trust_remote_code, say=say)
+
+
+def located(recipe: Recipe) -> Recipe:
+    """A recipe in which runs are named by their folders, so that it means the same where runs go elsewhere."""
+
+    def found(name: str | None) -> str | None:
+        inside = Path(recipe.out) / (name or "")
+        return str(inside) if name and not (Path(name) / FILE).is_file() and is_run(name, recipe.out) else name
+
+    models = {name: found(one) for name, one in recipe.models.items()}
+    return recipe.model_copy(update={"model": found(recipe.model), "models": models, "control": found(recipe.control)})
+
+
+def load_start(start: Start, dtype: torch.dtype, *, quantize: str = "none", say: Say = silent) -> PreTrainedModel:
+    """The weights that a run begins with, on the processor: the first model's, and the changes of runs on top.
+
+    Args:
+        start: where they come from.
+        dtype: of the weights.
+        quantize: as in a recipe; done last.
+        say: is told what takes time.
+
+    Raises:
+        LuthierError: a run's change does not belong to the weights below it.
+    """
+    if not start.runs:
+        return load_model(start.source, dtype=dtype, quantize=quantize, say=say)
+    deltas = [Delta.load(run.folder / DELTA) for run in start.runs]
+    # Each change was made in a type of numbers, and its base has its fingerprint in that.
+    types = [next((one for one in TYPES.values() if in_words([one]) == delta.base.dtype), torch.float32) for delta in deltas]
+    model = load_model(start.source, dtype=types[0], say=say)
+    for delta, type_ in zip(deltas, types, strict=True):
+        model.to(type_)  # type: ignore[arg-type]
+        delta.apply(model)
+    model.to(dtype)  # type: ignore[arg-type]
+    if quantize != "none":
+        quantize_blocks(model, map_parts(model), quantize)
+    return model
+
+
+def load_base(recipe: Recipe, say: Say) -> tuple[Start, PreTrainedModel, torch.device]:
+    """A recipe's untouched model, still on the processor, where it comes from, and the device it belongs on."""
+    device = pick_device(recipe.train.device)
+    start = start_of(recipe, say)
+    return start, load_start(start, pick(recipe.train.precision, device)[0], quantize=recipe.quantize), device
+
+
+def recipe_of(run: Run) -> Recipe:
+    """A finished run's recipe."""
+    status = run.facts.get("status", "unknown")
+    if status != "finished":
+        raise LuthierError(
+            f"this run has not finished ({status})",
+            where=str(run.folder),
+            mend="wait for it" if status == "running" else f"luthier train --resume {run.folder}",
+        )
+    return kept_recipe(run)
+
+
+def kept_recipe(run: Run) -> Recipe:
+    """The recipe that a run keeps. Runs that it names are found beside it, too: they may have been moved together."""
+    recipe = make_recipe(run.fact("recipe"), where=str(run.folder / FILE))
+    inside = located(recipe.model_copy(update={"out": str(run.folder.parent)}))
+    return located(recipe).model_copy(update={"model": inside.model, "models": inside.models})
+
+
+def _check_whole(run: Run) -> None:
+    """Refuse a run of whose result the weights hold a part alone, or whose weights are codes."""
+    if recipe_of(run).quantize != "none":
+        raise LuthierError(
+            "this run learnt beside quantized weights, which take no change",
+            where=str(run.folder),
+            mend=f"write what it made as a model first: luthier export {run.folder} FOLDER; then name that folder",
+        )
+    if not (run.folder / BESIDE).is_file():
+        return
+    with safe_open(run.folder / BESIDE, "pt") as file:
+        slots = sorted({name.split("/")[0].rsplit(".", 1)[0] for name in file.keys()})  # noqa: SIM118
+    raise LuthierError(
+        f"what this run learnt stands beside the weights ({', '.join(slots)}), and another run cannot begin with it",
+        where=str(run.folder),
+        mend=f"luthier export {run.folder} FOLDER --weights-only writes its weights alone as a model; then name that folder",
+    )
+
+
+def check_near_runs(name: str, out: str) -> None:
+    """Refuse what seems to name a run that is not there, before the hub is asked for a model of this name.
+
+    Raises:
+        LuthierError: it is formed like a run's name, and there are runs of names like it.
+    """
+    near = difflib.get_close_matches(name, [run.folder.name for run in list_runs(out)], n=3, cutoff=0.5)
+    if near and _RUN_NAME.fullmatch(name) and not Path(name).exists():
+        raise LuthierError(
+            f"there is no run `{name}` in `{out}`, and no folder",
+            where="model",
+            mend=f"did you mean {' or '.join(f'`{one}`' for one in near)}? A model on the hub is named OWNER/NAME",
+        )
