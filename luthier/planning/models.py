@@ -126,7 +126,7 @@ class OtherModels:
         if mine == theirs:
             return
         differ = [one for one in {**mine, **theirs} if mine.get(one) != theirs.get(one)]
-        token = min(differ, key=lambda one: mine.get(one, theirs.get(one)))
+        token = min(differ, key=lambda one: mine[one] if one in mine else theirs[one])
         raise LuthierError(
             f"`{name}` reads other tokens than {self.loaded.start.name}: `{token}` is {_id(theirs, token)} there, "
             f"and {_id(mine, token)} here",

@@ -40,6 +40,7 @@ from luthier.training.pairs import BASE_REFERENCE
 from luthier.training.services import Calibration, RunServices
 from luthier.training.world import World
 from luthier.tune import Tune
+from luthier.tune.attached import Attached
 from luthier.tune.forward import hidden
 from luthier.tune.turns import Turns
 
@@ -61,7 +62,7 @@ def build_engine(
     vocabulary: Vocabulary | None = None,
     masters: str = "fp32",
     keep_base: bool = False,
-    load_others: Callable[[Mapping[str, str]], Mapping[str, Tune]] | None = None,
+    load_others: Callable[[Mapping[str, str]], Mapping[str, Attached]] | None = None,
     world: World | None = None,
     root: Root | None = None,
 ) -> Engine:
@@ -173,7 +174,7 @@ def build_engine(
     return engine
 
 
-def _others(asked: Mapping[str, str], load: Callable[[Mapping[str, str]], Mapping[str, Tune]] | None) -> Mapping[str, Tune]:
+def _others(asked: Mapping[str, str], load: Callable[[Mapping[str, str]], Mapping[str, Attached]] | None) -> Mapping[str, Attached]:
     """The other models that techniques compare with."""
     if asked and load is None:
         name, slot = next(iter(asked.items()))
