@@ -8,8 +8,11 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from luthier.draws import drawing
+from luthier.errors import LuthierError
 from luthier.kinds import Additive, HiddenEdit, Place, Prompt, Tensors
 from luthier.tune.taps import TapSpec, tap
 from luthier.tune.trained import Trained
@@ -99,6 +102,8 @@ class Site:
     taps: dict[str, tuple[Tensor, TapSpec]] = field(default_factory=dict)
     handles: list[Any] = field(default_factory=list)
     ids: Tensor | None = None
+    see: Callable[[Tensor], Tensor] | None = None
+    """What the weight [O, I] becomes before it multiplies, with the deltas on it; none: it is what it is, and deltas act beside it."""
 
     def attach(self) -> None:
         """Put the hooks on the module."""
@@ -107,11 +112,43 @@ class Site:
         self.handles.append(self.module.register_forward_pre_hook(self._before, with_kwargs=True))
         self.handles.append(self.module.register_forward_hook(self._after, with_kwargs=True))
 
+    def look_through(self, see: Callable[[Tensor], Tensor]) -> None:
+        """Let a linear map multiply with what `see` makes of its weight and all deltas on it.
+
+        Raises:
+            LuthierError: this is no plain linear map.
+        """
+        if type(self.module) is not nn.Linear:
+            raise LuthierError(f"the weight of a {type(self.module).__name__} cannot be seen as another", mend="choose linear maps")
+        plain, self.see = self.module.forward, see
+
+        def forward(x: Tensor) -> Tensor:
+            if self.see is None or self.is_off():
+                return plain(x)
+            # Made again in backward: no dense weight is kept for each pass.
+            return checkpoint(self._multiplied, x, use_reentrant=False)  # type: ignore[no-any-return]
+
+        self.module.forward = forward  # type: ignore[method-assign]
+
+    def _multiplied(self, x: Tensor) -> Tensor:
+        return functional.linear(x, self.weight(self.module.weight), self.module.bias)  # type: ignore[arg-type]
+
+    def weight(self, live_OI: Tensor) -> Tensor:
+        """What multiplies: the weight with the deltas on it, as it is seen."""
+        for addition in self.additions:
+            delta_OI = addition.value.delta(addition.tensors(live_OI.dtype))
+            before = 0 if addition.place is None else addition.place.start or 0
+            live_OI = live_OI + functional.pad(delta_OI, (0, 0, before, len(live_OI) - before - len(delta_OI)))
+        return live_OI if self.see is None else self.see(live_OI)
+
     def detach(self) -> None:
         """Take the hooks off."""
         for handle in self.handles:
             handle.remove()
         self.handles.clear()
+        if self.see is not None:
+            self.see = None
+            del self.module.forward
 
     def now(self) -> Site:
         """A copy on no module, which goes on to do what stands here does now."""
@@ -146,7 +183,8 @@ class Site:
             return None
         y = output[0] if isinstance(output, tuple) else output
         x = _entering(arguments, named) if ids is None else ids
-        for addition in self.additions:
+        # What is seen of the weight has the deltas in it.
+        for addition in self.additions if self.see is None else ():
             with drawing(self.keys(), addition.name):
                 y = self._add(addition, x, y)
         # A tap needs the gradient of what the weight gave: it stands before whatever changes that.
