@@ -73,6 +73,7 @@ def measure(setting: dict[str, Any], rounds: int, folder: Path) -> dict[str, Any
         "processor_ratio": sum(t["processor_seconds"] for _, t in counted) / sum(m["processor_seconds"] for m, _ in counted),
         "memory_ratio": counted[-1][1]["peak_bytes"] / counted[-1][0]["peak_bytes"],
         "rounds": rounds,
+        **({"ended": {"luthier": ours.ended, "peer": peer.ended}} if ours.ended else {}),
     }
 
 

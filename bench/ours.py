@@ -12,12 +12,15 @@ from luthier.planning.plan import make_plan
 from luthier.recipe import make_recipe
 from luthier.rows.encode import Encoded
 from luthier.rows.groups import prompt_length
+from luthier.runs.train import measured
 from luthier.training.engine import StepResult
 from luthier.training.loop import Plans, Progress, train
 
 
 def written(row: Encoded) -> dict[str, list[int]]:
     """A row, or a pair, as the other side reads it."""
+    if row.shape == "text" and "label" in row.columns:
+        return {"input_ids": list(row.token_ids), "label": row.columns["label"]}
     if not row.mates:
         labels = [one if target else -100 for one, target in zip(row.token_ids, row.supervised, strict=True)]
         return {"input_ids": list(row.token_ids), "labels": labels}
@@ -47,6 +50,7 @@ def main(setting: dict[str, Any]) -> None:
                     "batch_rows": setting["rows_a_step"],
                     "micro_batch_tokens": setting["micro_batch_tokens"],
                     "epochs": 1,
+                    **setting.get("train", {}),
                 },
             }
         )
@@ -62,9 +66,13 @@ def main(setting: dict[str, Any]) -> None:
 
     def told(progress: Progress, result: StepResult) -> None:
         turn.done(result.tokens, result.supervised)
-        turn.wait()
+        if not plan.sets or progress.step < plan.clock.steps:
+            turn.wait()
 
     train(plan.engine, plan.feed, plan.clock, Plans(), Progress(), tell=told)
+    if plan.sets:
+        plan.model.eval()
+        turn.end({name: result.value for name, result in measured(plan, plan.sets).items()})
 
 
 if __name__ == "__main__":

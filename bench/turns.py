@@ -47,6 +47,10 @@ class Turn:
             }
         )
 
+    def end(self, facts: dict[str, Any]) -> None:
+        """After the last step, where there is one: what else came of it."""
+        self._tell(facts)
+
     def _tell(self, facts: dict[str, Any]) -> None:
         self._out.write(json.dumps(facts) + "\n")
         self._out.flush()
@@ -73,6 +77,8 @@ class Player:
             )
         self.loaded = {key: value for key, value in self._hear().items() if key != "ready"}
         """What it told about itself before its first step."""
+        self.ended: dict[str, Any] = {}
+        """What it told behind its last step."""
 
     def step(self) -> dict[str, Any]:
         """Let it take one step, and wait until it stands before the next."""
@@ -80,7 +86,8 @@ class Player:
         self._process.stdin.write("go\n")
         self._process.stdin.flush()
         facts = self._hear()
-        self._hear()
+        told = self._hear()
+        self.ended = {} if "ready" in told else told
         return facts
 
     def end(self) -> None:

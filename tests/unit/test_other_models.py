@@ -28,8 +28,9 @@ from luthier.results.opened import open_run
 from luthier.training.services import view_of
 from luthier.tune import Tune
 from tests.conftest import split
+from tests.contracts.fixtures import shake
 from tests.recipes.test_recipes import recipe
-from tests.toys.helpers import gradients, model_of, rows_of_eight, toys  # noqa: F401
+from tests.toys.helpers import gradients, model_of, rows_of_eight, rows_of_pairs, toys  # noqa: F401
 
 
 def apart(model: Any) -> Any:
@@ -136,6 +137,30 @@ def test_ids_that_stand_for_no_token_may_differ(engine: Any, now: Now) -> None:
         run = engine(model=model_of(), objective="distill", load_others=apart(one))
         losses.append(run.step([batch], now).loss)
     assert losses[0] == pytest.approx(losses[1], rel=1e-12)
+
+
+@pytest.mark.parametrize("loss", ["dpo", "kto"])
+def test_answers_are_compared_with_another_model(engine: Any, now: Now, loss: str) -> None:
+    """The base under another name is the base; another model is another reference, by the likelihoods that it gives itself."""
+    batch = rows_of_pairs()
+    found = []
+    for objective, other in (
+        ([loss], model_of()),
+        ([loss, "model_reference"], model_of()),
+        ([loss, "model_reference"], teacher_of()),
+    ):
+        run = engine("lora", model=model_of(), objective=objective, load_others=apart(other))
+        shake(run)
+        found.append(run.step([batch], now._replace(learning_rate=0.0)))
+    assert found[0].loss == pytest.approx(found[1].loss, rel=1e-12) and found[0].loss != pytest.approx(found[2].loss, rel=1e-3)
+    if loss == "dpo":
+        likely = [
+            logits_at(model, batch).log_softmax(-1).gather(1, batch.label_BT[:, 1:][batch.label_BT[:, 1:] >= 0][:, None]).sum()
+            for model in (model_of(), teacher_of())
+        ]
+        gained = [sum(one.notes[f"reward {side}"] for side in ("chosen", "rejected")) for one in found[1:]]
+        # Rewards fall by as much as the reference is likelier, beta times, a mean over four pairs.
+        assert gained[0] - gained[1] == pytest.approx(0.1 * float(likely[1] - likely[0]) / 4, rel=1e-9)
 
 
 def test_options_out_of_range_are_refused(engine: Any) -> None:
