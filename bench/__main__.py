@@ -95,7 +95,7 @@ def compare(
 ) -> None:
     """Measure every setting that the command line names on the rows found in its data folder, print a line for each and write them all.
 
-    `size` is written beside the results; `sides` (which peer, which keys of a run) is not.
+    `size` is written beside the results; `sides` (which peer, which keys of a run, all of its steps as `rounds`) is not.
     """
     parser.add_argument("--model", default="smollm2-135m-instruct")
     parser.add_argument("--rounds", type=int, default=6, help="pairs of steps that count, a setting")
@@ -110,7 +110,9 @@ def compare(
         for precision in chosen.precision:
             setting = {"tune": tune, "precision": precision, "model": chosen.model, **size}
             with tempfile.TemporaryDirectory() as folder:
-                found = measure({**setting, **(sides or {}), "rows": rows}, chosen.rounds, Path(folder))
+                found = measure(
+                    {**setting, **(sides or {}), "rows": rows}, (sides or {}).get("rounds", chosen.rounds), Path(folder)
+                )
             results.append({**setting, "rows": name, **found})
             ours, peer = found["luthier"], found["peer"]
             print(

@@ -16,7 +16,7 @@ from bench.__main__ import HERE, compare
 
 STEPS, ROWS_A_STEP = 120, 16
 MOODS = HERE.parent / "recipes" / "data" / "moods"
-SIZE = {"rows_a_step": ROWS_A_STEP, "max_tokens": 256, "micro_batch_tokens": 2048, "train": {"steps": STEPS, "learning_rate": 5e-4}}
+SIZE = {"rows_a_step": ROWS_A_STEP, "max_tokens": 256, "micro_batch_tokens": 2048}
 
 
 def _read(file: Path) -> list[dict[str, Any]]:
@@ -36,13 +36,13 @@ def texts(data: Path) -> tuple[str, list[dict[str, Any]], list[dict[str, Any]]]:
 def main() -> None:
     """Classes of texts."""
     parser = argparse.ArgumentParser(prog="python -m bench.classify", description=__doc__)
-    parser.set_defaults(rounds=STEPS - 1)
     sides: dict[str, Any] = {"peer": "bench.peer_classify"}
 
     def rows_in(data: Path) -> tuple[str, list[dict[str, Any]]]:
         name, train, test = texts(data)
         labels = sorted({row["label"] for row in train})
-        sides.update(labels=labels, test=test)
+        steps = min(STEPS, len(train) // ROWS_A_STEP)
+        sides.update(labels=labels, test=test, rounds=steps - 1, train={"steps": steps, "learning_rate": 5e-4})
         sides["keys"] = {
             "objective": {"classify": {"labels": labels}},
             "evaluate": {"held_out": {"rows": test, "metric": "accuracy"}},

@@ -19,7 +19,7 @@ from luthier.training.loop import Plans, Progress, train
 
 def written(row: Encoded) -> dict[str, list[int]]:
     """A row, or a pair, as the other side reads it."""
-    if row.shape == "text" and "label" in row.columns:
+    if not any(row.supervised) and "label" in row.columns:
         return {"input_ids": list(row.token_ids), "label": row.columns["label"]}
     if not row.mates:
         labels = [one if target else -100 for one, target in zip(row.token_ids, row.supervised, strict=True)]

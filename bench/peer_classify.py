@@ -71,7 +71,7 @@ def main(setting: dict[str, Any]) -> None:
         trainer = Counting(
             model=classifier(setting, tokenizer.pad_token_id),
             args=arguments,
-            train_dataset=Dataset.from_list([{**row, "label": int(row["label"])} for row in rows]),
+            train_dataset=Dataset.from_list([{**row, "label": number[row["label"]]} for row in rows]),
             data_collator=DataCollatorWithPadding(tokenizer),
             callbacks=[taking],
         )
