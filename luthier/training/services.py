@@ -22,7 +22,7 @@ from luthier.models.sharding import whole
 from luthier.training import calibrate
 from luthier.training.disturb import disturbance
 from luthier.tune import Tune
-from luthier.tune.forward import BlockChange, EmbedChange, Hidden, head_now, hidden
+from luthier.tune.forward import BlockChange, EmbedChange, Hidden, draws_apart, head_now, hidden
 
 
 class RunServices:
@@ -169,6 +169,7 @@ def view_of(
         trains: the run learns from this pass, so that techniques drop numbers in it, as the model does.
     """
     pack = tune.packs if pack is None else pack
+    share = embed is None and shares_beginnings(tune, columns, trains=trains)
     where = find_targets(batch)
     row_number = draws.seeds_of(batch.row_ids, where.row_N.device)
     keys = draws.keys(now.seed, now.step, row_number[where.row_N], where.source_N)
@@ -177,7 +178,7 @@ def view_of(
         # What is compared must have read the same.
         reading = batch if read is None else read
         at = now if trains else None
-        return hidden(tune, reading, pack=pack, embed=embed, blocks=change, context_BT=context_BT, draws_at=at)
+        return hidden(tune, reading, pack=pack, embed=embed, blocks=change, context_BT=context_BT, draws_at=at, share=share)
 
     def make() -> tuple[Tensor | None, dict[str, Tensor]]:
         # Other weights run first: exchanging weights under a graph that waits for backward would be wrong.
@@ -213,6 +214,16 @@ def view_of(
         hidden_BTD=hidden_BTD,
         now=now,
     )
+
+
+def shares_beginnings(tune: Tune, columns: Sequence[Column], *, trains: bool) -> bool:
+    """Whether every pass that columns need may run what rows of a group begin with once.
+
+    All do or none does: what is compared is rounded alike, so that a difference of zero is zero.
+    """
+    if draws_apart(tune, trains=trains) or chunked.CONTEXT_ATTENTION in columns:
+        return False
+    return all(one.disturb is None for one in chunked.passes_of(columns))
 
 
 def _context(batch: Batch, where: Targets) -> Tensor:
