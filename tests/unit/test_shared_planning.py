@@ -59,7 +59,8 @@ def test_the_plan_counts_what_is_run(objective: Any, shared: bool) -> None:
         return
     with counted(engine.tune) as seen:
         told = engine.step(batches, plan.clock.at(0, 0.0))
-    # With the pass of the base.
+    # Filled by what is run; and with the pass of the base.
+    assert len(run) == 1 and plan.rows.tokens > 1400
     assert seen == [one for size in run for one in (size, size)] and max(run) <= 1400 and sum(run) < 0.7 * plan.rows.tokens
     assert told.tokens == plan.rows.tokens
     # Of many rows some groups are run on shapes, and the others are on the line through them.

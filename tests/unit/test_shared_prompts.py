@@ -196,6 +196,14 @@ def test_rows_are_laid_out_as_by_hand() -> None:
     assert apart.context.lengths == (4, 3, 2, 1) and not apart.context.shared and torch.equal(apart.run_BT, attend_BT)
 
 
+def test_padding_is_no_token_that_rows_share() -> None:
+    """The id that stands where nothing does may be a token, too."""
+    ids_BT = torch.tensor([[7, 8, 0, 0], [7, 8, 0, 9], [7, 0, 0, 0]])
+    attend_BT = torch.tensor([[True, True, False, False], [True] * 4, [True, False, False, False]])
+    for order, lengths in (([0, 1, 2], (2, 2)), ([1, 0, 2], (4,)), ([2, 0, 1], (1, 1, 3))):
+        assert pack(ids_BT[order], attend_BT[order], ((0, 1, 2),)).context.lengths == lengths
+
+
 TUNES: dict[str, Any] = {
     "full": "full",
     "lora": "lora",
