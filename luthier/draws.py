@@ -88,21 +88,22 @@ def features(key_N: Tensor, width: int) -> Tensor:
 
 
 @contextmanager
-def drawing(key_N: Tensor | None, name: str) -> Iterator[None]:
+def drawing(key_N: Tensor | None, name: str, *, told: bool = True) -> Iterator[None]:
     """Inside the block `dropout` draws by these keys, one for each token of the pass; without keys nothing is dropped.
 
     Args:
         key_N: in the order of the tokens in what the model runs.
         name: of who draws: another name drops other numbers.
+        told: who draws said that it would; else `dropout` refuses, since tokens may stand for several rows.
     """
-    token = _DRAWING.set(None if key_N is None else (key_N, name))
+    token = _DRAWING.set(None if key_N is None else (key_N, name, told))
     try:
         yield
     finally:
         _DRAWING.reset(token)
 
 
-_DRAWING: ContextVar[tuple[Tensor, str] | None] = ContextVar("drawing", default=None)
+_DRAWING: ContextVar[tuple[Tensor, str, bool] | None] = ContextVar("drawing", default=None)
 
 
 def dropout(x: Tensor, share: float, stream: int = 0) -> Tensor:
@@ -117,12 +118,18 @@ def dropout(x: Tensor, share: float, stream: int = 0) -> Tensor:
         stream: another one drops other numbers.
 
     Raises:
-        LuthierError: `x` does not hold the tokens of the pass, as in an expert.
+        LuthierError: `x` does not hold the tokens of the pass, as in an expert; or the technique does not tell that it draws.
     """
     found = _DRAWING.get()
     if not share or found is None:
         return x
-    key_N, name = found
+    key_N, name, told = found
+    if not told:
+        raise LuthierError(
+            "dropout is drawn for each row, and this technique does not tell that it draws",
+            where=name,
+            mend="set `draws` in the technique's Additive or HiddenEdit",
+        )
     width = x.shape[-1]
     if x.numel() != len(key_N) * width:
         raise LuthierError(

@@ -112,6 +112,8 @@ class Additive(NamedTuple):
     wide: frozenset[str] = frozenset()
     """Names of tensors that `apply` gets as they are held, in fp32 or wider, and not in the type of the computation: those in which
     rounding would hide what was learnt, as of numbers near 1. What is merged is then what was trained with."""
+    draws: bool = False
+    """`apply` drops numbers (`luthier.draws.dropout`), in each row other ones: rows that begin alike are then run apart."""
 
 
 class HiddenEdit(NamedTuple):
@@ -120,7 +122,7 @@ class HiddenEdit(NamedTuple):
 
     Roles are those of weights, `block` for whole blocks, `attention_layer` and `mlp_layer` for whole sub-layers, whose input `x` is
     what enters them. With `of` `input` the edit is made before the module, with `y` its input as well, and its result is what the
-    module reads. `frozen`, `refresh`, `shared` and `wide` as in Additive.
+    module reads. `frozen`, `refresh`, `shared`, `wide` and `draws` as in Additive.
     """
 
     start: Callable[[Place, int, int, Services], Tensors]
@@ -135,6 +137,7 @@ class HiddenEdit(NamedTuple):
     """Names of tensors with several axes that weight decay leaves alone all the same, since they are vectors side by side."""
     refresh: Callable[[State, Services], Mapping[Place, Resize]] | None = None
     shared: Callable[[Sequence[Place], Services], Tensors] | None = None
+    draws: bool = False
 
 
 class Prefix(NamedTuple):

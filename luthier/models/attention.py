@@ -1,5 +1,5 @@
-"""The owner of attention: trained keys and values join here, packed rows are kept apart, short rows get a form that is quick to
-differentiate, and a block tells how much of its attention goes to the context.
+"""The owner of attention: trained keys and values join here, packed rows are kept apart but for a beginning that they share, short rows
+get a form that is quick to differentiate, and a block tells how much of its attention goes to the context.
 
 A prefix through `past_key_values` is lost under gradient checkpointing, so luthier has an attention function of its own, on top of
 scaled dot-product attention. What it needs travels as an argument of the forward pass: state on modules would be read by the
@@ -8,9 +8,9 @@ recomputation of another micro-batch, and would make compiled models recompile.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, repeat
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -49,6 +49,15 @@ class Mass:
     """The answer for each token as a query, in fp32 or wider, before dropout."""
 
 
+class Shared(NamedTuple):
+    """The beginning of a packed row, which is that of an earlier row and stands there alone."""
+
+    row: int = 0
+    """Number of the earlier row, which is run whole."""
+    tokens: int = 0
+    """How many of its first tokens; 0: the row shares nothing."""
+
+
 class Context(NamedTuple):
     """What attention must know in one forward pass."""
 
@@ -56,6 +65,8 @@ class Context(NamedTuple):
     """Trained tensors and the function that makes a block's keys and values of them, [H, P, width of a head] each."""
     lengths: tuple[int, ...] = ()
     """Tokens of each of the rows that stand one behind the other; empty where every row of the batch is one row."""
+    shared: tuple[Shared, ...] = ()
+    """What stands before each of these rows and was run with another; empty where every row is run whole."""
     mass: Mass | None = None
     """Asks where one block looks."""
     blocks: Callable[[int, Tensor], Tensor] | None = None
@@ -112,17 +123,33 @@ def attention(
 def _row_by_row(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, context: Context, **options: Any) -> Tensor:
     """Attention of packed rows, [1, N, H, W]: what one row cannot be given, it cannot see."""
     if _has_varlen(query, context, options):
-        return _varlen(query, key, value, context.lengths, **options)
+        return _varlen(query, key, value, context, **options)
     window = options.get("sliding_window")
-    pieces, start = [], 0
-    for length in context.lengths:
-        row = slice(start, start + length)
-        mask = _causal(length, length, query.device, window) if window and length > window else None
-        alone = context._replace(lengths=())
-        output, _ = attention(module, query[:, :, row], key[:, :, row], value[:, :, row], mask, alone, **options)
-        pieces.append(output)
-        start += length
+    alone = context._replace(lengths=(), shared=())
+    pieces = []
+    rows = (_seen(query, context), _seen(key, context), _seen(value, context), context.shared or repeat(Shared()))
+    for queries, keys, values, (_, before) in zip(*rows, strict=False):
+        length = keys.shape[2]
+        # A row without a mask is computed by half, but with the queries of its beginning; one with a mask whole, but without these.
+        short = 2 * before > length
+        queries = queries[:, :, before:] if short else queries
+        masked = short or (window and length > window)
+        mask = _causal(queries.shape[2], length, query.device, window) if masked else None
+        output, _ = attention(module, queries, keys, values, mask, alone, **options)
+        pieces.append(output if short else output[:, before:])
     return torch.cat(pieces, dim=1)
+
+
+def _seen(states: Tensor, context: Context) -> Sequence[Tensor]:
+    """Queries, keys or values of whole rows: those of the beginning that a row shares, then its own."""
+    # No slices of all rows: the gradient of each would be as long as these.
+    pieces: tuple[Tensor, ...] = states.split(context.lengths, dim=2)
+    if not context.shared:
+        return pieces
+    return [
+        torch.cat([pieces[shared.row][:, :, : shared.tokens], own], dim=2) if shared.tokens else own
+        for own, shared in zip(pieces, context.shared, strict=True)
+    ]
 
 
 def _has_varlen(query: Tensor, context: Context, options: dict[str, Any]) -> bool:
@@ -134,23 +161,29 @@ def _varlen(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    lengths: tuple[int, ...],
+    context: Context,
     *,
     scaling: float | None = None,
     sliding_window: int | None = None,
     **ignored: Any,
 ) -> Tensor:
-    """All rows in one kernel that takes rows of any length."""
-    starts = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=query.device)
-    query_NHW, key_NHW, value_NHW = (part[0].transpose(0, 1) for part in (query, key, value))
+    """All rows in one kernel that takes rows of any length; the last query of a row stands beside its last key."""
+    seen = context.lengths
+    if context.shared:
+        seen = tuple(own + shared.tokens for own, shared in zip(context.lengths, context.shared, strict=True))
+        key, value = (torch.cat(list(_seen(part, context)), dim=2) for part in (key, value))
+    query_starts, key_starts = (
+        torch.tensor([0, *accumulate(numbers)], dtype=torch.int32, device=query.device) for numbers in (context.lengths, seen)
+    )
+    query_NHW, key_MHW, value_MHW = (part[0].transpose(0, 1) for part in (query, key, value))
     output_NHW = varlen_attn(
         query_NHW,
-        key_NHW,
-        value_NHW,
-        starts,
-        starts,
-        max(lengths),
-        max(lengths),
+        key_MHW,
+        value_MHW,
+        query_starts,
+        key_starts,
+        max(context.lengths),
+        max(seen),
         scale=scaling,
         window_size=(sliding_window - 1 if sliding_window else -1, 0),
         enable_gqa=query.shape[1] != key.shape[1],

@@ -77,7 +77,7 @@ def attach(
     check_lengths(engine.tune, encoded, loaded.reads.context)
     padded = prepare_model(train, engine.tune, feed)
     if engine.tune.packs:
-        feed.pack()
+        feed.pack(shared=engine.shares_beginnings)
     return Attached(engine, feed, clock, rate_from, padded)
 
 

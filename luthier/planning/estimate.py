@@ -7,7 +7,7 @@ the process. The micro-batch is run on shapes alone, so whatever a technique add
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, NamedTuple
@@ -27,6 +27,7 @@ from luthier.training.feed import Feed
 from luthier.training.loop import Clock
 from luthier.training.schedule import constant
 from luthier.training.trial import size_of
+from luthier.tune.packed import pack
 
 PROCESS_BYTES = 450 * 2**20
 """An interpreter with torch and transformers loaded, where the system does not tell."""
@@ -198,9 +199,11 @@ def _count(engine: Engine, batch: Batch) -> Peak:
     def counted(part: Batch) -> Peak:
         return peak_of(engine, [part], Clock(1, 0.0, constant, 0, 0).at(0, 0.0))
 
-    if len(batch.row_ids) <= MOST_ROWS:
+    groups, rows = _whole_groups(batch), len(batch.row_ids)
+    counts = [max(least, number * len(groups) // max(1, rows)) for least, number in ((1, MOST_ROWS // 2), (2, MOST_ROWS))]
+    if rows <= MOST_ROWS or len(groups) <= counts[-1]:
         return counted(batch)
-    few, more = (batch.take(_spread(batch, number)) for number in (MOST_ROWS // 2, MOST_ROWS))
+    few, more = (batch.take(_spread(groups, count)) for count in counts)
     return _on_the_line(counted(few), counted(more), *(_size(engine, one) for one in (few, more, batch)))
 
 
@@ -210,14 +213,25 @@ def _on_the_line(few: Peak, more: Peak, size_few: int, size_more: int, size: int
     return Peak(*(most + round(max(0, most - least) * beyond) for least, most in zip(few, more, strict=True)))
 
 
-def _spread(batch: Batch, number: int) -> Tensor:
-    """Places of the longest row, whose attention may outweigh all others, and of more rows of all lengths."""
-    by_length = batch.attend_BT.sum(-1).argsort(descending=True, stable=True).cpu()
-    return by_length[torch.arange(number) * len(by_length) // number]
+def _whole_groups(batch: Batch) -> list[tuple[int, ...]]:
+    """Places of rows that belong together, and of each that stands alone; the longest row's first."""
+    lengths = batch.attend_BT.sum(-1).tolist()
+    grouped = {place for group in batch.groups for place in group}
+    groups = [*batch.groups, *((place,) for place in range(len(lengths)) if place not in grouped)]
+    return sorted(groups, key=lambda group: -max(lengths[place] for place in group))
+
+
+def _spread(groups: Sequence[tuple[int, ...]], count: int) -> Tensor:
+    """Places of the first group's rows, whose attention may outweigh all others, and of those of more groups of all lengths."""
+    chosen = [groups[k * len(groups) // count] for k in range(count)]
+    return torch.tensor([place for group in chosen for place in group])
 
 
 def _size(engine: Engine, batch: Batch) -> int:
-    return batch.tokens if engine.tune.packs else batch.token_ids_BT.numel()
+    """Tokens that are run, padding among them where rows are not packed."""
+    if not engine.tune.packs:
+        return batch.token_ids_BT.numel()
+    return int(pack(batch.token_ids_BT, batch.attend_BT, batch.groups if engine.shares_beginnings else ()).run_BT.sum())
 
 
 def _guess(engine: Engine, parts: Parts, largest: Largest, dtype: torch.dtype, *, checkpointing: bool) -> Peak:
@@ -267,7 +281,9 @@ def _seconds(engine: Engine, parts: Parts, feed: Feed, dtype: torch.dtype) -> fl
     body = count(model) - head * (1 if parts.ties else 2)
     trained = sum(one.numel for one in engine.tune.trained.values() if one.form != "factor")
     tokens, targets = feed.tokens()
-    multiply_adds = tokens * (2 * body + min(trained, body)) + 3 * targets * head
+    sizes = feed.rows.sizes
+    run = tokens * sum(feed.run(sizes)) // max(1, sum(sizes.tokens))
+    multiply_adds = run * (2 * body + min(trained, body)) + 3 * targets * head
     return 2 * multiply_adds / (_speed(dtype) * EFFICIENCY)
 
 

@@ -212,8 +212,13 @@ class Plan:
 
     def _padding(self) -> str:
         if self.engine.tune.packs:
-            return "packed, without padding"
+            return "packed, without padding" + self._beginnings()
         return f"{100 * self.feed.padding():.1f} % padding: {self.padded}"
+
+    def _beginnings(self) -> str:
+        sizes = self.rows.sizes
+        once = sum(sizes.tokens) - sum(self.feed.run(sizes)) if self.feed.packed else 0
+        return f"; {once:,} tokens that rows of a group begin with alike are not run again" if once else ""
 
     def _template(self) -> list[str]:
         name, day = self.recipe.rows.template, date_of(self.tokenizer)

@@ -75,6 +75,7 @@ def plan_epoch(
     *,
     tokens: Sequence[int] | None = None,
     members: Sequence[int] = (),
+    run: Sequence[int] = (),
     micro_batch_tokens: int,
     batch_tokens: int | None = None,
     batch_rows: int | None = None,
@@ -97,7 +98,8 @@ def plan_epoch(
         lengths: tokens of each row; of one with mates, those of the longest among them.
         tokens: all tokens of each row and its mates; none: no row has mates.
         members: how many rows stand in a micro-batch for each; none: one.
-        micro_batch_tokens: the most tokens, padding counted, of one micro-batch; a longer row is one by itself.
+        run: tokens that each runs where it is packed; none: all of them.
+        micro_batch_tokens: the most tokens, padding counted, that one micro-batch runs; a longer row is one by itself.
         batch_tokens: the most tokens, padding not counted, of one step over all processes; a longer row is one by
             itself.
         batch_rows: instead of `batch_tokens`, the rows of one step over all processes.
@@ -131,7 +133,8 @@ def plan_epoch(
     if drop_last and steps and filled < budget:
         steps.pop()
     if packed:
-        return [_without_padding(_dealt(step, tokens, tokens, world_size)[rank], tokens, micro_batch_tokens) for step in steps]
+        run = run or tokens
+        return [_without_padding(_dealt(step, run, run, world_size)[rank], run, micro_batch_tokens) for step in steps]
     padded = [_rounded_up(length, pad_to_multiple) for length in lengths]
     room = [count * length for count, length in zip(members, padded, strict=True)]
     return [_micro_batches(_dealt(step, padded, room, world_size)[rank], padded, members, micro_batch_tokens) for step in steps]

@@ -24,7 +24,7 @@ from luthier.kinds.parts import Reads
 from luthier.rows.annotate import token_columns
 from luthier.rows.borders import Border, tokenized_at
 from luthier.rows.chat import Form, LossOn, Rendered, form_of, render_pair, render_prompt, render_training
-from luthier.rows.groups import GROUPS, PAIR, TEXTS, cut_alike, joined, refuse_other_prompts, without
+from luthier.rows.groups import GROUPS, PAIR, TEXTS, cut_alike, joined, refuse_other_prompts, run_tokens, without
 from luthier.rows.limits import ANYTHING, Limits, TooLong, check_choice, check_ids
 from luthier.rows.messages import Message
 from luthier.rows.shapes import BadRow, Row, Scalar, bad_rows_error
@@ -92,6 +92,8 @@ class Sizes(NamedTuple):
     """Tokens of the longest of the row and its mates; empty where no row has mates."""
     members: Sequence[int] = ()
     """How many rows stand in a micro-batch for it; empty where each stands alone."""
+    run: Sequence[int] = ()
+    """Tokens of the row and its mates where what they begin with is run once; empty where no row has mates."""
 
     @classmethod
     def of(cls, rows: Iterable[Encoded]) -> Sizes:
@@ -101,7 +103,8 @@ class Sizes(NamedTuple):
         targets = [sum(sum(one.supervised) for one in group) for group in groups]
         if all(len(group) == 1 for group in groups):
             return cls(tokens, targets)
-        return cls(tokens, targets, [max(map(len, group)) for group in groups], [len(group) for group in groups])
+        longest, members = [max(map(len, group)) for group in groups], [len(group) for group in groups]
+        return cls(tokens, targets, longest, members, [run_tokens(group) for group in groups])
 
     @property
     def lengths(self) -> Sequence[int]:

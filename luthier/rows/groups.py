@@ -46,6 +46,17 @@ def prompt_length(one: Encoded) -> int:
     return next((place for place, is_target in enumerate(one.supervised) if is_target), len(one))
 
 
+def common_beginning(first: Sequence[int], second: Sequence[int]) -> int:
+    """Tokens that both begin with."""
+    return next((i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), min(len(first), len(second)))
+
+
+def run_tokens(group: Sequence[Encoded]) -> int:
+    """Tokens that a group runs where what a row and the first begin with is run once."""
+    first, *others = (one.token_ids for one in group)
+    return len(first) + sum(len(one) - common_beginning(first, one) for one in others)
+
+
 def refuse_other_prompts(pair: Sequence[Encoded], decode: Callable[[Sequence[int]], Any]) -> None:
     """Two answers are compared behind the same tokens.
 
@@ -56,7 +67,7 @@ def refuse_other_prompts(pair: Sequence[Encoded], decode: Callable[[Sequence[int
     first, second = prompts
     if first == second:
         return
-    place = next((i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), min(map(len, prompts)))
+    place = common_beginning(first, second)
     shown = [f"`{decode(one[max(0, place - 5) : place + 5])}`" for one in prompts]
     raise LuthierError(
         f"the prompt of the chosen answer and that of the rejected one differ from token {place} on: {shown[0]} and {shown[1]}",

@@ -22,6 +22,7 @@ import pyarrow
 
 from luthier import disk
 from luthier.rows.encode import Encoded, EncodedRows, Sizes, renamed, two_tokens
+from luthier.rows.groups import run_tokens
 from luthier.rows.ids import digest, parted
 from luthier.rows.shapes import BadRow
 
@@ -45,6 +46,7 @@ SCHEMA = pyarrow.schema(
         "targets": pyarrow.int32(),
         "longest": pyarrow.int32(),
         "members": pyarrow.int32(),
+        "run": pyarrow.int32(),
         "digest": pyarrow.int64(),
         "content": pyarrow.int64(),
         "occurrence": pyarrow.int32(),
@@ -165,6 +167,7 @@ def batch_of(rows: EncodedRows, derived: Set[str] = frozenset()) -> pyarrow.Reco
             "targets": targets,
             "longest": max(map(len, row.group)),
             "members": len(row.group),
+            "run": run_tokens(row.group),
             "digest": digest(row.id),
             "content": digest(content),
             "occurrence": occurrence,

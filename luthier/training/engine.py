@@ -15,14 +15,14 @@ from torch import Tensor
 from luthier import draws
 from luthier.errors import LuthierError
 from luthier.kinds import Batch, Keeper, Now, Services, Source, State, TrainedLike, View
-from luthier.models.modes import evaluating
+from luthier.models.modes import drops, evaluating
 from luthier.models.sharding import is_sharded
 from luthier.registry import Part
 from luthier.training import agreement
 from luthier.training.chain import Chain
 from luthier.training.inputs import Inputs
 from luthier.training.objective import Counted, Looked, Noted, Objective, Sums
-from luthier.training.services import Calibration, RunServices
+from luthier.training.services import Calibration, RunServices, shares_beginnings
 from luthier.training.world import World
 from luthier.tune import Trained, Tune
 
@@ -110,6 +110,12 @@ class Engine:
             # In place: the parts of a technique share their state.
             self.states[slot].clear()
             self.states[slot].update(copy.deepcopy(state))
+
+    @property
+    def shares_beginnings(self) -> bool:
+        """Whether packed rows of a group always run what they begin with once: nothing tells them apart there in any step."""
+        alike = shares_beginnings(self.tune, self.objective.columns(), self.objective.others(), trains=True)
+        return alike and not self.inputs.maps and not drops(self.tune.model)
 
     def services(self, slot: str, now: Now) -> Services:
         """What a technique under this slot may ask."""

@@ -35,6 +35,7 @@ class Feed:
         batch_tokens, batch_rows: the size of a step, one of them.
         micro_batch_tokens: most tokens of a forward pass, padding counted.
         packed: rows run without padding.
+        shared: what rows of a group begin with is run once.
     """
 
     rows: EncodedRows
@@ -48,12 +49,14 @@ class Feed:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     mixture: Mixture | None = None
     packed: bool = False
+    shared: bool = False
     _epochs: dict[int, _Epoch] = field(default_factory=dict)
     _steps: dict[int, int] = field(default_factory=dict)
 
-    def pack(self) -> None:
-        """Run rows without padding from here on: more of them fit into a micro-batch."""
-        self.packed = True
+    def pack(self, *, shared: bool = False) -> None:
+        """Run rows without padding from here on, and what rows of a group begin with once if it is `shared`: more of them fit into a
+        micro-batch."""
+        self.packed, self.shared = True, shared
         self._epochs.clear()
 
     def limit(self, tokens: int) -> None:
@@ -87,6 +90,7 @@ class Feed:
             sizes.lengths,
             tokens=sizes.tokens,
             members=sizes.members,
+            run=self.run(sizes),
             micro_batch_tokens=self.micro_batch_tokens,
             batch_tokens=None if self.batch_rows is not None else self.batch_tokens,
             batch_rows=self.batch_rows,
@@ -96,6 +100,10 @@ class Feed:
             rank=self.world.rank,
             packed=self.packed,
         )
+
+    def run(self, sizes: Sizes) -> Sequence[int]:
+        """Tokens that rows of these sizes run, without padding."""
+        return sizes.run if self.shared and sizes.run else sizes.tokens
 
     def _length(self, number: int) -> int:
         """Steps of one epoch."""

@@ -203,7 +203,7 @@ class Objective:
         terms = [(one, chunked.resolve(one.term.columns)) for one in self.terms]
         return [*terms, *((one, chunked.resolve(one.weight.columns)) for one in self.weights)]
 
-    def _others(self) -> tuple[OtherPass, ...]:
+    def others(self) -> tuple[OtherPass, ...]:
         """The other passes of which terms ask for hidden states."""
         return chunked.alike([one for minimized in self.terms for one in minimized.term.others])
 
@@ -365,7 +365,7 @@ class Objective:
             embed=embed,
             remembered=self._states(),
             keep_hidden=hidden_wanted,
-            keep_others=self._others(),
+            keep_others=self.others(),
             trains=trains,
         )
         if self.head is not None and tune.head is not None and view.hidden_BTD is not None:

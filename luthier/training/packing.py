@@ -13,12 +13,14 @@ from luthier.tune import Tune
 from luthier.tune.forward import hidden
 
 LENGTHS = (7, 4, 5)
+ALIKE = 2
+"""Tokens that the second and the third row begin with, which are run once."""
 
 
 def obstacle(tune: Tune) -> str:
     """Why rows cannot be packed with this model; nothing where they can.
 
-    The model runs three short rows packed and padded, and packed once more with the first row changed.
+    The model runs three short rows packed and padded, and packed once more with the first row changed. Two of them begin alike.
     """
     if not tune.parts.causal:
         return "this model is no causal one"
@@ -45,11 +47,13 @@ def obstacle(tune: Tune) -> str:
 def _rows(tune: Tune, *, other_first: bool = False) -> Batch:
     longest, vocabulary = max(LENGTHS), tune.parts.vocabulary
     ids_BT = torch.arange(1, 1 + len(LENGTHS) * longest).view(len(LENGTHS), longest) % vocabulary
+    ids_BT[2, :ALIKE] = ids_BT[1, :ALIKE]
     if other_first:
         ids_BT[0] = (ids_BT[0] + 1) % vocabulary
     attend_BT = torch.arange(longest)[None] < torch.tensor(LENGTHS)[:, None]
     position_BT = torch.arange(longest).expand_as(ids_BT)
     batch = Batch(ids_BT * attend_BT, attend_BT, position_BT, torch.full_like(ids_BT, -100), tuple(map(str, LENGTHS)))
+    batch = batch._replace(groups=((0,), (1, 2)))
     return batch.to(next(tune.model.parameters()).device)
 
 

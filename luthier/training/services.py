@@ -22,7 +22,7 @@ from luthier.models.sharding import whole
 from luthier.training import calibrate
 from luthier.training.disturb import disturbance
 from luthier.tune import Tune
-from luthier.tune.forward import BlockChange, EmbedChange, Hidden, head_now, hidden, without_virtual
+from luthier.tune.forward import BlockChange, EmbedChange, Hidden, draws_apart, head_now, hidden, without_virtual
 
 
 class RunServices:
@@ -171,6 +171,7 @@ def view_of(
         trains: the run learns from this pass, so that techniques drop numbers in it, as the model does.
     """
     pack = tune.packs if pack is None else pack
+    share = embed is None and shares_beginnings(tune, columns, keep_others, trains=trains)
     where = find_targets(batch)
     row_number = draws.seeds_of(batch.row_ids, where.row_N.device)
     keys = draws.keys(now.seed, now.step, row_number[where.row_N], where.source_N)
@@ -180,7 +181,7 @@ def view_of(
 
     def run(change: BlockChange | None = None, context_BT: Tensor | None = None, *, trains: bool = trains) -> Hidden:
         at = now if trains else None
-        return hidden(tune, reading, pack=pack, embed=embed, blocks=change, context_BT=context_BT, draws_at=at)
+        return hidden(tune, reading, pack=pack, embed=embed, blocks=change, context_BT=context_BT, draws_at=at, share=share)
 
     def make() -> tuple[Tensor | None, dict[str, Tensor], dict[str, Tensor]]:
         # Other weights run first: exchanging weights under a graph that waits for backward would be wrong.
@@ -189,7 +190,7 @@ def view_of(
         for one in sorted(named.values(), key=_is_own):
             change = disturbance(one, batch, now, remembered.get(one.name, {}))
             if one.model:
-                made, head = _of_model(tune, one, reading, pack=pack, embed=embed, change=change)
+                made, head = _of_model(tune, one, reading, pack=pack, share=share, embed=embed, change=change)
             else:
                 # Dropout is the training pass's alone.
                 draws_here = trains and one.gradient and not one.at
@@ -228,6 +229,16 @@ def view_of(
     return view
 
 
+def shares_beginnings(tune: Tune, columns: Sequence[Column], others: Sequence[OtherPass] = (), *, trains: bool) -> bool:
+    """Whether every pass that columns need, and others, may run what rows of a group begin with once.
+
+    All do or none does: what is compared is rounded alike, so that a difference of zero is zero.
+    """
+    if draws_apart(tune, trains=trains) or chunked.CONTEXT_ATTENTION in columns:
+        return False
+    return all(one.disturb is None for one in (*chunked.passes_of(columns), *others))
+
+
 def _context(batch: Batch, where: Targets) -> Tensor:
     """True at real tokens that are no targets, [B, T]."""
     context_BT = batch.attend_BT.clone()
@@ -253,11 +264,18 @@ def _again(tune: Tune, one: OtherPass, run: Callable[[], Hidden]) -> tuple[Hidde
 
 
 def _of_model(
-    tune: Tune, one: OtherPass, reading: Batch, *, pack: bool, embed: EmbedChange | None, change: BlockChange | None
+    tune: Tune,
+    one: OtherPass,
+    reading: Batch,
+    *,
+    pack: bool,
+    share: bool,
+    embed: EmbedChange | None,
+    change: BlockChange | None,
 ) -> tuple[Hidden, chunked.Head]:
     """A pass of another model of the run, as far as the head. It reads the rows' own tokens."""
     ids_BT, attend_BT = without_virtual(reading.token_ids_BT, reading.attend_BT)
     own = reading._replace(token_ids_BT=ids_BT, attend_BT=attend_BT)
     with tune.running(one.model) as other, evaluating(other.model):
-        made = hidden(other, own, pack=pack and other.packs, embed=embed, blocks=change)
+        made = hidden(other, own, pack=pack and other.packs, share=share, embed=embed, blocks=change)
         return made, head_now(other)

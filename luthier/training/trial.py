@@ -70,7 +70,7 @@ def measure(engine: Engine, feed: Feed, clock: Clock) -> Measured:
 def size_of(feed: Feed, group: Sequence[int]) -> int:
     """Tokens that a micro-batch computes: with padding where rows are not packed."""
     sizes = feed.rows.sizes.take(group)
-    return sum(sizes.tokens) if feed.packed else sum(sizes.members or [1] * len(group)) * max(sizes.lengths)
+    return sum(feed.run(sizes)) if feed.packed else sum(sizes.members or [1] * len(group)) * max(sizes.lengths)
 
 
 def largest_step(feed: Feed) -> int:

@@ -104,6 +104,11 @@ class Attached:
         self._handles: dict[str, Any] = {}
         model.requires_grad_(False)
 
+    @property
+    def draws(self) -> bool:
+        """Whether anything drops numbers while the run trains, in each row other ones."""
+        return any(value.draws for _, value, _ in self.additives) or any(value.draws for _, value, _ in self.edits)
+
     def site(self, module: str) -> Site:
         """What stands at a module; made and hooked when first asked for."""
         if module not in self.sites:

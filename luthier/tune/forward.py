@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +15,10 @@ from luthier.errors import LuthierError
 from luthier.kinds import Batch, Now
 from luthier.models.attention import Context, Mass
 from luthier.models.head import finish
+from luthier.models.modes import drops
 from luthier.tune.attached import Attached
+from luthier.tune.packed import Packed
+from luthier.tune.packed import pack as pack_rows
 
 EmbedChange = Callable[[Tensor], Tensor]
 """What becomes of the embeddings [B, T, D] of a batch."""
@@ -30,7 +33,7 @@ class Hidden(NamedTuple):
     values: Tensor
     """[B, T, D], or [N, D] where the rows were packed."""
     place_BT: Tensor | None = None
-    """Where each real token of a packed batch stands in `values`."""
+    """Where each real token of a packed batch stands in `values`: several at one place where rows begin alike and that was run once."""
     mass: Tensor | None = None
     """The last block's attention to the context, where it was asked for: [B, T], or [N] where the rows were packed."""
 
@@ -94,6 +97,7 @@ def hidden(
     blocks: BlockChange | None = None,
     context_BT: Tensor | None = None,
     draws_at: Now | None = None,
+    share: bool = True,
 ) -> Hidden:
     """Run the model's body on a batch.
 
@@ -108,6 +112,7 @@ def hidden(
         context_BT: True at tokens of which the last block shall say how much it attends to them. What trained prompts and prefixes
             put before the rows always counts.
         draws_at: the run trains, and this is its clock: techniques that drop numbers do so. Else none does.
+        share: where rows are packed, run what those of a group begin with alike once, unless something may tell them apart there.
 
     Raises:
         LuthierError: `embed` or `blocks` are given, and the model's embeddings or blocks cannot be reached; or the last block does not
@@ -125,28 +130,32 @@ def hidden(
         attend_BT = torch.cat([attend_BT.new_ones(len(attend_BT), length), attend_BT], dim=1)
         context_BT = None if context_BT is None else functional.pad(context_BT, (length, 0), value=1.0)
     backbone = tune.model.get_submodule(tune.parts.backbone)
-    packed = pack and not bool(attend_BT.all())
-    place_BT = (attend_BT.flatten().cumsum(0) - 1).view_as(attend_BT)[:, length:] if packed else None
-    layout = _Layout(own_tokens(batch), length, place_BT)
-    arguments = _packed(ids_BT, attend_BT) if packed else _padded(backbone, ids_BT, attend_BT, causal=tune.parts.causal)
+    # Each of these may be another thing for each row.
+    apart = embed is not None or blocks is not None or context_BT is not None or draws_apart(tune, trains=draws_at is not None)
+    places = _pack(ids_BT, attend_BT, batch.groups if share and not apart else ()) if pack else None
+    layout = _Layout(own_tokens(batch), length, None if places is None else places.place_BT[:, length:])
+    if places is None:
+        arguments = _padded(backbone, ids_BT, attend_BT, causal=tune.parts.causal)
+    else:
+        arguments = _packed(tune, ids_BT, attend_BT, places, prompted=bool(length) or virtual)
     asked = None
     if context_BT is not None:
-        asked = Mass(tune.parts.blocks - 1, context_BT[attend_BT][None] if packed else context_BT)
+        asked = Mass(tune.parts.blocks - 1, context_BT if places is None else context_BT[places.run_BT][None])
         arguments["luthier"] = arguments.get("luthier", Context())._replace(mass=asked)
     if embed is not None:
         arguments["inputs_embeds"] = layout.change(_embedded(tune, arguments.pop("input_ids")), embed)
     key_N = None
     if draws_at is not None:
         key_BT = _keys(batch, length, draws_at)
-        key_N = key_BT[attend_BT] if packed else key_BT.flatten()
+        key_N = key_BT.flatten() if places is None else key_BT[places.run_BT]
     with tune.drawing_at(key_N):
         values = _last(backbone, arguments) if blocks is None else _last_open(tune, arguments, layout, blocks)
     if key_N is not None:
         # The backward pass may run parts of the model again, and must draw the same.
         tune.drawing = key_N
     mass_BT = None if asked is None else _told(tune, asked)
-    if packed:
-        return Hidden(values[0], place_BT, None if mass_BT is None else mass_BT[0])
+    if places is not None:
+        return Hidden(values[0], layout.place_BT, None if mass_BT is None else mass_BT[0])
     return Hidden(values[:, length:], mass=None if mass_BT is None else mass_BT[:, length:])
 
 
@@ -168,17 +177,35 @@ def _told(tune: Attached, asked: Mass) -> Tensor:
     return asked.found_BT
 
 
-def _packed(ids_BT: Tensor, attend_BT: Tensor) -> dict[str, Any]:
-    """What the model's body gets of the real tokens alone, [1, N]."""
-    position_BT = attend_BT.long().cumsum(-1) - 1
-    return {
-        "input_ids": ids_BT[attend_BT][None],
-        "position_ids": position_BT[attend_BT][None],
+def draws_apart(tune: Attached, *, trains: bool) -> bool:
+    """Whether anything drops numbers, in each row other ones: techniques in a pass that trains, the model in its own mode."""
+    return (trains and tune.draws) or (tune.model.training and drops(tune.model))
+
+
+def _pack(ids_BT: Tensor, attend_BT: Tensor, groups: Sequence[tuple[int, ...]]) -> Packed | None:
+    """The batch without padding and what would be run twice; None where it has neither."""
+    if not groups and bool(attend_BT.all()):
+        return None
+    found = pack_rows(ids_BT, attend_BT, groups)
+    return None if bool(found.run_BT.all()) else found
+
+
+def _packed(tune: Attached, ids_BT: Tensor, attend_BT: Tensor, places: Packed, *, prompted: bool) -> dict[str, Any]:
+    """What the model's body gets of the tokens that are run alone, [1, N]."""
+    run_BT = places.run_BT
+    arguments: dict[str, Any] = {
+        "input_ids": ids_BT[run_BT][None],
+        "position_ids": places.position_BT[run_BT][None],
         # One that is ready made, so that none is made; attention is told the lengths and looks at no mask.
         "attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool, device=ids_BT.device),
         "use_cache": False,
-        "luthier": Context(lengths=tuple(attend_BT.sum(-1).tolist())),
+        "luthier": places.context,
     }
+    if prompted and places.context.shared:
+        # A prompt may tell a token's place by what stands before it, which is elsewhere for a row that shares its beginning.
+        arguments["inputs_embeds"] = _embedded(tune, ids_BT[attend_BT][None])[:, run_BT[attend_BT]]
+        del arguments["input_ids"]
+    return arguments
 
 
 def _padded(backbone: torch.nn.Module, ids_BT: Tensor, attend_BT: Tensor, *, causal: bool) -> dict[str, Any]:

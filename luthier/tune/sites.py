@@ -173,7 +173,7 @@ class Site:
             return None
         x = _entering(arguments, named)
         for edit in edits:
-            with drawing(self.keys(), edit.name):
+            with drawing(self.keys(), edit.name, told=edit.value.draws):
                 x = edit.value.apply(edit.tensors(x.dtype), x, x)
         return ((x, *arguments[1:]), named) if arguments else (arguments, {**named, HIDDEN: x})
 
@@ -185,7 +185,7 @@ class Site:
         x = _entering(arguments, named) if ids is None else ids
         # What is seen of the weight has the deltas in it.
         for addition in self.additions if self.see is None else ():
-            with drawing(self.keys(), addition.name):
+            with drawing(self.keys(), addition.name, told=addition.value.draws):
                 y = self._add(addition, x, y)
         # A tap needs the gradient of what the weight gave: it stands before whatever changes that.
         for leaf, spec in self.taps.values():
@@ -195,7 +195,7 @@ class Site:
             y = prompt.apply(own.tensors(y.dtype), x, y)
         for edit in self.edits:
             if edit.value.of == "output" and edit.stands:
-                with drawing(self.keys(), edit.name):
+                with drawing(self.keys(), edit.name, told=edit.value.draws):
                     y = self._edit(edit, x, y)
         return (y, *output[1:]) if isinstance(output, tuple) else y
 

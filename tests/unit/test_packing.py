@@ -187,20 +187,23 @@ def test_positions_that_do_not_restart_are_an_obstacle(monkeypatch: pytest.Monke
 
 
 def reference_varlen(
-    query: Tensor, key: Tensor, value: Tensor, starts: Tensor, same: Tensor, longest: int, most: int, **options: Any
+    query: Tensor, key: Tensor, value: Tensor, starts: Tensor, key_starts: Tensor, longest: int, most: int, **options: Any
 ) -> Tensor:
-    """What the kernel promises, row by row in fp64."""
-    assert starts is same and longest == most == int((starts[1:] - starts[:-1]).max())
+    """What the kernel promises, row by row in fp64: the last query of a row stands beside its last key."""
+    assert longest == int(starts.diff().max()) and most == int(key_starts.diff().max())
     left, right = options["window_size"]
     assert right == 0
     pieces = []
-    for start, end in zip(starts[:-1].tolist(), starts[1:].tolist(), strict=True):
-        q, k, v = (part[start:end].transpose(0, 1).double() for part in (query, key, value))
+    for number, (start, end) in enumerate(zip(starts[:-1].tolist(), starts[1:].tolist(), strict=True)):
+        first, last = key_starts[number : number + 2].tolist()
+        q = query[start:end].transpose(0, 1).double()
+        k, v = (part[first:last].transpose(0, 1).double() for part in (key, value))
         k, v = (part.repeat_interleave(len(q) // len(part), 0) for part in (k, v))
-        gap = torch.arange(end - start)[:, None] - torch.arange(end - start)[None]
+        gap = torch.arange(last - first - (end - start), last - first)[:, None] - torch.arange(last - first)[None]
         seen = (gap >= 0) & ((gap <= left) | (left < 0))
         score = (q @ k.transpose(1, 2) * options["scale"]).masked_fill(~seen, float("-inf"))
         pieces.append((score.softmax(-1) @ v).transpose(0, 1))
+    assert last == len(key) == len(value)
     return torch.cat(pieces).to(query.dtype)
 
 

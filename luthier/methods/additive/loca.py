@@ -93,6 +93,7 @@ def loca(
         frozen=frozenset({"begin", "shape"}),
         # In bf16 a location would be off by cells.
         wide=frozenset({"coefficients", "rows", "columns"}),
+        draws=dropout > 0.0,
     )
     return additive, Transform(lambda trained: {}, bound, takes=is_location), Freezing(frozen, ends=(search,))
 

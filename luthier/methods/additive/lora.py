@@ -64,4 +64,4 @@ def lora(
     def delta(tensors: Tensors) -> Tensor:
         return scale * tensors["up"] @ tensors["down"]
 
-    return Additive(start, apply, delta, roles=roles, pair=("down", "up"), scale=scale)
+    return Additive(start, apply, delta, roles=roles, pair=("down", "up"), scale=scale, draws=dropout > 0.0)

@@ -102,4 +102,4 @@ def bottleneck(
         inner = activate(functional.linear(read(x, y), tensors["down"], tensors["down_bias"]))
         return y + scale * functional.linear(draws.dropout(inner, dropout), tensors["up"], tensors["up_bias"])
 
-    return HiddenEdit(start, apply, roles)
+    return HiddenEdit(start, apply, roles, draws=dropout > 0.0)

@@ -28,8 +28,8 @@ FAULTS = (
     Fault(
         "dropout follows from the split into micro-batches and processes",
         "draws.py",
-        "    key_N, name = found\n    width",
-        "    key_N, name = torch.randint(1 << 62, found[0].shape), found[1]\n    width",
+        "    key_N, name, told = found\n",
+        "    key_N, name, told = torch.randint(1 << 62, found[0].shape), found[1], found[2]\n",
         (f"{DROPOUT}::test_any_split_and_packing_drop_the_same[loca]",),
     ),
     Fault(
