@@ -200,6 +200,24 @@ class View:
         """Sum a column within each row: [N] to [B]."""
         return value_N.new_zeros(len(self.batch.row_ids)).index_add(0, self.row_N, value_N)
 
+    def log_likelihoods(self, column: str = "nll") -> Tensor:
+        """The log-likelihood of each row's targets, each times its token weight, in nats: [B].
+
+        Args:
+            column: negative log-likelihoods of the targets, of the model itself or of another pass.
+        """
+        return self.sum_rows(-self[column] * self.weight_N)
+
+    def gains(self) -> Tensor:
+        """By how much each row is likelier than under the reference, in nats: [B].
+
+        Raises:
+            RuntimeError: the loss asks for no reference.
+        """
+        if self.reference_B is None:
+            raise RuntimeError("a loss reads the reference without asking for it: StepLoss(..., reference=True)")
+        return self.log_likelihoods() - self.reference_B
+
     def sum_rows_wide(self, value_N: Tensor) -> Tensor:
         """The same without a graph, summed in fp64: [B], rounded to fp32 where the device has no fp64."""
         rows = len(self.batch.row_ids)

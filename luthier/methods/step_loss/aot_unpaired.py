@@ -35,8 +35,7 @@ def aot_unpaired(*, beta: float = 0.1, smoothing: float = 0.0, weight: float = 1
     check_share(smoothing, "aot_unpaired", "smoothing")
 
     def value(view: View, own: Tensors) -> Tensor:
-        assert view.reference_B is not None
-        return view.sum_rows(-view["nll"] * view.weight_N) - view.reference_B
+        return view.gains()
 
     def loss(table: RowTable) -> Tensor:
         chosen_G, rejected_G = table.sides()

@@ -49,8 +49,7 @@ def kto(
         return beside_other_answers(rows, column, "kto")
 
     def value(view: View, own: Tensors) -> Tensor:
-        assert view.reference_B is not None
-        return view.sum_rows(-view["nll"] * view.weight_N) - view.reference_B
+        return view.gains()
 
     def loss(table: RowTable) -> Tensor:
         own_G, other_G = table.sides()
