@@ -123,6 +123,11 @@ class Pairs(NamedTuple):
     margin_P: Tensor
     """By how much more the chosen answer gained on the reference than the rejected one."""
 
+    @property
+    def mean_margin_P(self) -> Tensor:  # noqa: N802
+        """The same of what a target gained, a mean over each answer."""
+        return self.chosen.gained_P / self.chosen.targets_P - self.rejected.gained_P / self.rejected.targets_P
+
     def column(self, name: str) -> Tensor:
         """A free number of the rows, [P]; NaN where a row lacks it.
 
