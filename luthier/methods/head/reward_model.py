@@ -11,6 +11,7 @@ from luthier.errors import LuthierError
 from luthier.kinds import Batch, Head, Services, Tensors, Term, View
 from luthier.registry import method
 from luthier.rows.groups import check_pairs
+from luthier.rows.numbers import check_numbers
 
 SPREAD = 0.02
 """Standard deviation of the numbers that heads start from, as transformers draws them."""
@@ -67,8 +68,8 @@ def reward_model(
 
     def check(batch: Batch) -> None:
         check_pairs(batch)
-        if margin and (margin not in batch.columns or not bool(batch.columns[margin].isfinite().all())):
-            raise LuthierError(f"a row has no number `{margin}`", where=f"row {batch.row_ids[0]}", mend="add it to every row")
+        if margin:
+            check_numbers(batch, margin, "add it to every row")
 
     return (
         Head(start, read, "score", rate=head_rate),

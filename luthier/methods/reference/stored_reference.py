@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from luthier.errors import LuthierError
 from luthier.kinds import Batch, Reference, View
 from luthier.registry import method
+from luthier.rows.numbers import check_numbers
 
 
 @method(title="A reference that was stored")
@@ -35,12 +35,7 @@ def stored_reference(*, chosen: str = "reference_chosen", rejected: str = "refer
 
     def check(batch: Batch) -> None:
         for name in (chosen, rejected):
-            column_B = batch.columns.get(name)
-            if column_B is None or not bool((column_B.isfinite() & (column_B <= 0)).all()):
-                raise LuthierError(
-                    f"a row has no log-likelihood `{name}`",
-                    where=f"row {batch.row_ids[0]}",
-                    mend=f"add `{name}` to every row, a number of at most 0, or leave `stored_reference` out",
-                )
+            mend = f"add `{name}` to every row, a number of at most 0, or leave `stored_reference` out"
+            check_numbers(batch, name, mend, called="log-likelihood", most=0.0)
 
     return Reference(read, check=check)

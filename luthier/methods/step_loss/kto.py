@@ -12,6 +12,7 @@ from luthier.kinds import Batch, RowMap, RowTable, Services, StepLoss, Tensors, 
 from luthier.methods.pair_loss._checks import check_beta
 from luthier.methods.step_loss._unpaired import beside_other_answers
 from luthier.registry import method
+from luthier.rows.numbers import check_numbers
 from luthier.rows.shapes import Row
 
 
@@ -60,9 +61,6 @@ def kto(
         return torch.where(is_liked_G, liked * (1.0 - up_G), disliked * (1.0 - down_G)).sum()
 
     def check(batch: Batch) -> None:
-        if column not in batch.columns or not bool(batch.columns[column].isfinite().all()):
-            raise LuthierError(
-                f"a row has no label `{column}`", where=f"row {batch.row_ids[0]}", mend="say true or false of every row"
-            )
+        check_numbers(batch, column, "say true or false of every row", called="label")
 
     return StepLoss(value, loss, unit="group", reference=True, weight=weight, check=check), RowMap(map)
