@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
-import torch
 from torch import Tensor
 
-from luthier.kinds.base import Batch, Now, Services, Tensors
+from luthier.kinds.base import Batch, Now, Services, Tensors, sides_of
 from luthier.kinds.columns import Column, StepTable, View
 
 
@@ -205,8 +204,7 @@ class RowTable(NamedTuple):
 
     def sides(self) -> tuple[Tensor, Tensor]:
         """Places of the first and of the second row of each group, [G] each."""
-        first_G, second_G = torch.tensor(self.groups, dtype=torch.int64).reshape(-1, 2).t()
-        return first_G, second_G
+        return sides_of(self.groups)
 
 
 class StepLoss(NamedTuple):

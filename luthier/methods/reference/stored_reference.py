@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from luthier.kinds import Batch, Reference, View
+from luthier.kinds import Batch, Reference, View, sides_of
 from luthier.registry import method
 from luthier.rows.numbers import check_numbers
 
@@ -23,8 +22,7 @@ def stored_reference(*, chosen: str = "reference_chosen", rejected: str = "refer
     """
 
     def read(view: View) -> Tensor:
-        first_P = torch.tensor([group[0] for group in view.batch.groups], dtype=torch.int64, device=view.label_N.device)
-        second_P = torch.tensor([group[1] for group in view.batch.groups], dtype=torch.int64, device=view.label_N.device)
+        first_P, second_P = sides_of(view.batch.groups, view.label_N.device)
         found_B = view["nll"].new_zeros(len(view.batch.row_ids))
         if not view.batch.groups:
             return found_B
