@@ -133,7 +133,7 @@ class View:
         self.now, self.services, self.state = now, services, {} if state is None else state
         self.notes: dict[str, Tensor] = {}
         """What to log beside the loss, by name: numbers whose mean over the step is told."""
-        self.output_BK: Tensor | None = None
+        self.head_output_BK: Tensor | None = None
         """What the run's head says of each row, [B, K], where it has one."""
         self.reference_B: Tensor | None = None
         """In a loss of the whole step that asks for it: the log-likelihood of each row under the reference, without a gradient."""
@@ -159,7 +159,7 @@ class View:
             services=self.services,
             state=state,
         )
-        view.notes, view.output_BK = self.notes, self.output_BK
+        view.notes, view.head_output_BK = self.notes, self.head_output_BK
         return view
 
     @property
@@ -193,7 +193,7 @@ class View:
             services=self.services,
             state=self.state,
         )
-        view.notes, view.output_BK = self.notes, self.output_BK
+        view.notes, view.head_output_BK = self.notes, self.head_output_BK
         return view
 
     def sum_rows(self, value_N: Tensor) -> Tensor:
@@ -249,9 +249,9 @@ class View:
         Raises:
             RuntimeError: the run has no head.
         """
-        if self.output_BK is None:
+        if self.head_output_BK is None:
             raise RuntimeError("a term reads what a head says of rows, and no part of the run brings a head")
-        return self.output_BK
+        return self.head_output_BK
 
     def note_groups(self, name: str, value_P: Tensor) -> None:
         """Log the mean over the step's groups, or rows, of a number of each, [P]."""

@@ -177,7 +177,7 @@ class Head(NamedTuple):
     """What does the model say of a whole row?
 
     `start(services)` makes trained tensors, `read(tensors, hidden_BD)` gives K numbers a row, [B, K] in fp32 or wider, from one of its last
-    hidden states: the `last` token's, or the `mean` of all. They are `view.output_BK` for terms. A head is part of the result: it is
+    hidden states: the `last` token's, or the `mean` of all. They are `view.outputs_BK` for terms. A head is part of the result: it is
     saved with the run, and stands beside the model when that is used. `means` says what the numbers are.
     """
 
