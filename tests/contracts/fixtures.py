@@ -174,6 +174,7 @@ OTHERS: dict[tuple[str, str], list[Any]] = {
     ("poft", "column"): ["other_log_likelihood"],
     ("margin", "column"): ["better"],
     ("kto", "column"): ["verdict"],
+    ("apo_zero_unpaired", "column"): ["verdict"],
     ("weak_to_strong", "column"): ["verdict"],
     ("weak_to_strong", "labels"): [("yes", "no")],
     ("embed", "sizes"): [(4,)],
@@ -184,6 +185,10 @@ OTHERS: dict[tuple[str, str], list[Any]] = {
     ("stored_reference", "rejected"): ["reference_chosen"],
 }
 """Other values of options for which the type does not tell them, by technique and option."""
+
+
+ROWS: dict[str, Callable[..., Batch]] = {"length_desensitization": rows_of_pairs}
+"""Rows of techniques that show what they do on others than their kind's."""
 
 
 def rows_for(kinds: Iterable[str], **options: Any) -> Batch:
@@ -278,7 +283,7 @@ def outcomes(kind: str, name: str, options: Mapping[str, Any], steps: int = 4) -
         yield fixture.outcome(part.values[0], fixture.rows())
         return
     run, now = run_of(kind, name, options), NOW._replace(learning_rate=0.01)
-    batches = split(rows_for([kind]), (5, 3))
+    batches = split(ROWS[name]() if name in ROWS else rows_for([kind]), (5, 3))
     run.tune.model.train()
     for step in range(steps):
         loss = run.step(batches, now._replace(step=step)).loss

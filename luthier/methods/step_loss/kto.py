@@ -7,10 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from luthier.errors import LuthierError
 from luthier.kinds import Batch, RowMap, RowTable, Services, StepLoss, Tensors, View
 from luthier.methods.pair_loss._checks import check_beta
-from luthier.methods.step_loss._unpaired import beside_other_answers
+from luthier.methods.step_loss._unpaired import beside_other_answers, check_verdicts
 from luthier.registry import method
 from luthier.rows.numbers import check_numbers
 from luthier.rows.shapes import Row
@@ -43,8 +42,7 @@ def kto(
         LuthierError: an option is out of range, or a row has no label, prompt or answer.
     """
     check_beta(beta, "kto")
-    if liked < 0.0 or disliked < 0.0 or not liked + disliked:
-        raise LuthierError(f"the weights are {liked} and {disliked}", where="kto: liked", mend="use 0 or more, and one above 0")
+    check_verdicts(liked, disliked, "kto")
 
     def map(rows: Sequence[Row], services: Services) -> list[Row]:
         return beside_other_answers(rows, column, "kto")
