@@ -19,6 +19,7 @@ from luthier.models.parts import map_parts
 from luthier.models.tiny import tiny
 from luthier.registry import KINDS, Part, key_of, kinds_under
 from luthier.rows.embed import HASH, embedder
+from luthier.rows.groups import RANKED
 from luthier.rows.select import ScoringServices
 from luthier.rows.shapes import Row
 from luthier.runs.measure import likelihood_of_rows
@@ -58,13 +59,27 @@ class Fixture(NamedTuple):
 
 
 def mapped_rows() -> list[Row]:
-    """Rows with a reason, and a conversation with a failed call."""
+    """Rows with a reason, a conversation with a failed call, ranked answers, and answers from retrieved passages."""
     reasons = {"rationale": "because", "reason": "therefore"}
     asked = [{"prompt": f"{i}?", "completion": "abc" * i} for i in range(4)]
     rows = [Row(f"row{i}", "prompt+completion", fields, "", reasons) for i, fields in enumerate(asked)]
     says = {"user": "Is it open?", "assistant": "is_open()", "tool": "is_open is not defined"}
     turns = [{"role": role, "content": content} for role, content in says.items()]
-    return [*rows, Row("tools", "messages", {"messages": [*turns, turns[1]]}, "", reasons)]
+    ranked = {"prompt": "Which?", "answers": ["this", "that", "both", "none"], "scores": [3.0, 9.0, 3.0, 1.0]}
+    retrieved = {
+        "prompt": "Who, and where?",
+        "answers": ["Ann did [2].", "Ann slept in Oslo [1]."],
+        "clean_answers": ["Ann did it in Oslo [1]."],
+        "passages": ["Ann did nothing.", "Ann was in Oslo."],
+        "clean_passages": ["Ann was in Oslo."],
+        "short_answers": ["Ann", ["Oslo", "Kristiania"]],
+    }
+    return [
+        *rows,
+        Row("tools", "messages", {"messages": [*turns, turns[1]]}, "", reasons),
+        Row("ranked", RANKED, ranked, "", reasons),
+        Row("retrieved", "prompt", retrieved, "", reasons),
+    ]
 
 
 def scored_rows() -> list[Row]:

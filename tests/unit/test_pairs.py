@@ -194,7 +194,9 @@ def test_what_the_longer_answer_has_beyond_the_shorter_counts_less(engine: Any, 
         weight = {} if alpha is None else {"token_weight": {"length_desensitization": {"alpha": alpha}}}
         # GPT-2 alone computes everything in the type of its weights.
         run = engine(objective="dpo", model=model_of("gpt2"), **weight)
-        assert run.step([rows], now._replace(learning_rate=0.0)).loss == pytest.approx(math.log(2.0), rel=1e-12), "weights count in the reference, too"
+        assert run.step([rows], now._replace(learning_rate=0.0)).loss == pytest.approx(math.log(2.0), rel=1e-12), (
+            "weights count in the reference, too"
+        )
         found[alpha] = gradients(run, split(rows, (2, 4, 2)), now)
     assert gap(found[1.0], found[None]) == 0.0
     # At the start a gradient is linear in the weights.

@@ -53,6 +53,11 @@ SHAPES: list[tuple[dict[str, Any], str, dict[str, Any]]] = [
         {"prompt": [USER], "chosen": [ASSISTANT], "rejected": [{"role": "assistant", "content": "b"}]},
     ),
     (
+        {"prompt": "q", "answers": ["a", [USER, ASSISTANT]], "scores": "[2, 0.5]", "system": "s"},
+        "prompt+answers+scores",
+        {"prompt": [{"role": "system", "content": "s"}, USER], "answers": ["a", [ASSISTANT]], "scores": [2.0, 0.5]},
+    ),
+    (
         {"members": [{"text": "t"}, {"text": "u"}]},
         "members",
         {
@@ -151,6 +156,13 @@ UNUSABLE: list[tuple[dict[str, Any], str]] = [
     ({"text": "t", "label": None}, "`label` must be text, not null"),
     ({"prompt": "q", "answer": []}, "`answer` is empty"),
     ({"prompt": "q", "answer": 0.5}, "`answer` must be text, not a number"),
+    ({"prompt": "q", "answers": [], "scores": []}, "`answers` is empty"),
+    ({"prompt": "q", "answers": "a", "scores": [1]}, "`answers` must be a list, not text"),
+    ({"prompt": "q", "answers": ["a"], "scores": 1}, "`scores` must be a list, not a number"),
+    ({"prompt": "q", "answers": ["a", "b"], "scores": [1]}, "the row has 2 answers and 1 scores"),
+    ({"prompt": "q", "answers": ["a", "b"], "scores": [1, None]}, "`scores[1]` is None, which is no number"),
+    ({"prompt": "q", "answers": ["a", "b"], "scores": [float("nan"), 1]}, "`scores[0]` is nan, which is no number"),
+    ({"prompt": "q", "answers": ["a", ""], "scores": [0, 1]}, "`answers[1]` is empty"),
     ({"prompt": "q", "choices": ["x"], "answer": 0}, "`choices` must be a list of at least two texts"),
     ({"prompt": "q", "choices": ["x", "x"], "answer": 0}, "`choices` holds the same text twice"),
     ({"prompt": "q", "choices": ["x", "y"], "answer": 2}, "`answer` is 2, but the choices are numbered 0 to 1"),
