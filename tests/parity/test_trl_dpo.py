@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Mapping
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -115,6 +117,18 @@ def ours(drawn: Drawn, beta: float, name: str, options: Mapping[str, Any]) -> Te
     return value.loss(
         Pairs(*sides, view, torch.arange(PAIRS), torch.arange(PAIRS) + PAIRS, sides[0].gained_P - sides[1].gained_P)
     ).mean()
+
+
+@pytest.mark.parametrize(
+    ("file", "least"),
+    [("trainer/dpo_trainer.py", 15), ("trainer/kto_trainer.py", 2), ("experimental/cpo/cpo_trainer.py", 4)],
+)
+def test_the_page_names_every_loss_of_trl(file: str, least: int) -> None:
+    """Ours, or why there is none."""
+    text = (Path(trl.__file__).parent / file).read_text(encoding="utf-8")
+    names = set(re.findall(r"""loss_type == "(\w+)":\n(?! +raise)""", text))
+    page = (Path(__file__).parents[2] / "docs" / "preferences.md").read_text(encoding="utf-8").partition("## The names of TRL")[2]
+    assert len(names) >= least and {name for name in names if f"`{name}`" not in page} == set()
 
 
 def desensitized(drawn: Drawn, beta: float, name: str, alpha: float) -> Tensor:

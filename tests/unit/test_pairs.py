@@ -219,6 +219,19 @@ def test_a_stored_reference_is_the_base_where_it_holds_the_bases_numbers(engine:
     assert gap(found[1], found[0]) < 1e-9
 
 
+def test_a_reference_is_stored_with_answers_that_stand_by_themselves(engine: Any, now: Now) -> None:
+    """It was taken for 0 where rows are no pairs, without a word."""
+    batch = rows_of_pairs()._replace(groups=(), columns={"label": torch.tensor([1.0, 0.0] * 4)})
+    view = engine().services("full", now).forward(batch, ["nll"])
+    held = batch._replace(columns={**batch.columns, "reference_chosen": view.log_likelihoods()})
+    run = engine(objective=["apo_zero_unpaired", "stored_reference"])
+    assert run.step(split(held, (3, 5)), now).loss == pytest.approx(0.5, rel=1e-12)
+    (check,) = (one.term.check for one in run.objective.terms if one.term.check is not None)
+    check(held)
+    with pytest.raises(LuthierError, match="has no log-likelihood `reference_chosen`"):
+        check(batch)
+
+
 def test_a_reference_follows_at_its_steps(engine: Any, now: Now) -> None:
     """The margin is 0 again right behind a step at which the whole model becomes the reference, and not before."""
     run = engine(objective=["dpo", {"following_reference": {"sync_every": 2, "mix": 1.0}}])
