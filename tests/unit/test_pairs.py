@@ -189,6 +189,8 @@ def test_what_the_longer_answer_has_beyond_the_shorter_counts_less(engine: Any, 
     assert value.weigh(view).tolist() == [1, 1, 1, 1, 0.3, 1, 1, 1, 0.3, 1, 0.3]
     with pytest.raises(LuthierError, match="needs rows with a chosen and a rejected answer"):
         value.check(make_batch([(5, 2)]))
+    with pytest.raises(RuntimeError, match="reads the reference without asking for it"):
+        view.gains()
     rows, found = rows_of_pairs(), {}
     for alpha in (0.0, 0.3, 1.0, None):
         weight = {} if alpha is None else {"token_weight": {"length_desensitization": {"alpha": alpha}}}
@@ -251,6 +253,11 @@ def test_a_reference_follows_at_its_steps(engine: Any, now: Now) -> None:
         ("dpo", make_batch([(5, 2), (6, 3)]), "needs rows with a chosen and a rejected answer"),
         ("margin", rows_of_pairs()._replace(columns={}), "has no number `margin`"),
         (["dpo", "stored_reference"], rows_of_pairs()._replace(columns={}), "has no log-likelihood `reference_chosen`"),
+        (
+            ["dpo", "stored_reference"],
+            rows_of_pairs()._replace(columns={"reference_chosen": -torch.ones(8), "reference_rejected": torch.ones(8)}),
+            "has no log-likelihood `reference_rejected`",
+        ),
     ],
     ids=str,
 )
