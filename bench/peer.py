@@ -20,6 +20,27 @@ from luthier.models.load import load_model, load_tokenizer, resolve
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
+def arguments_for(setting: dict[str, Any], folder: str) -> dict[str, Any]:
+    """What every trainer of the other side is told, but the learning rate."""
+    return {
+        "output_dir": folder,
+        "use_cpu": True,
+        "per_device_train_batch_size": setting["rows_a_step"],
+        "num_train_epochs": 1,
+        "train_sampling_strategy": "sequential",
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 1,
+        "max_length": None,
+        # bf16 is what these trainers would choose by themselves: autocast over weights in fp32, and in bf16 what LoRA leaves frozen.
+        "bf16": setting["precision"] == "bf16",
+        "gradient_checkpointing": False,
+        "logging_steps": 10**6,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
+
+
 class Taking(TrainerCallback):
     """Waits before every step and reports after it."""
 
@@ -54,24 +75,7 @@ def main(setting: dict[str, Any]) -> None:
     narrow, lora = setting["precision"] == "bf16", setting["tune"] == "lora"
     source = resolve(setting["model"])
     with tempfile.TemporaryDirectory() as folder:
-        arguments = SFTConfig(
-            output_dir=folder,
-            use_cpu=True,
-            per_device_train_batch_size=setting["rows_a_step"],
-            num_train_epochs=1,
-            train_sampling_strategy="sequential",
-            learning_rate=1e-3 if lora else 1e-4,
-            lr_scheduler_type="cosine",
-            warmup_steps=1,
-            max_length=None,
-            # bf16 is what SFTConfig would choose by itself: autocast over weights in fp32, and in bf16 what LoRA leaves frozen.
-            bf16=narrow,
-            gradient_checkpointing=False,
-            logging_steps=10**6,
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-        )
+        arguments = SFTConfig(**arguments_for(setting, folder), learning_rate=1e-3 if lora else 1e-4)
         Counting.taking = taking
         trainer = Counting(
             model=load_model(source, dtype=torch.bfloat16 if narrow and lora else torch.float32),

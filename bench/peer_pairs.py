@@ -13,7 +13,7 @@ from datasets import Dataset
 from peft import LoraConfig
 from trl import DPOConfig, DPOTrainer
 
-from bench.peer import LINEAR, Taking
+from bench.peer import LINEAR, Taking, arguments_for
 from bench.turns import Turn
 from luthier.models.load import load_model, load_tokenizer, resolve
 
@@ -39,24 +39,7 @@ def main(setting: dict[str, Any]) -> None:
     narrow, lora = setting["precision"] == "bf16", setting["tune"] == "lora"
     source = resolve(setting["model"])
     with tempfile.TemporaryDirectory() as folder:
-        arguments = DPOConfig(
-            output_dir=folder,
-            use_cpu=True,
-            per_device_train_batch_size=setting["rows_a_step"],
-            num_train_epochs=1,
-            train_sampling_strategy="sequential",
-            learning_rate=1e-5 if lora else 1e-6,
-            lr_scheduler_type="cosine",
-            warmup_steps=1,
-            max_length=None,
-            beta=0.1,
-            bf16=narrow,
-            gradient_checkpointing=False,
-            logging_steps=10**6,
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-        )
+        arguments = DPOConfig(**arguments_for(setting, folder), learning_rate=1e-5 if lora else 1e-6, beta=0.1)
         Counting.taking = taking
         dtype = torch.bfloat16 if narrow and lora else torch.float32
         trainer = Counting(

@@ -18,8 +18,8 @@ from luthier.training.readout import read, states_of
 from luthier.tune import Tune
 
 
-def head_of(tune: Tune) -> Head:
-    """The head of a model.
+def row_head_of(tune: Tune) -> Head:
+    """The head of a model that reads whole rows.
 
     Raises:
         LuthierError: it has none.
@@ -43,7 +43,7 @@ def readings(tune: Tune, rows: Sequence[Encoded], *, batch_tokens: int = BATCH_T
     Raises:
         LuthierError: the model has no head, or the head gives numbers that are not finite.
     """
-    head = head_of(tune)
+    head = row_head_of(tune)
     assert tune.head is not None
     own, device = tune.head[0].masters(), next(tune.model.parameters()).device
     found: dict[int, Tensor] = {}

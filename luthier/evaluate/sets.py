@@ -17,9 +17,9 @@ from luthier.evaluate.intervals import FEWEST, Interval, Numbers, bootstrap, wil
 from luthier.evaluate.items import Item, accepted_answers, prompt_text, text_of_answer
 from luthier.evaluate.likelihood import encode_choices, likelihoods, most_likely
 from luthier.evaluate.metrics import METRICS, Metric
-from luthier.evaluate.readings import class_number, head_of, places_of, readings
+from luthier.evaluate.readings import class_number, places_of, readings, row_head_of
 from luthier.generation.generate import BATCH_TOKENS, context_of, generate
-from luthier.models.head import head_of as language_head_of
+from luthier.models.head import head_of
 from luthier.rows.chat import form_of
 from luthier.rows.encode import Encoded, counted, encode, told
 from luthier.rows.groups import PAIR
@@ -185,7 +185,7 @@ def check(tune: Tune, tokenizer: PreTrainedTokenizerBase, sets: Sequence[EvalSet
     said: list[str] = []
     for one in sets:
         with _placed(one):
-            language_head_of(tune.model, tune.parts)
+            head_of(tune.model, tune.parts)
             notes, first = counted(_ASKED[METRICS[one.chosen_metric].needs](tune, tokenizer, one))
         new = {note: count for note, count in notes.items() if note not in known}
         said += [f"evaluation set `{one.name}`: {note}" for note in told(new, first)]
@@ -266,7 +266,7 @@ def _preferred(tune: Tune, tokenizer: PreTrainedTokenizerBase, one: EvalSet, bat
 
 
 def _classified(tune: Tune, tokenizer: PreTrainedTokenizerBase, one: EvalSet, batch_tokens: int) -> tuple[list[Item], Any]:
-    head, rows = head_of(tune), _read(tune, tokenizer, one)
+    head, rows = row_head_of(tune), _read(tune, tokenizer, one)
     found = readings(tune, rows, batch_tokens=batch_tokens).argmax(-1).tolist()
     items = []
     for row, number in zip(one.used, found, strict=True):
@@ -308,7 +308,7 @@ def _found(tune: Tune, tokenizer: PreTrainedTokenizerBase, one: EvalSet, batch_t
 
 
 def _read(tune: Tune, tokenizer: PreTrainedTokenizerBase, one: EvalSet) -> list[Encoded]:
-    head_of(tune)
+    row_head_of(tune)
     form = form_of(tokenizer)
     encoded = [encode(row, tokenizer, purpose="read", form=form).group for row in one.used]
     for row, group in zip(one.used, encoded, strict=True):

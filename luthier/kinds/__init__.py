@@ -12,7 +12,7 @@ saves in checkpoints and shares among the values one technique returns. Every fu
 
 from __future__ import annotations
 
-from luthier.kinds.base import Batch, Form, Now, Services, State, Tensors, TrainedLike
+from luthier.kinds.base import Batch, Form, Now, Services, State, Tensors, TrainedLike, sides_of
 from luthier.kinds.columns import BASE, Chunk, Column, Disturbed, OtherPass, StepTable, View
 from luthier.kinds.objective import (
     Annotation,
@@ -94,4 +94,5 @@ __all__ = [
     "View",
     "Vocabulary",
     "Written",
+    "sides_of",
 ]

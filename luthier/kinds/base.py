@@ -151,6 +151,12 @@ class Batch(NamedTuple):
         )
 
 
+def sides_of(groups: Sequence[Sequence[int]], device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+    """Places of the first and of the second row of each group of two, [P] each: of a pair, the chosen and the rejected answer."""
+    first_P, second_P = torch.tensor(groups, dtype=torch.int64, device=device).reshape(-1, 2).t()
+    return first_P, second_P
+
+
 class TrainedLike(Protocol):
     """What optimizers and transforms see of one trained tensor (the owner is `luthier.tune`)."""
 

@@ -136,7 +136,7 @@ class View:
         self.now, self.services, self.state = now, services, {} if state is None else state
         self.notes: dict[str, Tensor] = {}
         """What to log beside the loss, by name: numbers whose mean over the step is told."""
-        self.output_BK: Tensor | None = None
+        self.head_output_BK: Tensor | None = None
         """What the run's head says of each row, [B, K], where it has one."""
         self.other_hidden: Mapping[str, Tensor] = {}
         """Last hidden states [B, T, D] of the other passes that a term asks for, by name, without a graph unless the pass has one."""
@@ -164,7 +164,7 @@ class View:
             services=self.services,
             state=state,
         )
-        view.notes, view.output_BK, view.other_hidden = self.notes, self.output_BK, self.other_hidden
+        view.notes, view.head_output_BK, view.other_hidden = self.notes, self.head_output_BK, self.other_hidden
         return view
 
     @property
@@ -198,12 +198,30 @@ class View:
             services=self.services,
             state=self.state,
         )
-        view.notes, view.output_BK, view.other_hidden = self.notes, self.output_BK, self.other_hidden
+        view.notes, view.head_output_BK, view.other_hidden = self.notes, self.head_output_BK, self.other_hidden
         return view
 
     def sum_rows(self, value_N: Tensor) -> Tensor:
         """Sum a column within each row: [N] to [B]."""
         return value_N.new_zeros(len(self.batch.row_ids)).index_add(0, self.row_N, value_N)
+
+    def log_likelihoods(self, column: str = "nll") -> Tensor:
+        """The log-likelihood of each row's targets, each times its token weight, in nats: [B].
+
+        Args:
+            column: negative log-likelihoods of the targets, of the model itself or of another pass.
+        """
+        return self.sum_rows(-self[column] * self.weight_N)
+
+    def gains(self) -> Tensor:
+        """By how much each row is likelier than under the reference, in nats: [B].
+
+        Raises:
+            RuntimeError: the loss asks for no reference.
+        """
+        if self.reference_B is None:
+            raise RuntimeError("a loss reads the reference without asking for it: StepLoss(..., reference=True)")
+        return self.log_likelihoods() - self.reference_B
 
     def sum_rows_wide(self, value_N: Tensor) -> Tensor:
         """The same without a graph, summed in fp64: [B], rounded to fp32 where the device has no fp64."""
@@ -236,9 +254,9 @@ class View:
         Raises:
             RuntimeError: the run has no head.
         """
-        if self.output_BK is None:
+        if self.head_output_BK is None:
             raise RuntimeError("a term reads what a head says of rows, and no part of the run brings a head")
-        return self.output_BK
+        return self.head_output_BK
 
     def note_groups(self, name: str, value_P: Tensor) -> None:
         """Log the mean over the step's groups, or rows, of a number of each, [P]."""

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
-import torch
 from torch import Tensor
 
-from luthier.kinds.base import Batch, Now, Services, Tensors
+from luthier.kinds.base import Batch, Now, Services, Tensors, sides_of
 from luthier.kinds.columns import Column, OtherPass, StepTable, View
 
 
@@ -125,6 +124,11 @@ class Pairs(NamedTuple):
     margin_P: Tensor
     """By how much more the chosen answer gained on the reference than the rejected one."""
 
+    @property
+    def mean_margin_P(self) -> Tensor:  # noqa: N802
+        """The same of what a target gained, a mean over each answer."""
+        return self.chosen.gained_P / self.chosen.targets_P - self.rejected.gained_P / self.rejected.targets_P
+
     def column(self, name: str) -> Tensor:
         """A free number of the rows, [P]; NaN where a row lacks it.
 
@@ -175,7 +179,7 @@ class Head(NamedTuple):
     """What does the model say of a whole row?
 
     `start(services)` makes trained tensors, `read(tensors, hidden_BD)` gives K numbers a row, [B, K] in fp32 or wider, from one of its last
-    hidden states: the `last` token's, or the `mean` of all. They are `view.output_BK` for terms. A head is part of the result: it is
+    hidden states: the `last` token's, or the `mean` of all. They are `view.outputs_BK` for terms. A head is part of the result: it is
     saved with the run, and stands beside the model when that is used. `means` says what the numbers are.
     """
 
@@ -202,8 +206,7 @@ class RowTable(NamedTuple):
 
     def sides(self) -> tuple[Tensor, Tensor]:
         """Places of the first and of the second row of each group, [G] each."""
-        first_G, second_G = torch.tensor(self.groups, dtype=torch.int64).reshape(-1, 2).t()
-        return first_G, second_G
+        return sides_of(self.groups)
 
 
 class StepLoss(NamedTuple):

@@ -11,9 +11,9 @@ import hashlib
 import inspect
 import json
 import os
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
+from importlib import import_module
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,26 +28,7 @@ from transformers import PreTrainedTokenizerBase
 import luthier
 from luthier.errors import LuthierError
 from luthier.models.wheel import cache_folder
-from luthier.rows import (
-    annotate,
-    beside,
-    borders,
-    chat,
-    chunks,
-    encode,
-    files,
-    groups,
-    ids,
-    limits,
-    messages,
-    preferences,
-    read,
-    separated,
-    shapes,
-    stored,
-    template,
-    unwritten,
-)
+from luthier.rows import annotate, stored
 from luthier.rows.chunks import Encoding, cut, encode_chunks
 from luthier.rows.encode import EncodedRows
 from luthier.rows.ids import canonical, digest, numbered, parted, same_id
@@ -58,28 +39,27 @@ from luthier.rows.stored import Chunk, Stored, StoredRows
 from luthier.rows.template import asks_clock
 
 _CODE = (
-    *(
-        annotate,
-        beside,
-        borders,
-        chat,
-        chunks,
-        encode,
-        files,
-        groups,
-        ids,
-        limits,
-        messages,
-        preferences,
-        read,
-        separated,
-        shapes,
-        stored,
-        template,
-        unwritten,
-    ),
-    sys.modules[__name__],
+    "annotate",
+    "beside",
+    "borders",
+    "cache",
+    "chat",
+    "chunks",
+    "encode",
+    "files",
+    "groups",
+    "ids",
+    "limits",
+    "messages",
+    "preferences",
+    "read",
+    "separated",
+    "shapes",
+    "stored",
+    "template",
+    "unwritten",
 )
+"""Modules of this folder that read and encode rows."""
 _END_BYTES = 2**20
 
 
@@ -184,7 +164,8 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
 
 def code_fingerprint() -> str:
     """Identifies the code that reads and encodes rows, so that no change to it can be forgotten."""
-    return hashlib.sha256("".join(map(inspect.getsource, _CODE)).encode()).hexdigest()
+    modules = (import_module(f"luthier.rows.{name}") for name in _CODE)
+    return hashlib.sha256("".join(map(inspect.getsource, modules)).encode()).hexdigest()
 
 
 def _stamp(file: Path) -> list[str | int]:

@@ -43,6 +43,11 @@ Span = tuple[int, int]
 _GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _PROBE = "LuthierProbe"
 _EMPTY_LINE = "\n\n"
+_UNANSWERED = {
+    "prompt": "add a `completion`",
+    "prompt+answers+scores": "make pairs of its answers with rows.map: ranked_pairs",
+}
+"""What to do about rows that have no one answer."""
 # In these shapes the completion goes on where the prompt stops: spaces between the two are the file's to write.
 _CONTINUED = ("prompt+completion", "prompt+chosen+rejected", "prompt+answer", "prompt+choices+answer", "prompt")
 
@@ -180,7 +185,7 @@ def render_training(row: Row, form: Form, loss_on: LossOn = "assistant") -> Rend
     answer = _answer(row)
     if not answer and row.shape != "messages":
         others = ", ".join(f"`{key}`" for key in (*row.columns, *row.fields))
-        mend = "add a `completion`" if row.shape == "prompt" else "encode each of its two answers as a pair"
+        mend = _UNANSWERED.get(row.shape, "encode each of its two answers as a pair")
         raise LuthierError(
             f"a row of the shape `{row.shape}` has no one answer to learn; it has {others}", where=row.where, mend=mend
         )

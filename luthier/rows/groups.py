@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 PAIR = "prompt+chosen+rejected"
+RANKED = "prompt+answers+scores"
+"""A shape of which row maps make others."""
 TEXTS = ("text", "text+label")
 """Shapes that are a text and no answer to anything."""
 TOO_LONG = "the prompt and an answer do not fit together, and answers are not cut"

@@ -1,21 +1,32 @@
-"""Two answers to one prompt, in the forms in which they are kept: what both dialogues begin with is the prompt.
+"""Two answers to one prompt or more, in the forms in which they are kept: what both dialogues begin with is the prompt.
 
 | keys | the prompt |
 |---|---|
 | `prompt`, `chosen`, `rejected` | `prompt`; answers that repeat it lose it |
 | `conversations`, `chosen`, `rejected` | `conversations`, in ShareGPT's spelling; each answer is one message or more |
 | `chosen`, `rejected` | the messages with which both begin; of texts `Human: ... Assistant: ...` too, of other texts what both begin with |
+| `prompt`, `answers`, `scores` | `prompt`; of any number of answers, each with its score |
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from itertools import takewhile
 from typing import Any
 
 from luthier.errors import LuthierError
-from luthier.rows.messages import Message, checked_messages, checked_text, is_message, sharegpt_messages, without_mark
+from luthier.rows.messages import (
+    Message,
+    checked_messages,
+    checked_text,
+    from_json_list,
+    is_message,
+    kind_of,
+    sharegpt_messages,
+    without_mark,
+)
 
 SIDES = ("chosen", "rejected")
 _SPEAKERS = {"Human": "user", "Assistant": "assistant"}
@@ -62,6 +73,29 @@ def prompted(record: Mapping[str, Any], *completions: str) -> dict[str, Any]:
     """The fields of a row with a prompt and as many completions."""
     prompt = text_or_messages(record["prompt"], "prompt")
     return {"prompt": prompt, **{key: completion_of(record[key], key, prompt) for key in completions}}
+
+
+def graded(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a row with any number of answers to its prompt, and a score of each; more is better.
+
+    Raises:
+        LuthierError: answers or scores are no list, there are unequally many, or a score is no finite number.
+    """
+    prompt = text_or_messages(record["prompt"], "prompt")
+    answers, scores = (from_json_list(record[key]) for key in ("answers", "scores"))
+    for key, value in (("answers", answers), ("scores", scores)):
+        if not isinstance(value, list | tuple) or not value:
+            what = "`{key}` is empty" if isinstance(value, list | tuple) else f"`{{key}}` must be a list, not {kind_of(value)}"
+            raise LuthierError(what.format(key=key), mend="give as many scores as answers, one or more")
+    if len(answers) != len(scores):
+        raise LuthierError(f"the row has {len(answers)} answers and {len(scores)} scores", mend="give each answer one score")
+    for place, score in enumerate(scores):
+        if not isinstance(score, int | float) or not math.isfinite(score):
+            raise LuthierError(
+                f"`scores[{place}]` is {score!r}, which is no number", mend="give a number, or leave that answer out"
+            )
+    said = [completion_of(answer, f"answers[{place}]", prompt) for place, answer in enumerate(answers)]
+    return {"prompt": prompt, "answers": said, "scores": [float(score) for score in scores]}
 
 
 def of_conversation(record: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,15 +13,17 @@ travel with the row into its batch, everything else stays in `fields`.
 | `text`, `label` | a document to classify |
 | `prompt`, `chosen`, `rejected` | two answers, the better one first |
 | `conversations`, `chosen`, `rejected` or `chosen`, `rejected` | the same, see `luthier.rows.preferences` |
+| `prompt`, `answers`, `scores` | any number of answers and a score of each, of which row maps make pairs |
 | `members` | rows that belong together, each a record of its own |
 | `query`, `positive`, maybe `negatives` | the same: texts, of which the second answers the first |
 | `prompt`, `answer` or `question`, `answer` | an item with its accepted answers |
 | `prompt`, `choices`, `answer` or `question`, `choices`, `answer` | multiple choice; `answer` is a text or its index |
 | `prompt` | an item without an answer |
 
-`prompt`, `completion`, `chosen` and `rejected` are text or a list of messages. A message with `learn: false` is context only: it is read
-and never a target (`luthier.rows.messages`). Context such as `system`, `history` and `tools` may stand beside all but documents
-(`luthier.rows.beside`); a prompt with a `system` or a `history` becomes a list of messages, an instruction with one a conversation.
+`prompt`, `completion`, `chosen`, `rejected` and each of `answers` are text or a list of messages. A message with `learn: false` is context
+only: it is read and never a target (`luthier.rows.messages`). Context such as `system`, `history` and `tools` may stand beside all but
+documents (`luthier.rows.beside`); a prompt with a `system` or a `history` becomes a list of messages, an instruction with one a
+conversation.
 """
 
 from __future__ import annotations
@@ -42,7 +44,7 @@ from luthier.rows.messages import (
     sharegpt_messages,
     with_marks,
 )
-from luthier.rows.preferences import of_conversation, of_dialogues, prompted, text_or_messages
+from luthier.rows.preferences import graded, of_conversation, of_dialogues, prompted, text_or_messages
 
 Scalar = float | int | str
 
@@ -136,7 +138,7 @@ def canonical_shapes() -> tuple[str, ...]:
 def text_keys() -> frozenset[str]:
     """Every key some shape reads as text: numbers in them are never converted."""
     keys = {key for shape in _SHAPES.values() for key in (*shape.needs, *shape.may_have)}
-    return frozenset(keys - {"label"}) | {"id"}
+    return frozenset(keys - {"label", "scores"}) | {"id"}
 
 
 def unread(row: Row) -> list[str]:
@@ -256,6 +258,11 @@ def _labelled(record: Mapping[str, Any]) -> dict[str, Any]:
     label = record["label"]
     if isinstance(label, bool):
         label = int(label)
+    elif isinstance(label, list | tuple):
+        raise LuthierError(
+            f"`label` must be one text or number, not {kind_of(label)}",
+            mend="give one label; several of one text are not learnt yet",
+        )
     elif not isinstance(label, int | float):
         label = checked_text(label, "label")
     elif isinstance(label, float) and not math.isfinite(label):
@@ -308,6 +315,7 @@ _SHAPES: dict[str, _Shape] = {
         ("conversations", "chosen", "rejected"), beside.OF_PROMPTS, "prompt+chosen+rejected", of_conversation
     ),
     "chosen+rejected": _Shape(("chosen", "rejected"), beside.OF_PROMPTS, "prompt+chosen+rejected", of_dialogues),
+    "prompt+answers+scores": _Shape(("prompt", "answers", "scores"), beside.OF_PROMPTS, "prompt+answers+scores", graded),
     "members": _Shape(("members",), (), "members", _members),
     "query+positive": _Shape(("query", "positive"), ("negatives",), "members", _found),
     "prompt+answer": _Shape(("prompt", "answer"), beside.OF_PROMPTS, "prompt+answer", lambda record: _answered(record, "prompt")),

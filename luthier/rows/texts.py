@@ -13,8 +13,8 @@ from luthier.rows.shapes import Row
 def text_of(row: Row) -> str:
     """All that a row says, without roles and templates, its pieces on lines of their own.
 
-    Of two answers it is the better one, of several accepted ones the first, of choices the right one. A label is no part of the text,
-    nor are tools that are merely offered.
+    Of answers that are compared it is the best one, of several accepted ones the first, of choices the right one. A label is no part of
+    the text, nor are tools that are merely offered.
     """
     return "\n".join(piece for piece in _PIECES[row.shape](row.fields) if piece)
 
@@ -33,6 +33,10 @@ _PIECES: dict[str, Callable[[Mapping[str, Any]], list[str]]] = {
     "text": lambda fields: [fields["text"]],
     "text+label": lambda fields: [fields["text"]],
     "prompt+chosen+rejected": lambda fields: [*_said(fields["prompt"]), *_said(fields["chosen"])],
+    "prompt+answers+scores": lambda fields: [
+        *_said(fields["prompt"]),
+        *_said(fields["answers"][fields["scores"].index(max(fields["scores"]))]),
+    ],
     "prompt+answer": lambda fields: [*_said(fields["prompt"]), fields["answer"][0]],
     "prompt+choices+answer": lambda fields: [*_said(fields["prompt"]), fields["choices"][fields["answer"]]],
     "prompt": lambda fields: _said(fields["prompt"]),

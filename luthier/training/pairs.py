@@ -9,17 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from luthier.kinds import Batch, PairLoss, Pairs, Reference, Side, Tensors, Term, View
+from luthier.kinds import Batch, PairLoss, Pairs, Reference, Side, Tensors, Term, View, sides_of
 from luthier.rows.groups import check_pairs
 
 CHOSEN = "chosen log-likelihood"
 
 
-def _of_base(view: View) -> Tensor:
-    return view.sum_rows(-view["reference_nll"] * view.weight_N)
-
-
-BASE_REFERENCE = Reference(_of_base, columns=("reference_nll",))
+BASE_REFERENCE = Reference(lambda view: view.log_likelihoods("reference_nll"), columns=("reference_nll",))
 """The model before training."""
 
 
@@ -92,9 +88,9 @@ def pairs_of(view: View, reference: Reference | None) -> Pairs:
         view: of the rows' own targets.
         reference: what they are compared with, if anything.
     """
-    likely_B = view.sum_rows(-view["nll"] * view.weight_N)
+    likely_B = view.log_likelihoods()
     base_B = torch.zeros_like(likely_B) if reference is None else reference.read(view).detach().to(likely_B)
     targets_B = view.targets_by_row().clamp(min=1)
-    place_2P = torch.tensor(view.batch.learnt_groups(), dtype=torch.int64, device=likely_B.device).reshape(-1, 2).t()
-    chosen, rejected = (Side.of(likely_B[place_P], base_B[place_P], targets_B[place_P]) for place_P in place_2P)
-    return Pairs(chosen, rejected, view, place_2P[0], place_2P[1], chosen.gained_P - rejected.gained_P)
+    places = sides_of(view.batch.learnt_groups(), likely_B.device)
+    chosen, rejected = (Side.of(likely_B[place_P], base_B[place_P], targets_B[place_P]) for place_P in places)
+    return Pairs(chosen, rejected, view, *places, chosen.gained_P - rejected.gained_P)

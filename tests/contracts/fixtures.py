@@ -19,6 +19,7 @@ from luthier.models.parts import map_parts
 from luthier.models.tiny import tiny
 from luthier.registry import KINDS, Part, key_of, kinds_under
 from luthier.rows.embed import HASH, embedder
+from luthier.rows.groups import RANKED
 from luthier.rows.select import ScoringServices
 from luthier.rows.shapes import Row
 from luthier.runs.measure import likelihood_of_rows
@@ -58,13 +59,27 @@ class Fixture(NamedTuple):
 
 
 def mapped_rows() -> list[Row]:
-    """Rows with a reason, and a conversation with a failed call."""
+    """Rows with a reason, a conversation with a failed call, ranked answers, and answers from retrieved passages."""
     reasons = {"rationale": "because", "reason": "therefore"}
     asked = [{"prompt": f"{i}?", "completion": "abc" * i} for i in range(4)]
     rows = [Row(f"row{i}", "prompt+completion", fields, "", reasons) for i, fields in enumerate(asked)]
     says = {"user": "Is it open?", "assistant": "is_open()", "tool": "is_open is not defined"}
     turns = [{"role": role, "content": content} for role, content in says.items()]
-    return [*rows, Row("tools", "messages", {"messages": [*turns, turns[1]]}, "", reasons)]
+    ranked = {"prompt": "Which?", "answers": ["this", "that", "both", "none"], "scores": [3.0, 9.0, 3.0, 1.0]}
+    retrieved = {
+        "prompt": "Who, and where?",
+        "answers": ["Ann did [2].", "Ann slept in Oslo [1]."],
+        "clean_answers": ["Ann did it in Oslo [1]."],
+        "passages": ["Ann did nothing.", "Ann was in Oslo."],
+        "clean_passages": ["Ann was in Oslo."],
+        "short_answers": ["Ann", ["Oslo", "Kristiania"]],
+    }
+    return [
+        *rows,
+        Row("tools", "messages", {"messages": [*turns, turns[1]]}, "", reasons),
+        Row("ranked", RANKED, ranked, "", reasons),
+        Row("retrieved", "prompt", retrieved, "", reasons),
+    ]
 
 
 def scored_rows() -> list[Row]:
@@ -174,6 +189,7 @@ OTHERS: dict[tuple[str, str], list[Any]] = {
     ("poft", "column"): ["other_log_likelihood"],
     ("margin", "column"): ["better"],
     ("kto", "column"): ["verdict"],
+    ("apo_zero_unpaired", "column"): ["verdict"],
     ("weak_to_strong", "column"): ["verdict"],
     ("weak_to_strong", "labels"): [("yes", "no")],
     ("embed", "sizes"): [(4,)],
@@ -184,6 +200,10 @@ OTHERS: dict[tuple[str, str], list[Any]] = {
     ("stored_reference", "rejected"): ["reference_chosen"],
 }
 """Other values of options for which the type does not tell them, by technique and option."""
+
+
+ROWS: dict[str, Callable[..., Batch]] = {"length_desensitization": rows_of_pairs}
+"""Rows of techniques that show what they do on others than their kind's."""
 
 
 def rows_for(kinds: Iterable[str], **options: Any) -> Batch:
@@ -284,7 +304,7 @@ def outcomes(kind: str, name: str, options: Mapping[str, Any], steps: int = 4) -
         yield fixture.outcome(part.values[0], fixture.rows())
         return
     run, now = run_of(kind, name, options), NOW._replace(learning_rate=0.01)
-    batches = split(rows_for([kind]), (5, 3))
+    batches = split(ROWS[name]() if name in ROWS else rows_for([kind]), (5, 3))
     run.tune.model.train()
     for step in range(steps):
         loss = run.step(batches, now._replace(step=step)).loss

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Mapping
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,7 +14,8 @@ import torch
 from torch import Tensor
 
 from luthier import registry
-from luthier.kinds import Now, PairLoss, Pairs, RowTable, Side, StepLoss, View
+from luthier.kinds import Now, PairLoss, Pairs, Reference, RowTable, Side, StepLoss, TokenWeight, View
+from luthier.training.pairs import pairs_of
 from tests.conftest import make_batch
 
 trl = pytest.importorskip("trl", minversion="1.14", reason="TRL comes with the extra `test`")
@@ -42,14 +45,16 @@ OURS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
 
 
 class Drawn:
-    """Log-likelihoods of the tokens of some answers, the chosen ones first, and of whole answers under a reference."""
+    """Log-likelihoods of the tokens of some answers, the chosen ones first, and under a reference."""
 
     def __init__(self, dtype: torch.dtype = torch.float64) -> None:
         rng = torch.Generator().manual_seed(3)
         self.mask_BT = torch.arange(TOKENS) < torch.randint(2, TOKENS + 1, (2 * PAIRS, 1), generator=rng)
         self.log_BT = (-3 * torch.rand(2 * PAIRS, TOKENS, generator=rng, dtype=dtype)).masked_fill(~self.mask_BT, 0.0)
         self.square_BT = (-2 * torch.rand(2 * PAIRS, TOKENS, generator=rng, dtype=dtype)).masked_fill(~self.mask_BT, 0.0)
-        self.base_B = self.log_BT.sum(-1) + torch.randn(2 * PAIRS, generator=rng, dtype=dtype)
+        noise_BT = torch.randn(2 * PAIRS, TOKENS, generator=rng, dtype=dtype) / TOKENS**0.5
+        self.base_BT = (self.log_BT + noise_BT).masked_fill(~self.mask_BT, 0.0)
+        self.base_B = self.base_BT.sum(-1)
         self.log_BT.requires_grad_(True)
 
 
@@ -60,13 +65,16 @@ def theirs(drawn: Drawn, beta: float, setting: Mapping[str, Any]) -> Tensor:
     told = SimpleNamespace(
         log_probs=drawn.log_BT, log_sum_sq_probs=drawn.square_BT, entropy=nothing, mean_logits=nothing, is_top1=nothing.bool()
     )
+    model = torch.nn.Identity()
+    model.is_gradient_checkpointing = False  # type: ignore[assignment]
     alone = SimpleNamespace(device=torch.device("cpu"), gather_for_metrics=lambda one: one, gather=lambda one: one)
     trainer = SimpleNamespace(
-        model=SimpleNamespace(training=True),
+        model=model,
+        ref_model=lambda **given: SimpleNamespace(log_probs=drawn.base_BT),
         accelerator=alone,
         aux_loss_enabled=False,
-        ld_alpha=None,
-        precompute_ref_logps=True,
+        ld_alpha=setting.get("desensitized"),
+        precompute_ref_logps="desensitized" not in setting,
         f_divergence_type=setting.get("divergence", "reverse_kl"),
         f_alpha_divergence_coef=setting.get("alpha", 0.5),
         loss_types=[setting["loss"]],
@@ -74,7 +82,7 @@ def theirs(drawn: Drawn, beta: float, setting: Mapping[str, Any]) -> Tensor:
         beta=beta,
         label_smoothing=setting.get("smoothing", 0.0),
         use_weighting=setting.get("weighted", False),
-        args=SimpleNamespace(discopop_tau=setting.get("tau", 0.05)),
+        args=SimpleNamespace(discopop_tau=setting.get("tau", 0.05), gradient_checkpointing_kwargs=None),
         _metrics=defaultdict(lambda: defaultdict(list)),
         _total_train_tokens=0,
         _tp_size=1,
@@ -109,6 +117,42 @@ def ours(drawn: Drawn, beta: float, name: str, options: Mapping[str, Any]) -> Te
     return value.loss(
         Pairs(*sides, view, torch.arange(PAIRS), torch.arange(PAIRS) + PAIRS, sides[0].gained_P - sides[1].gained_P)
     ).mean()
+
+
+@pytest.mark.parametrize(
+    ("file", "least"),
+    [("trainer/dpo_trainer.py", 15), ("trainer/kto_trainer.py", 2), ("experimental/cpo/cpo_trainer.py", 4)],
+)
+def test_the_page_names_every_loss_of_trl(file: str, least: int) -> None:
+    """Ours, or why there is none."""
+    text = (Path(trl.__file__).parent / file).read_text(encoding="utf-8")
+    names = set(re.findall(r"""loss_type == "(\w+)":\n(?! +raise)""", text))
+    page = (Path(__file__).parents[2] / "docs" / "preferences.md").read_text(encoding="utf-8").partition("## The names of TRL")[2]
+    assert len(names) >= least and {name for name in names if f"`{name}`" not in page} == set()
+
+
+def desensitized(drawn: Drawn, beta: float, name: str, alpha: float) -> Tensor:
+    """What luthier makes of them where the longer answer's surplus counts less."""
+    (pair,) = registry.make({name: {"beta": beta}}, ("pair_loss",)).values
+    (weight,) = registry.make({"length_desensitization": {"alpha": alpha}}, ("token_weight",)).values
+    assert isinstance(pair, PairLoss) and isinstance(weight, TokenWeight) and weight.weigh is not None
+    row_N, place_N = drawn.mask_BT.nonzero(as_tuple=True)
+    columns = {"nll": -drawn.log_BT[row_N, place_N], "base_nll": -drawn.base_BT[row_N, place_N]}
+    batch = make_batch([(TOKENS, 1)] * 2 * PAIRS)._replace(groups=tuple((place, place + PAIRS) for place in range(PAIRS)))
+    ones_N = torch.ones(len(row_N), dtype=torch.float64)
+    view = View(batch, columns, label_N=row_N, row_N=row_N, position_N=place_N, weight_N=ones_N)
+    view.weight_N = weight.weigh(view)
+    return pair.loss(pairs_of(view, Reference(lambda view: view.log_likelihoods("base_nll")))).mean()
+
+
+@pytest.mark.parametrize(("name", "loss", "alpha"), [("dpo", "sigmoid", 0.3), ("dpo", "sigmoid", 0.0), ("ipo", "ipo", 0.6)])
+def test_what_is_longer_counts_less_as_in_trl(name: str, loss: str, alpha: float) -> None:
+    drawn = Drawn()
+    found, wanted = desensitized(drawn, 0.4, name, alpha), theirs(drawn, 0.4, {"loss": loss, "desensitized": alpha})
+    plain = theirs(drawn, 0.4, {"loss": loss})
+    assert float(found) == pytest.approx(float(wanted), rel=1e-12) and float(plain) != pytest.approx(float(wanted), rel=1e-3)
+    slope_BT, wanted_BT = (torch.autograd.grad(one, drawn.log_BT, retain_graph=True)[0] for one in (found, wanted))
+    assert torch.allclose(slope_BT * drawn.mask_BT, wanted_BT * drawn.mask_BT, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize(("name", "options", "setting"), OURS, ids=lambda value: str(value))

@@ -43,7 +43,7 @@ def parts(name: str, **options: Any) -> tuple[Head, Term]:
 
 def view_with(output: list[list[float]], batch: Batch) -> View:
     view = View(batch, {}, label_N=torch.zeros(0), row_N=torch.zeros(0), position_N=torch.zeros(0))
-    view.output_BK = torch.tensor(output, dtype=torch.float64, requires_grad=True)
+    view.head_output_BK = torch.tensor(output, dtype=torch.float64, requires_grad=True)
     return view
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from luthier import registry
 from luthier.errors import LuthierError
-from luthier.kinds import Batch, Now, PairLoss, Pairs, Side, View
+from luthier.kinds import Batch, Now, PairLoss, Pairs, Side, TokenWeight, View
 from luthier.models.attention import use_attention
 from luthier.training.pairs import CHOSEN, warnings_of
 from tests.conftest import make_batch, split
@@ -179,6 +179,33 @@ def test_token_weights_count_in_both_likelihoods(engine: Any, now: Now) -> None:
     assert found.loss == pytest.approx(math.log(2.0), rel=1e-12) and found.notes["chosen log-likelihood"] > -1.0
 
 
+def test_what_the_longer_answer_has_beyond_the_shorter_counts_less(engine: Any, now: Now) -> None:
+    """Answers of 4 and 2 targets, and of 2 and 3, whose rows stand in turn: the first so many count, whichever answer is longer."""
+    (value,) = registry.make({"length_desensitization": {"alpha": 0.3}}, ("token_weight",)).values
+    assert isinstance(value, TokenWeight) and value.weigh is not None and value.check is not None
+    batch = make_batch([(6, 4), (4, 2), (5, 2), (7, 3)])._replace(groups=((0, 1), (2, 3)))
+    row_N = torch.tensor([1, 0, 0, 3, 0, 1, 2, 3, 0, 2, 3])
+    view = View(batch, {}, label_N=row_N, row_N=row_N, position_N=row_N, weight_N=torch.ones(11, dtype=torch.float64))
+    assert value.weigh(view).tolist() == [1, 1, 1, 1, 0.3, 1, 1, 1, 0.3, 1, 0.3]
+    with pytest.raises(LuthierError, match="needs rows with a chosen and a rejected answer"):
+        value.check(make_batch([(5, 2)]))
+    with pytest.raises(RuntimeError, match="reads the reference without asking for it"):
+        view.gains()
+    rows, found = rows_of_pairs(), {}
+    for alpha in (0.0, 0.3, 1.0, None):
+        weight = {} if alpha is None else {"token_weight": {"length_desensitization": {"alpha": alpha}}}
+        # GPT-2 alone computes everything in the type of its weights.
+        run = engine(objective="dpo", model=model_of("gpt2"), **weight)
+        assert run.step([rows], now._replace(learning_rate=0.0)).loss == pytest.approx(math.log(2.0), rel=1e-12), (
+            "weights count in the reference, too"
+        )
+        found[alpha] = gradients(run, split(rows, (2, 4, 2)), now)
+    assert gap(found[1.0], found[None]) == 0.0
+    # At the start a gradient is linear in the weights.
+    wanted = {name: 0.7 * found[0.0][name] + 0.3 * found[1.0][name] for name in found[1.0]}
+    assert gap(found[0.3], wanted) < 1e-7 and gap(found[0.3], found[1.0]) > 0.01
+
+
 def test_a_stored_reference_is_the_base_where_it_holds_the_bases_numbers(engine: Any, now: Now) -> None:
     batch = rows_of_pairs()
     view = engine().services("full", now).forward(batch, ["nll"])
@@ -192,6 +219,19 @@ def test_a_stored_reference_is_the_base_where_it_holds_the_bases_numbers(engine:
             run.step([held], now._replace(step=step))
         found.append(gradients(run, [held], now))
     assert gap(found[1], found[0]) < 1e-9
+
+
+def test_a_reference_is_stored_with_answers_that_stand_by_themselves(engine: Any, now: Now) -> None:
+    """It was taken for 0 where rows are no pairs, without a word."""
+    batch = rows_of_pairs()._replace(groups=(), columns={"label": torch.tensor([1.0, 0.0] * 4)})
+    view = engine().services("full", now).forward(batch, ["nll"])
+    held = batch._replace(columns={**batch.columns, "reference_chosen": view.log_likelihoods()})
+    run = engine(objective=["apo_zero_unpaired", "stored_reference"])
+    assert run.step(split(held, (3, 5)), now).loss == pytest.approx(0.5, rel=1e-12)
+    (check,) = (one.term.check for one in run.objective.terms if one.term.check is not None)
+    check(held)
+    with pytest.raises(LuthierError, match="has no log-likelihood `reference_chosen`"):
+        check(batch)
 
 
 def test_a_reference_follows_at_its_steps(engine: Any, now: Now) -> None:
@@ -213,6 +253,11 @@ def test_a_reference_follows_at_its_steps(engine: Any, now: Now) -> None:
         ("dpo", make_batch([(5, 2), (6, 3)]), "needs rows with a chosen and a rejected answer"),
         ("margin", rows_of_pairs()._replace(columns={}), "has no number `margin`"),
         (["dpo", "stored_reference"], rows_of_pairs()._replace(columns={}), "has no log-likelihood `reference_chosen`"),
+        (
+            ["dpo", "stored_reference"],
+            rows_of_pairs()._replace(columns={"reference_chosen": -torch.ones(8), "reference_rejected": torch.ones(8)}),
+            "has no log-likelihood `reference_rejected`",
+        ),
     ],
     ids=str,
 )
@@ -252,12 +297,14 @@ def test_rules_over_a_step_do_not_choose_between_two_answers(engine: Any, now: N
         ("exo", {"smoothing": 0.0}),
         ("f_dpo", {"alpha": 1.0}),
         ("discopop", {"temperature": 0.0}),
+        ("length_desensitization", {"alpha": 1.5}),
+        ("apo_zero_unpaired", {"disliked": -1.0}),
     ],
     ids=str,
 )
 def test_options_out_of_range_are_refused(name: str, options: dict[str, Any]) -> None:
     with pytest.raises(LuthierError, match=f"{next(iter(options.values()))}"):
-        registry.make({name: options}, ("pair_loss",))
+        registry.make({name: options}, ("pair_loss", "step_loss", "token_weight"))
 
 
 def test_a_run_whose_chosen_answers_fall_is_told() -> None:

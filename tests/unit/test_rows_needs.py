@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from luthier.errors import LuthierError
 from luthier.planning.plan import Plan, make_plan
 from luthier.recipe import make_recipe
+from luthier.rows.numbers import check_numbers
+from tests.conftest import make_batch
 
 ROWS = [{"prompt": f"{place}?", "completion": "abc" * (1 + place % 3), "task": "a", "p": 0.1, "s": -1.5} for place in range(40)]
 
@@ -67,3 +71,20 @@ def test_the_plan_counts_the_targets_that_steps_will_take(epochs: float, sizes: 
     assert feed.tokens() == (sum(batch.tokens for batch in taken), sum(batch.supervised for batch in taken))
     feed = planned(ROWS, train={"steps": 1, **sizes}).feed
     assert feed.tokens() == (sum(batch.tokens for batch in feed.at(0)[1]), sum(batch.supervised for batch in feed.at(0)[1]))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, -0.1, 1.1, None])
+def test_a_number_that_every_row_must_have(value: float | None) -> None:
+    """It is missing, is none, or is out of range; the row is the first of those that are asked about."""
+    batch = make_batch([(3, 1), (4, 2)])
+    good = batch._replace(columns={"weak": torch.tensor([0.0, 1.0], dtype=torch.float64)})
+    check_numbers(good, "weak", "add it", called="probability", least=0.0, most=1.0)
+    bad = batch if value is None else batch._replace(columns={"weak": torch.tensor([0.5, value], dtype=torch.float64)})
+    with pytest.raises(LuthierError, match="a row has no probability `weak`") as refused:
+        check_numbers(bad, "weak", "add it", called="probability", least=0.0, most=1.0)
+    assert (refused.value.where, refused.value.mend) == ("row row0", "add it")
+    if value is not None and math.isfinite(value):
+        check_numbers(bad, "weak", "add it")
+    else:
+        with pytest.raises(LuthierError, match="a row has no number `weak`"):
+            check_numbers(bad, "weak", "add it")

@@ -11,9 +11,12 @@ import torch
 from luthier import registry
 from luthier.errors import LuthierError
 from luthier.kinds import Now, RowMap, RowTable, StepLoss
+from luthier.rows.encode import encode_all
 from luthier.rows.read import read
 from tests.conftest import split
+from tests.contracts.fixtures import shake
 from tests.toys.helpers import gap, gradients, model_of, rows_of_pairs, toys  # noqa: F401
+from tests.unit.test_rows_encode import tiny_tokenizer
 
 
 def value_of(name: str, **options: Any) -> StepLoss:
@@ -43,6 +46,35 @@ def test_kahneman_tversky_by_hand() -> None:
 def test_the_model_is_not_taken_to_have_moved_backwards() -> None:
     rows = table([3.0, -4.0], label=[1.0, 1.0])
     assert value_of("kto", beta=0.2).loss(rows).item() == pytest.approx(1 - sigmoid(0.6), rel=1e-12)
+
+
+def test_unpaired_answers_are_held_to_the_reference_one_by_one() -> None:
+    """Gains of 3 (liked), 1 (disliked) and -2 nats (liked): no answer counts in another's loss."""
+    rows = table([3.0, 1.0, -2.0], label=[1.0, 0.0, 1.0])._replace(groups=())
+    found = value_of("apo_zero_unpaired", beta=0.2, liked=1.5, disliked=0.5).loss(rows)
+    wanted = 1.5 * (1 - sigmoid(0.6)) + 0.5 * sigmoid(0.2) + 1.5 * (1 - sigmoid(-0.4))
+    assert found.item() == pytest.approx(wanted, rel=1e-12)
+    (slope,) = torch.autograd.grad(found, rows.value)
+    slopes = [-1.5 * 0.2, 0.5 * 0.2, -1.5 * 0.2]
+    assert slope.tolist() == pytest.approx(
+        [one * sigmoid(x) * (1 - sigmoid(x)) for one, x in zip(slopes, (0.6, 0.2, -0.4), strict=True)], rel=1e-12
+    )
+
+
+def test_a_liked_and_a_disliked_answer_are_half_of_a_pair(engine: Any, now: Now) -> None:
+    """As its card says, of a model that has moved from the reference."""
+    pairs = rows_of_pairs()
+    verdicts = {"label": torch.tensor([1.0, 0.0] * 4)}
+    batches = {"apo_zero": pairs, "apo_zero_unpaired": pairs._replace(groups=(), columns=verdicts)}
+    found, losses = {}, {}
+    for objective, batch in batches.items():
+        run = engine(objective=objective, step="sgd")
+        shake(run)
+        found[objective] = gradients(run, split(batch, (4, 4)), now)
+        losses[objective] = run.step(split(batch, (4, 4)), now).loss
+    assert losses["apo_zero"] != pytest.approx(1.0, rel=1e-3)
+    assert losses["apo_zero_unpaired"] == pytest.approx(losses["apo_zero"] / 2, rel=1e-12)
+    assert gap(found["apo_zero_unpaired"], {name: one / 2 for name, one in found["apo_zero"].items()}) < 1e-9
 
 
 def test_optimal_transport_compares_quantiles() -> None:
@@ -113,6 +145,18 @@ def test_rows_stand_beside_the_answer_to_the_next_one() -> None:
     assert own.fields["completion"] == "one" and other.fields["prompt"] == "1?"
     assert other.fields["completion"][0]["content"] == "two" and other.id == "a/other"
     assert second.fields["members"][1].fields["completion"] == "one"
+
+
+def test_answers_with_a_verdict_stand_by_themselves() -> None:
+    """And none is told to be learnt although it is a bad one: the verdict stands beside it, not in it."""
+    rows = list(read([{"id": "a", "prompt": "1?", "completion": "no", "label": False}]))
+    map_ = next(one for one in registry.make("apo_zero_unpaired", ("step_loss",)).values if isinstance(one, RowMap))
+    mapped = map_.map(rows, None)  # type: ignore[arg-type]
+    found = encode_all(mapped, tiny_tokenizer())
+    assert [(one.id, one.columns, one.mates) for one in found.rows] == [("a", {"label": 0}, ())] and not found.notes
+    assert encode_all(rows, tiny_tokenizer()).notes, "the row as it was is told to be a bad answer"
+    with pytest.raises(LuthierError, match="the row has no label `label`"):
+        map_.map(list(read([{"prompt": "1?", "completion": "one"}])), None)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

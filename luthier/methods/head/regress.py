@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from luthier.errors import LuthierError
 from luthier.kinds import Batch, Head, Services, Tensors, Term, View
 from luthier.registry import method
+from luthier.rows.numbers import check_numbers
 
 
 @method(title="Regression", departs="the head starts at zero, where transformers draws it", learning_rate=1e-4)
@@ -36,11 +36,7 @@ def regress(*, column: str = "label", head_rate: float = 1.0, weight: float = 1.
         return error_B.square().sum()
 
     def check(batch: Batch) -> None:
-        column_B = batch.columns.get(column)
-        if column_B is None or not bool(column_B.isfinite().all()):
-            raise LuthierError(
-                f"a row has no number `{column}`", where=f"row {batch.row_ids[0]}", mend=f"add `{column}` to every row"
-            )
+        check_numbers(batch, column, f"add `{column}` to every row")
 
     return (
         Head(start, read, "value", rate=head_rate),

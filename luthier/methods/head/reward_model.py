@@ -8,9 +8,10 @@ from torch.nn import functional
 from torch.nn.functional import logsigmoid
 
 from luthier.errors import LuthierError
-from luthier.kinds import Batch, Head, Services, Tensors, Term, View
+from luthier.kinds import Batch, Head, Services, Tensors, Term, View, sides_of
 from luthier.registry import method
 from luthier.rows.groups import check_pairs
+from luthier.rows.numbers import check_numbers
 
 SPREAD = 0.02
 """Standard deviation of the numbers that heads start from, as transformers draws them."""
@@ -55,20 +56,20 @@ def reward_model(
         return functional.linear(hidden_BD, own["weight"])
 
     def total(view: View, own: Tensors) -> Tensor:
-        place_2P = torch.tensor(view.batch.groups, dtype=torch.int64, device=view.outputs_BK.device).reshape(-1, 2).t()
-        chosen_PK, rejected_PK = view.outputs_BK[place_2P[0]], view.outputs_BK[place_2P[1]]
+        first_P, second_P = sides_of(view.batch.groups, view.outputs_BK.device)
+        chosen_PK, rejected_PK = view.outputs_BK[first_P], view.outputs_BK[second_P]
         difference_PK = chosen_PK - rejected_PK
         view.note_groups("accuracy", ((difference_PK.detach().sign() + 1.0) / 2.0).mean(-1))
         view.note_groups("reward margin", difference_PK.mean(-1))
         view.note_groups("reward chosen", chosen_PK.mean(-1))
-        wanted_P1 = view.batch.columns[margin][place_2P[0]].to(difference_PK)[:, None] if margin else 0.0
+        wanted_P1 = view.batch.columns[margin][first_P].to(difference_PK)[:, None] if margin else 0.0
         loss_PK = centring * (chosen_PK + rejected_PK).square() - logsigmoid(difference_PK - wanted_P1)
         return loss_PK.mean(-1).sum()
 
     def check(batch: Batch) -> None:
         check_pairs(batch)
-        if margin and (margin not in batch.columns or not bool(batch.columns[margin].isfinite().all())):
-            raise LuthierError(f"a row has no number `{margin}`", where=f"row {batch.row_ids[0]}", mend="add it to every row")
+        if margin:
+            check_numbers(batch, margin, "add it to every row")
 
     return (
         Head(start, read, "score", rate=head_rate),

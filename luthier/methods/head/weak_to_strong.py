@@ -9,6 +9,7 @@ from luthier.errors import LuthierError
 from luthier.kinds import Batch, Head, Now, RowTable, StepLoss, Tensors, View
 from luthier.methods.head.classify import classify
 from luthier.registry import method
+from luthier.rows.numbers import check_numbers
 
 
 @method(
@@ -55,13 +56,8 @@ def weak_to_strong(
         return -((1.0 - target_R) * log_RK[:, 0] + target_R * log_RK[:, 1]).sum()
 
     def check(batch: Batch) -> None:
-        column_B = batch.columns.get(column)
-        if column_B is None or not bool(((column_B >= 0) & (column_B <= 1)).all()):
-            raise LuthierError(
-                f"a row has no probability `{column}`",
-                where=f"row {batch.row_ids[0]}",
-                mend=f"add `{column}`, from 0 to 1, to every row",
-            )
+        mend = f"add `{column}`, from 0 to 1, to every row"
+        check_numbers(batch, column, mend, called="probability", least=0.0, most=1.0)
 
     return head, StepLoss(value, loss, columns=(), weight=weight, check=check)
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from torch import Tensor
-from torch.nn.functional import logsigmoid
 
 from luthier.kinds import PairLoss, Pairs, Term
 from luthier.methods.pair_loss._checks import check_beta, check_share
+from luthier.methods.pair_loss._logistic import smoothed_logistic
 from luthier.methods.term.cross_entropy import cross_entropy
 from luthier.registry import method
 
@@ -36,6 +36,6 @@ def cpo(*, beta: float = 0.1, smoothing: float = 0.0, supervised: float = 1.0) -
 
     def loss(pairs: Pairs) -> Tensor:
         logit_P = beta * (pairs.chosen.log_likelihood_P - pairs.rejected.log_likelihood_P)
-        return -(1.0 - smoothing) * logsigmoid(logit_P) - smoothing * logsigmoid(-logit_P)
+        return smoothed_logistic(logit_P, smoothing)
 
     return cross_entropy(weight=supervised), PairLoss(loss)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from torch import Tensor
-from torch.nn.functional import logsigmoid
 
 from luthier.kinds import PairLoss, Pairs
 from luthier.methods.pair_loss._checks import check_beta, check_share
+from luthier.methods.pair_loss._logistic import smoothed_logistic
 from luthier.registry import method
 
 
@@ -38,9 +38,7 @@ def dpo(*, beta: float = 0.1, smoothing: float = 0.0, length_normalized: bool = 
     check_share(smoothing, "dpo", "smoothing")
 
     def loss(pairs: Pairs) -> Tensor:
-        chosen, rejected = pairs.chosen, pairs.rejected
-        mean_P = chosen.gained_P / chosen.targets_P - rejected.gained_P / rejected.targets_P
-        logit_P = beta * (mean_P if length_normalized else pairs.margin_P)
-        return -(1.0 - smoothing) * logsigmoid(logit_P) - smoothing * logsigmoid(-logit_P)
+        logit_P = beta * (pairs.mean_margin_P if length_normalized else pairs.margin_P)
+        return smoothed_logistic(logit_P, smoothing)
 
     return PairLoss(loss, reference=True, reward_scale=beta, weight=weight)

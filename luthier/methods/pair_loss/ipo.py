@@ -30,8 +30,6 @@ def ipo(*, beta: float = 0.1, length_normalized: bool = True, weight: float = 1.
     check_beta(beta, "ipo")
 
     def loss(pairs: Pairs) -> Tensor:
-        chosen, rejected = pairs.chosen, pairs.rejected
-        mean_P = chosen.gained_P / chosen.targets_P - rejected.gained_P / rejected.targets_P
-        return ((mean_P if length_normalized else pairs.margin_P) - 1.0 / (2.0 * beta)).square()
+        return ((pairs.mean_margin_P if length_normalized else pairs.margin_P) - 1.0 / (2.0 * beta)).square()
 
     return PairLoss(loss, reference=True, reward_scale=beta, weight=weight)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from luthier.errors import LuthierError
 from luthier.kinds import Batch, PairLoss, Pairs
 from luthier.methods.pair_loss._checks import check_beta
 from luthier.registry import method
+from luthier.rows.numbers import check_numbers
 
 
 @method(
@@ -36,9 +36,6 @@ def margin(*, beta: float = 0.1, scale: float = 1.0, column: str = "margin", wei
         return -logsigmoid(beta * pairs.margin_P - scale * pairs.column(column).to(pairs.margin_P))
 
     def check(batch: Batch) -> None:
-        if column not in batch.columns or not bool(batch.columns[column].isfinite().all()):
-            raise LuthierError(
-                f"a row has no number `{column}`", where=f"row {batch.row_ids[0]}", mend=f"add `{column}` to every row, or use dpo"
-            )
+        check_numbers(batch, column, f"add `{column}` to every row, or use dpo")
 
     return PairLoss(loss, reference=True, reward_scale=beta, weight=weight, check=check)

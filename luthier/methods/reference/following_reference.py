@@ -38,7 +38,7 @@ def following_reference(*, sync_every: int = 512, mix: float = 0.6) -> tuple[Ref
         raise LuthierError(f"the share is {mix}", where="following_reference: mix", mend="use 0 to 1")
 
     def read(view: View) -> Tensor:
-        return view.sum_rows(-view[COLUMN.name] * view.weight_N)
+        return view.log_likelihoods(COLUMN.name)
 
     def start(services: Services) -> State:
         # A copy; with the share it is refused right away where an average over time means nothing.

@@ -24,6 +24,6 @@ def model_reference(*, model: str = "reference") -> Reference:
     )
 
     def read(view: View) -> Tensor:
-        return view.sum_rows(-view[column.name] * view.weight_N)
+        return view.log_likelihoods(column.name)
 
     return Reference(read, columns=(column,))

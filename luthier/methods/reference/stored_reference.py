@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from luthier.errors import LuthierError
-from luthier.kinds import Batch, Reference, View
+from luthier.kinds import Batch, Reference, View, sides_of
 from luthier.registry import method
+from luthier.rows.numbers import check_numbers
 
 
 @method(title="A reference that was stored")
@@ -18,29 +17,22 @@ def stored_reference(*, chosen: str = "reference_chosen", rejected: str = "refer
     same chat template, nothing cut off, no token weights.
 
     Args:
-        chosen: the key of the rows that holds the chosen answer's log-likelihood.
+        chosen: the key of the rows that holds the chosen answer's log-likelihood, or that of an answer which stands by itself.
         rejected: that of the rejected one's.
     """
 
     def read(view: View) -> Tensor:
-        first_P = torch.tensor([group[0] for group in view.batch.groups], dtype=torch.int64, device=view.label_N.device)
-        second_P = torch.tensor([group[1] for group in view.batch.groups], dtype=torch.int64, device=view.label_N.device)
-        found_B = view["nll"].new_zeros(len(view.batch.row_ids))
-        if not view.batch.groups:
-            return found_B
         columns = view.batch.columns
-        return found_B.index_put((first_P,), columns[chosen][first_P].to(found_B)).index_put(
-            (second_P,), columns[rejected][second_P].to(found_B)
-        )
+        if chosen not in columns:
+            # Rows without anything to learn, which some process has to run, have no columns.
+            return view["nll"].new_zeros(len(view.batch.row_ids))
+        _, second_P = sides_of(view.batch.groups, view.label_N.device)
+        found_B = columns[chosen].to(view["nll"])
+        return found_B.index_put((second_P,), columns[rejected][second_P].to(found_B)) if len(second_P) else found_B
 
     def check(batch: Batch) -> None:
-        for name in (chosen, rejected):
-            column_B = batch.columns.get(name)
-            if column_B is None or not bool((column_B.isfinite() & (column_B <= 0)).all()):
-                raise LuthierError(
-                    f"a row has no log-likelihood `{name}`",
-                    where=f"row {batch.row_ids[0]}",
-                    mend=f"add `{name}` to every row, a number of at most 0, or leave `stored_reference` out",
-                )
+        for name in (chosen, rejected) if batch.groups else (chosen,):
+            mend = f"add `{name}` to every row, a number of at most 0, or leave `stored_reference` out"
+            check_numbers(batch, name, mend, called="log-likelihood", most=0.0)
 
     return Reference(read, check=check)

@@ -1,4 +1,4 @@
-"""Rows with an answer and a verdict, each beside the answer to another row."""
+"""Answers with a verdict, each by itself, or beside the answer to another row."""
 
 from __future__ import annotations
 
@@ -7,6 +7,16 @@ from dataclasses import replace
 
 from luthier.errors import LuthierError
 from luthier.rows.shapes import Row
+
+
+def check_verdicts(liked: float, disliked: float, name: str) -> None:
+    """Refuse weights of liked and disliked answers that count neither, or backwards.
+
+    Raises:
+        LuthierError: one is below 0, or both are 0.
+    """
+    if liked < 0.0 or disliked < 0.0 or not liked + disliked:
+        raise LuthierError(f"the weights are {liked} and {disliked}", where=f"{name}: liked", mend="use 0 or more, and one above 0")
 
 
 def beside_other_answers(rows: Sequence[Row], column: str, name: str) -> list[Row]:
@@ -20,15 +30,26 @@ def beside_other_answers(rows: Sequence[Row], column: str, name: str) -> list[Ro
     Raises:
         LuthierError: a row has no prompt, answer or number, or there is one row alone.
     """
-    asked = [_answered(row, column, name) for row in rows]
-    if len(asked) < 2:
+    alone = by_themselves(rows, column, name)
+    if len(alone) < 2:
         raise LuthierError("there is one row, and no other answer to compare with", where=name, mend="train on two rows or more")
+    bare = [row.fields["members"][0] for row in alone]
+    return [
+        replace(row, fields={"members": [one, _with_answer(one, other)]})
+        for row, one, other in zip(alone, bare, [*bare[1:], bare[0]], strict=True)
+    ]
+
+
+def by_themselves(rows: Sequence[Row], column: str, name: str) -> list[Row]:
+    """Groups of one row. The arguments are those of `beside_other_answers`.
+
+    Raises:
+        LuthierError: a row has no prompt, answer or number.
+    """
+    asked = [_answered(row, column, name) for row in rows]
     # The verdict is the group's: an answer that is marked as a bad one is not learnt like others here.
     bare = [replace(row, columns={name: value for name, value in row.columns.items() if name != column}) for row in asked]
-    return [
-        replace(row, shape="members", fields={"members": [one, _with_answer(one, other)]})
-        for row, one, other in zip(asked, bare, [*bare[1:], bare[0]], strict=True)
-    ]
+    return [replace(row, shape="members", fields={"members": [one]}) for row, one in zip(asked, bare, strict=True)]
 
 
 def _answered(row: Row, column: str, name: str) -> Row:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import logsigmoid
 
 from luthier.kinds import RowTable, StepLoss, Tensors, View
 from luthier.methods.pair_loss._checks import check_beta, check_share
+from luthier.methods.pair_loss._logistic import smoothed_logistic
 from luthier.registry import method
 from luthier.rows.groups import check_pairs
 
@@ -35,12 +35,12 @@ def aot(*, beta: float = 0.1, smoothing: float = 0.0, weight: float = 1.0) -> St
 
     def value(view: View, own: Tensors) -> Tensor:
         assert view.reference_B is not None
-        return torch.stack([view.sum_rows(-view["nll"] * view.weight_N), view.reference_B], dim=-1)
+        return torch.stack([view.log_likelihoods(), view.reference_B], dim=-1)
 
     def loss(table: RowTable) -> Tensor:
         chosen_G, rejected_G = table.sides()
         margin_G2 = table.value[chosen_G] - table.value[rejected_G]
         delta_G = beta * (margin_G2[:, 0].sort().values - margin_G2[:, 1].sort().values)
-        return (-(1.0 - smoothing) * logsigmoid(delta_G) - smoothing * logsigmoid(-delta_G)).sum()
+        return smoothed_logistic(delta_G, smoothing).sum()
 
     return StepLoss(value, loss, unit="group", reference=True, weight=weight, check=check_pairs)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from torch import Tensor
-from torch.nn.functional import logsigmoid
 
 from luthier.kinds import RowTable, StepLoss, Tensors, View
 from luthier.methods.pair_loss._checks import check_beta, check_share
+from luthier.methods.pair_loss._logistic import smoothed_logistic
 from luthier.registry import method
 from luthier.rows.groups import check_pairs
 
@@ -35,12 +35,11 @@ def aot_unpaired(*, beta: float = 0.1, smoothing: float = 0.0, weight: float = 1
     check_share(smoothing, "aot_unpaired", "smoothing")
 
     def value(view: View, own: Tensors) -> Tensor:
-        assert view.reference_B is not None
-        return view.sum_rows(-view["nll"] * view.weight_N) - view.reference_B
+        return view.gains()
 
     def loss(table: RowTable) -> Tensor:
         chosen_G, rejected_G = table.sides()
         delta_G = beta * (table.value[chosen_G].sort().values - table.value[rejected_G].sort().values)
-        return (-(1.0 - smoothing) * logsigmoid(delta_G) - smoothing * logsigmoid(-delta_G)).sum()
+        return smoothed_logistic(delta_G, smoothing).sum()
 
     return StepLoss(value, loss, unit="group", reference=True, weight=weight, check=check_pairs)

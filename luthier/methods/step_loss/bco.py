@@ -32,8 +32,7 @@ def bco(*, beta: float = 0.1, shift: bool = True, weight: float = 1.0) -> StepLo
     check_beta(beta, "bco")
 
     def value(view: View, own: Tensors) -> Tensor:
-        assert view.reference_B is not None
-        return view.sum_rows(-view["nll"] * view.weight_N) - view.reference_B
+        return view.gains()
 
     def loss(table: RowTable) -> Tensor:
         chosen_G, rejected_G = (beta * table.value[side_G] for side_G in table.sides())

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from luthier.errors import LuthierError
 from luthier.kinds import Batch, RowMap, RowTable, Services, StepLoss, Tensors, View
 from luthier.methods.pair_loss._checks import check_beta
-from luthier.methods.step_loss._unpaired import beside_other_answers
+from luthier.methods.step_loss._unpaired import beside_other_answers, check_verdicts
 from luthier.registry import method
+from luthier.rows.numbers import check_numbers
 from luthier.rows.shapes import Row
 
 
@@ -42,15 +42,13 @@ def kto(
         LuthierError: an option is out of range, or a row has no label, prompt or answer.
     """
     check_beta(beta, "kto")
-    if liked < 0.0 or disliked < 0.0 or not liked + disliked:
-        raise LuthierError(f"the weights are {liked} and {disliked}", where="kto: liked", mend="use 0 or more, and one above 0")
+    check_verdicts(liked, disliked, "kto")
 
     def map(rows: Sequence[Row], services: Services) -> list[Row]:
         return beside_other_answers(rows, column, "kto")
 
     def value(view: View, own: Tensors) -> Tensor:
-        assert view.reference_B is not None
-        return view.sum_rows(-view["nll"] * view.weight_N) - view.reference_B
+        return view.gains()
 
     def loss(table: RowTable) -> Tensor:
         own_G, other_G = table.sides()
@@ -61,9 +59,6 @@ def kto(
         return torch.where(is_liked_G, liked * (1.0 - up_G), disliked * (1.0 - down_G)).sum()
 
     def check(batch: Batch) -> None:
-        if column not in batch.columns or not bool(batch.columns[column].isfinite().all()):
-            raise LuthierError(
-                f"a row has no label `{column}`", where=f"row {batch.row_ids[0]}", mend="say true or false of every row"
-            )
+        check_numbers(batch, column, "say true or false of every row", called="label")
 
     return StepLoss(value, loss, unit="group", reference=True, weight=weight, check=check), RowMap(map)

@@ -6,6 +6,21 @@ import torch
 from torch import Tensor
 
 
+def rank_in_rows(row_N: Tensor, rows: int) -> Tensor:
+    """Which of its row's targets each is, from 0, [N].
+
+    Args:
+        row_N: each target's row; within a row targets stand in their order.
+        rows: of the batch.
+    """
+    order_N = row_N.sort(stable=True).indices
+    count_B = row_N.bincount(minlength=rows)
+    first_B = count_B.cumsum(0) - count_B
+    rank_N = torch.empty_like(row_N)
+    rank_N[order_N] = torch.arange(len(row_N), device=row_N.device) - first_B[row_N[order_N]]
+    return rank_N
+
+
 def top_in_rows(score_N: Tensor, row_N: Tensor, keep_B: Tensor) -> Tensor:
     """True at the `keep_B` targets of each row with the highest scores, [N]; of equal ones the first in the row come first.
 
@@ -15,13 +30,8 @@ def top_in_rows(score_N: Tensor, row_N: Tensor, keep_B: Tensor) -> Tensor:
         keep_B: how many to keep of each row.
     """
     order_N = score_N.sort(descending=True, stable=True).indices
-    order_N = order_N[row_N[order_N].sort(stable=True).indices]
-    count_B = row_N.bincount(minlength=len(keep_B))
-    first_B = count_B.cumsum(0) - count_B
-    sorted_N = row_N[order_N]
-    rank_N = torch.arange(len(row_N), device=row_N.device) - first_B[sorted_N]
     kept_N = torch.zeros_like(row_N, dtype=torch.bool)
-    kept_N[order_N] = rank_N < keep_B[sorted_N]
+    kept_N[order_N] = rank_in_rows(row_N[order_N], len(keep_B)) < keep_B[row_N[order_N]]
     return kept_N
 
 
