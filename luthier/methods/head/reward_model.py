@@ -71,6 +71,6 @@ def reward_model(
             raise LuthierError(f"a row has no number `{margin}`", where=f"row {batch.row_ids[0]}", mend="add it to every row")
 
     return (
-        Head(start, read, "score", rate=head_rate),
+        Head(start, read, "score", rate=head_rate, centered=centring > 0.0),
         Term(total, unit="group", count=lambda batch: float(len(batch.groups)), columns=(), weight=weight, check=check),
     )
