@@ -17,7 +17,8 @@ from luthier.evaluate.intervals import FEWEST, Interval, bootstrap
 
 
 class Picked(NamedTuple):
-    """What the best of n answers by a reward comes to, a mean over rows. Intervals cover 95 %; None where there are too few rows."""
+    """What the best of n answers by a reward comes to, a mean over rows. Intervals cover 95 %; None where there are too few rows, or
+    all are alike."""
 
     n: int
     kl: float
@@ -44,9 +45,9 @@ class BestOf(NamedTuple):
 
     @property
     def peak(self) -> int | None:
-        """The n at which gold is highest; None where nothing tells gold."""
+        """The n at which gold is highest, of equals the smallest; None where nothing tells gold, or it is the same at all."""
         told = [one for one in self.picked if one.gold is not None]
-        return max(told, key=lambda one: (one.gold, -one.n)).n if told else None
+        return max(told, key=lambda one: (one.gold, -one.n)).n if len({one.gold for one in told}) > 1 else None
 
     def as_json(self) -> dict[str, Any]:
         """Plain data."""
@@ -122,5 +123,6 @@ def _mean(chance_RM: Sequence[Sequence[float]], value_RM: Sequence[Sequence[floa
             for chance_M, value_M in zip(chance_RM, value_RM, strict=True)
         ]
     )
-    enough = len(value_R) >= FEWEST
+    # Where all rows are alike resampling would claim certainty.
+    enough = len(value_R) >= FEWEST and len(set(value_R.tolist())) > 1
     return float(value_R.mean()), bootstrap(value_R[None], numpy.ones(len(value_R)), lambda mean_MS: mean_MS[0]) if enough else None

@@ -300,7 +300,10 @@ def test_the_best_by_runs_and_what_it_is_worth(stored: Path, rewards: dict[str, 
     deviation = [one.std(-1, correction=0).tolist() for one in score_RMK]
     assert found.picked == tuple(best_of([how.of(one).tolist() for one in score_RMK], right, deviation))
     assert (found.rows, found.answers, found.members, found.combine) == (6, 4, 4, "mean_minus_deviation")
-    assert found.picked[0].gold == 0.25 and found.picked[0].gold_interval is not None
+    assert found.picked[0].gold == 0.25 and found.picked[0].gold_interval is None, "all rows alike tell nothing of others"
+    assert found.picked[1].gold_interval is not None and found.picked[0].reward_interval is not None
+    (low, high), gold = found.picked[1].gold_interval, [one.gold or 0.0 for one in found.picked]
+    assert low < gold[1] < high and found.peak == found.picked[gold.index(max(gold))].n
     one = best_of_answers(stored, [rewards["one"]], gold="worth")
     assert one.members == 1 and one.picked[0].disagreement is None
     assert one.picked[0].gold == pytest.approx(fmean(fmean(row["worth"]) for row in STORED))
@@ -310,6 +313,7 @@ def test_the_best_by_runs_and_what_it_is_worth(stored: Path, rewards: dict[str, 
     tied = scores[0][3].mean(-1)[:2].mean()
     assert other.picked[-1].gold == pytest.approx(float(sum(best) - best[3] + tied) / 6, rel=1e-5)
     assert best_of_answers(stored, ["worth"]).peak is None
+    assert best_of_answers(stored, ["worth"], gold="tool_call").peak is None, "gold is the same at all n"
 
 
 def test_members_without_centring_are_compared_when_they_are_standardized(stored: Path, rewards: dict[str, str]) -> None:
