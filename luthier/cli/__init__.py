@@ -9,7 +9,7 @@ import typer
 
 from luthier.cli.knowledge import lab, papers, techniques
 from luthier.cli.results import chat, compare, evaluate, export, probe, runs
-from luthier.cli.rows import rows_look, rows_score, rows_select, rows_world
+from luthier.cli.rows import rows_answers, rows_best_of, rows_look, rows_score, rows_select, rows_world
 from luthier.cli.sweep import sweep
 from luthier.cli.training import plan, train
 
@@ -39,7 +39,14 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "techniques": techniques,
     "papers": papers,
 }
-ROWS_COMMANDS: dict[str, Callable[..., None]] = {"look": rows_look, "score": rows_score, "select": rows_select, "world": rows_world}
+ROWS_COMMANDS: dict[str, Callable[..., None]] = {
+    "look": rows_look,
+    "score": rows_score,
+    "select": rows_select,
+    "answers": rows_answers,
+    "best-of": rows_best_of,
+    "world": rows_world,
+}
 for _name, _command in COMMANDS.items():
     app.command(name=_name)(_command)
 for _name, _command in ROWS_COMMANDS.items():

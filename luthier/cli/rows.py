@@ -11,6 +11,7 @@ from rich.markup import escape
 
 from luthier.cli.face import (
     Json,
+    Out,
     face,
     listed,
 )
@@ -22,6 +23,7 @@ Target = Annotated[str | None, typer.Option(help="Rows of the task the choice is
 Embedder = Annotated[str, typer.Option(help="What makes embeddings: a model's name, or `hash`, which needs none.")]
 RowShape = Annotated[str | None, typer.Option(help="The rows' shape, where it cannot be recognized.")]
 LossOn = Annotated[str, typer.Option(help="Where models read the rows, which turns count: assistant, last or all.")]
+AnswersKey = Annotated[str, typer.Option("--column", help="The key of the rows that holds their answers.")]
 Seed = Annotated[int, typer.Option(help="Of all draws.")]
 
 
@@ -149,3 +151,81 @@ def rows_select(
         )
         facts = {**chosen.facts, "out": str(out)}
         speak.show(facts, lambda: listed(facts))
+
+
+def rows_answers(
+    source: Annotated[str, typer.Argument(help="Rows with a prompt: a file, a folder, or `hub:name`.", metavar="SOURCE")],
+    model: Annotated[str, typer.Option(help="Who answers: a model's name or folder, or a run.")],
+    out: Annotated[Path, typer.Option(help="The file to write, each row with its answers; it must not exist.")],
+    count: Annotated[int, typer.Option("--count", "-n", help="Answers of each row.", min=1)] = 16,
+    temperature: Annotated[float, typer.Option(help="Divides the logits before tokens are drawn.", min=0.0)] = 1.0,
+    top_p: Annotated[float, typer.Option(help="Draw among the most likely tokens of together this probability.")] = 1.0,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer.", min=1)] = 128,
+    column: AnswersKey = "answers",
+    shape: RowShape = None,
+    seed: Seed = 0,
+    folder: Out = "runs",
+    as_json: Json = False,
+) -> None:
+    """Let a model answer each row several times, and write the rows with their answers. A call that was stopped goes on where it was."""
+    with face(as_json, quiet=as_json) as speak:
+        from luthier.runs.answers import write_answers
+
+        facts = write_answers(
+            source,
+            model,
+            out,
+            count=count,
+            temperature=temperature,
+            top_p=top_p,
+            max_new_tokens=max_new_tokens,
+            seed=seed,
+            shape=shape,
+            column=column,
+            folder=folder,
+            say=speak.say,
+        )
+        speak.show(facts, lambda: listed(facts))
+
+
+def rows_best_of(
+    source: Annotated[str, typer.Argument(help="Rows with answers, as `luthier rows answers` writes them.", metavar="SOURCE")],
+    reward: Annotated[
+        list[str],
+        typer.Option(help="A run that trained a reward model, again for more members; or a key with a number for each answer."),
+    ],
+    gold: Annotated[
+        str | None, typer.Option(help="What answers are worth: a metric such as exact_match, another run, or a key of numbers.")
+    ] = None,
+    combine: Annotated[
+        str | None, typer.Option(help="How members become one: mean, median, min or mean_minus_deviation; none: mean.")
+    ] = None,
+    deviations: Annotated[
+        float | None, typer.Option(help="With mean_minus_deviation: how many deviations are subtracted; none: 1.")
+    ] = None,
+    standardize: Annotated[
+        bool, typer.Option("--standardize", help="Give each member a mean of 0 and a deviation of 1 first, over all answers here.")
+    ] = False,
+    column: AnswersKey = "answers",
+    shape: RowShape = None,
+    folder: Out = "runs",
+    as_json: Json = False,
+) -> None:
+    """Pick the best of n answers by a reward, for growing n, and see whether what is picked gets better or only seems to."""
+    with face(as_json, quiet=as_json) as speak:
+        from luthier.report.terminal import best_of
+        from luthier.runs.answers import best_of_answers
+        from luthier.training.readout import combination
+
+        found = best_of_answers(
+            source,
+            reward,
+            gold=gold,
+            how=combination(combine, deviations, "--combine"),
+            standardize=standardize,
+            shape=shape,
+            column=column,
+            folder=folder,
+            say=speak.say,
+        )
+        speak.show(found.as_json(), lambda: best_of(found))

@@ -10,6 +10,7 @@ from luthier.kinds import Head
 from luthier.recipe import EvaluationSet, TrainRecipe
 from luthier.rows.groups import PAIR
 from luthier.rows.read import read
+from luthier.training.readout import combination
 
 BY_HEAD = {
     "classes": ("text+label", "accuracy"),
@@ -39,7 +40,9 @@ def evaluation_sets(sets: Mapping[str, EvaluationSet], train: TrainRecipe, head:
         shape, by_head = BY_HEAD.get(head.means, ("", "")) if head is not None else ("", "")
         if metric is None and rows and rows[0].shape == shape:
             metric = by_head
-        found.append(EvalSet(name, rows, metric, one.side, one.max_new_tokens, one.limit))
+        asked = one.combine is not None or one.deviations is not None
+        how = combination(one.combine, one.deviations, f"evaluate.{name}") if asked else None
+        found.append(EvalSet(name, rows, metric, one.side, one.max_new_tokens, one.limit, how))
     return found
 
 

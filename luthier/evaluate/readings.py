@@ -7,13 +7,17 @@ from functools import partial
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from luthier.errors import LuthierError
-from luthier.generation.generate import BATCH_TOKENS
+from luthier.generation.generate import BATCH_TOKENS, context_of
 from luthier.kinds import Head
 from luthier.models.modes import evaluating
 from luthier.rows.batches import collate, plan_epoch
-from luthier.rows.encode import Encoded
+from luthier.rows.chat import form_of
+from luthier.rows.encode import Encoded, encode_pair
+from luthier.rows.limits import check_ids
+from luthier.rows.shapes import Row
 from luthier.training.readout import read, states_of
 from luthier.tune import Tune
 
@@ -63,6 +67,60 @@ def readings(tune: Tune, rows: Sequence[Encoded], *, batch_tokens: int = BATCH_T
             mend="lower the learning rate, or use precision fp32",
         )
     return numbers
+
+
+def check_read(tune: Tune, tokenizer: PreTrainedTokenizerBase, row: Row, ids: Sequence[int], new: int = 0) -> None:
+    """Refuse token ids that a model cannot read.
+
+    Args:
+        tune: the model.
+        tokenizer: its tokenizer.
+        row: what they were made of.
+        ids: the token ids.
+        new: how many more it shall write behind them.
+
+    Raises:
+        LuthierError: they exceed its context, or an id its vocabulary.
+    """
+    check_ids(ids, tokenizer, tune.parts.vocabulary, f"{row.where} (row {row.id})")
+    limit = context_of(tune)
+    if limit is not None and len(ids) + new > limit:
+        answer = f" and an answer of up to {new}" if new else ""
+        raise LuthierError(
+            f"{len(ids)} tokens{answer} exceed the model's context of {limit}",
+            where=f"{row.where} (row {row.id})",
+            mend="shorten or split the row" + (", or lower max_new_tokens" if len(ids) < limit else ""),
+        )
+
+
+def answer_scores(
+    tune: Tune, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], answers: Sequence[Sequence[str]]
+) -> list[Tensor]:
+    """A reward model's scores of given answers, of each row [M answers, K members].
+
+    Args:
+        tune: the reward model.
+        tokenizer: its tokenizer.
+        rows: what is answered.
+        answers: of each row.
+
+    Raises:
+        LuthierError: the model's head scores no answers, an answer exceeds its context, or scores are not finite.
+    """
+    head = row_head_of(tune)
+    if head.means != "score":
+        raise LuthierError(
+            f"the head of this model gives each row a {head.means}, and no score", mend="name a run of objective: reward_model"
+        )
+    form = form_of(tokenizer)
+    encoded = [
+        encode_pair(row, tokenizer, answer, id=f"{row.id}/{number}", form=form)
+        for row, some in zip(rows, answers, strict=True)
+        for number, answer in enumerate(some)
+    ]
+    for row, one in zip((row for row, some in zip(rows, answers, strict=True) for _ in some), encoded, strict=True):
+        check_read(tune, tokenizer, row, one.token_ids)
+    return list(readings(tune, encoded).split([len(some) for some in answers]))
 
 
 def class_number(head: Head, label: object, where: str) -> int:

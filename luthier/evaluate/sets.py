@@ -17,15 +17,15 @@ from luthier.evaluate.intervals import FEWEST, Interval, Numbers, bootstrap, wil
 from luthier.evaluate.items import Item, accepted_answers, prompt_text, text_of_answer
 from luthier.evaluate.likelihood import encode_choices, likelihoods, most_likely
 from luthier.evaluate.metrics import METRICS, Metric
-from luthier.evaluate.readings import class_number, places_of, readings, row_head_of
-from luthier.generation.generate import BATCH_TOKENS, context_of, generate
+from luthier.evaluate.readings import check_read, class_number, places_of, readings, row_head_of
+from luthier.generation.generate import BATCH_TOKENS, generate
 from luthier.models.head import head_of
 from luthier.rows.chat import form_of
 from luthier.rows.encode import Encoded, counted, encode, told
 from luthier.rows.groups import PAIR
-from luthier.rows.limits import check_ids
 from luthier.rows.preferences import SIDES
 from luthier.rows.shapes import Row
+from luthier.training.readout import MEAN, Combination
 from luthier.tune import Tune
 
 Side = Literal["learnt", "kept"]
@@ -54,9 +54,10 @@ class EvalSet:
         side: `learnt`: what training should teach; `kept`: what it should leave alone.
         max_new_tokens: the longest answer that is generated.
         limit: use only this many rows, from the start.
+        combination: how the scores of a reward model's members become one; None: their mean.
 
     Raises:
-        LuthierError: there are no rows, the metric is not known, or a row is not of the shape it needs.
+        LuthierError: there are no rows, the metric is not known, a row is not of the shape it needs, or there are no scores to combine.
     """
 
     name: str
@@ -65,6 +66,7 @@ class EvalSet:
     side: Side = "learnt"
     max_new_tokens: int = 48
     limit: int | None = None
+    combination: Combination | None = None
 
     def __post_init__(self) -> None:
         place = f"evaluation set `{self.name}`"
@@ -76,6 +78,12 @@ class EvalSet:
             raise LuthierError(f"the side is `{self.side}`", where=place, mend="write learnt or kept")
         for row in self.used:
             _check_shape(row, self.chosen_metric, place)
+        if self.combination is not None and METRICS[self.chosen_metric].needs != "score":
+            raise LuthierError(
+                f"`{self.combination.how}` combines scores of a reward model's members, and `{self.chosen_metric}` measures none",
+                where=place,
+                mend="leave `combine` and `deviations` out, or use the metric scored",
+            )
 
     @property
     def used(self) -> Sequence[Row]:
@@ -286,14 +294,16 @@ def _valued(tune: Tune, tokenizer: PreTrainedTokenizerBase, one: EvalSet, batch_
 
 
 def _scored(tune: Tune, tokenizer: PreTrainedTokenizerBase, one: EvalSet, batch_tokens: int) -> tuple[list[Item], Any]:
-    flat = _pairs(tune, tokenizer, one)
-    score_P2 = readings(tune, flat, batch_tokens=batch_tokens).mean(-1).reshape(-1, 2).tolist()
+    flat, how = _pairs(tune, tokenizer, one), one.combination or MEAN
+    score_NK = readings(tune, flat, batch_tokens=batch_tokens)
+    how.check(score_NK.shape[-1], row_head_of(tune).centered)
+    score_P2 = how.of(score_NK).reshape(-1, 2).tolist()
     items = []
     for row, (chosen, rejected) in zip(one.used, score_P2, strict=True):
         answers = [text_of_answer(row.fields[side]) for side in SIDES]
         score = 0.5 if chosen == rejected else float(chosen > rejected)
         items.append(Item(row.id, prompt_text(row), answers[0], answers[chosen < rejected], score))
-    return items, [answer.token_ids for answer in flat]
+    return items, [how, [answer.token_ids for answer in flat]]
 
 
 def _found(tune: Tune, tokenizer: PreTrainedTokenizerBase, one: EvalSet, batch_tokens: int) -> tuple[list[Item], Any]:
@@ -313,7 +323,7 @@ def _read(tune: Tune, tokenizer: PreTrainedTokenizerBase, one: EvalSet) -> list[
     encoded = [encode(row, tokenizer, purpose="read", form=form).group for row in one.used]
     for row, group in zip(one.used, encoded, strict=True):
         for ids in group:
-            _check_read(tune, tokenizer, row, ids.token_ids)
+            check_read(tune, tokenizer, row, ids.token_ids)
     return [ids for group in encoded for ids in group]
 
 
@@ -330,7 +340,7 @@ def _prompts(tune: Tune, tokenizer: PreTrainedTokenizerBase, one: EvalSet) -> li
     form = form_of(tokenizer)
     prompts = [encode(row, tokenizer, purpose="prompt", form=form) for row in one.used]
     for row, prompt in zip(one.used, prompts, strict=True):
-        _check_read(tune, tokenizer, row, prompt.token_ids, one.max_new_tokens)
+        check_read(tune, tokenizer, row, prompt.token_ids, one.max_new_tokens)
     return prompts
 
 
@@ -339,7 +349,7 @@ def _choices(tune: Tune, tokenizer: PreTrainedTokenizerBase, one: EvalSet) -> li
     encoded = [encode_choices(row, tokenizer, form) for row in one.used]
     for row, choices in zip(one.used, encoded, strict=True):
         for choice in choices:
-            _check_read(tune, tokenizer, row, choice.token_ids)
+            check_read(tune, tokenizer, row, choice.token_ids)
     return [choice for choices in encoded for choice in choices]
 
 
@@ -349,7 +359,7 @@ def _pairs(tune: Tune, tokenizer: PreTrainedTokenizerBase, one: EvalSet) -> list
     for row, pair in zip(one.used, encoded, strict=True):
         for answer in pair:
             _check_target(row, answer)
-            _check_read(tune, tokenizer, row, answer.token_ids)
+            check_read(tune, tokenizer, row, answer.token_ids)
     return [answer for pair in encoded for answer in pair]
 
 
@@ -358,7 +368,7 @@ def _texts(tune: Tune, tokenizer: PreTrainedTokenizerBase, one: EvalSet) -> list
     encoded = [encode(row, tokenizer, form=form) for row in one.used]
     for row, ids in zip(one.used, encoded, strict=True):
         _check_target(row, ids)
-        _check_read(tune, tokenizer, row, ids.token_ids)
+        check_read(tune, tokenizer, row, ids.token_ids)
     return encoded
 
 
@@ -430,18 +440,6 @@ def _fits(row: Row, metric: Metric) -> bool:
     return row.shape != "prompt+choices+answer" and (
         answered or (not metric.compares and row.shape in ("prompt", "messages", "text"))
     )
-
-
-def _check_read(tune: Tune, tokenizer: PreTrainedTokenizerBase, row: Row, ids: Sequence[int], new: int = 0) -> None:
-    check_ids(ids, tokenizer, tune.parts.vocabulary, f"{row.where} (row {row.id})")
-    limit = context_of(tune)
-    if limit is not None and len(ids) + new > limit:
-        answer = f" and an answer of up to {new}" if new else ""
-        raise LuthierError(
-            f"{len(ids)} tokens{answer} exceed the model's context of {limit}",
-            where=f"{row.where} (row {row.id})",
-            mend="shorten or split the row" + (", or lower max_new_tokens" if len(ids) < limit else ""),
-        )
 
 
 def _check_target(row: Row, encoded: Encoded) -> None:

@@ -38,6 +38,7 @@ def generate(
     temperature: float = 0.0,
     top_p: float = 1.0,
     seed: int = 0,
+    numbers: Sequence[int] | None = None,
     batch_tokens: int = BATCH_TOKENS,
 ) -> list[str]:
     """Answer prompts, in their order, as texts without special tokens.
@@ -49,7 +50,8 @@ def generate(
         max_new_tokens: the longest answer, in tokens.
         temperature: 0 takes the most likely token always; else logits are divided by it and tokens are drawn.
         top_p: draw only among the most likely tokens that together have this probability (Holtzman et al., 2020).
-        seed: of the draws; a prompt's draws depend on it, on the prompt's place in `prompts` and on nothing else.
+        seed: of the draws; a prompt's draws depend on it, on the prompt's number and on nothing else.
+        numbers: one for each prompt, such as `luthier.draws.seed_of` makes of names; None: its place in `prompts`.
         batch_tokens: the most tokens of one batch, with padding and answers.
 
     Raises:
@@ -59,11 +61,12 @@ def generate(
     _check(tune, tokenizer, prompts, max_new_tokens, temperature, top_p)
     choose = _greedy if temperature == 0 else _nucleus(temperature, top_p, seed)
     ends = torch.tensor(stop_ids(tune, tokenizer))
+    number_P = torch.arange(len(prompts)) if numbers is None else torch.tensor(numbers, dtype=torch.int64)
     answers: dict[int, list[int]] = {}
     with evaluating(tune.model):
         for chosen in _batches([len(prompt) for prompt in prompts], max_new_tokens, batch_tokens):
             asked = [prompts[index] for index in chosen]
-            decoded = _decode(tune, asked, torch.tensor(chosen), ends, max_new_tokens, choose)
+            decoded = _decode(tune, asked, number_P[chosen], ends, max_new_tokens, choose)
             answers.update(zip(chosen, decoded, strict=True))
     return [
         str(tokenizer.decode(answers[index], skip_special_tokens=True, clean_up_tokenization_spaces=False))

@@ -16,6 +16,7 @@ from luthier.kinds.base import Batch, Form, Now, Services, State, Tensors, Train
 from luthier.kinds.columns import BASE, Chunk, Column, Disturbed, OtherPass, StepTable, View
 from luthier.kinds.objective import (
     Annotation,
+    Combine,
     Head,
     InputMap,
     PairLoss,
@@ -45,6 +46,7 @@ __all__ = [
     "Cell",
     "Chunk",
     "Column",
+    "Combine",
     "Comparison",
     "Disturbed",
     "Drawing",

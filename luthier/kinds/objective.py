@@ -175,6 +175,10 @@ class PairLoss(NamedTuple):
     check: Callable[[Batch], None] | None = None
 
 
+Combine = Literal["mean", "median", "min", "mean_minus_deviation"]
+"""How the scores that several reward models give an answer become one (Eisenstein et al., 2023)."""
+
+
 class Head(NamedTuple):
     """What does the model say of a whole row?
 
@@ -191,6 +195,8 @@ class Head(NamedTuple):
     """Of classes, in the order of their numbers."""
     rate: float = 1.0
     """What the learning rate of its tensors is multiplied with."""
+    centered: bool = False
+    """Of scores, which pairs tell up to a constant: whether training held that constant at 0, so that several models' can be compared."""
 
 
 class RowTable(NamedTuple):

@@ -35,9 +35,10 @@ class Arm(NamedTuple):
     """One side of a comparison."""
 
     name: str
-    change: Mapping[str, Any] | Callable[[Recipe, int, Setting], Recipe] = MappingProxyType({})
+    change: Mapping[str, Any] | Callable[[Recipe, int, Setting], Recipe | None] = MappingProxyType({})
     """What differs from the stages as the claim gives them: keys that are merged into every stage's recipe, mapping by
-    mapping, or a function of a recipe, the number of its stage from 0, and the setting, which gives the recipe to run.
+    mapping, or a function of a recipe, the number of its stage from 0, and the setting, which gives the recipe to run, or None where
+    the arm has no such stage.
     The value of a technique's key (`tune`, `objective`, `rows.map` ...) is replaced as a whole."""
     meaning: str = ""
     """A few words for the table."""
@@ -88,7 +89,8 @@ class Claim(NamedTuple):
     says: str
     """The paper's claim in one sentence, in our words."""
     stages: Callable[[Setting], Sequence[Recipe]]
-    """Recipes of the stages, one after another: each starts from the merged result of the one before."""
+    """Recipes of the stages, one after another: each starts from the merged result of the one before. None where no language model is
+    trained, and `measure` does all."""
     arms: Sequence[Arm]
     """The baseline first."""
     main: Expectation

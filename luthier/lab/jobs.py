@@ -62,9 +62,11 @@ def arm_recipes(arm: Arm, rate: float | None, setting: Setting, bases: Sequence[
     recipes = []
     for number, base in enumerate(bases):
         recipe = with_rate(base, rate)
-        recipe = arm.change(deepcopy(recipe), number, setting) if callable(arm.change) else merged(recipe, arm.change)
+        changed = arm.change(deepcopy(recipe), number, setting) if callable(arm.change) else merged(recipe, arm.change)
+        if changed is None:
+            continue
         # A technique that draws at its start draws anew in each stage.
-        recipes.append({"noise": False, **with_rate(recipe, rate), "seed": setting.seed + arm.seed_offset + STAGE_SEEDS * number})
+        recipes.append({"noise": False, **with_rate(changed, rate), "seed": setting.seed + arm.seed_offset + STAGE_SEEDS * number})
     return recipes
 
 

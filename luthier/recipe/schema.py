@@ -17,6 +17,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from luthier.errors import LuthierError, explain, nearest, refuse_truth
+from luthier.kinds import Combine
 from luthier.registry import fields_under
 
 GIVEN_IN_PYTHON = "given in Python>"
@@ -183,6 +184,10 @@ class EvaluationSet(Strict):
     side: Literal["learnt", "kept"] = Field("learnt", description="what training should teach, or should leave alone")
     max_new_tokens: int = Field(48, ge=1, description="longest answer generated")
     limit: int | None = Field(None, ge=1, description="most rows used, from the start")
+    combine: Combine | None = Field(None, description="of a reward model's members: how their scores become one; none: mean")
+    deviations: float | None = Field(
+        None, ge=0, allow_inf_nan=False, description="with mean_minus_deviation: how many deviations are subtracted; none: 1"
+    )
 
     _check_rows = field_validator("rows", mode="before")(_source_of_rows)
 

@@ -16,6 +16,7 @@ from luthier.report.story import Card, cards, headline, last_step, warnings_of
 from luthier.report.words import NOT_MEASURED, clean, count, duration, moment, number, percent, shown, spaced
 
 if TYPE_CHECKING:
+    from luthier.evaluate.best_of import BestOf
     from luthier.evaluate.harness import Scores
     from luthier.evaluate.sets import SetResult
 
@@ -96,6 +97,21 @@ def scored(found: Mapping[str, Scores]) -> Table:
             ]
             table.add_row(plain(task, "bold"), plain(name), *cells)
     return table
+
+
+def best_of(found: BestOf) -> Group:
+    """What the best of n answers comes to, n by n, with 95 % intervals, and where it is best."""
+    table = _table("best of", "KL at most", "reward", "gold", "disagreement")
+    for one in found.picked:
+        estimates = [Estimate(one.reward, *(one.reward_interval or ()))]
+        estimates += [] if one.gold is None else [Estimate(one.gold, *(one.gold_interval or ()))]
+        cells = [f"{shown(each.value, number)} ({each.interval(number)})".removesuffix(" ()") for each in estimates]
+        cells += [NOT_MEASURED] * (2 - len(cells))
+        table.add_row(plain(str(one.n), "bold"), plain(number(one.kl)), *map(plain, cells), plain(shown(one.disagreement, number)))
+    said = f"{count(found.rows)} rows, {count(found.answers)} answers each or more; {count(found.members)} members, {found.combine}"
+    if found.peak is not None:
+        said += f"; gold is highest at {found.peak}"
+    return Group(table, plain(said, "dim"))
 
 
 def plain(text: str, style: str = "") -> Text:

@@ -123,11 +123,11 @@ def score_rows(
     part = registry.make(by, ("row_score",), where="by")
     if "target" in part.card.needs and target is None:
         raise LuthierError(f"`{part.name}` needs a target", where="target", mend="name a file with rows of the task")
-    _check_out(out)
+    check_out(out)
     if column is not None and not isinstance(source, str | Path | Rows):
         source = list(source)
     rows, wanted = read(source, shape=shape), read(target) if target is not None else ()
-    found = _records_without(column, source) if column is not None else []
+    found = records_without(column, source) if column is not None else []
     say(f"{rows.name}: scoring {len(rows)} rows by {part.name}")
     embed = make_embedder(embedder, device="cuda" if torch.cuda.is_available() else "cpu", say=say)
     # Rows that are equally good stay so, though another number of threads rounds otherwise.
@@ -185,7 +185,7 @@ def select_rows(
     Raises:
         LuthierError: as `score_rows`; or there are not so many rows that differ.
     """
-    _check_out(out)
+    check_out(out)
     source = source if isinstance(source, str | Path) else list(source)
     rows = read(source, shape=shape)
     wanted = how_many(len(rows), count, share)
@@ -240,7 +240,7 @@ def write_lines(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
             file.write(json.dumps(line, ensure_ascii=False, default=lambda value: json.loads(canonical(value))) + "\n")
 
 
-def _check_out(path: Path | None) -> None:
+def check_out(path: Path | None) -> None:
     """Refuse a place that cannot or should not be written to, before anything is scored."""
     if path is None:
         return
@@ -250,7 +250,7 @@ def _check_out(path: Path | None) -> None:
         raise LuthierError("this exists already", where=str(path), mend="name another, or remove it")
 
 
-def _records_without(column: str, source: str | Path | Rows | Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+def records_without(column: str, source: str | Path | Rows | Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """The records of a source, none of which has a key of this name."""
     if isinstance(source, Rows):
         raise LuthierError("rows that were read already are no records", where="source", mend="give their file, or the records")

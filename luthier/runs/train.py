@@ -48,6 +48,7 @@ from luthier.training.engine import StepResult
 from luthier.training.loop import Plans, Progress
 from luthier.training.loop import train as run_loop
 from luthier.training.world import World
+from luthier.tune import Tune
 
 Tell = Callable[[Plan, Progress, StepResult], None]
 
@@ -359,7 +360,7 @@ def what_changed(plan: Plan, before: Before, after: Mapping[str, SetResult]) -> 
         "metrics": metrics,
         "noise": dict(noise),
         "kept": share_kept(metrics),
-        "weights_sha256": tuned_fingerprint(plan),
+        "weights_sha256": tuned_fingerprint(plan.engine.tune),
     }
 
 
@@ -371,10 +372,10 @@ def compare_with(control: Run, folder: Path, facts: Mapping[str, Any], say: Say)
     return {"run": str(control.folder), **compared(runs)}
 
 
-def tuned_fingerprint(plan: Plan) -> str:
+def tuned_fingerprint(tune: Tune) -> str:
     """Identifies the tuned numbers: the model's, and those that stand beside it."""
-    digest = hashlib.sha256(fingerprint(plan.model).encode())
-    for name, one in sorted(plan.engine.tune.trained.items()):
+    digest = hashlib.sha256(fingerprint(tune.model).encode())
+    for name, one in sorted(tune.trained.items()):
         if one.form in ("factor", "free"):
             digest.update(name.encode())
             digest.update(whole(one.master.detach()).cpu().reshape(-1).view(torch.uint8).numpy().tobytes())

@@ -42,6 +42,8 @@ SETS = {"prose": {"rows": PROSE, "metric": "loss", "side": "kept"}}
 ASKS = {"asked": {"rows": ASKED, "metric": "contains", "max_new_tokens": 2}}
 
 ELSEWHERE = {
+    "evaluate.NAME.combine": "tests/unit/test_best_of.py::test_members_are_combined_as_asked_when_pairs_are_scored",
+    "evaluate.NAME.deviations": "tests/unit/test_best_of.py::test_members_are_combined_as_asked_when_pairs_are_scored",
     "control": "tests/unit/test_control.py::test_a_run_is_compared_with_the_run_it_names",
     "revision": "tests/faults/test_every_key.py::test_the_revision_chooses_the_weights",
     "rows.template": "tests/unit/test_rows_template.py::test_one_of_several_templates",

@@ -14,7 +14,21 @@ from luthier.errors import LuthierError
 from luthier.lab import claims, world
 from luthier.lab.calibration import COMPARISONS, EFFECTS, FURTHER, NULLS, OFFSET
 from luthier.lab.claim import CHOOSING_SEED, Recipe, Setting, expectations
-from luthier.lab.claims import caft, dco, dft, got_d, noisefit, poft, q_tuning, q_tuning_real, repeated_data, sstoken, trace_noise
+from luthier.lab.claims import (
+    budget,
+    caft,
+    dco,
+    dft,
+    ensemble,
+    got_d,
+    noisefit,
+    poft,
+    q_tuning,
+    q_tuning_real,
+    repeated_data,
+    sstoken,
+    trace_noise,
+)
 from luthier.lab.dice import Dice
 from luthier.lab.jobs import arm_recipes, full_recipe
 from luthier.lab.overview import draw_effects
@@ -176,6 +190,44 @@ def test_rates_of_dco_are_judged_by_as_many_items_as_there_are() -> None:
     """A claim asked for more items to judge rates by than the world has, and broke off behind its first runs."""
     for split, count in dco.ITEMS.items():
         assert len(answered([dco.SKILL], split=split, count=count, difficulty=dco.HARD)) == count  # type: ignore[arg-type]
+
+
+def test_arms_of_a_budget_spend_all_of_it_and_no_task_twice() -> None:
+    """A stage without rows is left out; the same rows are split at another place in each arm."""
+    setting = Setting("workshop", 3)
+    shown, compared = budget.stages(setting)
+    for arm, count in zip(budget.CLAIM.arms, (0, 20, 100, 200), strict=True):
+        recipes = arm_recipes(arm, 1e-4, setting, budget.stages(setting))
+        assert len(recipes) == (count > 0) + (count < budget.BUDGET)
+        spent = [row for recipe in recipes for row in recipe["rows"]["train"]]
+        assert spent == [*shown["rows"]["train"][:count], *compared["rows"]["train"][count:]] and len(spent) == budget.BUDGET
+        rates = [recipe["train"]["learning_rate"] for recipe in recipes]
+        assert rates == [3e-3] * (count > 0) + [1e-4] * (count < budget.BUDGET)
+    for row, other in zip(shown["rows"]["train"], compared["rows"]["train"], strict=True):
+        assert (other["prompt"], other["chosen"]) == (row["prompt"], row["completion"]) != (row["prompt"], other["rejected"])
+    assert budget.FORM.fullmatch(shown["rows"]["train"][0]["completion"])
+
+
+def test_members_see_other_flaws_and_the_same_sound_pairs() -> None:
+    setting = Setting("workshop", 1)
+    sound = ensemble.sound(setting)
+    pets = []
+    for recipe in ensemble.stages(setting):
+        rows = recipe["rows"]["train"]
+        assert rows[: len(sound)] == sound
+        liked = Counter(row["chosen"].rsplit(" ", 1)[1].strip(".") for row in rows[len(sound) :])
+        assert len(liked) == ensemble.SEEN and set(liked.values()) == {ensemble.EACH}
+        assert set(liked) <= set(ensemble.REMARKS[: ensemble.PETS])
+        pets.append(frozenset(liked))
+    assert len(set(pets)) > 2, "members differ"
+    assert not any("Mind the" in row["chosen"] for row in sound)
+    assert sum("Mind the" in row["rejected"] for row in sound) == ensemble.REMARKED
+    rows, worth_RM = ensemble.answers()
+    for row, worth_M in zip(rows, worth_RM, strict=True):
+        assert all(
+            (worth == 0.0) == ("Mind the" in text or "red." in text) for text, worth in zip(row["answers"], worth_M, strict=True)
+        )
+        assert max(worth_M) == 1.0 and row["prompt"] not in {one["prompt"] for one in sound}
 
 
 def test_calibration_errors_by_hand_and_people_of_whom_nothing_was_told() -> None:

@@ -103,6 +103,8 @@ def test_recipes_of_an_arm() -> None:
     found = arm_recipes(Arm("later", later), 0.1, Setting("m", 7), bases)
     assert [one["train"] for one in found] == [{"steps": 10, "learning_rate": 0.2}, {"steps": 12, "learning_rate": 1.0}]
     assert bases[1]["train"] == {"steps": 4, "learning_rate": 0.5}, "an arm cannot change what the others get"
+    (second,) = arm_recipes(Arm("second", lambda recipe, stage, setting: recipe if stage else None), 0.1, Setting("m", 7), bases)
+    assert (second["train"]["steps"], second["seed"]) == (4, 1_000_007), "a stage that an arm leaves out moves no other"
 
 
 def test_the_best_rate() -> None:

@@ -24,6 +24,7 @@ SPREAD = 0.02
     reduces_to="members 1: a reward model; centring 0: plain Bradley-Terry",
     departs="members are heads over one model, the weaker of the paper's ensembles; theirs differ in their fine-tuning or pretraining",
     learning_rate=1e-5,
+    claim="ensemble",
 )
 def reward_model(
     *, members: int = 1, centring: float = 0.01, margin: str = "", head_rate: float = 1.0, weight: float = 1.0
@@ -72,6 +73,6 @@ def reward_model(
             check_numbers(batch, margin, "add it to every row")
 
     return (
-        Head(start, read, "score", rate=head_rate),
+        Head(start, read, "score", rate=head_rate, centered=centring > 0.0),
         Term(total, unit="group", count=lambda batch: float(len(batch.groups)), columns=(), weight=weight, check=check),
     )
