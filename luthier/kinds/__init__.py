@@ -13,7 +13,7 @@ saves in checkpoints and shares among the values one technique returns. Every fu
 from __future__ import annotations
 
 from luthier.kinds.base import Batch, Form, Now, Services, State, Tensors, TrainedLike
-from luthier.kinds.columns import BASE, Chunk, Column, Disturbed, OtherPass, StepTable, View
+from luthier.kinds.columns import BASE, TEACHER, Chunk, Column, Disturbed, Likeliest, OtherPass, StepTable, View
 from luthier.kinds.objective import (
     Annotation,
     Head,
@@ -25,6 +25,7 @@ from luthier.kinds.objective import (
     RowTable,
     Side,
     StepLoss,
+    Stored,
     Term,
     TokenLoss,
     TokenWeight,
@@ -39,6 +40,7 @@ from luthier.kinds.tune import Additive, HiddenEdit, Prefix, Prompt, Refresh, Re
 
 __all__ = [
     "BASE",
+    "TEACHER",
     "Additive",
     "Annotation",
     "Batch",
@@ -55,6 +57,7 @@ __all__ = [
     "HiddenEdit",
     "InputMap",
     "Keeper",
+    "Likeliest",
     "Line",
     "Now",
     "Optimizer",
@@ -84,6 +87,7 @@ __all__ = [
     "State",
     "StepLoss",
     "StepTable",
+    "Stored",
     "Table",
     "Tensors",
     "Term",

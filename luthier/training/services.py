@@ -14,6 +14,7 @@ from luthier.columns import chunked
 from luthier.columns.targets import Targets, find_targets
 from luthier.errors import LuthierError
 from luthier.kinds import Batch, Column, Now, OtherPass, Place, State, Tensors, TrainedLike, View
+from luthier.kinds.columns import at_targets
 from luthier.models import blocks
 from luthier.models.head import head_of
 from luthier.models.modes import evaluating
@@ -172,6 +173,8 @@ def view_of(
     where = find_targets(batch)
     row_number = draws.seeds_of(batch.row_ids, where.row_N.device)
     keys = draws.keys(now.seed, now.step, row_number[where.row_N], where.source_N)
+    carried = dict.fromkeys(name for column in columns for name in column.given)
+    given = {name: at_targets(batch, name, where.row_N, where.source_N + 1) for name in carried}
 
     def run(change: BlockChange | None = None, context_BT: Tensor | None = None, *, trains: bool = trains) -> Hidden:
         # What is compared must have read the same.
@@ -197,6 +200,7 @@ def view_of(
             key_N=keys,
             drawing=(lambda key_N: tune.drawing_at(key_N if trains else None)),
             others=others,
+            given=given,
             vocabulary=tune.parts.vocabulary,
         )
         if context_BT is not None:
