@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from luthier.errors import LuthierError
 from luthier.evaluate.numbers import code_fingerprint
-from luthier.kinds import Stored
+from luthier.kinds import Stored, TokenWeight
 from luthier.planning.load import Loaded
 from luthier.recipe import RowsRecipe
 from luthier.recipe.parts import Chosen
@@ -54,6 +54,7 @@ def with_numbers(recipe: RowsRecipe, chosen: Chosen, loaded: Loaded, rows: Encod
             where=f"rows.numbers: {idle[0].folder}",
             mend="leave it out",
         )
+    _refuse_weights(wanted, chosen)
     said, fingerprints = [], []
     for kind, (slot, stored) in wanted.items():
         stores = [store for store in named if store.kind == kind] or _beside(recipe, kind, slot, stored)
@@ -65,6 +66,16 @@ def with_numbers(recipe: RowsRecipe, chosen: Chosen, loaded: Loaded, rows: Encod
             fingerprints.append(store.fingerprint())
         rows = join(rows, stores)
     return Numbered(rows, said, fingerprints)
+
+
+def _refuse_weights(wanted: Mapping[str, tuple[str, Stored]], chosen: Chosen) -> None:
+    weights = [slot for slot, _ in values_of(chosen, TokenWeight)]
+    if "likelihood" in wanted and weights:
+        raise LuthierError(
+            f"`{weights[0]}` weighs targets, and in the stored likelihoods that `{wanted['likelihood'][0]}` reads all count alike",
+            where="token_weight",
+            mend="leave one of them out: the model before training is run with the weights",
+        )
 
 
 def _said_by(rows: EncodedRows, stored: Stored) -> bool:
