@@ -36,7 +36,13 @@ def code_fingerprint() -> str:
 
 
 def entries_of(
-    tune: Tune, rows: Sequence[Encoded], kind: str, *, top_k: int = 0, batch_tokens: int = BATCH_TOKENS
+    tune: Tune,
+    rows: Sequence[Encoded],
+    kind: str,
+    *,
+    top_k: int = 0,
+    vocabulary: int | None = None,
+    batch_tokens: int = BATCH_TOKENS,
 ) -> Iterator[Entry]:
     """What a model says of rows, in their order.
 
@@ -45,6 +51,7 @@ def entries_of(
         rows: encoded rows, each with targets.
         kind: `likelihood` or `teacher`.
         top_k: of `teacher`, how many probabilities each target gets.
+        vocabulary: of `teacher`, how many tokens may have them, those with the first ids; none: all that the model knows.
         batch_tokens: the most tokens of one forward pass, padding counted; a longer row is one by itself.
 
     Raises:
@@ -61,7 +68,7 @@ def entries_of(
         seed=0,
         epoch=0,
     )
-    columns = chunked.resolve(["nll"]) if kind == "likelihood" else _top_columns(top_k)
+    columns = chunked.resolve(["nll"]) if kind == "likelihood" else _top_columns(top_k, vocabulary)
     device = next(tune.model.parameters()).device
     found: dict[int, Entry] = {}
     with evaluating(tune.model):
@@ -90,9 +97,9 @@ def _top(view: View) -> dict[str, NDArray[Any]]:
     return dict(zip(TEACHER, (log_NK.float().numpy(), id_NK.int().numpy(), rest_N.float().numpy()), strict=True))
 
 
-def _top_columns(top_k: int) -> tuple[Column, ...]:
+def _top_columns(top_k: int, vocabulary: int | None) -> tuple[Column, ...]:
     def ids(chunk: Chunk) -> Tensor:
-        return chunk.once("likeliest tokens", lambda: chunk.log_probabilities.topk(top_k, dim=-1).indices)
+        return chunk.once("likeliest tokens", lambda: chunk.log_probabilities[:, :vocabulary].topk(top_k, dim=-1).indices)
 
     def logs(chunk: Chunk) -> Tensor:
         return chunk.log_probabilities.gather(-1, ids(chunk)).clamp(min=_LOWEST)

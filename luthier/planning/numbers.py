@@ -85,15 +85,15 @@ def _said_by(rows: EncodedRows, stored: Stored) -> bool:
 
 def _beside(recipe: RowsRecipe, kind: str, slot: str, stored: Stored) -> list[Numbers]:
     sources = [one.rows for one in recipe.sources() if isinstance(one.rows, str | Path)]
-    places = [place for place in (beside(source, kind) for source in sources) if place is not None]
-    found = [Numbers(place) for place in places if parts_of(place)]
-    if found:
-        return found
+    places = {str(source): place for source in sources if (place := beside(source, kind)) is not None}
+    lacking = [source for source, place in places.items() if not parts_of(place)] if places else ["ROWS"]
+    if not lacking:
+        return [Numbers(place) for place in places.values()]
     instead = f", or give rows with {' and '.join(f'`{name}`' for name in stored.unless)}" if stored.unless else ""
     raise LuthierError(
         f"`{slot}` reads numbers that a model gave to the rows beforehand, and there are none",
-        where=str(places[0]) if places else "rows.numbers",
-        mend=f"luthier rows store {kind} {sources[0] if sources else 'ROWS'} --model MODEL, or name them: rows.numbers{instead}",
+        where=str(places.get(lacking[0], "rows.numbers")),
+        mend=f"luthier rows store {kind} {lacking[0]} --model MODEL, or name them: rows.numbers{instead}",
     )
 
 
@@ -110,6 +110,9 @@ def _check(store: Numbers, loaded: Loaded, *, of_base: bool) -> None:
         same = store.facts["fingerprint"] == loaded.fingerprint
         names = {"model": "the model", "precision": "its precision", "fingerprint": "its numbers"}
         changed += [] if same else differences(store.facts, base, names)
+    known = store.facts.get("vocabulary")
+    if known is not None and known > loaded.parts.vocabulary:
+        changed.append(f"the vocabulary: {known} tokens, now {loaded.parts.vocabulary}")
     if changed:
         raise LuthierError(
             f"the stored numbers are not those of this run: {'; '.join(changed)}",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -107,7 +108,9 @@ def store_numbers(
             mend="say where the numbers shall lie: --out FOLDER, and name it in the recipe: rows.numbers",
         )
     tune, form = _opened(model, tokenizer, recipe, out, precision, say)
-    top_k = min(top_k, tune.parts.vocabulary)
+    # Models of one family pad their vocabularies to different sizes: ids beyond the tokenizer's own mean nothing to the others.
+    vocabulary = min(len(form.tokenizer), tune.parts.vocabulary)
+    top_k = min(top_k, vocabulary)
     facts = {
         **written_by(form.tokenizer),
         "kind": kind,
@@ -116,6 +119,7 @@ def store_numbers(
         "fingerprint": _identity(tune, model, out),
         "precision": str(next(tune.model.parameters()).dtype).removeprefix("torch."),
         "top_k": top_k if kind == "teacher" else None,
+        "vocabulary": vocabulary if kind == "teacher" else None,
         "luthier": luthier.__version__,
         "command": _command(kind, source, model, options, top_k, tokenizer, folder, precision),
     }
@@ -211,9 +215,8 @@ def _filled(folder: Path, facts: Mapping[str, Any], recipe: RowsRecipe, tune: Tu
             if held is None or place < 0 or int(held.encoded_R[place]) != row.digest
         ]
         if wanted:
-            entries = (
-                one for some in _pieces(wanted, wide) for one in entries_of(tune, some, facts["kind"], top_k=facts["top_k"] or 0)
-            )
+            made = partial(entries_of, tune, kind=facts["kind"], top_k=facts["top_k"] or 0, vocabulary=facts["vocabulary"])
+            entries = (one for some in _pieces(wanted, wide) for one in made(some))
             write_part(folder, number, entries, facts)
             number += 1
         counts = counts.plus(here._replace(new=len(wanted), kept=len(rows) - len(wanted)))

@@ -26,6 +26,7 @@ from luthier.models.tiny import tiny, tiny_tokenizer
 from luthier.planning import numbers as reading
 from luthier.planning.plan import Plan, make_plan
 from luthier.recipe import make_recipe
+from luthier.results.opened import open_model
 from luthier.rows import chunks, numbers
 from luthier.rows.batches import collate
 from luthier.rows.encode import Encoded, encode_all
@@ -134,6 +135,27 @@ def test_the_largest_probabilities_are_those_of_plain_transformers(tmp_path: Pat
         assert numpy.allclose(rest_N, 1.0 - top.values.exp().sum(-1), atol=1e-5)
 
 
+def test_tokens_beyond_the_tokenizers_own_get_no_probabilities(tmp_path: Path) -> None:
+    """Embeddings are padded to round sizes, and not to the same in a teacher and its student: such ids count among the rest."""
+    rows = encode_all(read(MIXED[:2]), TOKENIZER).rows
+    tune, _ = open_model(MODEL, precision="fp32")
+    found = making.entries_of(tune, rows, "teacher", top_k=7, vocabulary=50)
+    for entry, (one, log_TV) in zip(found, (both for (both,) in targets_of(MIXED[:2]).values()), strict=True):
+        wanted_NV = log_TV[torch.tensor(one.supervised).nonzero()[:, 0] - 1]
+        log_N7, id_N7, rest_N = (torch.tensor(entry.values[name]) for name in numbers.COLUMNS["teacher"])
+        assert torch.allclose(log_N7.reshape(-1, 7), wanted_NV[:, :50].topk(7).values, atol=2e-5) and int(id_N7.max()) < 50
+        assert torch.allclose(rest_N, 1.0 - log_N7.reshape(-1, 7).exp().sum(-1), atol=1e-5)
+    source = file_of(tmp_path, MIXED[:3])
+    held = stored(source, "teacher")
+    assert held.facts["vocabulary"] == len(TOKENIZER) == 259
+    (part,) = held.parts
+    table = pyarrow.parquet.read_table(part)
+    facts = json.dumps({**held.facts, "vocabulary": 10**4})
+    pyarrow.parquet.write_table(table.replace_schema_metadata({"luthier": facts}), part)
+    teacher = ["cross_entropy", Term(lambda view, own: view["nll"].sum() * 0.0, stored=Stored("teacher"))]
+    assert f"the vocabulary: 10000 tokens, now {tiny('llama').config.vocab_size}" in told(source, objective=teacher)
+
+
 def test_a_store_is_plain_parquet(tmp_path: Path) -> None:
     """Any tool reads it, and the metadata says what made it."""
     held = stored(file_of(tmp_path, MIXED), "teacher")
@@ -164,9 +186,9 @@ def test_a_kill_costs_the_file_in_progress_alone(tmp_path: Path, monkeypatch: py
     asked: list[list[str]] = []
     make = making.entries_of
 
-    def watched(tune: Any, rows: Sequence[Encoded], *more: Any, **options: Any) -> Iterator[Entry]:
+    def watched(tune: Any, rows: Sequence[Encoded], **options: Any) -> Iterator[Entry]:
         asked.append([row.id for row in rows])
-        for number, one in enumerate(make(tune, rows, *more, **options)):
+        for number, one in enumerate(make(tune, rows, **options)):
             if len(asked) == 2 and number == 1:
                 raise KeyboardInterrupt
             yield one
@@ -179,7 +201,10 @@ def test_a_kill_costs_the_file_in_progress_alone(tmp_path: Path, monkeypatch: py
     before = first[0].read_bytes()
     assert [path.name for path in first] == ["part-000000.parquet"]
     assert sorted(path.name for path in folder.iterdir()) == [".lock", "part-000000.parquet"]
+    # What a kill leaves that nothing could clean up after.
+    (folder / ".part-000001.parquet.123").write_bytes(before[:100])
     facts = store_numbers(kind, str(source), MODEL, precision="fp32", top_k=5 if kind == "teacher" else 0)
+    assert not list(folder.glob(".part*"))
     assert (facts["new"], facts["kept"]) == (3, 2) and asked[2:] == [asked[1], [read(PAIRS)[4].id]]
     assert first[0].read_bytes() == before
     held = Numbers(folder)
@@ -517,6 +542,9 @@ def test_where_no_numbers_are_the_command_is_told(tmp_path: Path) -> None:
     assert "`stored_reference` reads numbers that a model gave to the rows beforehand, and there are none" in said
     assert f"luthier rows store likelihood {source} --model MODEL" in said and "`reference_chosen` and `reference_rejected`" in said
     assert "there are none" in told(PAIRS) and "where: rows.numbers" in told(PAIRS)
+    stored(source)
+    second = file_of(tmp_path, PAIRS[2:3], "second.jsonl")
+    assert f"luthier rows store likelihood {second} --model MODEL" in told([str(source), str(second)])
 
 
 def test_numbers_that_nothing_reads_are_refused(tmp_path: Path) -> None:

@@ -12,10 +12,12 @@ from torch import Tensor
 import luthier
 from luthier.columns import chunked, losses
 from luthier.kinds import TEACHER, Batch, Chunk, Column, Likeliest, Stored, Tensors, Term, View
+from luthier.planning.cuts import too_much
 from luthier.planning.plan import Plan
-from luthier.training.engine import idle_batch
+from luthier.training.engine import idle_batch, with_context
 from luthier.training.pairs import BASE_REFERENCE
 from luthier.training.services import view_of
+from tests.conftest import make_batch
 from tests.toys.helpers import gap, gradients
 from tests.unit.test_numbers import MIXED, MODEL, PAIRS, file_of, planned, stored
 
@@ -195,3 +197,30 @@ def test_a_run_on_stored_numbers_has_the_same_weights(tmp_path: Path) -> None:
     assert gap(found[1], found[0]) < 1e-7
     facts = run.facts["rows"]
     assert facts["numbers"] == [f"likelihood by tiny:llama (float64), from {source}.numbers/likelihood"]
+
+
+def test_virtual_targets_before_rows_leave_what_is_stored_in_its_place() -> None:
+    """A prompt whose virtual tokens are learnt stands before rows, whatever width their numbers have."""
+    batch = make_batch([(4, 2), (3, 1)])
+    wide_BTK = torch.arange(2 * 4 * 3, dtype=torch.int32).reshape(2, 4, 3)
+    longer = with_context(batch._replace(token_columns={"wide": wide_BTK}), torch.tensor([-100, 7]))
+    found_BTK = longer.token_columns["wide"]
+    assert found_BTK.dtype == torch.int32 and found_BTK.shape == (2, 6, 3)
+    assert not found_BTK[:, :2].any() and torch.equal(found_BTK[:, 2:], wide_BTK)
+
+
+def test_memory_is_estimated_with_what_is_stored(tmp_path: Path) -> None:
+    """On shapes alone, and of rows that are cut shorter to see what that saves, of which no more are read than are counted."""
+    rows = [{"text": f"{number} " * 90} for number in range(6)]
+    source = file_of(tmp_path, rows)
+    stored(source, "teacher")
+    train = {"packing": False, "micro_batch_tokens": 600, "batch_rows": 4}
+    plan = planned(source, objective=["cross_entropy", distilled()], train=train)
+    seen: list[int] = []
+    (joined,) = plan.rows.rows.joined  # type: ignore[attr-defined]
+    read_group = joined.stores[0].arrays
+    joined.stores[0].arrays = lambda place: seen.append(place) or read_group(place)
+    plain = planned(source, objective=["cross_entropy"], train=train)
+    assert plan.estimate.activations > plain.estimate.activations
+    said = too_much(plan.recipe, plan.engine, plan.parts, plan.feed, plan.dtype, plan.estimate, 1)
+    assert "rows.max_tokens=" in said and 0 < len(seen) < 24
