@@ -100,7 +100,7 @@ def _beside(recipe: RowsRecipe, kind: str, slot: str, stored: Stored) -> list[Nu
 def _check(store: Numbers, loaded: Loaded, *, of_base: bool) -> None:
     """Refuse a store that was made with something else than the run has."""
     here = {**written_by(loaded.tokenizer), "code": code_fingerprint()}
-    changed = differences(store.facts, here, MADE_WITH)
+    changed, on_purpose = differences(store.facts, here, MADE_WITH), ""
     if of_base:
         base = {
             "model": loaded.source.name,
@@ -108,6 +108,7 @@ def _check(store: Numbers, loaded: Loaded, *, of_base: bool) -> None:
             "precision": str(loaded.dtype).removeprefix("torch."),
         }
         same = store.facts["fingerprint"] == loaded.fingerprint
+        on_purpose = "" if same else "; or name this folder under rows.numbers to compare with another model on purpose"
         names = {"model": "the model", "precision": "its precision", "fingerprint": "its numbers"}
         changed += [] if same else differences(store.facts, base, names)
     known = store.facts.get("vocabulary")
@@ -117,6 +118,5 @@ def _check(store: Numbers, loaded: Loaded, *, of_base: bool) -> None:
         raise LuthierError(
             f"the stored numbers are not those of this run: {'; '.join(changed)}",
             where=str(store.folder),
-            mend=f"write them again, as this run has it: {store.command}"
-            + ("; or name this folder under rows.numbers to compare with another model on purpose" if of_base else ""),
+            mend=f"write them again, as this run has it: {store.command}" + on_purpose,
         )

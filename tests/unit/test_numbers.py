@@ -472,7 +472,7 @@ def test_stale_numbers_are_refused_by_what_differs(tmp_path: Path, monkeypatch: 
     # Nothing else is blamed.
     assert said.splitlines()[0].count(", now ") == (1 if "its numbers" not in words else 2)
     assert f"where: {held.folder}" in said and f"luthier rows store likelihood {source} --model tiny:llama" in said
-    assert "--replace" in said
+    assert "--replace" in said and ("rows.numbers" in said) == ("its numbers" in words)
 
 
 def test_a_day_that_a_template_is_told_belongs_to_the_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
