@@ -9,7 +9,16 @@ import typer
 
 from luthier.cli.knowledge import lab, papers, techniques
 from luthier.cli.results import chat, compare, evaluate, export, probe, runs
-from luthier.cli.rows import rows_answers, rows_best_of, rows_look, rows_score, rows_select, rows_world
+from luthier.cli.rows import (
+    rows_answers,
+    rows_best_of,
+    rows_look,
+    rows_score,
+    rows_select,
+    rows_world,
+    store_likelihood,
+    store_teacher,
+)
 from luthier.cli.sweep import sweep
 from luthier.cli.training import plan, train
 
@@ -24,6 +33,8 @@ app = typer.Typer(
 )
 rows_app = typer.Typer(help="Look at training rows before using them.", no_args_is_help=True)
 app.add_typer(rows_app, name="rows")
+store_app = typer.Typer(help="Have a model give numbers to rows once, for many runs.", no_args_is_help=True)
+rows_app.add_typer(store_app, name="store")
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "train": train,
@@ -47,10 +58,13 @@ ROWS_COMMANDS: dict[str, Callable[..., None]] = {
     "best-of": rows_best_of,
     "world": rows_world,
 }
+STORE_COMMANDS: dict[str, Callable[..., None]] = {"likelihood": store_likelihood, "teacher": store_teacher}
 for _name, _command in COMMANDS.items():
     app.command(name=_name)(_command)
 for _name, _command in ROWS_COMMANDS.items():
     rows_app.command(name=_name)(_command)
+for _name, _command in STORE_COMMANDS.items():
+    store_app.command(name=_name)(_command)
 
 
 def main() -> None:

@@ -25,6 +25,18 @@ RowShape = Annotated[str | None, typer.Option(help="The rows' shape, where it ca
 LossOn = Annotated[str, typer.Option(help="Where models read the rows, which turns count: assistant, last or all.")]
 AnswersKey = Annotated[str, typer.Option("--column", help="The key of the rows that holds their answers.")]
 Seed = Annotated[int, typer.Option(help="Of all draws.")]
+StoredRows = Annotated[str, typer.Argument(help="The rows: a file, a folder, or `hub:name`.", metavar="SOURCE")]
+StoredModel = Annotated[str, typer.Option(help="A model's name, or a run's folder or name.")]
+StoreOptions = Annotated[
+    list[str] | None,
+    typer.Argument(
+        help="Keys under `rows` of the recipe that will train on them: max_tokens=512 loss_on=last", metavar="KEY=VALUE"
+    ),
+]
+Writer = Annotated[str, typer.Option(help="Whose tokenizer and chat template write the rows; none: the model's own.")]
+StoreOut = Annotated[Path | None, typer.Option("--out", help="The folder of the numbers; none: one beside the rows.")]
+Precision = Annotated[str, typer.Option(help="Of the model's weights: auto, bf16, fp32 or fp64. A run has its own.")]
+Replace = Annotated[bool, typer.Option("--replace", help="Write all numbers anew, whatever made those that are there.")]
 
 
 def rows_look(
@@ -229,3 +241,63 @@ def rows_best_of(
             say=speak.say,
         )
         speak.show(found.as_json(), lambda: best_of(found))
+
+
+def store_likelihood(
+    source: StoredRows,
+    model: StoredModel,
+    options: StoreOptions = None,
+    tokenizer: Writer = "",
+    folder: StoreOut = None,
+    precision: Precision = "auto",
+    replace: Replace = False,
+    as_json: Json = False,
+) -> None:
+    """Have a model say how likely it finds each row's answers, for `objective: [dpo, stored_reference]` and the like."""
+    _store("likelihood", source, model, options, tokenizer, folder, precision, replace, as_json)
+
+
+def store_teacher(
+    source: StoredRows,
+    model: StoredModel,
+    options: StoreOptions = None,
+    top_k: Annotated[int, typer.Option(help="How many of a target's probabilities, the largest first.")] = 64,
+    tokenizer: Writer = "",
+    folder: StoreOut = None,
+    precision: Precision = "auto",
+    replace: Replace = False,
+    as_json: Json = False,
+) -> None:
+    """Have a model say what it expects at each target: its largest probabilities, whose they are, and how much is left."""
+    _store("teacher", source, model, options, tokenizer, folder, precision, replace, as_json, top_k=top_k)
+
+
+def _store(
+    kind: str,
+    source: str,
+    model: str,
+    options: list[str] | None,
+    tokenizer: str,
+    folder: Path | None,
+    precision: str,
+    replace: bool,
+    as_json: bool,
+    top_k: int = 0,
+) -> None:
+    with face(as_json, quiet=as_json) as speak:
+        from luthier.recipe import apply_overrides
+        from luthier.runs.store import store_numbers
+
+        facts = store_numbers(
+            kind,
+            source,
+            model,
+            apply_overrides({}, options or []),
+            tokenizer=tokenizer,
+            folder=folder,
+            precision=precision,
+            replace=replace,
+            say=speak.say,
+            top_k=top_k,
+        )
+        speak.show(facts, lambda: listed(facts))

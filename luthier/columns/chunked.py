@@ -111,10 +111,11 @@ def compute(
     key_N: Tensor | None = None,
     drawing: Callable[[Tensor], AbstractContextManager[Any]] = nullcontext,
     others: Mapping[str, Other] | None = None,
+    given: Mapping[str, Tensor] | None = None,
     vocabulary: int,
     limit_bytes: int = LOGIT_BYTES,
 ) -> dict[str, Tensor]:
-    """Columns of labelled positions, by name, each [N].
+    """Columns of labelled positions, by name, each [N], or [N, ...] where a column is so.
 
     Args:
         hidden_ND: last hidden states (normed, as the head takes them) of the positions that predict.
@@ -124,18 +125,20 @@ def compute(
         key_N: keys for random draws.
         drawing: in this context, which gets the keys of the positions, the head runs.
         others: other passes' hidden states at the same positions, and their heads, by name.
+        given: what the rows carry for the targets, [N, ...], by name.
         vocabulary: V, to size the chunks.
         limit_bytes: most bytes of one chunk's logits; more than one chunk are recomputed in backward instead of being kept.
     """
     if not wanted:
         return {}
-    count, others = len(label_N), others or {}
+    count, others, given = len(label_N), others or {}, given or {}
     key_N = torch.zeros_like(label_N) if key_N is None else key_N
     size = max(1, limit_bytes // (vocabulary * hidden_ND.element_size() * (1 + len(others))))
     plain = {column.name for column in wanted} & {"nll", "entropy"}
     lazy = [column for column in wanted if column.name not in plain]
 
-    def make(hidden_CD: Tensor, label_C: Tensor, key_C: Tensor, *other_CD: Tensor) -> tuple[Tensor, ...]:
+    def make(hidden_CD: Tensor, label_C: Tensor, key_C: Tensor, *more: Tensor) -> tuple[Tensor, ...]:
+        given_C, other_CD = more[: len(given)], more[len(given) :]
         with drawing(key_C):
             logits_CV = head(hidden_CD)
         found: dict[str, Tensor] = {}
@@ -146,14 +149,16 @@ def compute(
             for one, states_CD in zip(others.values(), other_CD, strict=True):
                 with torch.set_grad_enabled(torch.is_grad_enabled() and one.gradient):
                     others_CV.append(one.head(states_CD))
-            made = _Slices.apply(lazy, tuple(others), label_C, key_C, logits_CV, *others_CV)  # type: ignore[no-untyped-call]
+            names = (tuple(given), tuple(others))
+            made = _Slices.apply(lazy, names, label_C, key_C, *given_C, logits_CV, *others_CV)  # type: ignore[no-untyped-call]
             found.update(zip((column.name for column in lazy), made, strict=True))
         return tuple(found[column.name] for column in wanted)
 
     pieces: list[tuple[Tensor, ...]] = []
     for i in range(0, max(count, 1), size):
         part = slice(i, i + size)
-        inputs = (hidden_ND[part], label_N[part], key_N[part], *(one.hidden_ND[part] for one in others.values()))
+        more = (*(one[part] for one in given.values()), *(one.hidden_ND[part] for one in others.values()))
+        inputs = (hidden_ND[part], label_N[part], key_N[part], *more)
         if count > size and torch.is_grad_enabled():
             pieces.append(checkpoint(make, *inputs, use_reentrant=False))
         else:
@@ -172,13 +177,14 @@ class _Slices(torch.autograd.Function):
     def forward(
         ctx: Any,
         columns: Sequence[Column],
-        names: tuple[str, ...],
+        names: tuple[tuple[str, ...], tuple[str, ...]],
         label_C: Tensor,
         key_C: Tensor,
-        *all_CV: Tensor,
+        *more: Tensor,
     ) -> tuple[Tensor, ...]:
-        ctx.columns, ctx.names, ctx.count = columns, names, len(all_CV)
-        ctx.save_for_backward(label_C, key_C, *all_CV)
+        ctx.columns, ctx.names = columns, names
+        ctx.save_for_backward(label_C, key_C, *more)
+        given, all_CV = more[: len(names[0])], more[len(names[0]) :]
         ctx.set_materialize_grads(False)
         ctx.kept = []
         pieces = []
@@ -186,7 +192,8 @@ class _Slices(torch.autograd.Function):
         for i in range(0, max(len(label_C), 1), size):
             part = slice(i, i + size)
             wide = [_widen(one_CV[part]) for one_CV in all_CV]
-            chunk = Chunk(wide[0], label_C[part], key_C[part], dict(zip(names, wide[1:], strict=True)))
+            others, known = dict(zip(names[1], wide[1:], strict=True)), _part(names[0], given, part)
+            chunk = Chunk(wide[0], label_C[part], key_C[part], others, given=known)
             pieces.append([column.value(chunk) for column in columns])
             ctx.kept.append(chunk.kept)
         made = tuple(torch.cat(one) for one in zip(*pieces, strict=True))
@@ -195,8 +202,10 @@ class _Slices(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        label_C, key_C, *all_CV = ctx.saved_tensors
-        wanted = ctx.needs_input_grad[4:]
+        of_given, of_others = ctx.names
+        label_C, key_C, *more = ctx.saved_tensors
+        given, all_CV = more[: len(of_given)], more[len(of_given) :]
+        wanted = ctx.needs_input_grad[4 + len(given) :]
         flowing = {k: one for k, one in enumerate(gradients) if one is not None and ctx.columns[k].gradient}
         found = [torch.zeros_like(one) if needed else None for one, needed in zip(all_CV, wanted, strict=True)]
         size = rows_of_slice(all_CV[0])
@@ -204,8 +213,8 @@ class _Slices(torch.autograd.Function):
             part = slice(i, i + size)
             with torch.enable_grad():
                 wide = [_widen(one[part].detach()).requires_grad_(needed) for one, needed in zip(all_CV, wanted, strict=True)]
-                others = dict(zip(ctx.names, wide[1:], strict=True))
-                chunk = Chunk(wide[0], label_C[part], key_C[part], others, ctx.kept[i // size])
+                others, known = dict(zip(of_others, wide[1:], strict=True)), _part(of_given, given, part)
+                chunk = Chunk(wide[0], label_C[part], key_C[part], others, ctx.kept[i // size], known)
                 values = [(k, ctx.columns[k].value(chunk)) for k in flowing]
             values = [(k, value) for k, value in values if value.requires_grad]
             leaves = [one for one in wide if one.requires_grad]
@@ -215,7 +224,11 @@ class _Slices(torch.autograd.Function):
                 slope = next(slopes, None)
                 if slope is not None:
                     mine[part] = slope
-        return (None, None, None, None, *found)
+        return (None, None, None, None, *(None for _ in given), *found)
+
+
+def _part(names: Sequence[str], given: Sequence[Tensor], part: slice) -> dict[str, Tensor]:
+    return {name: one[part] for name, one in zip(names, given, strict=True)}
 
 
 def _widen(logits_CV: Tensor) -> Tensor:

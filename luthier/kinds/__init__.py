@@ -13,7 +13,7 @@ saves in checkpoints and shares among the values one technique returns. Every fu
 from __future__ import annotations
 
 from luthier.kinds.base import Batch, Form, Now, Services, State, Tensors, TrainedLike, sides_of
-from luthier.kinds.columns import BASE, Chunk, Column, Disturbed, OtherPass, StepTable, View
+from luthier.kinds.columns import BASE, TEACHER, Chunk, Column, Disturbed, Likeliest, OtherPass, StepTable, View
 from luthier.kinds.objective import (
     Annotation,
     Combine,
@@ -26,6 +26,7 @@ from luthier.kinds.objective import (
     RowTable,
     Side,
     StepLoss,
+    Stored,
     Term,
     TokenLoss,
     TokenWeight,
@@ -40,6 +41,7 @@ from luthier.kinds.tune import Additive, HiddenEdit, Prefix, Prompt, Refresh, Re
 
 __all__ = [
     "BASE",
+    "TEACHER",
     "Additive",
     "Annotation",
     "Batch",
@@ -57,6 +59,7 @@ __all__ = [
     "HiddenEdit",
     "InputMap",
     "Keeper",
+    "Likeliest",
     "Line",
     "Now",
     "Optimizer",
@@ -86,6 +89,7 @@ __all__ = [
     "State",
     "StepLoss",
     "StepTable",
+    "Stored",
     "Table",
     "Tensors",
     "Term",

@@ -76,7 +76,7 @@ class Batch(NamedTuple):
     texts: Mapping[str, tuple[str, ...]] = {}
     """Free text columns of the rows, one text each; empty where a row lacks one."""
     token_columns: Mapping[str, Tensor] = {}
-    """Numbers that the rows carry for each token, shape [B, T]; 0 where padded."""
+    """Numbers that the rows carry for each token, shape [B, T], or [B, T, K] where they are K each; 0 where padded."""
     groups: tuple[tuple[int, ...], ...] = ()
     """Places of rows that belong together, such as a chosen answer and the rejected one behind it; empty where every row stands alone.
     All rows of a group are in one micro-batch."""

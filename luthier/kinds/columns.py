@@ -50,11 +50,33 @@ BASE = OtherPass("base", at="base")
 """The model before training."""
 
 
+TEACHER = ("teacher_log_probability", "teacher_token_id", "teacher_rest")
+"""The names under which tokens carry what a store holds of another model's distributions: [K], [K] and one number a token."""
+
+
+class Likeliest(NamedTuple):
+    """Another model's distribution at each of N targets, as far as it is stored; at targets of virtual tokens it means nothing."""
+
+    log_probability_NK: Tensor
+    """The K largest, in nats, the largest first."""
+    token_id_NK: Tensor
+    """Whose they are, in int64."""
+    rest_N: Tensor
+    """The probability of all other tokens together; 0 where K is the whole vocabulary."""
+
+    @classmethod
+    def of(cls, numbers: Mapping[str, Tensor]) -> Likeliest:
+        """What tokens carry under the names of `TEACHER`."""
+        log_NK, id_NK, rest_N = (numbers[name] for name in TEACHER)
+        return cls(log_NK, id_NK.long(), rest_N)
+
+
 class Chunk:
     """Some labelled positions with their whole distributions: the only place where logits exist.
 
     `logits_CV` in fp32 or wider, `label_C`, and `key_C`, one integer a position, from (seed, step, row, position): draws made with it
-    do not depend on how a batch is split. `others` are the logits of other passes by name. What several columns need is made once.
+    do not depend on how a batch is split. `others` are the logits of other passes by name, `given` what the rows carry for these tokens,
+    [C, ...]. What several columns need is made once.
     """
 
     def __init__(
@@ -64,8 +86,10 @@ class Chunk:
         key_C: Tensor,
         others: Mapping[str, Tensor] | None = None,
         kept: dict[str, Tensor] | None = None,
+        given: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.logits_CV, self.label_C, self.key_C, self.others = logits_CV, label_C, key_C, others or {}
+        self.given = given or {}
         self.kept = {} if kept is None else kept
         self._made: dict[str, Tensor] = {}
 
@@ -99,7 +123,7 @@ class Chunk:
 
 
 class Column(NamedTuple):
-    """A value for each labelled position, made where the logits are. `value(chunk)` returns [C]."""
+    """A value for each labelled position, made where the logits are. `value(chunk)` returns [C]; without a gradient also [C, ...]."""
 
     name: str
     value: Callable[[Chunk], Tensor]
@@ -107,6 +131,24 @@ class Column(NamedTuple):
     """Other passes whose logits it reads."""
     gradient: bool = True
     """False: computed without a graph, which saves memory."""
+    given: tuple[str, ...] = ()
+    """Numbers that the rows carry for each token and that it reads, as `chunk.given[name]`."""
+
+
+def at_targets(batch: Batch, name: str, row_N: Tensor, position_N: Tensor) -> Tensor:
+    """What the rows of a batch carry under a name, at some of their tokens: [N], or [N, K].
+
+    Raises:
+        RuntimeError: they carry no such numbers.
+    """
+    column_BT = batch.token_columns.get(name)
+    if column_BT is not None:
+        return column_BT[row_N, position_N]
+    if len(row_N):
+        raise RuntimeError(
+            f"the rows carry no `{name}` for each token: TokenWeight(..., annotation=Annotation(...)), or Term(..., stored=Stored(...))"
+        )
+    return torch.zeros((0, 1) if name in TEACHER[:2] else 0, device=row_N.device)
 
 
 class View:
@@ -234,13 +276,12 @@ class View:
         return self.row_N.bincount(minlength=len(self.batch.row_ids))
 
     def token_column(self, name: str) -> Tensor:
-        """A number that the rows carry for each token, at the targets: [N]."""
-        column_BT = self.batch.token_columns.get(name)
-        if column_BT is None:
-            if len(self.label_N):
-                raise RuntimeError(f"the rows carry no `{name}` for each token: TokenWeight(..., annotation=Annotation(...))")
-            return torch.zeros(0, device=self.label_N.device)
-        return column_BT[self.row_N, self.position_N]
+        """What the rows carry for each token, at the targets: [N], or [N, K]."""
+        return at_targets(self.batch, name, self.row_N, self.position_N)
+
+    def likeliest(self) -> Likeliest:
+        """What a store holds of another model's distributions at the targets; columns have it as `Likeliest.of(chunk.given)`."""
+        return Likeliest.of({name: self.token_column(name) for name in TEACHER})
 
     def note(self, name: str, value_N: Tensor) -> None:
         """Log the mean over the step's targets of a column [N], beside the loss; targets of virtual tokens do not count."""

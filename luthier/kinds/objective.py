@@ -11,6 +11,20 @@ from luthier.kinds.base import Batch, Now, Services, Tensors, sides_of
 from luthier.kinds.columns import Column, OtherPass, StepTable, View
 
 
+class Stored(NamedTuple):
+    """Numbers that a model gave to the run's rows beforehand, which an objective reads from a store (`luthier rows store`).
+
+    Of `likelihood` rows have the free columns `reference_chosen` and `reference_rejected` where they are pairs, else `log_likelihood`: of
+    all targets of an answer, in nats. Of `teacher` each target has `view.likeliest()`.
+    """
+
+    kind: Literal["likelihood", "teacher"]
+    unless: tuple[str, ...] = ()
+    """Free columns of the rows that say the same: where a row has one of them, no store is looked for."""
+    of_base: bool = False
+    """They are those of the model before training. A store of another model is then taken only where the recipe names it."""
+
+
 class Vocabulary(NamedTuple):
     """What an input map may know of token ids."""
 
@@ -78,6 +92,8 @@ class Term(NamedTuple):
     check: Callable[[Batch], None] | None = None
     """Refuses rows that lack what it reads of them. It is asked about all rows before the first step: the batch has their ids, their
     free columns and which of them have targets, but not their tokens."""
+    stored: Stored | None = None
+    """Numbers of another model that it reads."""
 
 
 class TokenLoss(NamedTuple):
@@ -87,6 +103,8 @@ class TokenLoss(NamedTuple):
     columns: tuple[str | Column, ...] = ("nll",)
     weight: float = 1.0
     penalty: bool = False
+    """As a Term's."""
+    stored: Stored | None = None
     """As a Term's."""
 
 
@@ -155,6 +173,8 @@ class Reference(NamedTuple):
     read: Callable[[View], Tensor]
     columns: tuple[str | Column, ...] = ()
     check: Callable[[Batch], None] | None = None
+    """That of a Term."""
+    stored: Stored | None = None
     """That of a Term."""
 
 

@@ -29,6 +29,7 @@ from luthier.recipe import Recipe
 from luthier.recipe.paths import SOURCES
 from luthier.results.folder import write_json
 from luthier.rows.ids import canonical
+from luthier.rows.numbers import Numbers
 from luthier.rows.read import files_of
 
 PACKAGE = Path(luthier.__file__).parent
@@ -78,6 +79,8 @@ def content(value: Any, where: str) -> Any:
     Raises:
         LuthierError: a value that has no content to compare, such as a function.
     """
+    if isinstance(value, str) and where == "rows.numbers":
+        return {"numbers": Numbers(Path(value)).fingerprint()}
     if isinstance(value, str | int | float | bool) or value is None:
         files = _files_named(value, where) if isinstance(value, str) else ()
         if len(files) == 1 and files[0] == Path(str(value)):

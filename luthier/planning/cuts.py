@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, overload
 
 import torch
 
@@ -18,7 +18,8 @@ from luthier.planning.estimate import Estimate, estimate, standing, waiting
 from luthier.recipe import Recipe
 from luthier.recipe.parts import Chosen, completed
 from luthier.registry import KEYS
-from luthier.rows.encode import Encoded, EncodedRows
+from luthier.rows.encode import Encoded, EncodedRows, Sizes
+from luthier.rows.numbered import without_numbers
 from luthier.training.build import build_engine
 from luthier.training.engine import Engine
 from luthier.training.feed import Feed
@@ -112,14 +113,38 @@ def _smaller_batches(
     yield Cut(f"train.micro_batch_tokens={limit}", best)
     if longest >= 2 * SMALLEST and feed.mixture is None:
         half = longest // 2
-        rows = [replace(_shortened(r, half), mates=tuple(_shortened(one, half) for one in r.mates)) for r in feed.rows.rows]
-        shorter = replace(feed, rows=EncodedRows.of(rows), micro_batch_tokens=min(feed.micro_batch_tokens, half))
+        rows = _Shortened(feed.rows.rows, half)
+        # Of rows with stored numbers only those of the micro-batches that are counted are read.
+        short = EncodedRows((), Sizes.of(_Shortened(without_numbers(feed.rows.rows), half)))
+        shorter = replace(feed, rows=replace(short, rows=rows), micro_batch_tokens=min(feed.micro_batch_tokens, half))
         shorter = replace(shorter, _epochs={}, _steps={})
         yield Cut(f"rows.max_tokens={half} with train.micro_batch_tokens={shorter.micro_batch_tokens}", saved(shorter))
 
 
+class _Shortened(Sequence[Encoded]):
+    """Rows of which each, and each of its mates, has so many tokens at most."""
+
+    def __init__(self, rows: Sequence[Encoded], tokens: int) -> None:
+        self._rows, self._tokens = rows, tokens
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @overload
+    def __getitem__(self, index: int) -> Encoded: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Encoded]: ...
+    def __getitem__(self, index: int | slice) -> Encoded | Sequence[Encoded]:
+        if isinstance(index, slice):
+            return tuple(self[place] for place in range(len(self))[index])
+        row = self._rows[index]
+        mates = tuple(_shortened(one, self._tokens) for one in row.mates)
+        return replace(_shortened(row, self._tokens), mates=mates)
+
+
 def _shortened(row: Encoded, tokens: int) -> Encoded:
-    return replace(row, token_ids=row.token_ids[:tokens], supervised=row.supervised[:tokens])
+    numbers = {name: values[:tokens] for name, values in row.token_columns.items()}
+    return replace(row, token_ids=row.token_ids[:tokens], supervised=row.supervised[:tokens], token_columns=numbers)
 
 
 def _checkpointed(engine: Engine, parts: Parts, feed: Feed, dtype: torch.dtype, now: Estimate) -> Iterator[Cut]:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from itertools import islice
 
 from luthier.errors import LuthierError
 from luthier.kinds import Batch
 from luthier.rows.batches import collate
-from luthier.rows.encode import Encoded, EncodedRows, two_tokens
-from luthier.rows.stored import StoredRows
+from luthier.rows.encode import Encoded, EncodedRows
+from luthier.rows.numbered import bare
 from luthier.training.loop import Clock
 from luthier.training.objective import Objective
 from luthier.tune import Tune
@@ -37,8 +37,8 @@ def check_needs(objective: Objective, rows: EncodedRows) -> None:
     checks = [check for check in (*of_terms, *of_weights) if check is not None]
     if not checks:
         return
-    bare = _bare(rows)
-    while some := list(islice(bare, _ROWS)):
+    each = bare(rows.rows)
+    while some := list(islice(each, _ROWS)):
         for check in checks:
             _ask(check, some)
 
@@ -67,14 +67,6 @@ def check_phases(tune: Tune, clock: Clock) -> None:
                 where="tune",
                 mend="name what else trains beside it, such as full or lora, or give all of the run to it, such as share: 1",
             )
-
-
-def _bare(rows: EncodedRows) -> Iterator[Encoded]:
-    if isinstance(rows.rows, StoredRows):
-        return rows.rows.bare()
-    return (
-        two_tokens(one.id, one.where, one.columns, one.text_shape, sum(one.supervised), mates=len(one.mates)) for one in rows.rows
-    )
 
 
 def _ask(check: Callable[[Batch], None], rows: Sequence[Encoded]) -> None:

@@ -91,6 +91,10 @@ class Plan:
     """When streaming, whether each source's encoded rows were in the cache."""
     mapped: Sequence[str] = ()
     """What row maps did."""
+    numbers: Sequence[str] = ()
+    """What models gave to the rows beforehand."""
+    number_prints: Sequence[str] = ()
+    """Fingerprints of these."""
     files: Sequence[str] = ()
     """What the training rows are read from."""
     left_out: Sequence[LeftOut] = ()
@@ -127,6 +131,7 @@ class Plan:
             f"{NOTHING_BEFORE}{self._padding()}; longest row {max(self.rows.sizes.lengths):,} tokens",
         ]
         lines += [f"{NOTHING_BEFORE}{said}" for said in (*self.cache, *self.mapped, *map(described_share, self.feed.shares()))]
+        lines += _listed("numbers", self.numbers)
         lines += _listed("template", self._template())
         lines += _listed("files", list(self.files))
         lines += _listed("left out", [f"{one.file}: {one.why}" for one in self.left_out])
@@ -277,6 +282,7 @@ class Plan:
             "estimated_peak_memory_bytes": self.estimate.total_bytes,
             "mixture": self.feed.shares(),
             "rows_cache": list(self.cache),
+            "numbers": list(self.numbers),
             "files": list(self.files),
             "left_out": [one._asdict() for one in self.left_out],
             "estimated_seconds": self.estimate.seconds,
@@ -373,6 +379,8 @@ def make_plan(recipe: Recipe, say: Say = lambda text: None, *, today: date | Non
         others=others,
         cache=rows.cache,
         mapped=rows.mapped,
+        numbers=rows.numbered.said,
+        number_prints=rows.numbered.fingerprints,
         files=rows.files,
         left_out=rows.left_out,
         padded=padded,

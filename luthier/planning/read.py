@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from luthier.errors import LuthierError, Say
 from luthier.kinds import Head, Now, RowMap
 from luthier.planning.load import Loaded
+from luthier.planning.numbers import Numbered, with_numbers
 from luthier.recipe import RowsRecipe
 from luthier.recipe.parts import Chosen
 from luthier.registry import slots_of, values_of
@@ -40,6 +41,8 @@ class TrainingRows(NamedTuple):
     """What was read."""
     left_out: Sequence[LeftOut]
     """What stands beside it and was not."""
+    numbered: Numbered
+    """What models gave to the rows beforehand."""
 
 
 def check_maps(recipe: RowsRecipe, chosen: Chosen) -> None:
@@ -80,7 +83,9 @@ def read(recipe: RowsRecipe, seed: int, sources: Sources, chosen: Chosen, loaded
     purpose: Purpose = "read" if any(isinstance(value, Head) for _, value in values_of(chosen)) else "train"
     rows, places, skipped, cache = encode_rows(recipe, sources, raw, loaded.tokenizer, loaded.reads, say, annotations, purpose)
     mixture = mixture_of(recipe, seed, sources, rows, places)
-    return TrainingRows([one.name for one in sources], raw, rows, mixture, skipped, cache, mapped, *files_of(sources))
+    numbered = with_numbers(recipe, chosen, loaded, rows)
+    names = [one.name for one in sources]
+    return TrainingRows(names, raw, numbered.rows, mixture, skipped, cache, mapped, *files_of(sources), numbered=numbered)
 
 
 def _maps(chosen: Chosen) -> list[tuple[str, RowMap]]:

@@ -26,8 +26,8 @@ def with_paths(data: dict[str, Any], folder: Path) -> dict[str, Any]:
 
     data = dict(data)
     rows = data.get("rows")
-    if isinstance(rows, dict) and "train" in rows:
-        data["rows"] = {**rows, "train": found(rows["train"])}
+    if isinstance(rows, dict):
+        data["rows"] = {**rows, **{key: found(rows[key]) for key in ("train", "numbers") if key in rows}}
     sets = data.get("evaluate")
     if isinstance(sets, dict):
         data["evaluate"] = {

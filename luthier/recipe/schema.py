@@ -119,6 +119,9 @@ class RowsRecipe(Strict):
     max_tokens: int | None = Field(None, ge=2, description="longest row; none: the model's context")
     too_long: Literal["refuse", "left", "right"] = Field("refuse", description="refuse long rows, or cut this side")
     on_bad_row: Literal["stop", "skip"] = Field("stop", description="stop at a bad row, or skip and count it")
+    numbers: str | list[str] | None = Field(
+        None, description="folders of `luthier rows store`, where they do not lie beside the rows; or of another model on purpose"
+    )
 
     @field_validator("template_options", mode="before")
     @classmethod
@@ -141,6 +144,10 @@ class RowsRecipe(Strict):
                 "workers encode rows into a file, and nothing is streamed", where="rows.workers", mend="set rows.streaming: true"
             )
         return self
+
+    def stores(self) -> list[str]:
+        """The folders of numbers that are named."""
+        return [self.numbers] if isinstance(self.numbers, str) else list(self.numbers or ())
 
     def sources(self) -> list[SourceRecipe]:
         """The sources one by one."""

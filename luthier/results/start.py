@@ -62,6 +62,18 @@ def _is_model(name: str) -> bool:
     return (Path(name) / "config.json").is_file()
 
 
+def source_of(name: str, out: str, say: Say = silent) -> ModelSource:
+    """The model that was there first, whose tokenizer a model's or a run's is, whatever a run learnt.
+
+    Raises:
+        LuthierError: there is no such model or run.
+    """
+    if is_run(name, out) and not _is_model(name):
+        recipe = kept_recipe(read_run(name, out))
+        return start_of(recipe, say).source
+    return find_start(name, out, say=say).source
+
+
 def find_start(name: str, out: str, *, revision: str | None = None, trust_remote_code: bool = False, say: Say = silent) -> Start:
     """Where the weights of a model or a run's result come from.
 

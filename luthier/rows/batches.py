@@ -38,7 +38,7 @@ def collate(encoded: Sequence[Encoded], *, pad_to_multiple: int = 1, side: Liter
 
     Returns:
         The batch. Labels are not shifted. Numeric columns become fp32 of shape [B], NaN where a row lacks the column; those of tokens
-        fp32 of shape [B, T], 0 there and where padded.
+        fp32 of shape [B, T], or [B, T, K] in the type they have, 0 there and where padded.
     """
     groups = _groups(encoded)
     encoded = [one for row in encoded for one in row.group]
@@ -47,8 +47,7 @@ def collate(encoded: Sequence[Encoded], *, pad_to_multiple: int = 1, side: Liter
     attend_BT = torch.zeros(len(encoded), time, dtype=torch.bool)
     position_BT = torch.zeros(len(encoded), time, dtype=torch.long)
     label_BT = torch.full((len(encoded), time), NOT_A_TARGET, dtype=torch.long)
-    names = sorted({name for row in encoded for name in row.token_columns})
-    token_columns = {name: torch.zeros(len(encoded), time) for name in names}
+    token_columns = _token_columns(encoded, time)
     for index, row in enumerate(encoded):
         place = slice(0, len(row)) if side == "right" else slice(time - len(row), time)
         token_ids_T = torch.tensor(row.token_ids, dtype=torch.long)
@@ -57,10 +56,17 @@ def collate(encoded: Sequence[Encoded], *, pad_to_multiple: int = 1, side: Liter
         position_BT[index, place] = torch.arange(len(row))
         label_BT[index, place] = token_ids_T.masked_fill(~torch.tensor(row.supervised, dtype=torch.bool), NOT_A_TARGET)
         for name, numbers in row.token_columns.items():
-            token_columns[name][index, place] = torch.tensor(numbers)
+            token_columns[name][index, place] = torch.as_tensor(numbers)
     row_ids = tuple(row.id for row in encoded)
     columns, texts = _columns(encoded), _texts(encoded)
     return Batch(token_ids_BT, attend_BT, position_BT, label_BT, row_ids, columns, texts, token_columns, groups)
+
+
+def _token_columns(encoded: Sequence[Encoded], time: int) -> dict[str, Tensor]:
+    """Room for the numbers of tokens, by name."""
+    first = {name: numbers for row in reversed(encoded) for name, numbers in row.token_columns.items()}
+    examples = {name: torch.as_tensor(first[name]) for name in sorted(first)}
+    return {name: one.new_zeros(len(encoded), time, *one.shape[1:]) for name, one in examples.items()}
 
 
 def _groups(encoded: Sequence[Encoded]) -> tuple[tuple[int, ...], ...]:

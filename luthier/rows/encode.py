@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
+from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from luthier.errors import LuthierError
@@ -25,6 +26,7 @@ from luthier.rows.annotate import token_columns
 from luthier.rows.borders import Border, tokenized_at
 from luthier.rows.chat import Form, LossOn, Rendered, form_of, render_pair, render_prompt, render_training
 from luthier.rows.groups import GROUPS, PAIR, TEXTS, cut_alike, joined, refuse_other_prompts, run_tokens, without
+from luthier.rows.ids import digest_of_tokens
 from luthier.rows.limits import ANYTHING, Limits, TooLong, check_choice, check_ids
 from luthier.rows.messages import Message
 from luthier.rows.shapes import BadRow, Row, Scalar, bad_rows_error
@@ -46,7 +48,7 @@ class Encoded:
         truncated: how many tokens were cut off.
         text_shape: the row's shape.
         notes: what about this row deserves a warning.
-        token_columns: numbers for each token, by name, which token weights asked for.
+        token_columns: numbers for each token, by name, which token weights asked for; or K numbers each, [T, K].
         mates: the other rows of its group, in order, without mates of their own: a group stands in one micro-batch. Of a pair the row
             itself is the chosen answer, and its mate the rejected one.
     """
@@ -59,7 +61,7 @@ class Encoded:
     truncated: int
     text_shape: str
     notes: tuple[str, ...] = ()
-    token_columns: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    token_columns: Mapping[str, Sequence[float] | NDArray[Any]] = field(default_factory=dict)
     mates: tuple[Encoded, ...] = ()
 
     def __len__(self) -> int:
@@ -69,6 +71,11 @@ class Encoded:
     def group(self) -> tuple[Encoded, ...]:
         """The row and its mates, each by itself."""
         return (replace(self, mates=()), *self.mates) if self.mates else (self,)
+
+    @property
+    def digest(self) -> int:
+        """Identifies the row and its mates as models read them: token ids and targets, in 8 bytes."""
+        return digest_of_tokens((one.token_ids, one.supervised) for one in (self, *self.mates))
 
 
 def renamed(row: Encoded, id: str) -> Encoded:

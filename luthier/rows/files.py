@@ -44,6 +44,8 @@ _TRAINING = frozenset({"train", "training", "trainset"})
 _ABOUT_ROWS = frozenset(
     {"license", "licence", "readme", "copying", "notice", "changelog", "authors", "contributing", "citation", "requirements"}
 )
+NUMBERS = ".numbers"
+"""How folders end that hold what models said of rows, in Parquet files of their own."""
 _STATE = "state.json"
 _DESCRIBE = frozenset({"dataset_info.json", "dataset_infos.json", "dataset_dict.json", _STATE})
 """What `save_to_disk` and data sets of the hub keep beside their rows."""
@@ -96,9 +98,10 @@ def find(source: str | Path, purpose: Purpose = "train") -> Found:
         return Found(taken, path.name, ignored, left_out)
     if not path.exists() and glob.has_magic(str(path)):
         files = [Path(file) for file in sorted(glob.glob(str(path), recursive=True)) if Path(file).is_file()]
+        fixed = list(takewhile(lambda part: not glob.has_magic(part), path.parts))
+        files = [file for file in files if not any(part.endswith(NUMBERS) for part in file.parts[len(fixed) :])]
         if not files:
             raise LuthierError("no file fits this pattern", where=str(source), mend="check the pattern")
-        fixed = list(takewhile(lambda part: not glob.has_magic(part), path.parts))
         said = _words("/".join(path.parts[len(fixed) :]))
         taken, left_out = _with_rows(files, Path(*fixed), said, purpose, str(source))
         return Found(taken, str(source), (), left_out)
@@ -153,7 +156,7 @@ def _begins(path: Path, magic: bytes) -> bool:
 
 
 def _hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)
+    return any(part.startswith(".") or part.endswith(NUMBERS) for part in path.parts)
 
 
 def _words(name: str) -> frozenset[str]:

@@ -10,6 +10,7 @@ import numpy
 
 from luthier.rows.encode import Encoded
 from luthier.rows.ids import canonical
+from luthier.rows.numbered import NumberedRows
 from luthier.rows.shapes import Row
 from luthier.rows.stored import StoredRows
 
@@ -34,6 +35,12 @@ def of_encoded(rows: Sequence[Encoded]) -> str:
         digest.update(numpy.asarray(row.token_ids, dtype=numpy.int64).tobytes())
         digest.update(numpy.asarray(row.supervised, dtype=numpy.bool_).tobytes())
     return digest.hexdigest()
+
+
+@of_encoded.register
+def _(rows: NumberedRows) -> str:
+    # Stores have fingerprints of their own.
+    return of_encoded(rows.rows)
 
 
 @of_encoded.register

@@ -102,7 +102,7 @@ def without(one: Encoded, start: int, count: int) -> Encoded:
         token_ids=kept(one.token_ids),
         supervised=tuple(target and place > 0 for place, target in enumerate(kept(one.supervised))),
         truncated=one.truncated + count,
-        token_columns={name: kept(numbers) for name, numbers in one.token_columns.items()},
+        token_columns={name: kept(tuple(numbers)) for name, numbers in one.token_columns.items()},
     )
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from datetime import date, time, timedelta
 from decimal import Decimal
 from typing import Any, Protocol
 from uuid import UUID
+
+import numpy
 
 from luthier.errors import LuthierError
 
@@ -139,6 +141,16 @@ def half_character(problem: UnicodeEncodeError) -> LuthierError:
 def digest(id: str) -> int:
     """8 bytes of an id's SHA-256, as a signed number."""
     return int.from_bytes(hashlib.sha256(id.encode()).digest()[:8], "little", signed=True)
+
+
+def digest_of_tokens(members: Iterable[tuple[Sequence[int], Sequence[bool]]]) -> int:
+    """8 bytes of the SHA-256 of rows that belong together as models read them, token ids and which of them are targets."""
+    found = hashlib.sha256()
+    for token_ids, supervised in members:
+        found.update(len(token_ids).to_bytes(8, "little"))
+        found.update(numpy.asarray(token_ids, dtype=numpy.int64).tobytes())
+        found.update(numpy.asarray(supervised, dtype=numpy.bool_).tobytes())
+    return int.from_bytes(found.digest()[:8], "little", signed=True)
 
 
 def canonical(value: Any) -> str:

@@ -50,6 +50,7 @@ SCHEMA = pyarrow.schema(
         "digest": pyarrow.int64(),
         "content": pyarrow.int64(),
         "occurrence": pyarrow.int32(),
+        "encoded": pyarrow.int64(),
     }
 )
 
@@ -171,6 +172,7 @@ def batch_of(rows: EncodedRows, derived: Set[str] = frozenset()) -> pyarrow.Reco
             "digest": digest(row.id),
             "content": digest(content),
             "occurrence": occurrence,
+            "encoded": row.digest,
         }
         for row, tokens, targets, (content, occurrence) in zip(rows.rows, rows.sizes.tokens, rows.sizes.targets, parts, strict=True)
     ]

@@ -7,7 +7,7 @@ from typing import Any, cast, get_args
 
 from luthier.errors import LuthierError, Say, nearest, silent
 from luthier.models.load import load_tokenizer, source_reads
-from luthier.results.start import find_start
+from luthier.results.start import source_of
 from luthier.rows.chat import LossOn
 from luthier.rows.look import Look, look
 from luthier.rows.template import choose
@@ -45,7 +45,7 @@ def look_at_rows(
         if key not in _OPTIONS:
             raise LuthierError(f"`{key}` changes nothing of what is shown", where="command line", mend=nearest(key, _OPTIONS))
     turns = turns_of(loss_on)
-    found = find_start(model, out, say=say).source
+    found = source_of(model, out, say)
     tokenizer = load_tokenizer(found)
     choose(tokenizer, template, options.get("template_options") or {})
     limits = {key: value for key, value in options.items() if key != "template_options"}

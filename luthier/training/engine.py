@@ -304,7 +304,8 @@ def with_context(batch: Batch, label_P: Tensor | None) -> Batch:
         position_BT=torch.cat([before, batch.position_BT + length], dim=1),
         label_BT=torch.cat([label_BP, batch.label_BT], dim=1),
         token_columns={
-            name: torch.cat([column.new_zeros(rows, length), column], dim=1) for name, column in batch.token_columns.items()
+            name: torch.cat([column.new_zeros(rows, length, *column.shape[2:]), column], dim=1)
+            for name, column in batch.token_columns.items()
         },
     )
 

@@ -59,7 +59,7 @@ def as_term(value: Term | TokenLoss | PairLoss | StepLoss, reference: Reference 
     def total(view: View, own: Tensors) -> Tensor:
         return (loss(view) * view.weight_N).sum()
 
-    return Term(total, columns=value.columns, weight=value.weight, penalty=value.penalty)
+    return Term(total, columns=value.columns, weight=value.weight, penalty=value.penalty, stored=value.stored)
 
 
 @dataclass

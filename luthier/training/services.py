@@ -14,6 +14,7 @@ from luthier.columns import chunked
 from luthier.columns.targets import Targets, find_targets
 from luthier.errors import LuthierError
 from luthier.kinds import Batch, Column, Now, OtherPass, Place, State, Tensors, TrainedLike, View
+from luthier.kinds.columns import at_targets
 from luthier.models import blocks
 from luthier.models.head import head_of
 from luthier.models.modes import evaluating
@@ -175,6 +176,8 @@ def view_of(
     where = find_targets(batch)
     row_number = draws.seeds_of(batch.row_ids, where.row_N.device)
     keys = draws.keys(now.seed, now.step, row_number[where.row_N], where.source_N)
+    carried = dict.fromkeys(name for column in columns for name in column.given)
+    given = {name: at_targets(batch, name, where.row_N, where.source_N + 1) for name in carried}
 
     # What is compared must have read the same.
     reading = batch if read is None else read
@@ -209,6 +212,7 @@ def view_of(
             key_N=keys,
             drawing=(lambda key_N: tune.drawing_at(key_N if trains else None)),
             others={name: other for name, other in others.items() if name in asked},
+            given=given,
             vocabulary=tune.parts.vocabulary,
         )
         if context_BT is not None:

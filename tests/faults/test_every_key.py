@@ -46,6 +46,7 @@ ELSEWHERE = {
     "evaluate.NAME.deviations": "tests/unit/test_best_of.py::test_members_are_combined_as_asked_when_pairs_are_scored",
     "control": "tests/unit/test_control.py::test_a_run_is_compared_with_the_run_it_names",
     "revision": "tests/faults/test_every_key.py::test_the_revision_chooses_the_weights",
+    "rows.numbers": "tests/unit/test_numbers.py::test_the_plan_and_the_run_tell_whose_numbers_they_are",
     "rows.template": "tests/unit/test_rows_template.py::test_one_of_several_templates",
     "rows.template_options": "tests/unit/test_rows_template.py::test_the_day_that_a_template_is_told_can_be_set",
     "track": "tests/unit/test_trackers.py::test_a_run_in_tensorboard_reads_back",

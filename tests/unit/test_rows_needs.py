@@ -13,7 +13,7 @@ import torch
 from luthier.errors import LuthierError
 from luthier.planning.plan import Plan, make_plan
 from luthier.recipe import make_recipe
-from luthier.rows.numbers import check_numbers
+from luthier.rows.free_columns import check_numbers
 from tests.conftest import make_batch
 
 ROWS = [{"prompt": f"{place}?", "completion": "abc" * (1 + place % 3), "task": "a", "p": 0.1, "s": -1.5} for place in range(40)]

@@ -8,7 +8,7 @@ from torch.nn import functional
 
 from luthier.kinds import Batch, Head, Services, Tensors, Term, View
 from luthier.registry import method
-from luthier.rows.numbers import check_numbers
+from luthier.rows.free_columns import check_numbers
 
 
 @method(title="Regression", departs="the head starts at zero, where transformers draws it", learning_rate=1e-4)

@@ -10,8 +10,8 @@ from torch.nn.functional import logsigmoid
 from luthier.errors import LuthierError
 from luthier.kinds import Batch, Head, Services, Tensors, Term, View, sides_of
 from luthier.registry import method
+from luthier.rows.free_columns import check_numbers
 from luthier.rows.groups import check_pairs
-from luthier.rows.numbers import check_numbers
 
 SPREAD = 0.02
 """Standard deviation of the numbers that heads start from, as transformers draws them."""

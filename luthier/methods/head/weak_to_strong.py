@@ -9,7 +9,7 @@ from luthier.errors import LuthierError
 from luthier.kinds import Batch, Head, Now, RowTable, StepLoss, Tensors, View
 from luthier.methods.head.classify import classify
 from luthier.registry import method
-from luthier.rows.numbers import check_numbers
+from luthier.rows.free_columns import check_numbers
 
 
 @method(

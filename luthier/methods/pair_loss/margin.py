@@ -8,7 +8,7 @@ from torch.nn.functional import logsigmoid
 from luthier.kinds import Batch, PairLoss, Pairs
 from luthier.methods.pair_loss._checks import check_beta
 from luthier.registry import method
-from luthier.rows.numbers import check_numbers
+from luthier.rows.free_columns import check_numbers
 
 
 @method(

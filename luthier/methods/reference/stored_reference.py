@@ -1,20 +1,22 @@
-"""Likelihoods of both answers that the rows hold: no pass over the reference at all."""
+"""Likelihoods of both answers that were made once, before training: no pass over the reference at all."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from luthier.kinds import Batch, Reference, View, sides_of
+from luthier.kinds import Batch, Reference, Stored, View, sides_of
 from luthier.registry import method
-from luthier.rows.numbers import check_numbers
+from luthier.rows.free_columns import check_numbers
+from luthier.rows.numbered import PAIRED
 
 
 @method(title="A reference that was stored")
 def stored_reference(*, chosen: str = "reference_chosen", rejected: str = "reference_rejected") -> Reference:
-    """Compare with log-likelihoods that the rows hold, of whole answers, in nats.
+    """Compare with log-likelihoods of whole answers, in nats, that lie in a store beside the rows or are columns of them.
 
-    It stands beside a loss with a reference: `objective: [dpo, stored_reference]`. The numbers must be of the same tokens: same tokenizer,
-    same chat template, nothing cut off, no token weights.
+    It stands beside a loss with a reference: `objective: [dpo, stored_reference]`. `luthier rows store likelihood` writes a store, which is
+    refused where it is not of the same tokens and of the model before training. Of columns you know that yourself. No token weights are in
+    the numbers.
 
     Args:
         chosen: the key of the rows that holds the chosen answer's log-likelihood, or that of an answer which stands by itself.
@@ -35,4 +37,6 @@ def stored_reference(*, chosen: str = "reference_chosen", rejected: str = "refer
             mend = f"add `{name}` to every row, a number of at most 0, or leave `stored_reference` out"
             check_numbers(batch, name, mend, called="log-likelihood", most=0.0)
 
-    return Reference(read, check=check)
+    # A store gives rows columns of these names alone.
+    usual = (chosen, rejected) == PAIRED
+    return Reference(read, check=check, stored=Stored("likelihood", unless=PAIRED, of_base=True) if usual else None)

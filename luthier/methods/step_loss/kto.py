@@ -11,7 +11,7 @@ from luthier.kinds import Batch, RowMap, RowTable, Services, StepLoss, Tensors, 
 from luthier.methods.pair_loss._checks import check_beta
 from luthier.methods.step_loss._unpaired import beside_other_answers, check_verdicts
 from luthier.registry import method
-from luthier.rows.numbers import check_numbers
+from luthier.rows.free_columns import check_numbers
 from luthier.rows.shapes import Row
 
 
