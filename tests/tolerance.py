@@ -7,8 +7,11 @@ same kernel makes of the same shapes is the same.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 TINY = 2 * (32 + 32 + 32 + 96) + 32
 """Roundings that one logit of a tiny model of two blocks goes through: the lengths of the sums of its products, from the map into attention
@@ -57,3 +60,20 @@ def assert_rounded(
     largest = float(wanted.detach().abs().max()) if size is None else size
     bound, apart = rounding(narrow, terms, size=largest, condition=condition), float((found - wanted).detach().abs().max())
     assert apart <= bound, f"{what}: {apart:.3g} apart where rounding leaves {bound:.3g}"
+
+
+class Exactly(TorchFunctionMode):
+    """Models in fp64 that compute some of their numbers in fp32, such as norms, do so in fp64.
+
+    Gradients that are added before such a norm in one layout and behind it in another differ by fp32's rounding, which would hide a mistake
+    of that size. What a checkpoint runs again is not reached.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        options = dict(kwargs or {})
+        wide = bool(args) and isinstance(args[0], Tensor) and args[0].dtype == torch.float64
+        if wide and (func is Tensor.float or (func is Tensor.to and torch.float32 in (*args, *options.values()))):
+            return args[0]
+        if wide and options.get("dtype") == torch.float32:
+            options.pop("dtype")
+        return func(*args, **options)

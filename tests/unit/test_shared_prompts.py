@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from luthier.columns.chunked import resolve
 from luthier.columns.targets import find_targets
@@ -28,6 +27,7 @@ from luthier.tune import Tune
 from luthier.tune.forward import hidden
 from luthier.tune.packed import pack
 from tests.conftest import calibration, split
+from tests.tolerance import Exactly
 from tests.toys.helpers import gap, gradients, model_of, rows_of_pairs, toys  # noqa: F401
 from tests.unit.test_packing import PACKED, reference_varlen
 
@@ -68,19 +68,6 @@ def tune_of(architecture: str = "llama", **options: Any) -> Tune:
     model = tiny(architecture, dtype=torch.float64, **options)
     assert use_attention(model)
     return Tune(model, map_parts(model))
-
-
-class Exactly(TorchFunctionMode):
-    """Models that compute some of their numbers in fp32, such as norms, do so in fp64."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        options = dict(kwargs or {})
-        wide = bool(args) and isinstance(args[0], Tensor) and args[0].dtype == torch.float64
-        if wide and (func is Tensor.float or (func is Tensor.to and torch.float32 in (*args, *options.values()))):
-            return args[0]
-        if wide and options.get("dtype") == torch.float32:
-            options.pop("dtype")
-        return func(*args, **options)
 
 
 @pytest.fixture(autouse=True)
