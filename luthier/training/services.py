@@ -16,6 +16,7 @@ from luthier.errors import LuthierError
 from luthier.kinds import Batch, Column, Now, OtherPass, Place, State, Tensors, TrainedLike, View
 from luthier.kinds.columns import at_targets
 from luthier.models import blocks
+from luthier.models.attention import alike
 from luthier.models.head import head_of
 from luthier.models.modes import evaluating
 from luthier.models.quantized import shape_of
@@ -219,7 +220,8 @@ def view_of(
             found[chunked.CONTEXT_ATTENTION.name] = states.mass_at(where.row_N, where.source_N + 1)
         return states.padded(batch.attend_BT) if keep_hidden else None, found, states_of
 
-    hidden_BTD, found, other_hidden = tune.run(make)
+    with alike(trains):
+        hidden_BTD, found, other_hidden = tune.run(make)
     view = View(
         batch,
         found,
