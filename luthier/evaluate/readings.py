@@ -52,7 +52,7 @@ def readings(tune: Tune, rows: Sequence[Encoded], *, batch_tokens: int = BATCH_T
         for chosen in (places for step in plan for places in step):
             batch = collate([rows[place] for place in chosen]).to(device)
             states = tune.run(partial(states_of, tune, batch))
-            found |= dict(zip(chosen, read(head, own, states, batch).cpu(), strict=True))
+            found |= dict(zip(chosen, read(head, own, states, batch, causal=tune.parts.causal).cpu(), strict=True))
     numbers = torch.stack([found[place] for place in range(len(rows))])
     broken = (~numbers.isfinite().all(-1)).nonzero()
     if len(broken):

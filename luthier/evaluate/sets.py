@@ -40,6 +40,8 @@ NEEDED_SHAPES = {
     "vector": "a `query` and a `positive` text",
     "likelihood": "a `text`, `messages`, or a `prompt` and a `completion`",
 }
+OF_TEXTS = ("class", "value", "vector")
+"""What a head says of texts, for which no token is predicted."""
 _NEEDED_WITHOUT_ANSWER = "a `prompt`, or a `text` to go on from"
 
 
@@ -185,8 +187,10 @@ def check(tune: Tune, tokenizer: PreTrainedTokenizerBase, sets: Sequence[EvalSet
     said: list[str] = []
     for one in sets:
         with _placed(one):
-            language_head_of(tune.model, tune.parts)
-            notes, first = counted(_ASKED[METRICS[one.chosen_metric].needs](tune, tokenizer, one))
+            needs = METRICS[one.chosen_metric].needs
+            if needs not in OF_TEXTS:
+                language_head_of(tune.model, tune.parts)
+            notes, first = counted(_ASKED[needs](tune, tokenizer, one))
         new = {note: count for note, count in notes.items() if note not in known}
         said += [f"evaluation set `{one.name}`: {note}" for note in told(new, first)]
     return said

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -20,7 +21,7 @@ from luthier.kinds import Batch, Head
 from luthier.models.modes import evaluating
 from luthier.models.quiet import quiet
 from luthier.models.weights import load_weights
-from luthier.training.readout import read, states_of
+from luthier.training.readout import pool_of, read, states_of
 from luthier.tune import Tune
 
 PROBLEMS = {"classes": "single_label_classification", "value": "regression", "score": "regression"}
@@ -55,9 +56,14 @@ def export_classifier(tune: Tune, tokenizer: PreTrainedTokenizerBase, folder: st
 
 
 def _with_head(tune: Tune, tokenizer: PreTrainedTokenizerBase, tensors: dict[str, Tensor], head: Head) -> Any:
-    if head.means not in PROBLEMS or head.pool != "last" or set(tensors) != {"weight"}:
-        raise _impossible(tune, "transformers has no head that reads rows as this one does")
     config: Any = copy.deepcopy(tune.model.config)
+    pool = pool_of(head, causal=tune.parts.causal)
+    pools = {"last": "last"} if tune.parts.causal else {"first": "cls"}
+    if hasattr(config, "classifier_pooling"):
+        pools = {"first": "cls", "mean": "mean"}
+        config.classifier_pooling = pools.get(pool)
+    if head.means not in PROBLEMS or pool not in pools or "weight" not in tensors:
+        raise _impossible(tune, "transformers has no head that reads rows as this one does")
     config.num_labels = len(tensors["weight"])
     config.problem_type = PROBLEMS[head.means]
     if head.names:
@@ -70,14 +76,46 @@ def _with_head(tune: Tune, tokenizer: PreTrainedTokenizerBase, tensors: dict[str
             model: Any = transformers.AutoModelForSequenceClassification.from_config(config)
     except ValueError as error:
         raise _impossible(tune, "transformers has no class that reads rows with this model") from error
-    if not hasattr(model, "score") or getattr(model.score, "bias", None) is not None:
-        raise _impossible(tune, "its head there is of another kind")
     model = model.to(parameter.dtype)
     body = getattr(model, model.base_model_prefix)
-    body.load_state_dict(tune.model.get_submodule(tune.parts.backbone).state_dict())
-    with torch.no_grad():
-        model.score.weight.copy_(tensors["weight"])
+    # A pooler, of which the head may have taken the place, is not read.
+    found = body.load_state_dict(tune.model.get_submodule(tune.parts.backbone).state_dict(), strict=False)
+    if any(not name.startswith("pooler.") for name in (*found.missing_keys, *found.unexpected_keys)):
+        raise _impossible(tune, "its weights there are others")
+    # A layer is named by its activation, of which the comparison tells whether it is the same there.
+    layer = re.compile(f"^({'|'.join(tune.parts.layer)})_(?=weight|bias)") if tune.parts.layer else None
+    given = {name if layer is None or name == "norm_weight" else layer.sub("layer_", name): one for name, one in tensors.items()}
+    if not _fill(model, body, given):
+        raise _impossible(tune, "its head there is of another kind")
     return model.eval()
+
+
+def _fill(model: Any, body: Any, given: dict[str, Tensor]) -> bool:
+    """Put a head's tensors into the modules that are it in `transformers`. Returns whether all have a place, and all places one."""
+    modules = {
+        "": _first(model, "score", "classifier.out_proj", "classifier"),
+        "layer_": _first(model, "classifier.dense", "pre_classifier", "head.dense") or _first(body, "pooler.dense"),
+        "norm_": _first(model, "head.norm"),
+    }
+    places = {
+        f"{prefix}{name}": parameter
+        for prefix, module in modules.items()
+        if module is not None
+        for name, parameter in module.named_parameters()
+    }
+    lacking = places.keys() - given.keys()
+    if given.keys() - places.keys() or any(not name.endswith("bias") for name in lacking):
+        return False
+    with torch.no_grad():
+        for name, parameter in places.items():
+            parameter.copy_(given.get(name, torch.zeros_like(parameter)))
+    return True
+
+
+def _first(model: Any, *names: str) -> Any:
+    """The first of these modules that there is, without modules of its own."""
+    known = dict(model.named_modules())
+    return next((known[name] for name in names if name in known and not [*known[name].children()]), None)
 
 
 def _impossible(tune: Tune, why: str) -> LuthierError:
@@ -97,7 +135,7 @@ def _ours(tune: Tune, head: Head, ids: Sequence[Sequence[int]]) -> list[Tensor]:
             ids_BT = torch.tensor([row], device=device)
             batch = Batch(ids_BT, ids_BT >= 0, torch.arange(len(row), device=device)[None], torch.full_like(ids_BT, -100), ("",))
             states_BTD = tune.run(partial(states_of, tune, batch))
-            found.append(read(head, tune.head[0].masters(), states_BTD, batch)[0])
+            found.append(read(head, tune.head[0].masters(), states_BTD, batch, causal=tune.parts.causal)[0])
     return found
 
 

@@ -169,18 +169,23 @@ class PairLoss(NamedTuple):
     check: Callable[[Batch], None] | None = None
 
 
+Pool = Literal["auto", "first", "last", "mean"]
+"""Which last hidden state of a row a head reads."""
+
+
 class Head(NamedTuple):
     """What does the model say of a whole row?
 
     `start(services)` makes trained tensors, `read(tensors, hidden_BD)` gives K numbers a row, [B, K] in fp32 or wider, from one of its last
-    hidden states: the `last` token's, or the `mean` of all. They are `view.output_BK` for terms. A head is part of the result: it is
+    hidden states: the `first` token's, the `last` token's, or the `mean` of all; `auto` is that of the token which has seen the whole
+    row, the last of a causal model and the first of an encoder. They are `view.output_BK` for terms. A head is part of the result: it is
     saved with the run, and stands beside the model when that is used. `means` says what the numbers are.
     """
 
     start: Callable[[Services], Tensors]
     read: Callable[[Tensors, Tensor], Tensor]
     means: Literal["score", "classes", "value", "vector"]
-    pool: Literal["last", "mean"] = "last"
+    pool: Pool = "auto"
     names: tuple[str, ...] = ()
     """Of classes, in the order of their numbers."""
     rate: float = 1.0

@@ -355,6 +355,12 @@ def _encode(
         return _together(row, form, purpose, loss_on, limits, annotations)
     if purpose == "read" and row.shape in TEXTS:
         return _text(row, form, limits)
+    if not limits.reads.conversations:
+        raise LuthierError(
+            f"the model is an encoder, which reads texts, and this row is `{row.shape}`",
+            where=row.where,
+            mend="give rows with a `text`, or `query` and `positive`, or use a causal language model",
+        )
     if purpose != "prompt":
         rendered = render_training(row, form, loss_on)
 

@@ -358,7 +358,7 @@ class Objective:
         )
         if self.head is not None and tune.head is not None and view.hidden_BTD is not None:
             own, head = tune.head
-            view.output_BK = readout.read(head, own.tensors(), view.hidden_BTD, batch)
+            view.output_BK = readout.read(head, own.tensors(), view.hidden_BTD, batch, causal=tune.parts.causal)
         some = view.example().detach()
         weight_N = some.new_ones(len(view.label_N)) if keep_N is None else keep_N.to(some)
         with torch.no_grad():

@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from luthier.kinds import Batch, Head, Tensors
+from luthier.kinds import Batch, Head, Pool, Tensors
 from luthier.tune import Tune
 from luthier.tune.forward import hidden
 
 
-def read(head: Head, tensors: Tensors, hidden_BTD: Tensor, batch: Batch) -> Tensor:
+def read(head: Head, tensors: Tensors, hidden_BTD: Tensor, batch: Batch, *, causal: bool = True) -> Tensor:
     """The head's numbers of each row, [B, K], in fp32 or wider.
 
     Args:
@@ -18,8 +18,9 @@ def read(head: Head, tensors: Tensors, hidden_BTD: Tensor, batch: Batch) -> Tens
         tensors: its tensors.
         hidden_BTD: last hidden states of the rows' own tokens.
         batch: the rows.
+        causal: whether the model is a causal one.
     """
-    state_BD = pooled(hidden_BTD, batch.attend_BT & (batch.token_ids_BT >= 0), head.pool)
+    state_BD = pooled(hidden_BTD, batch.attend_BT & (batch.token_ids_BT >= 0), pool_of(head, causal=causal))
     wide_BD = state_BD.to(torch.promote_types(state_BD.dtype, torch.float32))
     return head.read({name: one.to(wide_BD) for name, one in tensors.items()}, wide_BD)
 
@@ -29,11 +30,16 @@ def states_of(tune: Tune, batch: Batch) -> Tensor:
     return hidden(tune, batch).padded(batch.attend_BT)
 
 
+def pool_of(head: Head, *, causal: bool) -> Pool:
+    """Which state a head reads, where that depends on the model."""
+    return ("last" if causal else "first") if head.pool == "auto" else head.pool
+
+
 def pooled(hidden_BTD: Tensor, own_BT: Tensor, pool: str) -> Tensor:
-    """One state a row, [B, D]: the last own token's, or the mean of all."""
+    """One state a row, [B, D]: the first own token's, the last one's, or the mean of all."""
     if pool == "mean":
         weight_BT1 = own_BT[..., None].to(hidden_BTD.dtype)
         return (hidden_BTD * weight_BT1).sum(1) / weight_BT1.sum(1).clamp(min=1.0)
     time_T = torch.arange(own_BT.shape[1], device=own_BT.device)
-    last_B = (time_T * own_BT).argmax(-1)
-    return hidden_BTD[torch.arange(len(last_B), device=last_B.device), last_B]
+    place_B = own_BT.long().argmax(-1) if pool == "first" else (time_T * own_BT).argmax(-1)
+    return hidden_BTD[torch.arange(len(place_B), device=place_B.device), place_B]
