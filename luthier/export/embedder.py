@@ -17,7 +17,6 @@ from transformers import PreTrainedTokenizerBase
 from luthier.errors import LuthierError
 from luthier.export.folder import new_folder
 from luthier.export.model import PROBES, check_tokenizer, merged, save
-from luthier.kinds import Pool
 from luthier.models.context import context_of
 from luthier.models.load import load_tokenizer
 from luthier.models.modes import evaluating
@@ -28,7 +27,7 @@ from luthier.rows.encode import Encoded
 from luthier.training.readout import pool_of, pooled, read, states_of
 from luthier.tune import Tune
 
-POOLING: Mapping[Pool, str] = {"first": "cls_token", "last": "lasttoken", "mean": "mean_tokens"}
+POOLING: Mapping[str, str] = {"first": "cls_token", "last": "lasttoken", "mean": "mean_tokens"}
 """What `sentence-transformers` calls the state that is read."""
 MODULES = ("Transformer", "Pooling", "Normalize")
 """What a text passes through there, in order."""
@@ -67,7 +66,7 @@ def export_embedder(tune: Tune, tokenizer: PreTrainedTokenizerBase, folder: str 
     return {"max_vector_difference": difference, "dtype": str(next(tune.model.parameters()).dtype).removeprefix("torch.")}
 
 
-def _describe(tune: Tune, pool: Pool, folder: Path) -> None:
+def _describe(tune: Tune, pool: str, folder: Path) -> None:
     """Write what `sentence-transformers` has beside a model, in the form that all of its versions since 2 read."""
     places = ("", "1_Pooling", "2_Normalize")
     modules = [
@@ -104,7 +103,7 @@ def _ours(tune: Tune, tokenizer: PreTrainedTokenizerBase) -> Tensor:
     return torch.stack(found)
 
 
-def _check(tune: Tune, folder: Path, pool: Pool, expected_BD: Tensor) -> float:
+def _check(tune: Tune, folder: Path, pool: str, expected_BD: Tensor) -> float:
     """Read model and tokenizer back, and compare the vectors of padded texts. Returns the largest difference."""
     tokenizer = load_tokenizer(str(folder))
     given = tokenizer(list(PROBES), padding=True, return_tensors="pt")

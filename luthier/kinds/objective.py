@@ -171,6 +171,9 @@ class PairLoss(NamedTuple):
 
 Pool = Literal["auto", "first", "last", "mean"]
 """Which last hidden state of a row a head reads."""
+Means = Literal["score", "classes", "labels", "value", "vector", "tags", "entities"]
+"""What a head's numbers are: a score, logits of classes of which one is right, logits of labels of which any may be, a number, a vector;
+of words, logits of tags, or of those that mark entities."""
 
 
 class Head(NamedTuple):
@@ -180,14 +183,17 @@ class Head(NamedTuple):
     hidden states: the `first` token's, the `last` token's, or the `mean` of all; `auto` is that of the token which has seen the whole
     row, the last of a causal model and the first of an encoder. They are `view.output_BK` for terms. A head is part of the result: it is
     saved with the run, and stands beside the model when that is used. `means` says what the numbers are.
+
+    A head of `words` reads the states of the first tokens of all words that have labels instead, row by row, [N, D], and `view.output_BK`
+    is [N, K].
     """
 
     start: Callable[[Services], Tensors]
     read: Callable[[Tensors, Tensor], Tensor]
-    means: Literal["score", "classes", "value", "vector"]
-    pool: Pool = "auto"
+    means: Means
+    pool: Pool | Literal["words"] = "auto"
     names: tuple[str, ...] = ()
-    """Of classes, in the order of their numbers."""
+    """Of classes, labels or tags, in the order of their numbers."""
     rate: float = 1.0
     """What the learning rate of its tensors is multiplied with."""
 

@@ -180,7 +180,10 @@ def render_training(row: Row, form: Form, loss_on: LossOn = "assistant") -> Rend
     answer = _answer(row)
     if not answer and row.shape != "messages":
         others = ", ".join(f"`{key}`" for key in (*row.columns, *row.fields))
-        mend = "add a `completion`" if row.shape == "prompt" else "encode each of its two answers as a pair"
+        mend = {
+            "prompt": "add a `completion`",
+            "text+tags": "use an objective that reads labels of words, such as classify_tokens",
+        }.get(row.shape, "encode each of its two answers as a pair")
         raise LuthierError(
             f"a row of the shape `{row.shape}` has no one answer to learn; it has {others}", where=row.where, mend=mend
         )

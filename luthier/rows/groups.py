@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 PAIR = "prompt+chosen+rejected"
-TEXTS = ("text", "text+label")
+TEXTS = ("text", "text+label", "text+tags")
 """Shapes that are a text and no answer to anything."""
 TOO_LONG = "the prompt and an answer do not fit together, and answers are not cut"
 SAME = "the chosen and the rejected answer are the same, which teaches nothing"

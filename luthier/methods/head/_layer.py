@@ -22,12 +22,24 @@ def start(numbers: int, services: Services) -> Tensors:
     A causal model gets a linear map without a bias, an encoder one with a bias and its family's layer before it: the model's own pooler
     where it has one, else a new one. A layer before a norm has no bias, as that of ModernBERT.
     """
-    parts = services.parts
-    width = parts.width
-    own: Tensors = {"weight": torch.zeros(numbers, width)}
-    if parts.causal:
-        return own
-    own["bias"] = torch.zeros(numbers)
+    if services.parts.causal:
+        return {"weight": torch.zeros(numbers, services.parts.width)}
+    return {**_linear(numbers, services), **_layer(services)}
+
+
+def start_tokens(numbers: int, services: Services) -> Tensors:
+    """Tensors that read so many numbers from each token's state: a linear map with a bias, which is all 0 at the start. Of the families
+    whose layer is known only that of ModernBERT stands before it, too."""
+    return {**_linear(numbers, services), **(_layer(services) if "norm" in services.parts.layer else {})}
+
+
+def _linear(numbers: int, services: Services) -> Tensors:
+    return {"weight": torch.zeros(numbers, services.parts.width), "bias": torch.zeros(numbers)}
+
+
+def _layer(services: Services) -> Tensors:
+    parts, width = services.parts, services.parts.width
+    own: Tensors = {}
     for name in parts.layer:
         if name == "norm":
             own["norm_weight"] = torch.ones(width)
