@@ -15,14 +15,14 @@ from luthier.rows.shapes import Row
 from luthier.rows.spans import OUTSIDE, WORD, entities_of
 
 THRESHOLD = 0.5
-"""Probability from which on a label is named where any may be right."""
+"""Probability above which a label is named where any may be right."""
 
 
 def classified(head: Head, rows: Sequence[Row], logits: Sequence[Tensor]) -> list[Item]:
     """Classes or labels that a head names.
 
     Args:
-        head: it means classes, of which the likeliest is named, or labels, of which all with a probability of one half and more are.
+        head: it means classes, of which the likeliest is named, or labels, of which all with a probability above one half are.
         rows: with a `label`, or a list of them.
         logits: of each row, [1, K].
 
@@ -34,7 +34,7 @@ def classified(head: Head, rows: Sequence[Row], logits: Sequence[Tensor]) -> lis
         right = class_numbers(head, row.fields["label"], f"{row.where} (row {row.id})")
         wide_K = logits_1K[0].double()
         probability_K = wide_K.sigmoid() if head.means == "labels" else wide_K.softmax(-1)
-        named = [int(wide_K.argmax())] if head.means != "labels" else (probability_K >= THRESHOLD).nonzero()[:, 0].tolist()
+        named = [int(wide_K.argmax())] if head.means != "labels" else (probability_K > THRESHOLD).nonzero()[:, 0].tolist()
         hot = [[float(number in some) for number in range(len(head.names))] for some in (right, named)]
         there, said = ([head.names[number] for number in sorted(some)] for some in (right, named))
         texts = [", ".join(some) or NOTHING for some in (there, said)]

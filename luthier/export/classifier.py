@@ -89,7 +89,8 @@ def _with_head(tune: Tune, tokenizer: PreTrainedTokenizerBase, tensors: dict[str
         words = "words" if head.pool == "words" else "rows"
         raise _impossible(tune, f"transformers has no class that reads {words} with this model") from error
     model = model.to(parameter.dtype)
-    body = getattr(model, model.base_model_prefix)
+    # OPT's blocks and embedding stand within its body.
+    body = model.get_submodule(tune.parts.backbone or model.base_model_prefix)
     # A pooler, of which the head may have taken the place, is not read.
     found = body.load_state_dict(tune.model.get_submodule(tune.parts.backbone).state_dict(), strict=False)
     if any(not name.startswith("pooler.") for name in (*found.missing_keys, *found.unexpected_keys)):

@@ -59,7 +59,7 @@ def export_embedder(tune: Tune, tokenizer: PreTrainedTokenizerBase, folder: str 
     with new_folder(Path(folder)) as beside:
         with merged(tune):
             expected_BD = _ours(tune, tokenizer)
-            save(tune.model.get_submodule(tune.parts.backbone), tokenizer, beside)
+            save(tune.model.base_model, tokenizer, beside)
         check_tokenizer(tokenizer, beside)
         _describe(tune, pool, beside)
         difference = _check(tune, beside, pool, expected_BD)
@@ -77,7 +77,7 @@ def _describe(tune: Tune, pool: str, folder: Path) -> None:
     context = context_of(tune.model.config)
     files: dict[str, Any] = {
         "modules.json": modules,
-        "1_Pooling/config.json": {"word_embedding_dimension": tune.parts.width, **modes},
+        "1_Pooling/config.json": {"word_embedding_dimension": tune.parts.output_width, **modes},
         "2_Normalize/config.json": {},
         "sentence_bert_config.json": {"max_seq_length": context, "do_lower_case": False},
         "config_sentence_transformers.json": {"prompts": {}, "default_prompt_name": None, "similarity_fn_name": "cosine"},

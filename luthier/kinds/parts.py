@@ -134,6 +134,8 @@ class Parts:
     """Whether the model predicts next tokens."""
     transposed: frozenset[str]
     """Modules whose weight is stored [in, out] instead of [out, in] (GPT-2's Conv1D)."""
+    output_width: int = 0
+    """Width of the last hidden states, which some OPT narrow again."""
     layer: tuple[str, ...] = ()
     """What classification heads of an encoder's family put between a state and the classes: an activation behind a linear map, `tanh`,
     `relu` or `gelu`, and maybe a `norm`; empty where that is not known."""

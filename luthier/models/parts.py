@@ -50,6 +50,7 @@ def map_parts(model: nn.Module) -> Parts:
         embedding=embedding,
         causal=bool(transformer.can_generate()),
         transposed=frozenset(name for name, module in model.named_modules() if _is_transposed(module)),
+        output_width=(config.hidden_size if config.model_type != "opt" else config.word_embed_proj_dim),
         layer=() if transformer.can_generate() else LAYERS.get(config.model_type, ()),
         initial_deviation=_initial_deviation(config),
     )

@@ -165,7 +165,7 @@ class Objective:
         """Make the head's and the terms' own trained tensors."""
         if self.head is not None:
             slot, head = self.head
-            tune.head = (tune.add_free(slot, head.start(services_of(slot)), head.rate), head)
+            tune.add_head(slot, head, head.start(services_of(slot)))
         for one in self.terms:
             if one.term.start is not None:
                 one.own = tune.add_free(one.slot, one.term.start(services_of(one.slot)), one.term.rate)

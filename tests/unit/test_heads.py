@@ -293,3 +293,14 @@ def test_options_of_embeddings_out_of_range_are_refused(options: dict[str, Any])
 def test_vectors_have_as_many_numbers_as_the_model(engine: Any) -> None:
     with pytest.raises(LuthierError, match="vectors of this model have 32 numbers, and 64 are asked for"):
         engine(objective={"embed": {"sizes": [64]}})
+
+
+def test_a_head_is_as_wide_as_the_last_states(tmp_path: Path) -> None:
+    """Some OPT narrow their states before the end, here from 32 to 16."""
+    rows = {"train": ROWS}
+    train = {"steps": 2, "batch_rows": 4, "learning_rate": 1e-2, "precision": "fp32"}
+    objective = {"classify": {"labels": ["bad", "good"]}}
+    found = luthier.train(model="tiny:opt", rows=rows, tune="lora", objective=objective, train=train, out=str(tmp_path))
+    tune, _ = luthier.open_run(found.folder)
+    assert tune.head is not None and tune.head[0].masters()["weight"].shape == (2, 16)
+    found.export(tmp_path / "out")

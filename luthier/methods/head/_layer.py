@@ -23,7 +23,7 @@ def start(numbers: int, services: Services) -> Tensors:
     where it has one, else a new one. A layer before a norm has no bias, as that of ModernBERT.
     """
     if services.parts.causal:
-        return {"weight": torch.zeros(numbers, services.parts.width)}
+        return {"weight": torch.zeros(numbers, services.parts.output_width)}
     return {**_linear(numbers, services), **_layer(services)}
 
 
@@ -34,11 +34,11 @@ def start_tokens(numbers: int, services: Services) -> Tensors:
 
 
 def _linear(numbers: int, services: Services) -> Tensors:
-    return {"weight": torch.zeros(numbers, services.parts.width), "bias": torch.zeros(numbers)}
+    return {"weight": torch.zeros(numbers, services.parts.output_width), "bias": torch.zeros(numbers)}
 
 
 def _layer(services: Services) -> Tensors:
-    parts, width = services.parts, services.parts.width
+    parts, width = services.parts, services.parts.output_width
     own: Tensors = {}
     for name in parts.layer:
         if name == "norm":

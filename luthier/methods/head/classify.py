@@ -12,6 +12,7 @@ from luthier.errors import LuthierError
 from luthier.kinds import Batch, Head, Pool, Tensors, Term, View
 from luthier.methods.head import _layer
 from luthier.registry import method
+from luthier.rows.labels import several
 
 
 @method(
@@ -63,10 +64,11 @@ def classify(
             label = (
                 names[place] if names and names[place] else float(batch.columns.get("label", torch.full((place + 1,), -1.0))[place])
             )
+            many = isinstance(label, str) and several(label) is not None
             raise LuthierError(
                 f"the row's label is `{label}`, and the classes are {', '.join(labels)}",
                 where=f"row {batch.row_ids[place]}",
-                mend="add it to the labels, or mend the row",
+                mend="use objective: multi_label, for lists" if many else "add it to the labels, or mend the row",
             )
 
     return (

@@ -44,10 +44,10 @@ def embed(
         raise LuthierError(f"the sizes are {list(sizes)}", where="embed: sizes", mend="use 1 or more")
 
     def start(services: Services) -> Tensors:
-        wide = [size for size in sizes if size > services.parts.width]
+        wide = [size for size in sizes if size > services.parts.output_width]
         if wide:
             raise LuthierError(
-                f"vectors of this model have {services.parts.width} numbers, and {wide[0]} are asked for",
+                f"vectors of this model have {services.parts.output_width} numbers, and {wide[0]} are asked for",
                 where="embed: sizes",
                 mend="leave larger sizes out",
             )
