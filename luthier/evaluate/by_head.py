@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor
 
@@ -14,8 +15,28 @@ from luthier.rows.preferences import SIDES
 from luthier.rows.shapes import Row
 from luthier.rows.spans import OUTSIDE, WORD, entities_of
 
+FEW = 10
+"""Texts that a search shows."""
 THRESHOLD = 0.5
 """Probability above which a label is named where any may be right."""
+
+
+OF_PLACE: Mapping[str, Callable[[int], float]] = {
+    "found_first": lambda place: float(place == 1),
+    "reciprocal_rank": lambda place: 1.0 / place,
+    "recall_at_10": lambda place: float(place <= FEW),
+    "ndcg_at_10": lambda place: 1.0 / math.log2(place + 1) if place <= FEW else 0.0,
+}
+"""What a question counts whose one right text stands at this place, from 1, by metric; the best possible DCG is 1."""
+
+
+def placed(metric: str, rows: Sequence[Row], places: Sequence[int]) -> list[Item]:
+    """Questions, by the place of the text that answers each."""
+    items = []
+    for row, place in zip(rows, places, strict=True):
+        query, right, *_ = row.fields["members"]
+        items.append(Item(row.id, query.fields["text"], right.fields["text"], f"place {place}", OF_PLACE[metric](place)))
+    return items
 
 
 def classified(head: Head, rows: Sequence[Row], logits: Sequence[Tensor]) -> list[Item]:

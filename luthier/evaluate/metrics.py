@@ -94,6 +94,10 @@ METRICS: Mapping[str, Metric] = {
     "scored": Metric("score", True, "share of pairs whose chosen answer a head scores higher, a tie being a half"),
     "found_first": Metric("vector", True, "share of questions whose text is nearest of all texts of the set"),
     "reciprocal_rank": Metric("vector", True, "mean of one over the place of a question's text among all texts of the set"),
+    "recall_at_10": Metric("vector", True, "share of questions whose text is among the ten nearest of all texts of the set"),
+    "ndcg_at_10": Metric(
+        "vector", True, "mean of 1 over the log of 1 + a question's text's place to the base 2, 0 behind the tenth"
+    ),
     "loss": Metric("likelihood", False, "mean negative log-likelihood of a target token, in nats"),
     "perplexity": Metric("likelihood", False, "e to the power of the loss"),
 }

@@ -335,11 +335,7 @@ def _found(tune: Tune, tokenizer: PreTrainedTokenizerBase, one: EvalSet, batch_t
     members = [row.fields["members"] for row in one.used]
     rows = _read(tune, tokenizer, one)
     ranks = places_of(readings(tune, rows, batch_tokens=batch_tokens), [len(some) for some in members])
-    items = []
-    for row, texts, rank in zip(one.used, members, ranks, strict=True):
-        score = 1.0 / rank if one.chosen_metric == "reciprocal_rank" else float(rank == 1)
-        items.append(Item(row.id, texts[0].fields["text"], texts[1].fields["text"], f"place {rank}", score))
-    return items, _ids(rows)
+    return by_head.placed(one.chosen_metric, one.used, ranks), _ids(rows)
 
 
 def _ids(rows: Sequence[Encoded]) -> list[tuple[int, ...]]:
