@@ -7,7 +7,8 @@ that does not hold 0, and a difference larger than what repeating the measuremen
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy
@@ -18,14 +19,17 @@ from luthier.evaluate.intervals import (
     FALSE_POSITIVES,
     FEWEST,
     Interval,
+    Numbers,
     bootstrap,
+    exchanged,
     mcnemar,
     newcombe,
+    resampled,
     sign_flip,
 )
 from luthier.evaluate.items import Item
 from luthier.evaluate.metrics import METRICS
-from luthier.evaluate.sets import EvalSet, SetResult, is_binary, measure, statistic_of
+from luthier.evaluate.sets import EvalSet, SetResult, by_class, is_binary, measure, numbers_of, statistic_of
 from luthier.tune import Tune
 
 NOT_MEASURED = "not measured"
@@ -59,6 +63,7 @@ def compare(before: SetResult, after: SetResult | None, *, noise: float | None =
         "metric": before.metric,
         "side": before.side,
         "higher_is_better": before.higher_is_better,
+        "is_mean": METRICS[before.metric].of_set is None,
         "n": before.n,
         "before": before.value,
         "before_interval": before.interval,
@@ -70,6 +75,7 @@ def compare(before: SetResult, after: SetResult | None, *, noise: float | None =
     verdict, note = verdict_of(difference, before, noise)
     return {
         **entry,
+        **_classes(before, after),
         "after": after.value,
         "after_interval": after.interval,
         "difference": difference.value,
@@ -94,9 +100,40 @@ _NOTHING: Mapping[str, Any] = {
 }
 
 
+def _classes(before: SetResult, after: SetResult) -> dict[str, Any]:
+    """Precision, recall and F1 of each class, and where one class is told of each item which are taken for which."""
+    old, new = by_class(before.items), by_class(after.items)
+    if not new:
+        return {}
+    names = dict.fromkeys([*new, *old])
+    found: dict[str, Any] = {
+        "by_class": {
+            name: {"n": new.get(name, (0, 0, 0))[0], "before": _rates(old.get(name)), "after": _rates(new.get(name))}
+            for name in names
+        }
+    }
+    if all(len(item.counts) < 3 and sum(named for _, named, _ in item.counts.values()) == 1 for item in after.items):
+        pairs = Counter((str(item.expected), item.answer) for item in after.items)
+        found["confusion"] = {right: {said: pairs[right, said] for said in names} for right in names}
+    return found
+
+
+def _rates(counts: tuple[int, int, int] | None) -> dict[str, float | None]:
+    """Nothing where nothing is there, or named."""
+    there, named, both = counts or (0, 0, 0)
+    return {
+        "precision": both / named if named else None,
+        "recall": both / there if there else None,
+        "f1": 2 * both / (there + named) if there + named else None,
+    }
+
+
 def difference_of(before: SetResult, after: SetResult) -> Difference:
     """The paired difference: McNemar's test where items are right or wrong, a sign-flip test where they are graded."""
     value = after.value - before.value
+    of_set = METRICS[before.metric].of_set
+    if of_set is not None:
+        return _of_sets(of_set, before, after)
     pairs = list(zip(before.items, after.items, strict=True))
     if before.higher_is_better and is_binary(before.items) and is_binary(after.items):
         both = sum(old.score == 1 == new.score for old, new in pairs)
@@ -111,6 +148,15 @@ def difference_of(before: SetResult, after: SetResult) -> Difference:
         return Difference(value, None, p_value)
     statistic = statistic_of(before.metric)
     return Difference(value, bootstrap(score_2N, weight_N, lambda mean_2S: statistic(mean_2S[1]) - statistic(mean_2S[0])), p_value)
+
+
+def _of_sets(of_set: Callable[[Numbers], float], before: SetResult, after: SetResult) -> Difference:
+    """The paired difference of values that are no means: rows are resampled with what both models say of them."""
+    old_NM, new_NM = numbers_of(before.items), numbers_of(after.items)
+    interval = None
+    if before.n >= FEWEST:
+        interval = resampled(lambda chosen_N: of_set(new_NM[chosen_N]) - of_set(old_NM[chosen_N]), rows=before.n)
+    return Difference(after.value - before.value, interval, exchanged(old_NM, new_NM, of_set))
 
 
 def verdict_of(difference: Difference, before: SetResult, noise: float | None) -> tuple[str, str]:

@@ -2,17 +2,22 @@
 
 Intervals cover 95 %. Scores of 0 and 1 get score intervals (Wilson; for paired differences Newcombe), which are right
 at small counts and at 0 % and 100 %, where resampling would claim certainty. Other scores get a percentile bootstrap
-over rows (Efron, 1979). Tests have a false-positive rate of at most 5 %: McNemar's exact test for scores of 0 and 1, a
-sign-flip permutation test for others. Both are exact, so with fewer than six rows no difference can be shown.
+over rows (Efron, 1979), and so do values that are no mean of scores, such as F1. Tests have a false-positive rate of at most 5 %:
+McNemar's exact test for scores of 0 and 1, a sign-flip permutation test for others, and for values that are no mean one that exchanges
+before and after by row. All are exact, so with fewer than six rows no difference can be shown.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
 
 import numpy
 from numpy.typing import ArrayLike, NDArray
+
+from luthier.errors import LuthierError
 
 Interval = tuple[float, float]
 Numbers = NDArray[numpy.float64]
@@ -100,6 +105,55 @@ def bootstrap(values_MN: ArrayLike, weight_N: ArrayLike, statistic: Callable[[Nu
     tail = (1 - CONFIDENCE) / 2
     low, high = numpy.quantile(numpy.concatenate(found), [tail, 1 - tail])
     return float(low), float(high)
+
+
+def resampled(statistic: Callable[[NDArray[Any]], float], *, rows: int, seed: int = 0) -> Interval | None:
+    """The percentile bootstrap interval of a value that is no mean.
+
+    Args:
+        statistic: from the places of the chosen rows [N] to the value.
+        rows: N.
+        seed: of the resampling.
+
+    Returns:
+        The interval; None where too many of the resamples have no value, as with a class that only one row has.
+    """
+    generator = numpy.random.default_rng(seed)
+    found = []
+    for _ in range(_RESAMPLES):
+        # A resample can lack what the value needs, such as a row of a rare class.
+        with suppress(LuthierError):
+            found.append(statistic(generator.integers(0, rows, rows)))
+    if len(found) < _RESAMPLES / 2:
+        return None
+    tail = (1 - CONFIDENCE) / 2
+    low, high = numpy.quantile(found, [tail, 1 - tail])
+    return float(low), float(high)
+
+
+def exchanged(before_NM: Numbers, after_NM: Numbers, statistic: Callable[[Numbers], float], *, seed: int = 0) -> float:
+    """The two-sided p-value of a permutation test on a value that is no mean: before and after may be exchanged by row.
+
+    Args:
+        before_NM: the items' numbers before.
+        after_NM: those after.
+        statistic: from numbers to the value.
+        seed: of the exchanges that are drawn where there are too many to try all.
+    """
+    total = len(before_NM)
+    if total <= _MOST_ENUMERATED:
+        swaps = ((numpy.arange(2**total)[:, None] >> numpy.arange(total)) & 1).astype(bool)
+    else:
+        swaps = numpy.random.default_rng(seed).integers(0, 2, (_RESAMPLES - 1, total), dtype=bool)
+        swaps = numpy.concatenate([numpy.zeros((1, total), dtype=bool), swaps])
+
+    def distance(swap_N: NDArray[numpy.bool_]) -> float:
+        one, other = numpy.where(swap_N[:, None], after_NM, before_NM), numpy.where(swap_N[:, None], before_NM, after_NM)
+        return abs(statistic(other) - statistic(one))
+
+    observed = distance(swaps[0])
+    # Values in another order round otherwise, and a tie counts as at least as large.
+    return float(numpy.mean([distance(swap_N) >= observed - 1e-9 for swap_N in swaps]))
 
 
 def mcnemar(lost: int, gained: int) -> float:

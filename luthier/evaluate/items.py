@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from luthier.rows.beside import asked
 from luthier.rows.shapes import Row
+
+NOTHING = "none"
+"""What stands for no label and no entity."""
 
 
 class Item(NamedTuple):
@@ -21,6 +25,10 @@ class Item(NamedTuple):
     """From 0 to 1; for loss and perplexity the mean nats of a target."""
     weight: float = 1.0
     """What the item counts in the mean: the targets, for loss and perplexity."""
+    numbers: tuple[float, ...] = ()
+    """What the set's value is made of, where that is no mean of scores."""
+    counts: Mapping[str, tuple[int, int, int]] = {}
+    """Of classes, labels or entities by name: how often it is there, is named, and both."""
 
 
 def accepted_answers(row: Row) -> list[str]:
@@ -36,7 +44,8 @@ def accepted_answers(row: Row) -> list[str]:
     key = {"prompt+completion": "completion", "instruction": "output", "text+label": "label"}.get(row.shape)
     if key is None:
         return []
-    return [text_of_answer(fields[key])]
+    value = fields[key]
+    return [", ".join(map(str, value)) or NOTHING] if key == "label" and isinstance(value, list) else [text_of_answer(value)]
 
 
 def text_of_answer(value: Any) -> str:
@@ -49,7 +58,7 @@ def prompt_text(row: Row) -> str:
     fields = row.fields
     if row.shape == "instruction":
         return asked(fields)
-    if row.shape in ("text", "text+label"):
+    if row.shape in ("text", "text+label", "text+tags"):
         return str(fields["text"])
     if row.shape == "members":
         return prompt_text(fields["members"][0])

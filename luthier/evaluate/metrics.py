@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Literal, NamedTuple
 
+from luthier.evaluate.intervals import Numbers
+from luthier.evaluate.statistics import BINS, auroc, average_precision, calibration_error, entity_f1, macro_f1, micro_f1
 from luthier.rows.answers import (
     RUN,
     WINDOW,
@@ -25,9 +27,9 @@ from luthier.rows.answers import (
 class Metric(NamedTuple):
     """What a metric is."""
 
-    needs: Literal["generation", "choice", "pair", "likelihood", "class", "value", "score", "vector"]
+    needs: Literal["generation", "choice", "pair", "likelihood", "class", "value", "score", "vector", "tags"]
     """Generated answers, the likelihoods of given choices, of a chosen and a rejected answer, or of the row's own text; or what a head
-    says: a class, a number, the scores of two answers, vectors."""
+    says: a class, a number, the scores of two answers, vectors, tags of words."""
     higher_is_better: bool
     meaning: str
     score: Score | None = None
@@ -36,6 +38,8 @@ class Metric(NamedTuple):
     """Whether there must be an accepted answer to compare with."""
     readable: Callable[[str], bool] = lambda text: True
     """Whether an answer can be an accepted one: one that cannot would count every answer as wrong."""
+    of_set: Callable[[Numbers], float] | None = None
+    """From the items' numbers [N, M] to the value, where that is no mean of their scores."""
 
 
 METRICS: Mapping[str, Metric] = {
@@ -67,11 +71,33 @@ METRICS: Mapping[str, Metric] = {
     "choice_normalized": Metric("choice", True, "share of items whose most likely choice, per byte, is right"),
     "preferred": Metric("pair", True, "share of pairs whose chosen answer is likelier than the rejected one, a tie being a half"),
     "preferred_normalized": Metric("pair", True, "share of pairs whose chosen answer is likelier a token, a tie being a half"),
-    "accuracy": Metric("class", True, "share of texts whose class a head tells rightly"),
+    "accuracy": Metric("class", True, "share of texts whose class, or all of whose labels, a head tells rightly"),
+    "macro_f1": Metric("class", True, "mean over classes of 2 TP / (2 TP + FP + FN), as a head tells them", of_set=macro_f1),
+    "micro_f1": Metric("class", True, "2 TP / (2 TP + FP + FN) over all classes together, as a head tells them", of_set=micro_f1),
+    "auroc": Metric(
+        "class", True, "area under the ROC curve of a head's probabilities, each class against the others, a mean", of_set=auroc
+    ),
+    "average_precision": Metric(
+        "class",
+        True,
+        "mean precision at each text of a class by a head's probability, a mean over classes",
+        of_set=average_precision,
+    ),
+    "calibration_error": Metric(
+        "class", False, f"expected calibration error of a head's probabilities, in {BINS} bins", of_set=calibration_error
+    ),
+    "entity_f1": Metric(
+        "tags", True, "2 TP / (2 TP + FP + FN) of entities, right by name and both ends, as a head tags words", of_set=entity_f1
+    ),
+    "tag_accuracy": Metric("tags", True, "share of words whose tag a head tells rightly"),
     "absolute_error": Metric("value", False, "mean distance of a head's number from the row's"),
     "scored": Metric("score", True, "share of pairs whose chosen answer a head scores higher, a tie being a half"),
     "found_first": Metric("vector", True, "share of questions whose text is nearest of all texts of the set"),
     "reciprocal_rank": Metric("vector", True, "mean of one over the place of a question's text among all texts of the set"),
+    "recall_at_10": Metric("vector", True, "share of questions whose text is among the ten nearest of all texts of the set"),
+    "ndcg_at_10": Metric(
+        "vector", True, "mean of 1 over the log of 1 + a question's text's place to the base 2, 0 behind the tenth"
+    ),
     "loss": Metric("likelihood", False, "mean negative log-likelihood of a target token, in nats"),
     "perplexity": Metric("likelihood", False, "e to the power of the loss"),
 }

@@ -58,7 +58,7 @@ def _asked(row: Row) -> list[Asked]:
     the first one asks."""
     if row.shape == "members":
         return _asked(row.fields["members"][0])
-    if row.shape == "text":
+    if row.shape in ("text", "text+tags"):
         return [(_key(row.fields["text"]), [])]
     if row.shape == "text+label":
         return [(_key(row.fields["text"]), accepted_answers(row))]

@@ -14,6 +14,9 @@ from luthier.training.readout import combination
 
 BY_HEAD = {
     "classes": ("text+label", "accuracy"),
+    "labels": ("text+label", "macro_f1"),
+    "tags": ("text+tags", "tag_accuracy"),
+    "entities": ("text+tags", "entity_f1"),
     "value": ("text+label", "absolute_error"),
     "score": (PAIR, "scored"),
     "vector": ("members", "reciprocal_rank"),

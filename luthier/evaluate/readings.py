@@ -18,7 +18,7 @@ from luthier.rows.chat import form_of
 from luthier.rows.encode import Encoded, encode_pair
 from luthier.rows.limits import check_ids
 from luthier.rows.shapes import Row
-from luthier.training.readout import read, states_of
+from luthier.training.readout import read, states_of, words_of
 from luthier.tune import Tune
 
 
@@ -37,7 +37,15 @@ def row_head_of(tune: Tune) -> Head:
 
 
 def readings(tune: Tune, rows: Sequence[Encoded], *, batch_tokens: int = BATCH_TOKENS) -> Tensor:
-    """The head's numbers of rows, [rows, K], in fp32 or wider, on the processor.
+    """The head's numbers of rows, [rows, K], in fp32 or wider, on the processor; of one that reads words, those of all words of all rows.
+
+    The arguments and errors are those of `readings_by_row`.
+    """
+    return torch.cat(readings_by_row(tune, rows, batch_tokens=batch_tokens))
+
+
+def readings_by_row(tune: Tune, rows: Sequence[Encoded], *, batch_tokens: int = BATCH_TOKENS) -> list[Tensor]:
+    """The head's numbers of each row, [1, K], or of its words, [N, K], in fp32 or wider, on the processor.
 
     Args:
         tune: the model, with what is attached to it.
@@ -56,17 +64,20 @@ def readings(tune: Tune, rows: Sequence[Encoded], *, batch_tokens: int = BATCH_T
         for chosen in (places for step in plan for places in step):
             batch = collate([rows[place] for place in chosen]).to(device)
             states = tune.run(partial(states_of, tune, batch))
-            found |= dict(zip(chosen, read(head, own, states, batch).cpu(), strict=True))
-    numbers = torch.stack([found[place] for place in range(len(rows))])
-    broken = (~numbers.isfinite().all(-1)).nonzero()
-    if len(broken):
-        first = rows[int(broken[0])]
+            numbers = read(head, own, states, batch, causal=tune.parts.causal).cpu()
+            sizes = [1] * len(chosen)
+            if head.pool == "words":
+                sizes = words_of(batch)[0].bincount(minlength=len(chosen)).tolist()
+            found |= dict(zip(chosen, numbers.split(sizes), strict=True))
+    broken = [place for place in range(len(rows)) if not bool(found[place].isfinite().all())]
+    if broken:
+        first = rows[broken[0]]
         raise LuthierError(
             f"the head gives numbers that are not finite for {len(broken)} of {len(rows)} rows",
             where=f"{first.where} (row {first.id})",
             mend="lower the learning rate, or use precision fp32",
         )
-    return numbers
+    return [found[place] for place in range(len(rows))]
 
 
 def check_read(tune: Tune, tokenizer: PreTrainedTokenizerBase, row: Row, ids: Sequence[int], new: int = 0) -> None:
@@ -121,20 +132,6 @@ def answer_scores(
     for row, one in zip((row for row, some in zip(rows, answers, strict=True) for _ in some), encoded, strict=True):
         check_read(tune, tokenizer, row, one.token_ids)
     return list(readings(tune, encoded).split([len(some) for some in answers]))
-
-
-def class_number(head: Head, label: object, where: str) -> int:
-    """The number of a row's class.
-
-    Raises:
-        LuthierError: the head knows no such class.
-    """
-    known = [*head.names]
-    if isinstance(label, str) and label in known:
-        return known.index(label)
-    if isinstance(label, int | float) and float(label) in range(len(known)):
-        return int(label)
-    raise LuthierError(f"the row's label is `{label}`, and the classes are {', '.join(known)}", where=where, mend="mend the row")
 
 
 def places_of(vector_RD: Tensor, sizes: Sequence[int]) -> list[int]:

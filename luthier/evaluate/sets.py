@@ -13,11 +13,12 @@ import numpy
 from transformers import PreTrainedTokenizerBase
 
 from luthier.errors import LuthierError, Say, nearest
-from luthier.evaluate.intervals import FEWEST, Interval, Numbers, bootstrap, wilson
+from luthier.evaluate import by_head
+from luthier.evaluate.intervals import FEWEST, Interval, Numbers, bootstrap, resampled, wilson
 from luthier.evaluate.items import Item, accepted_answers, prompt_text, text_of_answer
 from luthier.evaluate.likelihood import encode_choices, likelihoods, most_likely
 from luthier.evaluate.metrics import METRICS, Metric
-from luthier.evaluate.readings import check_read, class_number, places_of, readings, row_head_of
+from luthier.evaluate.readings import check_read, places_of, readings, readings_by_row, row_head_of
 from luthier.generation.generate import BATCH_TOKENS, generate
 from luthier.models.head import head_of
 from luthier.rows.chat import form_of
@@ -36,10 +37,13 @@ NEEDED_SHAPES = {
     "pair": "a `prompt`, a `chosen` and a `rejected` answer",
     "score": "a `prompt`, a `chosen` and a `rejected` answer",
     "class": "a `text` and a `label`",
+    "tags": "`tokens` and `tags`, or a `text` and `spans`",
     "value": "a `text` and a `label`, a number",
     "vector": "a `query` and a `positive` text",
     "likelihood": "a `text`, `messages`, or a `prompt` and a `completion`",
 }
+OF_TEXTS = ("class", "value", "vector", "tags")
+"""What a head says of texts, for which no token is predicted."""
 _NEEDED_WITHOUT_ANSWER = "a `prompt`, or a `text` to go on from"
 
 
@@ -128,21 +132,38 @@ class SetResult:
     def as_json(self) -> dict[str, Any]:
         """Plain data, from which `from_json` makes an equal result."""
         plain = asdict(self)
-        return {**plain, "higher_is_better": self.higher_is_better, "items": [one._asdict() for one in self.items]}
+        items = [{key: value for key, value in one._asdict().items() if value or key not in _OF_SETS} for one in self.items]
+        return {**plain, "higher_is_better": self.higher_is_better, "items": items}
 
     @staticmethod
     def from_json(plain: Mapping[str, Any]) -> SetResult:
         """What `as_json` wrote."""
         fields = {key: value for key, value in plain.items() if key != "higher_is_better"}
         interval = None if plain["interval"] is None else cast(Interval, tuple(plain["interval"]))
-        items = tuple(Item(**one) for one in plain["items"])
+        items = tuple(Item(**one)._replace(**_of_set(one)) for one in plain["items"])
         return SetResult(**{**fields, "interval": interval, "items": items})
+
+
+_OF_SETS = ("numbers", "counts")
+"""What items have where their set's value is no mean, and of classes."""
+
+
+def _of_set(plain: Mapping[str, Any]) -> dict[str, Any]:
+    """That of an item, as it was before it became JSON."""
+    counts = {name: tuple(some) for name, some in plain.get("counts", {}).items()}
+    return {"numbers": tuple(plain.get("numbers", ())), "counts": counts}
 
 
 def default_metric(rows: Sequence[Row]) -> str:
     """The metric for rows of a shape: `choice` for multiple choice, `contains` for prompts with answers, `preferred` for two answers of
-    which one is better, `perplexity` for documents, else `loss`."""
-    by_shape = {"prompt+choices+answer": "choice", "prompt+answer": "contains", PAIR: "preferred", "text": "perplexity"}
+    which one is better, `perplexity` for documents, `entity_f1` for labels of words, else `loss`."""
+    by_shape = {
+        "prompt+choices+answer": "choice",
+        "prompt+answer": "contains",
+        PAIR: "preferred",
+        "text": "perplexity",
+        "text+tags": "entity_f1",
+    }
     return by_shape.get(rows[0].shape, "loss")
 
 
@@ -193,8 +214,10 @@ def check(tune: Tune, tokenizer: PreTrainedTokenizerBase, sets: Sequence[EvalSet
     said: list[str] = []
     for one in sets:
         with _placed(one):
-            head_of(tune.model, tune.parts)
-            notes, first = counted(_ASKED[METRICS[one.chosen_metric].needs](tune, tokenizer, one))
+            needs = METRICS[one.chosen_metric].needs
+            if needs not in OF_TEXTS:
+                head_of(tune.model, tune.parts)
+            notes, first = counted(_ASKED[needs](tune, tokenizer, one))
         new = {note: count for note, count in notes.items() if note not in known}
         said += [f"evaluation set `{one.name}`: {note}" for note in told(new, first)]
     return said
@@ -213,10 +236,16 @@ def _placed(one: EvalSet) -> Iterator[None]:
 def result_of(one: EvalSet, items: Sequence[Item], asked: str) -> SetResult:
     """Sum a set's items up."""
     metric, statistic = one.chosen_metric, statistic_of(one.chosen_metric)
+    of_set = METRICS[metric].of_set
+    if of_set is not None:
+        numbers_NM = numbers_of(items)
+        several = len(items) >= FEWEST
+        interval = resampled(lambda chosen_N: of_set(numbers_NM[chosen_N]), rows=len(items)) if several else None
+        return SetResult(one.name, metric, one.side, of_set(numbers_NM), interval, len(items), asked, tuple(items))
     score_N = numpy.array([item.score for item in items])
     weight_N = numpy.array([item.weight for item in items])
     value = float(statistic(numpy.average(score_N, weights=weight_N)))
-    interval: Interval | None = None
+    interval = None
     if is_binary(items) and METRICS[metric].higher_is_better:
         interval = wilson(int(score_N.sum()), len(items))
     elif len(items) >= FEWEST:
@@ -227,6 +256,21 @@ def result_of(one: EvalSet, items: Sequence[Item], asked: str) -> SetResult:
 def statistic_of(metric: str) -> Callable[[Numbers], Numbers]:
     """From weighted mean scores to a metric's values."""
     return cast(Callable[[Numbers], Numbers], numpy.exp) if metric == "perplexity" else lambda mean: mean
+
+
+def numbers_of(items: Sequence[Item]) -> Numbers:
+    """What a set's value is made of, [N, M]."""
+    return numpy.array([item.numbers for item in items], numpy.float64)
+
+
+def by_class(items: Sequence[Item]) -> dict[str, tuple[int, int, int]]:
+    """Of each class, label or entity: how often it is there, is named, and both, over all items; the most frequent first."""
+    total: dict[str, tuple[int, int, int]] = {}
+    for item in items:
+        for name, (there, named, both) in item.counts.items():
+            old = total.get(name, (0, 0, 0))
+            total[name] = (old[0] + there, old[1] + named, old[2] + both)
+    return dict(sorted(total.items(), key=lambda one: (-one[1][0], one[0])))
 
 
 def is_binary(items: Sequence[Item]) -> bool:
@@ -275,46 +319,36 @@ def _preferred(tune: Tune, tokenizer: PreTrainedTokenizerBase, one: EvalSet, bat
 
 def _classified(tune: Tune, tokenizer: PreTrainedTokenizerBase, one: EvalSet, batch_tokens: int) -> tuple[list[Item], Any]:
     head, rows = row_head_of(tune), _read(tune, tokenizer, one)
-    found = readings(tune, rows, batch_tokens=batch_tokens).argmax(-1).tolist()
-    items = []
-    for row, number in zip(one.used, found, strict=True):
-        right = class_number(head, row.fields["label"], f"{row.where} (row {row.id})")
-        items.append(Item(row.id, prompt_text(row), head.names[right], head.names[number], float(number == right)))
-    return items, [row.token_ids for row in rows]
+    return by_head.classified(head, one.used, readings_by_row(tune, rows, batch_tokens=batch_tokens)), _ids(rows)
 
 
 def _valued(tune: Tune, tokenizer: PreTrainedTokenizerBase, one: EvalSet, batch_tokens: int) -> tuple[list[Item], Any]:
     rows = _read(tune, tokenizer, one)
-    found = readings(tune, rows, batch_tokens=batch_tokens)[:, 0].tolist()
-    items = [
-        Item(row.id, prompt_text(row), f"{row.fields['label']:g}", f"{value:g}", abs(value - float(row.fields["label"])))
-        for row, value in zip(one.used, found, strict=True)
-    ]
-    return items, [row.token_ids for row in rows]
+    return by_head.valued(one.used, readings_by_row(tune, rows, batch_tokens=batch_tokens)), _ids(rows)
 
 
 def _scored(tune: Tune, tokenizer: PreTrainedTokenizerBase, one: EvalSet, batch_tokens: int) -> tuple[list[Item], Any]:
     flat, how = _pairs(tune, tokenizer, one), one.combination or MEAN
-    score_NK = readings(tune, flat, batch_tokens=batch_tokens)
-    how.check(score_NK.shape[-1], row_head_of(tune).centered)
-    score_P2 = how.of(score_NK).reshape(-1, 2).tolist()
-    items = []
-    for row, (chosen, rejected) in zip(one.used, score_P2, strict=True):
-        answers = [text_of_answer(row.fields[side]) for side in SIDES]
-        score = 0.5 if chosen == rejected else float(chosen > rejected)
-        items.append(Item(row.id, prompt_text(row), answers[0], answers[chosen < rejected], score))
-    return items, [how, [answer.token_ids for answer in flat]]
+    found = readings_by_row(tune, flat, batch_tokens=batch_tokens)
+    return by_head.scored(one.used, found, how, row_head_of(tune)), [how, _ids(flat)]
+
+
+def _tagged(tune: Tune, tokenizer: PreTrainedTokenizerBase, one: EvalSet, batch_tokens: int) -> tuple[list[Item], Any]:
+    head, rows = row_head_of(tune), _read(tune, tokenizer, one)
+    found = readings_by_row(tune, rows, batch_tokens=batch_tokens)
+    entities = METRICS[one.chosen_metric].of_set is not None
+    return by_head.tagged(head, one.used, rows, found, entities=entities), _ids(rows)
 
 
 def _found(tune: Tune, tokenizer: PreTrainedTokenizerBase, one: EvalSet, batch_tokens: int) -> tuple[list[Item], Any]:
     members = [row.fields["members"] for row in one.used]
     rows = _read(tune, tokenizer, one)
     ranks = places_of(readings(tune, rows, batch_tokens=batch_tokens), [len(some) for some in members])
-    items = []
-    for row, texts, rank in zip(one.used, members, ranks, strict=True):
-        score = 1.0 / rank if one.chosen_metric == "reciprocal_rank" else float(rank == 1)
-        items.append(Item(row.id, texts[0].fields["text"], texts[1].fields["text"], f"place {rank}", score))
-    return items, [row.token_ids for row in rows]
+    return by_head.placed(one.chosen_metric, one.used, ranks), _ids(rows)
+
+
+def _ids(rows: Sequence[Encoded]) -> list[tuple[int, ...]]:
+    return [row.token_ids for row in rows]
 
 
 def _read(tune: Tune, tokenizer: PreTrainedTokenizerBase, one: EvalSet) -> list[Encoded]:
@@ -380,6 +414,7 @@ _ASKED: Mapping[str, Callable[[Tune, PreTrainedTokenizerBase, EvalSet], list[Enc
     "class": _read,
     "value": _read,
     "vector": _read,
+    "tags": _read,
     "likelihood": _texts,
 }
 _MEASURES: Mapping[str, Callable[[Tune, PreTrainedTokenizerBase, EvalSet, int], tuple[list[Item], Any]]] = {
@@ -390,6 +425,7 @@ _MEASURES: Mapping[str, Callable[[Tune, PreTrainedTokenizerBase, EvalSet, int], 
     "class": _classified,
     "value": _valued,
     "vector": _found,
+    "tags": _tagged,
     "likelihood": _likely,
 }
 
@@ -428,6 +464,7 @@ _SHAPES = {
     "class": "text+label",
     "value": "text+label",
     "vector": "members",
+    "tags": "text+tags",
 }
 
 

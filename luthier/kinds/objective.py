@@ -197,22 +197,31 @@ class PairLoss(NamedTuple):
 
 Combine = Literal["mean", "median", "min", "mean_minus_deviation"]
 """How the scores that several reward models give an answer become one (Eisenstein et al., 2023)."""
+Pool = Literal["auto", "first", "last", "mean"]
+"""Which last hidden state of a row a head reads."""
+Means = Literal["score", "classes", "labels", "value", "vector", "tags", "entities"]
+"""What a head's numbers are: a score, logits of classes of which one is right, logits of labels of which any may be, a number, a vector;
+of words, logits of tags, or of those that mark entities."""
 
 
 class Head(NamedTuple):
     """What does the model say of a whole row?
 
     `start(services)` makes trained tensors, `read(tensors, hidden_BD)` gives K numbers a row, [B, K] in fp32 or wider, from one of its last
-    hidden states: the `last` token's, or the `mean` of all. They are `view.outputs_BK` for terms. A head is part of the result: it is
+    hidden states: the `first` token's, the `last` token's, or the `mean` of all; `auto` is that of the token which has seen the whole
+    row, the last of a causal model and the first of an encoder. They are `view.outputs_BK` for terms. A head is part of the result: it is
     saved with the run, and stands beside the model when that is used. `means` says what the numbers are.
+
+    A head of `words` reads the states of the first tokens of all words that have labels instead, row by row, [N, D], and `view.outputs_BK`
+    is [N, K].
     """
 
     start: Callable[[Services], Tensors]
     read: Callable[[Tensors, Tensor], Tensor]
-    means: Literal["score", "classes", "value", "vector"]
-    pool: Literal["last", "mean"] = "last"
+    means: Means
+    pool: Pool | Literal["words"] = "auto"
     names: tuple[str, ...] = ()
-    """Of classes, in the order of their numbers."""
+    """Of classes, labels or tags, in the order of their numbers."""
     rate: float = 1.0
     """What the learning rate of its tensors is multiplied with."""
     centered: bool = False

@@ -134,6 +134,11 @@ class Parts:
     """Whether the model predicts next tokens."""
     transposed: frozenset[str]
     """Modules whose weight is stored [in, out] instead of [out, in] (GPT-2's Conv1D)."""
+    output_width: int = 0
+    """Width of the last hidden states, which some OPT narrow again."""
+    layer: tuple[str, ...] = ()
+    """What classification heads of an encoder's family put between a state and the classes: an activation behind a linear map, `tanh`,
+    `relu` or `gelu`, and maybe a `norm`; empty where that is not known."""
     initial_deviation: float | None = None
     """The standard deviation with which this model's matrices began, by its own configuration; None where that does not say."""
 
@@ -245,3 +250,5 @@ class Reads(NamedTuple):
     """The most tokens at once; None where it does not say."""
     vocabulary: int | None = None
     """How many token ids it knows, from 0 on; None where that is not known."""
+    conversations: bool = True
+    """False: an encoder, which reads texts alone."""

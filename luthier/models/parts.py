@@ -18,7 +18,7 @@ from luthier.errors import LuthierError
 from luthier.kinds import Place
 from luthier.kinds.parts import GROUPS, Parts, common_module
 from luthier.models.quantized import QuantizedLinear, named_weights, shape_of
-from luthier.models.roles import FUSED_ROWS, role_in_block, role_outside
+from luthier.models.roles import FUSED_ROWS, LAYERS, role_in_block, role_outside
 
 
 def map_parts(model: nn.Module) -> Parts:
@@ -50,6 +50,8 @@ def map_parts(model: nn.Module) -> Parts:
         embedding=embedding,
         causal=bool(transformer.can_generate()),
         transposed=frozenset(name for name, module in model.named_modules() if _is_transposed(module)),
+        output_width=(config.hidden_size if config.model_type != "opt" else config.word_embed_proj_dim),
+        layer=() if transformer.can_generate() else LAYERS.get(config.model_type, ()),
         initial_deviation=_initial_deviation(config),
     )
     names, ties = _distinct_parameters(model, embedding)

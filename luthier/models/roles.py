@@ -15,11 +15,11 @@ _IN_BLOCKS: tuple[tuple[str, str], ...] = (
     (r"experts(\..+)?", "expert"),
     (r"(mlp|block_sparse_moe|feed_forward)\.(gate|router)|router|shared_expert_gate", "router"),
     (r"sinks", "other"),
-    (r"q_proj|query|q_lin", "attention_query"),
-    (r"k_proj|key|k_lin", "attention_key"),
-    (r"v_proj|value|v_lin", "attention_value"),
+    (r"q_proj|query|q_lin|attention\.attn\.q", "attention_query"),
+    (r"k_proj|key|k_lin|attention\.attn\.k", "attention_key"),
+    (r"v_proj|value|v_lin|attention\.attn\.v", "attention_value"),
     (r"c_attn|qkv_proj|query_key_value|Wqkv", "attention_query_key_value"),
-    (r"o_proj|out_proj|out_lin|attention\.output\.dense", "attention_output"),
+    (r"o_proj|out_proj|out_lin|attention\.output\.dense|attention\.attn\.o", "attention_output"),
     (r"(attn|attention|self_attn|self_attention)\.(dense|c_proj|Wo)", "attention_output"),
     (r"gate_proj", "mlp_gate"),
     (r"gate_up_proj|mlp\.Wi", "mlp_gate_up"),
@@ -34,7 +34,7 @@ _IN_BLOCKS: tuple[tuple[str, str], ...] = (
 )
 
 _OUTSIDE: tuple[tuple[str, str], ...] = (
-    (r"embed_positions|wpe|position_embeddings", "position_embedding"),
+    (r"embed_positions|wpe|position_embeddings|relative_attention_bias", "position_embedding"),
     (r"embeddings\.(LayerNorm|norm)|word_embeddings_layernorm", "other_norm"),
     (r"transform\.LayerNorm|vocab_layer_norm|lm_head\.layer_norm", "other_norm"),
     (r"token_type_embeddings|pooler\.dense|pre_classifier|project_in|project_out", "other"),
@@ -81,3 +81,16 @@ FUSED_ROWS: dict[tuple[str, str], tuple[str, ...]] = {
 """The order of contiguous output rows of a fused matrix, by model type and module name.
 
 The name alone does not tell the layout: CodeGen's `qkv_proj` is shuffled and GPT-BigCode's `c_attn` is interleaved."""
+
+
+LAYERS: dict[str, tuple[str, ...]] = {
+    "bert": ("tanh",),
+    "camembert": ("tanh",),
+    "distilbert": ("relu",),
+    "electra": ("gelu",),
+    "modernbert": ("gelu", "norm"),
+    "mpnet": ("tanh",),
+    "roberta": ("tanh",),
+    "xlm-roberta": ("tanh",),
+}
+"""What stands between a state and the classes in a family's classification head of `transformers`, by model type."""

@@ -72,4 +72,5 @@ def load(recipe: Recipe, world: World, say: Say, today: date | None = None) -> L
         root = shard(model, parts.block_modules, device, world.size)
     else:
         model.to(device)  # type: ignore[arg-type]
-    return Loaded(start, model, parts, tokenizer, identity, reads_of(model.config), device, dtype, precision, root)
+    reads = reads_of(model.config)._replace(conversations=parts.causal)
+    return Loaded(start, model, parts, tokenizer, identity, reads, device, dtype, precision, root)

@@ -38,6 +38,7 @@ from luthier.rows.mixture import described_share
 from luthier.rows.shapes import BadRow
 from luthier.rows.sources import read_rows
 from luthier.rows.template import date_of
+from luthier.training.build import check_predicts
 from luthier.training.engine import Engine
 from luthier.training.feed import Feed
 from luthier.training.loop import Clock
@@ -347,6 +348,7 @@ def make_plan(recipe: Recipe, say: Say = lambda text: None, *, today: date | Non
     check_processes(recipe.train.sharding, world)
     sources = read_rows(recipe.rows)
     loaded = load(recipe, world, say, today)
+    check_predicts(values_of(chosen), loaded.parts)
     rows = read(recipe.rows, recipe.seed, sources, chosen, loaded, say)
     others = OtherModels(recipe.models, recipe.out, loaded, say)
     engine, feed, clock, rate_from, padded = attach(recipe, schedule, chosen, loaded, rows, others, world)

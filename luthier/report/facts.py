@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import PurePath
 from typing import Any, Literal, NamedTuple
 
@@ -54,6 +54,17 @@ class Sample(NamedTuple):
     change: Change
 
 
+class ClassFacts(NamedTuple):
+    """One class, label or kind of entity, before and after; None where nothing was there, or named."""
+
+    name: str
+    n: int
+    """How often it is there."""
+    before: Mapping[str, float | None]
+    """`precision`, `recall` and `f1`."""
+    after: Mapping[str, float | None]
+
+
 @dataclass(frozen=True)
 class SetFacts:
     """One evaluation set, before against after."""
@@ -79,6 +90,10 @@ class SetFacts:
     """Whether values are scores from 0 to 1, higher better; perplexity and loss are not."""
     right: tuple[int, int] | None
     """Items answered rightly before and after, where every item is right or wrong."""
+    classes: tuple[ClassFacts, ...] = ()
+    """Of classes, labels or entities; empty for other metrics."""
+    confusion: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    """By the right class, how many items were taken for which after training; empty where an item may have several."""
 
     @property
     def form(self) -> Callable[[float], str]:
@@ -146,7 +161,7 @@ def _set_facts(name: str, entry: Facts, noise: float | None) -> SetFacts:
         if item.get("expected") and measured(item.get("before_score")) and measured(item.get("after_score"))
     )
     scores = [(sample.before_score, sample.after_score) for sample in samples]
-    countable = bool(scores) and all(score in (0, 1) for pair in scores for score in pair)
+    countable = bool(scores) and entry.get("is_mean", True) and all(score in (0, 1) for pair in scores for score in pair)
     return SetFacts(
         name=name,
         metric=str(entry.get("metric") or "metric"),
@@ -162,6 +177,10 @@ def _set_facts(name: str, entry: Facts, noise: float | None) -> SetFacts:
         samples=samples,
         is_share=is_share,
         right=(sum(int(before) for before, _ in scores), sum(int(after) for _, after in scores)) if countable else None,
+        classes=tuple(
+            ClassFacts(name, one["n"], one["before"], one["after"]) for name, one in (entry.get("by_class") or {}).items()
+        ),
+        confusion=entry.get("confusion") or {},
     )
 
 

@@ -27,7 +27,7 @@ from luthier.rows.template import choose
 from luthier.training.precision import pick, pick_device
 from luthier.training.services import RunServices
 from luthier.tune import Tune
-from luthier.tune.sites import Addition
+from luthier.tune.sites import HEAD, Addition
 
 PROMPT_LENGTH = "prompt_length"
 
@@ -192,7 +192,7 @@ def _attach_stored(tune: Tune, recipe: Recipe, path: Path) -> None:
         )
     for slot, value in values:
         if isinstance(value, Head):
-            tune.head = (tune.add_free(slot, held(slot)), value)
+            tune.add_head(slot, value, held(f"{slot}/{HEAD}"))
             continue
         if isinstance(value, HiddenEdit):
             shared = None if value.shared is None else (lambda *_, slot=slot: held(slot))

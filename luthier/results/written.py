@@ -8,6 +8,7 @@ from typing import Any
 from luthier.errors import LuthierError, Say, silent
 from luthier.export import export_gguf, export_model, export_peft
 from luthier.export.classifier import export_classifier
+from luthier.export.embedder import export_embedder
 from luthier.results.folder import Run
 from luthier.results.opened import open_run
 from luthier.results.start import recipe_of, start_of
@@ -42,10 +43,13 @@ def write_result(
         raise LuthierError(
             f"`{tune.head[0].slot}` is a head that reads rows, which a {form} result does not hold",
             where="--as",
-            mend="use --as model, which writes it for sequence classification, or --weights-only, which leaves it out",
+            mend="use --as model, which writes model and head for transformers or sentence-transformers, or --weights-only, which leaves "
+            "it out",
         )
     if form == "model":
-        write = export_model if tune.head is None else export_classifier
+        write = export_model
+        if tune.head is not None:
+            write = export_embedder if tune.head[1].means == "vector" else export_classifier
         return {"folder": str(target), "as": form, **write(tune, tokenizer, target)}
     if form == "gguf":
         return {"file": str(target), "as": form, **export_gguf(tune, tokenizer, target, weights=weights)}

@@ -46,6 +46,7 @@ _EMPTY_LINE = "\n\n"
 _UNANSWERED = {
     "prompt": "add a `completion`",
     "prompt+answers+scores": "make pairs of its answers with rows.map: ranked_pairs",
+    "text+tags": "use an objective that reads labels of words, such as classify_tokens",
 }
 """What to do about rows that have no one answer."""
 # In these shapes the completion goes on where the prompt stops: spaces between the two are the file's to write.

@@ -27,6 +27,7 @@ from luthier.rows.borders import Border, tokenized_at
 from luthier.rows.chat import Form, LossOn, Rendered, form_of, render_pair, render_prompt, render_training
 from luthier.rows.groups import GROUPS, PAIR, TEXTS, cut_alike, joined, refuse_other_prompts, run_tokens, without
 from luthier.rows.ids import digest_of_tokens
+from luthier.rows.labels import labels_of
 from luthier.rows.limits import ANYTHING, Limits, TooLong, check_choice, check_ids
 from luthier.rows.messages import Message
 from luthier.rows.shapes import BadRow, Row, Scalar, bad_rows_error
@@ -365,6 +366,12 @@ def _encode(
         return _together(row, form, purpose, loss_on, limits, annotations)
     if purpose == "read" and row.shape in TEXTS:
         return _text(row, form, limits)
+    if not limits.reads.conversations:
+        raise LuthierError(
+            f"the model is an encoder, which reads texts, and this row is `{row.shape}`",
+            where=row.where,
+            mend="give rows with a `text`, or `query` and `positive`, or use a causal language model",
+        )
     if purpose != "prompt":
         rendered = render_training(row, form, loss_on)
 
@@ -412,13 +419,15 @@ def _limited(
 
 
 def _text(row: Row, form: Form, limits: Limits) -> Encoded:
-    """A text as a head reads it, with its label among the columns."""
-    ids = list(form.tokenizer(row.fields["text"], verbose=False)["input_ids"])
+    """A text as a head reads it, with its label or those of its words among the columns."""
+    given = form.tokenizer(row.fields["text"], verbose=False, return_offsets_mapping=form.tokenizer.is_fast)
+    ids = list(given["input_ids"])
     surplus = max(0, len(ids) - limits.longest) if limits.longest is not None else 0
     if surplus and limits.too_long == "refuse":
         raise limits.refusal(row, len(ids))
-    label = {"label": row.fields["label"]} if "label" in row.fields else {}
-    whole = Encoded(row.id, tuple(ids), (False,) * len(ids), row.where, {**row.columns, **label}, 0, row.shape)
+    found = labels_of(row.fields, given.get("offset_mapping"), row.where)
+    columns = {**row.columns, **found.columns}
+    whole = Encoded(row.id, tuple(ids), (False,) * len(ids), row.where, columns, 0, row.shape, found.notes, found.of_tokens)
     # The tokens that a tokenizer puts around a text stay; of one that ends with none the text's own end does.
     kept = without(whole, len(ids) - surplus - 1 if limits.too_long == "right" else 1, surplus)
     check_ids(kept.token_ids, form.tokenizer, limits.reads.vocabulary, row.where)

@@ -18,7 +18,7 @@ T = TypeVar("T")
 PAIR = "prompt+chosen+rejected"
 RANKED = "prompt+answers+scores"
 """A shape of which row maps make others."""
-TEXTS = ("text", "text+label")
+TEXTS = ("text", "text+label", "text+tags")
 """Shapes that are a text and no answer to anything."""
 TOO_LONG = "the prompt and an answer do not fit together, and answers are not cut"
 SAME = "the chosen and the rejected answer are the same, which teaches nothing"

@@ -10,7 +10,8 @@ travel with the row into its batch, everything else stays in `fields`.
 | `prompt`, `completion` | one answer to learn |
 | `instruction`, `output`, maybe `input` | one answer to learn |
 | `text` | a document to learn |
-| `text`, `label` | a document to classify |
+| `text`, `label` | a document to classify; `label` is a text, a number, or a list of them |
+| `tokens`, `tags` or `text`, `spans` | a document whose words have labels, see `luthier.rows.spans` |
 | `prompt`, `chosen`, `rejected` | two answers, the better one first |
 | `conversations`, `chosen`, `rejected` or `chosen`, `rejected` | the same, see `luthier.rows.preferences` |
 | `prompt`, `answers`, `scores` | any number of answers and a score of each, of which row maps make pairs |
@@ -35,7 +36,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from luthier.errors import LuthierError, nearest
-from luthier.rows import beside
+from luthier.rows import beside, spans
 from luthier.rows.messages import (
     checked_messages,
     checked_text,
@@ -256,7 +257,11 @@ def _found(record: Mapping[str, Any]) -> dict[str, Any]:
 
 def _labelled(record: Mapping[str, Any]) -> dict[str, Any]:
     label = record["label"]
-    if isinstance(label, bool):
+    if isinstance(label, list | tuple):
+        label = [one if type(one) is int else checked_text(one, f"label[{number}]") for number, one in enumerate(label)]
+        if len(set(label)) < len(label):
+            raise LuthierError("`label` names a label twice", mend="name each once")
+    elif isinstance(label, bool):
         label = int(label)
     elif isinstance(label, list | tuple):
         raise LuthierError(
@@ -295,7 +300,7 @@ def _multiple_choice(record: Mapping[str, Any], asked: str) -> dict[str, Any]:
     return {"prompt": text_or_messages(record[asked], asked), "choices": texts, "answer": index}
 
 
-_DOCUMENTS = ("text", "text+label", "members")
+_DOCUMENTS = ("text", "text+label", "text+tags", "members")
 _SHAPES: dict[str, _Shape] = {
     "messages": _Shape(("messages",), beside.OF_CONVERSATIONS, "messages", _conversation),
     "conversations": _Shape(("conversations",), beside.OF_CONVERSATIONS, "messages", _sharegpt),
@@ -305,6 +310,8 @@ _SHAPES: dict[str, _Shape] = {
     "instruction+output": _Shape(("instruction", "output"), ("input", *beside.OF_PROMPTS), "instruction", _instruction),
     "text": _Shape(("text",), (), "text", lambda record: {"text": checked_text(record["text"], "text")}),
     "text+label": _Shape(("text", "label"), (), "text+label", _labelled),
+    "tokens+tags": _Shape(("tokens", "tags"), (), "text+tags", spans.of_tokens),
+    "text+spans": _Shape(("text", "spans"), (), "text+tags", spans.of_spans),
     "prompt+chosen+rejected": _Shape(
         ("prompt", "chosen", "rejected"),
         beside.OF_PROMPTS,

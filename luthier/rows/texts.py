@@ -32,6 +32,7 @@ _PIECES: dict[str, Callable[[Mapping[str, Any]], list[str]]] = {
     "instruction": lambda fields: [fields["instruction"], fields["input"], fields["output"]],
     "text": lambda fields: [fields["text"]],
     "text+label": lambda fields: [fields["text"]],
+    "text+tags": lambda fields: [fields["text"]],
     "prompt+chosen+rejected": lambda fields: [*_said(fields["prompt"]), *_said(fields["chosen"])],
     "prompt+answers+scores": lambda fields: [
         *_said(fields["prompt"]),

@@ -112,6 +112,7 @@ def build_engine(
         )
     # Refuses two parts that define a column differently.
     goal.columns()
+    check_predicts(values, parts)
     maps = [Mapped(slot, v) for slot, v in values if isinstance(v, InputMap)]
     inputs = Inputs(vocabulary or bare_vocabulary(parts.vocabulary), maps)
     keepers = [(slot, v) for slot, v in values if isinstance(v, Keeper)]
@@ -184,6 +185,33 @@ def _others(asked: Mapping[str, str], load: Callable[[Mapping[str, str]], Mappin
             mend="give build_engine `load_others`, as a run from a recipe does",
         )
     return load(asked) if asked and load is not None else {}
+
+
+def check_predicts(values: Sequence[tuple[str, object]], parts: Parts) -> None:
+    """Refuse an encoder where something learns from predicted tokens.
+
+    Args:
+        values: of all parts, with their slots.
+        parts: the model's map.
+
+    Raises:
+        LuthierError: the model is no causal one, and a loss or a token weight reads what a language head says, or a head answers.
+    """
+    if parts.causal:
+        return
+    has_head = any(isinstance(v, Head) for _, v in values)
+    terms = [(slot, as_term(v)) for slot, v in values if isinstance(v, LOSSES)]
+    asking = [slot for slot, term in terms if term.columns or not has_head]
+    asking += [slot for slot, v in values if isinstance(v, TokenWeight)]
+    mend = "use classify, regress or embed, or a causal language model"
+    encoder = f"{parts.architecture} is an encoder"
+    if asking:
+        what = f"`{asking[0]}` learns from the tokens that a language model predicts, and {encoder}, which predicts none"
+        raise LuthierError(what, where="objective", mend=mend)
+    scoring = [slot for slot, v in values if isinstance(v, Head) and v.means == "score"]
+    if scoring:
+        what = f"`{scoring[0]}` reads answers within their conversation, and {encoder}, which reads texts alone"
+        raise LuthierError(what, where="objective", mend=mend)
 
 
 def _head(values: Sequence[tuple[str, object]]) -> tuple[str, Head] | None:

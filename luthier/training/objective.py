@@ -166,7 +166,7 @@ class Objective:
         """Make the head's and the terms' own trained tensors."""
         if self.head is not None:
             slot, head = self.head
-            tune.head = (tune.add_free(slot, head.start(services_of(slot)), head.rate), head)
+            tune.add_head(slot, head, head.start(services_of(slot)))
         for one in self.terms:
             if one.term.start is not None:
                 one.own = tune.add_free(one.slot, one.term.start(services_of(one.slot)), one.term.rate)
@@ -370,7 +370,7 @@ class Objective:
         )
         if self.head is not None and tune.head is not None and view.hidden_BTD is not None:
             own, head = tune.head
-            view.head_output_BK = readout.read(head, own.tensors(), view.hidden_BTD, batch)
+            view.head_output_BK = readout.read(head, own.tensors(), view.hidden_BTD, batch, causal=tune.parts.causal)
         some = view.example().detach()
         weight_N = some.new_ones(len(view.label_N)) if keep_N is None else keep_N.to(some)
         with torch.no_grad():

@@ -205,17 +205,21 @@ def view_of(
         asked = {one.name for one in chunked.passes_of(columns)}
         context_BT = _context(batch, where) if chunked.CONTEXT_ATTENTION in columns else None
         states = run(context_BT=context_BT)
-        found = chunked.compute(
-            states.at(where.row_N, where.source_N),
-            where.label_N,
-            head_of(tune.model, tune.parts),
-            [column for column in columns if column is not chunked.CONTEXT_ATTENTION],
-            key_N=keys,
-            drawing=(lambda key_N: tune.drawing_at(key_N if trains else None)),
-            others={name: other for name, other in others.items() if name in asked},
-            given=given,
-            vocabulary=tune.parts.vocabulary,
-        )
+        wanted = [column for column in columns if column is not chunked.CONTEXT_ATTENTION]
+        # An encoder has no language head to ask for.
+        found: dict[str, Tensor] = {}
+        if wanted:
+            found = chunked.compute(
+                states.at(where.row_N, where.source_N),
+                where.label_N,
+                head_of(tune.model, tune.parts),
+                wanted,
+                key_N=keys,
+                drawing=(lambda key_N: tune.drawing_at(key_N if trains else None)),
+                others={name: other for name, other in others.items() if name in asked},
+                given=given,
+                vocabulary=tune.parts.vocabulary,
+            )
         if context_BT is not None:
             found[chunked.CONTEXT_ATTENTION.name] = states.mass_at(where.row_N, where.source_N + 1)
         return states.padded(batch.attend_BT) if keep_hidden else None, found, states_of

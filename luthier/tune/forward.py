@@ -213,6 +213,8 @@ def _padded(backbone: torch.nn.Module, ids_BT: Tensor, attend_BT: Tensor, *, cau
     padded_left = bool((attend_BT[:, 1:] & ~attend_BT[:, :-1]).any())
     if padded_left or not causal:
         arguments["attention_mask"] = attend_BT.long()
+    if padded_left:
+        # Else the model counts by itself: encoders of the RoBERTa kind do not begin at 0.
         arguments["position_ids"] = (attend_BT.long().cumsum(-1) - 1).clamp(min=0)
     known = _known(backbone)
     return {name: value for name, value in arguments.items() if name in known}

@@ -32,6 +32,10 @@ def _cast(values: Tensor, dtype: torch.dtype | None) -> Tensor:
     return values if dtype is None or values.dtype == dtype or not values.is_floating_point() else values.to(dtype)
 
 
+HEAD = "head"
+"""How a head's tensors are told from what else its technique trains."""
+
+
 @dataclass(eq=False)
 class Own:
     """One technique's trained tensors at one place."""
@@ -45,11 +49,14 @@ class Own:
     """What all places of the technique have in common."""
     wide: frozenset[str] = frozenset()
     """Names of tensors that are never cast."""
+    part: str = ""
+    """Tells apart what a technique has at no place, such as a head beside a prompt."""
 
     @property
     def name(self) -> str:
         """What the names of its tensors begin with."""
-        return self.slot if self.place is None else f"{self.slot}/{self.place}"
+        where = self.part if self.place is None else str(self.place)
+        return f"{self.slot}/{where}" if where else self.slot
 
     @property
     def stands(self) -> bool:

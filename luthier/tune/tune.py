@@ -7,10 +7,10 @@ from contextlib import AbstractContextManager
 
 from torch import Tensor
 
-from luthier.kinds import Additive, HiddenEdit, Now, Prefix, Prompt, Selective, Services, State, Tensors
+from luthier.kinds import Additive, Head, HiddenEdit, Now, Prefix, Prompt, Selective, Services, State, Tensors
 from luthier.tune import attach, base, change, merge
 from luthier.tune.attached import Attached, nothing
-from luthier.tune.sites import Own
+from luthier.tune.sites import HEAD, Own
 
 
 class Tune(Attached):
@@ -38,6 +38,11 @@ class Tune(Attached):
     def add_free(self, slot: str, tensors: Tensors, rate: float = 1.0) -> Own:
         """Trained tensors that stand beside the model: those of an objective."""
         return attach.own(self, Own(slot, None), tensors, form="free", rates=dict.fromkeys(tensors, rate))
+
+    def add_head(self, slot: str, head: Head, tensors: Tensors) -> None:
+        """What reads rows beside the model, with its trained tensors."""
+        mine = Own(slot, None, part=HEAD)
+        self.head = (attach.own(self, mine, tensors, form="free", rates=dict.fromkeys(tensors, head.rate)), head)
 
     def at(self, which: str) -> AbstractContextManager[None]:
         """Run the model as it was: `base`, or a snapshot's name. The tuned model comes back afterwards, bit for bit."""

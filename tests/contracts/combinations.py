@@ -11,6 +11,7 @@ from luthier.errors import LuthierError
 from luthier.kinds import (
     Additive,
     Batch,
+    Head,
     Keeper,
     Optimizer,
     PairLoss,
@@ -65,6 +66,7 @@ TRAITS: dict[str, Callable[[Any], bool]] = {
     "all at once": lambda value: (
         (isinstance(value, Transform) and value.scope == "all") or (isinstance(value, Keeper) and "gradients" in value.needs)
     ),
+    "reads rows": lambda value: isinstance(value, Head),
     "learns its prompt": lambda value: isinstance(value, Prompt) and value.labels is not None,
     "compares": lambda value: (
         (isinstance(value, PairLoss | StepLoss) and value.reference)
@@ -89,8 +91,8 @@ REFUSED: dict[tuple[str, str], str] = {
     # There is no average over time of numbers that come and go.
     ("following_reference", "comes and goes"): "an average over time needs the same numbers",
     # What a head reads need not have targets.
-    ("rule", "head"): "chooses among the targets of a step",
-    ("head", "head"): "both put a head beside the model",
+    ("rule", "reads rows"): "chooses among the targets of a step",
+    ("reads rows", "reads rows"): "both put a head beside the model",
     # The base knows nothing of tokens that are learnt.
     ("learns its prompt", "compares"): "compares with the base, which does not read the virtual tokens",
     # There is never a whole gradient, or none that went through the model.

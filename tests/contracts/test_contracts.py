@@ -271,7 +271,7 @@ def test_every_option_is_read(kind: str, name: str, option: str) -> None:
     pytest.fail(f"no other value of `{option}` changes anything")
 
 
-TEACH_BY_THEMSELVES: frozenset[str] = frozenset()
+TEACH_BY_THEMSELVES = frozenset({"ptec"})
 """Techniques of other keys than `objective` that bring a loss which stands for cross-entropy."""
 
 

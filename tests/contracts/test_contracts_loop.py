@@ -57,7 +57,7 @@ def test_killed_between_any_two_events_and_measured_all_the_time(tmp_path: Path,
     """In bf16 with fp32 masters, one step of six without a target. Measured after every step with `best`, killed after each and
     resumed, the run ends with the bits of one that nobody measured or killed; then the best numbers are those of then."""
     # Where a prompt has targets of its own every row has one, and a head reads rows without any.
-    idle = None if kind == "head" or "learns its prompt" in traits[kind, name] else 1 + zlib.crc32(name.encode()) % 3
+    idle = None if traits[kind, name] & {"reads rows", "learns its prompt"} else 1 + zlib.crc32(name.encode()) % 3
     plain = life(kind, name, tmp_path / "plain", torch.bfloat16, idle, Plans())
     assert plain.process() is not None
     if idle is not None and idle + 1 not in plain.said:
@@ -88,7 +88,7 @@ def test_patience_ends_a_run_with_its_best_numbers(tmp_path: Path, kind: str, na
     """In fp64: two evaluations without improvement end the run, and the numbers are those of the best one, bit for bit; also when it
     was killed between the two. Evaluations before the last phase of a technique do not count."""
     plans = Plans(save_every=1, evaluate_every=1, best="set", patience=2)
-    idle = None if kind == "head" or "learns its prompt" in traits[kind, name] else 2
+    idle = None if traits[kind, name] & {"reads rows", "learns its prompt"} else 2
     lived = life(kind, name, tmp_path, torch.float64, idle, plans, {1: 2.0, 2: 1.0, 3: 1.0, 4: 3.0, 5: 3.0, 6: 3.0})
     assert lived.process(("told", 4)) is None
     ended = lived.process()

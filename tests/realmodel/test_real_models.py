@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch.nn.functional import cosine_similarity
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+import luthier
+from luthier.evaluate.readings import readings
 from luthier.models import KNOWN, load_model, load_tokenizer, map_parts, resolve
+from luthier.rows.embed import pooled
+from luthier.rows.encode import encode_all
+from luthier.rows.read import read
 
 pytestmark = pytest.mark.realmodel
 
@@ -67,3 +74,38 @@ def test_minilm_knows_what_is_alike() -> None:
     mean_BD = (hidden_BTD * attended_BT1).sum(1) / attended_BT1.sum(1)
     near, far = cosine_similarity(mean_BD[0], mean_BD[1:]).tolist()
     assert near > 0.5 > far
+
+
+def test_minilm_learns_what_belongs_together(tmp_path: Path) -> None:
+    """Each question finds its text behind the last step, and the folder has the same vectors in the library that the model comes from."""
+    asked = {
+        "Who feeds the cats?": "Behind the red barn.",
+        "Where is the ladder?": "Twelve loaves and some butter.",
+        "When does it snow?": "Ask Mara, the baker.",
+        "What is for breakfast?": "The river froze last night.",
+        "How deep is the well?": "Green, with a white door.",
+        "Which house is yours?": "In late March.",
+        "Why is the bridge closed?": "Forty feet, they say.",
+        "Whose coat is this?": "They sleep in the attic.",
+    }
+    rows = [{"query": query, "positive": text} for query, text in asked.items()]
+    found = luthier.train(
+        model="minilm-l6",
+        rows={"train": rows},
+        tune="lora",
+        objective="embed",
+        train={"epochs": 15, "batch_rows": 8, "learning_rate": 3e-3, "precision": "fp32"},
+        evaluate={"same": {"rows": rows, "metric": "found_first"}},
+        out=str(tmp_path),
+    )
+    assert found.metrics["same"]["before"] < 0.5 and found.metrics["same"]["after"] == 1.0
+    tune, tokenizer = luthier.open_run(found.folder)
+    texts = [*asked, *asked.values()]
+    encoded = encode_all(list(read([{"text": text} for text in texts])), tokenizer, purpose="read").rows
+    assert [list(row.token_ids) for row in encoded] == [tokenizer(text)["input_ids"] for text in texts]
+    base = load_model("minilm-l6")
+    found.export(tmp_path / "out")
+    library = pytest.importorskip("sentence_transformers", reason="it comes with the extra `test`")
+    theirs = library.SentenceTransformer(str(tmp_path / "out"), device="cpu").encode(texts)
+    torch.testing.assert_close(torch.tensor(theirs), readings(tune, encoded), atol=1e-5, rtol=0.0)
+    assert torch.dist(pooled(base, [row.token_ids for row in encoded]), torch.tensor(theirs)) > 0.1

@@ -13,6 +13,8 @@ import transformers
 import luthier
 from luthier import registry
 from luthier.errors import LuthierError
+from luthier.evaluate.by_head import OF_PLACE, placed
+from luthier.evaluate.metrics import METRICS
 from luthier.evaluate.readings import places_of, readings
 from luthier.evaluate.sets import EvalSet, measure
 from luthier.export.classifier import export_classifier
@@ -295,3 +297,25 @@ def test_options_of_embeddings_out_of_range_are_refused(options: dict[str, Any])
 def test_vectors_have_as_many_numbers_as_the_model(engine: Any) -> None:
     with pytest.raises(LuthierError, match="vectors of this model have 32 numbers, and 64 are asked for"):
         engine(objective={"embed": {"sizes": [64]}})
+
+
+def test_a_head_is_as_wide_as_the_last_states(tmp_path: Path) -> None:
+    """Some OPT narrow their states before the end, here from 32 to 16."""
+    rows = {"train": ROWS}
+    train = {"steps": 2, "batch_rows": 4, "learning_rate": 1e-2, "precision": "fp32"}
+    objective = {"classify": {"labels": ["bad", "good"]}}
+    found = luthier.train(model="tiny:opt", rows=rows, tune="lora", objective=objective, train=train, out=str(tmp_path))
+    tune, _ = luthier.open_run(found.folder)
+    assert tune.head is not None and tune.head[0].masters()["weight"].shape == (2, 16)
+    found.export(tmp_path / "out")
+
+
+def test_places_count_by_hand() -> None:
+    """Third of all: found among ten, at 1 / log2(4); eleventh: not at all."""
+    rows = list(read([{"query": f"{i}?", "positive": f"{i}."} for i in range(4)]))
+    found = {metric: [item.score for item in placed(metric, rows, [1, 3, 10, 11])] for metric in OF_PLACE}
+    assert found["found_first"] == [1.0, 0.0, 0.0, 0.0] and found["recall_at_10"] == [1.0, 1.0, 1.0, 0.0]
+    assert found["reciprocal_rank"] == pytest.approx([1.0, 1 / 3, 0.1, 1 / 11])
+    assert found["ndcg_at_10"] == pytest.approx([1.0, 0.5, 1 / math.log2(11), 0.0])
+    assert {name for name, one in METRICS.items() if one.needs == "vector"} == OF_PLACE.keys()
+    assert placed("found_first", rows, [1, 3, 10, 11])[1][1:4] == ("1?", "1.", "place 3")

@@ -73,7 +73,9 @@ def with_text(text: str) -> dict[str, Any]:
         {**item, **dict.fromkeys(("id", "prompt", "expected", "before", "after"), text)}
         for item in run["metrics"]["general"]["items"]
     ]
-    run["metrics"] = {text: {**run["metrics"]["general"], "metric": text, "items": items}}
+    rates = {"precision": 0.5, "recall": None, "f1": 0.0}
+    classes = {"by_class": {text: {"n": 3, "before": rates, "after": rates}}, "confusion": {text: {text: 3}}}
+    run["metrics"] = {text: {**run["metrics"]["general"], **classes, "metric": text, "items": items}}
     run["evaluations"] = [{"step": 21, "metrics": {text: 0.5}}]
     run["delta"]["by_place"] = [{**place, "role": text} for place in run["delta"]["by_place"]]
     return run
@@ -145,6 +147,24 @@ def test_text_from_data_never_becomes_markup(text: str) -> None:
     assert hostile.tags == harmless.tags
     assert text in hostile.text
     assert hostile.text.replace(text, "harmless") == harmless.text
+
+
+def test_classes_are_told_one_by_one() -> None:
+    """Precision, recall and F1 after and before, and what was taken for what; a value that is no mean is not told as items."""
+    run = SAMPLE.sample_run()
+    rates = {"precision": 0.75, "recall": 0.6, "f1": 2 / 3}
+    missed = {"precision": None, "recall": 0.0, "f1": 0.0}
+    run["metrics"]["held_back"] |= {
+        "metric": "macro_f1",
+        "is_mean": False,
+        "by_class": {"whale": {"n": 5, "before": missed, "after": rates}, "fox": {"n": 2, "before": rates, "after": missed}},
+        "confusion": {"whale": {"whale": 3, "fox": 2}, "fox": {"whale": 1, "fox": 41}},
+    }
+    text = " ".join(page_of(run).text.replace("\u00a0", " ").split())
+    assert "held_back, class by class: 2" in text
+    assert "whale 5 75 % not measured 60 % 0 % 66.7 % 0 %" in text and "fox 2 not measured 75 % 0 % 60 % 0 % 66.7 %" in text
+    assert "Right whale fox whale 3 2 fox 1 41" in text
+    assert "items right" not in headline(run).split(";")[0] and "macro f1" in headline(run)
 
 
 def test_a_page_fetches_and_runs_nothing() -> None:

@@ -33,6 +33,13 @@ SHAPES: list[tuple[dict[str, Any], str, dict[str, Any]]] = [
     ),
     ({"text": "t"}, "text", {"text": "t"}),
     ({"text": "t", "label": "x"}, "text+label", {"text": "t", "label": "x"}),
+    ({"text": "t", "label": ["x", 2]}, "text+label", {"text": "t", "label": ["x", 2]}),
+    ({"tokens": ["t", "u"], "tags": ["O", "B-x"]}, "text+tags", {"text": "t u", "words": [(0, 1), (2, 3)], "tags": ["O", "B-x"]}),
+    (
+        {"text": "t, u", "spans": [{"start": 0, "stop": 2, "label": "x"}]},
+        "text+tags",
+        {"text": "t, u", "words": [(0, 1), (1, 2), (3, 4)], "tags": ["B-x", "I-x", "O"]},
+    ),
     (
         {"prompt": "q", "chosen": "a", "rejected": "b"},
         "prompt+chosen+rejected",

@@ -2,28 +2,36 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from luthier.errors import LuthierError
-from luthier.kinds import Batch, Head, Services, Tensors, Term, View
+from luthier.kinds import Batch, Head, Pool, Tensors, Term, View
+from luthier.methods.head import _layer
 from luthier.registry import method
+from luthier.rows.labels import several
 
 
 @method(
     title="Classification",
-    departs="the head starts at zero, so that every class is as likely at step 0, where transformers draws it",
+    departs="the last linear map starts at zero, so that every class is as likely at step 0, where transformers draws it",
     learning_rate=1e-4,
 )
-def classify(*, labels: tuple[str, ...], smoothing: float = 0.0, head_rate: float = 1.0, weight: float = 1.0) -> tuple[Head, Term]:
-    """Learn which of several classes a text belongs to, from the last hidden state of its last token.
+def classify(
+    *, labels: tuple[str, ...], pool: Pool = "auto", smoothing: float = 0.0, head_rate: float = 1.0, weight: float = 1.0
+) -> tuple[Head, Term]:
+    """Learn which of several classes a text belongs to, from one of its last hidden states.
 
-    Rows are `text` and `label`: one of the labels, or its number from 0. The head is saved with the run, with the labels, and has no
-    bias, as that of `AutoModelForSequenceClassification` for decoders.
+    Rows are `text` and `label`: one of the labels, or its number from 0. The head is saved with the run, with the labels, and is that of
+    `AutoModelForSequenceClassification`: linear without a bias for causal models, with the family's own layer before it for encoders.
 
     Args:
         labels: the names of the classes, in the order of their numbers.
+        pool: the state that is read: of the `first` token, the `last`, the `mean` of all, or `auto`, the last of a causal model and the
+            first of an encoder.
         smoothing: share of the probability that is spread over all classes alike.
         head_rate: multiplies the learning rate of the head.
         weight: multiplies the term where there are several.
@@ -36,12 +44,6 @@ def classify(*, labels: tuple[str, ...], smoothing: float = 0.0, head_rate: floa
     if not 0.0 <= smoothing < 1.0:
         raise LuthierError(f"the smoothing is {smoothing}", where="classify: smoothing", mend="use at least 0 and less than 1")
     number_of = {label: number for number, label in enumerate(labels)}
-
-    def start(services: Services) -> Tensors:
-        return {"weight": torch.zeros(len(labels), services.parts.width)}
-
-    def read(own: Tensors, hidden_BD: Tensor) -> Tensor:
-        return functional.linear(hidden_BD, own["weight"])
 
     def classes(batch: Batch) -> list[int | None]:
         names = batch.texts.get("label", ("",) * len(batch.row_ids))
@@ -62,14 +64,15 @@ def classify(*, labels: tuple[str, ...], smoothing: float = 0.0, head_rate: floa
             label = (
                 names[place] if names and names[place] else float(batch.columns.get("label", torch.full((place + 1,), -1.0))[place])
             )
+            many = isinstance(label, str) and several(label) is not None
             raise LuthierError(
                 f"the row's label is `{label}`, and the classes are {', '.join(labels)}",
                 where=f"row {batch.row_ids[place]}",
-                mend="add it to the labels, or mend the row",
+                mend="use objective: multi_label, for lists" if many else "add it to the labels, or mend the row",
             )
 
     return (
-        Head(start, read, "classes", names=tuple(labels), rate=head_rate),
+        Head(partial(_layer.start, len(labels)), _layer.read, "classes", pool, names=tuple(labels), rate=head_rate),
         Term(total, unit="row", count=lambda batch: float(len(batch.row_ids)), columns=(), weight=weight, check=check),
     )
 

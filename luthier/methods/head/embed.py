@@ -22,7 +22,7 @@ from luthier.registry import method
     learning_rate=2e-5,
 )
 def embed(
-    *, temperature: float = 0.05, pool: Literal["mean", "last"] = "mean", sizes: tuple[int, ...] = (), weight: float = 1.0
+    *, temperature: float = 0.05, pool: Literal["mean", "last", "first"] = "mean", sizes: tuple[int, ...] = (), weight: float = 1.0
 ) -> tuple[Head, StepLoss]:
     """Let the vector of a question lie near that of the text that answers it, and far from those of all other texts of the step.
 
@@ -31,7 +31,7 @@ def embed(
 
     Args:
         temperature: cosines are divided by it; 0.05 is usual.
-        pool: the `mean` of all states of a text, or its `last`.
+        pool: the `mean` of all states of a text, its `last`, or its `first`, an encoder's token for whole texts.
         sizes: Matryoshka: the first so many numbers of a vector, made to length 1 again, shall do by themselves.
         weight: multiplies the term where there are several.
 
@@ -44,10 +44,10 @@ def embed(
         raise LuthierError(f"the sizes are {list(sizes)}", where="embed: sizes", mend="use 1 or more")
 
     def start(services: Services) -> Tensors:
-        wide = [size for size in sizes if size > services.parts.width]
+        wide = [size for size in sizes if size > services.parts.output_width]
         if wide:
             raise LuthierError(
-                f"vectors of this model have {services.parts.width} numbers, and {wide[0]} are asked for",
+                f"vectors of this model have {services.parts.output_width} numbers, and {wide[0]} are asked for",
                 where="embed: sizes",
                 mend="leave larger sizes out",
             )

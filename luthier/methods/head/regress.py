@@ -2,33 +2,30 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
-from torch.nn import functional
+from functools import partial
 
-from luthier.kinds import Batch, Head, Services, Tensors, Term, View
+from torch import Tensor
+
+from luthier.kinds import Batch, Head, Pool, Tensors, Term, View
+from luthier.methods.head import _layer
 from luthier.registry import method
 from luthier.rows.free_columns import check_numbers
 
 
-@method(title="Regression", departs="the head starts at zero, where transformers draws it", learning_rate=1e-4)
-def regress(*, column: str = "label", head_rate: float = 1.0, weight: float = 1.0) -> tuple[Head, Term]:
-    """Learn a number of each text, from the last hidden state of its last token, with the mean squared error.
+@method(title="Regression", departs="the last linear map starts at zero, where transformers draws it", learning_rate=1e-4)
+def regress(*, column: str = "label", pool: Pool = "auto", head_rate: float = 1.0, weight: float = 1.0) -> tuple[Head, Term]:
+    """Learn a number of each text, from one of its last hidden states, with the mean squared error.
 
-    The head has no bias, as that of `AutoModelForSequenceClassification` for decoders: numbers far from 0 are learnt better when their mean
-    is taken out of the rows first.
+    The head is that of `AutoModelForSequenceClassification`. For causal models it has no bias: numbers far from 0 are learnt better when
+    their mean is taken out of the rows first.
 
     Args:
         column: the key of the rows that holds the number.
+        pool: the state that is read: of the `first` token, the `last`, the `mean` of all, or `auto`, the last of a causal model and the
+            first of an encoder.
         head_rate: multiplies the learning rate of the head.
         weight: multiplies the term where there are several.
     """
-
-    def start(services: Services) -> Tensors:
-        return {"weight": torch.zeros(1, services.parts.width)}
-
-    def read(own: Tensors, hidden_BD: Tensor) -> Tensor:
-        return functional.linear(hidden_BD, own["weight"])
 
     def total(view: View, own: Tensors) -> Tensor:
         error_B = view.outputs_BK[:, 0] - view.batch.columns[column].to(view.outputs_BK)
@@ -39,6 +36,6 @@ def regress(*, column: str = "label", head_rate: float = 1.0, weight: float = 1.
         check_numbers(batch, column, f"add `{column}` to every row")
 
     return (
-        Head(start, read, "value", rate=head_rate),
+        Head(partial(_layer.start, 1), _layer.read, "value", pool, rate=head_rate),
         Term(total, unit="row", count=lambda batch: float(len(batch.row_ids)), columns=(), weight=weight, check=check),
     )

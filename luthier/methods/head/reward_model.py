@@ -51,7 +51,7 @@ def reward_model(
 
     def start(services: Services) -> Tensors:
         rngs = (services.rng(f"reward_model {member}") for member in range(members))
-        return {"weight": torch.stack([SPREAD * torch.randn(services.parts.width, generator=rng) for rng in rngs])}
+        return {"weight": torch.stack([SPREAD * torch.randn(services.parts.output_width, generator=rng) for rng in rngs])}
 
     def read(own: Tensors, hidden_BD: Tensor) -> Tensor:
         return functional.linear(hidden_BD, own["weight"])
