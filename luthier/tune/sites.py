@@ -135,7 +135,7 @@ class Site:
             # Made again in backward: no dense weight is kept for each pass.
             return checkpoint(self._multiplied, x, use_reentrant=False)  # type: ignore[no-any-return]
 
-        self.module.forward = forward  # type: ignore[method-assign]
+        self.module.forward = forward  # type: ignore[assignment,method-assign]
 
     def _multiplied(self, x: Tensor) -> Tensor:
         return functional.linear(x, self.weight(self.module.weight), self.module.bias)  # type: ignore[arg-type]

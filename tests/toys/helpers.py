@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from luthier import registry
-from luthier.kinds import Batch, Now
+from luthier.kinds import TEACHER, Batch, Now
 from luthier.models.tiny import tiny
 from luthier.training.engine import Engine, Work
 from tests.conftest import make_batch, with_columns
@@ -44,12 +44,20 @@ ANNOTATED = ("tool_calls",)
 """Numbers that techniques want of each token."""
 
 
-def rows_of_eight(**options: Any) -> Batch:
-    """Eight rows of unequal length and unequal numbers of targets, one without any; with the free columns of `with_columns`, and their
-    tokens have numbers from 0 to 8 in turn."""
-    batch = with_columns(make_batch([(9, 4), (6, 5), (12, 2), (5, 0), (7, 6), (10, 9), (4, 1), (8, 3)], **options))
+def numbers_of_tokens(batch: Batch) -> dict[str, Tensor]:
+    """What techniques want of each token: numbers from 0 to 8 in turn, and a teacher's three likeliest tokens."""
     numbers_BT = ((batch.position_BT + 2) % 9).float()
-    return batch._replace(token_columns=dict.fromkeys(ANNOTATED, numbers_BT))
+    share_BTK = torch.tensor([0.5, 0.3, 0.1]).expand(*numbers_BT.shape, -1) - 0.01 * numbers_BT[..., None]
+    token_id_BTK = (batch.position_BT[..., None] * 7 + torch.tensor([3, 50, 101])) % 200
+    teacher = (share_BTK.log(), token_id_BTK.float(), 1.0 - share_BTK.sum(-1))
+    return {**dict.fromkeys(ANNOTATED, numbers_BT), **dict(zip(TEACHER, teacher, strict=True))}
+
+
+def rows_of_eight(**options: Any) -> Batch:
+    """Eight rows of unequal length and unequal numbers of targets, one without any; with the free columns of `with_columns`, and numbers
+    of their tokens."""
+    batch = with_columns(make_batch([(9, 4), (6, 5), (12, 2), (5, 0), (7, 6), (10, 9), (4, 1), (8, 3)], **options))
+    return batch._replace(token_columns=numbers_of_tokens(batch))
 
 
 def rows_of_pairs(**options: Any) -> Batch:

@@ -119,6 +119,25 @@ def test_a_stored_teacher_is_the_teacher(tmp_path: Path, tune: str, packing: boo
     assert gap(held_slopes, exact_slopes) < 2e-6
 
 
+@pytest.mark.parametrize("direction", ["forward", "reverse", "js"])
+@pytest.mark.parametrize("top_k", [7, 10**6])
+def test_distillation_from_a_store_is_that_from_the_teacher(tmp_path: Path, direction: str, top_k: int) -> None:
+    """The same loss and gradients as with the teacher beside the model: over all tokens, and over the likeliest and the rest."""
+    source = file_of(tmp_path, MIXED[:3])
+    stored(source, "teacher", precision="fp64", top_k=top_k)
+    keys = {"train": {"precision": "fp64", "batch_rows": 5, "micro_batch_tokens": 150}, "models": {"teacher": MODEL}}
+    options = {"divergence": direction, "top_k": top_k if top_k < 10 else None}
+    found = []
+    for objective in ([{"distill": options}], [{"distill_stored": {"direction": direction}}]):
+        plan = planned(source, objective=objective, **keys)
+        moved(plan)
+        batches, now = plan.feed.at(0)[1], plan.clock.at(0, 0.0)
+        slopes = gradients(plan.engine, batches, now)
+        found.append((plan.engine.step(batches, now).loss, slopes))
+    assert found[0][0] > 1e-3 and found[1][0] == pytest.approx(found[0][0], rel=1e-5)
+    assert gap(found[0][1], found[1][1]) < 1e-5
+
+
 def test_what_is_stored_is_seen_at_the_targets(tmp_path: Path) -> None:
     """By views as by columns, in rows that are padded and have mates; and where no target is there is none of it."""
     rows = file_of(tmp_path, MIXED[3:4], "pairs.jsonl")

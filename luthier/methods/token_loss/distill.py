@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
 
-import torch
 from torch import Tensor
 
-from luthier.columns.losses import kl
 from luthier.errors import LuthierError
 from luthier.kinds import Chunk, Column, OtherPass, TokenLoss, View
+from luthier.methods.token_loss._distributions import Direction, with_rest
+from luthier.methods.token_loss._distributions import divergence as between
 from luthier.registry import method
-
-Direction = Literal["forward", "reverse", "js"]
 
 
 @method(
@@ -58,8 +55,8 @@ def distill(
         theirs, mine = theirs_CV.log_softmax(-1), mine_CV.log_softmax(-1)
         if top_k is not None and top_k < theirs.shape[1]:
             place_CK = theirs.topk(top_k, dim=-1).indices
-            theirs, mine = _with_rest(theirs, place_CK), _with_rest(mine, place_CK)
-        return temperature**2 * _divergence(theirs, mine, divergence)
+            theirs, mine = with_rest(theirs, place_CK), with_rest(mine, place_CK)
+        return temperature**2 * between(theirs, mine, divergence)
 
     name = f"distill {teacher} {divergence} {top_k} {temperature}"
     column = Column(name, value, (OtherPass(teacher, model=teacher),))
@@ -74,18 +71,3 @@ def _common(one_CV: Tensor, other_CV: Tensor) -> tuple[Tensor, Tensor]:
     """Both without the ids that the other lacks, which stand for no token."""
     width = min(one_CV.shape[1], other_CV.shape[1])
     return one_CV[:, :width], other_CV[:, :width]
-
-
-def _with_rest(log_CV: Tensor, place_CK: Tensor) -> Tensor:
-    """Log-probabilities of some tokens and of all others together, [C, K + 1]."""
-    rest_C = log_CV.scatter(-1, place_CK, -math.inf).logsumexp(-1, keepdim=True)
-    return torch.cat([log_CV.gather(-1, place_CK), rest_C], dim=-1)
-
-
-def _divergence(theirs: Tensor, mine: Tensor, direction: Direction) -> Tensor:
-    if direction == "forward":
-        return kl(theirs, mine)
-    if direction == "reverse":
-        return kl(mine, theirs)
-    middle = torch.logaddexp(theirs, mine) - math.log(2.0)
-    return (kl(theirs, middle) + kl(mine, middle)) / 2.0
