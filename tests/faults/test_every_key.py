@@ -45,6 +45,7 @@ ELSEWHERE = {
     "evaluate.NAME.combine": "tests/unit/test_best_of.py::test_members_are_combined_as_asked_when_pairs_are_scored",
     "evaluate.NAME.deviations": "tests/unit/test_best_of.py::test_members_are_combined_as_asked_when_pairs_are_scored",
     "control": "tests/unit/test_control.py::test_a_run_is_compared_with_the_run_it_names",
+    "models": "tests/unit/test_other_models.py::test_a_run_on_the_same_base_stands_beside_its_weights",
     "revision": "tests/faults/test_every_key.py::test_the_revision_chooses_the_weights",
     "rows.numbers": "tests/unit/test_numbers.py::test_the_plan_and_the_run_tell_whose_numbers_they_are",
     "rows.template": "tests/unit/test_rows_template.py::test_one_of_several_templates",
