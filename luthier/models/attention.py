@@ -196,7 +196,10 @@ def _varlen(
 def _with_prefixes(
     module: nn.Module, context: Context, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    mask = _causal(query.shape[2], key.shape[2], query.device) if mask is None else mask
+    if mask is None:
+        mask = _causal(query.shape[2], key.shape[2], query.device)
+        # An encoder's row without padding: every token sees all.
+        mask = mask if getattr(module, "is_causal", True) else torch.ones_like(mask)
     for tensors, keyvalue in context.prefixes:
         key_HPD, value_HPD = keyvalue(tensors, int(module.layer_idx))  # type: ignore[arg-type]
         key = torch.cat([key_HPD.to(key.dtype).expand(len(key), -1, -1, -1), key], dim=2)

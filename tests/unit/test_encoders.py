@@ -213,3 +213,13 @@ def test_positions_that_begin_behind_padding_leave_room_for_fewer_tokens(tmp_pat
     run("tiny:roberta", tmp_path, rows=rows, tune="lora", objective=CLASSES, train={"steps": 1})
     with pytest.raises(LuthierError, match="512 tokens, and at most 511 are allowed"):
         run("tiny:roberta", tmp_path, rows=[{**rows[0], "text": "a" * 512}, rows[1]], tune="lora", objective=CLASSES)
+
+
+@pytest.mark.parametrize("tune", ["prefix_tuning", "prompt_tuning"])
+def test_what_stands_before_a_text_leaves_it_read_both_ways(tune: str, folder_of: Any, tmp_path: Path) -> None:
+    """Rows without padding have no mask, which for a model of another kind would mean a causal one."""
+    found = run(folder_of("bert"), tmp_path, rows=QUESTIONS, tune=tune, objective="embed")
+    opened, tokenizer = luthier.open_run(found.folder)
+    rows = encode_all(list(read(ROWS)), tokenizer, purpose="read").rows
+    alone_BD = torch.cat([readings(opened, [row]) for row in rows])
+    torch.testing.assert_close(readings(opened, rows), alone_BD, atol=1e-5, rtol=1e-5)
