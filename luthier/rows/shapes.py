@@ -263,11 +263,6 @@ def _labelled(record: Mapping[str, Any]) -> dict[str, Any]:
             raise LuthierError("`label` names a label twice", mend="name each once")
     elif isinstance(label, bool):
         label = int(label)
-    elif isinstance(label, list | tuple):
-        raise LuthierError(
-            f"`label` must be one text or number, not {kind_of(label)}",
-            mend="give one label; several of one text are not learnt yet",
-        )
     elif not isinstance(label, int | float):
         label = checked_text(label, "label")
     elif isinstance(label, float) and not math.isfinite(label):

@@ -160,7 +160,7 @@ UNUSABLE: list[tuple[dict[str, Any], str]] = [
     ({"conversations": "x"}, "`conversations` must be a list of {from, value}, not text"),
     ({"prompt": "q", "completion": [USER]}, "`completion` must begin with an assistant message"),
     ({"instruction": "i", "input": 3, "output": "o"}, "`input` must be text, not a number"),
-    ({"text": "t", "label": ["x", "y"]}, "`label` must be one text or number, not a list"),
+    ({"text": "t", "label": ["x", "x"]}, "`label` names a label twice"),
     ({"text": "t", "label": None}, "`label` must be text, not null"),
     ({"prompt": "q", "answer": []}, "`answer` is empty"),
     ({"prompt": "q", "answer": 0.5}, "`answer` must be text, not a number"),

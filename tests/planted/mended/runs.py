@@ -5,6 +5,7 @@ from __future__ import annotations
 from tests.planted.fault import Fault
 
 RESUME = "unit/test_resume.py"
+START = "unit/test_start.py"
 SAVING = "unit/test_saving.py"
 WORDS = "unit/test_words.py"
 TERMINAL = "unit/test_report_terminal.py"
@@ -219,15 +220,15 @@ FAULTS = (
         (f"{SAVING}::test_files_are_for_whoever_may_read_the_folder",),
     ),
     Fault(
-        "a run where a model belongs is looked for as a model",
-        "results/opened.py",
-        '    if is_run(name, out) and not (Path(name) / "config.json").is_file():',
-        '    if is_run(name, out) and (Path(name) / "config.json").is_file():',
-        (f"{RESUME}::test_a_run_is_told_from_a_model[runs/run-1]",),
+        "a run that another one begins with is looked for as a model",
+        "results/start.py",
+        "    while is_run(name, out) and not _is_model(name):",
+        "    while is_run(name, out) and _is_model(name):",
+        (f"{START}::test_a_run_begins_where_another_ended[lora-full]",),
     ),
     Fault(
         "a run that is not there is looked for on the hub",
-        "results/opened.py",
+        "results/start.py",
         "    if near and _RUN_NAME.fullmatch(name) and not Path(name).exists():",
         "    if near and _RUN_NAME.fullmatch(name) and Path(name).exists():",
         (f"{RESUME}::test_a_run_that_is_not_there_is_not_looked_for_on_the_hub[open_model]",),

@@ -121,8 +121,8 @@ FAULTS = (
     Fault(
         "the base reads clean rows where the model reads masked ones",
         "training/services.py",
-        "        reading = batch if read is None else read\n",
-        "        reading = batch if read is None or not trains else read\n",
+        "        return hidden(tune, reading, pack=pack,",
+        "        return hidden(tune, reading if trains else batch, pack=pack,",
         ("parity/test_f_divergence.py::test_the_reward_of_a_model_that_is_its_base_is_zero_whatever_it_reads",),
     ),
     Fault(
