@@ -78,7 +78,7 @@ def with_columns(batch: Batch) -> Batch:
         "other_log_likelihood": aligned_B.flip(0),
         "right_share": share_B,
         "other_share": torch.full((rows,), 0.02),
-        "label": torch.arange(rows).double() % 2,
+        "label": torch.arange(rows).float() % 2,
     }
     return batch._replace(columns=numbers, texts={"task": TASKS[:rows]})
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from luthier import machine
 from luthier.errors import LuthierError
 from luthier.evaluate.items import NOTHING, Item, prompt_text, text_of_answer
 from luthier.kinds import Head
@@ -55,7 +56,7 @@ def classified(head: Head, rows: Sequence[Row], logits: Sequence[Tensor]) -> lis
     items = []
     for row, logits_1K in zip(rows, logits, strict=True):
         right = class_numbers(head, row.fields["label"], f"{row.where} (row {row.id})")
-        wide_K = logits_1K[0].double()
+        wide_K = machine.widened(logits_1K[0])
         probability_K = wide_K.sigmoid() if head.means == "labels" else wide_K.softmax(-1)
         named = [int(wide_K.argmax())] if head.means != "labels" else (probability_K > THRESHOLD).nonzero()[:, 0].tolist()
         hot = [[float(number in some) for number in range(len(head.names))] for some in (right, named)]

@@ -89,7 +89,7 @@ def entries_of(
 
 
 def _likelihoods(view: View) -> dict[str, NDArray[Any]]:
-    return {LIKELIHOOD: -view.sum_rows_wide(view["nll"]).double().cpu().numpy()}
+    return {LIKELIHOOD: -view.sum_rows_wide(view["nll"]).cpu().numpy().astype(float)}
 
 
 def _top(view: View) -> dict[str, NDArray[Any]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -250,11 +250,19 @@ def check_out(path: Path | None) -> None:
         raise LuthierError("this exists already", where=str(path), mend="name another, or remove it")
 
 
-def records_without(column: str, source: str | Path | Rows | Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """The records of a source, none of which has a key of this name."""
+def records_without(
+    column: str, source: str | Path | Rows | Iterable[Mapping[str, Any]], *, known: Collection[str] = ()
+) -> list[Mapping[str, Any]]:
+    """The records of a source, none of which has a key of this name.
+
+    Args:
+        column: the key.
+        source: the records.
+        known: keys of rows' shapes that may be added.
+    """
     if isinstance(source, Rows):
         raise LuthierError("rows that were read already are no records", where="source", mend="give their file, or the records")
-    if column in text_keys() | {"label", ""}:
+    if column in (text_keys() | {"label", ""}) - {*known}:
         raise LuthierError(f"`{column}` is no name for a free column", where="column", mend="use one that no shape of rows has")
     found = [(where, record) for where, record in records(source) if isinstance(record, Mapping)]
     taken = [where for where, record in found if column in record]

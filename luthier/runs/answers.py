@@ -77,7 +77,7 @@ def write_answers(
     if temperature == 0 and count > 1:
         raise LuthierError(f"at a temperature of 0 all {count} answers are the same", where="temperature", mend="use more than 0")
     check_out(out)
-    records = records_without(column, source)
+    records = records_without(column, source, known=(ANSWERS,))
     rows = read(source, shape=shape)
     tune, tokenizer = open_model(model, out=folder, say=say)
     form = form_of(tokenizer)

@@ -246,6 +246,9 @@ def runnable(chosen: tuple[Technique, ...]) -> Iterator[tuple[Technique, ...]]:
         try_out(chosen)
     except LuthierError as error:
         guilty = [one for one in chosen if one[1] in str(error)]
+        if not guilty and "`adamw` takes none of what trains" in str(error):
+            # It came along, and optimizers of the combination take all there is.
+            guilty = [one for one in chosen if one[0] == "optimizer"]
         said = f"{', '.join(name for _, name in chosen)}: {error}"
         assert guilty, f"a refusal names a part: {said}"
         assert error.mend, f"a refusal says how to mend: {said}"

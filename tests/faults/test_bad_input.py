@@ -92,7 +92,7 @@ RECIPES: list[tuple[dict[str, Any], str, str]] = [
     ({"keep": "nothing_like_it"}, "keep", "known"),
     ({"model": "smollm2-135m-instrct"}, "model", "`smollm2-135m-instruct`"),
     ({"model": "tiny:lama"}, "tiny:", "`llama`"),
-    ({"model": "tiny:bert"}, "evaluation set `asked`", "causal"),
+    ({"model": "tiny:bert"}, "objective", "causal"),
     ({"model": "none.gguf"}, "model", "GGUF"),
     ({"model": "m" * 5000}, "model", "a folder"),
     ({"model": "~nobody-of-this-name/model"}, "model", "a folder"),

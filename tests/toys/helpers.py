@@ -75,11 +75,10 @@ def rows_of_pairs(**options: Any) -> Batch:
     stored = {"reference_chosen": -21.0, "reference_rejected": -19.5, "other_chosen": -18.0}
     columns |= {name: value - torch.arange(8.0)[firsts] for name, value in stored.items()}
     texts = {name: tuple(values[place] for place in firsts) for name, values in batch.texts.items()}
-    numbers_BT = ((batch.position_BT + 2) % 9).float()
     # A head of words reads three of each row.
     texts["tags"] = tuple(("O\nB-no\nI-no", "B-yes\nO\nB-no")[place % 2] for place in range(8))
     word_BT = torch.where(batch.attend_BT & (batch.position_BT % 2 == 1) & (batch.position_BT < 6), (batch.position_BT + 1) // 2, 0)
-    token_columns = {**dict.fromkeys(ANNOTATED, numbers_BT), "word": word_BT.float()}
+    token_columns = {**numbers_of_tokens(batch), "word": word_BT.float()}
     return batch._replace(columns=columns, texts=texts, token_columns=token_columns, groups=groups)
 
 

@@ -34,7 +34,7 @@ TURNS = [
     {"role": "assistant", "content": "f\u00f6ur, five."},
 ]
 POOL = [
-    {"prompt": "What is the color of the door?", "completion": "Red.", "tags": ["door"]},
+    {"prompt": "What is the color of the door?", "completion": "Red.", "topics": ["door"]},
     {"id": "talk", "messages": TURNS, "level": 3},
     {"text": "A document that is quite a bit longer than the answers."},
     {"instruction": "Name a color.", "input": "", "output": "Green or blue."},
@@ -180,7 +180,7 @@ def test_records_of_other_files_keep_what_they_hold(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("column", "error"),
     [
-        ("tags", "1 of 4 rows have a key `tags`"),
+        ("topics", "1 of 4 rows have a key `topics`"),
         ("completion", "no name for a free column"),
         ("label", "no name"),
         ("id", "no name"),
@@ -190,7 +190,7 @@ def test_a_column_must_be_new(column: str, error: str, tmp_path: Path) -> None:
     words = ["score", file_of(tmp_path), "--by", "random_rows", "--column", column, "--out", tmp_path / "scored.jsonl"]
     found = call(*words, code=2)
     assert error in found["error"] and not (tmp_path / "scored.jsonl").exists()
-    if column == "tags":
+    if column == "topics":
         assert found["where"].endswith("train.jsonl:1")
 
 

@@ -20,7 +20,7 @@ def model_reference(*, model: str = "reference") -> Reference:
         model: which of the recipe's `models`.
     """
     column = Column(
-        f"{model}_nll", lambda chunk: nll(chunk.others[model], chunk.label_C), (OtherPass(model, model=model),), gradient=False
+        f"nll of {model}", lambda chunk: nll(chunk.others[model], chunk.label_C), (OtherPass(model, model=model),), gradient=False
     )
 
     def read(view: View) -> Tensor:

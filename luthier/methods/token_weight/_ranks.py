@@ -14,7 +14,8 @@ def rank_in_rows(row_N: Tensor, rows: int) -> Tensor:
         rows: of the batch.
     """
     order_N = row_N.sort(stable=True).indices
-    count_B = row_N.bincount(minlength=rows)
+    # Not counted by values, which are none where only shapes are run.
+    count_B = row_N.new_zeros(rows).index_add(0, row_N, torch.ones_like(row_N))
     first_B = count_B.cumsum(0) - count_B
     rank_N = torch.empty_like(row_N)
     rank_N[order_N] = torch.arange(len(row_N), device=row_N.device) - first_B[row_N[order_N]]
