@@ -21,7 +21,7 @@ from luthier.models.quantized import count
 from luthier.planning.load import Loaded
 from luthier.results.folder import Run, read_run
 from luthier.results.opened import open_run
-from luthier.results.start import BESIDE, DELTA, find_start, is_run, load_start, recipe_of
+from luthier.results.start import BESIDE, DELTA, find_start, is_run, load_start, recipe_of, source_of
 from luthier.training.packing import obstacle
 from luthier.training.services import RunServices
 from luthier.tune import Tune
@@ -70,8 +70,23 @@ class OtherModels:
                 where="models",
                 mend=f"{near} Name it: models: {{{name}: MODEL or RUN}}".strip(),
             )
-        value, loaded = self.named[name], self.loaded
+        value = self.named[name]
         self.say(f"loading {name}: {value}")
+        try:
+            if source_of(value, self.out, self.say).kind == "encoder":
+                raise LuthierError(
+                    f"`{value}` is an encoder, which predicts no tokens to compare with",
+                    where="model",
+                    mend="name a causal language model",
+                )
+            return self._loaded(name, value)
+        except LuthierError as error:
+            if error.where != "model":
+                raise
+            raise LuthierError(error.what, where=f"models.{name}", mend=error.mend) from error
+
+    def _loaded(self, name: str, value: str) -> Tune:
+        loaded = self.loaded
         if not is_run(value, self.out):
             start = find_start(value, self.out, say=self.say)
             self._check_tokens(name, load_tokenizer(start.source))

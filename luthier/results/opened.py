@@ -95,7 +95,7 @@ def open_run(
     """
     run = run if isinstance(run, Run) else read_run(run, out)
     recipe = recipe_of(run)
-    start, model, device = load_base(recipe, say)
+    start, model, device = load_base(recipe, say, run)
     delta = Delta.load(run.folder / DELTA)
     merged = merged and not quantized(model)
     tune = Tune(model, map_parts(model), keep_base=not merged)
@@ -112,7 +112,7 @@ def open_run(
 def open_base(run: Run, *, say: Say = silent) -> tuple[Tune, PreTrainedTokenizerBase]:
     """The model a run started from, loaded anew."""
     recipe = kept_recipe(run)
-    start, model, device = load_base(recipe, say)
+    start, model, device = load_base(recipe, say, run)
     model.to(device)  # type: ignore[arg-type]
     return Tune(model, map_parts(model)), _tokenizer(start.source, recipe)
 

@@ -45,7 +45,7 @@ class Start(NamedTuple):
     def origin(self) -> str:
         """In words, for reports."""
         changes = ", then ".join(f"run {run.folder.name}" for run in self.runs)
-        return f"{self.source.name} from {self.source.origin}, then {changes}" if self.runs else self.source.origin
+        return f"{self.source.name}: {self.source.origin}; then {changes}" if self.runs else self.source.origin
 
 
 def is_run(name: str, out: str) -> bool:
@@ -97,8 +97,31 @@ def find_start(name: str, out: str, *, revision: str | None = None, trust_remote
         runs.append(run)
         recipe = recipe_of(run)
         name, out, revision, trust_remote_code = recipe.model, recipe.out, recipe.revision, recipe.trust_remote_code
-    check_near_runs(name, out)
-    return Start(resolve(name, revision=revision, trust_remote_code=trust_remote_code, say=say), tuple(reversed(runs)))
+    try:
+        check_near_runs(name, out)
+        source = resolve(name, revision=revision, trust_remote_code=trust_remote_code, say=say)
+    except LuthierError as error:
+        raise _explained(error, name, out, runs) from error
+    return Start(source, tuple(reversed(runs)))
+
+
+def _gone(error: LuthierError, name: str, run: Run) -> LuthierError:
+    return LuthierError(
+        f"{run.folder.name} began with `{name}`, which cannot be had: {error.what}",
+        where=str(run.folder),
+        mend=f"bring `{name}` back to where it was, or beside this run",
+    )
+
+
+def _explained(error: LuthierError, name: str, out: str, runs: list[Run]) -> LuthierError:
+    """What is said where a name stands for nothing: who needs it, and that it may be a run's."""
+    if runs:
+        return _gone(error, name, runs[-1])
+    near = difflib.get_close_matches(name, [run.folder.name for run in list_runs(out)], n=3, cutoff=0.5)
+    if not near or error.where != "model" or near[0] in error.mend:
+        return error
+    meant = " or ".join(f"`{one}`" for one in near)
+    return LuthierError(error.what, where=error.where, mend=f"did you mean the run {meant}? {error.mend}")
 
 
 def start_of(recipe: Recipe, say: Say = silent) -> Start:
@@ -135,19 +158,31 @@ def load_start(start: Start, dtype: torch.dtype, *, quantize: str = "none", say:
     # Each change was made in a type of numbers, and its base has its fingerprint in that.
     types = [next((one for one in TYPES.values() if in_words([one]) == delta.base.dtype), torch.float32) for delta in deltas]
     model = load_model(start.source, dtype=types[0], say=say)
-    for delta, type_ in zip(deltas, types, strict=True):
+    below = start.source.name
+    for run, delta, type_ in zip(start.runs, deltas, types, strict=True):
         model.to(type_)  # type: ignore[arg-type]
-        delta.apply(model)
+        try:
+            delta.apply(model)
+        except LuthierError as error:
+            raise LuthierError(
+                f"what {run.folder.name} learnt does not fit what {below} is now: {error.what}",
+                where=str(run.folder),
+                mend=f"bring {below} back as it was when {run.folder.name} was trained, or train that again",
+            ) from error
+        below = run.folder.name
     model.to(dtype)  # type: ignore[arg-type]
     if quantize != "none":
         quantize_blocks(model, map_parts(model), quantize)
     return model
 
 
-def load_base(recipe: Recipe, say: Say) -> tuple[Start, PreTrainedModel, torch.device]:
-    """A recipe's untouched model, still on the processor, where it comes from, and the device it belongs on."""
+def load_base(recipe: Recipe, say: Say, run: Run | None = None) -> tuple[Start, PreTrainedModel, torch.device]:
+    """A recipe's untouched model, still on the processor, where it comes from, and the device it belongs on; of a run, if it is one's."""
     device = pick_device(recipe.train.device)
-    start = start_of(recipe, say)
+    try:
+        start = start_of(recipe, say)
+    except LuthierError as error:
+        raise (error if run is None or error.where != "model" else _gone(error, recipe.model, run)) from error
     return start, load_start(start, pick(recipe.train.precision, device)[0], quantize=recipe.quantize), device
 
 

@@ -203,7 +203,7 @@ def check_predicts(values: Sequence[tuple[str, object]], parts: Parts) -> None:
     terms = [(slot, as_term(v)) for slot, v in values if isinstance(v, LOSSES)]
     asking = [slot for slot, term in terms if term.columns or not has_head]
     asking += [slot for slot, v in values if isinstance(v, TokenWeight)]
-    mend = "use classify, regress or embed, or a causal language model"
+    mend = "use classify, multi_label, classify_tokens, regress or embed, or a causal language model"
     encoder = f"{parts.architecture} is an encoder"
     if asking:
         what = f"`{asking[0]}` learns from the tokens that a language model predicts, and {encoder}, which predicts none"

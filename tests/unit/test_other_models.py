@@ -284,3 +284,17 @@ def test_models_are_named_as_they_are_asked_for(tmp_path: Path) -> None:
 def test_a_teacher_with_other_tokens_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(LuthierError, match="`teacher` reads other tokens than tiny:llama"):
         make_plan(make_recipe(recipe(tmp_path, objective="distill", models={"teacher": "workshop-small"})))
+
+
+def test_an_encoder_is_no_teacher(tmp_path: Path) -> None:
+    """It has no language head: there was a traceback after the base had been measured."""
+    with pytest.raises(LuthierError, match="`tiny:bert` is an encoder") as refused:
+        make_plan(make_recipe(recipe(tmp_path, objective="distill", models={"teacher": "tiny:bert"})))
+    assert refused.value.where == "models.teacher"
+
+
+def test_a_teacher_that_is_not_there_is_told_by_its_key(taught: luthier.Run, tmp_path: Path) -> None:
+    """A run's name without its number was looked for on the hub, and the error spoke of `model` and of no run."""
+    with pytest.raises(LuthierError) as refused:
+        make_plan(make_recipe(recipe(tmp_path, objective="distill", models={"teacher": "first"})))
+    assert refused.value.where == "models.teacher" and "did you mean the run `first-1`" in refused.value.mend

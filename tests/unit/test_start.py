@@ -124,3 +124,18 @@ def test_keys_of_sweeps_follow_the_content_of_the_runs_they_name(tmp_path: Path)
     delta.write_bytes(delta.read_bytes()[:-1] + b"x")
     keys.add(stage_key(taught, "base", "cpu"))
     assert len(keys) == 3
+
+
+def test_what_a_run_began_with_is_named_where_it_is_gone_or_another(tmp_path: Path) -> None:
+    """The error spoke of a model on the hub, offered the run itself, or asked for another number type."""
+    for name, model in (("one", "tiny:llama"), ("two", "one-1"), ("other", "tiny:gpt2")):
+        train(tmp_path, name=name, model=model, tune="lora")
+    shutil.move(tmp_path / "one-1", tmp_path / "away")
+    with pytest.raises(LuthierError, match="two-1 began with `one-1`") as gone:
+        open_run(tmp_path / "two-1")
+    assert gone.value.where == str(tmp_path / "two-1") and "bring `one-1` back" in gone.value.mend
+    shutil.move(tmp_path / "away", tmp_path / "one-1")
+    shutil.copy(tmp_path / "other-1" / "delta.safetensors", tmp_path / "one-1" / "delta.safetensors")
+    with pytest.raises(LuthierError, match="what one-1 learnt does not fit what tiny:llama is now") as changed:
+        open_run(tmp_path / "two-1")
+    assert changed.value.where == str(tmp_path / "one-1") and "bring tiny:llama back" in changed.value.mend
