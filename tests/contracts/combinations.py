@@ -218,8 +218,18 @@ def build(parts: dict[Technique, Part], **more: Any) -> Engine:
     if any(kind == "reference" for kind, _ in parts) and not any(compares(part) for part in parts.values()):
         keys["objective"].append("dpo")
     keys.setdefault("tune", ["full"])
-    chosen = completed(keys)
-    return engine_of(more.pop("model", None) or model_of(), **{key: list(value) for key, value in chosen.items()}, **more)
+    model = more.pop("model", None)
+    try:
+        return engine_of(model or model_of(), **_listed(keys), **more)
+    except LuthierError as error:
+        if "`adamw` takes none of what trains" not in str(error) or model is not None or not own:
+            raise
+    # Optimizers of the combination take all there is.
+    return engine_of(model_of(), **_listed({**keys, "step": keys["step"][:-1]}), **more)
+
+
+def _listed(keys: dict[str, list[Any]]) -> dict[str, list[Any]]:
+    return {key: list(value) for key, value in completed(keys).items()}
 
 
 def together(chosen: tuple[Technique, ...], **more: Any) -> Together:
@@ -246,9 +256,6 @@ def runnable(chosen: tuple[Technique, ...]) -> Iterator[tuple[Technique, ...]]:
         try_out(chosen)
     except LuthierError as error:
         guilty = [one for one in chosen if one[1] in str(error)]
-        if not guilty and "`adamw` takes none of what trains" in str(error):
-            # It came along, and optimizers of the combination take all there is.
-            guilty = [one for one in chosen if one[0] == "optimizer"]
         said = f"{', '.join(name for _, name in chosen)}: {error}"
         assert guilty, f"a refusal names a part: {said}"
         assert error.mend, f"a refusal says how to mend: {said}"
