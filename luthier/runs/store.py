@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -29,8 +28,10 @@ from luthier.rows.encode import Encoded, encode_each
 from luthier.rows.numbers import (
     MADE_BY,
     MADE_WITH,
+    OPTIONS,
     Numbers,
     beside,
+    command_of,
     differences,
     parts_of,
     write_part,
@@ -41,8 +42,6 @@ from luthier.rows.shapes import bad_rows_error
 from luthier.rows.template import choose
 from luthier.tune import Tune
 
-OPTIONS = ("shape", "template", "template_options", "loss_on", "max_tokens", "too_long", "on_bad_row")
-"""The keys under `rows` of a recipe that say how rows are read and written."""
 _BYTES = 64 * 2**20
 """Of numbers that are in memory together."""
 
@@ -88,7 +87,7 @@ def store_numbers(
         tokenizer: the model whose tokenizer and chat template write the rows; none: the model itself.
         folder: where the store lies; none: beside the rows.
         out: where runs are looked for.
-        precision: of a model's weights, as in a recipe; a run brings its own.
+        precision: of the weights, as in a recipe; a run brings its own.
         replace: write all numbers anew.
         say: hears what is being done.
 
@@ -122,7 +121,7 @@ def store_numbers(
         "top_k": top_k if kind == "teacher" else None,
         "vocabulary": vocabulary if kind == "teacher" else None,
         "luthier": luthier.__version__,
-        "command": _command(kind, source, model, options, top_k, tokenizer, folder, precision),
+        "command": command_of(kind, source, model, options, top_k=top_k, tokenizer=tokenizer, folder=folder, precision=precision),
     }
     place.mkdir(parents=True, exist_ok=True)
     try:
@@ -173,33 +172,6 @@ def _identity(tune: Tune, model: str, out: str) -> str:
     if path is None or not path.is_file():
         return inside
     return hashlib.sha256(f"{inside} {disk.sha256(path)}".encode()).hexdigest()
-
-
-def _command(
-    kind: str,
-    source: str,
-    model: str,
-    options: Mapping[str, Any],
-    top_k: int,
-    tokenizer: str,
-    folder: Path | None,
-    precision: str,
-) -> str:
-    """What was asked for, to be asked for again."""
-    words = ["luthier", "rows", "store", kind, source, *_flat(options), "--model", model]
-    words += ["--top-k", str(top_k)] if kind == "teacher" else []
-    words += ["--tokenizer", tokenizer] if tokenizer else []
-    words += ["--out", str(folder)] if folder is not None else []
-    words += ["--precision", precision] if precision != "auto" else []
-    return shlex.join(words)
-
-
-def _flat(options: Mapping[str, Any], before: str = "") -> Iterator[str]:
-    for key, value in options.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{before}{key}.")
-        else:
-            yield f"{before}{key}={value}"
 
 
 def _filled(folder: Path, facts: Mapping[str, Any], recipe: RowsRecipe, tune: Tune, form: Form, say: Say) -> Counts:

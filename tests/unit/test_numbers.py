@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -471,8 +472,11 @@ def test_stale_numbers_are_refused_by_what_differs(tmp_path: Path, monkeypatch: 
     assert f"the stored numbers are not those of this run: {words}" in said
     # Nothing else is blamed.
     assert said.splitlines()[0].count(", now ") == (1 if "its numbers" not in words else 2)
-    assert f"where: {held.folder}" in said and f"luthier rows store likelihood {source} --model tiny:llama" in said
-    assert "--replace" in said and ("rows.numbers" in said) == ("its numbers" in words)
+    model, precision = ("tiny:gpt2", "fp32") if what == "the model" else (MODEL, "fp64" if what == "its precision" else "fp32")
+    mood = "template_options.mood=calm " if what == "rows.template_options" else ""
+    command = f"luthier rows store likelihood {source} {mood}--model {model} --precision {precision} --replace"
+    assert f"where: {held.folder}" in said and f"write them again, as this run has it: {command}" in said
+    assert ("rows.numbers" in said) == (what == "the model")
 
 
 def test_a_day_that_a_template_is_told_belongs_to_the_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -485,7 +489,7 @@ def test_a_day_that_a_template_is_told_belongs_to_the_numbers(tmp_path: Path, mo
     assert planned(source, rows={"template_options": {"date": "2026-01-01"}}).numbers
     said = told(source, rows={"template_options": {"date": "2026-01-02"}})
     assert 'the day that the chat template is told: "2026-01-01", now "2026-01-02"' in said
-    assert "template_options.date=2026-01-01" in said
+    assert "template_options.date=2026-01-02" in said and "template_options.date=2026-01-01" not in said
 
 
 STALE = "are not as they were when their numbers were made"
@@ -522,6 +526,71 @@ def test_rows_that_are_encoded_otherwise_are_named(tmp_path: Path, rows: dict[st
     said = told(source, objective=teacher, rows=rows)
     assert f"{changed} {STALE}" in said and "(row one)" in said
     assert ("(row two)" in said) == changed.startswith("3") and f"luthier rows store teacher {source}" in said
+
+
+@pytest.fixture
+def moody(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A chat template that knows of an option."""
+
+    def load(source: object) -> Any:
+        tokenizer = tiny_tokenizer()
+        tokenizer.chat_template = "{% if mood %}{% endif %}" + tokenizer.chat_template
+        return tokenizer
+
+    for place in ("luthier.results.opened", "luthier.planning.load", "luthier.runs.store"):
+        monkeypatch.setattr(f"{place}.load_tokenizer", load)
+
+
+def carried_out(said: str, source: Path) -> None:
+    """Do what an error says."""
+    for command in said.split("luthier ", 1)[1].split("; or name")[0].split(" && luthier "):
+        done = CliRunner().invoke(app, [*shlex.split(command)])
+        assert done.exit_code == 0, done.output
+
+
+@pytest.mark.parametrize(
+    ("before", "keys", "words"),
+    [
+        ({}, {"model": "tiny:gpt2"}, "--model tiny:gpt2 --precision fp32 --replace"),
+        ({}, {"train": {"precision": "fp64"}}, f"--model {MODEL} --precision fp64 --replace"),
+        ({}, {"rows": {"max_tokens": 58, "too_long": "left"}}, f"max_tokens=58 too_long=left --model {MODEL}"),
+        ({"options": {"max_tokens": 58, "too_long": "left"}}, {}, f"rows.jsonl --model {MODEL} --precision fp32"),
+        ({"options": {"template_options": {"mood": True}}}, {}, f"rows.jsonl --model {MODEL} --precision fp32 --replace"),
+        (
+            {},
+            {"rows": {"template_options": {"mood": True}}},
+            f"rows.jsonl template_options.mood=true --model {MODEL} --precision fp32 --replace",
+        ),
+    ],
+    ids=str,
+)
+def test_a_refused_store_tells_the_command_that_mends_it(
+    tmp_path: Path, moody: None, before: dict[str, Any], keys: dict[str, Any], words: str
+) -> None:
+    """The command that an error gave was the one that wrote the store, after which the run was refused again."""
+    source = file_of(tmp_path, PAIRS)
+    stored(source, **before)
+    said = told(source, **keys)
+    assert words in said
+    carried_out(said, source)
+    assert planned(source, **keys).numbers
+
+
+def test_a_named_store_of_other_rows_is_mended_with_those_of_the_run(tmp_path: Path, moody: None) -> None:
+    """The command that an error gave wrote numbers of the rows of another run, and with --replace of one source of several."""
+    held = stored(file_of(tmp_path, PAIRS[:1]), "teacher", model="tiny:llama", folder=tmp_path / "ot", top_k=3)
+    source, second = file_of(tmp_path, MIXED[:2], "chat.jsonl"), file_of(tmp_path, MIXED[2:3], "more.jsonl")
+    teacher = ["cross_entropy", Term(lambda view, own: view["nll"].sum() * 0.0, stored=Stored("teacher"))]
+    both = {"objective": teacher, "rows": {"numbers": str(held.folder)}}
+    said = told([str(source), str(second)], **both)
+    assert f"teacher {source} --model {MODEL} --top-k 3 --out {held.folder} --precision fp32" in said
+    carried_out(said, source)
+    assert planned([str(source), str(second)], **both).numbers
+    other = {"rows": {"numbers": str(held.folder), "template_options": {"mood": 1}}, "objective": teacher}
+    said = told([str(source), str(second)], **other)
+    assert said.count("--replace") == 1
+    carried_out(said, source)
+    assert planned([str(source), str(second)], **other).numbers
 
 
 def test_rows_without_numbers_are_named(tmp_path: Path) -> None:
