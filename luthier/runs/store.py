@@ -18,10 +18,11 @@ from luthier.evaluate.numbers import code_fingerprint, entries_of
 from luthier.models.context import reads_of
 from luthier.models.fingerprint import fingerprint
 from luthier.models.load import load_tokenizer
+from luthier.models.parts import map_parts
 from luthier.recipe import RowsRecipe, make_recipe
 from luthier.results.folder import read_run
 from luthier.results.opened import open_model
-from luthier.results.start import BESIDE, is_run, source_of
+from luthier.results.start import BESIDE, find_start, is_run, load_start, recipe_of, source_of
 from luthier.rows.chat import Form, form_of
 from luthier.rows.chunks import Records, cut
 from luthier.rows.encode import Encoded, encode_each
@@ -40,6 +41,7 @@ from luthier.rows.numbers import (
 from luthier.rows.read import name_of, stream
 from luthier.rows.shapes import bad_rows_error
 from luthier.rows.template import choose
+from luthier.training.precision import pick, pick_device
 from luthier.tune import Tune
 
 _BYTES = 64 * 2**20
@@ -87,7 +89,7 @@ def store_numbers(
         tokenizer: the model whose tokenizer and chat template write the rows; none: the model itself.
         folder: where the store lies; none: beside the rows.
         out: where runs are looked for.
-        precision: of the weights, as in a recipe; a run brings its own.
+        precision: of the weights, as in a recipe; `auto`: of a run, its own.
         replace: write all numbers anew.
         say: hears what is being done.
 
@@ -149,7 +151,14 @@ def _rows_recipe(source: str, model: str, options: Mapping[str, Any]) -> RowsRec
 
 def _opened(model: str, tokenizer: str, recipe: RowsRecipe, out: str, precision: str, say: Say) -> tuple[Tune, Form]:
     """The model, and how rows are written for it."""
-    tune, own = open_model(model, out=out, say=say, precision=precision)
+    open_it = _opened_run if precision != "auto" and is_run(model, out) else open_model
+    tune, own = open_it(model, out=out, say=say, precision=precision)
+    if not tune.parts.head or not tune.parts.causal:
+        raise LuthierError(
+            f"{tune.parts.architecture} does not predict next tokens here",
+            where=f"--model {model}",
+            mend="use a causal language model (AutoModelForCausalLM)",
+        )
     writer: PreTrainedTokenizerBase = own
     if tokenizer:
         writer = load_tokenizer(source_of(tokenizer, out, say))
@@ -163,6 +172,28 @@ def _opened(model: str, tokenizer: str, recipe: RowsRecipe, out: str, precision:
     if tokenizer or not is_run(model, out) or recipe.template is not None or recipe.template_options:
         choose(writer, recipe.template, recipe.template_options)
     return tune, form_of(writer)
+
+
+def _opened_run(name: str, *, out: str, say: Say, precision: str) -> tuple[Tune, PreTrainedTokenizerBase]:
+    """A run's tuned model in some precision: in another than its own, its weights as a run has them that starts from it."""
+    run = read_run(name, out)
+    recipe = recipe_of(run)
+    device = pick_device("auto")
+    dtype = pick(precision, device)[0]
+    own = pick(recipe.train.precision, device)[0]
+    if dtype == own:
+        return open_model(name, out=out, say=say)
+    if (run.folder / BESIDE).is_file() or recipe.quantize != "none":
+        raise LuthierError(
+            f"this run brings its own precision, {str(own).removeprefix('torch.')}: what it learnt stands beside its weights",
+            where=f"--precision {precision}",
+            mend="leave it out",
+        )
+    start = find_start(name, out, say=say)
+    model = load_start(start, dtype).to(device)  # type: ignore[arg-type]
+    tokenizer = load_tokenizer(start.source)
+    choose(tokenizer, recipe.rows.template, recipe.rows.template_options)
+    return Tune(model, map_parts(model)), tokenizer
 
 
 def _identity(tune: Tune, model: str, out: str) -> str:

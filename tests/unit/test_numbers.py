@@ -649,6 +649,35 @@ def test_a_run_gives_numbers_as_a_model_does(tmp_path: Path) -> None:
     assert base.facts["fingerprint"] != held.facts["fingerprint"]
 
 
+def test_a_runs_numbers_are_stored_in_the_precision_that_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run's numbers were stored in its own precision whatever the command said."""
+    monkeypatch.chdir(tmp_path)
+    source = file_of(tmp_path, PAIRS)
+    train = {"steps": 1, "precision": "fp32", "learning_rate": 0.5}
+    first = luthier.train({"model": MODEL, "rows": {"train": MIXED[:1]}, "tune": "lora", "train": train, "name": "first"})
+    stored(source, precision="fp32")
+    keys = {"model": first.folder.name, "train": {"precision": "fp64"}}
+    said = told(source, **keys)
+    assert f'the model: "tiny:llama", now "{first.folder.name}"' in said
+    assert f"--model {first.folder.name} --precision fp64 --replace; or name this folder" in said
+    carried_out(said, source)
+    assert Numbers(tmp_path / "rows.jsonl.numbers" / "likelihood").facts["precision"] == "float64"
+    assert planned(source, **keys).numbers
+    said = told(source, **{**keys, "train": {"precision": "fp32"}})
+    assert "its precision: " in said and "rows.numbers" not in said
+    beside = luthier.train({"model": MODEL, "rows": {"train": MIXED[:1]}, "tune": "prompt_tuning", "train": train})
+    with pytest.raises(LuthierError, match="this run brings its own precision, float32") as refused:
+        stored(source, model=str(beside.folder), precision="fp64", replace=True)
+    assert refused.value.where == "--precision fp64"
+
+
+def test_a_model_that_predicts_nothing_is_refused_by_the_option(tmp_path: Path) -> None:
+    """An encoder was refused without a word of where it was named."""
+    with pytest.raises(LuthierError, match="does not predict next tokens here") as refused:
+        stored(file_of(tmp_path, PAIRS), model="tiny:bert")
+    assert refused.value.where == "--model tiny:bert"
+
+
 def test_the_tokenizer_of_another_model_may_write_the_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A teacher that was taught another chat template says what it expects at the student's own targets."""
     other = tiny_tokenizer()
