@@ -85,7 +85,7 @@ def store_numbers(
         source: the rows.
         model: a model's name, or a run's folder or name.
         options: the keys of `OPTIONS`, as the recipe that will read the numbers has them.
-        top_k: of `teacher`, how many probabilities; never more than the vocabulary has.
+        top_k: of `teacher`, how many probabilities; where the vocabulary has fewer, all of it, and what is returned says so.
         tokenizer: the model whose tokenizer and chat template write the rows; none: the model itself.
         folder: where the store lies; none: beside the rows.
         out: where runs are looked for.
@@ -112,7 +112,7 @@ def store_numbers(
     tune, form = _opened(model, tokenizer, recipe, out, precision, say)
     # Models of one family pad their vocabularies to different sizes: ids beyond the tokenizer's own mean nothing to the others.
     vocabulary = min(len(form.tokenizer), tune.parts.vocabulary)
-    top_k = min(top_k, vocabulary)
+    asked, top_k = top_k, min(top_k, vocabulary)
     facts = {
         **written_by(form.tokenizer),
         "kind": kind,
@@ -139,7 +139,8 @@ def store_numbers(
             "another process is writing these numbers", where=str(place), mend="wait for it, or name another folder: --out FOLDER"
         ) from None
     held = sum(part.stat().st_size for part in parts_of(place))
-    return {"numbers": kind, "model": model, "precision": facts["precision"], **counts._asdict(), "bytes": held, "out": str(place)}
+    fewer = {"top_k": f"{top_k}, all tokens that there are, of {asked} that were asked for"} if top_k < asked else {}
+    return {"numbers": kind, "model": model, "precision": facts["precision"], **fewer, **counts._asdict(), "bytes": held, "out": str(place)}
 
 
 def _rows_recipe(source: str, model: str, options: Mapping[str, Any]) -> RowsRecipe:

@@ -178,6 +178,13 @@ def test_more_probabilities_than_there_are_tokens(tmp_path: Path) -> None:
     assert not arrays["teacher_rest"].any()
 
 
+def test_fewer_probabilities_than_were_asked_for_are_told(tmp_path: Path) -> None:
+    """A number of probabilities beyond the vocabulary became the vocabulary's size without a word."""
+    source = file_of(tmp_path, MIXED[:1])
+    told = [store_numbers("teacher", str(source), MODEL, top_k=count).get("top_k") for count in (260, 259)]
+    assert told == ["259, all tokens that there are, of 260 that were asked for", None]
+
+
 @pytest.mark.parametrize("kind", ["likelihood", "teacher"])
 def test_a_kill_costs_the_file_in_progress_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     """What was finished stays as it is, and only what is missing is made."""
