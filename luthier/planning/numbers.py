@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from luthier.errors import LuthierError
 from luthier.evaluate.numbers import code_fingerprint
-from luthier.kinds import Stored, TokenWeight
+from luthier.kinds import RowMap, Stored, TokenWeight
 from luthier.planning.load import Loaded
 from luthier.recipe import RowsRecipe
 from luthier.recipe.parts import Chosen
@@ -58,6 +58,7 @@ def with_numbers(recipe: RowsRecipe, chosen: Chosen, loaded: Loaded, rows: Encod
             mend="leave it out",
         )
     _refuse_weights(wanted, chosen)
+    _refuse_other_groups(wanted, chosen)
     said, fingerprints = [], []
     for kind, (slot, stored) in wanted.items():
         stores = [store for store in named if store.kind == kind] or _beside(recipe, kind, slot, stored)
@@ -79,6 +80,16 @@ def _refuse_weights(wanted: Mapping[str, tuple[str, Stored]], chosen: Chosen) ->
             f"`{weights[0]}` weighs targets, and in the stored likelihoods that `{wanted['likelihood'][0]}` reads all count alike",
             where="token_weight",
             mend="leave one of them out: the model before training is run with the weights",
+        )
+
+
+def _refuse_other_groups(wanted: Mapping[str, tuple[str, Stored]], chosen: Chosen) -> None:
+    regrouping = [slot for slot, value in values_of(chosen, RowMap) if value.regroups]
+    for slot, _ in wanted.values() if regrouping else ():
+        raise LuthierError(
+            f"`{slot}` reads numbers of rows as the file has them, and `{regrouping[0]}` puts other rows' answers beside each",
+            where=slot,
+            mend=f"leave `{slot}` out: the model is run on the rows as `{regrouping[0]}` makes them",
         )
 
 

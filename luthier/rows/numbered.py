@@ -97,7 +97,12 @@ def _with_likelihoods(row: Encoded, store: Numbers, entry: int) -> Encoded:
     found = store.likelihoods(entry).tolist()
 
     def more(one: Encoded, number: int) -> Encoded:
-        new = dict(zip(PAIRED, found, strict=True)) if row.text_shape == PAIR else {LIKELIHOOD: found[number]}
+        if row.text_shape == PAIR:
+            new = dict(zip(PAIRED, found, strict=True))
+        else:
+            # An answer that stands by itself is read under the name that the first of two has.
+            alone = {} if row.mates else {PAIRED[0]: found[number]}
+            new = {LIKELIHOOD: found[number], **alone}
         return replace(one, columns={**one.columns, **new})
 
     return _each(row, more)

@@ -140,7 +140,15 @@ def store_numbers(
         ) from None
     held = sum(part.stat().st_size for part in parts_of(place))
     fewer = {"top_k": f"{top_k}, all tokens that there are, of {asked} that were asked for"} if top_k < asked else {}
-    return {"numbers": kind, "model": model, "precision": facts["precision"], **fewer, **counts._asdict(), "bytes": held, "out": str(place)}
+    return {
+        "numbers": kind,
+        "model": model,
+        "precision": facts["precision"],
+        **fewer,
+        **counts._asdict(),
+        "bytes": held,
+        "out": str(place),
+    }
 
 
 def _rows_recipe(source: str, model: str, options: Mapping[str, Any]) -> RowsRecipe:

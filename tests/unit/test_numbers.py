@@ -638,6 +638,23 @@ def test_token_weights_are_not_in_stored_likelihoods(tmp_path: Path) -> None:
     assert planned(source, objective=["dpo"], token_weight="dft")
 
 
+LABELLED: list[dict[str, Any]] = [
+    {"id": "door", "prompt": "The door is", "completion": " red and old.", "label": True},
+    {"id": "barn", "prompt": "The barn is", "completion": " grey.", "label": False},
+    {"id": "talk", "messages": TURNS[:2], "label": False},
+]
+
+
+def test_losses_that_compare_with_other_rows_are_refused(tmp_path: Path) -> None:
+    """Rows that were grouped anew were said to have changed, and storing them again changed nothing."""
+    source = file_of(tmp_path, LABELLED)
+    said = told(source, objective=["kto", "stored_reference"])
+    assert "`stored_reference` reads numbers of rows as the file has them" in said
+    assert "`kto` puts other rows' answers beside each" in said and "leave `stored_reference` out" in said
+    own = [{**row, "reference_chosen": -1.0, "reference_rejected": -2.0} for row in LABELLED]
+    assert planned(file_of(tmp_path, own), objective=["kto", "stored_reference"])
+
+
 def test_a_run_gives_numbers_as_a_model_does(tmp_path: Path) -> None:
     """A reference that is another model is taken where the recipe names its store, and not where it only lies there."""
     source = file_of(tmp_path, PAIRS)
