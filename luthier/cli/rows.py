@@ -35,7 +35,7 @@ StoreOptions = Annotated[
 ]
 Writer = Annotated[str, typer.Option(help="Whose tokenizer and chat template write the rows; none: the model's own.")]
 StoreOut = Annotated[Path | None, typer.Option("--out", help="The folder of the numbers; none: one beside the rows.")]
-Precision = Annotated[str, typer.Option(help="Of the model's weights: auto, bf16, fp32 or fp64. A run has its own.")]
+Precision = Annotated[str, typer.Option(help="Of the weights: auto, bf16, fp32 or fp64. auto: of a run, its own.")]
 Replace = Annotated[bool, typer.Option("--replace", help="Write all numbers anew, whatever made those that are there.")]
 
 

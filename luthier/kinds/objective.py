@@ -15,7 +15,8 @@ class Stored(NamedTuple):
     """Numbers that a model gave to the run's rows beforehand, which an objective reads from a store (`luthier rows store`).
 
     Of `likelihood` rows have the free columns `reference_chosen` and `reference_rejected` where they are pairs, else `log_likelihood`: of
-    all targets of an answer, in nats. Of `teacher` each target has `view.likeliest()`.
+    all targets of an answer, in nats. One that stands by itself has it as `reference_chosen`, too. Of `teacher` each target has
+    `view.likeliest()`.
     """
 
     kind: Literal["likelihood", "teacher"]

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from luthier.errors import LuthierError
 from luthier.evaluate.numbers import code_fingerprint
-from luthier.kinds import Stored, TokenWeight
+from luthier.kinds import RowMap, Stored, TokenWeight
 from luthier.planning.load import Loaded
 from luthier.recipe import RowsRecipe
 from luthier.recipe.parts import Chosen
 from luthier.registry import values_of
-from luthier.rows.encode import EncodedRows
+from luthier.rows.encode import Encoded, EncodedRows
 from luthier.rows.numbered import bare, join
-from luthier.rows.numbers import MADE_WITH, Numbers, beside, differences, parts_of, written_by
+from luthier.rows.numbers import MADE_WITH, OPTIONS, Numbers, beside, command_of, differences, parts_of, written_by
+from luthier.training.precision import TYPES
 
 
 class Numbered(NamedTuple):
@@ -55,16 +58,18 @@ def with_numbers(recipe: RowsRecipe, chosen: Chosen, loaded: Loaded, rows: Encod
             mend="leave it out",
         )
     _refuse_weights(wanted, chosen)
+    _refuse_other_groups(wanted, chosen)
     said, fingerprints = [], []
     for kind, (slot, stored) in wanted.items():
         stores = [store for store in named if store.kind == kind] or _beside(recipe, kind, slot, stored)
+        own = stored.of_base and stores[0] not in named
         for store in stores:
-            _check(store, loaded, of_base=stored.of_base and store not in named)
+            _check(store, stores, recipe, loaded, of_base=own)
             of_base = stored.of_base and store.facts["fingerprint"] != loaded.fingerprint
             other = ", which is not the model before training" if of_base else ""
             said.append(f"{kind} by {store.facts['model']} ({store.facts['precision']}){other}, from {store.folder}")
             fingerprints.append(store.fingerprint())
-        rows = join(rows, stores)
+        rows = join(rows, stores, partial(_command, stores[0], stores, recipe, loaded, of_base=own))
     return Numbered(rows, said, fingerprints)
 
 
@@ -75,6 +80,16 @@ def _refuse_weights(wanted: Mapping[str, tuple[str, Stored]], chosen: Chosen) ->
             f"`{weights[0]}` weighs targets, and in the stored likelihoods that `{wanted['likelihood'][0]}` reads all count alike",
             where="token_weight",
             mend="leave one of them out: the model before training is run with the weights",
+        )
+
+
+def _refuse_other_groups(wanted: Mapping[str, tuple[str, Stored]], chosen: Chosen) -> None:
+    regrouping = [slot for slot, value in values_of(chosen, RowMap) if value.regroups]
+    for slot, _ in wanted.values() if regrouping else ():
+        raise LuthierError(
+            f"`{slot}` reads numbers of rows as the file has them, and `{regrouping[0]}` puts other rows' answers beside each",
+            where=slot,
+            mend=f"leave `{slot}` out: the model is run on the rows as `{regrouping[0]}` makes them",
         )
 
 
@@ -97,26 +112,100 @@ def _beside(recipe: RowsRecipe, kind: str, slot: str, stored: Stored) -> list[Nu
     )
 
 
-def _check(store: Numbers, loaded: Loaded, *, of_base: bool) -> None:
+def _check(store: Numbers, stores: Sequence[Numbers], recipe: RowsRecipe, loaded: Loaded, *, of_base: bool) -> None:
     """Refuse a store that was made with something else than the run has."""
     here = {**written_by(loaded.tokenizer), "code": code_fingerprint()}
     changed, on_purpose = differences(store.facts, here, MADE_WITH), ""
-    if of_base:
-        base = {
-            "model": loaded.start.name,
-            "fingerprint": loaded.fingerprint,
-            "precision": str(loaded.dtype).removeprefix("torch."),
-        }
-        same = store.facts["fingerprint"] == loaded.fingerprint
-        on_purpose = "" if same else "; or name this folder under rows.numbers to compare with another model on purpose"
+    if of_base and store.facts["fingerprint"] != loaded.fingerprint:
+        base = {"model": loaded.start.name, "fingerprint": loaded.fingerprint, "precision": _dtype(loaded)}
         names = {"model": "the model", "precision": "its precision", "fingerprint": "its numbers"}
-        changed += [] if same else differences(store.facts, base, names)
+        changed += differences(store.facts, base, names)
+        # The same model in another precision is no other model, though its numbers are others.
+        if store.facts["model"] not in (loaded.start.name, _model(loaded)) or store.facts["precision"] == base["precision"]:
+            on_purpose = "; or name this folder under rows.numbers to compare with another model on purpose"
     known = store.facts.get("vocabulary")
     if known is not None and known > loaded.parts.vocabulary:
         changed.append(f"the vocabulary: {known} tokens, now {loaded.parts.vocabulary}")
     if changed:
+        command = _command(store, stores, recipe, loaded, of_base=of_base, replace=True)
         raise LuthierError(
             f"the stored numbers are not those of this run: {'; '.join(changed)}",
             where=str(store.folder),
-            mend=f"write them again, as this run has it: {store.command}" + on_purpose,
+            mend=f"write them again, as this run has it: {command}{on_purpose}",
         )
+
+
+def _command(
+    store: Numbers,
+    stores: Sequence[Numbers],
+    recipe: RowsRecipe,
+    loaded: Loaded,
+    rows: Sequence[Encoded] = (),
+    *,
+    of_base: bool,
+    replace: bool = False,
+) -> str:
+    """What writes a store as the run needs it.
+
+    Args:
+        store: of it the kind, the place and how many probabilities are kept; and the model where it need not be the run's.
+        stores: all of this kind that the run reads.
+        recipe: says which rows, and how they are written.
+        loaded: the run's model.
+        rows: some that lack numbers; none: all do.
+        of_base: the numbers are those of the model before training.
+        replace: what is there is written anew.
+    """
+    facts = store.facts
+    before = shlex.split(facts["command"])
+    model, precision, writer = _model(loaded), _dtype(loaded), ""
+    if not of_base:
+        model, precision = facts["model"], facts["precision"]
+        here = written_by(loaded.tokenizer)
+        same = all(facts.get(name) == here[name] for name in ("tokenizer", "template"))
+        writer = "" if same and "--tokenizer" not in before else loaded.start.source.name
+    written = [
+        command_of(
+            store.kind,
+            source,
+            model,
+            _options(recipe),
+            top_k=facts.get("top_k"),
+            tokenizer=writer,
+            folder=None if beside(source, store.kind) == place else place,
+            precision=next((name for name, one in TYPES.items() if str(one) == f"torch.{precision}"), "auto"),
+        )
+        for source, place in _places(store, stores, recipe, rows)
+    ]
+    # What is written anew is removed once, before the first rows.
+    return " && ".join([f"{written[0]} --replace", *written[1:]] if replace else written)
+
+
+def _places(store: Numbers, stores: Sequence[Numbers], recipe: RowsRecipe, rows: Sequence[Encoded]) -> Sequence[tuple[str, Path]]:
+    """Sources of the run whose numbers belong into a store, each with its folder; those of some rows where there are such."""
+    sources = [str(one.rows) for one in recipe.sources() if isinstance(one.rows, str | Path)]
+    own = {one.folder: source for source in sources for one in stores if beside(source, store.kind) == one.folder}
+    if rows:
+        sources = [one for one in sources if any(row.where.startswith(one) for row in rows)] or sources
+        return [(source, next((at for at, one in own.items() if one == source), store.folder)) for source in sources]
+    if store.folder in own:
+        return [(own[store.folder], store.folder)]
+    wrote = shlex.split(store.facts["command"])[4]
+    return [(one, store.folder) for one in ([wrote] if len(stores) > 1 and wrote in sources else sources or [wrote])]
+
+
+def _options(recipe: RowsRecipe) -> dict[str, Any]:
+    """How the run reads and writes rows, as far as it says so."""
+    fields = type(recipe).model_fields
+    found = {name: getattr(recipe, name) for name in OPTIONS}
+    return {name: value for name, value in found.items() if value != fields[name].get_default(call_default_factory=True)}
+
+
+def _model(loaded: Loaded) -> str:
+    """The run's model, as a command names it: a run by its folder where that is not among those that commands look through."""
+    folder = loaded.start.runs[-1].folder if loaded.start.runs else None
+    return str(folder) if folder is not None and folder.parent != Path("runs") else loaded.start.name
+
+
+def _dtype(loaded: Loaded) -> str:
+    return str(loaded.dtype).removeprefix("torch.")

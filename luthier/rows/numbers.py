@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
@@ -52,6 +53,8 @@ MADE_WITH = {
     "code": "the code that makes them",
 }
 """Facts that must be the same where the numbers are read, and what errors call them."""
+OPTIONS = ("shape", "template", "template_options", "loss_on", "max_tokens", "too_long", "on_bad_row")
+"""The keys under `rows` of a recipe that say how rows are read and written."""
 MADE_BY = {"model": "the model", "fingerprint": "its numbers", "precision": "its precision", "top_k": "top_k"}
 """Facts that must be the same, too, where more rows are added."""
 
@@ -89,6 +92,45 @@ def beside(source: str | Path, kind: str) -> Path | None:
     """Where a store of some kind lies that belongs to rows; None where these are no file or folder."""
     path = Path(source).expanduser()
     return path.with_name(path.name + NUMBERS) / kind if path.exists() and path.name else None
+
+
+def command_of(
+    kind: str,
+    source: str,
+    model: str,
+    options: Mapping[str, Any],
+    *,
+    top_k: int | None = None,
+    tokenizer: str = "",
+    folder: Path | None = None,
+    precision: str = "auto",
+) -> str:
+    """The command that writes a store.
+
+    Args:
+        kind: of its numbers.
+        source: the rows.
+        model: a model's name, or a run's folder or name.
+        options: of `OPTIONS`.
+        top_k: of `teacher`, how many probabilities.
+        tokenizer: the model whose tokenizer writes the rows, where it is another.
+        folder: where the store lies, where that is not beside the rows.
+        precision: of the model's weights.
+    """
+    words = ["luthier", "rows", "store", kind, source, *_flat(options), "--model", model]
+    words += ["--top-k", str(top_k)] if kind == "teacher" else []
+    words += ["--tokenizer", tokenizer] if tokenizer else []
+    words += ["--out", str(folder)] if folder is not None else []
+    words += ["--precision", precision] if precision != "auto" else []
+    return shlex.join(words)
+
+
+def _flat(options: Mapping[str, Any], before: str = "") -> Iterator[str]:
+    for key, value in options.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{before}{key}.")
+        else:
+            yield f"{before}{key}={value if isinstance(value, str) else canonical(value)}"
 
 
 def parts_of(folder: Path) -> list[Path]:

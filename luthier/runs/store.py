@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -19,18 +18,21 @@ from luthier.evaluate.numbers import code_fingerprint, entries_of
 from luthier.models.context import reads_of
 from luthier.models.fingerprint import fingerprint
 from luthier.models.load import load_tokenizer
+from luthier.models.parts import map_parts
 from luthier.recipe import RowsRecipe, make_recipe
 from luthier.results.folder import read_run
 from luthier.results.opened import open_model
-from luthier.results.start import BESIDE, is_run, source_of
+from luthier.results.start import BESIDE, find_start, is_run, load_start, recipe_of, source_of
 from luthier.rows.chat import Form, form_of
 from luthier.rows.chunks import Records, cut
 from luthier.rows.encode import Encoded, encode_each
 from luthier.rows.numbers import (
     MADE_BY,
     MADE_WITH,
+    OPTIONS,
     Numbers,
     beside,
+    command_of,
     differences,
     parts_of,
     write_part,
@@ -39,10 +41,9 @@ from luthier.rows.numbers import (
 from luthier.rows.read import name_of, stream
 from luthier.rows.shapes import bad_rows_error
 from luthier.rows.template import choose
+from luthier.training.precision import pick, pick_device
 from luthier.tune import Tune
 
-OPTIONS = ("shape", "template", "template_options", "loss_on", "max_tokens", "too_long", "on_bad_row")
-"""The keys under `rows` of a recipe that say how rows are read and written."""
 _BYTES = 64 * 2**20
 """Of numbers that are in memory together."""
 
@@ -84,11 +85,11 @@ def store_numbers(
         source: the rows.
         model: a model's name, or a run's folder or name.
         options: the keys of `OPTIONS`, as the recipe that will read the numbers has them.
-        top_k: of `teacher`, how many probabilities; never more than the vocabulary has.
+        top_k: of `teacher`, how many probabilities; where the vocabulary has fewer, all of it, and what is returned says so.
         tokenizer: the model whose tokenizer and chat template write the rows; none: the model itself.
         folder: where the store lies; none: beside the rows.
         out: where runs are looked for.
-        precision: of a model's weights, as in a recipe; a run brings its own.
+        precision: of the weights, as in a recipe; `auto`: of a run, its own.
         replace: write all numbers anew.
         say: hears what is being done.
 
@@ -111,7 +112,7 @@ def store_numbers(
     tune, form = _opened(model, tokenizer, recipe, out, precision, say)
     # Models of one family pad their vocabularies to different sizes: ids beyond the tokenizer's own mean nothing to the others.
     vocabulary = min(len(form.tokenizer), tune.parts.vocabulary)
-    top_k = min(top_k, vocabulary)
+    asked, top_k = top_k, min(top_k, vocabulary)
     facts = {
         **written_by(form.tokenizer),
         "kind": kind,
@@ -122,7 +123,7 @@ def store_numbers(
         "top_k": top_k if kind == "teacher" else None,
         "vocabulary": vocabulary if kind == "teacher" else None,
         "luthier": luthier.__version__,
-        "command": _command(kind, source, model, options, top_k, tokenizer, folder, precision),
+        "command": command_of(kind, source, model, options, top_k=top_k, tokenizer=tokenizer, folder=folder, precision=precision),
     }
     place.mkdir(parents=True, exist_ok=True)
     try:
@@ -138,7 +139,16 @@ def store_numbers(
             "another process is writing these numbers", where=str(place), mend="wait for it, or name another folder: --out FOLDER"
         ) from None
     held = sum(part.stat().st_size for part in parts_of(place))
-    return {"numbers": kind, "model": model, "precision": facts["precision"], **counts._asdict(), "bytes": held, "out": str(place)}
+    fewer = {"top_k": f"{top_k}, all tokens that there are, of {asked} that were asked for"} if top_k < asked else {}
+    return {
+        "numbers": kind,
+        "model": model,
+        "precision": facts["precision"],
+        **fewer,
+        **counts._asdict(),
+        "bytes": held,
+        "out": str(place),
+    }
 
 
 def _rows_recipe(source: str, model: str, options: Mapping[str, Any]) -> RowsRecipe:
@@ -150,7 +160,14 @@ def _rows_recipe(source: str, model: str, options: Mapping[str, Any]) -> RowsRec
 
 def _opened(model: str, tokenizer: str, recipe: RowsRecipe, out: str, precision: str, say: Say) -> tuple[Tune, Form]:
     """The model, and how rows are written for it."""
-    tune, own = open_model(model, out=out, say=say, precision=precision)
+    open_it = _opened_run if precision != "auto" and is_run(model, out) else open_model
+    tune, own = open_it(model, out=out, say=say, precision=precision)
+    if not tune.parts.head or not tune.parts.causal:
+        raise LuthierError(
+            f"{tune.parts.architecture} does not predict next tokens here",
+            where=f"--model {model}",
+            mend="use a causal language model (AutoModelForCausalLM)",
+        )
     writer: PreTrainedTokenizerBase = own
     if tokenizer:
         writer = load_tokenizer(source_of(tokenizer, out, say))
@@ -166,6 +183,28 @@ def _opened(model: str, tokenizer: str, recipe: RowsRecipe, out: str, precision:
     return tune, form_of(writer)
 
 
+def _opened_run(name: str, *, out: str, say: Say, precision: str) -> tuple[Tune, PreTrainedTokenizerBase]:
+    """A run's tuned model in some precision: in another than its own, its weights as a run has them that starts from it."""
+    run = read_run(name, out)
+    recipe = recipe_of(run)
+    device = pick_device("auto")
+    dtype = pick(precision, device)[0]
+    own = pick(recipe.train.precision, device)[0]
+    if dtype == own:
+        return open_model(name, out=out, say=say)
+    if (run.folder / BESIDE).is_file() or recipe.quantize != "none":
+        raise LuthierError(
+            f"this run brings its own precision, {str(own).removeprefix('torch.')}: what it learnt stands beside its weights",
+            where=f"--precision {precision}",
+            mend="leave it out",
+        )
+    start = find_start(name, out, say=say)
+    model = load_start(start, dtype).to(device)  # type: ignore[arg-type]
+    tokenizer = load_tokenizer(start.source)
+    choose(tokenizer, recipe.rows.template, recipe.rows.template_options)
+    return Tune(model, map_parts(model)), tokenizer
+
+
 def _identity(tune: Tune, model: str, out: str) -> str:
     """A model's fingerprint; of a run with prompts and the like beside its weights, theirs is part of it."""
     inside = fingerprint(tune.model)
@@ -173,33 +212,6 @@ def _identity(tune: Tune, model: str, out: str) -> str:
     if path is None or not path.is_file():
         return inside
     return hashlib.sha256(f"{inside} {disk.sha256(path)}".encode()).hexdigest()
-
-
-def _command(
-    kind: str,
-    source: str,
-    model: str,
-    options: Mapping[str, Any],
-    top_k: int,
-    tokenizer: str,
-    folder: Path | None,
-    precision: str,
-) -> str:
-    """What was asked for, to be asked for again."""
-    words = ["luthier", "rows", "store", kind, source, *_flat(options), "--model", model]
-    words += ["--top-k", str(top_k)] if kind == "teacher" else []
-    words += ["--tokenizer", tokenizer] if tokenizer else []
-    words += ["--out", str(folder)] if folder is not None else []
-    words += ["--precision", precision] if precision != "auto" else []
-    return shlex.join(words)
-
-
-def _flat(options: Mapping[str, Any], before: str = "") -> Iterator[str]:
-    for key, value in options.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{before}{key}.")
-        else:
-            yield f"{before}{key}={value}"
 
 
 def _filled(folder: Path, facts: Mapping[str, Any], recipe: RowsRecipe, tune: Tune, form: Form, say: Say) -> Counts:

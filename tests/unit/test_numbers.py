@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -175,6 +176,13 @@ def test_more_probabilities_than_there_are_tokens(tmp_path: Path) -> None:
     arrays = held.arrays(0)
     assert held.facts["top_k"] == arrays["teacher_token_id"].shape[1] == tiny("llama").config.vocab_size
     assert not arrays["teacher_rest"].any()
+
+
+def test_fewer_probabilities_than_were_asked_for_are_told(tmp_path: Path) -> None:
+    """A number of probabilities beyond the vocabulary became the vocabulary's size without a word."""
+    source = file_of(tmp_path, MIXED[:1])
+    told = [store_numbers("teacher", str(source), MODEL, top_k=count).get("top_k") for count in (260, 259)]
+    assert told == ["259, all tokens that there are, of 260 that were asked for", None]
 
 
 @pytest.mark.parametrize("kind", ["likelihood", "teacher"])
@@ -471,8 +479,11 @@ def test_stale_numbers_are_refused_by_what_differs(tmp_path: Path, monkeypatch: 
     assert f"the stored numbers are not those of this run: {words}" in said
     # Nothing else is blamed.
     assert said.splitlines()[0].count(", now ") == (1 if "its numbers" not in words else 2)
-    assert f"where: {held.folder}" in said and f"luthier rows store likelihood {source} --model tiny:llama" in said
-    assert "--replace" in said and ("rows.numbers" in said) == ("its numbers" in words)
+    model, precision = ("tiny:gpt2", "fp32") if what == "the model" else (MODEL, "fp64" if what == "its precision" else "fp32")
+    mood = "template_options.mood=calm " if what == "rows.template_options" else ""
+    command = f"luthier rows store likelihood {source} {mood}--model {model} --precision {precision} --replace"
+    assert f"where: {held.folder}" in said and f"write them again, as this run has it: {command}" in said
+    assert ("rows.numbers" in said) == (what == "the model")
 
 
 def test_a_day_that_a_template_is_told_belongs_to_the_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -485,7 +496,7 @@ def test_a_day_that_a_template_is_told_belongs_to_the_numbers(tmp_path: Path, mo
     assert planned(source, rows={"template_options": {"date": "2026-01-01"}}).numbers
     said = told(source, rows={"template_options": {"date": "2026-01-02"}})
     assert 'the day that the chat template is told: "2026-01-01", now "2026-01-02"' in said
-    assert "template_options.date=2026-01-01" in said
+    assert "template_options.date=2026-01-02" in said and "template_options.date=2026-01-01" not in said
 
 
 STALE = "are not as they were when their numbers were made"
@@ -522,6 +533,71 @@ def test_rows_that_are_encoded_otherwise_are_named(tmp_path: Path, rows: dict[st
     said = told(source, objective=teacher, rows=rows)
     assert f"{changed} {STALE}" in said and "(row one)" in said
     assert ("(row two)" in said) == changed.startswith("3") and f"luthier rows store teacher {source}" in said
+
+
+@pytest.fixture
+def moody(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A chat template that knows of an option."""
+
+    def load(source: object) -> Any:
+        tokenizer = tiny_tokenizer()
+        tokenizer.chat_template = "{% if mood %}{% endif %}" + tokenizer.chat_template
+        return tokenizer
+
+    for place in ("luthier.results.opened", "luthier.planning.load", "luthier.runs.store"):
+        monkeypatch.setattr(f"{place}.load_tokenizer", load)
+
+
+def carried_out(said: str, source: Path) -> None:
+    """Do what an error says."""
+    for command in said.split("luthier ", 1)[1].split("; or name")[0].split(" && luthier "):
+        done = CliRunner().invoke(app, [*shlex.split(command)])
+        assert done.exit_code == 0, done.output
+
+
+@pytest.mark.parametrize(
+    ("before", "keys", "words"),
+    [
+        ({}, {"model": "tiny:gpt2"}, "--model tiny:gpt2 --precision fp32 --replace"),
+        ({}, {"train": {"precision": "fp64"}}, f"--model {MODEL} --precision fp64 --replace"),
+        ({}, {"rows": {"max_tokens": 58, "too_long": "left"}}, f"max_tokens=58 too_long=left --model {MODEL}"),
+        ({"options": {"max_tokens": 58, "too_long": "left"}}, {}, f"rows.jsonl --model {MODEL} --precision fp32"),
+        ({"options": {"template_options": {"mood": True}}}, {}, f"rows.jsonl --model {MODEL} --precision fp32 --replace"),
+        (
+            {},
+            {"rows": {"template_options": {"mood": True}}},
+            f"rows.jsonl template_options.mood=true --model {MODEL} --precision fp32 --replace",
+        ),
+    ],
+    ids=str,
+)
+def test_a_refused_store_tells_the_command_that_mends_it(
+    tmp_path: Path, moody: None, before: dict[str, Any], keys: dict[str, Any], words: str
+) -> None:
+    """The command that an error gave was the one that wrote the store, after which the run was refused again."""
+    source = file_of(tmp_path, PAIRS)
+    stored(source, **before)
+    said = told(source, **keys)
+    assert words in said
+    carried_out(said, source)
+    assert planned(source, **keys).numbers
+
+
+def test_a_named_store_of_other_rows_is_mended_with_those_of_the_run(tmp_path: Path, moody: None) -> None:
+    """The command that an error gave wrote numbers of the rows of another run, and with --replace of one source of several."""
+    held = stored(file_of(tmp_path, PAIRS[:1]), "teacher", model="tiny:llama", folder=tmp_path / "ot", top_k=3)
+    source, second = file_of(tmp_path, MIXED[:2], "chat.jsonl"), file_of(tmp_path, MIXED[2:3], "more.jsonl")
+    teacher = ["cross_entropy", Term(lambda view, own: view["nll"].sum() * 0.0, stored=Stored("teacher"))]
+    both = {"objective": teacher, "rows": {"numbers": str(held.folder)}}
+    said = told([str(source), str(second)], **both)
+    assert f"teacher {source} --model {MODEL} --top-k 3 --out {held.folder} --precision fp32" in said
+    carried_out(said, source)
+    assert planned([str(source), str(second)], **both).numbers
+    other = {"rows": {"numbers": str(held.folder), "template_options": {"mood": 1}}, "objective": teacher}
+    said = told([str(source), str(second)], **other)
+    assert said.count("--replace") == 1
+    carried_out(said, source)
+    assert planned([str(source), str(second)], **other).numbers
 
 
 def test_rows_without_numbers_are_named(tmp_path: Path) -> None:
@@ -562,6 +638,23 @@ def test_token_weights_are_not_in_stored_likelihoods(tmp_path: Path) -> None:
     assert planned(source, objective=["dpo"], token_weight="dft")
 
 
+LABELLED: list[dict[str, Any]] = [
+    {"id": "door", "prompt": "The door is", "completion": " red and old.", "label": True},
+    {"id": "barn", "prompt": "The barn is", "completion": " grey.", "label": False},
+    {"id": "talk", "messages": TURNS[:2], "label": False},
+]
+
+
+def test_losses_that_compare_with_other_rows_are_refused(tmp_path: Path) -> None:
+    """Rows that were grouped anew were said to have changed, and storing them again changed nothing."""
+    source = file_of(tmp_path, LABELLED)
+    said = told(source, objective=["kto", "stored_reference"])
+    assert "`stored_reference` reads numbers of rows as the file has them" in said
+    assert "`kto` puts other rows' answers beside each" in said and "leave `stored_reference` out" in said
+    own = [{**row, "reference_chosen": -1.0, "reference_rejected": -2.0} for row in LABELLED]
+    assert planned(file_of(tmp_path, own), objective=["kto", "stored_reference"])
+
+
 def test_a_run_gives_numbers_as_a_model_does(tmp_path: Path) -> None:
     """A reference that is another model is taken where the recipe names its store, and not where it only lies there."""
     source = file_of(tmp_path, PAIRS)
@@ -578,6 +671,35 @@ def test_a_run_gives_numbers_as_a_model_does(tmp_path: Path) -> None:
     # What stands beside the weights is part of who gave the numbers.
     base = stored(source, folder=tmp_path / "base")
     assert base.facts["fingerprint"] != held.facts["fingerprint"]
+
+
+def test_a_runs_numbers_are_stored_in_the_precision_that_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run's numbers were stored in its own precision whatever the command said."""
+    monkeypatch.chdir(tmp_path)
+    source = file_of(tmp_path, PAIRS)
+    train = {"steps": 1, "precision": "fp32", "learning_rate": 0.5}
+    first = luthier.train({"model": MODEL, "rows": {"train": MIXED[:1]}, "tune": "lora", "train": train, "name": "first"})
+    stored(source, precision="fp32")
+    keys = {"model": first.folder.name, "train": {"precision": "fp64"}}
+    said = told(source, **keys)
+    assert f'the model: "tiny:llama", now "{first.folder.name}"' in said
+    assert f"--model {first.folder.name} --precision fp64 --replace; or name this folder" in said
+    carried_out(said, source)
+    assert Numbers(tmp_path / "rows.jsonl.numbers" / "likelihood").facts["precision"] == "float64"
+    assert planned(source, **keys).numbers
+    said = told(source, **{**keys, "train": {"precision": "fp32"}})
+    assert "its precision: " in said and "rows.numbers" not in said
+    beside = luthier.train({"model": MODEL, "rows": {"train": MIXED[:1]}, "tune": "prompt_tuning", "train": train})
+    with pytest.raises(LuthierError, match="this run brings its own precision, float32") as refused:
+        stored(source, model=str(beside.folder), precision="fp64", replace=True)
+    assert refused.value.where == "--precision fp64"
+
+
+def test_a_model_that_predicts_nothing_is_refused_by_the_option(tmp_path: Path) -> None:
+    """An encoder was refused without a word of where it was named."""
+    with pytest.raises(LuthierError, match="does not predict next tokens here") as refused:
+        stored(file_of(tmp_path, PAIRS), model="tiny:bert")
+    assert refused.value.where == "--model tiny:bert"
 
 
 def test_the_tokenizer_of_another_model_may_write_the_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,7 @@ from luthier.training.pairs import BASE_REFERENCE
 from luthier.training.services import view_of
 from tests.conftest import make_batch
 from tests.toys.helpers import gap, gradients
-from tests.unit.test_numbers import MIXED, MODEL, PAIRS, file_of, planned, stored
+from tests.unit.test_numbers import LABELLED, MIXED, MODEL, PAIRS, TURNS, file_of, planned, stored
 
 
 def divergence(chunk: Chunk) -> Tensor:
@@ -85,6 +85,28 @@ def test_losses_over_pairs_are_the_same_without_a_reference_pass(tmp_path: Path,
     keys = {"tune": tune, "train": {"precision": "fp64", "batch_rows": 5, "micro_batch_tokens": 150}}
     found = []
     for objective in ([loss], [loss, "stored_reference"]):
+        plan = planned(source, objective=objective, **keys)
+        asks = [one.name for one in chunked.passes_of(plan.engine.objective.columns())]
+        assert asks == (["base"] if len(objective) == 1 else [])
+        moved(plan)
+        found.append(losses_of(plan))
+    (base, base_slopes), (held, held_slopes) = found
+    assert held == pytest.approx(base, rel=1e-9) and any(bool(one.any()) for one in held_slopes.values())
+    assert gap(held_slopes, base_slopes) < 1e-9
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_an_answer_by_itself_is_compared_with_its_stored_likelihood(tmp_path: Path, last: bool) -> None:
+    """A store beside rows with labels was found and not read."""
+    talk = [{"id": "long", "messages": TURNS, "label": True}] if last else []
+    source = file_of(tmp_path, [*LABELLED, *talk])
+    stored(source, precision="fp64", options={"loss_on": "last"} if last else {})
+    keys = {
+        "train": {"precision": "fp64", "batch_rows": 4, "micro_batch_tokens": 150},
+        "rows": {"loss_on": "last" if last else "assistant"},
+    }
+    found = []
+    for objective in (["apo_zero_unpaired"], ["apo_zero_unpaired", "stored_reference"]):
         plan = planned(source, objective=objective, **keys)
         asks = [one.name for one in chunked.passes_of(plan.engine.objective.columns())]
         assert asks == (["base"] if len(objective) == 1 else [])
