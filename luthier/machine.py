@@ -13,6 +13,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from multiprocessing import parent_process
 from pathlib import Path
@@ -33,13 +34,17 @@ def versions() -> dict[str, str]:
     """Versions of what computes."""
     from luthier import __version__
 
-    found = {"python": platform.python_version(), "luthier": __version__}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
+    installed = {package: _installed(package) for package in PACKAGES}
+    there = {package: number for package, number in installed.items() if number is not None}
+    return {"python": platform.python_version(), "luthier": __version__, **there}
+
+
+@cache
+def _installed(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def describe(device: torch.device, dtype: torch.dtype) -> dict[str, str | int]:
