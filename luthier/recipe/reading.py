@@ -59,9 +59,10 @@ _FREE = ("micro_batch_tokens", "save_every", "keep_checkpoints")
 
 def _steps(plain: Mapping[str, Any]) -> dict[str, Any]:
     train = {key: value for key, value in (plain.get("train") or {}).items() if key not in _FREE}
-    # Runs from before there were trackers, quantized bases or named templates say nothing of them, and a tracker changes no step.
-    rows = {"template": None, "template_options": {}, **(plain.get("rows") or {})}
-    found = {"quantize": "none", **plain, "rows": rows, "train": train, "track": None}
+    # Runs from before there were trackers, quantized bases, other models or named templates say nothing of them, and a tracker changes
+    # no step.
+    rows = {"template": None, "template_options": {}, "numbers": None, **(plain.get("rows") or {})}
+    found = {"quantize": "none", "models": {}, **plain, "rows": rows, "train": train, "track": None}
     return {key: value for key, value in found.items() if key != "techniques"} | _numbered(plain.get("techniques") or {})
 
 

@@ -218,7 +218,8 @@ def _ahead(name: str, runs: Sequence[Facts], sets: Sequence[SetFacts | None]) ->
 
 
 def _recipe_values(runs: Sequence[Facts]) -> dict[str, tuple[Any, ...]]:
-    flat = [flat_recipe(run.get("recipe") or {}) for run in runs]
+    # An empty mapping beside one with keys says no more than these.
+    flat = [{key: value for key, value in flat_recipe(run.get("recipe") or {}).items() if value != {}} for run in runs]
     keys = [key for key in dict.fromkeys(key for one in flat for key in one) if key not in OWN_KEYS]
     values = {key: tuple(one.get(key) for one in flat) for key in keys}
     return {key: found for key, found in values.items() if len({_as_text(value) for value in found}) > 1}

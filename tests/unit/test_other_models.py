@@ -24,6 +24,7 @@ from luthier.models.parts import map_parts
 from luthier.models.tiny import tiny
 from luthier.planning.plan import make_plan
 from luthier.recipe import make_recipe
+from luthier.report.compare import recipe_lines
 from luthier.results.opened import open_run
 from luthier.training.services import view_of
 from luthier.tune import Tune
@@ -298,3 +299,10 @@ def test_a_teacher_that_is_not_there_is_told_by_its_key(taught: luthier.Run, tmp
     with pytest.raises(LuthierError) as refused:
         make_plan(make_recipe(recipe(tmp_path, objective="distill", models={"teacher": "first"})))
     assert refused.value.where == "models.teacher" and "did you mean the run `first-1`" in refused.value.mend
+
+
+def test_runs_with_and_without_other_models_are_compared_key_by_key() -> None:
+    """Beside `models.teacher` stood a line for an empty mapping."""
+    recipes = ({"models": {}, "tune": "lora"}, {"models": {"teacher": "first-1"}, "tune": "lora"})
+    runs = [{"name": str(place), "run": f"runs/{place}", "recipe": one} for place, one in enumerate(recipes)]
+    assert [(one.name, one.values) for one in recipe_lines(runs)] == [("models.teacher", ("not set", "first-1"))]

@@ -19,6 +19,7 @@ from luthier.methods.additive.lora import lora
 from luthier.models import load
 from luthier.models.hub import HubUnavailableError
 from luthier.models.tiny import tiny, tiny_tokenizer
+from luthier.recipe import differences, make_recipe
 from luthier.registry import add_folder, remove_folder
 from luthier.results.folder import list_runs, read_run
 from luthier.runs.rows import look_at_rows
@@ -156,6 +157,14 @@ def test_another_recipe_is_told_by_its_keys(place: Path) -> None:
         luthier.train(recipe(tune={"lora": {"rank": 4}}, train={"steps": 9}), resume=folder)
     assert "train.steps: 6, now 9" in caught.value.what and "tune.lora.rank: 8, now 4" in caught.value.what
     assert "learning_rate" not in caught.value.what and "recipe.yaml" not in caught.value.mend
+
+
+def test_recipes_of_runs_from_before_a_key_was_there_ask_for_the_same() -> None:
+    """A run that was begun before there were other models could not be gone on with."""
+    now = make_recipe(recipe(rows={"train": ROWS})).as_plain()
+    before = {key: value for key, value in now.items() if key != "models"}
+    before["rows"] = {key: value for key, value in before["rows"].items() if key != "numbers"}
+    assert now["models"] == {} and not differences(before, now) and not differences(now, before)
 
 
 def test_a_run_is_resumed_by_its_name(place: Path) -> None:
