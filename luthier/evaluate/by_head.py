@@ -115,9 +115,13 @@ def scored(rows: Sequence[Row], scores: Sequence[Tensor], how: Combination, head
     """
     score_NK = torch.cat([*scores])
     how.check(score_NK.shape[-1], head.centered)
-    flat = how.of(score_NK).tolist()
+    return paired(rows, how.of(score_NK).tolist())
+
+
+def paired(rows: Sequence[Row], score_N: Sequence[float]) -> list[Item]:
+    """Pairs of answers by which of them has the higher of two numbers, of the chosen and the rejected one in turn; a tie is a half."""
     items = []
-    for row, chosen, rejected in zip(rows, flat[::2], flat[1::2], strict=True):
+    for row, chosen, rejected in zip(rows, score_N[::2], score_N[1::2], strict=True):
         answers = [text_of_answer(row.fields[side]) for side in SIDES]
         score = 0.5 if chosen == rejected else float(chosen > rejected)
         items.append(Item(row.id, prompt_text(row), answers[0], answers[chosen < rejected], score))

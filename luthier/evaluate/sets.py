@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from luthier.errors import LuthierError, Say, nearest
 from luthier.evaluate import by_head
 from luthier.evaluate.intervals import FEWEST, Interval, Numbers, bootstrap, resampled, wilson
-from luthier.evaluate.items import Item, accepted_answers, prompt_text, text_of_answer
+from luthier.evaluate.items import Item, accepted_answers, prompt_text
 from luthier.evaluate.likelihood import encode_choices, likelihoods, most_likely
 from luthier.evaluate.metrics import METRICS, Metric
 from luthier.evaluate.readings import check_read, places_of, readings, readings_by_row, row_head_of
@@ -24,7 +24,6 @@ from luthier.models.head import head_of
 from luthier.rows.chat import form_of
 from luthier.rows.encode import Encoded, counted, encode, told
 from luthier.rows.groups import PAIR
-from luthier.rows.preferences import SIDES
 from luthier.rows.shapes import Row
 from luthier.training.readout import MEAN, Combination
 from luthier.tune import Tune
@@ -307,14 +306,9 @@ def _chosen(tune: Tune, tokenizer: PreTrainedTokenizerBase, one: EvalSet, batch_
 def _preferred(tune: Tune, tokenizer: PreTrainedTokenizerBase, one: EvalSet, batch_tokens: int) -> tuple[list[Item], Any]:
     per_token = one.chosen_metric == "preferred_normalized"
     flat = _pairs(tune, tokenizer, one)
-    found = iter(likelihoods(tune, flat, batch_tokens=batch_tokens))
-    items = []
-    for row in one.used:
-        chosen, rejected = (each.nats / (each.targets if per_token else 1) for each in (next(found), next(found)))
-        answers = [text_of_answer(row.fields[side]) for side in SIDES]
-        score = 0.5 if chosen == rejected else float(chosen < rejected)
-        items.append(Item(row.id, prompt_text(row), answers[0], answers[chosen > rejected], score))
-    return items, [(answer.token_ids, answer.supervised) for answer in flat]
+    found = likelihoods(tune, flat, batch_tokens=batch_tokens)
+    likely = [-each.nats / (each.targets if per_token else 1) for each in found]
+    return by_head.paired(one.used, likely), [(answer.token_ids, answer.supervised) for answer in flat]
 
 
 def _classified(tune: Tune, tokenizer: PreTrainedTokenizerBase, one: EvalSet, batch_tokens: int) -> tuple[list[Item], Any]:

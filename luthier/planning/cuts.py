@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple, overload
+from typing import Any, NamedTuple
 
 import torch
 
@@ -19,6 +19,7 @@ from luthier.recipe import Recipe
 from luthier.recipe.parts import Chosen, completed
 from luthier.registry import KEYS
 from luthier.rows.encode import Encoded, EncodedRows, Sizes
+from luthier.rows.lazy import LazyRows
 from luthier.rows.numbered import without_numbers
 from luthier.training.build import build_engine
 from luthier.training.engine import Engine
@@ -121,7 +122,7 @@ def _smaller_batches(
         yield Cut(f"rows.max_tokens={half} with train.micro_batch_tokens={shorter.micro_batch_tokens}", saved(shorter))
 
 
-class _Shortened(Sequence[Encoded]):
+class _Shortened(LazyRows):
     """Rows of which each, and each of its mates, has so many tokens at most."""
 
     def __init__(self, rows: Sequence[Encoded], tokens: int) -> None:
@@ -130,14 +131,9 @@ class _Shortened(Sequence[Encoded]):
     def __len__(self) -> int:
         return len(self._rows)
 
-    @overload
-    def __getitem__(self, index: int) -> Encoded: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[Encoded]: ...
-    def __getitem__(self, index: int | slice) -> Encoded | Sequence[Encoded]:
-        if isinstance(index, slice):
-            return tuple(self[place] for place in range(len(self))[index])
-        row = self._rows[index]
+    def row(self, place: int) -> Encoded:
+        """The row at a place."""
+        row = self._rows[place]
         mates = tuple(_shortened(one, self._tokens) for one in row.mates)
         return replace(_shortened(row, self._tokens), mates=mates)
 

@@ -15,7 +15,7 @@ from luthier.export.peft import parted
 from luthier.kinds import Now
 from luthier.models.attention import use_attention
 from luthier.models.fingerprint import fingerprint
-from luthier.models.load import load_tokenizer
+from luthier.models.load import ModelSource, load_tokenizer
 from luthier.models.parts import map_parts
 from luthier.models.quantized import count
 from luthier.planning.load import Loaded
@@ -73,25 +73,22 @@ class OtherModels:
         value = self.named[name]
         self.say(f"loading {name}: {value}")
         try:
-            if source_of(value, self.out, self.say).kind == "encoder":
-                raise LuthierError(
-                    f"`{value}` is an encoder, which predicts no tokens to compare with",
-                    where="model",
-                    mend="name a causal language model",
-                )
-            return self._loaded(name, value)
+            return self._of_run(name, value) if is_run(value, self.out) else self._of_model(name, value)
         except LuthierError as error:
             if error.where != "model":
                 raise
             raise LuthierError(error.what, where=f"models.{name}", mend=error.mend) from error
 
-    def _loaded(self, name: str, value: str) -> Tune:
+    def _of_model(self, name: str, value: str) -> Tune:
+        start = find_start(value, self.out, say=self.say)
+        _check_predicts(value, start.source)
+        self._check_tokens(name, load_tokenizer(start.source))
+        model = load_start(start, self.loaded.dtype).to(self.loaded.device)  # type: ignore[arg-type]
+        return self._apart(name, value, Tune(model, map_parts(model)), fingerprint(model))
+
+    def _of_run(self, name: str, value: str) -> Tune:
         loaded = self.loaded
-        if not is_run(value, self.out):
-            start = find_start(value, self.out, say=self.say)
-            self._check_tokens(name, load_tokenizer(start.source))
-            model = load_start(start, loaded.dtype).to(loaded.device)  # type: ignore[arg-type]
-            return self._apart(name, value, Tune(model, map_parts(model)), fingerprint(model))
+        _check_predicts(value, source_of(value, self.out, self.say))
         run = read_run(value, self.out)
         identity = f"{run.fact('model', 'fingerprint')} {_content(run)}"
         beside = self._beside(run)
@@ -147,6 +144,13 @@ class OtherModels:
             f"and {_id(mine, token)} here",
             where=f"models: {name}",
             mend="use a model with the same tokenizer, or learn from text that it wrote",
+        )
+
+
+def _check_predicts(value: str, source: ModelSource) -> None:
+    if source.kind == "encoder":
+        raise LuthierError(
+            f"`{value}` is an encoder, which predicts no tokens to compare with", where="model", mend="name a causal language model"
         )
 
 

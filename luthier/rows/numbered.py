@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
-from typing import Any, overload
+from typing import Any
 
 import numpy
 from numpy.typing import NDArray
@@ -15,6 +15,7 @@ from luthier.errors import LuthierError
 from luthier.rows.encode import Encoded, EncodedRows, two_tokens
 from luthier.rows.groups import PAIR
 from luthier.rows.ids import parted
+from luthier.rows.lazy import LazyRows
 from luthier.rows.numbers import LIKELIHOOD, Numbers
 from luthier.rows.stored import StoredRows
 
@@ -44,7 +45,7 @@ class Joined:
         return self.stores[int(self.store_R[row])], int(self.place_R[row])
 
 
-class NumberedRows(Sequence[Encoded]):
+class NumberedRows(LazyRows):
     """Encoded rows with numbers that are read when they are asked for.
 
     Args:
@@ -58,14 +59,8 @@ class NumberedRows(Sequence[Encoded]):
     def __len__(self) -> int:
         return len(self.rows)
 
-    @overload
-    def __getitem__(self, index: int) -> Encoded: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[Encoded]: ...
-    def __getitem__(self, index: int | slice) -> Encoded | Sequence[Encoded]:
-        if isinstance(index, slice):
-            return tuple(self[place] for place in range(len(self))[index])
-        place = range(len(self))[index]
+    def row(self, place: int) -> Encoded:
+        """The row at a place."""
         row = self.rows[place]
         for one in self.joined:
             store, entry = one.of(place)

@@ -12,11 +12,11 @@ import shutil
 from array import array
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, NamedTuple, overload
+from typing import Any, NamedTuple
 
 import pyarrow
 
@@ -24,6 +24,7 @@ from luthier import disk
 from luthier.rows.encode import Encoded, EncodedRows, Sizes, renamed, two_tokens
 from luthier.rows.groups import run_tokens
 from luthier.rows.ids import digest, parted
+from luthier.rows.lazy import LazyRows
 from luthier.rows.shapes import BadRow
 
 ROWS, FACTS = "rows.arrow", "facts.json"
@@ -85,7 +86,7 @@ class Stored:
         return sum(batch.num_rows for batch in self.batches)
 
 
-class StoredRows(Sequence[Encoded]):
+class StoredRows(LazyRows):
     """Encoded rows that are read from a memory map when they are asked for.
 
     Args:
@@ -101,14 +102,8 @@ class StoredRows(Sequence[Encoded]):
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
 
-    @overload
-    def __getitem__(self, index: int) -> Encoded: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[Encoded]: ...
-    def __getitem__(self, index: int | slice) -> Encoded | Sequence[Encoded]:
-        if isinstance(index, slice):
-            return tuple(self[place] for place in range(len(self))[index])
-        place = range(len(self))[index]
+    def row(self, place: int) -> Encoded:
+        """The row at a place."""
         number = bisect_right(self._ends, place)
         batch = self.batches[number]
         row = batch.slice(place - (self._ends[number] - batch.num_rows), 1).to_pylist()[0]

@@ -180,6 +180,8 @@ def view_of(
     carried = dict.fromkeys(name for column in columns for name in column.given)
     given = {name: at_targets(batch, name, where.row_N, where.source_N + 1) for name in carried}
 
+    asked = chunked.passes_of(columns)
+
     # What is compared must have read the same.
     reading = batch if read is None else read
 
@@ -190,7 +192,7 @@ def view_of(
     def make() -> tuple[Tensor | None, dict[str, Tensor], dict[str, Tensor]]:
         # Other weights run first: exchanging weights under a graph that waits for backward would be wrong.
         others, states_of = {}, {}
-        named = {one.name: one for one in (*chunked.passes_of(columns), *keep_others)}
+        named = {one.name: one for one in (*asked, *keep_others)}
         for one in sorted(named.values(), key=_is_own):
             change = disturbance(one, batch, now, remembered.get(one.name, {}))
             if one.model:
@@ -202,7 +204,6 @@ def view_of(
             others[one.name] = chunked.Other(made.at(where.row_N, where.source_N), head, one.gradient)
             if one in keep_others:
                 states_of[one.name] = made.padded(batch.attend_BT)
-        asked = {one.name for one in chunked.passes_of(columns)}
         context_BT = _context(batch, where) if chunked.CONTEXT_ATTENTION in columns else None
         states = run(context_BT=context_BT)
         wanted = [column for column in columns if column is not chunked.CONTEXT_ATTENTION]
@@ -216,7 +217,7 @@ def view_of(
                 wanted,
                 key_N=keys,
                 drawing=(lambda key_N: tune.drawing_at(key_N if trains else None)),
-                others={name: other for name, other in others.items() if name in asked},
+                others={one.name: others[one.name] for one in asked},
                 given=given,
                 vocabulary=tune.parts.vocabulary,
             )
