@@ -17,14 +17,20 @@ from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from multiprocessing import parent_process
 from pathlib import Path
+from weakref import WeakSet
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 KERNELS = 64
 """Compiled products that oneDNN may keep: more than one micro-batch needs."""
 
 PACKAGES = ("torch", "transformers", "accelerate", "tokenizers", "safetensors", "datasets", "numpy")
+
+WORTH_FREEING = 16 * 2**20
+"""Bytes of models in this process, those that are in use among them, from which on a search for gone ones is worth its time."""
+
+_LOADED: WeakSet[nn.Module] = WeakSet()
 
 WITHOUT_FP64 = frozenset({"mps"})
 """Types of devices that have no fp64: Apple's."""
@@ -111,9 +117,19 @@ def peak_bytes(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
+def watch(model: nn.Module) -> None:
+    """Know of a model that was loaded, for as long as it exists."""
+    _LOADED.add(model)
+
+
 def free_what_is_gone() -> None:
-    """Free the models that nothing holds any more: they lie in cycles, which Python frees only now and then."""
-    gc.collect()
+    """Free the models that nothing holds any more: they lie in cycles, which Python frees only now and then.
+
+    Looking for them goes through every object of torch and takes a third of a second, so a few small ones may wait for others.
+    """
+    tensors = (tensor for model in list(_LOADED) for tensor in (*model.parameters(), *model.buffers()))
+    if sum(tensor.nbytes for tensor in tensors) >= WORTH_FREEING:
+        gc.collect()
 
 
 def keep_what_stands() -> None:

@@ -18,6 +18,7 @@ from luthier import machine, registry
 from luthier.kinds import Batch, Now
 from luthier.models.parts import map_parts
 from luthier.models.tiny import tiny
+from luthier.planning import estimate
 from luthier.registry import Part
 from luthier.training.build import build_engine
 from luthier.training.engine import Engine
@@ -163,6 +164,12 @@ def engine() -> Callable[..., Engine]:
         )
 
     return make
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plans count on shapes however little there is to count."""
+    monkeypatch.setattr(estimate, "SMALL", -1)
 
 
 @pytest.fixture

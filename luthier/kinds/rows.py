@@ -52,5 +52,3 @@ class RowMap(NamedTuple):
 
     map: Callable[[Sequence[Any], Services], list[Any]]
     told: Callable[[Sequence[Any], Sequence[Any]], str] | None = None
-    regroups: bool = False
-    """Each row stands beside others than in the file, so that numbers which a model gave to the file's rows are not of these."""

@@ -355,3 +355,9 @@ def use_attention(model: nn.Module) -> bool:
     except (ValueError, TypeError, AttributeError):
         return False
     return bool(transformer.config._attn_implementation == NAME)
+
+
+def replace_sdpa(model: nn.Module) -> None:
+    """Give a model luthier's attention where it would take torch's, which knows neither packed rows nor prefixes."""
+    if getattr(model.config, "_attn_implementation", None) == "sdpa":
+        use_attention(model)

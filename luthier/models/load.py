@@ -13,6 +13,7 @@ import torch
 import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from luthier import machine
 from luthier.errors import LuthierError, Say, nearest, silent
 from luthier.kinds.parts import Reads
 from luthier.models.context import reads_of
@@ -120,6 +121,7 @@ def load_model(
     model = _read(_settled(source, revision, trust_remote_code, say), dtype, say)
     if quantize != "none":
         quantize_blocks(model, map_parts(model), quantize)
+    machine.watch(model)
     return model
 
 

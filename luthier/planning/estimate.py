@@ -47,6 +47,11 @@ KERNEL_BYTES = 5 * 2**19
 KERNELS_A_SIZE = 12
 """Products of different shape in a block of the Llama kind: four forward, and two backward for each."""
 
+SMALL = 64 * 2**20
+"""Bytes of activations, roughly, up to which they are not worth the counting: less than processes differ by."""
+
+FEW = "too few to count"
+
 MOST_ROWS = 16
 """Rows of a micro-batch that are counted one by one: attention takes packed rows in turn, in every block and back, and hundreds of them
 took minutes."""
@@ -119,16 +124,16 @@ def estimate(
         process = process_bytes(feed.device, sum(stands.values()))
     largest = find_largest(feed)
     process += _kernels(largest, feed.device, dtype)
-    rough = ""
-    try:
-        peak = _count(engine, largest.batch)
-    # A row that a technique refuses would stop the run.
-    except LuthierError:
-        raise
-    # Whatever a technique does that has no meaning on shapes: the plan then says that it is rough, and why.
-    except Exception as error:
-        rough = str(error).strip().splitlines()[0][:80] if str(error).strip() else type(error).__name__
-        peak = _guess(engine, parts, largest, dtype, checkpointing=checkpointing)
+    peak, rough = _guess(engine, parts, largest, dtype, checkpointing=checkpointing), FEW
+    if peak.activations > SMALL:
+        try:
+            peak, rough = _count(engine, largest.batch), ""
+        # A row that a technique refuses would stop the run.
+        except LuthierError:
+            raise
+        # Whatever a technique does that has no meaning on shapes: the plan then says that it is rough, and why.
+        except Exception as error:
+            rough = str(error).strip().splitlines()[0][:80] if str(error).strip() else type(error).__name__
     gradients, activations = _together(peak, largest, feed.device)
     return Estimate(
         **stands,

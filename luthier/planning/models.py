@@ -13,7 +13,7 @@ from luthier.delta import Delta
 from luthier.errors import LuthierError, Say, nearest
 from luthier.export.peft import parted
 from luthier.kinds import Now
-from luthier.models.attention import use_attention
+from luthier.models.attention import replace_sdpa
 from luthier.models.fingerprint import fingerprint
 from luthier.models.load import ModelSource, load_tokenizer
 from luthier.models.parts import map_parts
@@ -125,8 +125,7 @@ class OtherModels:
         """A model of its own."""
         self.identities[name] = identity
         model: nn.Module = tune.model
-        if getattr(model.config, "_attn_implementation", None) == "sdpa":
-            use_attention(model)
+        replace_sdpa(model)
         tune.packs = not obstacle(tune)
         size = sum(one.nbytes for one in model.parameters()) / 2**20
         self.told.append(f"{name}: {value}, a model of its own: {count(model):,} numbers, {size:,.0f} MiB more")
@@ -142,7 +141,7 @@ class OtherModels:
         raise LuthierError(
             f"`{name}` reads other tokens than {self.loaded.start.name}: `{token}` is {_id(theirs, token)} there, "
             f"and {_id(mine, token)} here",
-            where=f"models: {name}",
+            where=f"models.{name}",
             mend="use a model with the same tokenizer, or learn from text that it wrote",
         )
 

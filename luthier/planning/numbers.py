@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -58,10 +58,10 @@ def with_numbers(recipe: RowsRecipe, chosen: Chosen, loaded: Loaded, rows: Encod
             mend="leave it out",
         )
     _refuse_weights(wanted, chosen)
-    _refuse_other_groups(wanted, chosen)
+    maps = [slot for slot, _ in values_of(chosen, RowMap)]
     said, fingerprints = [], []
     for kind, (slot, stored) in wanted.items():
-        stores = [store for store in named if store.kind == kind] or _beside(recipe, kind, slot, stored)
+        stores = [store for store in named if store.kind == kind] or _beside(recipe, kind, slot, stored, maps)
         own = stored.of_base and stores[0] not in named
         for store in stores:
             _check(store, stores, recipe, loaded, of_base=own)
@@ -69,7 +69,7 @@ def with_numbers(recipe: RowsRecipe, chosen: Chosen, loaded: Loaded, rows: Encod
             other = ", which is not the model before training" if of_base else ""
             said.append(f"{kind} by {store.facts['model']} ({store.facts['precision']}){other}, from {store.folder}")
             fingerprints.append(store.fingerprint())
-        rows = join(rows, stores, partial(_command, stores[0], stores, recipe, loaded, of_base=own))
+        rows = join(rows, stores, partial(_mend, slot, maps, partial(_command, stores[0], stores, recipe, loaded, of_base=own)))
     return Numbered(rows, said, fingerprints)
 
 
@@ -83,14 +83,15 @@ def _refuse_weights(wanted: Mapping[str, tuple[str, Stored]], chosen: Chosen) ->
         )
 
 
-def _refuse_other_groups(wanted: Mapping[str, tuple[str, Stored]], chosen: Chosen) -> None:
-    regrouping = [slot for slot, value in values_of(chosen, RowMap) if value.regroups]
-    for slot, _ in wanted.values() if regrouping else ():
-        raise LuthierError(
-            f"`{slot}` reads numbers of rows as the file has them, and `{regrouping[0]}` puts other rows' answers beside each",
-            where=slot,
-            mend=f"leave `{slot}` out: the model is run on the rows as `{regrouping[0]}` makes them",
-        )
+def _mend(slot: str, maps: Sequence[str], command: Callable[[Sequence[Encoded]], str], rows: Sequence[Encoded]) -> str:
+    """What helps where a store lacks rows: it holds those of the file, of which row maps make others."""
+    again = f"store them as this run has them, which keeps what is still right: {command(rows)}"
+    if not maps:
+        return again
+    return (
+        f"the store has the rows of the file, of which `{maps[0]}` makes others: leave `{slot}` out, and the model is run on them as they "
+        f"are then. If it is the file that has changed, {again}"
+    )
 
 
 def _said_by(rows: EncodedRows, stored: Stored) -> bool:
@@ -98,13 +99,14 @@ def _said_by(rows: EncodedRows, stored: Stored) -> bool:
     return bool(stored.unless) and any(name in row.columns for row in bare(rows.rows) for name in stored.unless)
 
 
-def _beside(recipe: RowsRecipe, kind: str, slot: str, stored: Stored) -> list[Numbers]:
+def _beside(recipe: RowsRecipe, kind: str, slot: str, stored: Stored, maps: Sequence[str]) -> list[Numbers]:
     sources = [one.rows for one in recipe.sources() if isinstance(one.rows, str | Path)]
     places = {str(source): place for source in sources if (place := beside(source, kind)) is not None}
     lacking = [source for source, place in places.items() if not parts_of(place)] if places else ["ROWS"]
     if not lacking:
         return [Numbers(place) for place in places.values()]
     instead = f", or give rows with {' and '.join(f'`{name}`' for name in stored.unless)}" if stored.unless else ""
+    instead += f"; where `{maps[0]}` makes other rows than those of the file, leave `{slot}` out instead" if maps else ""
     raise LuthierError(
         f"`{slot}` reads numbers that a model gave to the rows beforehand, and there are none",
         where=str(places.get(lacking[0], "rows.numbers")),

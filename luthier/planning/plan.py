@@ -24,6 +24,7 @@ from luthier.planning.cuts import too_much
 from luthier.planning.estimate import Estimate, estimate
 from luthier.planning.load import load
 from luthier.planning.models import OtherModels
+from luthier.planning.numbers import Numbered
 from luthier.planning.prepare import check_processes
 from luthier.planning.read import check_maps, read
 from luthier.recipe import Recipe
@@ -84,6 +85,8 @@ class Plan:
     """Of the base."""
     sets: list[EvalSet]
     """What is measured before and after."""
+    numbered: Numbered
+    """What models gave to the rows beforehand."""
     others: OtherModels | None = None
     """The other models that techniques asked for."""
     control: Run | None = None
@@ -92,10 +95,6 @@ class Plan:
     """When streaming, whether each source's encoded rows were in the cache."""
     mapped: Sequence[str] = ()
     """What row maps did."""
-    numbers: Sequence[str] = ()
-    """What models gave to the rows beforehand."""
-    number_prints: Sequence[str] = ()
-    """Fingerprints of these."""
     files: Sequence[str] = ()
     """What the training rows are read from."""
     left_out: Sequence[LeftOut] = ()
@@ -132,7 +131,7 @@ class Plan:
             f"{NOTHING_BEFORE}{self._padding()}; longest row {max(self.rows.sizes.lengths):,} tokens",
         ]
         lines += [f"{NOTHING_BEFORE}{said}" for said in (*self.cache, *self.mapped, *map(described_share, self.feed.shares()))]
-        lines += _listed("numbers", self.numbers)
+        lines += _listed("numbers", self.numbered.said)
         lines += _listed("template", self._template())
         lines += _listed("files", list(self.files))
         lines += _listed("left out", [f"{one.file}: {one.why}" for one in self.left_out])
@@ -283,7 +282,7 @@ class Plan:
             "estimated_peak_memory_bytes": self.estimate.total_bytes,
             "mixture": self.feed.shares(),
             "rows_cache": list(self.cache),
-            "numbers": list(self.numbers),
+            "numbers": list(self.numbered.said),
             "files": list(self.files),
             "left_out": [one._asdict() for one in self.left_out],
             "estimated_seconds": self.estimate.seconds,
@@ -381,8 +380,7 @@ def make_plan(recipe: Recipe, say: Say = lambda text: None, *, today: date | Non
         others=others,
         cache=rows.cache,
         mapped=rows.mapped,
-        numbers=rows.numbered.said,
-        number_prints=rows.numbered.fingerprints,
+        numbered=rows.numbered,
         files=rows.files,
         left_out=rows.left_out,
         padded=padded,

@@ -14,7 +14,7 @@ from luthier import draws
 from luthier.errors import LuthierError
 from luthier.kinds import Batch
 from luthier.kinds.parts import Reads
-from luthier.models.attention import use_attention
+from luthier.models.attention import replace_sdpa
 from luthier.recipe import RowsRecipe, TrainRecipe
 from luthier.rows.batches import collate, plan_epoch
 from luthier.rows.encode import EncodedRows
@@ -125,8 +125,7 @@ def check_lengths(tune: Tune, rows: EncodedRows, context: int | None) -> None:
 def prepare_model(train: TrainRecipe, tune: Tune, feed: Feed) -> str:
     """Attention, packing, checkpointing and compilation, block by block. Returns why rows are padded, if they are."""
     model: Any = tune.model
-    if model.config._attn_implementation == "sdpa":
-        use_attention(model)
+    replace_sdpa(model)
     padded = why_padded(train, tune, feed)
     tune.packs = not padded
     if train.checkpointing:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Group, RenderableType
@@ -44,18 +44,16 @@ def summary(run: Facts) -> Group:
 
 def run_table(runs: Iterable[Facts]) -> Table:
     """Runs, one a line. Each stands for itself: sets of different runs need not be the same, so nothing is ranked."""
-    table = _table("run", "status", "steps", "learned", "kept", "trained", "time", "started")
+    table = _table("run", "status", "steps", "learned", "kept", "time", "started")
     for run in runs:
         learned = next((one for one in sets_of(run) if one.side != "kept"), None)
-        trained, total = run.get("trained_numbers"), run.get("total_numbers")
         table.add_row(
             plain(short_name(run), "bold"),
             plain(str(run.get("status") or "unknown"), "" if run.get("status") == "finished" else "yellow"),
             plain(_steps(run)),
-            plain(learned.value(learned.after.value) if learned else NOT_MEASURED),
-            plain(shown(run.get("kept"), percent)),
-            plain(percent(trained / total) if trained is not None and total else NOT_MEASURED),
-            plain(shown(run.get("seconds"), duration)),
+            plain(_brief(learned.after.value if learned else None, learned.value if learned else number)),
+            plain(_brief(run.get("kept"), percent)),
+            plain(_brief(run.get("seconds"), duration)),
             plain(moment(str(run.get("started") or ""))[:10]),
         )
     return table
@@ -65,8 +63,13 @@ def _steps(run: Facts) -> str:
     """Steps taken, and of how many where that is not all of them."""
     step, of = last_step(run) or run.get("steps"), run.get("planned_steps")
     if step is None:
-        return NOT_MEASURED
+        return NOTHING
     return count(step) if run.get("status") == "finished" or not of else f"{count(step)}/{count(of)}"
+
+
+def _brief(value: Any, form: Callable[[float], str]) -> str:
+    said = shown(value, form)
+    return NOTHING if said == NOT_MEASURED else said
 
 
 def measured(results: Mapping[str, SetResult]) -> Table:
@@ -157,10 +160,17 @@ def _one_line(text: str, style: str) -> Text:
     return line
 
 
+ONE_WORD = ("status", "steps", "learned", "kept", "time", "started", "items", "value", "before", "after")
+"""Columns that hold words and numbers short enough never to be cut."""
+NOTHING = "-"
+"""Stands in a narrow column for what was not measured."""
+
+
 def _table(first: str, *others: str) -> Table:
     table = Table(box=None, header_style="dim", padding=(0, 2, 0, 0))
-    table.add_column(first, overflow="ellipsis", no_wrap=True, max_width=28)
+    table.add_column(first, overflow="fold", max_width=28)
     for name in others:
         right = name in ("items", "value", "before", "after", "difference")
-        table.add_column(name, overflow="ellipsis", justify="right" if right else "left", no_wrap=name == "started")
+        # Where room is short, names and sentences take more lines, and what is one word stays one.
+        table.add_column(name, overflow="fold", justify="right" if right else "left", no_wrap=name in ONE_WORD)
     return table

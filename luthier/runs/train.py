@@ -263,7 +263,7 @@ def first_facts(plan: Plan, folder: Path, command: str, sets: list[EvalSet]) -> 
             "mixture": plan.feed.shares(),
             "cache": list(plan.cache),
             "mapped": list(plan.mapped),
-            "numbers": list(plan.numbers),
+            "numbers": list(plan.numbered.said),
             "read": list(plan.files),
             "left_out": [one._asdict() for one in plan.left_out],
             "date": date_of(plan.tokenizer),

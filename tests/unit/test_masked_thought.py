@@ -356,6 +356,7 @@ RECIPE: dict[str, Any] = {
 }
 
 
+@pytest.mark.usefixtures("counted")
 def test_objectives_that_minimize_nothing_get_cross_entropy(tmp_path: Path) -> None:
     def planned(objective: Any) -> Any:
         return make_plan(make_recipe({**RECIPE, "out": str(tmp_path), "objective": objective}))

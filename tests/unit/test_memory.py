@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 import torch
 
+from luthier import machine
 from luthier.errors import LuthierError
 from luthier.kinds import Batch, Now
+from luthier.models.load import load_model
 from luthier.training import memory
 from luthier.training.engine import Engine, Work
 from luthier.training.world import World
@@ -220,3 +222,26 @@ def test_the_next_size_always_cuts_the_largest_micro_batch() -> None:
     assert memory.smaller(batches(0, (5, 3)), 2048) == 19
     assert memory.smaller(batches(0, (5, 3)), 30) == 15
     assert memory.smaller(batches(0, (1,) * 8), 1) == 1
+
+
+def test_large_models_that_are_gone_are_freed_before_the_next_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Looking for gone models took a third of a second at every start, also where none could be, or none that matters."""
+    model = load_model("tiny:llama")
+    model.itself = model  # type: ignore[assignment]
+    gone, collections = weakref.ref(model), list[None]()
+    held = sum(one.nbytes for one in (*model.parameters(), *model.buffers()))
+    del model
+    collect = gc.collect
+    monkeypatch.setattr(machine, "_LOADED", weakref.WeakSet([gone()]))
+    monkeypatch.setattr(gc, "collect", lambda: collections.append(None) or collect())
+    monkeypatch.setattr(machine, "WORTH_FREEING", held + 1)
+    machine.free_what_is_gone()
+    assert not collections
+    monkeypatch.setattr(machine, "WORTH_FREEING", held)
+    machine.free_what_is_gone()
+    assert len(collections) == 1 and gone() is None
+
+
+def test_every_loaded_model_is_known() -> None:
+    model = load_model("tiny:llama")
+    assert model in machine._LOADED

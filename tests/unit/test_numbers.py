@@ -428,7 +428,7 @@ def test_columns_of_the_rows_themselves_come_first(tmp_path: Path) -> None:
     source = file_of(tmp_path, own)
     stored(source)
     plan = planned(source)
-    assert not plan.numbers and plan.feed.at(0)[1][0].columns["reference_chosen"].tolist() == [-1.0] * 8
+    assert not plan.numbered.said and plan.feed.at(0)[1][0].columns["reference_chosen"].tolist() == [-1.0] * 8
     del own[3]["reference_chosen"]
     file_of(tmp_path, own)
     assert "a row has no log-likelihood `reference_chosen`" in told(source)
@@ -443,7 +443,7 @@ def test_the_plan_and_the_run_tell_whose_numbers_they_are(tmp_path: Path) -> Non
     other = stored(source, folder=tmp_path / "other", precision="fp64")
     assert other.fingerprint() != held.fingerprint()
     named = planned(source, rows={"numbers": str(tmp_path / "other")})
-    assert "(float64), which is not the model before training, from" in "".join(named.numbers)
+    assert "(float64), which is not the model before training, from" in "".join(named.numbered.said)
     # The lab and sweeps know runs by what the store holds, not by its name.
     keys = [content(one.recipe.rows, "rows")["numbers"] for one in (plan, named)]
     assert keys == [None, {"numbers": other.fingerprint()}]
@@ -493,7 +493,7 @@ def test_a_day_that_a_template_is_told_belongs_to_the_numbers(tmp_path: Path, mo
         monkeypatch.setattr(place, lambda source: tokenizer)
     source = file_of(tmp_path, PAIRS)
     store_numbers("likelihood", str(source), MODEL, {"template_options": {"date": "2026-01-01"}}, precision="fp32")
-    assert planned(source, rows={"template_options": {"date": "2026-01-01"}}).numbers
+    assert planned(source, rows={"template_options": {"date": "2026-01-01"}}).numbered.said
     said = told(source, rows={"template_options": {"date": "2026-01-02"}})
     assert 'the day that the chat template is told: "2026-01-01", now "2026-01-02"' in said
     assert "template_options.date=2026-01-02" in said and "template_options.date=2026-01-01" not in said
@@ -524,7 +524,7 @@ def test_rows_that_are_encoded_otherwise_are_named(tmp_path: Path, rows: dict[st
     source = file_of(tmp_path, ASKED)
     stored(source, "teacher")
     teacher = ["cross_entropy", Term(lambda view, own: view["nll"].sum() * 0.0, stored=Stored("teacher"))]
-    assert planned(source, objective=teacher).numbers
+    assert planned(source, objective=teacher).numbered.said
     if rows.get("map") == "mapped":
         held_back = [{**turn, "learn": False} if place == 1 else turn for place, turn in enumerate(TURNS)]
         rows = {"map": RowMap(lambda given, services: [*read([{"id": "one", "messages": held_back}]), *list(given)[1:]])}
@@ -580,7 +580,7 @@ def test_a_refused_store_tells_the_command_that_mends_it(
     said = told(source, **keys)
     assert words in said
     carried_out(said, source)
-    assert planned(source, **keys).numbers
+    assert planned(source, **keys).numbered.said
 
 
 def test_a_named_store_of_other_rows_is_mended_with_those_of_the_run(tmp_path: Path, moody: None) -> None:
@@ -592,12 +592,12 @@ def test_a_named_store_of_other_rows_is_mended_with_those_of_the_run(tmp_path: P
     said = told([str(source), str(second)], **both)
     assert f"teacher {source} --model {MODEL} --top-k 3 --out {held.folder} --precision fp32" in said
     carried_out(said, source)
-    assert planned([str(source), str(second)], **both).numbers
+    assert planned([str(source), str(second)], **both).numbered.said
     other = {"rows": {"numbers": str(held.folder), "template_options": {"mood": 1}}, "objective": teacher}
     said = told([str(source), str(second)], **other)
     assert said.count("--replace") == 1
     carried_out(said, source)
-    assert planned([str(source), str(second)], **other).numbers
+    assert planned([str(source), str(second)], **other).numbered.said
 
 
 def test_rows_without_numbers_are_named(tmp_path: Path) -> None:
@@ -648,9 +648,16 @@ LABELLED: list[dict[str, Any]] = [
 def test_losses_that_compare_with_other_rows_are_refused(tmp_path: Path) -> None:
     """Rows that were grouped anew were said to have changed, and storing them again changed nothing."""
     source = file_of(tmp_path, LABELLED)
+    assert "where `kto` makes other rows than those of the file, leave `stored_reference` out" in told(
+        source, objective=["kto", "stored_reference"]
+    )
+    stored(source)
     said = told(source, objective=["kto", "stored_reference"])
-    assert "`stored_reference` reads numbers of rows as the file has them" in said
-    assert "`kto` puts other rows' answers beside each" in said and "leave `stored_reference` out" in said
+    assert "the rows of the file, of which `kto` makes others: leave `stored_reference` out" in said
+    ranked = file_of(
+        tmp_path, [{"id": "q", "prompt": "The door is", "answers": [" red.", " so blue."], "scores": [2, 1]}], "q.jsonl"
+    )
+    assert "where `ranked_pairs` makes other rows than those of the file" in told(ranked, rows={"map": "ranked_pairs"})
     own = [{**row, "reference_chosen": -1.0, "reference_rejected": -2.0} for row in LABELLED]
     assert planned(file_of(tmp_path, own), objective=["kto", "stored_reference"])
 
@@ -667,7 +674,7 @@ def test_a_run_gives_numbers_as_a_model_does(tmp_path: Path) -> None:
     found = [float(held.likelihoods(place)[0]) for place in range(5)]
     assert found == pytest.approx([one.log_likelihood for one in wanted], rel=1e-6)
     assert "its numbers: " in (said := told(source)) and "name this folder under rows.numbers" in said
-    assert planned(source, rows={"numbers": str(held.folder)}).numbers
+    assert planned(source, rows={"numbers": str(held.folder)}).numbered.said
     # What stands beside the weights is part of who gave the numbers.
     base = stored(source, folder=tmp_path / "base")
     assert base.facts["fingerprint"] != held.facts["fingerprint"]
@@ -686,7 +693,7 @@ def test_a_runs_numbers_are_stored_in_the_precision_that_is_asked_for(tmp_path: 
     assert f"--model {first.folder.name} --precision fp64 --replace; or name this folder" in said
     carried_out(said, source)
     assert Numbers(tmp_path / "rows.jsonl.numbers" / "likelihood").facts["precision"] == "float64"
-    assert planned(source, **keys).numbers
+    assert planned(source, **keys).numbered.said
     said = told(source, **{**keys, "train": {"precision": "fp32"}})
     assert "its precision: " in said and "rows.numbers" not in said
     beside = luthier.train({"model": MODEL, "rows": {"train": MIXED[:1]}, "tune": "prompt_tuning", "train": train})
@@ -711,7 +718,7 @@ def test_the_tokenizer_of_another_model_may_write_the_rows(tmp_path: Path, monke
     stored(source)
     assert "the chat template: " in told(source)
     held = stored(source, tokenizer=MODEL, replace=True)
-    assert planned(source).numbers and "--tokenizer tiny:llama" in held.command
+    assert planned(source).numbered.said and "--tokenizer tiny:llama" in held.command
 
 
 def test_the_command_at_80_columns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

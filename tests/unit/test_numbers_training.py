@@ -250,6 +250,7 @@ def test_virtual_targets_before_rows_leave_what_is_stored_in_its_place() -> None
     assert not found_BTK[:, :2].any() and torch.equal(found_BTK[:, 2:], wide_BTK)
 
 
+@pytest.mark.usefixtures("counted")
 def test_memory_is_estimated_with_what_is_stored(tmp_path: Path) -> None:
     """On shapes alone, and of rows that are cut shorter to see what that saves, of which no more are read than are counted."""
     rows = [{"text": f"{number} " * 90} for number in range(6)]

@@ -160,6 +160,7 @@ def test_a_recipe_from_before_asks_for_the_same_steps() -> None:
     assert same_steps(plain, older) and not same_steps({**plain, "quantize": "nf4"}, older)
 
 
+@pytest.mark.usefixtures("counted")
 def test_the_plan_says_what_is_held(tmp_path: Path) -> None:
     recipe = make_recipe({"model": "tiny:llama", "rows": {"train": ROWS}, "tune": "lora", "quantize": "nf4", "out": str(tmp_path)})
     plan = make_plan(recipe)

@@ -80,19 +80,28 @@ def test_the_list_of_runs_takes_any_run() -> None:
         "%",
         "97",
         "%",
-        "49.8",
-        "%",
         "2",
         "min",
         "31",
         "s",
         "2026-11-21",
     ]
-    assert second.split() == ["half-2", "damaged", *["not", "measured"] * 5]
+    assert second.split() == ["half-2", "damaged", *["-"] * 4]
 
     unfinished = {"run": "runs/a-1", "history": [{"step": 95, "loss": 1.0}], "planned_steps": 456}
     shown = [printed(run_table([{**unfinished, "status": status}]), width=120) for status in ("running", "broken off")]
     assert "running  95/456" in shown[0] and "broken off  95/456" in shown[1]
+
+
+def test_the_list_of_runs_cuts_no_word_on_a_small_terminal() -> None:
+    """The list of runs cut words at 80 columns: `finis...`, `stopp...`, `learn...`."""
+    run = SAMPLE.sample_run(run="runs/teacher-of-tastes-and-a-longer-name-1", name="teacher-of-tastes-and-a-longer-name")
+    text = printed(run_table([run, {"run": "runs/a-1", "status": "broken off", "planned_steps": 12345}]))
+    assert max(map(len, text.splitlines())) <= 80 and "\u2026" not in text
+    first = ["run", "status", "steps", "learned", "kept", "time", "started"]
+    assert text.splitlines()[0].split() == first and {"finished", "broken", "2026-11-21"} <= set(text.split())
+    names = "".join(line[: text.splitlines()[0].index("status")].strip() for line in text.splitlines()[1:-1])
+    assert names == "teacher-of-tastes-and-a-longer-name-1"
 
 
 def test_a_run_that_was_killed_says_how_it_goes_on() -> None:

@@ -202,6 +202,21 @@ def test_any_change_to_the_encoding_code_is_another_version(name: str, monkeypat
     assert code_fingerprint() != before
 
 
+def test_the_encoding_code_is_all_that_the_cache_reaches_by_its_imports() -> None:
+    """A module of rows that a new import brings in and the version forgets would leave old rows in use after a change to it."""
+    folder = Path(cache.__file__).parent
+    known = {file.stem for file in folder.glob("*.py")} - {"__init__"}
+    reached, left = set[str](), ["cache"]
+    while left:
+        name = left.pop()
+        reached.add(name)
+        for node in ast.walk(ast.parse((folder / f"{name}.py").read_text(encoding="utf-8"))):
+            package, _, inside = (getattr(node, "module", None) or "").rpartition(".")
+            imported = {alias.name for alias in node.names} if isinstance(node, ast.ImportFrom) and inside == "rows" else {inside}
+            left += (imported & known) - reached if package.startswith("luthier") else []
+    assert reached == set(cache._CODE)
+
+
 def test_kept_rows_are_found_again_and_another_mixture_uses_them(tmp_path: Path, own_cache: Path) -> None:
     def planned(**rows: Any) -> list[str]:
         return list(make_plan(make_recipe(recipe(tmp_path, streaming=True, **rows))).cache)

@@ -61,4 +61,4 @@ def kto(
     def check(batch: Batch) -> None:
         check_numbers(batch, column, "say true or false of every row", called="label")
 
-    return StepLoss(value, loss, unit="group", reference=True, weight=weight, check=check), RowMap(map, regroups=True)
+    return StepLoss(value, loss, unit="group", reference=True, weight=weight, check=check), RowMap(map)
