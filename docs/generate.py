@@ -25,6 +25,8 @@ from luthier.registry import KINDS, kinds_under
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "toy_technique.py"
 RESULTS = Path(__file__).parent.parent / "bench" / "results.json"
+PREFERENCES = RESULTS.with_name("preferences.json")
+CLASSES = RESULTS.with_name("classify.json")
 COSTS = Path(__file__).parent.parent / "bench" / "techniques.json"
 OBJECTIVE_COSTS = Path(__file__).parent.parent / "bench" / "objectives.json"
 MARKER = re.compile(r"^<!-- generated: (\w+) -->$", re.MULTILINE)
@@ -166,23 +168,36 @@ def example() -> str:
 
 def bench() -> str:
     """What `make bench` measured last, as it was committed."""
-    if not RESULTS.exists():
+    return _beside(RESULTS, "TRL", "targets/s")
+
+
+def bench_preferences() -> str:
+    """What `python -m bench.preferences` measured last, as it was committed."""
+    return _beside(PREFERENCES, "TRL", "targets/s")
+
+
+def bench_classify() -> str:
+    """What `python -m bench.classify` measured last, as it was committed."""
+    return _beside(CLASSES, "transformers", "accuracy")
+
+
+def _beside(file: Path, peer: str, second: str) -> str:
+    """Both tools on the same work, one setting a line: tokens a second, their ratio, a second figure and the peak of memory."""
+    if not file.exists():
         return "No results are stored."
-    facts = json.loads(RESULTS.read_text(encoding="utf-8"))
-    rows = [
-        (
-            f"{one['tune']}, {one['precision']}",
-            f"{one['luthier']['tokens_per_second']:,.0f}",
-            f"{one['peer']['tokens_per_second']:,.0f}",
-            f"**{one['ratio']:.2f}** ({one['ratio_spread'][0]:.2f} to {one['ratio_spread'][1]:.2f})",
-            f"{one['luthier']['supervised_tokens_per_second']:,.0f}",
-            f"{one['peer']['supervised_tokens_per_second']:,.0f}",
-            f"{one['luthier']['peak_bytes'] / 2**30:.2f} GiB",
-            f"{one['peer']['peak_bytes'] / 2**30:.2f} GiB",
-        )
-        for one in facts["results"]
-    ]
-    shown = [[f"{tool}, {name}" for tool in ("luthier", "TRL")] for name in ("tokens/s", "targets/s", "peak")]
+    facts = json.loads(file.read_text(encoding="utf-8"))
+    figures = {
+        "tokens/s": lambda one, side: f"{one[side]['tokens_per_second']:,.0f}",
+        "targets/s": lambda one, side: f"{one[side]['supervised_tokens_per_second']:,.0f}",
+        "accuracy": lambda one, side: f"{100 * one['ended'][side]['held_out']:.1f} %",
+        "peak": lambda one, side: f"{one[side]['peak_bytes'] / 2**30:.2f} GiB",
+    }
+    rows = []
+    for one in facts["results"]:
+        first, *others = [[figures[name](one, side) for side in ("luthier", "peer")] for name in ("tokens/s", second, "peak")]
+        ratio = f"**{one['ratio']:.2f}** ({one['ratio_spread'][0]:.2f} to {one['ratio_spread'][1]:.2f})"
+        rows.append((f"{one['tune']}, {one['precision']}", *first, ratio, *(cell for pair in others for cell in pair)))
+    shown = [[f"{tool}, {name}" for tool in ("luthier", peer)] for name in ("tokens/s", second, "peak")]
     first, machine = facts["results"][0], facts["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
     setting = (
@@ -303,6 +318,6 @@ def workshop() -> str:
     return "\n\n".join(card.replace("# ", "## ", 1) for card in cards)
 
 
-_ALL = (recipe, techniques, example, bench, costs, objective_costs, world, workshop, metrics)
+_ALL = (recipe, techniques, example, bench, bench_preferences, bench_classify, costs, objective_costs, world, workshop, metrics)
 _OF_CLAIMS = (claims.claims, claims.claim_rule, claims.claim_effects, claims.calibration, claims.comparisons)
 WRITERS: dict[str, Callable[[], str]] = {writer.__name__: writer for writer in (*_ALL, *_OF_CLAIMS)} | {"rooms": rooms.page}

@@ -6,8 +6,11 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import NamedTuple
+
+from tests.planted.recording import FOLDER
 
 KEPT = Path(".coverage.tests.json")
 """At the root of a checkout; never part of it."""
@@ -40,35 +43,20 @@ def read(root: Path) -> Lines:
 
 
 def make(root: Path) -> None:
-    """Run the suite with every line's tests recorded. Tests in other processes than the suite's own are not seen."""
-    from coverage import CoverageData
-
-    report = root / ".coverage.durations.xml"
-    command = [sys.executable, "-m", "pytest", "-n", "auto", "--dist", "worksteal", "-q", "--cov", "--cov-context=test"]
-    command += ["--cov-report=", f"--junitxml={report}", "-m", "not realmodel"]
-    subprocess.run(command, cwd=root, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False)
-    data = CoverageData(str(root / ".coverage"))
-    data.read()
-    seconds = _seconds(report)
-    tests = sorted({context.partition("|")[0] for context in data.measured_contexts() if context})
+    """Run the suite and write down which lines each test runs. What tests run in other processes than the suite's own is not seen."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "pytest", "-n", "auto", "--dist", "worksteal", "-q", "-m", "not realmodel"]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root), FOLDER: folder}
+        subprocess.run([*command, "-p", "tests.planted.recording"], cwd=root, env=environment, check=False)
+        told = [json.loads(file.read_text(encoding="utf-8")) for file in Path(folder).glob("*.json")]
+    seconds = {test: taken for one in told for test, (taken, _) in one["tests"].items()}
+    tests = sorted(seconds)
     number = {test: place for place, test in enumerate(tests)}
-    of_lines: dict[str, dict[str, list[int]]] = {}
-    for file in data.measured_files():
-        inside = str(Path(file).relative_to(root / "luthier"))
-        of_lines[inside] = {
-            str(line): sorted({number[one.partition("|")[0]] for one in contexts if one})
-            for line, contexts in data.contexts_by_lineno(file).items()
-        }
-    kept = Lines(tests, [seconds.get(test, 1.0) for test in tests], of_lines)
-    (root / KEPT).write_text(json.dumps(kept._asdict()), encoding="utf-8")
-    report.unlink()
-
-
-def _seconds(report: Path) -> dict[str, float]:
-    from xml.etree import ElementTree
-
-    found = {}
-    for case in ElementTree.parse(report).iter("testcase"):
-        file = str(case.get("classname", "")).replace(".", "/") + ".py"
-        found[f"{file}::{case.get('name')}"] = float(case.get("time") or 0.0)
-    return found
+    of_lines: dict[str, dict[str, set[int]]] = {}
+    for one in told:
+        for test, (_, ran) in one["tests"].items():
+            for file, first, last in (one["places"][mark] for mark in ran):
+                for line in range(first, last + 1):
+                    of_lines.setdefault(file, {}).setdefault(str(line), set()).add(number[test])
+    kept = {file: {line: sorted(found) for line, found in lines.items()} for file, lines in of_lines.items()}
+    (root / KEPT).write_text(json.dumps(Lines(tests, [seconds[test] for test in tests], kept)._asdict()), encoding="utf-8")
