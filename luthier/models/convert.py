@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from gguf import GGUFReader
-from tokenizers import pre_tokenizers
+from tokenizers import Tokenizer, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from luthier.errors import LuthierError
@@ -50,7 +51,7 @@ def load_gguf_tokenizer(file: Path) -> PreTrainedTokenizerBase:
     try:
         with quiet():
             tokenizer: Any = transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-        pre_tokenizer, context_length = _metadata(file)
+        pre_tokenizer, context_length, tokens = _metadata(file)
         others = _named_templates(file)
     # As with weights: a damaged file makes the readers raise anything.
     except Exception as error:
@@ -59,6 +60,7 @@ def load_gguf_tokenizer(file: Path) -> PreTrainedTokenizerBase:
             where=str(file),
             mend="check that the file is complete and that transformers reads its kind of tokenizer from GGUF",
         ) from error
+    _leave_out_others(tokenizer, tokens)
     if pre_tokenizer in _DIGITS_APART:
         tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
             [
@@ -87,15 +89,24 @@ def convert_gguf(file: Path, folder: Path) -> None:
         tokenizer.save_pretrained(folder)
 
 
-def _metadata(file: Path) -> tuple[str | None, int | None]:
-    """The name of the pre-tokenizer and the longest context, in tokens, where the file states them."""
+def _leave_out_others(tokenizer: Any, tokens: int) -> None:
+    """Take out tokens behind those of the file: transformers adds an `<|endoftext|>` to all of GPT-2's kind."""
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    own = [one for one in state["added_tokens"] if one["id"] < tokens]
+    if len(own) < len(state["added_tokens"]):
+        tokenizer._tokenizer = Tokenizer.from_str(json.dumps({**state, "added_tokens": own}))
+
+
+def _metadata(file: Path) -> tuple[str | None, int | None, int]:
+    """The name of the pre-tokenizer and the longest context, in tokens, where the file states them, and how many tokens it has."""
     fields = GGUFReader(file).fields
     architecture = fields["general.architecture"].contents()
 
     def value(key: str) -> Any:
         return fields[key].contents() if key in fields else None
 
-    return value("tokenizer.ggml.pre"), value(f"{architecture}.context_length")
+    tokens = fields["tokenizer.ggml.tokens"]
+    return value("tokenizer.ggml.pre"), value(f"{architecture}.context_length"), len(tokens.data)
 
 
 def _named_templates(file: Path) -> dict[str, str]:
