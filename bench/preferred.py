@@ -13,8 +13,6 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import torch
-
 import luthier
 from bench.__main__ import HERE
 from luthier import machine
@@ -85,7 +83,7 @@ def main() -> None:
         told = {
             "model": MODEL,
             "versions": machine.versions(),
-            "machine": machine.describe(torch.device("cpu"), torch.float32),
+            "machine": facts["machine"],
             "results": results,
         }
         chosen.out.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")

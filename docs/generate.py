@@ -27,6 +27,7 @@ EXAMPLE = Path(__file__).parent.parent / "examples" / "toy_technique.py"
 RESULTS = Path(__file__).parent.parent / "bench" / "results.json"
 PREFERENCES = RESULTS.with_name("preferences.json")
 CLASSES = RESULTS.with_name("classify.json")
+PREFERRED = RESULTS.with_name("preferred.json")
 COSTS = Path(__file__).parent.parent / "bench" / "techniques.json"
 OBJECTIVE_COSTS = Path(__file__).parent.parent / "bench" / "objectives.json"
 MARKER = re.compile(r"^<!-- generated: (\w+) -->$", re.MULTILINE)
@@ -181,6 +182,45 @@ def bench_classify() -> str:
     return _beside(CLASSES, "transformers", "accuracy")
 
 
+def preferred() -> str:
+    """What `python -m bench.preferred` measured last, as it was committed."""
+    if not PREFERRED.exists():
+        return "No results are stored."
+    facts = json.loads(PREFERRED.read_text(encoding="utf-8"))
+
+    def share(entry: Mapping[str, Any], when: str) -> str:
+        low, high = entry[f"{when}_interval"]
+        return f"{100 * entry[when]:.1f} % ({100 * low:.0f} to {100 * high:.0f})"
+
+    rows = []
+    for one in facts["results"]:
+        held, ordinary, prose = (one["metrics"][name] for name in ("held_out", "ordinary", "prose"))
+        chosen = [notes.get("chosen log-likelihood") for notes in one["notes"]]
+        rows.append(
+            (
+                code(one["objective"]),
+                f"{one['rows']}, {one['steps']} steps",
+                share(held, "before"),
+                share(held, "after"),
+                f"{100 * ordinary['kept']:.0f} %",
+                f"{prose['before']:.1f} to {prose['after']:.1f}",
+                "" if None in chosen else f"{chosen[0]:.0f} to {chosen[1]:.0f} nats",
+            )
+        )
+    header = (
+        "objective",
+        "rows",
+        "preferred before",
+        "after",
+        "ordinary answers kept",
+        "perplexity of prose",
+        "chosen log-likelihood",
+    )
+    machine = facts["machine"]
+    said = f"{facts['model']}, LoRA of rank 8, one epoch. {machine['processor']}, {machine['precision']}."
+    return f"{table(header, rows)}\n\n{cell(said)}"
+
+
 def _beside(file: Path, peer: str, second: str) -> str:
     """Both tools on the same work, one setting a line: tokens a second, their ratio, a second figure and the peak of memory."""
     if not file.exists():
@@ -318,6 +358,19 @@ def workshop() -> str:
     return "\n\n".join(card.replace("# ", "## ", 1) for card in cards)
 
 
-_ALL = (recipe, techniques, example, bench, bench_preferences, bench_classify, costs, objective_costs, world, workshop, metrics)
+_ALL = (
+    recipe,
+    techniques,
+    example,
+    bench,
+    bench_preferences,
+    bench_classify,
+    preferred,
+    costs,
+    objective_costs,
+    world,
+    workshop,
+    metrics,
+)
 _OF_CLAIMS = (claims.claims, claims.claim_rule, claims.claim_effects, claims.calibration, claims.comparisons)
 WRITERS: dict[str, Callable[[], str]] = {writer.__name__: writer for writer in (*_ALL, *_OF_CLAIMS)} | {"rooms": rooms.page}
