@@ -47,6 +47,9 @@ def test_whole_dialogues_begin_with_their_prompt() -> None:
         "rejected": "13",
     }, "no word is cut in two"
     assert fields({"chosen": [ASKED, GOOD], "rejected": [ASKED, GOOD]})["chosen"] == [GOOD]
+    longer = {"prompt": [ASKED], "chosen": [GOOD], "rejected": [GOOD, ASKED, BAD]}
+    assert fields({"chosen": [ASKED, GOOD], "rejected": [ASKED, GOOD, ASKED, BAD]}) == longer
+    assert fields({"chosen": [ASKED, GOOD, ASKED, BAD], "rejected": [ASKED, GOOD]})["chosen"] == [GOOD, ASKED, BAD]
 
 
 @pytest.mark.parametrize(
@@ -57,6 +60,7 @@ def test_whole_dialogues_begin_with_their_prompt() -> None:
             "no prompt in common: one begins with user: `q`",
         ),
         ({"chosen": "good", "rejected": "bad"}, "no prompt in common"),
+        ({"chosen": "good", "rejected": "gone"}, "no prompt in common"),
         ({"chosen": "Well, good", "rejected": "Well, "}, "no answer behind it"),
         ({"chosen": [ASKED, GOOD], "rejected": "q bad"}, "one is text and the other messages"),
         (
@@ -67,6 +71,7 @@ def test_whole_dialogues_begin_with_their_prompt() -> None:
             {"prompt": [ASKED, GOOD, ASKED], "chosen": [ASKED, BAD, ASKED, GOOD], "rejected": [BAD]},
             "`chosen` begins with another prompt than `prompt`: its message 2 is assistant: `bad`",
         ),
+        ({"prompt": [ASKED, GOOD, ASKED], "chosen": [ASKED, GOOD], "rejected": [BAD]}, "its message 3 is nobody: ``"),
     ],
     ids=str,
 )
@@ -117,6 +122,15 @@ def test_pairs_that_are_too_long_lose_as_much_of_both_prompts_or_are_left_out(to
     assert "answers are not cut" in dropped.reason and "row r" in dropped.where
     with pytest.raises(LuthierError, match=f"at most {limit} are allowed"):
         encoded([PAIR], max_tokens=limit)
+
+
+def test_a_pair_that_is_one_token_too_long() -> None:
+    whole = encoded([PAIR]).rows[0]
+    with pytest.raises(LuthierError, match=f"has {len(whole)} tokens, and at most {len(whole) - 1} are allowed"):
+        encoded([PAIR], max_tokens=len(whole) - 1)
+    cut = encoded([PAIR], max_tokens=len(whole) - 1, too_long="left").rows[0]
+    assert [len(one) for one in cut.group] == [len(one) - 1 for one in whole.group]
+    assert encoded([PAIR], max_tokens=len(whole)).rows[0] == whole
 
 
 def test_a_template_that_writes_the_prompt_by_its_answer_is_refused() -> None:
@@ -181,3 +195,19 @@ def test_streamed_pairs_are_those_in_memory(tmp_path: Path, monkeypatch: pytest.
         plain = encode_all(list(read(file)), tokenizer)
         assert [row.group for row in kept.rows.rows] == [row.group for row in plain.rows]
         assert [list(one) for one in kept.rows.sizes] == [list(one) for one in plain.sizes]
+
+
+@pytest.mark.parametrize("begins", [True, False], ids=["with a first token", "without"])
+def test_one_token_of_the_prompt_stays_or_the_pair_is_left_out(begins: bool) -> None:
+    """A tokenizer's beginning-of-sequence token is never cut, so that it is the one that stays."""
+    tokenizer: Any = tiny_tokenizer()
+    if not begins:
+        tokenizer.bos_token = "<|other|>"
+    whole = encode_all(read([PAIR]), tokenizer).rows[0]
+    prompt = whole.supervised.index(True)
+    limit = len(whole) - prompt + 1
+    (row,) = encode_all(read([PAIR]), tokenizer, max_tokens=limit, too_long="left").rows
+    stays = whole.token_ids[0] if begins else whole.token_ids[prompt - 1]
+    assert row.token_ids == (stays, *whole.token_ids[prompt:]) and row.supervised.index(True) == 1
+    with pytest.raises(LuthierError, match=r"no token is left to learn: .*answers are not cut"):
+        encode_all(read([PAIR]), tokenizer, max_tokens=limit - 1, too_long="left")
