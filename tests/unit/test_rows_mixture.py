@@ -198,3 +198,9 @@ def test_paths_of_sources_are_looked_up_beside_the_recipe(tmp_path: Path) -> Non
 def test_rows_that_a_row_map_made_belong_to_no_source(tmp_path: Path) -> None:
     with pytest.raises(LuthierError, match="was made by a row map"):
         make_plan(make_recipe(recipe(tmp_path, map="twice")))
+
+
+def test_the_first_row_drawn_is_no_copy_wherever_it_stands() -> None:
+    for place in range(3):
+        mixture = Mixture((Source("one", None, [place]),), (1.0,), "rows", (2,), 0)
+        assert mixture.epoch(0) == [Draw(place, 0), Draw(place, 1)]
