@@ -219,3 +219,12 @@ def test_one_error_names_five_of_many() -> None:
     assert "f:6" not in error.what and "and 2 more" in error.what
     assert error.mend.count("mend it") == 1 and "on_bad_row" in error.mend
     assert bad_rows_error(bad[:1], 20).what == "broken"
+
+
+def test_five_bad_rows_are_all_of_them() -> None:
+    bad = [BadRow(f"row {number}", f"reason {number}", f"mend {number}") for number in range(6)]
+    five = bad_rows_error(bad[:5], 9)
+    assert five.what == "5 of 9 rows cannot be used:" + "".join(f"\n    row {number}: reason {number}" for number in range(5))
+    assert five.mend.startswith("mend 0; mend 1; mend 2; mend 3; mend 4; or leave")
+    six = bad_rows_error(bad, 9)
+    assert six.what.endswith("row 4: reason 4\n    and 1 more") and "mend 4" in six.mend and "mend 5" not in six.mend
