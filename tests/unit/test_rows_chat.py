@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from luthier.models.tiny import tiny_tokenizer
-from luthier.rows.chat import BEGINS, OPENS, PLAIN, REWRITES, LossOn, Rendered, _narrowed, form_of, render_training
+from luthier.rows.chat import BEGINS, OPENS, PLAIN, REWRITES, LossOn, Rendered, _narrowed, form_of, render_prompt, render_training
 from luthier.rows.messages import with_written_arguments
 from luthier.rows.read import read
 
@@ -94,3 +94,29 @@ def test_arguments_as_text_keep_their_letters() -> None:
     call = {"function": {"name": "find", "arguments": {"city": "Zürich"}}}
     (made,) = with_written_arguments({"role": "assistant", "content": "", "tool_calls": [call]})["tool_calls"]
     assert made["function"]["arguments"] == '{"city": "Zürich"}'
+
+
+def test_tokens_of_the_generation_prompt_end_no_turn() -> None:
+    tokenizer: Any = tiny_tokenizer()
+    tokenizer.chat_template = ENDLESS.replace("assistant: {% endif %}", "<|im_start|>assistant: {% endif %}")
+    assert not form_of(tokenizer).turn_ends_itself
+
+
+def test_keys_that_a_template_does_not_write_are_noted() -> None:
+    tokenizer: Any = tiny_tokenizer()
+    call = {"role": "assistant", "content": "a", "function_call": {"name": "f", "arguments": "{}"}}
+    (row,) = read([{"messages": [{"role": "user", "content": "q", "name": "Mara"}, call]}])
+    assert row.fields["messages"][1] == {
+        **{"role": "assistant", "content": "a"},
+        "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {}}}],
+    }
+    tokenizer.chat_template = ENDLESS
+    notes = render_training(row, form_of(tokenizer)).notes
+    assert notes[:2] == (
+        "the chat template does not write `name` of user turns",
+        "the chat template does not write `tool_calls` of assistant turns",
+    )
+
+
+def test_a_document_to_go_on_with_begins_as_the_tokenizer_begins() -> None:
+    assert render_prompt(read([{"text": "abc"}])[0], form_of(tiny_tokenizer())).plain

@@ -8,15 +8,19 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
+import pyarrow
 import pytest
 
+from luthier.errors import LuthierError
 from luthier.models.tiny import tiny_tokenizer
-from luthier.rows import cache, chunks
+from luthier.rows import cache, chunks, stored
 from luthier.rows.chat import form_of
 from luthier.rows.chunks import Encoding, Records, cut, encode_chunks
+from luthier.rows.ids import digest
 from luthier.rows.read import read
 from luthier.rows.shapes import BadRow
 from luthier.rows.sources import Streamed
+from luthier.rows.stored import Chunk
 
 RECORDS = [{"prompt": f"What is {i}?", "completion": "x" * (i + 1)} for i in range(40)]
 
@@ -92,3 +96,40 @@ def test_the_first_and_the_last_mebibyte_of_a_file_are_in_the_key(tmp_path: Path
         file.write_bytes(content)
         assert cache._stamp(file)[-1] == hashlib.sha256(content[: 2**20] + content[-(2**20) :]).hexdigest()
     assert len(cache.key_of({})) == 24
+
+
+def test_stored_rows_apart_from_their_texts(tmp_path: Path) -> None:
+    pair = {"prompt": "q", "chosen": "a", "rejected": "b"}
+    chunk = chunks.encode_chunk(Records(list(read([RECORDS[0], RECORDS[1], pair])), []), encoding())
+    stored.write(tmp_path / "new" / "kept", [chunk, chunk], {})
+    rows = stored.StoredRows(stored.read(tmp_path / "new" / "kept").batches, {0: "first", 4: "fifth"})
+    bare = list(rows.bare())
+    assert [row.id for row in bare] == [rows.id_of(place) for place in range(6)] == [row.id for row in rows]
+    assert (bare[0].id, bare[4].id, len(stored.StoredRows([]))) == ("first", "fifth", 0)
+    assert [len(row.mates) for row in bare] == [0, 0, 1] * 2
+
+
+def file_of(path: Path, ids: list[str]) -> Streamed:
+    path.write_text("".join(json.dumps({"id": one, "text": f"text {one}"}) + "\n" for one in ids))
+    return Streamed(path.stem, str(path))
+
+
+def test_rows_of_several_sources_have_their_places_and_the_first_double_id_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LUTHIER_CACHE", str(tmp_path / "cache"))
+    first, other = file_of(tmp_path / "a.jsonl", list("abcd")), file_of(tmp_path / "b.jsonl", list("efg"))
+    assert cache.keep([first, other], encoding()).places == (range(4), range(4, 7))
+    for sign in (1, -1):
+        double = sorted("abcd", key=lambda one: sign * digest(one))
+        with pytest.raises(LuthierError, match=f"two rows have the id `{double[0]}`"):
+            cache.keep([first, file_of(tmp_path / f"{sign}.jsonl", double)], encoding())
+
+
+def test_an_error_counts_all_records_that_were_read() -> None:
+    batch, bad = pyarrow.record_batch({"n": [1, 2]}), BadRow("there", "bad")
+    good = Chunk(batch, 0, [], [], [bad], {}, {})
+    broken = Chunk(batch, 0, [bad, bad], [bad], [bad], {}, {})
+    with pytest.raises(LuthierError, match="2 of 9 rows cannot be used"):
+        list(cache._judged([good, broken], "rows", "stop"))
+    assert len(list(cache._judged([good, broken], "rows", "skip"))) == 2

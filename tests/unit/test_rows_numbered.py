@@ -17,7 +17,7 @@ from luthier.models.tiny import tiny_tokenizer
 from luthier.rows import numbers
 from luthier.rows.encode import Encoded, EncodedRows, encode_all
 from luthier.rows.numbered import bare, join
-from luthier.rows.numbers import LIKELIHOOD, MADE_WITH, Entry, Numbers, differences, write_part
+from luthier.rows.numbers import LIKELIHOOD, MADE_WITH, Entry, Numbers, beside, command_of, differences, write_part
 from luthier.rows.read import read
 
 TEXTS = [{"id": f"row{number}", "text": "a" * (number + 1)} for number in range(6)]
@@ -81,8 +81,9 @@ def test_later_numbers_of_a_row_stand_for_earlier_ones(tmp_path: Path) -> None:
     assert held.find([f"other{number}" for number in range(40)]).tolist() == [-1] * 40
 
 
-def test_what_each_target_has_stands_at_its_token(tmp_path: Path) -> None:
+def test_what_each_target_has_stands_at_its_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a pair first those of the chosen answer, then those of the rejected one; two probabilities for each target."""
+    monkeypatch.setattr(numbers, "_GROUP_BYTES", 16)
     rows = encoded([PAIR, TEXTS[0]])
     entries = []
     for row in rows.rows:
@@ -106,6 +107,33 @@ def test_what_each_target_has_stands_at_its_token(tmp_path: Path) -> None:
                 assert read_here == (wanted if is_target else ([0, 0], [0, 0], 0.0))
                 number += is_target
     assert [row.columns for row in bare(found)] == [{}, {}]
+
+
+def test_rows_of_the_same_content_may_share_numbers(tmp_path: Path) -> None:
+    rows = encoded([{"text": "a"}, {"text": "b"}, {"text": "a"}])
+    found = join(rows, [store(tmp_path, rows.rows[:2], [[-1.0], [-2.0]])], lambda first: "").rows
+    assert [row.columns[LIKELIHOOD] for row in found] == [-1.0, -2.0, -1.0] and found[2].id == f"{found[0].id}-2"
+
+
+def test_a_flipped_bit_in_a_store_is_found(tmp_path: Path) -> None:
+    (part,) = store(tmp_path, encoded(TEXTS[:3]).rows, [[-1.25], [-2.0], [-2.5]]).parts
+    content, value = part.read_bytes(), numpy.float64(-2.0).tobytes()
+    # The least and the largest of a column also stand beside its values.
+    assert content.count(value) == 1
+    part.write_bytes(content.replace(value, numpy.float64(-2.25).tobytes()))
+    with pytest.raises(LuthierError, match="no whole file of numbers"):
+        Numbers(tmp_path)
+
+
+def test_where_a_store_lies_and_what_writes_it(tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    assert beside(rows, "teacher") is None
+    rows.touch()
+    assert beside(rows, "teacher") == tmp_path / "rows.jsonl.numbers" / "teacher"
+    options = {"loss_on": "all", "template_options": {"thinking": True}}
+    words = "luthier rows store teacher a.jsonl loss_on=all template_options.thinking=true --model m --top-k 5 --precision float32"
+    assert command_of("teacher", "a.jsonl", "m", options, top_k=5, precision="float32") == words
+    assert command_of("likelihood", "a.jsonl", "m", {}) == "luthier rows store likelihood a.jsonl --model m"
 
 
 def test_row_groups_are_filled_up_to_their_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
