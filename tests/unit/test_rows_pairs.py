@@ -15,8 +15,8 @@ from luthier.rows.batches import collate, padding_share, plan_epoch
 from luthier.rows.cache import keep
 from luthier.rows.chat import form_of
 from luthier.rows.chunks import Encoding
-from luthier.rows.encode import EncodedRows, Sizes, encode_all, renamed
-from luthier.rows.groups import SAME
+from luthier.rows.encode import Encoded, EncodedRows, Sizes, encode_all, renamed
+from luthier.rows.groups import SAME, run_tokens
 from luthier.rows.read import read
 from luthier.rows.sources import read_rows
 from tests.faults.test_faults_templates import CHATML, byte_level
@@ -211,3 +211,9 @@ def test_one_token_of_the_prompt_stays_or_the_pair_is_left_out(begins: bool) -> 
     assert row.token_ids == (stays, *whole.token_ids[prompt:]) and row.supervised.index(True) == 1
     with pytest.raises(LuthierError, match=r"no token is left to learn: .*answers are not cut"):
         encode_all(read([PAIR]), tokenizer, max_tokens=limit - 1, too_long="left")
+
+
+def test_what_a_group_runs_where_its_beginnings_are_run_once() -> None:
+    """Of 3 and 4 tokens that begin with the same 2, and 2 that begin both: 3 + 2 + 0."""
+    group = [Encoded("r", ids, (False,) * len(ids), "here", {}, 0, "text") for ids in ((1, 2, 3), (1, 2, 9, 9), (1, 2))]
+    assert run_tokens(group) == 5 and run_tokens(group[:1]) == 3
