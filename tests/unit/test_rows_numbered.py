@@ -16,6 +16,7 @@ from luthier.kinds import TEACHER
 from luthier.models.tiny import tiny_tokenizer
 from luthier.rows import numbers
 from luthier.rows.encode import Encoded, EncodedRows, encode_all
+from luthier.rows.lazy import LazyRows
 from luthier.rows.numbered import bare, join
 from luthier.rows.numbers import LIKELIHOOD, MADE_WITH, Entry, Numbers, beside, command_of, differences, write_part
 from luthier.rows.read import read
@@ -150,3 +151,15 @@ def test_what_differs_is_shown_by_its_first_twelve_digits() -> None:
     ]
     shown = int.from_bytes(hashlib.sha256(b"x").digest()[:8], "little")
     assert differences({"template": "x"}, {"template": None}, MADE_WITH) == [f"the chat template: {shown:016x}"[:31] + ", now null"]
+
+
+def test_a_fault_while_a_row_is_made_does_not_end_the_rows() -> None:
+    class Broken(LazyRows):
+        def __len__(self) -> int:
+            return 2
+
+        def row(self, place: int) -> Encoded:
+            raise IndexError("within")
+
+    with pytest.raises(IndexError, match="within"):
+        list(Broken())
