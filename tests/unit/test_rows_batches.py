@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -195,3 +196,10 @@ def test_mates_count_in_the_padding_of_a_micro_batch() -> None:
 def test_numbers_with_more_digits_than_a_float_holds_are_infinite() -> None:
     batch = collate([encoded(1, 2, n=10**400), encoded(1, 2, n=-(10**400))])
     assert batch.columns["n"].tolist() == [math.inf, -math.inf]
+
+
+def test_several_numbers_of_a_token_are_padded_as_one_is() -> None:
+    one = replace(encoded(5, 6, 7), token_columns={"n": torch.arange(6.0).reshape(3, 2).numpy()})
+    two = replace(encoded(8, 9), token_columns={"n": torch.ones(2, 2).numpy()})
+    found = collate([one, two]).token_columns["n"]
+    assert found.tolist() == [[[0, 1], [2, 3], [4, 5]], [[1, 1], [1, 1], [0, 0]]]
