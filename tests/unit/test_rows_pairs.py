@@ -47,6 +47,8 @@ def test_whole_dialogues_begin_with_their_prompt() -> None:
         "rejected": "13",
     }, "no word is cut in two"
     assert fields({"chosen": [ASKED, GOOD], "rejected": [ASKED, GOOD]})["chosen"] == [GOOD]
+    said = {"prompt": "Q: one? A: ", "chosen": "yes it is", "rejected": "no it was"}
+    assert fields({key: said["prompt"] + said[key] for key in ("chosen", "rejected")}) == said
     longer = {"prompt": [ASKED], "chosen": [GOOD], "rejected": [GOOD, ASKED, BAD]}
     assert fields({"chosen": [ASKED, GOOD], "rejected": [ASKED, GOOD, ASKED, BAD]}) == longer
     assert fields({"chosen": [ASKED, GOOD, ASKED, BAD], "rejected": [ASKED, GOOD]})["chosen"] == [GOOD, ASKED, BAD]
