@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import overload
 
 from luthier.rows.encode import Encoded
@@ -22,3 +22,7 @@ class LazyRows(Sequence[Encoded]):
     def __getitem__(self, index: int | slice) -> Encoded | Sequence[Encoded]:
         places = range(len(self))[index]
         return tuple(map(self.row, places)) if isinstance(places, range) else self.row(places)
+
+    def __iter__(self) -> Iterator[Encoded]:
+        # The one of `Sequence` takes an IndexError within `row` for the end of the rows.
+        return map(self.row, range(len(self)))

@@ -259,3 +259,9 @@ def test_metrics_know_what_can_be_accepted() -> None:
         found = {name for name in ("last_number", "tool_call") if METRICS[name].readable(text)}
         assert found == readable
         assert METRICS["contains"].readable(text)
+
+
+def test_what_answers_are_measured_by_where_nothing_else_is_said() -> None:
+    assert type_token_ratio(" ".join(f"w{number}" for number in range(96)) + " w0") == 1.0
+    assert type_token_ratio(" ".join(f"w{number}" for number in range(95)) + " w0") == 95 / 96
+    assert repetition("a b c d e a b c d") == pytest.approx(1 / 6) and token_f1("a word", []) == 0.0

@@ -16,8 +16,10 @@ from luthier import registry
 from luthier.cli import app
 from luthier.errors import LuthierError
 from luthier.kinds import RowScore
+from luthier.models.load import resolve
 from luthier.models.tiny import tiny, tiny_tokenizer
 from luthier.recipe import make_recipe
+from luthier.rows import embed
 from luthier.rows.embed import HASH_WIDTH, embedder, hashed, pooled
 from luthier.rows.read import read
 from luthier.rows.select import how_many, score_rows, select_rows
@@ -111,8 +113,8 @@ def test_pooling_is_the_mean_over_real_tokens_alone(architecture: str) -> None:
 def test_models_embed_once_and_equal_texts_alike(cache: Path) -> None:
     said: list[str] = []
     texts = ["one", "a longer text", "one", "x" * 600]
-    embed = embedder("tiny:llama", say=said.append)
-    found = embed(texts)
+    embedded = embedder("tiny:llama", say=said.append)
+    found = embedded(texts)
     assert torch.equal(found[0], found[2]) and not torch.equal(found[0], found[1])
     assert torch.allclose(found.norm(dim=-1), torch.ones(4), atol=1e-6)
     assert said == ["embedding 3 texts with tiny:llama", "1 of 3 texts are longer than 512 tokens: their beginnings are embedded"]
@@ -120,11 +122,11 @@ def test_models_embed_once_and_equal_texts_alike(cache: Path) -> None:
     assert torch.allclose(found[[3, 1]], pooled(tiny("llama"), [ids[3], ids[1]]), atol=1e-5)
     (kept,) = (cache / "embeddings").iterdir()
     said.clear()
-    assert torch.equal(embed(texts), found) and not said, "from the cache"
+    assert torch.equal(embedded(texts), found) and not said, "from the cache"
     kept.write_bytes(kept.read_bytes()[:100])
-    assert torch.equal(embed(texts), found) and "damaged" in said[0]
+    assert torch.equal(embedded(texts), found) and "damaged" in said[0]
     assert load_file(kept)["embedding"].shape == (3, found.shape[1])
-    embed(["another"])
+    embedded(["another"])
     embedder("tiny:gpt2")(texts)
     assert len(list((cache / "embeddings").iterdir())) == 3, "other texts and other models are kept apart"
 
@@ -267,3 +269,58 @@ def test_recipes_and_commands_refuse_each_others_kinds_by_name() -> None:
         score_rows([{"text": "a"}], "lora")
     assert "its kind is additive" in other.value.mend
     assert {"got_d", "nearest", "random_rows"} <= set(registry.names("row_score"))
+
+
+def test_the_facts_of_a_choice_by_hand(tmp_path: Path) -> None:
+    given = RowScore(lambda rows, services: [2.0, 5.0, 3.0, 4.0, 1.0])
+    pool = [{"text": f"é {i}"} for i in range(5)]
+    facts = select_rows(pool, given, count=3, out=tmp_path / "out.jsonl").facts
+    assert (facts["highest_picked"], facts["lowest_picked"], facts["shared_by_chance"]) == (5.0, 3.0, 9 / 5)
+    assert facts["shared_with_random"] in (1, 2, 3) and select_rows(pool, given, count=5).facts["shared_with_random"] == 5
+    assert (tmp_path / "out.jsonl").read_text(encoding="utf-8").splitlines()[0] == '{"text": "é 1"}'
+
+
+def test_draws_follow_seed_0_unless_another_is_given() -> None:
+    pool = [{"text": f"row {i}"} for i in range(20)]
+    assert score_rows(pool, "random_rows").scores == score_rows(pool, "random_rows", seed=0).scores
+    chosen = select_rows(pool, "random_rows", count=9)
+    assert chosen == select_rows(pool, "random_rows", count=9, seed=0) and chosen.facts["seed"] == 0
+
+
+def test_texts_are_embedded_the_longest_first_and_as_many_as_there_is_room_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    lengths: list[list[int]] = []
+
+    def recorded(model: Any, token_ids: list[list[int]]) -> torch.Tensor:
+        lengths.append([len(ids) for ids in token_ids])
+        return pooled(model, token_ids)
+
+    monkeypatch.setattr(embed, "pooled", recorded)
+    texts = ["x" * 9, "x" * 3, "x" * 10, "x" * 4, "x" * 5]
+    for room, wanted in ((20, [[9, 10], [3, 4, 5]]), (3, [[10], [9], [5], [4], [3]])):
+        monkeypatch.setattr(embed, "BATCH_TOKENS", room)
+        lengths.clear()
+        found = embed._made(resolve("tiny:llama"), texts, torch.device("cpu"), lambda text: None)
+        assert lengths == wanted
+        assert torch.allclose(found, pooled(tiny("llama"), [tiny_tokenizer()(text)["input_ids"] for text in texts]), atol=1e-5)
+
+
+def test_how_much_of_a_text_is_embedded(tmp_path: Path) -> None:
+    """What a sentence encoder's own recipe says, else what the model can hold, and at most 512 tokens."""
+    model: Any = tiny("llama")
+    for holds, wanted in ((40, 40), (4096, 512)):
+        model.config.max_position_embeddings = holds
+        assert embed._longest(None, model) == wanted
+    for said, wanted in ((256, 256), (1, 1), (0, 512), ("all", 512)):
+        (tmp_path / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": said}))
+        assert embed._longest(tmp_path, model) == wanted
+    tokenizer = tiny_tokenizer()
+    assert embed._cut("", [], tokenizer, 4) == [tokenizer.eos_token_id]
+    assert embed._cut("abcdef", [7, 8, 9], tokenizer, 3) == [7, 8, 9]
+    tokenizer.eos_token = None
+    assert embed._cut("", [], tokenizer, 4) == [0]
+
+
+def test_texts_that_just_fit_are_not_called_too_long() -> None:
+    said: list[str] = []
+    embed._made(resolve("tiny:llama"), ["x" * 512], torch.device("cpu"), said.append)
+    assert not any("longer than" in text for text in said) and HASH_WIDTH == hashed(["a"]).shape[1] == 2048

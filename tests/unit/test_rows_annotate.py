@@ -18,9 +18,9 @@ from luthier.registry import techniques
 from luthier.rows.annotate import annotations_of, check_streamed
 from luthier.rows.batches import collate
 from luthier.rows.cache import inputs_of, keep
-from luthier.rows.chat import form_of
+from luthier.rows.chat import Rendered, form_of
 from luthier.rows.chunks import Encoding
-from luthier.rows.encode import encode_all
+from luthier.rows.encode import _replaced, encode_all
 from luthier.rows.read import read
 from luthier.rows.sources import Streamed
 from luthier.training.engine import idle_batch
@@ -184,3 +184,8 @@ def test_what_cannot_be_streamed_is_refused_by_name(tmp_path: Path, monkeypatch:
 def test_packaged_functions_may_be_streamed() -> None:
     check_streamed([Annotation("places", places)], workers=0)
     check_streamed(annotations_of(registry.part("tl_weights").values), workers=2)
+
+
+def test_a_target_whose_text_is_left_out_is_none() -> None:
+    rendered = Rendered("ab cd ef", ((0, 2), (3, 5), (6, 8)), plain=True)
+    assert _replaced(rendered, 3, 5, "") == Rendered("ab  ef", ((0, 2), (4, 6)), plain=True)

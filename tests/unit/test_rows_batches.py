@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -142,7 +143,7 @@ def test_sorting_leaves_little_padding() -> None:
 def test_micro_batches_by_hand() -> None:
     options: dict[str, Any] = {"micro_batch_tokens": 160, "batch_rows": 7, "seed": 0, "epoch": 0}
     lengths = [40, 38, 32, 31, 60, 60, 30]
-    # 60 and 60 leave room for 40, but padding it takes 20 tokens, and a sixteenth of 160 is 10.
+    # Beside 40, 38 and 32 there is room for 31, but padding would be 19 tokens, and a sixteenth of 160 is 10.
     assert plan_epoch(lengths, **options) == [[[4, 5], [0, 1, 2], [3, 6]]]
 
 
@@ -177,3 +178,28 @@ def test_sizes_are_checked() -> None:
         plan_epoch([1], batch_rows=0, **options)
     with pytest.raises(LuthierError, match="rank 2 is not one of 2"):
         plan_epoch([1], batch_rows=1, world_size=2, rank=2, **options)
+
+
+def test_rows_stand_in_one_micro_batch_without_padding_unless_asked() -> None:
+    assert plan_epoch([3, 3], micro_batch_tokens=6, batch_rows=2, seed=0, epoch=0) == [[[0, 1]]]
+    assert collate([encoded(5, 6, 7)]).token_ids_BT.tolist() == [[5, 6, 7]]
+    assert padding_share([[[0]]], [3]) == 0.0
+
+
+def test_mates_count_in_the_padding_of_a_micro_batch() -> None:
+    """Two of each, so 4 tokens of padding; a sixteenth of 48 is 3, of 64 it is 4."""
+    options: dict[str, Any] = {"members": [2, 2], "batch_rows": 2, "seed": 0, "epoch": 0}
+    assert plan_epoch([10, 8], micro_batch_tokens=48, **options) == [[[0], [1]]]
+    assert plan_epoch([10, 8], micro_batch_tokens=64, **options) == [[[0, 1]]]
+
+
+def test_numbers_with_more_digits_than_a_float_holds_are_infinite() -> None:
+    batch = collate([encoded(1, 2, n=10**400), encoded(1, 2, n=-(10**400))])
+    assert batch.columns["n"].tolist() == [math.inf, -math.inf]
+
+
+def test_several_numbers_of_a_token_are_padded_as_one_is() -> None:
+    one = replace(encoded(5, 6, 7), token_columns={"n": torch.arange(6.0).reshape(3, 2).numpy()})
+    two = replace(encoded(8, 9), token_columns={"n": torch.ones(2, 2).numpy()})
+    found = collate([one, two]).token_columns["n"]
+    assert found.tolist() == [[[0, 1], [2, 3], [4, 5]], [[1, 1], [1, 1], [0, 0]]]

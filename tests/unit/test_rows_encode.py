@@ -9,7 +9,16 @@ import pytest
 from luthier.errors import LuthierError
 from luthier.models.tiny import tiny_tokenizer
 from luthier.rows.chat import PLAIN, form_of
-from luthier.rows.encode import Encoded, encode, encode_all, encode_each, encode_pair, encode_prompt, end_of_turn_ids
+from luthier.rows.encode import (
+    Encoded,
+    encode,
+    encode_all,
+    encode_each,
+    encode_pair,
+    encode_prompt,
+    end_of_turn_ids,
+    two_tokens,
+)
 from luthier.rows.read import read
 from luthier.rows.shapes import Row
 
@@ -193,3 +202,25 @@ def test_limits_are_checked() -> None:
     with pytest.raises(LuthierError, match="cannot be cut on the right"):
         encode_prompt(row, tiny_tokenizer(), max_tokens=2, too_long="right")
     assert len(encode_prompt(row, tiny_tokenizer(), max_tokens=2, too_long="left")) == 2
+
+
+def test_a_row_apart_from_its_text() -> None:
+    bare = Encoded("r", (0, 0), (False, True), "row 1", {"score": 2}, 0, "text")
+    assert two_tokens("r", "row 1", {"score": 2}, "text", targets=1) == bare
+    none = Encoded("r", (0, 0), (False, False), "row 1", {}, 0, "text")
+    assert two_tokens("r", "row 1", {}, "text", targets=0, mates=2).group == (none, none, none)
+
+
+def test_cut_on_the_left_without_a_first_token_of_its_own() -> None:
+    tokenizer = plain_tokenizer()
+    whole = encode(row_of({"prompt": "abcd", "completion": "xy"}), tokenizer)
+    cut = encode(row_of({"prompt": "abcd", "completion": "xy"}), tokenizer, max_tokens=6, too_long="left")
+    assert (cut.token_ids, cut.supervised, cut.truncated) == (whole.token_ids[1:], whole.supervised[1:], 1)
+    assert encode_all(read([{"prompt": "abcd", "completion": "xy"}]), tokenizer, max_tokens=6, too_long="left").truncated == 1
+
+
+def test_texts_that_heads_read_lose_nothing_where_they_fit() -> None:
+    text = row_of({"text": "abc", "label": 1})
+    read_whole = encode(text, tiny_tokenizer(), purpose="read")
+    assert encode(text, tiny_tokenizer(), purpose="read", max_tokens=len(read_whole)) == read_whole
+    assert (read_whole.truncated, any(read_whole.supervised)) == (0, False)

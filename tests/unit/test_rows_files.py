@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import datasets
+import pyarrow
 import pytest
 
 from luthier.errors import LuthierError
@@ -173,3 +174,37 @@ def test_only_what_may_be_a_name_of_the_hub_is_said_to_be_one() -> None:
         with pytest.raises(LuthierError) as error:
             read(source)
         assert ("`hub:" in error.value.mend) == hub
+
+
+def test_files_of_a_folder_that_only_look_like_others(tmp_path: Path) -> None:
+    """An Arrow file without a `state.json` beside it holds rows; so may a file that is named as a description and is none."""
+    table = pyarrow.Table.from_pylist(RECORDS)
+    (tmp_path / "deep" / "er").mkdir(parents=True)
+    with (
+        pyarrow.OSFile(str(tmp_path / "deep" / "er" / "a.arrow"), "wb") as sink,
+        pyarrow.ipc.new_file(sink, table.schema) as writer,
+    ):
+        writer.write_table(table)
+    assert [row.fields for row in read(tmp_path / "deep")] == RECORDS
+    assert _names(f"{tmp_path}/**/*.arrow") == ["a.arrow"]
+    _written(tmp_path / "deep" / "dataset_info.json", "[")
+    with pytest.raises(LuthierError, match="broken JSON"):
+        read(tmp_path / "deep")
+
+
+def test_nulls_within_values_are_those_of_columns_alone() -> None:
+    record = {"text": "a", "about": {"n": 1, "m": None}}
+    assert read([record])[0].fields["about"] == {"n": 1, "m": None}
+    assert read(datasets.Dataset.from_list([record]))[0].fields["about"] == {"n": 1}
+
+
+def test_what_is_wrong_with_a_line_is_told_in_words_of_rows(tmp_path: Path) -> None:
+    with pytest.raises(LuthierError, match="JSON that cannot be read: Exceeds the limit") as long:
+        read(_written(tmp_path / "a.jsonl", '{"text": "a", "n": ' + "1" * 5000 + "}"))
+    assert "sys." not in long.value.what
+    with pytest.raises(LuthierError, match="is not valid UTF-8") as bytes_:
+        read(_written(tmp_path / "b.jsonl", b'{"text": "\\ud83d\\ude00 \xff"}'))
+    assert bytes_.value.mend.startswith("save the file as UTF-8")
+    with pytest.raises(LuthierError, match="expected after") as table:
+        read(_written(tmp_path / "c.csv", 'prompt,completion\n"F"x,g\n'))
+    assert "begins" not in table.value.what

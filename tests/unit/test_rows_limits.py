@@ -11,9 +11,12 @@ import pytest
 import luthier
 from luthier.errors import LuthierError
 from luthier.generation.generate import generate
+from luthier.kinds.parts import Reads
 from luthier.models.tiny import MAX_POSITIONS, tiny, tiny_tokenizer
 from luthier.planning.plan import make_plan
 from luthier.recipe import make_recipe
+from luthier.rows.limits import Limits, check_ids
+from luthier.rows.read import read
 from luthier.runs.rows import look_at_rows
 
 ROWS = [{"prompt": "What?", "completion": "a boat"}, {"prompt": "Where?", "completion": "at the <lighthouse>"}]
@@ -97,3 +100,25 @@ def test_a_look_counts_rows_that_a_run_cannot_use(strange: str, tmp_path: Path) 
     assert (looked.too_long, looked.lengths["longest"] > MAX_POSITIONS) == (1, True)
     assert [bad.reason[:9] for bad in looked.skipped] == ["the token", "the row h"]
     assert [sample.where for sample in looked.samples] == [f"{tmp_path / 'rows.jsonl'}:1"]
+
+
+def test_two_tokens_are_the_least() -> None:
+    assert Limits(2, "refuse", Reads(context=2)).longest == 2
+    with pytest.raises(LuthierError, match="max_tokens is 1"):
+        Limits(1, "refuse")
+    with pytest.raises(LuthierError, match="reads 1 tokens at once"):
+        Limits(None, "refuse", Reads(context=1))
+
+
+def test_a_row_as_long_as_the_model_reads_is_over_the_recipe_s_limit_alone() -> None:
+    row = next(iter(read([{"text": "a"}])))
+    refused = Limits(4, "refuse", Reads(context=9)).refusal(row, 9)
+    assert refused.what == "the row has 9 tokens, and at most 4 are allowed"
+    assert refused.mend.startswith("raise max_tokens to at most 9, which is all this model reads")
+
+
+def test_ids_below_the_vocabulary_are_known() -> None:
+    check_ids((), tiny_tokenizer(), 1, "row 1")
+    check_ids((0, 6), tiny_tokenizer(), 7, "row 1")
+    with pytest.raises(LuthierError, match="has the id 7, and this model knows ids up to 6"):
+        check_ids((0, 7), tiny_tokenizer(), 7, "row 1")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,10 @@ from rich.console import Console
 from rich.text import Text
 
 from luthier.models.tiny import tiny_tokenizer
-from luthier.rows.look import Look, Piece, look, render
+from luthier.rows.chat import PLAIN
+from luthier.rows.look import Look, Piece, _quantiles, _reasons, _shortened, _visible, look, render
 from luthier.rows.read import read
+from luthier.rows.shapes import BadRow
 
 RECORDS: list[dict[str, Any]] = [
     {"id": "a", "prompt": "q", "completion": "é 🎉"},
@@ -22,6 +24,8 @@ RECORDS: list[dict[str, Any]] = [
     {"id": "d", "text": "x" * 40},
     {"id": "e", "messages": [{"role": "user", "content": "q"}]},
 ]
+
+SHORT = "lengths   shortest 4, median 4, 90% 4, 99% 4, longest 4"
 
 
 def shown(looked: Look) -> str:
@@ -118,3 +122,45 @@ def test_json_is_plain() -> None:
         "mend": "add the assistant's answer, or learn every turn with loss_on: all",
     }
     assert facts["samples"][0]["pieces"][6] == {"text": "é 🎉", "target": True, "special": False}
+
+
+def test_what_fits_is_not_too_long_and_five_samples_are_shown() -> None:
+    assert look(RECORDS[:1], tiny_tokenizer(), max_tokens=29).too_long == 0
+    assert look(RECORDS[:1], tiny_tokenizer(), max_tokens=28).too_long == 1
+    assert len(look([{"text": "a" * number} for number in range(1, 8)], tiny_tokenizer()).samples) == 5
+
+
+def test_notes_of_rows_with_and_without_an_answer_are_counted_together() -> None:
+    tokenizer: Any = tiny_tokenizer()
+    tokenizer.chat_template = None
+    assert look([{"prompt": "q", "completion": "a"}, {"prompt": "q"}, {"prompt": "r"}], tokenizer).notes == {PLAIN: 3}
+
+
+def test_lengths_are_those_of_rows_at_their_places() -> None:
+    assert _quantiles(range(101, 0, -1)) == {"shortest": 1, "median": 51, "90%": 91, "99%": 100, "longest": 101}
+
+
+def test_long_pieces_keep_their_ends() -> None:
+    assert _shortened("a" * 600 + "b" * 600) == "a" * 600 + "b" * 600
+    assert _shortened("a" * 600 + "-" + "b" * 600) == "a" * 600 + " … 1 more characters … " + "b" * 600
+
+
+def test_at_most_five_reasons_are_shown() -> None:
+    bad = [BadRow(f"row {number}", "bad") for number in range(6)]
+    assert _reasons(bad[:5]) == "5\n" + "\n".join(f"row {number}: bad" for number in range(5))
+    assert _reasons(bad) == "6\n" + "\n".join(f"row {number}: bad" for number in range(5)) + "\n…"
+
+
+def test_which_characters_are_spelled_out() -> None:
+    assert _visible("\x1f ~\x7f\x80\x9f\xa0\n\t") == "\\x1f ~\\x7f\\x80\\x9f\xa0\n\t"
+
+
+def test_facts_stand_line_by_line() -> None:
+    console = Console(file=io.StringIO(), width=200)
+    console.print(render(replace(look([{"text": "a ."}], tiny_tokenizer()), name="mine")))
+    shown_lines = [line.rstrip() for line in console.file.getvalue().splitlines()]  # type: ignore[attr-defined]
+    assert shown_lines[:5] == ["mine", "rows      1 text", "tokens    4, of which 3 are targets (75%)", SHORT, "too long  0"]
+    assert shown_lines[-1] == "a .<|im_end|>", "no space is lost"
+    nothing = replace(look([{"text": "a"}], tiny_tokenizer()), tokens=0, supervised_tokens=0)
+    console.print(render(nothing))
+    assert "0, of which 0 are targets (0%)" in console.file.getvalue()  # type: ignore[attr-defined]

@@ -12,10 +12,14 @@ import pytest
 
 import luthier
 from luthier.errors import LuthierError
+from luthier.kinds.parts import Reads
+from luthier.models.tiny import tiny_tokenizer
 from luthier.planning.plan import make_plan
 from luthier.recipe import make_recipe
-from luthier.rows.encode import Encoded, EncodedRows, Sizes
+from luthier.rows.encode import Encoded, EncodedRows, Sizes, encode_all
+from luthier.rows.gather import encode_rows, mixture_of
 from luthier.rows.mixture import Draw, Mixture, Source, apportioned, make_mixture, tempered
+from luthier.rows.read import read
 from luthier.training.feed import Feed
 from luthier.training.world import World
 from tests.toys.helpers import toys  # noqa: F401
@@ -198,3 +202,28 @@ def test_paths_of_sources_are_looked_up_beside_the_recipe(tmp_path: Path) -> Non
 def test_rows_that_a_row_map_made_belong_to_no_source(tmp_path: Path) -> None:
     with pytest.raises(LuthierError, match="was made by a row map"):
         make_plan(make_recipe(recipe(tmp_path, map="twice")))
+
+
+def test_the_first_row_drawn_is_no_copy_wherever_it_stands() -> None:
+    for place in range(3):
+        mixture = Mixture((Source("one", None, [place]),), (1.0,), "rows", (2,), 0)
+        assert mixture.epoch(0) == [Draw(place, 0), Draw(place, 1)]
+
+
+def test_a_temperature_mixes_sources_without_weights() -> None:
+    """Without either all rows come once, and those that row maps made are of no source."""
+    few, many = (read([{"id": f"{name}{i}", "text": "a"} for i in range(count)], name=name) for name, count in (("a", 2), ("b", 6)))
+    train = {"rows": {"train": ["a", "b"]}, "model": "tiny:llama"}
+    level = make_recipe({**train, "rows": {"train": ["a", "b"], "temperature": 1e9}}).rows
+    found = encode_all([*few, *many], tiny_tokenizer())
+    assert counts(mixture_of(level, 0, [few, many], found)) == (4, 4)
+    assert mixture_of(make_recipe(train).rows, 0, [few], found) is None
+
+
+def test_rows_may_be_as_long_as_the_model_reads() -> None:
+    rows = read([{"text": "abc"}])
+    recipe = make_recipe({"model": "tiny:llama", "rows": {"train": "a", "max_tokens": 4}}).rows
+    kept = encode_rows(recipe, [rows], rows, tiny_tokenizer(), Reads(context=4), lambda text: None)
+    assert len(kept.rows.rows[0]) == 4
+    with pytest.raises(LuthierError, match="rows of 4 tokens are longer than this model reads"):
+        encode_rows(recipe, [rows], rows, tiny_tokenizer(), Reads(context=3), lambda text: None)

@@ -15,8 +15,8 @@ from luthier.rows.batches import collate, padding_share, plan_epoch
 from luthier.rows.cache import keep
 from luthier.rows.chat import form_of
 from luthier.rows.chunks import Encoding
-from luthier.rows.encode import EncodedRows, Sizes, encode_all, renamed
-from luthier.rows.groups import SAME
+from luthier.rows.encode import Encoded, EncodedRows, Sizes, encode_all, renamed
+from luthier.rows.groups import SAME, run_tokens
 from luthier.rows.read import read
 from luthier.rows.sources import read_rows
 from tests.faults.test_faults_templates import CHATML, byte_level
@@ -47,6 +47,11 @@ def test_whole_dialogues_begin_with_their_prompt() -> None:
         "rejected": "13",
     }, "no word is cut in two"
     assert fields({"chosen": [ASKED, GOOD], "rejected": [ASKED, GOOD]})["chosen"] == [GOOD]
+    said = {"prompt": "Q: one? A: ", "chosen": "yes it is", "rejected": "no it was"}
+    assert fields({key: said["prompt"] + said[key] for key in ("chosen", "rejected")}) == said
+    longer = {"prompt": [ASKED], "chosen": [GOOD], "rejected": [GOOD, ASKED, BAD]}
+    assert fields({"chosen": [ASKED, GOOD], "rejected": [ASKED, GOOD, ASKED, BAD]}) == longer
+    assert fields({"chosen": [ASKED, GOOD, ASKED, BAD], "rejected": [ASKED, GOOD]})["chosen"] == [GOOD, ASKED, BAD]
 
 
 @pytest.mark.parametrize(
@@ -57,6 +62,7 @@ def test_whole_dialogues_begin_with_their_prompt() -> None:
             "no prompt in common: one begins with user: `q`",
         ),
         ({"chosen": "good", "rejected": "bad"}, "no prompt in common"),
+        ({"chosen": "good", "rejected": "gone"}, "no prompt in common"),
         ({"chosen": "Well, good", "rejected": "Well, "}, "no answer behind it"),
         ({"chosen": [ASKED, GOOD], "rejected": "q bad"}, "one is text and the other messages"),
         (
@@ -67,6 +73,7 @@ def test_whole_dialogues_begin_with_their_prompt() -> None:
             {"prompt": [ASKED, GOOD, ASKED], "chosen": [ASKED, BAD, ASKED, GOOD], "rejected": [BAD]},
             "`chosen` begins with another prompt than `prompt`: its message 2 is assistant: `bad`",
         ),
+        ({"prompt": [ASKED, GOOD, ASKED], "chosen": [ASKED, GOOD], "rejected": [BAD]}, "its message 3 is nobody: ``"),
     ],
     ids=str,
 )
@@ -117,6 +124,15 @@ def test_pairs_that_are_too_long_lose_as_much_of_both_prompts_or_are_left_out(to
     assert "answers are not cut" in dropped.reason and "row r" in dropped.where
     with pytest.raises(LuthierError, match=f"at most {limit} are allowed"):
         encoded([PAIR], max_tokens=limit)
+
+
+def test_a_pair_that_is_one_token_too_long() -> None:
+    whole = encoded([PAIR]).rows[0]
+    with pytest.raises(LuthierError, match=f"has {len(whole)} tokens, and at most {len(whole) - 1} are allowed"):
+        encoded([PAIR], max_tokens=len(whole) - 1)
+    cut = encoded([PAIR], max_tokens=len(whole) - 1, too_long="left").rows[0]
+    assert [len(one) for one in cut.group] == [len(one) - 1 for one in whole.group]
+    assert encoded([PAIR], max_tokens=len(whole)).rows[0] == whole
 
 
 def test_a_template_that_writes_the_prompt_by_its_answer_is_refused() -> None:
@@ -181,3 +197,25 @@ def test_streamed_pairs_are_those_in_memory(tmp_path: Path, monkeypatch: pytest.
         plain = encode_all(list(read(file)), tokenizer)
         assert [row.group for row in kept.rows.rows] == [row.group for row in plain.rows]
         assert [list(one) for one in kept.rows.sizes] == [list(one) for one in plain.sizes]
+
+
+@pytest.mark.parametrize("begins", [True, False], ids=["with a first token", "without"])
+def test_one_token_of_the_prompt_stays_or_the_pair_is_left_out(begins: bool) -> None:
+    """A tokenizer's beginning-of-sequence token is never cut, so that it is the one that stays."""
+    tokenizer: Any = tiny_tokenizer()
+    if not begins:
+        tokenizer.bos_token = "<|other|>"
+    whole = encode_all(read([PAIR]), tokenizer).rows[0]
+    prompt = whole.supervised.index(True)
+    limit = len(whole) - prompt + 1
+    (row,) = encode_all(read([PAIR]), tokenizer, max_tokens=limit, too_long="left").rows
+    stays = whole.token_ids[0] if begins else whole.token_ids[prompt - 1]
+    assert row.token_ids == (stays, *whole.token_ids[prompt:]) and row.supervised.index(True) == 1
+    with pytest.raises(LuthierError, match=r"no token is left to learn: .*answers are not cut"):
+        encode_all(read([PAIR]), tokenizer, max_tokens=limit - 1, too_long="left")
+
+
+def test_what_a_group_runs_where_its_beginnings_are_run_once() -> None:
+    """Of 3 and 4 tokens that begin with the same 2, and 2 that begin both: 3 + 2 + 0."""
+    group = [Encoded("r", ids, (False,) * len(ids), "here", {}, 0, "text") for ids in ((1, 2, 3), (1, 2, 9, 9), (1, 2))]
+    assert run_tokens(group) == 5 and run_tokens(group[:1]) == 3

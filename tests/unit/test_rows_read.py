@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from luthier.errors import LuthierError
+from luthier.rows.ids import canonical, digest, digest_of_tokens, numbered, parted
 from luthier.rows.read import Rows, read
 
 RECORDS = [{"prompt": "one", "completion": "1"}, {"prompt": "zwei — 🎉", "completion": "2\u2028b"}]
@@ -228,3 +229,23 @@ def test_the_hub_out_of_reach_is_a_clear_error(monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(LuthierError, match="could not be loaded: ConnectionError: no route") as offline:
         read("hub:owner/name")
     assert offline.value.where == "hub:owner/name"
+
+
+def test_errors_show_twenty_letters_before_what_is_broken() -> None:
+    """Half a character by itself, and bytes that are no UTF-8, which Python holds as such halves."""
+    for broken in ("\ud83d", "\udc80"):
+        with pytest.raises(LuthierError) as short:
+            read([{"text": f"ab{broken}"}])
+        assert short.value.what.startswith("""the text after '{"text":"ab' is not valid UTF-8""")
+        with pytest.raises(LuthierError) as long:
+            read([{"text": f"-{'0123456789' * 2}{broken}"}])
+        assert long.value.what.startswith(f"the text after '{'0123456789' * 2}' is not valid UTF-8")
+
+
+def test_ids_and_digests_stay_as_they_are() -> None:
+    """Stores of numbers name rows by them, and evaluation sets that were measured before."""
+    row = read([{"text": "grün", "n": 1}])[0]
+    assert (row.id, canonical({"b": "grün", "a": [1]})) == ("e07a41da42b0", '{"a":[1],"b":"grün"}')
+    assert (parted(row.id), parted(f"{row.id}-12"), numbered(row.id, 12)) == ((row.id, 1), (row.id, 12), f"{row.id}-12")
+    assert (digest("door"), digest("gate")) == (-133722475876699099, -3593463971864021815)
+    assert digest_of_tokens([((1, 2), (False, True)), ((4,), (True,))]) == -3250235642046081272

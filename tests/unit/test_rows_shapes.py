@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from luthier.errors import LuthierError
-from luthier.rows.shapes import BadRow, Row, bad_rows_error, canonical_shapes, known_shapes, row_of, text_keys
+from luthier.rows.shapes import BadRow, Row, bad_rows_error, canonical_shapes, known_shapes, row_of, text_keys, unread
 
 USER, ASSISTANT = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
 
@@ -219,3 +219,34 @@ def test_one_error_names_five_of_many() -> None:
     assert "f:6" not in error.what and "and 2 more" in error.what
     assert error.mend.count("mend it") == 1 and "on_bad_row" in error.mend
     assert bad_rows_error(bad[:1], 20).what == "broken"
+
+
+def test_five_bad_rows_are_all_of_them() -> None:
+    bad = [BadRow(f"row {number}", f"reason {number}", f"mend {number}") for number in range(6)]
+    five = bad_rows_error(bad[:5], 9)
+    assert five.what == "5 of 9 rows cannot be used:" + "".join(f"\n    row {number}: reason {number}" for number in range(5))
+    assert five.mend.startswith("mend 0; mend 1; mend 2; mend 3; mend 4; or leave")
+    six = bad_rows_error(bad, 9)
+    assert six.what.endswith("row 4: reason 4\n    and 1 more") and "mend 4" in six.mend and "mend 5" not in six.mend
+
+
+@pytest.mark.parametrize(
+    ("record", "what"),
+    [
+        (
+            {"question": "q", "choices": ["a", "b"]},
+            "`question`, `choices`, and lacks `answer` for the shape question+choices+answer",
+        ),
+        ({"chosen": "a"}, "`chosen`, and lacks `rejected` for the shape chosen+rejected"),
+    ],
+)
+def test_what_is_lacking_is_told_of_the_shape_that_is_nearest(record: dict[str, Any], what: str) -> None:
+    with pytest.raises(LuthierError) as told:
+        made(record)
+    assert told.value.what == f"the row has {what}"
+
+
+def test_texts_of_three_words_and_lists_of_texts_are_told_as_unread() -> None:
+    """Shorter ones name something, such as a source."""
+    row = made({"text": "t", "source": "the web", "note": "three words here", "more": {"a": [1, "b"]}, "counts": [[1], [2]]})
+    assert unread(row) == ["more", "note"]

@@ -233,3 +233,10 @@ def test_rows_without_known_labels_are_refused(rows: Any, objective: Any, words:
         luthier.train(
             model="tiny:llama", rows={"train": rows}, objective=objective, train={"steps": 1, "batch_rows": 1}, out=str(tmp_path)
         )
+
+
+def test_words_behind_the_last_token_and_spans_that_touch() -> None:
+    assert first_pieces([(0, 3), (4, 9)], [(0, 3)]) == (1,) and first_pieces([(0, 1)], []) == ()
+    spans = [{"start": 0, "stop": 2, "label": "x"}, {"start": 2, "stop": 4, "label": "y"}]
+    (row,) = read([{"text": "abcd", "spans": spans}])
+    assert (row.fields["words"], row.fields["tags"]) == ([(0, 2), (2, 4)], ["B-x", "B-y"])
