@@ -162,6 +162,35 @@ def test_another_form_begins_anew_from_its_seed(engine: Any, now: Now, form: For
     assert torch.equal(run.tune.region(one.place), base) and one.axis == 0
 
 
+def test_a_whole_tensor_may_give_way_to_entries_and_come_back(engine: Any, now: Now) -> None:
+    coming: list[Refresh] = []
+
+    def place_of(parts: Any) -> Place:
+        return parts.select(roles=["mlp_down"], blocks=[1])[0]  # type: ignore[no-any-return]
+
+    value = Selective(
+        lambda parts, services: {place_of(parts): Select("whole")},
+        refresh=lambda state, services: {place_of(services.parts): coming.pop()} if coming else {},
+    )
+    run = engine(value, model=model_of(), step="adamw")
+    ((name, one),) = run.tune.trained.items()
+    live = run.tune.model.get_parameter(one.place.parameter)
+    base = live.detach().clone()
+    steps(run, now, 0, 2)
+    learnt = live.detach().clone()
+    run.tune.snapshot("whole")
+    coming.append(Refresh(torch.tensor([5, 0]), torch.tensor([-1, -1]), form="flat"))
+    refresh(run, now)
+    assert torch.equal(live, base) and not live.requires_grad and one.master.numel() == 2
+    steps(run, now, 2, 1)
+    assert (live != base).flatten().nonzero().flatten().tolist() == [0, 5] and live.grad is None
+    run.tune.go_back("whole")
+    assert torch.equal(live, learnt) and one.leaf is live and live.requires_grad
+    assert (one.form, one.index, one.axis) == ("whole", None, 0)
+    found = gradients(run, [rows_of_eight()], now)[name]
+    assert found.shape == live.shape and bool(found.any())
+
+
 @pytest.mark.parametrize("take", [[0, -1], [-1, 1]])
 def test_entries_of_one_form_do_not_go_on_in_another(engine: Any, now: Now, take: list[int]) -> None:
     script = Script("flat", [1, 4])
@@ -235,7 +264,9 @@ def test_observers_see_the_gradient_that_optimizers_received(engine: Any, now: N
     tune.start_observing(now)
     assert tune.observed() == [name for name in tune.trained if name.startswith("probe")]
     units = [(float(batch.supervised),)]
-    run.objective.total(tune, batch, units, now, first=True, services_of=lambda slot: run.services(slot, now)).loss.backward()
+    for first, some in enumerate(split(batch, (5, 3))):
+        sums = run.objective.total(tune, some, units, now, first=not first, services_of=lambda slot: run.services(slot, now))
+        sums.loss.backward()
 
     def factor(names: Any) -> float:
         asked.append(list(names))
