@@ -389,6 +389,10 @@ def test_where_every_token_stands_by_hand() -> None:
     attend_BT = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 1], [1, 1, 0, 0], [0, 1, 1, 1], [1, 1, 0, 0]]).bool()
     first_B = torch.tensor([0, 0, 2, 2, 2])
     assert common_beginnings(ids_BT, attend_BT, first_B).tolist() == [0, 2, 0, 2, 2]
+    # The last token counts once, whichever side its row is padded on.
+    longer_BT, real_BT = torch.tensor([[3, 4, 6, 6], [0, 3, 4, 6], [3, 4, 6, 7]]), torch.ones(3, 4, dtype=torch.bool)
+    real_BT[1, 0] = False
+    assert common_beginnings(longer_BT, real_BT, torch.tensor([0, 0, 0])).tolist() == [0, 3, 3]
     found = pack(ids_BT, attend_BT, [(0, 1), (2, 3, 4)])
     runs = torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1], [1, 1, 0, 0], [0, 0, 0, 1], [0, 0, 0, 0]]).bool()
     assert torch.equal(found.run_BT, runs)

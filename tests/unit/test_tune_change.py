@@ -160,6 +160,10 @@ def test_another_form_begins_anew_from_its_seed(engine: Any, now: Now, form: For
     script.next = Refresh(torch.tensor([5]), torch.tensor([-1]), form="flat")
     refresh(run, now)
     assert torch.equal(run.tune.region(one.place), base) and one.axis == 0
+    steps(run, now, 3, 1)
+    script.next = Refresh(torch.tensor([6]), torch.tensor([-1]))
+    refresh(run, now)
+    assert torch.equal(run.tune.region(one.place), base)
 
 
 def test_a_whole_tensor_may_give_way_to_entries_and_come_back(engine: Any, now: Now) -> None:
