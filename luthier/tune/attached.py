@@ -139,7 +139,7 @@ class Attached:
         values = live.to(torch.promote_types(live.dtype, torch.float32), copy=True)
         for one in self._in_place(parameter):
             if one.form == "whole":
-                values.copy_(one.master.detach())
+                values.copy_(one.master)
             elif one.place is not None:
                 write(region_of(values, one.place, self.parts.transposed), one.form, one.index, one.master.detach())
         return values

@@ -29,7 +29,7 @@ def selecting(role: str, select: Select, **options: Any) -> Selective:
 
 
 def test_tensors_of_a_technique_are_its_own_and_only_matrices_decay(engine: Any) -> None:
-    given = nn.Parameter(torch.tensor([[1.0, 2.0]]))
+    given = nn.Parameter(torch.tensor([[1.0, 2.0]], dtype=torch.float64))
     value = Additive(
         lambda place, weight_OI, services: {"mix": given, "scale": torch.ones(3)},
         lambda tensors, x: x.sum(-1, keepdim=True) * tensors["mix"].sum() * tensors["scale"].sum(),

@@ -151,6 +151,18 @@ def test_the_base_has_no_prompt_before_the_first_step_either(engine: Any, now: N
     assert not torch.equal(nll_of(run, now), nll_of(plain, now))
 
 
+def test_left_bare_the_weights_stay_as_they_are(engine: Any, now: Now) -> None:
+    """What stands beside them is left out, and what trained in them stays."""
+    run, alone = engine(["some_rows", "scale_shift"], model=model_of()), engine("some_rows", model=model_of())
+    for one in (run, alone):
+        one.tune.set({name: values.master + 0.1 for name, values in one.tune.trained.items()})
+    with run.tune.bare():
+        with run.tune.bare():
+            pass
+        assert torch.equal(nll_of(run, now), nll_of(alone, now))
+    assert not torch.equal(nll_of(run, now), nll_of(alone, now))
+
+
 def test_a_snapshot_moves_by_a_share(engine: Any) -> None:
     tune = engine("plain_prompt", model=model_of(layers=1)).tune
     ((name, one),) = tune.trained.items()

@@ -259,7 +259,7 @@ def test_observers_see_the_gradient_that_optimizers_received(engine: Any, now: N
     model, batch, seen, asked = model_of(architecture), rows_of_eight(), [], []
     select = Select(form, None if form == "whole" else torch.tensor([0, 2]))  # type: ignore[arg-type]
     value = Selective(
-        lambda parts, services: {place: select for place in parts.select(roles=["mlp_down"])},
+        lambda parts, services: dict.fromkeys(parts.select(roles=["mlp_down"]), select),
         lambda state, place, gradient_OI: seen.append((place, gradient_OI)),  # type: ignore[func-returns-value]
     )
     full = plain_gradients(model, batch)
