@@ -151,6 +151,13 @@ def test_the_base_has_no_prompt_before_the_first_step_either(engine: Any, now: N
     assert not torch.equal(nll_of(run, now), nll_of(plain, now))
 
 
+@pytest.mark.parametrize("tune", ["full", "some_rows", "svd_start"])
+def test_before_the_first_step_the_base_needs_no_copy(engine: Any, now: Now, tune: str) -> None:
+    run, plain = engine(tune, model=model_of()), engine("lora", model=model_of())
+    with run.tune.off():
+        torch.testing.assert_close(nll_of(run, now), nll_of(plain, now), rtol=1e-10, atol=1e-12)
+
+
 def test_left_bare_the_weights_stay_as_they_are(engine: Any, now: Now) -> None:
     """What stands beside them is left out, and what trained in them stays."""
     run, alone = engine(["some_rows", "scale_shift"], model=model_of()), engine("some_rows", model=model_of())
