@@ -181,6 +181,9 @@ def test_a_snapshot_moves_by_a_share(engine: Any) -> None:
     found = {when: tune.snapshots[when][f"master|{name}"] for when in ("far", "near")}
     assert torch.allclose(found["far"], begin + 0.25, rtol=1e-14) and torch.equal(found["near"], begin + 1.0)
     assert not any(values.requires_grad for values in found.values())
+    leaf = one.leaf
+    tune.go_back("far")
+    assert one.leaf is leaf and torch.equal(one.master, found["far"])
 
 
 def test_an_unknown_snapshot_is_an_error(engine: Any) -> None:
