@@ -131,7 +131,7 @@ class Attached:
         type a copy in that."""
         if any(one.master.dtype != self.model.get_parameter(place.parameter).dtype for one in self._in_place(place.parameter)):
             return region_of(self.widened(place.parameter), place, self.parts.transposed)
-        return self.region(place).detach()
+        return self.region(place)
 
     def widened(self, parameter: str) -> Tensor:
         """A copy of a whole parameter's values as the model stores them, in fp32 or wider, those that train as optimizers hold them."""
@@ -139,7 +139,7 @@ class Attached:
         values = live.to(torch.promote_types(live.dtype, torch.float32), copy=True)
         for one in self._in_place(parameter):
             if one.form == "whole":
-                values.copy_(one.master.detach())
+                values.copy_(one.master)
             elif one.place is not None:
                 write(region_of(values, one.place, self.parts.transposed), one.form, one.index, one.master.detach())
         return values

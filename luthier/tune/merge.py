@@ -79,7 +79,7 @@ def lacking_bias(tune: Attached) -> list[str]:
         if getattr(site.module, "bias", None) is None:
             for edit in site.edits:
                 if not found.get(edit.slot) and edit.value.fold is not None and edit.place is not None and edit.place.tensor:
-                    found[edit.slot] = edit.value.fold(edit.masters(), tune.region(edit.place).detach(), None)[1] is not None
+                    found[edit.slot] = edit.value.fold(edit.masters(), tune.region(edit.place), None)[1] is not None
     return [slot for slot, lacks in found.items() if lacks]
 
 

@@ -144,7 +144,8 @@ class Site:
         """What multiplies: the weight with the deltas on it, as it is seen."""
         for addition in self.additions:
             delta_OI = addition.value.delta(addition.tensors(live_OI.dtype))
-            before = 0 if addition.place is None else addition.place.start or 0
+            assert addition.place is not None
+            before = addition.place.start or 0
             live_OI = live_OI + functional.pad(delta_OI, (0, 0, before, len(live_OI) - before - len(delta_OI)))
         return live_OI if self.see is None else self.see(live_OI)
 

@@ -87,7 +87,7 @@ class _Value(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, leaf: Tensor, one: Trained) -> Tensor:
         ctx.one, ctx.like = one, leaf
-        return one.master.detach().clone()
+        return one.master.clone()
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:

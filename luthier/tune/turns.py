@@ -92,7 +92,7 @@ class Turns:
         return self._plan(steps).restarts
 
     def _spans(self, slot: str, steps: int) -> Sequence[Span]:
-        return self._plan(steps).spans.get(slot, ((0, steps),)) if slot in self._frees else ((0, steps),)
+        return self._plan(steps).spans.get(slot, ((0, steps),))
 
     def _make(self, steps: int) -> _Plan:
         spans: dict[str, Sequence[Span]] = dict.fromkeys(self._frees, ((0, steps),))

@@ -85,6 +85,86 @@ def test_fault_5_chunks_change_neither_values_nor_gradients(limit_bytes: int) ->
         assert torch.allclose(left, right, rtol=1e-12, atol=1e-13)
 
 
+def rows_a_call(count: int, names: list[str], *, backward: bool = False, **options: Any) -> list[int]:
+    """How many positions the head gets at a time, of some in fp64."""
+    calls = []
+
+    def head(hidden_ND: Tensor) -> Tensor:
+        calls.append(len(hidden_ND))
+        return hidden_ND
+
+    hidden_ND = draw(count, 4).requires_grad_(True)
+    others = {"base": Other(draw(count, 4, seed=1), lambda hidden: hidden)} if "kl" in names else {}
+    found = compute(hidden_ND, torch.zeros(count, dtype=torch.int64), head, resolve(names), others=others, **options)
+    if backward:
+        found["nll"].sum().backward()
+    return calls
+
+
+def test_chunks_take_as_many_positions_as_their_bytes_allow() -> None:
+    four = 4 * 4 * 8
+    assert rows_a_call(9, ["nll"], vocabulary=4, limit_bytes=four + 31) == [4, 4, 1]
+    # The other pass has logits, too.
+    assert rows_a_call(9, ["nll", "kl"], vocabulary=4, limit_bytes=four + 31) == [2, 2, 2, 2, 1]
+    assert [rows_a_call(count, ["nll"], vocabulary=4, limit_bytes=1) for count in (0, 1, 3)] == [[0], [1], [1, 1, 1]]
+    # 1 MiB a position.
+    assert rows_a_call(300, ["nll"], vocabulary=2**17) == [256, 44]
+
+
+def test_one_chunk_is_kept_for_backward_and_several_are_made_again() -> None:
+    four = 4 * 4 * 8
+    assert rows_a_call(4, ["nll"], backward=True, vocabulary=4, limit_bytes=four) == [4]
+    assert sorted(rows_a_call(5, ["nll"], backward=True, vocabulary=4, limit_bytes=four)) == [1, 1, 4, 4]
+
+
+def test_a_head_gets_its_gradient_where_the_hidden_states_need_none() -> None:
+    hidden_ND, weight_VD = draw(5, D), draw(V, D, seed=1).requires_grad_(True)
+    label_N = torch.tensor([3, 0, 7, 10, 2])
+    found = compute(hidden_ND, label_N, lambda h: h @ weight_VD.T, resolve(["nll"]), vocabulary=V, limit_bytes=8 * V * 2)
+    (gradient,) = torch.autograd.grad(found["nll"].sum(), weight_VD)
+    (expected,) = torch.autograd.grad(functional.cross_entropy(hidden_ND @ weight_VD.T, label_N, reduction="sum"), weight_VD)
+    assert torch.allclose(gradient, expected, rtol=1e-12, atol=1e-13)
+
+
+def test_a_column_that_no_loss_uses_adds_nothing_to_the_gradient() -> None:
+    """Not even where its own slope is infinite: zero times that would be no number."""
+    logits = draw(3, 4).requires_grad_(True)
+    wanted = [
+        Column("used", lambda chunk: chunk.logits_CV[:, 1]),
+        Column("unused", lambda chunk: (0.0 * chunk.logits_CV).sum(-1).sqrt()),
+    ]
+    found = compute(logits, torch.zeros(3, dtype=torch.int64), lambda hidden: hidden, wanted, vocabulary=4)
+    found["used"].sum().backward()
+    assert logits.grad is not None and torch.equal(logits.grad, functional.one_hot(torch.ones(3, dtype=torch.int64), 4).double())
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_slices_change_neither_values_nor_gradients(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seven rows, one or three at a time, with what cannot come in some."""
+    logits_CV, label_C = draw(7, 5), torch.tensor([3, 0, 4, 1, 2, 2, 0])
+    logits_CV[[1, 6], 4] = float("-inf")
+    log_CV = logits_CV.log_softmax(-1)
+    expected = log_CV.exp()
+    expected[torch.arange(7), label_C] -= 1.0
+    monkeypatch.setitem(losses._SLICE_BYTES, "cpu", rows * 5 * 4)
+    leaf = logits_CV.clone().requires_grad_(True)
+    found_C, entropy_C = losses.nll_and_entropy(leaf, label_C)
+    slope_C = torch.linspace(0.5, 2.0, 7, dtype=torch.float64)
+    found_C.backward(slope_C)
+    assert torch.allclose(found_C, -log_CV[torch.arange(7), label_C], rtol=1e-12, atol=1e-13)
+    assert torch.allclose(entropy_C, -(log_CV.exp() * log_CV.clamp(min=-1e300)).sum(-1), rtol=1e-12, atol=1e-13)
+    assert leaf.grad is not None and torch.allclose(leaf.grad, slope_C[:, None] * expected, rtol=1e-12, atol=1e-13)
+    assert torch.equal(nll(logits_CV, label_C), found_C)
+
+
+def test_slices_are_as_long_as_their_bytes_allow() -> None:
+    """In fp32: 6 MiB on a processor, 64 MiB elsewhere, and one row at least."""
+    row, elsewhere = torch.zeros(1), torch.device("meta")
+    sizes = [losses.rows_of_slice(row.expand(1, words)) for words in (0, 1, 2**16, 2**20, 2**21, 2**24)]
+    assert sizes == [6 * 2**18, 6 * 2**18, 24, 1, 1, 1]
+    assert [losses.rows_of_slice(torch.empty(1, words, device=elsewhere)) for words in (2**16, 2**20, 2**25)] == [256, 16, 1]
+
+
 def test_gradients_equal_finite_differences() -> None:
     label_N = torch.tensor([1, 0, 3])
     other_NV = draw(3, 4, seed=7)
@@ -123,6 +203,8 @@ def test_fault_7_the_shift_is_done_once() -> None:
     where = find_targets(batch_of([10, 11, 12, 13], [10, -100, 12, 13]))
     assert where.source_N.tolist() == [1, 2] and where.label_N.tolist() == [12, 13]
     assert find_targets(batch_of([10, 11], [-100, 11])).source_N.tolist() == [0]
+    # The token with number 0 is one as any other.
+    assert find_targets(batch_of([10, 0, 1], [-100, 0, 1])).label_N.tolist() == [0, 1]
     assert len(find_targets(batch_of([10], [10])).label_N) == 0
 
 

@@ -84,3 +84,24 @@ def test_only_plain_linear_maps_are_seen_through() -> None:
     tune = tuned(model_of())
     with pytest.raises(LuthierError, match="Embedding"):
         tune.site("model.embed_tokens").look_through(Rounded.apply)
+
+
+def test_a_delta_on_a_part_of_a_fused_projection_is_seen_there() -> None:
+    """Also where nothing below needs a gradient."""
+    model = model_of("phi3", layers=1)
+    tune = Tune(model, map_parts(model))
+    value = part_of("additive", "lora", {"rank": 3, "dropout": 0.0, "roles": ["attention_key"]}).values[0]
+    tune.add("lora", value, RunServices(tune, "lora", Now()), {})
+    for number, one in enumerate(tune.trained.values()):
+        one.master.data.copy_(torch.randn(one.master.shape, generator=torch.Generator().manual_seed(number)) * 0.3)
+    (addition,) = (one for site in tune.sites.values() for one in site.additions)
+    assert addition.place is not None and 0 < addition.place.start < addition.place.stop
+    module, leaves = model.get_submodule(addition.place.module), [one.leaf for one in addition.trained.values()]
+    x = torch.randn(5, module.in_features, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    beside = module(x)
+    tune.site(addition.place.module).look_through(lambda weight_OI: weight_OI * 1.0)
+    seen = module(x)
+    assert torch.allclose(seen, beside, rtol=1e-10, atol=1e-12)
+    assert not torch.allclose(seen, functional.linear(x, module.weight, module.bias), atol=1e-3)
+    for mine, theirs in zip(torch.autograd.grad(seen.sum(), leaves), torch.autograd.grad(beside.sum(), leaves), strict=True):
+        assert torch.allclose(mine, theirs, rtol=1e-9, atol=1e-12)

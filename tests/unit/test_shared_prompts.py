@@ -25,7 +25,7 @@ from luthier.training.engine import with_context
 from luthier.training.services import view_of
 from luthier.tune import Tune
 from luthier.tune.forward import hidden
-from luthier.tune.packed import pack
+from luthier.tune.packed import common_beginnings, pack
 from tests.conftest import calibration, split
 from tests.tolerance import Exactly
 from tests.toys.helpers import gap, gradients, model_of, rows_of_pairs, toys  # noqa: F401
@@ -381,3 +381,25 @@ def test_the_plain_form_of_short_rows_is_the_same(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(attention, "_is_short", lambda query, key, options: True)
     states_ND, _ = found_in(tune, batch)
     torch.testing.assert_close(states_ND, expected[0], rtol=1e-5, atol=1e-5)
+
+
+def test_where_every_token_stands_by_hand() -> None:
+    """Two groups: one whose rows part in the middle and agree again, and one of a right-padded, a left-padded and a shorter row."""
+    ids_BT = torch.tensor([[5, 6, 7, 8], [5, 6, 9, 8], [3, 4, 0, 0], [0, 3, 4, 6], [3, 4, 0, 0]])
+    attend_BT = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 1], [1, 1, 0, 0], [0, 1, 1, 1], [1, 1, 0, 0]]).bool()
+    first_B = torch.tensor([0, 0, 2, 2, 2])
+    assert common_beginnings(ids_BT, attend_BT, first_B).tolist() == [0, 2, 0, 2, 2]
+    # The last token counts once, whichever side its row is padded on.
+    longer_BT, real_BT = torch.tensor([[3, 4, 6, 6], [0, 3, 4, 6], [3, 4, 6, 7]]), torch.ones(3, 4, dtype=torch.bool)
+    real_BT[1, 0] = False
+    assert common_beginnings(longer_BT, real_BT, torch.tensor([0, 0, 0])).tolist() == [0, 3, 3]
+    found = pack(ids_BT, attend_BT, [(0, 1), (2, 3, 4)])
+    runs = torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1], [1, 1, 0, 0], [0, 0, 0, 1], [0, 0, 0, 0]]).bool()
+    assert torch.equal(found.run_BT, runs)
+    assert found.position_BT[attend_BT].tolist() == [0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 0, 1, 2, 0, 1]
+    assert found.place_BT[attend_BT].tolist() == [0, 1, 2, 3, 0, 1, 4, 5, 6, 7, 6, 7, 8, 6, 7]
+    assert found.context.lengths == (4, 2, 2, 1)
+    assert found.context.shared == (Shared(), Shared(0, 2), Shared(), Shared(2, 2))
+    apart = pack(ids_BT, attend_BT)
+    assert torch.equal(apart.run_BT, attend_BT) and apart.context.lengths == (4, 4, 2, 3, 2) and apart.context.shared == ()
+    assert apart.place_BT[attend_BT].tolist() == list(range(15))

@@ -143,6 +143,49 @@ def test_what_stands_beside_the_weights_needs_no_copy(engine: Any, now: Now) -> 
     assert not run.tune.altered and all(one.start is None for one in run.tune.trained.values())
 
 
+@pytest.mark.parametrize("tune", ["plain_prompt", "plain_prefix"])
+def test_the_base_has_no_prompt_before_the_first_step_either(engine: Any, now: Now, tune: str) -> None:
+    run, plain = engine(tune, model=model_of()), engine("some_rows", model=model_of())
+    with run.tune.off():
+        assert torch.equal(nll_of(run, now), nll_of(plain, now))
+    assert not torch.equal(nll_of(run, now), nll_of(plain, now))
+
+
+@pytest.mark.parametrize("tune", ["full", "some_rows", "svd_start"])
+def test_before_the_first_step_the_base_needs_no_copy(engine: Any, now: Now, tune: str) -> None:
+    run, plain = engine(tune, model=model_of()), engine("lora", model=model_of())
+    with run.tune.off():
+        torch.testing.assert_close(nll_of(run, now), nll_of(plain, now), rtol=1e-10, atol=1e-12)
+
+
+def test_left_bare_the_weights_stay_as_they_are(engine: Any, now: Now) -> None:
+    """What stands beside them is left out, and what trained in them stays."""
+    run, alone = engine(["some_rows", "scale_shift"], model=model_of()), engine("some_rows", model=model_of())
+    for one in (run, alone):
+        one.tune.set({name: values.master + 0.1 for name, values in one.tune.trained.items()})
+    with run.tune.bare():
+        with run.tune.bare():
+            pass
+        assert torch.equal(nll_of(run, now), nll_of(alone, now))
+    assert not torch.equal(nll_of(run, now), nll_of(alone, now))
+
+
+def test_a_snapshot_moves_by_a_share(engine: Any) -> None:
+    tune = engine("plain_prompt", model=model_of(layers=1)).tune
+    ((name, one),) = tune.trained.items()
+    begin = one.master.detach().clone()
+    tune.snapshot("far", 0.25)
+    tune.set({name: begin + 1.0})
+    tune.snapshot("far", 0.25)
+    tune.snapshot("near")
+    found = {when: tune.snapshots[when][f"master|{name}"] for when in ("far", "near")}
+    assert torch.allclose(found["far"], begin + 0.25, rtol=1e-14) and torch.equal(found["near"], begin + 1.0)
+    assert not any(values.requires_grad for values in found.values())
+    leaf = one.leaf
+    tune.go_back("far")
+    assert one.leaf is leaf and torch.equal(one.master, found["far"])
+
+
 def test_an_unknown_snapshot_is_an_error(engine: Any) -> None:
     with pytest.raises(LuthierError, match="no snapshot `best`"), engine().tune.at("best"):
         pass
@@ -157,6 +200,7 @@ def test_detaching_leaves_a_plain_model(engine: Any, now: Now, tune: str) -> Non
     run.tune.detach()
     assert torch.equal(logits_of(model, rows_of_eight()), base)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    assert not any(parameter.requires_grad for parameter in model.parameters())
 
 
 def test_reference_passes_run_without_dropout_and_leave_training_mode_alone(engine: Any, now: Now) -> None:

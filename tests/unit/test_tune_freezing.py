@@ -30,6 +30,8 @@ from luthier.registry import Part
 from luthier.training.engine import with_context
 from luthier.training.loop import Clock
 from luthier.training.schedule import linear
+from luthier.tune.change import hold_still
+from luthier.tune.trained import read, write
 from luthier.tune.turns import Turns
 from tests.conftest import split
 from tests.toys.helpers import gradients, logits_of, model_of, rows_of_eight, toys  # noqa: F401
@@ -74,7 +76,12 @@ def test_what_stands_still_does_not_move_and_what_moves_moves_as_alone(
     assert moved == {name for name in before if "mlp" not in name}
     has_state = set(run.chain.state["adamw"])
     assert (not any("mlp" in name for name in has_state)) == forget
+    # What the model holds is master enough meanwhile.
+    still_now = [one for name, one in run.tune.trained.items() if "mlp" in name]
+    assert all(one.still and one.forgotten == forget and one.is_live == (forget or dtype == torch.float64) for one in still_now)
     go(run, now, 3, 4)
+    assert not any(one.still or one.forgotten for one in still_now)
+    assert all(one.master.dtype == torch.promote_types(dtype, torch.float32) for one in still_now)
     assert all(not torch.equal(masters(run)[name], after[name]) for name in before)
     ages = {name: float(run.chain.state["adamw"][name]["age"].max()) for name in before}
     assert {ages[name] for name in ages if "mlp" in name} == {1.0} and {ages[n] for n in ages if "mlp" not in n} == {4.0}
@@ -156,6 +163,48 @@ def test_a_selection_may_begin_elsewhere(engine: Any, now: Now, form: str, archi
     assert (one.master == 0.25).all() and float((logits_of(model, batch) - wanted).abs().max()) > 0
     with run.tune.off():
         assert torch.equal(logits_of(model, batch), wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+@pytest.mark.parametrize("form", ["whole", "rows", "flat"])
+def test_a_selection_that_begins_elsewhere_and_a_delta_taken_out_of_the_same_weight_know_the_base(
+    engine: Any, form: str, architecture: str, dtype: torch.dtype
+) -> None:
+    model = model_of(architecture).to(dtype)
+    place = map_parts(model).select(roles=DOWN, blocks=[1])[0]
+    base_OI = map_parts(model).view(model, place).clone()
+    index = None if form == "whole" else torch.tensor([1, 35])
+    if form == "rows":
+        index = torch.tensor([1, 3])
+    start = torch.full_like(read(base_OI, form, index), 0.25)  # type: ignore[arg-type]
+    select = Select(form, index, start=start)  # type: ignore[arg-type]
+    tunes = [part(choosing(mlp_down=select)), {"svd_start": {"roles": ["mlp_down"]}}]
+    tune = engine(tunes, model=model, dtype=dtype, keep_base=True).tune
+    (addition,) = tune.site(place.module).additions
+    delta_OI = addition.value.delta(addition.masters())
+    begun_OI = base_OI.clone()
+    write(begun_OI, form, index, start)  # type: ignore[arg-type]
+    taken_OI = (begun_OI.to(delta_OI.dtype) - delta_OI).to(dtype)
+    assert torch.equal(tune.region(place), taken_OI)
+    # What trains goes on from there: its first step writes nothing back.
+    (one,) = (one for one in tune.trained.values() if one.place == place and one.form == form)
+    held = one.master.t() if form == "whole" and architecture == "gpt2" else one.master
+    assert torch.equal(held.to(dtype), read(taken_OI, form, index))  # type: ignore[arg-type]
+    with tune.off():
+        assert torch.equal(tune.region(place), base_OI)
+    assert torch.equal(tune.region(place), taken_OI)
+
+
+def test_a_checkpoints_still_tensor_is_still(engine: Any) -> None:
+    tune = engine("full", model=model_of(layers=1), dtype=torch.bfloat16).tune
+    (kept, gone, other), left = list(tune.trained.values())[:3], []
+    tune.left = left.append
+    hold_still(tune, kept.name, forget=False)
+    hold_still(tune, gone.name, forget=True)
+    assert [one.still for one in (kept, gone, other)] == [True, True, False] and left == [gone]
+    assert [one.leaf.requires_grad for one in (kept, gone, other)] == [False, False, True]
+    assert [one.is_live for one in (kept, gone, other)] == [False, True, False] and gone.forgotten and not kept.forgotten
 
 
 def test_decay_pulls_to_the_start(engine: Any, now: Now) -> None:

@@ -67,6 +67,25 @@ def test_without_masters_no_fp32_copy_of_a_weight_exists(engine: Any, now: Now, 
     assert all(state["first"].dtype == torch.float32 for state in run.chain.state["adamw"].values())
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+@pytest.mark.parametrize("tune", ["full", "some_rows"])
+def test_what_is_held_is_what_optimizers_hold(engine: Any, tune: str, architecture: str, dtype: torch.dtype) -> None:
+    """In bf16 the weights themselves would not know of so small a step."""
+    run = engine({tune: {"roles": ["mlp_down"]}}, model=model_of(architecture, layers=1), dtype=dtype).tune
+    one = next(one for name, one in run.trained.items() if name.endswith("weight"))
+    expected_OI = run.region(one.place).to(one.master.dtype, copy=True)
+    expected_OI[slice(None) if one.form == "whole" else one.index] += 1e-4
+    run.set({one.name: one.master + 1e-4})
+    held_OI = run.held(one.place)
+    assert held_OI.dtype == one.master.dtype and torch.equal(held_OI, expected_OI)
+    assert torch.equal(run.region(one.place), expected_OI) == (dtype == torch.float64)
+    copied = run.widened(one.place.parameter)
+    assert not copied.requires_grad and torch.equal(copied.t() if architecture == "gpt2" else copied, expected_OI)
+    copied.zero_()
+    assert torch.equal(run.held(one.place), expected_OI)
+
+
 def test_stochastic_rounding_is_right_on_average_and_goes_to_a_neighbor() -> None:
     value = torch.tensor([1.001, -1.001, 3.1415926, 1e-6, -0.3333, 1.0, 0.0])
     rng = torch.Generator().manual_seed(0)

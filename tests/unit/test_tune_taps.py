@@ -12,6 +12,7 @@ from torch import Tensor
 from luthier.errors import LuthierError
 from luthier.kinds import Place, Select, Selective
 from luthier.models.parts import map_parts
+from luthier.tune.taps import TapSpec, tap
 from luthier.tune.trained import region
 from tests.conftest import make_batch
 from tests.tolerance import TINY, assert_rounded
@@ -58,6 +59,8 @@ def test_slices_get_autograds_gradient(engine: Any, now: Any, form: str, archite
     run = engine(slices(map_parts(model), form, roles), model=copy.deepcopy(model))
     found = gradients(run, [batch], now)
     assert found.keys() == run.tune.trained.keys()
+    # Fused optimizers walk memory, also where the weight is stored the other way round.
+    assert all(one.master.is_contiguous() for one in run.tune.trained.values())
     wanted = {name: expected(model, one, full) for name, one in run.tune.trained.items()}
     assert gap(found, wanted) < 1e-10
     assert all(one.grad is None and not one.requires_grad for one in run.tune.model.parameters())
@@ -77,6 +80,28 @@ def test_slices_of_biases(engine: Any, now: Any, form: str, architecture: str) -
     wanted = {name: expected(model, one, full) for name, one in run.tune.trained.items()}
     assert all((found.pop(name) - wanted.pop(name)).abs().max() < 1e-15 for name in keys)
     assert gap(found, wanted) < 1e-10
+
+
+def test_gradients_of_an_embeddings_rows_by_hand() -> None:
+    """Token 0 stands twice, a virtual one between; rows are scaled by 2."""
+    ids_BT, slope_BTD = torch.tensor([[0, 2, 1, 0, -1, 3]]), torch.arange(1.0, 13.0).view(1, 6, 2)
+    table = [[16.0, 20.0], [10.0, 12.0], [6.0, 8.0], [22.0, 24.0]]
+
+    def gradient(spec: TapSpec, *shape: int) -> Any:
+        y, leaf = torch.zeros(1, 6, 2, requires_grad=True), torch.zeros(shape, requires_grad=True)
+        tap(y, ids_BT, leaf, spec._replace(of="embedding", rows=4, scale=2.0)).backward(slope_BTD)
+        assert y.grad is not None and torch.equal(y.grad, slope_BTD) and leaf.grad is not None
+        return leaf.grad.tolist()
+
+    assert gradient(TapSpec("rows", torch.tensor([2, 0])), 2, 2) == [table[2], table[0]]
+    assert gradient(TapSpec("rows", torch.tensor([0, 3])), 2, 2) == [table[0], table[3]]
+    assert gradient(TapSpec("cols", torch.tensor([1])), 4, 1) == [[20.0], [12.0], [8.0], [24.0]]
+    assert gradient(TapSpec("flat", torch.tensor([0, 3, 6])), 3) == [16.0, 12.0, 22.0]
+    # The row of a padding token gets nothing, and the others what they get without one.
+    assert gradient(TapSpec("rows", torch.tensor([0, 1]), padding=0), 2, 2) == [[0.0, 0.0], table[1]]
+    assert gradient(TapSpec("flat", torch.tensor([0, 3, 6]), padding=3), 3) == [16.0, 12.0, 0.0]
+    whole: list[Tensor] = []
+    assert gradient(TapSpec("whole", None, collect=whole.append), 0) == [] and whole[0].tolist() == table
 
 
 def test_the_padding_row_of_an_embedding_gets_no_gradient_as_in_pytorch(engine: Any, now: Any) -> None:

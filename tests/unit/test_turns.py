@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from luthier.errors import LuthierError
 from luthier.kinds import Additive, Batch, Freezing, Now
 from luthier.planning.plan import make_plan
 from luthier.recipe import make_recipe
@@ -93,6 +94,19 @@ def test_a_phase_in_the_middle_cuts_a_clock_in_two() -> None:
     assert [turns.own("other", Now(step=i, steps=12)).step for i in range(12)] == [0, 1, 2, 3, 3, 3, 3, 4, 5, 6, 7, 8]
     # Its third step is the run's seventh.
     assert turns.restarts(12) == (6,) and turns.borders(12) == (3, 6)
+
+
+def test_phases_of_one_step_and_of_none() -> None:
+    turns = Turns({"first": alone(0, ends=(0.1,), restart=True)}, ["first", "other"])
+    assert turns.borders(10) == turns.restarts(10) == (1,) and turns.first("other", 10) == 1
+    turns.check(10)
+    with pytest.raises(LuthierError, match="a run of 4 steps has 4 for `first`, which are too few for its 2 phases"):
+        turns.check(4)
+    long = Turns({"first": alone(0, ends=(0.9,))}, ["first", "other"])
+    assert own(long, "other", 10) == [(0, 1)] and long.own("other", Now(step=4, steps=10)) == Now(step=0, steps=1)
+    # Nothing is left for the other one.
+    assert own(long, "other", 4) == [] and long.first("other", 4) == 0
+    assert long.own("other", Now(step=3, steps=4)) == Now(step=0, steps=1)
 
 
 def test_the_schedule_begins_again_where_the_phase_does_and_techniques_are_told_of_their_first_rate() -> None:
