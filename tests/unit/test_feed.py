@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import FrozenInstanceError
 from itertools import count
 from types import SimpleNamespace
 from typing import Any
@@ -168,3 +169,5 @@ def test_the_second_of_two_steps_is_what_a_step_takes(tokens: int, monkeypatch: 
     assert len(taken) == 2 and taken[0] == taken[1] == Now(0, 5, 0.0, 0, 1, 1.0, 0.5, 7)
     assert (found.peak_memory_bytes, found.seconds_per_step, found.tokens, found.seconds) == (1 << 20, 4.0, tokens, 40.0)
     assert not engine.tune.model.training
+    with pytest.raises(FrozenInstanceError):
+        found.tokens = 0  # type: ignore[misc]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import FrozenInstanceError
 from typing import Any
 
 import pytest
@@ -89,3 +90,9 @@ def test_what_a_tokenizer_tells_of_its_ids(
     tokenizer: Any = Tokenizer(mask)
     told = vocabulary_of(tokenizer, size)
     assert len(told.text_V) == size and told.text_V.nonzero()[:, 0].tolist() == text and told.mask == found
+
+
+def test_the_maps_of_a_run_cannot_be_exchanged() -> None:
+    one: Any = Inputs(bare_vocabulary(5))
+    with pytest.raises(FrozenInstanceError):
+        one.maps = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import FrozenInstanceError
 from types import SimpleNamespace
 from typing import Any
 
@@ -110,3 +111,9 @@ def test_what_processes_compare(engine: Any, now: Now) -> None:
     assert after[True]["lora"] != before[True]["lora"]
     run.tune.trained[next(name for name in run.tune.trained if name.startswith("lora"))].still = True
     assert told(run, values=False)["lora"] != before[False]["lora"]
+
+
+def test_the_processes_of_a_run_cannot_be_changed() -> None:
+    one: Any = World(2, 1)
+    with pytest.raises(FrozenInstanceError):
+        one.rank = 0
