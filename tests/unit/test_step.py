@@ -124,7 +124,7 @@ def test_an_idle_pass_adds_nothing(engine: Any, now: Now) -> None:
     work = Work(run, [idle_batch()], now, [(3.0,), (1.0,)], [], idle=1)
     assert work._given(work.batches[0], trains=True)["keep_N"] is None
     sums = work._sums(work.batches[0], trains=True)
-    assert float(sums.loss) == 0.0 and sums.loss.requires_grad and sums[1:] == ({}, Counted(), {})
+    assert sums.loss.item() == 0.0 and sums.loss.requires_grad and sums[1:] == ({}, Counted(), {})
     rows = make_batch([(4, 2)])
     work = Work(run, [rows, idle_batch()], now, [(2.0,), (1.0,)], None, idle=1)
     found = [work._sums(one, trains=True) for one in work.batches]
