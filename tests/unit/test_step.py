@@ -218,6 +218,16 @@ def test_losses_of_two_points_are_compared_without_dropout(engine: Any, now: Now
         assert abs(plain.loss - float(wanted)) > 1e-3, "nothing was dropped in the step either"
 
 
+def test_what_an_objective_runs_is_dropped_unless_told_otherwise(engine: Any, now: Now) -> None:
+    run = drops(engine)
+    services_of = lambda slot: run.services(slot, now)  # noqa: E731
+    units = [(1.0,)]
+    kept = run.objective.total(run.tune, ONE, units, now, first=True, services_of=services_of, trains=False).loss.item()
+    dropped = run.objective.total(run.tune, ONE, units, now, first=True, services_of=services_of, trains=True).loss.item()
+    assert kept != dropped == run.objective.total(run.tune, ONE, units, now, first=True, services_of=services_of).loss.item()
+    assert run.objective.see(run.tune, ONE, now, services_of=services_of)["nll"].item() == dropped
+
+
 def test_a_loss_of_the_whole_step_drops_alike_in_both_passes(engine: Any, now: Now) -> None:
     seen: list[list[float]] = []
 
