@@ -47,7 +47,9 @@ def test_phases_need_a_step_each_as_soon_as_there_is_a_clock(steps: int) -> None
 def test_what_a_technique_does_to_gradients_comes_before_the_step_of_the_recipe() -> None:
     run = built(keep=Part("mine", "keeper", {}, (Keeper(), AS_IT_IS)))
     assert [link.slot for link in run.chain.links] == ["mine", "clip", "adamw"]
-    assert [(link.slot, link.own) for link in built(tune=Part("half", "selective", {}, (*half().values, AS_IT_IS))).chain.links] == [
+    assert [
+        (link.slot, link.own) for link in built(tune=Part("half", "selective", {}, (*half().values, AS_IT_IS))).chain.links
+    ] == [
         ("half", True),
         ("clip", False),
         ("adamw", False),

@@ -350,7 +350,9 @@ def test_state_is_put_back_where_it_was(engine: Any, now: Now) -> None:
     first.chain.step(now)
     (slot,) = second.chain.state
     held = {name: state["mean"] for name, state in second.chain.state[slot].items()}
-    second.chain.load({path: value.clone() if isinstance(value, Tensor) else value for path, value in first.chain.tensors().items()})
+    second.chain.load(
+        {path: value.clone() if isinstance(value, Tensor) else value for path, value in first.chain.tensors().items()}
+    )
     for name, state in second.chain.state[slot].items():
         wanted = first.chain.state[slot][name]
         assert state.keys() == wanted.keys() and state["mean"] is held[name] and torch.equal(state["mean"], wanted["mean"])
@@ -376,7 +378,10 @@ def test_rounding_by_chance_is_right_on_average_and_exact_where_nothing_is_round
         assert set(up.unique().tolist()) == {0.0, 2.0**-7}
         # Five standard deviations of so many draws.
         assert abs(float(up.mean()) * 2**7 - share) < 5 * (share * (1 - share) / (1 << 20)) ** 0.5
-    for value, dtype in ((torch.tensor([1.00390625001], dtype=torch.float64), torch.bfloat16), (torch.tensor([1.1]), torch.float16)):
+    for value, dtype in (
+        (torch.tensor([1.00390625001], dtype=torch.float64), torch.bfloat16),
+        (torch.tensor([1.1]), torch.float16),
+    ):
         assert torch.equal(round_stochastically(value, dtype, rng), value.to(dtype))
 
 

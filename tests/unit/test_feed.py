@@ -120,7 +120,10 @@ def test_what_a_mixture_takes(epochs: float, begun: int) -> None:
     ids = [id for step in range(3) for id in ids_of(feed, step)]
     assert sorted(id for id in ids if id[1] in "01") == ["r0", "r0#2", "r1", "r1#2"]
     whole, left = divmod(feed.total(), 3)
-    first, part = taken(feed, 3), sum(LENGTHS[int(id[1])] for step in range(3 * whole, 3 * whole + left) for id in ids_of(feed, step))
+    first, part = (
+        taken(feed, 3),
+        sum(LENGTHS[int(id[1])] for step in range(3 * whole, 3 * whole + left) for id in ids_of(feed, step)),
+    )
     assert feed.tokens()[0] == whole * first[0] + part
     assert sum(LENGTHS[int(id[1])] for step in (3, 4, 5) for id in ids_of(feed, step)) != first[0]
 
@@ -155,7 +158,8 @@ def test_the_step_with_the_largest_micro_batch_of_those_that_are_taken() -> None
 @pytest.mark.parametrize("tokens", [1, 8])
 def test_the_second_of_two_steps_is_what_a_step_takes(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a clock that runs twice as fast with every look: 1, 2, 4 and 8 seconds."""
-    monkeypatch.setattr(trial.time, "perf_counter", lambda ticks=count(): 2.0 ** next(ticks))
+    ticks = count()
+    monkeypatch.setattr(trial.time, "perf_counter", lambda: 2.0 ** next(ticks))
     monkeypatch.setattr(trial.machine, "peak_bytes", lambda device: 1 << 20)
     monkeypatch.setattr(trial.machine, "reset_peak", lambda device: None)
     feed = sized(Sizes((tokens,), (1,)), [[[[0]]]], 1)

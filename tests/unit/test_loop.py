@@ -54,9 +54,9 @@ class Rows:
         return step / 4, []
 
 
-def run(engine: Any, steps: int = 4, plans: Plans = Plans(), progress: Progress | None = None, **more: Any) -> Progress:
+def run(engine: Any, steps: int = 4, plans: Plans | None = None, progress: Progress | None = None, **more: Any) -> Progress:
     feed: Any = Rows()
-    return train(engine, feed, Clock(steps, 0.5, constant, 0, 0), plans, progress or Progress(), **more)
+    return train(engine, feed, Clock(steps, 0.5, constant, 0, 0), plans or Plans(), progress or Progress(), **more)
 
 
 def test_a_step_is_logged_with_what_there_is_to_tell(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from luthier.training.rules import gathered, places_in, pruned
+from luthier import draws
+from luthier.kinds import Now
+from luthier.training.rules import gathered, places_in, pruned, table_of
 from luthier.training.world import World
 from tests.conftest import make_batch
 
@@ -25,6 +27,30 @@ def test_targets_are_sorted_by_row_and_position() -> None:
     assert [places_in(whole, one).tolist() for one in tables] == [[4, 3, 1], [2, 0]]
     nothing, _ = gathered([], ["nll"], World())
     assert [len(values) for values in nothing.values()] == [0, 0, 0] and not len(places_in(nothing, nothing))
+
+
+def test_rows_tell_each_of_their_targets_what_they_carry() -> None:
+    """Numbers, texts, and what one micro-batch has as a text and another as a number; rows without them have none."""
+    first, second = make_batch([(4, 2), (3, 1)]), make_batch([(3, 2)], first=2)
+    first = first._replace(columns={"score": torch.tensor([0.5, 1.5])}, texts={"task": ("code", "chat")})
+    second = second._replace(columns={"task": torch.tensor([3.0])})
+    tables = [table_of(None, one, (), Now(), {}) for one in (first, second)]  # type: ignore[arg-type]
+    assert [one["position"].tolist() for one in tables] == [[2, 3, 2], [1, 2]]
+    assert tables[0]["row"].tolist() == draws.seeds_of(("row0", "row0", "row1")).tolist()
+    assert tables[0]["rows score"].tolist() == [0.5, 0.5, 1.5]
+    whole, of_rows = gathered(tables, [], World())
+    place_N = torch.cat([places_in(whole, one) for one in tables])
+    score_N, task_N = of_rows["score"][place_N], of_rows["task"][place_N]
+    assert score_N[:3].tolist() == [0.5, 0.5, 1.5] and score_N[3:].isnan().all() and score_N.dtype == torch.float64
+    names = [draws.seed_of("code")] * 2 + [draws.seed_of("chat")] + draws.seeds_of_numbers(torch.tensor([3.0, 3.0])).tolist()
+    assert task_N.tolist() == names and all(len(one) == 5 for one in (*whole.values(), *of_rows.values()))
+
+
+def test_many_targets_of_few_rows_are_sorted_too() -> None:
+    position_N = torch.arange(256).flip(0)
+    whole, _ = gathered([table((position_N % 3).tolist(), position_N.tolist())], [], World())
+    keys = (whole["row"] * 1000 + whole["position"]).tolist()
+    assert keys == sorted(keys) and len(set(keys)) == 256
 
 
 def test_a_row_does_not_run_into_the_next() -> None:

@@ -278,7 +278,9 @@ def test_own_tensors_are_those_of_the_technique_at_the_place(engine: Any, now: N
     shake(run)
     for place in (query, key):
         for slot, services in (("lora", first), ("lora.2", second)):
-            down = next(one.master for name, one in run.tune.trained.items() if name.startswith(f"{slot}/{place}") and "down" in name)
+            down = next(
+                one.master for name, one in run.tune.trained.items() if name.startswith(f"{slot}/{place}") and "down" in name
+            )
             assert torch.equal(services.tensors(place)["down"], down.detach())
     assert first.tensors(run.tune.parts.select(roles=["norm"])[0]) == {}
     assert first.shape(query) == first.weight(query).shape == (32, 32)
