@@ -18,6 +18,7 @@ def test_bytes_are_counted_while_they_live() -> None:
     with ShapesOnly() as shapes:
         assert (shapes.live, shapes.waiting, shapes.peak) == (0, 0, Peak(0, 0, 0))
         held = before + 1.0
+        assert shapes.live == 40 and shapes.peak == Peak(40, 40, 0), "what was there before does not count"
         view = held[2:]
         assert shapes.live == 40 and view.shape == (8,)
         more = torch.zeros(20, dtype=torch.bfloat16)

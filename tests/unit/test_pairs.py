@@ -349,17 +349,17 @@ def view_of_pairs(nll: Sequence[float], reference: Sequence[float]) -> View:
 
 def test_what_is_told_of_pairs_by_hand() -> None:
     """The first pair is told apart as it should be, and the second not at all, by likelihood or by gain."""
-    view = view_of_pairs([1.0, 1.5, 2.5, 3.0, 1.0, 4.0], [2.0, 1.0, 2.0, 3.5, 1.5, 5.0])
+    view = view_of_pairs([1.0, 1.5, 2.5, 3.0, 1.0, 4.0], [3.0, 1.0, 1.0, 4.5, 1.5, 6.0])
     term = as_term(PairLoss(lambda pairs: pairs.margin_P, reference=True, reward_scale=0.25), BASE_REFERENCE)
-    assert term.total(view, {}).item() == pytest.approx(2.0 + 0.0, rel=1e-12)
+    assert term.total(view, {}).item() == pytest.approx(4.0 + 0.0, rel=1e-12)
     assert {name: one.tolist() for name, one in view.notes.items()} == {
         "chosen log-likelihood": [-1.0, -4.0],
         "rejected log-likelihood": [-4.0, -4.0],
-        "reward margin": [0.5, 0.0],
+        "reward margin": [1.0, 0.0],
         "reward accuracy": [1.0, 0.5],
         "preferred": [1.0, 0.5],
-        "reward chosen": [0.25, 0.25],
-        "reward rejected": [-0.25, 0.25],
+        "reward chosen": [0.5, 0.5],
+        "reward rejected": [-0.5, 0.5],
         "chosen tokens": [1, 2],
         "rejected tokens": [2, 1],
     }

@@ -128,7 +128,7 @@ def test_an_idle_pass_adds_nothing(engine: Any, now: Now) -> None:
     rows = make_batch([(4, 2)])
     work = Work(run, [rows, idle_batch()], now, [(2.0,), (1.0,)], None, idle=1)
     found = [work._sums(one, trains=True) for one in work.batches]
-    assert float(found[0].loss) == pytest.approx(plain_loss(model_of(), rows).item() + 2.0) and float(found[1].loss) == 0.0
+    assert found[0].loss.item() == pytest.approx(plain_loss(model_of(), rows).item() + 2.0) and found[1].loss.item() == 0.0
 
 
 def test_processes_of_a_model_that_is_spread_make_equally_many_passes(engine: Any) -> None:
@@ -160,6 +160,11 @@ def test_a_loss_that_is_not_finite_names_its_own_micro_batch(engine: Any, now: N
     with pytest.raises(LuthierError, match="the loss is not a finite number") as caught:
         run.step(split(rows_of_eight(), (5, 3)), now)
     assert caught.value.where == "rows row5, row6, row7"
+    for source in ("backprop", "per_layer"):
+        run = engine(model=model_of(), objective=Term(lambda view, own: view["nll"].sum() * float("nan")), source=source)
+        with pytest.raises(LuthierError, match="the loss is not a finite number") as caught:
+            run.step(split(rows_of_eight(), (1, 7)), now)
+        assert caught.value.where == "rows row0", "the first ends it"
 
 
 def test_gradients_are_summed_over_processes_also_where_this_one_has_none(engine: Any) -> None:
@@ -283,7 +288,7 @@ def test_own_tensors_are_those_of_the_technique_at_the_place(engine: Any, now: N
             )
             assert torch.equal(services.tensors(place)["down"], down.detach())
     assert first.tensors(run.tune.parts.select(roles=["norm"])[0]) == {}
-    assert first.shape(query) == first.weight(query).shape == (32, 32)
+    assert first.shape(query) == first.weight(query).shape == first.shape(key) == (32, 32)
     up = run.tune.parts.select(roles=["mlp_up"])[0]
     assert first.shape(up) == first.weight(up).shape and first.shape(up)[0] > first.shape(up)[1]
 
@@ -295,11 +300,13 @@ def test_a_term_without_rows_has_one_count(engine: Any) -> None:
 
 
 def test_rows_with_a_single_target_are_rows(engine: Any) -> None:
-    batch = make_batch([(3, 1), (3, 0), (4, 2)])
-    run = engine(model=model_of(layers=1), objective=Term(lambda view, own: view["nll"].sum(), unit="row"))
-    assert run.objective.units([batch], None, World()) == [(2.0,)]
-    one = TokenWeight(lambda view: view["nll"], count=lambda batch: batch.targets_by_row())
-    weighted = engine(model=model_of(layers=1), objective=Term(lambda view, own: view["nll"].sum(), unit="row"), token_weight=one)
+    """Without those of which a weight leaves nothing."""
+    batch = make_batch([(3, 1), (3, 0), (4, 2), (3, 1)])
+    by_row = Term(lambda view, own: view["nll"].sum(), unit="row")
+    run = engine(model=model_of(layers=1), objective=by_row)
+    assert run.objective.units([batch], None, World()) == [(3.0,)]
+    one = TokenWeight(lambda view: view["nll"], count=lambda batch: torch.tensor([1.0, 0.0, 2.0, 0.0]))
+    weighted = engine(model=model_of(layers=1), objective=by_row, token_weight=one)
     assert weighted.objective.units([batch], None, World()) == [(2.0,)]
 
 
@@ -345,8 +352,8 @@ def test_what_has_no_unit_in_the_step_adds_nothing(engine: Any, now: Now) -> Non
     run = engine(model=model_of(layers=1), objective=Term(lambda view, own: torch.stack([view["nll"].sum(), view["nll"].sum()])))
     sums = run.objective.total(run.tune, ONE, [(2.0, 0.0)], now, first=True, services_of=lambda slot: run.services(slot, now))
     alone = run.objective.total(run.tune, ONE, [(1.0, 0.0)], now, first=True, services_of=lambda slot: run.services(slot, now))
-    assert float(sums.loss) == pytest.approx(float(alone.loss) / 2, rel=1e-12)
-    assert float(alone.loss) == pytest.approx(alone.counted.nll, rel=1e-12)
+    assert sums.loss.item() == pytest.approx(alone.loss.item() / 2, rel=1e-12)
+    assert alone.loss.item() == pytest.approx(alone.counted.nll, rel=1e-12)
 
 
 def test_targets_are_no_context() -> None:
