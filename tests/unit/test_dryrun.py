@@ -17,8 +17,10 @@ def test_bytes_are_counted_while_they_live() -> None:
     before = torch.ones(10)
     with ShapesOnly() as shapes:
         assert (shapes.live, shapes.waiting, shapes.peak) == (0, 0, Peak(0, 0, 0))
+        some = before[:2]
+        assert shapes.live == 0 and shapes.peak == Peak(0, 0, 0), "what was there before does not count"
         held = before + 1.0
-        assert shapes.live == 40 and shapes.peak == Peak(40, 40, 0), "what was there before does not count"
+        assert some.shape == (2,) and shapes.live == 40 and shapes.peak == Peak(40, 40, 0)
         view = held[2:]
         assert shapes.live == 40 and view.shape == (8,)
         more = torch.zeros(20, dtype=torch.bfloat16)
