@@ -13,15 +13,15 @@ from torch import Tensor
 from luthier.columns.chunked import CONTEXT_ATTENTION
 from luthier.columns.targets import find_targets
 from luthier.errors import LuthierError
-from luthier.kinds import Keeper, Now, StepLoss, StepTable, Tensors, Term, TokenWeight, View
+from luthier.kinds import Column, Keeper, Now, OtherPass, StepLoss, StepTable, Tensors, Term, TokenLoss, TokenWeight, View
 from luthier.training import agreement, memory
 from luthier.training.engine import StepResult, Weights, Work, first_not_finite, idle_batch, not_finite, with_context
-from luthier.training.objective import Counted, Noted
+from luthier.training.objective import Counted, Noted, as_term
 from luthier.training.services import _context, shares_beginnings, view_of
 from luthier.training.world import World
 from tests.conftest import make_batch, split
 from tests.contracts.fixtures import shake
-from tests.toys.helpers import logits_of, model_of, plain_loss, rows_of_eight, toys  # noqa: F401
+from tests.toys.helpers import logits_of, model_of, plain_loss, rows_of_eight, rows_of_pairs, toys  # noqa: F401
 
 ONE = make_batch([(5, 1)])
 
@@ -359,3 +359,35 @@ def test_what_has_no_unit_in_the_step_adds_nothing(engine: Any, now: Now) -> Non
 def test_targets_are_no_context() -> None:
     batch = make_batch([(4, 2), (3, 1)])
     assert _context(batch, find_targets(batch)).tolist() == [[True, True, False, False], [True, True, False, False]]
+
+
+def test_a_loss_of_tokens_counts_each_by_its_weight() -> None:
+    nll, batch = torch.tensor([1.0, 2.0, 4.0]), make_batch([(4, 3)])
+    weight_N = torch.tensor([0.5, 2.0, 0.0])
+    view = View(batch, {"nll": nll}, label_N=nll.long(), row_N=nll.long() * 0, position_N=nll.long(), weight_N=weight_N)
+    assert as_term(TokenLoss(lambda view: view["nll"] + 1.0)).total(view, {}).item() == 0.5 * 2.0 + 2.0 * 3.0
+
+
+def test_of_rows_that_belong_together_others_see_the_first_alone(engine: Any, now: Now) -> None:
+    seen: dict[str, list[int]] = {}
+
+    def term(unit: Any) -> Term:
+        def total(view: View, own: Tensors) -> Tensor:
+            seen[unit] = view.row_N.unique().tolist()
+            return view["nll"].sum()
+
+        return Term(total, unit=unit)
+
+    engine(model=model_of(layers=1), objective=[term("token"), term("row"), term("group")]).step([rows_of_pairs()], now)
+    assert seen == {"token": [0, 2, 4, 6], "row": [0, 2, 4, 6], "group": list(range(8))}
+
+
+def test_who_compares_with_the_base(engine: Any) -> None:
+    """Not who looks at the same weights a second time. The base is kept for it."""
+    again = Column("again", lambda chunk: chunk.label_log_probability, passes=(OtherPass("again", at=""),))
+    twice = Term(lambda view, own: view["again"].sum(), columns=(again,))
+    run = engine(model=model_of(layers=1), objective=["cross_entropy", "kl", twice])
+    assert run.objective.comparing() == ["kl"] and run.objective.readers("again") == ["term"]
+    assert all(one.start is not None for one in run.tune.trained.values())
+    alone = engine(model=model_of(layers=1), objective=["cross_entropy", twice])
+    assert not alone.objective.comparing() and all(one.start is None for one in alone.tune.trained.values())
