@@ -45,6 +45,7 @@ def test_a_penalty_counts_once_a_step(engine: Any, now: Now, sizes: Sequence[int
     assert result.parts == {"cross_entropy": pytest.approx(plain, rel=1e-9), "term": 2.0}
     assert result.loss == pytest.approx(plain + 2.0, rel=1e-9) and result.nll == pytest.approx(plain, rel=1e-9)
     assert result.kept == 1.0 and result.weights is None and not result.notes
+    assert (result.tokens, result.supervised, result.rows) == (61, 30, 8)
 
 
 def test_a_step_of_a_single_target(engine: Any, now: Now) -> None:
