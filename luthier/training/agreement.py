@@ -51,7 +51,7 @@ def _choices(trained: Iterable[Trained], *, values: bool) -> dict[str, str]:
     for one in trained:
         mine: list[Any] = [one.name, one.form, tuple(one.master.shape), one.still]
         if values and one.form != "whole":
-            mine += [_sum_of(part) for part in (one.index, one.master.detach()) if part is not None and not is_sharded(part)]
+            mine += [_sum_of(part) for part in (one.index, one.master) if part is not None and not is_sharded(part)]
         told.setdefault(one.slot, []).append(mine)
     return {slot: hashlib.sha256(repr(mine).encode()).hexdigest() for slot, mine in told.items()}
 

@@ -30,7 +30,7 @@ def inputs(tune: Tune, batches: Sequence[Batch], places: Sequence[Place], take: 
     read: dict[str, list[Place]] = {}
     for place in places:
         read.setdefault(place.module, []).append(place)
-    attend_BT = torch.ones(0, 0, dtype=torch.bool)
+    attend_BT: Tensor
 
     def hook(name: str) -> Callable[..., None]:
         def look(module: Any, arguments: tuple[Any, ...]) -> None:
@@ -172,12 +172,12 @@ def _moved(tune: Tune, moved: Mapping[Place, Tensor], beside: Mapping[str, Tenso
     new = {}
     for name, parameter in tune.model.named_parameters():
         if name in own or (parameter.dtype != torch.promote_types(parameter.dtype, torch.float32) and not narrow):
-            values = parameter.detach().clone() if narrow else tune.widened(name)
+            values = parameter.clone() if narrow else tune.widened(name)
             new[parameter] = nn.Parameter(values, requires_grad=False)
     with _exchanged(tune.model, new):
         for place, change in moved.items():
             values = _turned(tune, place, beside[place.parameter]) if place.parameter in beside else tune.region(place)
-            values.detach().copy_(values.to(torch.promote_types(values.dtype, change.dtype)) + change)
+            values.copy_(values.to(torch.promote_types(values.dtype, change.dtype)) + change)
         yield
 
 

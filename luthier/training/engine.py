@@ -178,7 +178,7 @@ class Engine:
         return StepResult(
             loss,
             told.nll / run,
-            self._parts(work.parts),
+            self._together(work.parts),
             int(counts[0]),
             int(counts[1]),
             int(counts[2]),
@@ -215,9 +215,6 @@ class Engine:
         names = dict.fromkeys(name for one in everyone for name in one)
         return {name: reduce(Noted.plus, (Noted(*one[name]) for one in everyone if name in one)).mean for name in names}
 
-    def _parts(self, own: dict[str, float]) -> dict[str, float]:
-        return own if len(self.objective.terms) == 1 else self._together(own)
-
     def _together(self, own: dict[str, float]) -> dict[str, float]:
         """Numbers by name, added up over the processes, which may have different names."""
         everyone = self.world.gather_plain(own)
@@ -232,7 +229,7 @@ class Engine:
 
     def _refuse_together(self, broken: Sequence[Batch]) -> None:
         """Stop in all processes when the loss was not finite in one: a lone error would leave the others waiting."""
-        if self.world.size > 1 and self.world.any(bool(broken)):
+        if self.world.any(bool(broken)):
             self.tune.free_gradients()
             raise not_finite("the loss", self._everyones(broken))
 
@@ -243,14 +240,14 @@ class Engine:
     def _sum_gradients(self, batches: Sequence[Batch]) -> None:
         everything = list(self.tune.trained.values())
         # A source that does not go through backward has set what is the same on every process.
-        several = self.world.size > 1 and self.source.gives >= {"all", "gradients"}
+        several = self.source.gives >= {"all", "gradients"}
         # What no process touched takes no step, as in a run of one process.
         touched = self.world.sum_numbers([float(one.gradient is not None) for one in everything]) if several else []
         for trained, processes in zip(everything, touched, strict=False):
             if processes:
                 if trained.gradient is None:
                     wide = torch.promote_types(trained.master.dtype, torch.float32)
-                    trained.gradient = torch.zeros_like(trained.master.detach(), dtype=wide)
+                    trained.gradient = torch.zeros_like(trained.master, dtype=wide)
                 if not is_sharded(trained.gradient):
                     self.world.sum(trained.gradient)
         # Summed over the processes, the gradient tells all of them the same.
@@ -404,7 +401,7 @@ class Work:
             self._engine.tune.drawing = None
 
     def _backward(self, batch: Batch, sums: Sums) -> None:
-        value = float(sums.loss.detach())
+        value = sums.loss.item()
         if value != value or value in (float("inf"), float("-inf")):
             if self._engine.world.size == 1:
                 self._engine.tune.free_gradients()

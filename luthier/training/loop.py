@@ -50,7 +50,7 @@ class Clock:
 
     def settled(self, steps: int) -> bool:
         """Whether so many steps reach into the last phase of every technique: what is learnt then is of the kind that the run ends in."""
-        return steps > max(self.turns.borders(self.steps), default=-1)
+        return all(steps > border for border in self.turns.borders(self.steps))
 
 
 @dataclass

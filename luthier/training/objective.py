@@ -371,7 +371,7 @@ class Objective:
         if self.head is not None and tune.head is not None and view.hidden_BTD is not None:
             own, head = tune.head
             view.head_output_BK = readout.read(head, own.tensors(), view.hidden_BTD, batch, causal=tune.parts.causal)
-        some = view.example().detach()
+        some = view.example()
         weight_N = some.new_ones(len(view.label_N)) if keep_N is None else keep_N.to(some)
         with torch.no_grad():
             for one in self.weights:
@@ -412,9 +412,9 @@ class Objective:
             total = self._sum(tune, minimized, seen, first=first)
             # What has no unit in the whole step adds nothing.
             each = total.new_tensor([minimized.term.weight / one if one else 0.0 for one in unit])
-            share = (total.reshape(-1) * each).sum()
+            share = (total.flatten() * each).sum()
             loss = loss + share
-            parts[minimized.slot] = parts.get(minimized.slot, 0.0) + float(share.detach())
+            parts[minimized.slot] = parts.get(minimized.slot, 0.0) + share.item()
         notes = {name: Noted(machine.total(noted), float(len(noted))) for name, noted in view.notes.items()}
         return Sums(loss, parts, _counted(view.of_first()), notes)
 
@@ -431,10 +431,10 @@ class Objective:
 
 
 def _weighed(weigh: Callable[[View], Tensor], view: View, *, virtual: bool) -> Tensor:
-    """The weights [N] of the targets; those of virtual tokens are 1 unless the weight is for them, too."""
+    """The weights [N] of the targets; those of virtual tokens are 1 unless the weight is for them, too. No graph is made here."""
     seen = view if virtual else view.of_own()
-    found = weigh(seen).detach()
-    return found if seen is view else torch.ones_like(view["nll"].detach()).masked_scatter(view.is_own, found.to(view["nll"]))
+    found = weigh(seen)
+    return found if seen is view else torch.ones_like(view["nll"]).masked_scatter(view.is_own, found.to(view["nll"]))
 
 
 def _counted(view: View) -> Counted:

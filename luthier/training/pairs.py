@@ -78,7 +78,7 @@ def warnings_of(history: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def _ahead(difference_P: Tensor) -> Tensor:
     """1 where it is above 0, a half where it is 0."""
-    return (difference_P.detach().sign() + 1.0) / 2.0
+    return (difference_P.sign() + 1.0) / 2.0
 
 
 def pairs_of(view: View, reference: Reference | None) -> Pairs:

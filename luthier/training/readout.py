@@ -56,7 +56,7 @@ def pooled(hidden_BTD: Tensor, own_BT: Tensor, pool: str) -> Tensor:
         weight_BT1 = own_BT[..., None].to(hidden_BTD.dtype)
         return (hidden_BTD * weight_BT1).sum(1) / weight_BT1.sum(1).clamp(min=1.0)
     time_T = torch.arange(own_BT.shape[1], device=own_BT.device)
-    place_B = own_BT.long().argmax(-1) if pool == "first" else (time_T * own_BT).argmax(-1)
+    place_B = own_BT.long().argmax(1) if pool == "first" else (time_T * own_BT).argmax(1)
     return hidden_BTD[torch.arange(len(place_B), device=place_B.device), place_B]
 
 
@@ -83,12 +83,12 @@ class Combination(NamedTuple):
     def of(self, score_RK: Tensor) -> Tensor:
         """One score a row, [R], from those of K members."""
         if self.how == "min":
-            return score_RK.amin(-1)
+            return score_RK.amin(1)
         if self.how == "median":
             # Between the two in the middle, where torch's own median takes the lower one.
-            return score_RK.quantile(0.5, dim=-1)
-        mean_R = score_RK.mean(-1)
-        return mean_R if self.how == "mean" else mean_R - self.deviations * score_RK.std(-1, correction=0)
+            return score_RK.quantile(0.5, dim=1)
+        mean_R = score_RK.mean(1)
+        return mean_R if self.how == "mean" else mean_R - self.deviations * score_RK.std(1, correction=0)
 
 
 MEAN = Combination()

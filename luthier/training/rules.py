@@ -38,10 +38,10 @@ def gathered(
 
     Micro-batches differ in the free columns that their rows have.
     """
-    kinds = {name: str(values.dtype) for table in tables for name, values in table.items() if name.startswith("rows ")}
+    kinds = [(name, str(values.dtype)) for table in tables for name, values in table.items() if name.startswith("rows ")]
     everyone = world.gather_plain(kinds)
     # Where some rows have texts and others numbers, all are names: of two kinds the later in the alphabet, int64, is that of texts.
-    free = dict(sorted((name, kind) for kinds in everyone for name, kind in kinds.items()))
+    free = dict(sorted(one for kinds in everyone for one in kinds))
     local: dict[str, Tensor] = {}
     for name in ("row", "position", *wanted):
         kind = torch.int64 if name in ("row", "position") else torch.float32

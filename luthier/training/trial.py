@@ -55,7 +55,6 @@ def measure(engine: Engine, feed: Feed, clock: Clock) -> Measured:
     now = clock.at(0, 0.0)
     engine.tune.model.train()
     machine.reset_peak(feed.device)
-    seconds = 0.0
     for _ in range(STEPS):
         machine.wait_for(feed.device)
         began = time.perf_counter()

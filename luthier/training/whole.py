@@ -78,7 +78,7 @@ def slopes_of(value: StepLoss, found: Sequence[tuple[Batch, Tensor]], now: Now, 
         now: the clock.
         world: the processes.
     """
-    mine = [one for batch, numbers in found for one in _rows(value, batch, numbers.detach().cpu())]
+    mine = [one for batch, numbers in found for one in _rows(value, batch, numbers.cpu())]
     groups = [
         tuple(batch.row_ids[place] for place in group)
         for batch, _ in found
@@ -100,7 +100,7 @@ def slopes_of(value: StepLoss, found: Sequence[tuple[Batch, Tensor]], now: Now, 
     with torch.enable_grad():
         loss = value.loss(RowTable(leaf, tuple(together), columns, now))
         (slope,) = torch.autograd.grad(loss, leaf)
-    rest = float(loss.detach() - (slope * leaf.detach()).sum()) / max(1, telling)
+    rest = (loss.item() - (slope * leaf).sum().item()) / telling
     return Slopes({id: slope[number] for id, number in place.items()}, rest)
 
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from luthier.errors import LuthierError
 from luthier.kinds import Now, Place
+from luthier.models.quantized import BLOCK, QuantizedLinear
+from luthier.training import calibrate
 from tests.conftest import calibration
 from tests.toys.helpers import gradients, model_of, toys  # noqa: F401
 from tests.unit.test_kinds_resume import assert_equal, everything
@@ -105,3 +109,46 @@ def test_calibration_reads_real_tokens_alone(engine: Any, now: Now) -> None:
 
     run.services("lora", now).inputs(batches, places, take)
     assert seen == dict.fromkeys(places, sum(batch.tokens for batch in batches))
+
+
+class Doubled(torch.nn.Module):
+    """A quantized map whose output something else doubles."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.map = QuantizedLinear(torch.nn.Linear(BLOCK, 2), "int8")
+        self.map.register_forward_hook(lambda module, given, y: 2 * y)
+        self.scale = torch.nn.Parameter(torch.ones(1))
+
+    def forward(self, x_BI: Tensor) -> Tensor:
+        return self.scale * self.map(x_BI)
+
+
+def test_a_change_of_a_quantized_weight_comes_before_what_edits_the_output() -> None:
+    """It has the weight's gradient: here twice what was read."""
+    model = Doubled()
+    x_BI = torch.arange(2.0 * BLOCK).view(2, BLOCK)
+    plain = model(x_BI)
+    with calibrate._beside(SimpleNamespace(model=model), {"map.weight", "scale"}) as changes:  # type: ignore[arg-type]
+        assert list(changes) == ["map.weight"] and not changes["map.weight"].any()
+        change = changes["map.weight"].requires_grad_(True)
+        assert torch.equal(model(x_BI), plain)
+        (gradient,) = torch.autograd.grad(model(x_BI).sum(), change)
+        with torch.no_grad():
+            change[1] += 1.0
+            assert torch.allclose(model(x_BI) - plain, torch.stack([torch.zeros(2), 2 * x_BI.sum(1)], 1), rtol=1e-4)
+    assert torch.equal(gradient, 2 * x_BI.sum(0).expand(2, -1))
+    assert torch.equal(model(x_BI), plain)
+
+
+def test_places_that_no_gradient_reaches_are_named(engine: Any, now: Now) -> None:
+    run = engine("full", model=model_of(layers=1))
+    (head,) = run.tune.parts.select(roles=["head"])
+    down = run.tune.parts.select(roles=DOWN)
+    ask = lambda places: calibrate.gradients(  # noqa: E731
+        run.tune, calibration(2, ""), places, {}, lambda hidden_ND, label_N: hidden_ND.sum(-1)
+    )
+    assert ask(down).keys() == set(down)
+    with pytest.raises(LuthierError, match="no gradient reaches this place") as caught:
+        ask([*down, head])
+    assert caught.value.where == str(head)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import FrozenInstanceError
 from typing import Any
 
 import pytest
@@ -10,8 +12,9 @@ from torch import Tensor
 
 from luthier import registry
 from luthier.errors import LuthierError
-from luthier.kinds import Keeper, Now, Place, Select, Selective, Services, Tensors, Term, View
+from luthier.kinds import Keeper, Now, Optimizer, Place, Select, Selective, Services, Tensors, Term, View
 from luthier.methods.optimizer.adamw import _correction
+from luthier.training.chain import round_stochastically
 from luthier.training.world import World
 from tests.conftest import split
 from tests.tolerance import assert_rounded, rounding
@@ -293,3 +296,96 @@ def test_disjoint_selections_and_stacked_deltas_go_together(engine: Any, now: No
 def test_options_just_out_of_range_are_refused(name: str, options: dict[str, float], says: str) -> None:
     with pytest.raises(LuthierError, match=says):
         registry.part(name, **options)
+
+
+def moves(
+    step: Callable[..., None], init: Callable[[Any], dict[str, Any]] = lambda trained: {}, only: Callable[[Any], bool] | None = None
+) -> Optimizer:
+    return Optimizer(init, step, takes=only)
+
+
+def test_an_optimizer_behind_which_nothing_stands_moves_the_numbers_themselves(engine: Any, now: Now) -> None:
+    """A transform in front of it is no reason to work on a copy. Gradients lie in memory as the numbers do."""
+    seen: list[Tensor] = []
+
+    def step(value: Tensor, gradient: Tensor, state: Any, trained: Any, now: Now) -> None:
+        assert gradient.stride() == value.stride() and value.data_ptr() == trained.master.data_ptr()
+        seen.append(gradient.clone())
+        value.sub_(gradient)
+
+    run = engine("full", model=model_of(layers=1), step=["sign", moves(step)])
+    before, given = masters(run), give(run, 0)
+    for one in run.tune.trained.values():
+        if one.gradient.ndim == 2:
+            one.gradient = one.gradient.t().contiguous().t()
+    run.chain.step(now)
+    assert len(seen) == len(given)
+    assert all(torch.equal(value, before[name] - given[name].sign()) for name, value in masters(run).items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_what_stands_behind_an_optimizer_gets_its_update(engine: Any, now: Now, dtype: torch.dtype) -> None:
+    """Powers of two, which no type rounds."""
+    run = engine("full", model=model_of(layers=1), step=["sgd", "sign"], dtype=dtype)
+    for name, one in run.tune.trained.items():
+        run.tune.set({name: torch.full_like(one.master.detach(), 4.0)})
+    given = give(run, 0)
+    run.chain.step(now._replace(learning_rate=0.25))
+    assert all(torch.equal(value, 4.0 - given[name].sign().to(value)) for name, value in masters(run).items())
+
+
+def test_state_is_put_back_where_it_was(engine: Any, now: Now) -> None:
+    """In place where the shape is the same, since fused optimizers ask for the master's strides; names may hold bars."""
+
+    def init(trained: Any) -> dict[str, Any]:
+        return {"mean": torch.zeros_like(trained.master.detach()), "a|b": torch.zeros(2), "count": 0}
+
+    def step(value: Tensor, gradient: Tensor, state: Any, trained: Any, now: Now) -> None:
+        state["mean"].add_(gradient)
+        state["a|b"] = torch.arange(3.0)
+        state["count"] += 1
+
+    first, second = (engine("full", model=model_of(layers=1), step=moves(step, init)) for _ in range(2))
+    give(first, 0)
+    first.chain.step(now)
+    (slot,) = second.chain.state
+    held = {name: state["mean"] for name, state in second.chain.state[slot].items()}
+    second.chain.load(
+        {path: value.clone() if isinstance(value, Tensor) else value for path, value in first.chain.tensors().items()}
+    )
+    for name, state in second.chain.state[slot].items():
+        wanted = first.chain.state[slot][name]
+        assert state.keys() == wanted.keys() and state["mean"] is held[name] and torch.equal(state["mean"], wanted["mean"])
+        assert state["a|b"].tolist() == [0.0, 1.0, 2.0] and state["count"] == 1
+
+
+def test_gradients_that_were_not_kept_are_as_long_as_they_came(engine: Any) -> None:
+    chain = engine("full", model=model_of(layers=1)).chain
+    assert chain.factor(["full/any"]) == 1.0
+    chain.received, chain.came = {"one": torch.tensor([3.0, 4.0])}, {"one": torch.tensor(10.0)}
+    assert chain.factor(["one"]) == chain.factor(["other"]) == 0.5
+
+
+def test_rounding_by_chance_is_right_on_average_and_exact_where_nothing_is_rounded() -> None:
+    """What lies one part of 65536 below the next number of bf16 goes down as seldom, and what lies as far above one goes up."""
+    rng = torch.Generator().manual_seed(0)
+    exact = torch.arange(-300, 300).to(torch.bfloat16).float()
+    for _ in range(20):
+        assert torch.equal(round_stochastically(exact, torch.bfloat16, rng), exact.to(torch.bfloat16))
+    bits = torch.full((1 << 20,), 0x3F800000, dtype=torch.int32)
+    for low, share in ((0xFFFF, 1 - 2.0**-16), (1, 2.0**-16), (0x4000, 0.25)):
+        up = round_stochastically((bits + low).view(torch.float32), torch.bfloat16, rng).float() - 1.0
+        assert set(up.unique().tolist()) == {0.0, 2.0**-7}
+        # Five standard deviations of so many draws.
+        assert abs(float(up.mean()) * 2**7 - share) < 5 * (share * (1 - share) / (1 << 20)) ** 0.5
+    for value, dtype in (
+        (torch.tensor([1.00390625001], dtype=torch.float64), torch.bfloat16),
+        (torch.tensor([1.1]), torch.float16),
+    ):
+        assert torch.equal(round_stochastically(value, dtype, rng), value.to(dtype))
+
+
+def test_a_part_of_the_chain_cannot_be_changed(engine: Any) -> None:
+    link = engine("full", model=model_of(layers=1)).chain.links[0]
+    with pytest.raises(FrozenInstanceError):
+        link.own = True

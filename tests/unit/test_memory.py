@@ -176,6 +176,12 @@ def test_a_single_row_that_does_not_fit_is_named(engine: Any, now: Now, little_m
     assert all(words in caught.value.mend for words in ("train.checkpointing", "rows.max_tokens", "lora"))
 
 
+def test_two_rows_at_a_time_can_be_cut(engine: Any, now: Now, little_memory: Any) -> None:
+    run: Engine = engine("lora", model=model_of())
+    little_memory(1)
+    assert memory.attempt(run, batches(0, (2, 2, 2, 2)), now) is None
+
+
 def test_several_processes_do_not_try_again(engine: Any, now: Now, monkeypatch: pytest.MonkeyPatch) -> None:
     run: Engine = engine("lora", model=model_of())
 

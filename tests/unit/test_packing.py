@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import chain
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ from luthier.planning.plan import make_plan
 from luthier.recipe import make_recipe
 from luthier.recipe.parts import completed
 from luthier.rows.batches import padding_share, plan_epoch
+from luthier.training import packing
 from luthier.training.build import build_engine
 from luthier.training.packing import obstacle
 from luthier.training.services import view_of
@@ -247,3 +249,54 @@ def test_short_rows_run_side_by_side_unless_asked_otherwise(packing: bool | str,
     said = " ".join(plan.lines())
     assert ("packed, without padding" in said) == packs
     assert ("quicker side by side" in said) == (packing == "auto" and not packs)
+
+
+def told_of(apart: float, beside: float, *, dtype: torch.dtype = torch.float32, experts: bool = False) -> tuple[str, list[Batch]]:
+    """What is said of a model whose packed rows are so far from padded ones, and from those beside another row; and what it ran."""
+    model = torch.nn.Linear(1, 1)
+    model.config = SimpleNamespace(_attn_implementation=attention.NAME)  # type: ignore[assignment]
+    parts = SimpleNamespace(causal=True, vocabulary=250, select=lambda **wanted: ["expert"] if experts else [])
+    tune: Any = SimpleNamespace(model=model, parts=parts)
+    ran: list[Batch] = []
+    packs: list[bool] = []
+
+    def states(tune: Any, batch: Batch, *, pack: bool) -> list[Tensor]:
+        ran.append(batch)
+        packs.append(pack)
+        factors = [1.0, 1.0 + apart, (1.0 + apart) * (1.0 + beside)][len(ran) - 1]
+        # Of the row in front other words have other states.
+        return [torch.full((4, 5), row * (factors if row != 1 or len(ran) < 3 else 9.0), dtype=dtype) for row in (1.0, 2.0, 3.0)]
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(packing, "_states", states)
+        said = obstacle(tune)
+    assert packs == [False, True, True]
+    return said, ran
+
+
+@pytest.mark.parametrize(
+    ("apart", "beside", "options", "said"),
+    [
+        (0.0005, 0.0, {}, ""),
+        (0.0015, 0.0, {}, "its numbers would differ from those of padded rows"),
+        (0.0, 0.0005, {}, "a row would see its neighbors"),
+        (0.0, 0.0005, {"experts": True}, ""),
+        (0.0, 0.0015, {"experts": True}, "a row would see its neighbors"),
+        (0.03, 0.0, {"dtype": torch.bfloat16}, ""),
+        (0.08, 0.0, {"dtype": torch.bfloat16}, "its numbers would differ from those of padded rows"),
+    ],
+    ids=str,
+)
+def test_how_far_apart_packed_rows_may_be(apart: float, beside: float, options: dict[str, Any], said: str) -> None:
+    assert told_of(apart, beside, **options)[0] == said
+
+
+def test_packing_is_tried_on_three_rows_of_which_two_begin_alike() -> None:
+    padded, packed, other = told_of(0.0, 0.0)[1]
+    assert all(torch.equal(one, two) for one, two in zip(padded[:4], packed[:4], strict=True))
+    assert padded.attend_BT.sum(1).tolist() == [7, 4, 5] and padded.attend_BT.equal(other.attend_BT)
+    assert padded.groups == ((0,), (1, 2)) and (padded.label_BT == -100).all()
+    first_T, second_T, third_T = padded.token_ids_BT
+    assert second_T[:2].equal(third_T[:2]) and (second_T[2:4] != third_T[2:4]).all()
+    assert (other.token_ids_BT[0] != first_T).all() and other.token_ids_BT[1:].equal(padded.token_ids_BT[1:])
+    assert padded.position_BT.tolist() == [list(range(7))] * 3 and not padded.token_ids_BT[~padded.attend_BT].any()

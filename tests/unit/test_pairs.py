@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from luthier import registry
+from luthier.columns.targets import find_targets
 from luthier.errors import LuthierError
-from luthier.kinds import Batch, Now, PairLoss, Pairs, Side, TokenWeight, View
+from luthier.kinds import Batch, Now, PairLoss, Pairs, Reference, Side, TokenWeight, View
 from luthier.models.attention import use_attention
-from luthier.training.pairs import CHOSEN, warnings_of
+from luthier.training.pairs import BASE_REFERENCE, CHOSEN, as_term, warnings_of
 from tests.conftest import make_batch, split
 from tests.toys.helpers import gap, gradients, model_of, rows_of_pairs
 
@@ -326,10 +327,54 @@ def test_a_run_whose_chosen_answers_fall_is_told() -> None:
     def history(values: Sequence[float]) -> list[dict[str, Any]]:
         return [{"step": step, "notes": {CHOSEN: value}} for step, value in enumerate(values)]
 
-    falling = [-10.0] * 2 + [-3.0] * 16 + [-12.5] * 2
+    falling = [-9.0, -11.0] + [-3.0] * 16 + [-13.0, -12.0]
     (said,) = warnings_of(history(falling))
     assert "-10.0 nats in the first steps, -12.5 in the last" in said
-    assert not warnings_of(history(falling[::-1])) and not warnings_of(history([-1.0])) and not warnings_of([{"step": 1}])
+    assert len(warnings_of(history([-1.0, -2.0]))) == 1
+    for one in (falling[::-1], [-1.0], [-1.0, -1.0], [-2.0, -1.0]):
+        assert not warnings_of(history(one))
+    assert not warnings_of([{"step": 1}])
+
+
+def view_of_pairs(nll: Sequence[float], reference: Sequence[float]) -> View:
+    """Two pairs of answers of 1 and 2 targets, and of 2 and 1."""
+    batch = make_batch([(3, 1), (3, 2), (4, 2), (3, 1)])._replace(groups=((0, 1), (2, 3)))
+    where = find_targets(batch)
+    columns = {
+        "nll": torch.tensor(nll, dtype=torch.float64, requires_grad=True),
+        "reference_nll": torch.tensor(reference, dtype=torch.float64),
+    }
+    return View(batch, columns, label_N=where.label_N, row_N=where.row_N, position_N=where.source_N + 1)
+
+
+def test_what_is_told_of_pairs_by_hand() -> None:
+    """The first pair is told apart as it should be, and the second not at all, by likelihood or by gain."""
+    view = view_of_pairs([1.0, 1.5, 2.5, 3.0, 1.0, 4.0], [3.0, 1.0, 1.0, 4.5, 1.5, 6.0])
+    term = as_term(PairLoss(lambda pairs: pairs.margin_P, reference=True, reward_scale=0.25), BASE_REFERENCE)
+    assert term.total(view, {}).item() == pytest.approx(4.0 + 0.0, rel=1e-12)
+    assert {name: one.tolist() for name, one in view.notes.items()} == {
+        "chosen log-likelihood": [-1.0, -4.0],
+        "rejected log-likelihood": [-4.0, -4.0],
+        "reward margin": [1.0, 0.0],
+        "reward accuracy": [1.0, 0.5],
+        "preferred": [1.0, 0.5],
+        "reward chosen": [0.5, 0.5],
+        "reward rejected": [-0.5, 0.5],
+        "chosen tokens": [1, 2],
+        "rejected tokens": [2, 1],
+    }
+    worse = view_of_pairs([5.0, 1.0, 1.0, 1.0, 1.0, 1.0], [1.0] * 6)
+    term.total(worse, {})
+    assert worse.notes["preferred"].tolist() == [0.0, 0.0] and worse.notes["reward accuracy"].tolist() == [0.0, 0.5]
+
+
+def test_nothing_is_learnt_through_the_reference() -> None:
+    """Also where it is made of the model's own numbers."""
+    view = view_of_pairs([1.0, 1.5, 2.5, 3.0, 1.0, 4.0], [0.0] * 6)
+    own = Reference(lambda view: 3.0 * view.log_likelihoods(), columns=("nll",))
+    term = as_term(PairLoss(lambda pairs: pairs.margin_P, reference=True), own)
+    (slope_N,) = torch.autograd.grad(term.total(view, {}), view["nll"])
+    assert slope_N.tolist() == [-1.0, 1.0, 1.0, -1.0, -1.0, 1.0]
 
 
 @pytest.mark.parametrize(

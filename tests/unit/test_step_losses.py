@@ -9,11 +9,16 @@ import pytest
 import torch
 
 from luthier import registry
+from luthier.columns.targets import find_targets
 from luthier.errors import LuthierError
-from luthier.kinds import Now, RowMap, RowTable, StepLoss
+from luthier.kinds import Batch, Now, Reference, RowMap, RowTable, StepLoss, View
 from luthier.rows.encode import encode_all
 from luthier.rows.read import read
-from tests.conftest import split
+from luthier.training.pairs import BASE_REFERENCE
+from luthier.training.whole import as_term, part, slopes_of
+from luthier.training.whole import value_of as value_of_rows
+from luthier.training.world import World
+from tests.conftest import make_batch, split
 from tests.contracts.fixtures import shake
 from tests.toys.helpers import gap, gradients, model_of, rows_of_pairs, toys  # noqa: F401
 from tests.unit.test_rows_encode import tiny_tokenizer
@@ -198,3 +203,67 @@ def test_gradients_are_right_by_differences(engine: Any, now: Now) -> None:
 
     assert (moved(1e-5) - moved(-1e-5)) / 2e-5 == pytest.approx(size, rel=1e-6)
     assert gap(gradients(run, [batch], now), gradients(run, split(batch, (4, 4)), now)) < 1e-10
+
+
+SQUARES = StepLoss(lambda view, own: -view.log_likelihoods(), lambda table: (table.value**2).sum())
+
+
+def rows_with(numbers: list[float], **options: Any) -> tuple[Batch, torch.Tensor]:
+    """A micro-batch of so many rows, one target each, and what a loss made of them."""
+    batch = make_batch([(3, 1)] * len(numbers), **options)
+    return batch, torch.tensor(numbers, dtype=torch.float64, requires_grad=True)
+
+
+def test_the_parts_of_a_loss_are_together_the_loss_and_its_gradient() -> None:
+    """9 + 4 + 1 of rows at 3 in one micro-batch, and at 2 and -1 in another."""
+    found = [rows_with([3.0]), rows_with([2.0, -1.0], first=1)]
+    slopes = slopes_of(SQUARES, found, Now(), World())
+    assert {id: one.item() for id, one in slopes.of_row.items()} == {"row0": 6.0, "row1": 4.0, "row2": -2.0}
+    assert slopes.rest == pytest.approx(-14.0)
+    views = [View(batch, {}, label_N=one[:0], row_N=one[:0], position_N=one[:0]) for batch, one in found]
+    parts = [part(slopes, view, found[i][1], first=i == 0) for i, view in enumerate(views)]
+    assert [one.item() for one in parts] == pytest.approx([18.0 - 14.0, 8.0 + 2.0])
+    (slope,) = torch.autograd.grad(parts[1], found[1][1])
+    assert slope.tolist() == [4.0, -2.0]
+    other, numbers = rows_with([7.0], first=9)
+    view = View(other, {}, label_N=numbers[:0], row_N=numbers[:0], position_N=numbers[:0])
+    assert part(slopes, view, numbers, first=False).item() == 0.0, "a row that takes no part has a slope"
+
+
+def test_a_step_without_rows_has_no_loss() -> None:
+    assert slopes_of(SQUARES, [], Now(), World()) == ({}, 0.0)
+    assert slopes_of(SQUARES, [rows_with([])], Now(), World()) == ({}, 0.0)
+
+
+def test_what_is_missing_to_a_loss_is_told_once_by_all_processes_together() -> None:
+    """Two processes run a micro-batch each: half of -14 is told by each of them."""
+
+    class Two:
+        def gather_plain(self, value: Any) -> list[Any]:
+            return [value, True if isinstance(value, bool) else []]
+
+    two: Any = Two()
+    assert slopes_of(SQUARES, [rows_with([3.0, 2.0, -1.0])], Now(), two).rest == pytest.approx(-7.0)
+
+
+@pytest.mark.parametrize(("unit", "wanted"), [("row", 5.0), ("group", 2.0), ("step", 1.0)])
+def test_units_of_a_loss_are_those_that_have_targets(unit: Any, wanted: float) -> None:
+    """Of three pairs one has an answer without targets, and of two rows alone one."""
+    batch = make_batch([(3, 1), (3, 2), (3, 1), (3, 0), (3, 2), (3, 2), (3, 1), (3, 0)])._replace(groups=((0, 1), (2, 3), (4, 5)))
+    count = as_term(SQUARES._replace(unit=unit), BASE_REFERENCE).count
+    assert count is not None and count(batch) == wanted
+    # Without columns it is made of whatever rows there are.
+    bare = as_term(SQUARES._replace(unit=unit, columns=()), BASE_REFERENCE).count
+    assert bare is not None and bare(batch) == {"row": 8.0, "group": 3.0, "step": 1.0}[unit]
+
+
+def test_nothing_is_learnt_through_the_reference_of_a_whole_step() -> None:
+    batch, _ = rows_with([0.0, 0.0])
+    where = find_targets(batch)
+    nll = torch.tensor([1.0, 2.0], dtype=torch.float64, requires_grad=True)
+    view = View(batch, {"nll": nll}, label_N=where.label_N, row_N=where.row_N, position_N=where.source_N + 1)
+    own = Reference(lambda view: 3.0 * view.log_likelihoods(), columns=("nll",))
+    gains = value_of_rows(SQUARES._replace(value=lambda view, own: view.gains(), reference=True), view, {}, own)
+    assert gains.tolist() == [2.0, 4.0]
+    (slope,) = torch.autograd.grad(gains.sum(), nll)
+    assert slope.tolist() == [-1.0, -1.0]
