@@ -43,8 +43,8 @@ FAULTS = (
     Fault(
         "each process reports its own parts of the loss",
         "training/engine.py",
-        "return own if len(self.objective.terms) == 1 else self._together(own)",
-        "return own",
+        "            self._together(work.parts),",
+        "            work.parts,",
         (PAIR,),
     ),
     Fault(
