@@ -185,7 +185,7 @@ def bench_classify() -> str:
 def preferred() -> str:
     """What `python -m bench.preferred` measured last, as it was committed."""
     if not PREFERRED.exists():
-        return "No results are stored."
+        return "Not measured yet."
     facts = json.loads(PREFERRED.read_text(encoding="utf-8"))
 
     def share(entry: Mapping[str, Any], when: str) -> str:
@@ -224,7 +224,7 @@ def preferred() -> str:
 def _beside(file: Path, peer: str, second: str) -> str:
     """Both tools on the same work, one setting a line: tokens a second, their ratio, a second figure and the peak of memory."""
     if not file.exists():
-        return "No results are stored."
+        return "Not measured yet."
     facts = json.loads(file.read_text(encoding="utf-8"))
     figures = {
         "tokens/s": lambda one, side: f"{one[side]['tokens_per_second']:,.0f}",
