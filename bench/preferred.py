@@ -15,6 +15,8 @@ from typing import Any
 
 import luthier
 from bench.__main__ import HERE
+from bench.preferences import PAIRS
+from bench.preferences import pairs as read_pairs
 from luthier import machine
 
 HELD_OUT, LONGEST = 80, 3000
@@ -23,17 +25,15 @@ KEPT = HERE.parent / "recipes" / "data" / "hollowmere"
 MODEL = "smollm2-135m-instruct"
 
 
-def _read(file: Path) -> list[dict[str, Any]]:
-    return [{"id": str(place), **json.loads(line)} for place, line in enumerate(file.read_text(encoding="utf-8").splitlines())]
-
-
 def _length(pair: dict[str, Any]) -> int:
     return sum(len(turn["value"]) for turn in (*pair["conversations"], pair["chosen"], pair["rejected"]))
 
 
 def split(data: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Pairs to learn from and to measure, drawn with seed 0."""
-    pairs = _read(data / "dpo_en" / "train.jsonl")
+    if not (data / PAIRS).is_file():
+        raise SystemExit(f"there is no {data / PAIRS}: --data names the folder of data sets")
+    _, pairs = read_pairs(data)
     random.Random(0).shuffle(pairs)
     held = [pair for pair in pairs if _length(pair) <= LONGEST][:HELD_OUT]
     return [pair for pair in pairs if pair not in held], held
@@ -49,7 +49,7 @@ def main() -> None:
     pairs, held = split(chosen.data)
     rows = {
         "dpo": {"train": pairs, "max_tokens": 512},
-        "kto": {"train": _read(chosen.data / "kto_en" / "train.jsonl"), "max_tokens": 384},
+        "kto": {"train": str(chosen.data / "kto_en" / "train.jsonl"), "max_tokens": 384},
     }
     results = []
     for name in chosen.objective:

@@ -12,6 +12,7 @@ import re
 import sys
 from collections.abc import Callable, Mapping
 from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -236,7 +237,7 @@ def _beside(file: Path, peer: str, second: str) -> str:
     for one in facts["results"]:
         first, *others = [[figures[name](one, side) for side in ("luthier", "peer")] for name in ("tokens/s", second, "peak")]
         ratio = f"**{one['ratio']:.2f}** ({one['ratio_spread'][0]:.2f} to {one['ratio_spread'][1]:.2f})"
-        rows.append((f"{one['tune']}, {one['precision']}", *first, ratio, *(cell for pair in others for cell in pair)))
+        rows.append((f"{one['tune']}, {one['precision']}", *first, ratio, *chain(*others)))
     shown = [[f"{tool}, {name}" for tool in ("luthier", peer)] for name in ("tokens/s", second, "peak")]
     first, machine = facts["results"][0], facts["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())

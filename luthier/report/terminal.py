@@ -24,6 +24,10 @@ MOST_SETS = 4
 MOST_WARNINGS = 2
 LONGEST_SENTENCE = 300
 """Characters of the headline and of each warning: four lines, and no warning that luthier writes by itself is longer."""
+ONE_WORD = ("status", "steps", "learned", "kept", "time", "started", "items", "value", "before", "after")
+"""Columns that hold words and numbers short enough never to be cut."""
+NOTHING = "-"
+"""Stands in a narrow column for what was not measured."""
 STYLES = {"better": "green", "worse": "red", NOT_MEASURED: "dim"}
 
 
@@ -158,12 +162,6 @@ def _one_line(text: str, style: str) -> Text:
     line = plain(text, style)
     line.no_wrap, line.overflow = True, "ellipsis"
     return line
-
-
-ONE_WORD = ("status", "steps", "learned", "kept", "time", "started", "items", "value", "before", "after")
-"""Columns that hold words and numbers short enough never to be cut."""
-NOTHING = "-"
-"""Stands in a narrow column for what was not measured."""
 
 
 def _table(first: str, *others: str) -> Table:

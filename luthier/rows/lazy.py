@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import overload
 
@@ -11,9 +12,9 @@ from luthier.rows.encode import Encoded
 class LazyRows(Sequence[Encoded]):
     """Encoded rows that are made when they are asked for: `row(place)` makes one."""
 
+    @abstractmethod
     def row(self, place: int) -> Encoded:
         """The row at a place, from 0."""
-        raise NotImplementedError
 
     @overload
     def __getitem__(self, index: int) -> Encoded: ...

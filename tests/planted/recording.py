@@ -18,9 +18,8 @@ from typing import Any
 import pytest
 
 from tests.costs import processor_seconds
+from tests.planted.tested_lines import FOLDER
 
-FOLDER = "LUTHIER_TESTED_LINES"
-"""The environment's variable that names the folder for what each process of the tests wrote down."""
 _MARK = "__luthier_ran__"
 _PACKAGE = Path(__file__).parents[2] / "luthier"
 _BLOCKS = ("body", "orelse", "finalbody")

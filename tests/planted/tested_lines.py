@@ -10,10 +10,10 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
-from tests.planted.recording import FOLDER
-
 KEPT = Path(".coverage.tests.json")
 """At the root of a checkout; never part of it."""
+FOLDER = "LUTHIER_TESTED_LINES"
+"""The environment's variable that names the folder for what each process of the tests wrote down."""
 
 
 class Lines(NamedTuple):
