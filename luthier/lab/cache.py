@@ -12,6 +12,7 @@ CACHE is `LUTHIER_CACHE`, or `~/.cache/luthier`.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import inspect
 import json
@@ -49,6 +50,16 @@ def forget() -> Path:
     folder = lab_folder()
     disk.remove(folder)
     return folder
+
+
+def kept_bytes() -> int:
+    """The size of all that the lab has kept: a full fine-tune keeps as many bytes as its model has."""
+    sizes = []
+    for path in lab_folder().rglob("*"):
+        # Another lab may remove a file meanwhile.
+        with contextlib.suppress(OSError):
+            sizes.append(path.stat().st_size if path.is_file() else 0)
+    return sum(sizes)
 
 
 def key_of(facts: Any) -> str:

@@ -17,7 +17,7 @@ from rich.table import Table
 
 from luthier.errors import LuthierError, Say
 from luthier.lab import calibrating, claims
-from luthier.lab.cache import forget, lab_folder
+from luthier.lab.cache import forget, kept_bytes, lab_folder
 from luthier.lab.claim import Claim
 from luthier.lab.pool import workers
 from luthier.lab.real import FOLDER, missing
@@ -25,7 +25,10 @@ from luthier.lab.results import Result, colored, file_stem, load, result_of, sav
 from luthier.lab.runner import Lab, run_claim
 from luthier.lab.verdicts import entry, in_words
 from luthier.registry.catalogue import VERDICTS
+from luthier.report.words import size
 
+TOLD_BYTES = 2**30
+"""From here on the lab says what its finished runs take."""
 _UNITS = {"s": 1 / 60, "m": 1.0, "h": 60.0}
 
 
@@ -164,6 +167,9 @@ def _run(claim: Claim, asked: Asked, lab: Lab) -> Result:
     result = result_of(ran)
     for path in save(result, asked.out, file_stem(claim, asked.model)):
         lab.say(f"written: {path}")
+    kept = kept_bytes()
+    if kept >= TOLD_BYTES:
+        lab.say(f"finished runs take {size(kept)} in {lab_folder()}: `luthier lab --forget` removes them")
     return result
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from gguf import GGUFReader
+from gguf import GGUFReader, ReaderField
 from tokenizers import Tokenizer, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -51,8 +52,9 @@ def load_gguf_tokenizer(file: Path) -> PreTrainedTokenizerBase:
     try:
         with quiet():
             tokenizer: Any = transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-        pre_tokenizer, context_length, tokens = _metadata(file)
-        others = _named_templates(file)
+        fields = GGUFReader(file).fields
+        pre_tokenizer, context_length, tokens = _metadata(fields)
+        others = _named_templates(fields)
     # As with weights: a damaged file makes the readers raise anything.
     except Exception as error:
         raise LuthierError(
@@ -97,9 +99,8 @@ def _leave_out_others(tokenizer: Any, tokens: int) -> None:
         tokenizer._tokenizer = Tokenizer.from_str(json.dumps({**state, "added_tokens": own}))
 
 
-def _metadata(file: Path) -> tuple[str | None, int | None, int]:
+def _metadata(fields: Mapping[str, ReaderField]) -> tuple[str | None, int | None, int]:
     """The name of the pre-tokenizer and the longest context, in tokens, where the file states them, and how many tokens it has."""
-    fields = GGUFReader(file).fields
     architecture = fields["general.architecture"].contents()
 
     def value(key: str) -> Any:
@@ -109,8 +110,7 @@ def _metadata(file: Path) -> tuple[str | None, int | None, int]:
     return value("tokenizer.ggml.pre"), value(f"{architecture}.context_length"), len(tokens.data)
 
 
-def _named_templates(file: Path) -> dict[str, str]:
+def _named_templates(fields: Mapping[str, ReaderField]) -> dict[str, str]:
     """The chat templates of a file beside its default, by name: transformers reads that one alone."""
-    fields = GGUFReader(file).fields
     names = fields["tokenizer.chat_templates"].contents() if "tokenizer.chat_templates" in fields else []
     return {name: fields[f"tokenizer.chat_template.{name}"].contents() for name in names}

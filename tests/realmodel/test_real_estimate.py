@@ -28,7 +28,7 @@ print(json.dumps([told[0], run.facts["peak_memory_bytes"]]))
 """
 
 
-@pytest.mark.parametrize("tune", ["full", "{half: {embeddings: freeze}}", "lora"])
+@pytest.mark.parametrize("tune", ["{half: {embeddings: freeze}}", "lora"])
 def test_the_quickstarts_plan_is_within_a_fifth(tmp_path: Path, tune: str) -> None:
     words = [f"tune={tune}", "train.steps=2", "evaluate={}", f"out={tmp_path}"]
     if not multiplies_bf16():

@@ -32,6 +32,7 @@ from luthier.lab.results import expected, file_stem, load, looked, save, shown, 
 from luthier.lab.runner import here
 from luthier.lab.verdict import Design
 from luthier.lab.verdicts import NOT_AGAIN, entry, under_rule
+from luthier.report.words import size
 
 TOY = runpy.run_path(str(Path(__file__).with_name("lab_toys.py")))["TOY"]
 RESULT: dict[str, Any] = {
@@ -167,6 +168,16 @@ def test_claims_whose_data_sets_are_not_there_are_left_out(folder: Path, monkeyp
     found = facts(call("--all", "--seeds", 1, "--out", folder / "out", "--json"))
     assert [one["claim"] for one in found["results"]] == ["toy"]
     assert found["left_out"] == [{"name": "needing", "minutes": 1, "missing": ["mawps/test"]}]
+
+
+@pytest.mark.usefixtures("in_process")
+@pytest.mark.parametrize("least", [1, 2**40])
+def test_what_finished_runs_take_is_told_once_it_is_much(folder: Path, monkeypatch: pytest.MonkeyPatch, least: int) -> None:
+    monkeypatch.setattr(command, "TOLD_BYTES", least)
+    said = call("toy", "--seeds", 1, "--out", folder / "out").output.replace("\n", " ")
+    taken = sum(path.stat().st_size for path in (folder / "cache" / "lab").rglob("*") if path.is_file())
+    told = f"finished runs take {size(taken)}" in said and "--forget" in said
+    assert taken > 1000 and told == (least == 1), said
 
 
 @pytest.mark.usefixtures("in_process")
