@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from itertools import combinations
 from typing import Any, NamedTuple
 
@@ -25,7 +26,7 @@ from luthier.kinds import (
     Transform,
 )
 from luthier.recipe.parts import completed
-from luthier.registry import Part, key_of
+from luthier.registry import KINDS, Part, key_of
 from luthier.training.engine import Engine
 from tests.conftest import split
 from tests.contracts.covering import covering
@@ -122,6 +123,7 @@ with toys_listed():
     """Name, kind and traits of every technique that takes part in a run."""
 
 
+@cache
 def refused(one: Technique, other: Technique) -> str | None:
     """The words by which two techniques are refused; none: they go together."""
     for (a, b), words in REFUSED.items():
@@ -135,6 +137,7 @@ def _is_apart(kind: str, name: str) -> bool:
     return kind != "selective" or name in STANDS or (kind, name, "roles") in OPTIONS
 
 
+_key = {kind: key_of(kind) for kind in KINDS}
 _group = {one: "tune" if key_of(one[0]) == "tune" else one[0] for one in RUNS}
 _apart = {one: _is_apart(*one) for one in RUNS}
 
@@ -145,7 +148,7 @@ def has_room(chosen: Sequence[Technique], one: Technique) -> bool:
         return False
     here = [*chosen, one]
     rows = {FIXTURES[kind].rows for kind, _ in here} - {rows_of_eight}
-    learnt = sum(key_of(kind) == "objective" for kind, _ in here)
+    learnt = sum(_key[kind] == "objective" for kind, _ in here)
     same = sum(_group[other] == _group[one] for other in here)
     selections = [other for other in here if other[0] == "selective"]
     spread = sum(not _apart[other] for other in selections)
