@@ -2,7 +2,7 @@
 
     python -m tests.planted [numbers] [--at DIR]      each of the listed ones, with the tests that should see it
     python -m tests.planted mended [numbers]          each mended fault again, which must fail by a wrong value
-    python -m tests.planted map                       which tests run which lines, for the next
+    python -m tests.planted map [--tests FILES]       which tests run which lines, for the next; FILES: only these anew
     python -m tests.planted drawn --over methods --count 300 --seed 0
 
 A fault that no test catches shows what the tests do not hold.
@@ -37,7 +37,7 @@ def main() -> None:
     reading = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     reading.add_argument("words", nargs="*", help="`mended`, `map` or `drawn`; numbers of faults, from 1; none: all of the listed")
     reading.add_argument("--at", type=Path, default=ROOT, help="the checkout to take package and tests from")
-    reading.add_argument("--tests", nargs="*", help="other tests than those that should catch it")
+    reading.add_argument("--tests", nargs="*", help="map: files of tests; else other tests than those that should catch it")
     reading.add_argument("--over", default="methods", help="drawn: folders of the package, with commas between")
     reading.add_argument("--count", type=int, default=300, help="drawn: how many")
     reading.add_argument("--seed", type=int, default=0, help="drawn: which")
@@ -47,7 +47,7 @@ def main() -> None:
     what = given.words[0] if given.words and not given.words[0].isdigit() else "listed"
     numbers = [int(word) for word in given.words if word.isdigit()]
     if what == "map":
-        tested_lines.make(given.at)
+        tested_lines.make(given.at, given.tests or ())
     elif what == "drawn":
         drawn.run(given.at, given.over.split(","), given.count, given.seed, given.jobs, given.out)
     elif what == "mended":
