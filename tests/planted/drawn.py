@@ -1,12 +1,13 @@
 """Faults drawn by chance: operators, signs, constants, comparisons, detached tensors and defaults, one at a time.
 
 What share of them the tests catch says how much the tests hold. A fault that changes no result is no fault: such survivors are listed
-with the reason, in `EQUIVALENT`.
+with the reason, in `equivalent.json`.
 """
 
 from __future__ import annotations
 
 import ast
+import bisect
 import json
 import os
 import random
@@ -17,7 +18,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,6 +35,8 @@ _OPERATORS = {ast.Add: ("+", "-"), ast.Sub: ("-", "+"), ast.Mult: ("*", "/"), as
 _OPERATORS |= {ast.Pow: ("**", "*"), ast.Mod: ("%", "*"), ast.BitAnd: ("&", "|"), ast.BitOr: ("|", "&")}
 _COMPARISONS = {ast.Lt: ("<", "<="), ast.LtE: ("<=", "<"), ast.Gt: (">", ">="), ast.GtE: (">=", ">")}
 _COMPARISONS |= {ast.Eq: ("==", "!="), ast.NotEq: ("!=", "==")}
+EQUIVALENT = Path(__file__).with_name("equivalent.json")
+"""Drawn faults that change no result, by name, with the reason."""
 _CARDS = ("method", "Field", "LuthierError")
 
 
@@ -51,6 +53,13 @@ class Drawn(NamedTuple):
     new: str
     within: tuple[int, int]
     """First and last line of the function around it."""
+    place: str
+    """Its line and the column there, in words that last as long as the line does."""
+
+    @property
+    def does_something(self) -> bool:
+        """Whether it changes the file's text."""
+        return self.begin < self.end or bool(self.new)
 
     @property
     def unharmed(self) -> Drawn:
@@ -59,8 +68,8 @@ class Drawn(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Tells it from all others, as long as the file stays."""
-        return f"{self.file}:{self.line} {self.kind} {self.begin} -> {self.new}"
+        """Tells it from all others."""
+        return f"{self.file}: {self.kind} in {self.place} -> {self.new or 'nothing'}"
 
 
 class _Text:
@@ -78,6 +87,15 @@ class _Text:
 
     def end(self, node: ast.expr) -> int:
         return self.at(node.end_lineno or node.lineno, node.end_col_offset or 0)
+
+    def place(self, begin: int) -> str:
+        """Where something stands: the text of its line, the column there, and which of equal lines it is."""
+        number = bisect.bisect_right(self.starts, begin) - 1
+        lines = [line.strip().decode() for line in self.raw.split(b"\n")]
+        text = self.raw[self.starts[number] :].split(b"\n", 1)[0]
+        column = begin - self.starts[number] - (len(text) - len(text.lstrip()))
+        again = lines[:number].count(lines[number])
+        return f"`{lines[number]}` at {column}{f', {again + 1}.' if again else ''}"
 
 
 def faults_in(root: Path, file: str) -> Iterator[Drawn]:
@@ -103,7 +121,7 @@ def faults_in(root: Path, file: str) -> Iterator[Drawn]:
             continue
         span = around.get(id(node), (node.lineno, node.end_lineno or node.lineno))
         for kind, begin, end, new in _changes(node, where, defaults):
-            yield Drawn(kind, file, node.lineno, begin, end, new, span)
+            yield Drawn(kind, file, node.lineno, begin, end, new, span, where.place(begin))
 
 
 def _holds_words(node: ast.AST) -> bool:
@@ -165,6 +183,11 @@ def _other(value: float) -> str:
     return repr(value * 2) if value else "0.5"
 
 
+def changed(text: bytes, fault: Drawn) -> bytes:
+    """A file's text with the fault."""
+    return text[: fault.begin] + fault.new.encode() + text[fault.end :]
+
+
 def draw(root: Path, folders: Sequence[str], count: int, seed: int) -> list[Drawn]:
     """As many faults of each kind as there are, in turn, until there are enough."""
     files = sorted(path for folder in folders for path in (root / "luthier" / folder).rglob("*.py"))
@@ -214,7 +237,7 @@ class Copy:
         """What failed first; empty where nothing did."""
         file = self.root / "luthier" / fault.file
         before = file.read_bytes()
-        file.write_bytes(before[: fault.begin] + fault.new.encode() + before[fault.end :])
+        file.write_bytes(changed(before, fault))
         try:
             return _first_failure(self.root, tests)
         finally:
@@ -264,44 +287,35 @@ def run(root: Path, folders: Sequence[str], count: int, seed: int, jobs: int, ou
     import torch
     import transformers.models.llama.modeling_llama  # noqa: F401
 
+    from tests.planted.in_place import try_all
+
     torch.set_num_threads(1)
     known = tested_lines.read(root)
     told: dict[str, str] = json.loads(out.read_text(encoding="utf-8")) if out is not None and out.exists() else {}
-    todo = [one for one in draw(root, folders, count, seed) if one.name not in told]
-    with tempfile.TemporaryDirectory() as where, ThreadPoolExecutor(jobs) as pool:
-        copies = [Copy(root, Path(where) / str(number)) for number in range(jobs)]
+    todo = [(one, tests_for(one, known)) for one in draw(root, folders, count, seed) if one.name not in told]
+    left: list[tuple[Drawn, Sequence[str]]] = []
+    unsound: list[str] = []
 
-        # Whatever fails without a fault would be taken for a catch.
-        for fault in todo[:: max(1, len(todo) // SOUND)]:
-            seen = copies[0].seen(fault.unharmed, tests_for(fault, known))
-            if seen:
-                raise SystemExit(f"tests fail without a fault: {seen}")
-
-        def plant(fault: Drawn) -> tuple[Drawn, str]:
-            copy = copies.pop()
-            try:
-                return fault, copy.seen(fault, tests_for(fault, known))
-            finally:
-                copies.append(copy)
-
-        for fault, seen in pool.map(plant, todo):
+    def tell(fault: Drawn, seen: str | None) -> None:
+        if not fault.does_something:
+            unsound.extend([seen] if seen else [])
+        elif seen is None:
+            left.append((fault, tests_for(fault, known)))
+        else:
             told[fault.name] = seen
             print(f"{'caught' if seen else 'SURVIVED'} {fault.name}{f' ({seen[:110]})' if seen else ''}", flush=True)
             if out is not None:
                 out.write_text(json.dumps(told, indent=1), encoding="utf-8")
+
+    sound = [(fault.unharmed, tests) for fault, tests in todo[:: max(1, len(todo) // SOUND)]]
+    try_all(root, [*sound, *todo], tell, jobs=jobs, patience=PATIENCE)
+    if unsound:
+        # What fails without a fault was taken for a catch.
+        raise SystemExit(f"tests fail without a fault: {', '.join(unsound)}")
+    with tempfile.TemporaryDirectory() as where:
+        copy = Copy(root, Path(where) / "copy")
+        for fault, tests in left:
+            tell(fault, copy.seen(fault, tests))
     survivors = [name for name, seen in told.items() if not seen]
-    equal = [name for name in survivors if name in EQUIVALENT]
+    equal = set(survivors) & set(json.loads(EQUIVALENT.read_text(encoding="utf-8")))
     print(f"{len(told)} planted, {len(survivors)} survived, {len(equal)} of them change no result")
-
-
-EQUIVALENT: dict[str, str] = {
-    "methods/additive/said.py:101 constant 4713 -> 2e-09": "twice what rounding may do is as far below any score",
-    "methods/hidden_edit/lofit.py:65 detach 3353 -> ": "only PyTorch would warn: scores are numbers, and nothing takes their gradient",
-    "methods/hidden_edit/ssf.py:99 operator 4512 -> &": "a type, which is not evaluated",
-    "methods/selective/_growth.py:60 constant 2412 -> 1": "all four names come and go together",
-    "methods/selective/_knapsack.py:25 constant 1109 -> 2": "any number below 0 stands for none",
-    "methods/selective/_ticket.py:81 detach 3933 -> ": "nothing takes its gradient; without a graph it needs less memory",
-    "methods/term/_coverage.py:30 comparison 968 -> <=": "both forms hold where p is a half",
-    "methods/term/focal.py:46 detach 1727 -> ": "the shift cancels in the gradient as it does in the value",
-}
-"""Drawn faults that change no result, by name, with the reason."""

@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
+import json
+import sys
 from pathlib import Path
+from types import ModuleType
 
-from tests.planted.drawn import KINDS, draw, faults_in
+import pytest
+
+from tests.planted.drawn import EQUIVALENT, KINDS, draw, faults_in
 from tests.planted.fault import ROOT, places
+from tests.planted.in_place import plant
 from tests.planted.listed import FAULTS
 from tests.planted.mended import MENDED, by_value
 
@@ -63,6 +70,49 @@ def one(*, share: float = 0.5, on: bool = True) -> tuple[int, ...]:
     drawn = draw(tmp_path, ["methods"], 6, 0)
     assert drawn == draw(tmp_path, ["methods"], 6, 0) != draw(tmp_path, ["methods"], 6, 1)
     assert {fault.kind for fault in drawn} == set(KINDS)
+
+
+def test_what_changes_no_result_still_stands_there() -> None:
+    names = json.loads(EQUIVALENT.read_text(encoding="utf-8"))
+    files = sorted({name.partition(": ")[0] for name in names})
+    assert set(names) <= {fault.name for file in files for fault in faults_in(ROOT, file)}
+    assert all(len(reason.split()) > 3 for reason in names.values())
+
+
+def test_a_fault_is_planted_in_what_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "luthier" / "methods" / "one.py"
+    file.parent.mkdir(parents=True)
+    file.write_text(
+        """from __future__ import annotations
+LIMIT, MOST = 3, 9.0
+class Held:
+    size = 5
+def one(x: float, *, share: float = 0.5) -> float:
+    def inner(y: float) -> float:
+        return y - share
+    return inner(x) * LIMIT
+"""
+    )
+    spec = importlib.util.spec_from_file_location("luthier.methods.one", file)
+    assert spec is not None and spec.loader is not None
+    seen = {}
+    for fault in faults_in(tmp_path, "methods/one.py"):
+        module, other = importlib.util.module_from_spec(spec), ModuleType("other")
+        spec.loader.exec_module(module)
+        vars(other).update(LIMIT=module.LIMIT)
+        monkeypatch.setitem(sys.modules, "luthier.methods.one", module)
+        monkeypatch.setitem(sys.modules, "other", other)
+        stood = plant(fault, tmp_path, {str(file): [module.one]})
+        seen[fault.kind, fault.new] = (module.one(7.0), vars(other)["LIMIT"]) if stood else None
+    assert seen == {
+        ("constant", "4"): (26.0, 4),
+        ("constant", "18.0"): (19.5, 3),
+        # A class that is loaded has no place for it: such a fault is planted in a file.
+        ("constant", "6"): None,
+        ("default", "1.0"): (18.0, 3),
+        ("operator", "+"): (22.5, 3),
+        ("operator", "/"): (6.5 / 3, 3),
+    }
 
 
 def test_a_failure_by_a_missing_name_is_told_from_one_by_a_value() -> None:
