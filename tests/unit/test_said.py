@@ -183,7 +183,8 @@ def test_it_learns(engine: Any, now: Now) -> None:
 def test_dimensions_that_leave_nothing_are_refused(engine: Any) -> None:
     with pytest.raises(LuthierError, match="none is left to project"):
         engine({"said": {"dimension": 2}}, model=model_of())
-    engine({"said": {"dimension": 2, "scales": "none"}}, model=model_of())
+    for options in ({"dimension": 3}, {"dimension": 1, "scales": "none"}):
+        assert engine({"said": options}, model=model_of()).tune.trained["said.vector"].numel == 1
     with pytest.raises(LuthierError, match="the dimension is 0"):
         make({"said": {"dimension": 0}}, ("additive",))
 
