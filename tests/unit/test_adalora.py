@@ -269,6 +269,13 @@ def test_options_at_the_edge_of_their_range_are_taken(options: dict[str, Any]) -
     adalora(**options)
 
 
+@pytest.mark.parametrize(("final", "border"), [(0.0, 19), (0.01, 19), (0.3, 14), (1.0, 0)])
+def test_its_penalty_teaches_nothing_and_its_last_phase_has_a_step(final: float, border: int) -> None:
+    _, term, _, freezing = adalora(final=final, warmup=0.0, orthogonality=0.3)
+    assert (term.weight, term.unit, term.penalty) == (0.3, "step", True)
+    assert freezing.borders(20) == [border]
+
+
 def test_vectors_start_normal_and_singular_values_at_zero() -> None:
     """A standard deviation of 0.02 for P and Q, to four standard errors; other vectors for each place."""
     additive = adalora(initial_rank=24)[0]

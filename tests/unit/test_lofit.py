@@ -327,8 +327,17 @@ def test_impossible_settings_are_refused(options: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{"share": 0.01}, {"share": 1.0}, {"selection": 0.01}, {"selection": 0.99}, {"penalty": 0.0}, {"rate": 0.01}, {"deviation": 0.0}],
+    [
+        {"share": 0.01},
+        {"share": 1.0},
+        {"selection": 0.01},
+        {"selection": 0.99},
+        {"penalty": 0.0},
+        {"rate": 0.01},
+        {"deviation": 0.0},
+    ],
 )
 def test_settings_at_the_edge_of_what_is_possible_are_taken(options: dict[str, Any]) -> None:
-    edit, _, freezing = lofit(**options)
+    edit, term, freezing = lofit(**options)
+    assert term.penalty, "it teaches nothing by itself"
     assert edit.rates == {"offset": options.get("rate", 2.0)} and freezing.ends == (options.get("selection", 0.5),)
