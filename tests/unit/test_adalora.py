@@ -262,8 +262,15 @@ def test_options_out_of_range_are_refused_by_name(options: dict[str, Any], what:
 
 @pytest.mark.parametrize(
     "options",
-    [{"initial_rank": 8}, {"target_rank": 1, "initial_rank": 1}, {"warmup": 0.25, "final": 0.75}, {"warmup": 1.0, "final": 0.0}]
-    + [{"warmup": 0.0, "final": 1.0}, {"orthogonality": 0.0}, {"orthogonality": 0.01}],
+    [
+        {"initial_rank": 8},
+        {"initial_rank": 1, "target_rank": 1},
+        {"warmup": 0.25, "final": 0.75},
+        {"warmup": 1.0, "final": 0.0},
+        {"warmup": 0.0, "final": 1.0},
+        {"orthogonality": 0.0},
+        {"orthogonality": 0.01},
+    ],
 )
 def test_options_at_the_edge_of_their_range_are_taken(options: dict[str, Any]) -> None:
     adalora(**options)

@@ -291,8 +291,16 @@ def test_options_out_of_range_are_refused(options: dict[str, Any], message: str)
 
 @pytest.mark.parametrize(
     "options",
-    [{"coefficients": 1}, {"coefficient_steps": 1}, {"location_steps": 1}, {"search": 1.0}, {"search": 0.0}]
-    + [{"dropout": 0.0}, {"dropout": 0.01}, {"search": 0.01}],
+    [
+        {"coefficients": 1},
+        {"coefficient_steps": 1},
+        {"location_steps": 1},
+        {"search": 0.0},
+        {"search": 0.01},
+        {"search": 1.0},
+        {"dropout": 0.0},
+        {"dropout": 0.01},
+    ],
 )
 def test_options_at_the_edge_of_their_range_are_taken(options: dict[str, Any]) -> None:
     made = make({"loca": options}, ("additive",)).values[0]
