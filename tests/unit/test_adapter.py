@@ -217,6 +217,7 @@ def test_an_adapter_may_be_one_wide_and_draws_where_it_drops() -> None:
         "up_bias": (4,),
     }
     assert [adapter(dropout=dropout).draws for dropout in (0.0, 0.01, 0.9)] == [False, True, True]
+    assert not any(made().draws for made in (serial_adapter, parallel_adapter, scaled_parallel_adapter))
 
 
 def test_an_adapter_does_not_merge(engine: Any) -> None:
