@@ -212,6 +212,27 @@ def test_ties_leave_exactly_the_budget(engine: Any, now: Now) -> None:
     assert stays(run).tolist() == [True] * 5 + [False] * 19
 
 
+def test_what_stays_is_most_important_over_all_places(engine: Any, now: Now) -> None:
+    """Five of twelve triplets, by the product of two random scores for every number."""
+    run = engine({"adalora": SMALL}, model=model_of())
+    run.tune.set({name: torch.ones_like(values) for name, values in values_of(run).items()})
+    rng = torch.Generator().manual_seed(0)
+    state: State = {
+        f"{kind} {name}": torch.rand(one.master.shape, generator=rng, dtype=torch.float64)
+        for name, one in run.tune.trained.items()
+        for kind in ("sensitivity", "uncertainty")
+    }
+    prune(state, run.services("adalora", now), 5)
+    scores = []
+    for own in run.tune.owns:
+        left_OR, values_R1, right_RI = (
+            state[f"sensitivity {name}"] * state[f"uncertainty {name}"]
+            for name in (own.trained[part].name for part in ("left", "values", "right"))
+        )
+        scores += (values_R1[:, 0] + left_OR.mean(0) + right_RI.mean(1)).tolist()
+    assert stays(run).tolist() == [score >= sorted(scores)[-5] for score in scores]
+
+
 def test_the_target_as_initial_rank_prunes_nothing(engine: Any, now: Now) -> None:
     """What is left is a delta P diag(lambda) Q with a penalty."""
     options = {**SMALL, "initial_rank": 2, "warmup": 0.0, "final": 0.5}
@@ -268,6 +289,8 @@ def test_options_out_of_range_are_refused_by_name(options: dict[str, Any], what:
         {"warmup": 0.25, "final": 0.75},
         {"warmup": 1.0, "final": 0.0},
         {"warmup": 0.0, "final": 1.0},
+        {"beta1": 0.01, "beta2": 0.99},
+        {"beta1": 0.99, "beta2": 0.01},
         {"orthogonality": 0.0},
         {"orthogonality": 0.01},
     ],
