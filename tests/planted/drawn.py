@@ -160,7 +160,7 @@ def _changes(node: ast.AST, where: _Text, defaults: dict[int, ast.expr]) -> Iter
         old, new = _COMPARISONS[type(node.ops[0])]
         yield from _between("comparison", where, where.end(node.left), where.begin(node.comparators[0]), old, new)
     elif isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
-        yield "sign", where.begin(node), where.begin(node.operand), ""
+        yield "sign", where.begin(node), where.begin(node) + 1, ""
     elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "detach" and not node.args:
         yield "detach", where.end(node.func.value), where.end(node), ""
     elif isinstance(node, ast.Constant) and isinstance(node.value, int | float):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from luthier.errors import LuthierError
-from luthier.kinds import Now, State
+from luthier.kinds import Now, Place, State
 from luthier.methods.additive._sensitivity import excess, importance, look, prune, triplets
 from luthier.methods.additive.adalora import _phases, adalora, far_from_orthonormal
 from tests.conftest import split
@@ -72,6 +72,7 @@ def test_the_budget_falls_by_a_cube() -> None:
     budgets = [int(8 + 4 * excess(step, 0, 10)) for step in range(12)]
     assert budgets[1] == 10 and budgets[5] == 8 and budgets[0] == 12 and budgets[10] == budgets[11] == 8
     assert [excess(step, 4, 8) for step in (3, 4, 6, 8, 9)] == [1.0, 1.0, 0.125, 0.0, 0.0]
+    assert [excess(step, 4, 4) for step in (3, 4, 5)] == [1.0, 1.0, 0.0], "where the final phase follows the warm-up at once"
 
 
 def test_one_step_is_looked_at_where_the_final_phase_is_the_whole_run() -> None:
@@ -199,8 +200,8 @@ def test_the_end_of_a_run_that_stops_early_prunes_once_more(engine: Any, now: No
 
 
 def test_ties_leave_exactly_the_budget(engine: Any, now: Now) -> None:
-    """Where all scores are equal, a threshold would prune every triplet."""
-    run = engine({"adalora": SMALL}, model=model_of())
+    """Where all scores are equal, a threshold would prune every triplet; the first ones stay, however many there are."""
+    run = engine({"adalora": {**SMALL, "initial_rank": 6}}, model=model_of())
     run.tune.set({name: torch.ones_like(values) for name, values in values_of(run).items()})
     services = run.services("adalora", now)
     state: State = {}
@@ -208,7 +209,28 @@ def test_ties_leave_exactly_the_budget(engine: Any, now: Now) -> None:
         for one in tensors.values():
             look(state, one, 0.85, 0.85)
     prune(state, services, 5)
-    assert stays(run).tolist() == [True] * 5 + [False] * 7
+    assert stays(run).tolist() == [True] * 5 + [False] * 19
+
+
+def test_what_stays_is_most_important_over_all_places(engine: Any, now: Now) -> None:
+    """Five of twelve triplets, by the product of two random scores for every number."""
+    run = engine({"adalora": SMALL}, model=model_of())
+    run.tune.set({name: torch.ones_like(values) for name, values in values_of(run).items()})
+    rng = torch.Generator().manual_seed(0)
+    state: State = {
+        f"{kind} {name}": torch.rand(one.master.shape, generator=rng, dtype=torch.float64)
+        for name, one in run.tune.trained.items()
+        for kind in ("sensitivity", "uncertainty")
+    }
+    prune(state, run.services("adalora", now), 5)
+    scores = []
+    for own in run.tune.owns:
+        left_OR, values_R1, right_RI = (
+            state[f"sensitivity {name}"] * state[f"uncertainty {name}"]
+            for name in (own.trained[part].name for part in ("left", "values", "right"))
+        )
+        scores += (values_R1[:, 0] + left_OR.mean(0) + right_RI.mean(1)).tolist()
+    assert stays(run).tolist() == [score >= sorted(scores)[-5] for score in scores]
 
 
 def test_the_target_as_initial_rank_prunes_nothing(engine: Any, now: Now) -> None:
@@ -257,6 +279,47 @@ def test_dropping_pruned_triplets_changes_nothing(engine: Any, now: Now) -> None
 def test_options_out_of_range_are_refused_by_name(options: dict[str, Any], what: str) -> None:
     with pytest.raises(LuthierError, match=what):
         adalora(**options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"initial_rank": 8},
+        {"initial_rank": 1, "target_rank": 1},
+        {"warmup": 0.25, "final": 0.75},
+        {"warmup": 1.0, "final": 0.0},
+        {"warmup": 0.0, "final": 1.0},
+        {"beta1": 0.01, "beta2": 0.99},
+        {"beta1": 0.99, "beta2": 0.01},
+        {"orthogonality": 0.0},
+        {"orthogonality": 0.01},
+    ],
+)
+def test_options_at_the_edge_of_their_range_are_taken(options: dict[str, Any]) -> None:
+    adalora(**options)
+
+
+@pytest.mark.parametrize(("final", "border"), [(0.0, 19), (0.01, 19), (0.3, 14), (1.0, 0)])
+def test_its_penalty_teaches_nothing_and_its_last_phase_has_a_step(final: float, border: int) -> None:
+    _, term, _, freezing = adalora(final=final, warmup=0.0, orthogonality=0.3)
+    assert (term.weight, term.unit, term.penalty) == (0.3, "step", True)
+    assert freezing.borders(20) == [border]
+
+
+def test_vectors_start_normal_and_singular_values_at_zero() -> None:
+    """A standard deviation of 0.02 for P and Q, to four standard errors; other vectors for each place."""
+    additive = adalora(initial_rank=24)[0]
+    services: Any = SimpleNamespace(rng=lambda key: torch.Generator().manual_seed(len(key)))
+    place = Place("hand", "weight", "mlp_up", 0)
+    tensors = additive.start(place, torch.zeros(64, 96), services)
+    assert {name: tuple(one.shape) for name, one in tensors.items()} == {"right": (24, 96), "values": (24, 1), "left": (64, 24)}
+    assert not tensors["values"].any()
+    for name in ("right", "left"):
+        count = tensors[name].numel()
+        assert float(tensors[name].std()) == pytest.approx(0.02, rel=4 * (2 * count) ** -0.5)
+        assert abs(float(tensors[name].mean())) < 4 * 0.02 * count**-0.5
+    other = additive.start(place._replace(module="another"), torch.zeros(64, 96), services)
+    assert not torch.equal(other["right"], tensors["right"])
 
 
 def test_gradients_one_at_a_time_are_refused_by_name(engine: Any) -> None:

@@ -209,6 +209,17 @@ def test_impossible_adapters_are_refused(options: dict[str, Any], said: str) -> 
         adapter(**options)
 
 
+def test_an_adapter_may_be_one_wide_and_draws_where_it_drops() -> None:
+    assert {name: tuple(one.shape) for name, one in adapter(width=1, scale=0.01).start(PLACE, 4, 4, services()).items()} == {
+        "down": (1, 4),
+        "up": (4, 1),
+        "down_bias": (1,),
+        "up_bias": (4,),
+    }
+    assert [adapter(dropout=dropout).draws for dropout in (0.0, 0.01, 0.9)] == [False, True, True]
+    assert not any(made().draws for made in (serial_adapter, parallel_adapter, scaled_parallel_adapter))
+
+
 def test_an_adapter_does_not_merge(engine: Any) -> None:
     run = engine(parallel_adapter(width=4), model=model_of())
     with pytest.raises(LuthierError, match="cannot be merged"):

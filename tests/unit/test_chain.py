@@ -132,6 +132,16 @@ def test_clipping_equals_pytorchs(engine: Any, now: Now, norm: float) -> None:
         assert torch.allclose(before[name] - value, copies[name].grad, rtol=1e-9, atol=1e-12)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(("norm", "factor"), [(2.0, 2 / (5 + 1e-6)), (4.9, 4.9 / (5 + 1e-6)), (6.0, 1.0)])
+def test_a_joint_norm_of_5_by_hand(now: Now, norm: float, factor: float) -> None:
+    """It is kept once, for the record, and gradients that are short enough are left as they are."""
+    values = [torch.tensor([3.0, 0.0], dtype=torch.float64), torch.tensor([-4.0], dtype=torch.float64)]
+    states: list[dict[str, Any]] = [{}, {}]
+    found = torch.cat(registry.part("clip", norm=norm).values[0].update(values, states, [], now))
+    assert torch.allclose(found, factor * torch.tensor([3.0, 0.0, -4.0], dtype=torch.float64), rtol=1e-12, atol=0)
+    assert states == [{"norm": 5.0}, {}]
+
+
 def test_sgd_by_hand(engine: Any, now: Now) -> None:
     run = engine({"some_cols": {"rate": 0.5}}, model=model_of(), step={"sgd": {"momentum": 0.9}})
     (name, one), *_ = run.tune.trained.items()

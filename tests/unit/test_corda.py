@@ -113,6 +113,32 @@ def test_damping_is_doubled_until_the_inverse_is_right() -> None:
         damped(torch.zeros(3, 3), 0.01)
 
 
+@pytest.mark.parametrize("tries", [1, 29])
+def test_damping_is_doubled_and_no_more_than_29_times(tries: int) -> None:
+    """The mean of the diagonal is 2, so a damping of 0.5 adds 1, 2, 4 ...: the first tries leave a zero on the diagonal each."""
+
+    def singular_at_first(count: int) -> Tensor:
+        holes = [-(2.0**k) for k in range(count)]
+        return torch.diag(torch.tensor([2.0 * (count + 1) - sum(holes), *holes], dtype=torch.float64))
+
+    covariance_II = singular_at_first(tries)
+    metric_II, inverse_II = damped(covariance_II, 0.5)
+    assert torch.equal(metric_II, covariance_II + 2.0**tries * torch.eye(tries + 1))
+    torch.testing.assert_close(inverse_II.diagonal(), 1 / metric_II.diagonal())
+    with pytest.raises(LuthierError, match="cannot be inverted"):
+        damped(singular_at_first(30), 0.5)
+
+
+def test_tiny_inputs_are_not_blown_up() -> None:
+    """Inputs of 1e-12 are divided by their size, smaller ones by no less than 1e-12; batches count alike."""
+    found = []
+    for size in (1e-11, 1e-12, 1e-13):
+        reads = Reads(torch.tensor([[size, 0.0]], dtype=torch.float64))
+        (covariance_II,) = covariances(reads, calibration(4, ""), [PLACE], RESCALES["magnitude"]).values()  # type: ignore[arg-type]
+        found.append(float(covariance_II[0, 0]))
+    assert found == pytest.approx([1.0, 1.0, 0.01], rel=1e-12)
+
+
 def test_alpha_changes_neither_the_start_nor_what_is_cut_out() -> None:
     weight_OI, x_NI = random(6, 5), random(40, 5, seed=1)
     plain = started(weight_OI, x_NI, rank=2)

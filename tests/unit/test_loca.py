@@ -289,6 +289,24 @@ def test_options_out_of_range_are_refused(options: dict[str, Any], message: str)
         make({"loca": options}, ("additive",))
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"coefficients": 1},
+        {"coefficient_steps": 1},
+        {"location_steps": 1},
+        {"search": 0.0},
+        {"search": 0.01},
+        {"search": 1.0},
+        {"dropout": 0.0},
+        {"dropout": 0.01},
+    ],
+)
+def test_options_at_the_edge_of_their_range_are_taken(options: dict[str, Any]) -> None:
+    made = make({"loca": options}, ("additive",)).values[0]
+    assert made.draws == (options.get("dropout", 0.0) > 0)
+
+
 def test_killed_and_resumed_it_is_the_same_run_bit_for_bit(engine: Any, now: Now, tmp_path: Path) -> None:
     setting = {
         "tune": {"loca": {"coefficients": 20, "search": 0.5, "coefficient_steps": 2, "location_steps": 2, "location_rate": 1.0}},

@@ -70,10 +70,12 @@ def test_heads_are_ordered_by_the_l2_norm_over_all_layers() -> None:
     assert top_heads([rows, 2 * rows], 3, 0.0) == [(1, 0), (1, 2), (1, 1)]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert top_heads([torch.ones(1, 4)], 1, 2.0) == [(0, 0)], "2 is half a step of 2 on each of 4 numbers, and no noise"
-    with pytest.warns(UserWarning, match="the largest is 2"):
-        top_heads([torch.ones(1, 4)], 1, 2.01)
-    assert top_heads([torch.ones(3, 4), torch.ones(3, 4)], 4, 0.0) == [(0, 0), (0, 1), (0, 2), (1, 0)], "ties go to the first"
+        assert top_heads([torch.ones(1, 9)], 1, 2.0) == [(0, 0)], "3 is half a step of 2 on each of 9 numbers, and no noise"
+    with pytest.warns(UserWarning, match="the largest is 3") as told:
+        top_heads([torch.ones(1, 9)], 1, 2.01)
+    assert told[0].filename == __file__, "told of whoever asked"
+    # Sorts that are not stable exchange equal numbers from 17 on.
+    assert top_heads([torch.ones(12, 4), torch.ones(12, 4)], 24, 0.0) == [divmod(i, 12) for i in range(24)], "ties go to the first"
 
 
 def test_both_phases_train_as_many_numbers_as_the_paper(engine: Any) -> None:
@@ -317,7 +319,27 @@ def test_heads_that_do_not_explain_the_map_are_refused(engine: Any) -> None:
         edit.start(place, 33, 32, run.services("lofit", NOW))
 
 
-@pytest.mark.parametrize("options", [{"share": 0.0}, {"selection": 1.0}, {"penalty": -1.0}, {"rate": 0.0}, {"deviation": -1.0}])
+@pytest.mark.parametrize(
+    "options", [{"share": 0.0}, {"share": 1.01}, {"selection": 1.0}, {"penalty": -1.0}, {"rate": 0.0}, {"deviation": -1.0}]
+)
 def test_impossible_settings_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(LuthierError, match=f"{next(iter(options.values()))}"):
         lofit(**options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"share": 0.01},
+        {"share": 1.0},
+        {"selection": 0.01},
+        {"selection": 0.99},
+        {"penalty": 0.0},
+        {"rate": 0.01},
+        {"deviation": 0.0},
+    ],
+)
+def test_settings_at_the_edge_of_what_is_possible_are_taken(options: dict[str, Any]) -> None:
+    edit, term, freezing = lofit(**options)
+    assert term.penalty, "it teaches nothing by itself"
+    assert edit.rates == {"offset": options.get("rate", 2.0)} and freezing.ends == (options.get("selection", 0.5),)

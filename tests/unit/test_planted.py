@@ -39,7 +39,7 @@ LIMIT = 3
 def one(*, share: float = 0.5, on: bool = True) -> tuple[int, ...]:
     if not 0 < share:
         raise LuthierError(f"the share is {share - 1}", where="one")
-    size = abs(-x.detach() * (share + 2)) // 4  # a - b
+    size = abs(-(x.detach() * (share + 2))) // 4  # a - b
     return size if size == 7 else x[..., 1]
 ''',
         encoding="utf-8",
@@ -56,13 +56,13 @@ def one(*, share: float = 0.5, on: bool = True) -> tuple[int, ...]:
         ("default", "def one(*, share: float = 0.5, on: bool = False) -> tuple[int, ...]:"),
         ("constant", "if not 1 < share:"),
         ("comparison", "if not 0 <= share:"),
-        ("operator", "size = abs(-x.detach() * (share + 2)) * 4  # a - b"),
-        ("operator", "size = abs(-x.detach() / (share + 2)) // 4  # a - b"),
-        ("operator", "size = abs(-x.detach() * (share - 2)) // 4  # a - b"),
-        ("sign", "size = abs(x.detach() * (share + 2)) // 4  # a - b"),
-        ("detach", "size = abs(-x * (share + 2)) // 4  # a - b"),
-        ("constant", "size = abs(-x.detach() * (share + 3)) // 4  # a - b"),
-        ("constant", "size = abs(-x.detach() * (share + 2)) // 5  # a - b"),
+        ("operator", "size = abs(-(x.detach() * (share + 2))) * 4  # a - b"),
+        ("operator", "size = abs(-(x.detach() / (share + 2))) // 4  # a - b"),
+        ("operator", "size = abs(-(x.detach() * (share - 2))) // 4  # a - b"),
+        ("sign", "size = abs((x.detach() * (share + 2))) // 4  # a - b"),
+        ("detach", "size = abs(-(x * (share + 2))) // 4  # a - b"),
+        ("constant", "size = abs(-(x.detach() * (share + 3))) // 4  # a - b"),
+        ("constant", "size = abs(-(x.detach() * (share + 2))) // 5  # a - b"),
         ("comparison", "return size if size != 7 else x[..., 1]"),
         ("constant", "return size if size == 8 else x[..., 1]"),
         ("constant", "return size if size == 7 else x[..., 2]"),

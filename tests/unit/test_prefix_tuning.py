@@ -155,3 +155,11 @@ def test_biases_of_the_network_do_not_decay(engine: Any) -> None:
 def test_impossible_prefixes_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(LuthierError, match="is 0"):
         prefix_tuning(**options)
+
+
+def test_a_prefix_may_be_one_long_and_its_network_one_wide() -> None:
+    own = services()
+    for options in ({"length": 1}, {"hidden": 1}):
+        prefix = prefix_tuning(**options)
+        key_HPW, _ = prefix.keyvalue(prefix.start(own.parts, own), 0)
+        assert key_HPW.shape == (own.parts.key_value_heads, options.get("length", 30), own.parts.head_width)

@@ -49,6 +49,8 @@ def test_the_walsh_hadamard_transform() -> None:
     x = random(3, 8)
     assert torch.allclose(walsh_hadamard(walsh_hadamard(x)), 8 * x)
     assert torch.allclose(walsh_hadamard(x), x @ matrix)
+    for other in (x[0], x.expand(2, 3, 8)):
+        assert torch.allclose(walsh_hadamard(other), other @ matrix)
 
 
 @pytest.mark.parametrize(("length", "size", "chunk"), [(20, 100, 1 << 16), (20, 300, 64), (50, 7, 64), (20, 128, 32), (1, 1, 8)])
@@ -88,6 +90,11 @@ def test_chunks_are_transforms_of_their_own_and_no_longer_than_needed() -> None:
     assert not torch.equal(drawn.sign_CS[0], drawn.sign_CS[1]) and not torch.equal(drawn.order_CS[0], drawn.order_CS[1])
     assert draw(20, 100, seed=0, chunk=1 << 16).sign_CS.shape == (1, 128)
     assert draw(100, 7, seed=0, chunk=64).sign_CS.shape == (1, 128)
+    sides = {size: draw(1, size, seed=0).sign_CS.shape[1] for size in (1, 2, 3, 4, 5, 63, 64, 65)}
+    assert sides == {1: 1, 2: 2, 3: 4, 4: 4, 5: 8, 63: 64, 64: 64, 65: 128}
+    # More than 65,536 numbers are made by several transforms, wherever nothing else is asked for.
+    assert draw(1, 70_000, seed=0).sign_CS.shape == (2, 65_536)
+    assert torch.equal(project(random(1), 70_000, 0), project(random(1), 70_000, 0, chunk=65_536))
     assert sorted(drawn.order_CS[2].tolist()) == list(range(64))
     assert set(drawn.sign_CS.unique().tolist()) == {-1.0, 1.0}
 
@@ -176,7 +183,8 @@ def test_it_learns(engine: Any, now: Now) -> None:
 def test_dimensions_that_leave_nothing_are_refused(engine: Any) -> None:
     with pytest.raises(LuthierError, match="none is left to project"):
         engine({"said": {"dimension": 2}}, model=model_of())
-    engine({"said": {"dimension": 2, "scales": "none"}}, model=model_of())
+    for options in ({"dimension": 3}, {"dimension": 1, "scales": "none"}):
+        assert engine({"said": options}, model=model_of()).tune.trained["said.vector"].numel == 1
     with pytest.raises(LuthierError, match="the dimension is 0"):
         make({"said": {"dimension": 0}}, ("additive",))
 

@@ -105,6 +105,17 @@ def test_momentum_and_decay_by_hand(engine: Any, now: Now) -> None:
         assert torch.allclose(one.master.detach(), value, rtol=0, atol=1e-14)
 
 
+def test_decay_pulls_to_the_anchor_and_no_gradient_moves_nothing(now: Now) -> None:
+    """A tenth of the way to the anchor, which is 4, then 3.6; only the second number has gradients, of 2."""
+    anchor = torch.tensor([7.0, 3.0, 5.0], dtype=torch.float64)
+    one: Any = SimpleNamespace(form="free", index=None, rate=0.5, decay=True, anchor=anchor)
+    value, optimizer = anchor - torch.tensor([4.0, 0.0, 0.0]), make({"sm3": {"decay": 1.0}}, ("optimizer",)).values[0]
+    state: State = {}
+    for wanted in ([3.4, 2.9, 5.0], [3.76, 2.91 - 0.1 / 2**0.5, 5.0]):
+        optimizer.step(value, torch.tensor([0.0, 2.0, 0.0], dtype=torch.float64), state, one, now._replace(learning_rate=0.2))
+        assert torch.allclose(value, torch.tensor(wanted, dtype=torch.float64), rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 def test_accumulators_of_rows_and_columns_stay_when_entries_come_and_go(engine: Any, now: Now, architecture: str) -> None:
     """All entries leave for others: the optimizer still knows the rows and columns, and nothing of single entries."""

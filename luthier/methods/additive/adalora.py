@@ -99,7 +99,7 @@ def adalora(
             for one in (one for tensors in mine.values() for one in tensors.values()):
                 look(state, one, beta1, beta2)
         state["pruned"] = step // every
-        if step >= last or (step > first and due):
+        if step >= last or due:
             most, least = initial_rank * len(mine), target_rank * len(mine)
             prune(state, services, int((most - least) * excess(step, first, last) + least))
 
