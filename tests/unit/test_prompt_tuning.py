@@ -127,8 +127,9 @@ def test_a_random_start_is_even_between_its_bounds() -> None:
     assert float(prompt_PD.abs().max()) <= 0.5 and abs(float(prompt_PD.std()) - 1 / math.sqrt(12)) < 0.01
 
 
-def test_a_prompt_may_be_a_single_token() -> None:
+def test_a_prompt_may_be_a_single_token_and_a_table_a_single_position() -> None:
     assert master(attached(prompt_tuning(length=1)), "prompt_PD").shape == (1, 32)
+    assert master(attached(dept(length=1, rank=1, positions=1)), "left_SR").shape == (1, 1)
 
 
 @pytest.mark.parametrize(
@@ -255,6 +256,9 @@ def test_the_table_learns_at_its_own_rate_under_every_schedule(engine: Any, now:
 
 def test_the_table_ends_before_the_first_answer_begins() -> None:
     assert shortest_question([make_batch([(9, 4), (5, 0)]), make_batch([(6, 3), (8, 2)])]) == 3
+    # A target may be the first id of the vocabulary.
+    short = make_batch([(9, 4), (4, 1)])
+    assert shortest_question([short._replace(label_BT=short.label_BT.clamp(max=0))]) == 3
     assert master(attached(dept(rank=2)), "left_SR").shape == (1, 2)
     assert master(attached(dept(rank=2, positions=7)), "left_SR").shape == (7, 2)
     for batches in ([make_batch([(5, 0)])], [make_batch([(4, 4), (6, 3)])]):
