@@ -85,6 +85,18 @@ def test_targets_below_the_forward_pass_are_refused_with_the_least_there_is() ->
     assert worth_training(found, [1.0, 1.0, 1.0], 0.6) == [False, False, True]
 
 
+def test_costs_count_in_thousandths_of_a_backward_pass() -> None:
+    """What costs less than one is free, and a target that leaves none at all buys nothing else."""
+    for own, wanted in ((9_995, True), (10_000, False)):
+        found = [Cost(0, 0, own), Cost(0, 0, 10_000_000 - own)]
+        assert worth_training(found, [1.0, 5.0], 0.00005) == [wanted, False]
+
+
+def test_a_target_of_just_the_forward_pass_leaves_nothing_to_spend() -> None:
+    with pytest.raises(LuthierError, match=r"the forward pass alone is 0\.50"):
+        worth_training([Cost(20, 10, 10)], [1.0], 0.5)
+
+
 def test_the_importance_of_a_step_on_a_parabola() -> None:
     """w^2 at 3 with a step of 0.1: 0.1 x 6 x 4.8 = 2.88, where the gradient before the step would say 3.6."""
     w, rate = torch.tensor([3.0], dtype=torch.float64), 0.1

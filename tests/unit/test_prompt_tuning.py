@@ -32,11 +32,11 @@ def rows(count: int, source: str) -> list[Batch]:
     return [rows_of_eight()]
 
 
-def attached(value: Any, model: Any = None) -> Tune:
+def attached(value: Any, model: Any = None, looks: Any = rows) -> Tune:
     """A model with a prompt under one slot, so that the same draws give the same prompt."""
     model = model_of() if model is None else model
     tune = Tune(model, map_parts(model))
-    tune.add("prompt", value, RunServices(tune, "prompt", Now(), rows), {})
+    tune.add("prompt", value, RunServices(tune, "prompt", Now(), looks), {})
     return tune
 
 
@@ -118,8 +118,10 @@ def test_a_start_from_a_text_repeats_or_cuts_it() -> None:
         master(attached(prompt_tuning(length=2, init="text", token_ids=(7, 8, 9)), model), "prompt_PD"), table_VD[[7, 8]]
     )
     row_T = rows_of_eight().token_ids_BT[0, :9]
-    own = master(attached(prompt_tuning(length=12, init="text"), model), "prompt_PD")
-    assert torch.equal(own, table_VD[torch.cat([row_T, row_T[:3]])])
+    asked: list[int] = []
+    looks = lambda count, source: asked.append(count) or rows(count, source)  # noqa: E731
+    own = master(attached(prompt_tuning(length=12, init="text"), model, looks), "prompt_PD")
+    assert torch.equal(own, table_VD[torch.cat([row_T, row_T[:3]])]) and set(asked) == {1}
 
 
 def test_a_random_start_is_even_between_its_bounds() -> None:
