@@ -190,6 +190,17 @@ def test_two_iterations_choose_half_each_and_go_on_from_what_was_learnt(engine: 
     assert not any((mask & ~both[name]).any() for name, mask in changed.items())
 
 
+def test_three_iterations_choose_a_third_each(engine: Any, now: Now) -> None:
+    run = engine({"lt_sft": {"share": 0.05, "iterations": 3}}, model=model_of(layers=1), step="adamw")
+    numbers, chosen = run.tune.numbers(), []
+    for i in range(STEPS):
+        go(run, now, i, i + 1)
+        chosen.append(sum(len(value) for key, value in run.states["lt_sft"].items() if key.startswith("index ")))
+    # Six phases of 20 steps end behind steps 3, 7, 10, 13 and 17.
+    thirds = [int(0.05 * third / 3 * numbers) for third in range(4)]
+    assert chosen == [thirds[(i >= 2) + (i >= 9) + (i >= 16)] for i in range(STEPS)]
+
+
 def test_the_schedule_begins_anew_with_every_phase() -> None:
     ends = {n: make({"lt_sft": {"iterations": n}}, ("selective",)).values[1].ends for n in (1, 2)}
     assert ends == {1: (0.5,), 2: (0.25, 0.5, 0.75)}
@@ -302,7 +313,14 @@ def test_a_run_that_is_too_short_is_refused(engine: Any) -> None:
 
 @pytest.mark.parametrize(
     ("options", "match"),
-    [({"share": 0.0}, "share is 0"), ({"first": 1.0}, "first phase"), ({"iterations": 0}, "iterations"), ({"l1": -1.0}, "penalty")],
+    [
+        ({"share": 0.0}, "share is 0"),
+        ({"share": 1.01}, "share is 1"),
+        ({"first": 0.0}, "first phase"),
+        ({"first": 1.0}, "first phase"),
+        ({"iterations": 0}, "iterations"),
+        ({"l1": -0.01}, "penalty"),
+    ],
 )
 def test_options_out_of_range_are_refused(options: dict[str, Any], match: str) -> None:
     with pytest.raises(LuthierError, match=match):

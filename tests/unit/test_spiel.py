@@ -272,6 +272,11 @@ def test_the_budget_counts_the_whole_model_and_is_shared_by_size(engine: Any) ->
     assert 0 < int(0.01 * everything) - run.tune.numbers() < len(sizes)
 
 
+def test_one_entry_of_each_weight_trains_at_least_and_all_may_be_dropped(engine: Any) -> None:
+    run = engine({"spiel": {"density": 1e-9, "drop": 1.0, "every": 2, "gather": 1}}, model=model_of(layers=1), step="adamw")
+    assert {one.numel for one in trained_of(run).values()} == {1}
+
+
 def test_adamw_holds_two_numbers_for_each_entry_and_its_age(engine: Any, now: Now) -> None:
     run = engine("spiel", model=model_of(), step="adamw")
     go(run, now, 0, 2)
@@ -346,9 +351,11 @@ def test_weight_decay_pulls_to_the_base(engine: Any, now: Now) -> None:
     ("options", "match"),
     [
         ({"density": 0.0}, "density"),
+        ({"density": 1.01}, "density"),
         ({"gather": 20}, "does not fit"),
         ({"gather": 0}, "does not fit"),
-        ({"drop": 1.5}, "share to drop"),
+        ({"drop": 1.01}, "share to drop"),
+        ({"drop": -0.01}, "share to drop"),
     ],
 )
 def test_options_out_of_range_are_refused(options: dict[str, Any], match: str) -> None:
