@@ -300,7 +300,7 @@ EQUIVALENT: dict[str, str] = {
     "methods/hidden_edit/ssf.py:99 operator 4512 -> &": "a type, which is not evaluated",
     "methods/selective/_growth.py:60 constant 2412 -> 1": "all four names come and go together",
     "methods/selective/_knapsack.py:25 constant 1109 -> 2": "any number below 0 stands for none",
-    "methods/selective/_ticket.py:81 detach 3933 -> ": "nothing takes its gradient; without a graph it needs less memory",
+    "methods/selective/_ticket.py:81 detach 3904 -> ": "nothing takes its gradient; without a graph it needs less memory",
     "methods/term/_coverage.py:30 comparison 968 -> <=": "both forms hold where p is a half",
     "methods/term/focal.py:46 detach 1727 -> ": "the shift cancels in the gradient as it does in the value",
 }

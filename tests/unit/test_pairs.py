@@ -275,7 +275,9 @@ def test_references_that_cannot_follow_are_refused(options: dict[str, Any]) -> N
         registry.make({"following_reference": options}, ("reference",))
 
 
-@pytest.mark.parametrize(("reference", "column"), [("following_reference", "following_nll"), ("model_reference", "nll of reference")])
+@pytest.mark.parametrize(
+    ("reference", "column"), [("following_reference", "following_nll"), ("model_reference", "nll of reference")]
+)
 def test_a_reference_is_a_constant_to_the_loss(engine: Any, now: Now, reference: str, column: str) -> None:
     """So that backward does not make its likelihoods again."""
     run = engine(objective=["dpo", reference], model=model_of())
