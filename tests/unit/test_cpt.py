@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from luthier.columns.chunked import resolve
 from luthier.errors import LuthierError
-from luthier.kinds import Batch, Now
+from luthier.kinds import Batch, Now, View
 from luthier.methods.prompt.cpt import at_width, context_of, cpt, project
 from luthier.methods.term._coverage import coverage_factor
 from luthier.models.parts import map_parts
@@ -158,6 +158,21 @@ def test_weights_by_hand(engine: Any, now: Now) -> None:
     assert loss([(5, 1), (6, 1)], [1.0, 1.0, 1.0]) == pytest.approx(0.5833333333, abs=1e-9)
     assert loss([(5, 1), (6, 1)], [3.0, 2.0, 1.0]) == pytest.approx(0.9166666667, abs=1e-9)
     assert loss([(5, 2), (6, 1)], [1.0, 1.0, 1.0, 1.0]) == 0.5
+
+
+def test_a_virtual_token_has_its_own_weight_and_any_other_one() -> None:
+    """The id 0 is a token of the row."""
+    weigh = cpt()[1].weigh
+    batch = make_batch([(5, 1)])._replace(token_ids_BT=torch.tensor([[-1, -2, -3, 0, 7]]))
+    row_N = torch.zeros(5, dtype=torch.long)
+    view = View(batch, {"nll": torch.ones(5)}, label_N=row_N, row_N=row_N, position_N=torch.arange(5))
+    assert weigh is not None
+    assert weigh(view.for_technique({"weight_P": torch.tensor([0.25, 0.5, 0.75])})).tolist() == [0.25, 0.5, 0.75, 1.0, 1.0]
+
+
+def test_a_context_may_be_a_single_example(engine: Any) -> None:
+    run = engine({"cpt": {"examples": 1}}, calibration=rows)
+    assert run.tune.prompt_length == len(real(ROWS, 0)[0])
 
 
 def test_projection_scales_what_is_too_long_and_nothing_else() -> None:

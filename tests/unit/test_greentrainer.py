@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,10 +15,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from luthier import registry
 from luthier.errors import LuthierError
-from luthier.kinds import Now
+from luthier.kinds import Now, Place
 from luthier.methods.selective._backward_cost import Cost, Load, costs, load_of, spent, worth_training
 from luthier.methods.selective._knapsack import select
-from luthier.methods.selective.greentrainer import importance
+from luthier.methods.selective.greentrainer import _importances, importance
 from luthier.registry import make
 from luthier.training.checkpoint import restore, save
 from tests.conftest import calibration, split
@@ -41,6 +42,8 @@ def price(through: list[int], own: list[int], chosen: list[bool]) -> int:
         ([0, 3, 2, 0], [5, 2, 0, 99], [3, 2, 9, -1], 9, (11, 7, [1, 2])),
         ([0, 2, 1, 4, 0], [5, 1, 7, 3, 1], [1, 3, 10, 5, 3], 24, (22, 24, [0, 1, 2, 3, 4])),
         ([1, 1], [1, 1], [-1, 0], 4, (0, 0, [])),
+        # The first costs all there is, and the earliest nothing.
+        ([0, 0], [2, 0], [3, 1], 2, (4, 2, [0, 1])),
     ],
 )
 def test_a_selection_by_hand(through: list[int], own: list[int], value: list[float], budget: int, wanted: Any) -> None:
@@ -85,6 +88,18 @@ def test_targets_below_the_forward_pass_are_refused_with_the_least_there_is() ->
     assert worth_training(found, [1.0, 1.0, 1.0], 0.6) == [False, False, True]
 
 
+def test_costs_count_in_thousandths_of_a_backward_pass() -> None:
+    """What costs less than one is free, and a target that leaves none at all buys nothing else."""
+    for own, wanted in ((9_995, True), (10_000, False)):
+        found = [Cost(0, 0, own), Cost(0, 0, 10_000_000 - own)]
+        assert worth_training(found, [1.0, 5.0], 0.00005) == [wanted, False]
+
+
+def test_a_target_of_just_the_forward_pass_leaves_nothing_to_spend() -> None:
+    with pytest.raises(LuthierError, match=r"the forward pass alone is 0\.50"):
+        worth_training([Cost(20, 10, 10)], [1.0], 0.5)
+
+
 def test_the_importance_of_a_step_on_a_parabola() -> None:
     """w^2 at 3 with a step of 0.1: 0.1 x 6 x 4.8 = 2.88, where the gradient before the step would say 3.6."""
     w, rate = torch.tensor([3.0], dtype=torch.float64), 0.1
@@ -92,6 +107,19 @@ def test_the_importance_of_a_step_on_a_parabola() -> None:
     assert importance(2 * (w + moved), moved) == pytest.approx(2.88, abs=1e-12)
     assert importance(2 * w, moved) == pytest.approx(3.6, abs=1e-12)
     assert float(w**2 - (w + moved) ** 2) == pytest.approx(3.24, abs=1e-12)
+
+
+def test_importance_is_of_the_first_step_of_adam() -> None:
+    """Both moments are the gradient's own: a step is the rate, but half of it where the gradient is as small as epsilon."""
+    place = Place("up", "weight", "mlp_up", 0)
+    slopes = torch.tensor([-3.0, 1e-8, 0.0], dtype=torch.float64)
+
+    def gradients(batches: Any, places: Any, moved: Any = None) -> dict[Place, Tensor]:
+        return {place: slopes if moved is None else 10.0 * moved[place]}
+
+    services = SimpleNamespace(now=Now(learning_rate=0.1), gradients=gradients)
+    # -sum of 10 moved x moved, with moves of 0.1, -0.05 and 0.
+    assert _importances(services, [], [place]) == [pytest.approx(-0.125, rel=1e-7)]  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "llama"])
@@ -155,6 +183,8 @@ def test_biases_cost_their_own_gradient_alone_and_those_of_norms_nothing(engine:
     found = costs(engine("full", model=model_of("gpt2", layers=1)).services("test", Now()), Load(10, 40, 3))
     assert list(dict.fromkeys(place.role for place in found))[:3] == ["embedding", "position_embedding", "attention_norm"]
     for place, cost in found.items():
+        if place.role == "position_embedding":
+            assert cost == Cost(0, 0, 10 * 32)
         if place.tensor == "bias":
             width = 32 * 3 if place.role == "mlp_up" else 32
             # Behind the last bias stands the tied head.
@@ -176,6 +206,13 @@ def training(run: Any) -> set[str]:
     return {key.removeprefix("trains ") for key, value in run.states["greentrainer"].items() if key.startswith("trains ") and value}
 
 
+def test_importance_may_be_measured_on_one_row(engine: Any, now: Now) -> None:
+    asked: list[int] = []
+    looks = lambda count, source: asked.append(count) or calibration(count, source)  # noqa: E731
+    run = engine({"greentrainer": {"calibration_rows": 1}}, model=model_of(), step="adamw", calibration=looks)
+    assert training(run) and set(asked) == {1}
+
+
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 def test_the_choice_is_what_importance_and_cost_say(engine: Any, now: Now, architecture: str) -> None:
     """Importance by hand: gradients before and behind a step of Adam, on copies of the model."""
@@ -191,9 +228,8 @@ def test_the_choice_is_what_importance_and_cost_say(engine: Any, now: Now, archi
     for name, one in run.tune.model.named_parameters():
         one.data.copy_(saved[name])
     raw = {place: -float((after[place] * moved[place]).sum()) for place in places}
-    most = max(map(abs, raw.values()))
     found = costs(services, load_of(batches))
-    wanted = worth_training(list(found.values()), [raw.get(place, 0.0) / most for place in found], 0.6)
+    wanted = worth_training(list(found.values()), [raw.get(place, 0.0) for place in found], 0.6)
     assert training(run) == {str(place) for place, one in zip(found, wanted, strict=True) if one}
     assert run.states["greentrainer"]["backward share"] == spent(list(found.values()), wanted)
     assert 0 < len(training(run)) < len(places)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from luthier.errors import LuthierError
 from luthier.kinds import Now, Place
 from luthier.models.tiny import tiny
 from luthier.registry import make
@@ -143,6 +144,29 @@ def test_balance_by_parameters_is_within_one_tensor_of_the_share(seed: int, shar
         trained = numbers(model, [p for p in chosen if p in of_kind])
         largest = max(numbers(model, [p]) for p in of_kind)
         assert abs(trained - share * numbers(model, of_kind)) <= largest
+
+
+@pytest.mark.parametrize(
+    ("share", "wanted"),
+    [
+        # Two norms of 32 numbers a block: 16 are owed, then 0, 16 and 0; half a norm is enough.
+        (0.25, [1, 0, 1, 0]),
+        # 15.75 owed are too little for one, 31.5 are not; then 15.25 and 31.
+        (0.25 - 1 / 256, [0, 1, 0, 1]),
+        # 12.8 are more than a third of a norm.
+        (0.2, [0, 1, 0, 1]),
+    ],
+)
+def test_balance_by_parameters_by_hand(share: float, wanted: list[int]) -> None:
+    found = counts(drawn(tiny("llama", layers=4), share=share, balance="parameters"))
+    assert [found[b, "norm"] for b in range(4)] == wanted
+
+
+@pytest.mark.parametrize("share", [0.0, -0.5, 1.01])
+def test_shares_out_of_range_are_refused(share: float) -> None:
+    with pytest.raises(LuthierError, match="the share is") as error:
+        make({"half": {"share": share}}, ("selective",))
+    assert error.value.where == "half: share"
 
 
 def test_half_by_tensors_is_not_half_by_parameters_with_narrow_keys() -> None:

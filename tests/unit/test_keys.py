@@ -72,6 +72,11 @@ def test_what_a_technique_brings_is_not_added_to_it() -> None:
     assert [part.name for part in choose_parts(recipe_of(tune=holds))["objective"]] == ["cross_entropy"]
 
 
+@pytest.mark.parametrize("tune", [{"lt_sft": {"l1": 0.1}}, "adalora", "lofit"], ids=str)
+def test_what_a_technique_holds_back_leaves_the_usual_objective(tune: Any) -> None:
+    assert [part.name for part in choose_parts(recipe_of(tune=tune))["objective"]] == ["cross_entropy"]
+
+
 def test_row_maps_act_under_any_key_those_of_the_recipe_first() -> None:
     def adds(letter: str) -> RowMap:
         return RowMap(

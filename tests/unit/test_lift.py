@@ -90,6 +90,15 @@ def test_a_randomized_decomposition_selects_nearly_the_same() -> None:
     assert float((randomized_low_rank(exact, 8, rng) - exact).abs().max()) < 1e-12
 
 
+def test_the_range_is_that_of_twice_as_many_random_inputs_as_the_rank() -> None:
+    """Without power iterations: the closest matrix of rank 2 to what 4 random inputs can tell of the weight."""
+    weight = torch.randn(10, 12, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    output_OP = weight @ torch.randn(12, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    wanted = low_rank(output_OP @ torch.linalg.pinv(output_OP) @ weight, 2)
+    found = randomized_low_rank(weight, 2, torch.Generator().manual_seed(1), rounds=0)
+    assert float((found - wanted).abs().max()) < 1e-12 and float((found - low_rank(weight, 2)).abs().max()) > 0.01
+
+
 def test_little_of_the_weight_moves_it_in_many_directions() -> None:
     rng = torch.Generator().manual_seed(0)
     weight = torch.randn(32, 32, generator=rng, dtype=torch.float64)

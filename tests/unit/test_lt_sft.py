@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,8 +13,9 @@ from torch import Tensor
 
 from luthier.delta import Delta
 from luthier.errors import LuthierError
-from luthier.kinds import Freezing, Now
+from luthier.kinds import Freezing, Now, Place, State
 from luthier.methods.selective._ticket import most_changed
+from luthier.methods.selective._ticket import ticket as ticket_of
 from luthier.registry import make
 from luthier.training.checkpoint import restore, save
 from luthier.training.loop import Clock
@@ -36,6 +38,47 @@ def test_the_most_changed_by_hand() -> None:
 def test_ties_give_no_more_and_zeros_are_never_chosen() -> None:
     assert [one.tolist() for one in most_changed([torch.ones(3), torch.ones(3)], 4)] == [[0, 1, 2], [0]]
     assert [one.tolist() for one in most_changed([torch.zeros(3), torch.tensor([0.0, 2.0])], 4)] == [[], [1]]
+
+
+@pytest.mark.parametrize(("count", "wanted"), [(1, [[1], []]), (0, [[], []]), (-3, [[], []])])
+def test_where_no_more_are_owed_none_are_chosen(count: int, wanted: list[list[int]]) -> None:
+    size = [torch.tensor([0.3, 0.5]), torch.tensor([0.1])]
+    assert [one.tolist() for one in most_changed(size, count)] == wanted
+
+
+MATRIX, BIAS = Place("up", "weight", "mlp_up", 0), Place("up", "bias", "mlp_up", 0)
+
+
+def drawn(change: Tensor, of_bias: list[float], share: float, state: State, *transposed: str, form: str = "whole") -> Any:
+    """The ticket of a weight and its bias, which moved so far; numbers begin at 2."""
+    mine = [
+        SimpleNamespace(place=place, form=form, master=2.0 + moved, anchor=torch.full_like(moved, 2.0))
+        for place, moved in ((MATRIX, change), (BIAS, torch.tensor(of_bias)))
+    ]
+    sizes = {MATRIX: torch.Size([3, 2]), BIAS: torch.Size([3])}
+    services = SimpleNamespace(shape=sizes.__getitem__, parts=SimpleNamespace(transposed=frozenset(transposed)))
+    found = ticket_of(state, services, mine, share)  # type: ignore[arg-type]
+    assert all(one.form == "flat" and one.take.tolist() == [-1] * len(one.index) for one in found.values())
+    return [
+        (found[place].index.tolist(), None if found[place].seed is None else found[place].seed.tolist()) for place in (MATRIX, BIAS)
+    ]
+
+
+def test_a_later_ticket_keeps_what_was_chosen_by_hand() -> None:
+    """Of 9 numbers 4, of which 2 are chosen already: what they learnt stays, and how far they moved since does not count."""
+    state = {f"index {MATRIX}": torch.tensor([1, 4]), f"learnt {MATRIX}": torch.tensor([0.5, -0.5])}
+    moved = torch.tensor([0.1, 0.9, -0.2, 0.3, -0.8, 0.05])
+    assert drawn(moved, [-0.25, 0.01, 0.0], 0.45, state, form="flat") == [([1, 3, 4], [0.5, 0.0, -0.5]), ([0], None)]
+    assert state[f"index {MATRIX}"].tolist() == [1, 3, 4] and state[f"learnt {MATRIX}"].tolist() == [0.5, 0.0, -0.5]
+
+
+def test_the_smallest_ticket_is_one_number() -> None:
+    """One entry stands in where none is chosen, and learnt nothing."""
+    moved = torch.tensor([[0.1, 0.0], [0.7, 0.2], [-0.3, 0.4]])
+    assert drawn(moved, [0.0, 0.5, 0.0], 0.01, {}) == [([2], None), ([0], None)]
+    assert drawn(moved, [0.0, 0.5, 0.0], 0.34, {}) == [([2, 5], None), ([1], None)]
+    # Stored the other way around, the numbers have the same positions.
+    assert drawn(moved.t().contiguous(), [0.0, 0.5, 0.0], 0.34, {}, "up") == [([2, 5], None), ([1], None)]
 
 
 def go(run: Any, now: Now, first: int, last: int, seeds: int = STEPS) -> None:
@@ -145,6 +188,17 @@ def test_two_iterations_choose_half_each_and_go_on_from_what_was_learnt(engine: 
     changed = {name: one != base[name] for name, one in weights(run).items()}
     assert 0.9 * count(both) < count(changed) <= count(both)
     assert not any((mask & ~both[name]).any() for name, mask in changed.items())
+
+
+def test_three_iterations_choose_a_third_each(engine: Any, now: Now) -> None:
+    run = engine({"lt_sft": {"share": 0.05, "iterations": 3}}, model=model_of(layers=1), step="adamw")
+    numbers, chosen = run.tune.numbers(), []
+    for i in range(STEPS):
+        go(run, now, i, i + 1)
+        chosen.append(sum(len(value) for key, value in run.states["lt_sft"].items() if key.startswith("index ")))
+    # Six phases of 20 steps end behind steps 3, 7, 10, 13 and 17.
+    thirds = [int(0.05 * third / 3 * numbers) for third in range(4)]
+    assert chosen == [thirds[(i >= 2) + (i >= 9) + (i >= 16)] for i in range(STEPS)]
 
 
 def test_the_schedule_begins_anew_with_every_phase() -> None:
@@ -259,7 +313,14 @@ def test_a_run_that_is_too_short_is_refused(engine: Any) -> None:
 
 @pytest.mark.parametrize(
     ("options", "match"),
-    [({"share": 0.0}, "share is 0"), ({"first": 1.0}, "first phase"), ({"iterations": 0}, "iterations"), ({"l1": -1.0}, "penalty")],
+    [
+        ({"share": 0.0}, "share is 0"),
+        ({"share": 1.01}, "share is 1"),
+        ({"first": 0.0}, "first phase"),
+        ({"first": 1.0}, "first phase"),
+        ({"iterations": 0}, "iterations"),
+        ({"l1": -0.01}, "penalty"),
+    ],
 )
 def test_options_out_of_range_are_refused(options: dict[str, Any], match: str) -> None:
     with pytest.raises(LuthierError, match=match):

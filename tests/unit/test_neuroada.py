@@ -14,7 +14,7 @@ from luthier import registry
 from luthier.errors import LuthierError
 from luthier.kinds import Now
 from luthier.methods.selective._entries import largest
-from tests.conftest import CALIBRATION, make_batch, split
+from tests.conftest import CALIBRATION, calibration, make_batch, split
 from tests.toys.helpers import gradients, logits_of, model_of, plain_gradients, rows_of_eight
 from tests.unit.selective_oracles import dense_of, live, selected, untouched
 
@@ -125,6 +125,13 @@ def test_the_gradient_ranking_uses_the_mean_loss_of_the_calibration_rows(engine:
         # Gradients that are zero but for rounding have no order: compare their sizes, not their places.
         ranked = size_OI.flatten()[one.index].reshape(-1, 3).sort(1).values
         assert float((ranked - size_OI.gather(1, columns).sort(1).values).abs().max()) < 1e-12
+
+
+def test_the_gradient_ranking_may_look_at_one_row(engine: Any) -> None:
+    asked: list[tuple[int, str]] = []
+    looks = lambda rows, source: asked.append((rows, source)) or calibration(rows, source)  # noqa: E731
+    engine(neuroada(by="gradient", calibration_rows=1, calibration_source="other"), model=model_of(layers=1), calibration=looks)
+    assert set(asked) == {(1, "other")}
 
 
 def test_all_connections_are_full_fine_tuning(engine: Any, now: Now) -> None:

@@ -16,6 +16,7 @@ from luthier.errors import LuthierError
 from luthier.kinds import Batch, Now, PairLoss, Pairs, Reference, Side, TokenWeight, View
 from luthier.models.attention import use_attention
 from luthier.training.pairs import BASE_REFERENCE, CHOSEN, as_term, warnings_of
+from luthier.training.services import view_of
 from tests.conftest import make_batch, split
 from tests.toys.helpers import gap, gradients, model_of, rows_of_pairs
 
@@ -250,15 +251,38 @@ def test_a_reference_is_stored_with_answers_that_stand_by_themselves(engine: Any
 
 def test_a_reference_follows_at_its_steps(engine: Any, now: Now) -> None:
     """The margin is 0 again right behind a step at which the whole model becomes the reference, and not before."""
-    run = engine(objective=["dpo", {"following_reference": {"sync_every": 2, "mix": 1.0}}])
-    margins = [run.step([rows_of_pairs()], now._replace(step=step)).notes["reward margin"] for step in range(5)]
-    assert margins[0] == margins[2] == margins[4] == 0.0 and margins[1] > 0.0 and margins[3] > 0.0
+    run = engine(objective=["dpo", {"following_reference": {"sync_every": 3, "mix": 1.0}}])
+    margins = [run.step([rows_of_pairs()], now._replace(step=step)).notes["reward margin"] for step in range(7)]
+    assert [margin > 0.0 for margin in margins] == [False, True, True, False, True, True, False] and margins[3] == 0.0
     half = engine(objective=["dpo", {"following_reference": {"sync_every": 1, "mix": 0.25}}])
     still = engine(objective=["dpo", {"following_reference": {"sync_every": 1, "mix": 0.0}}])
     base = engine(objective="dpo")
     for step in range(2):
         told = [one.step([rows_of_pairs()], now._replace(step=step)).notes["reward margin"] for one in (half, still, base)]
     assert told[1] == pytest.approx(told[2], rel=1e-12) and 0.5 * told[2] < told[0] < 0.8 * told[2]
+
+
+def test_a_reference_that_never_moves_stands_beside_what_comes_and_goes(engine: Any) -> None:
+    """There is no average of numbers that are exchanged, but where the reference stays there is none to form."""
+    engine("spiel", objective=["dpo", {"following_reference": {"mix": 0.0}}])
+    with pytest.raises(LuthierError, match="an average over time"):
+        engine("spiel", objective=["dpo", {"following_reference": {"mix": 0.5}}])
+
+
+@pytest.mark.parametrize("options", [{"sync_every": 0}, {"mix": -0.1}, {"mix": 1.1}], ids=str)
+def test_references_that_cannot_follow_are_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(LuthierError, match=r"every 0 steps|the share is"):
+        registry.make({"following_reference": options}, ("reference",))
+
+
+@pytest.mark.parametrize(
+    ("reference", "column"), [("following_reference", "following_nll"), ("model_reference", "nll of reference")]
+)
+def test_a_reference_is_a_constant_to_the_loss(engine: Any, now: Now, reference: str, column: str) -> None:
+    """So that backward does not make its likelihoods again."""
+    run = engine(objective=["dpo", reference], model=model_of())
+    view = view_of(run.tune, rows_of_pairs(), run.objective.columns(), now)
+    assert view["nll"].requires_grad and not view[column].requires_grad
 
 
 @pytest.mark.parametrize(
@@ -269,7 +293,7 @@ def test_a_reference_follows_at_its_steps(engine: Any, now: Now) -> None:
         (["dpo", "stored_reference"], rows_of_pairs()._replace(columns={}), "has no log-likelihood `reference_chosen`"),
         (
             ["dpo", "stored_reference"],
-            rows_of_pairs()._replace(columns={"reference_chosen": -torch.ones(8), "reference_rejected": torch.ones(8)}),
+            rows_of_pairs()._replace(columns={"reference_chosen": -torch.ones(8), "reference_rejected": torch.full((8,), 0.25)}),
             "has no log-likelihood `reference_rejected`",
         ),
     ],

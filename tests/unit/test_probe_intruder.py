@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from luthier import registry
 from luthier.delta.weights import Weights, effective_rank, of_models, summed
 from luthier.errors import LuthierError
-from luthier.kinds import Finding
+from luthier.kinds import Finding, Place
 from luthier.kinds.parts import Parts
-from luthier.methods.probe.intruder_dimensions import repaired, spectrum
+from luthier.methods.probe.intruder_dimensions import Spectrum, _finding, repaired, spectrum
 from luthier.models.parts import map_parts
 from luthier.models.tiny import tiny
 
@@ -75,6 +75,45 @@ def test_the_repair_scales_intruders_and_nothing_else() -> None:
     assert along(gone) == pytest.approx(0.0, abs=1e-3)
     assert torch.allclose(gone, tuned - values[0] * torch.outer(left[:, 0], right[0]), atol=1e-3)
     assert torch.equal(repaired(BASE, BASE, 0.0), BASE), "without intruders there is nothing to scale"
+
+
+def turned(first: int) -> Tensor:
+    """The base with eight neighboring directions turned into each other: each is as far, 0.354, from the nearest of the base."""
+    two = torch.tensor([[1.0, 1.0], [1.0, -1.0]])
+    left = torch.eye(64)
+    left[first : first + 8, first : first + 8] = torch.kron(torch.kron(two, two), two) / 8**0.5
+    return left @ BASE
+
+
+def test_the_repair_looks_at_as_many_directions_as_the_probe() -> None:
+    """The eleventh is an intruder, the ten before it are the base's."""
+    tuned = turned(10)
+    assert intruders(BASE, tuned) == 0 and intruders(BASE, tuned, 12) == 2
+    assert torch.equal(repaired(BASE, tuned, 0.0), tuned)
+    assert float((repaired(BASE, tuned, 0.0, k=12) - tuned).norm()) == pytest.approx((54**2 + 53**2) ** 0.5, rel=1e-4)
+
+
+def test_a_direction_as_far_as_epsilon_is_no_intruder() -> None:
+    tuned = turned(2)
+    nearest = float(spectrum(BASE, tuned, 10).similarity_K[2:].min())
+    assert nearest == pytest.approx(8**-0.5, abs=1e-4)
+    assert not torch.equal(repaired(BASE, tuned, 0.0, epsilon=nearest + 1e-3), tuned)
+    assert torch.equal(repaired(BASE, tuned, 0.0, epsilon=nearest), tuned)
+    place, similarity_K = Place("up", "weight", "mlp_up", 3), torch.tensor([0.5, 1.0, 0.25], dtype=torch.float64)
+    found = {place: Spectrum(torch.tensor([9.0, 8.0, 7.0]), similarity_K, torch.eye(3), torch.eye(3))}
+    finding = _finding(found, {place: 2.5}, 3, 0.5, [])
+    assert finding.tables["intruders"] == [{"matrix": "up.weight", "position": 2, "singular_value": 7.0, "similarity": 0.25}]
+    assert finding.rows[0]["intruders"] == finding.numbers["intruders"] == finding.tables["by block"][0]["intruders"] == 1
+    assert finding.figure is not None
+    curve = dict(finding.figure.lines[0].points)
+    assert [curve[threshold] for threshold in (0.25, 0.3, 0.5, 0.55, 1.0)] == [0, 1, 1, 2, 2]
+
+
+def test_what_the_base_does_not_reach_is_new() -> None:
+    """A tall matrix has fewer directions than outputs; one beside all of them is an intruder."""
+    base = torch.zeros(4, 3).fill_diagonal_(1.0) * torch.tensor([3.0, 2.0, 1.0])
+    tuned = base + 100.0 * torch.outer(torch.eye(4)[3], torch.ones(3))
+    assert intruders(base, tuned, 1) == 1 and float(spectrum(base, tuned, 1).similarity_K) < 0.03
 
 
 def test_every_intruder_is_taken_out_at_strength_zero() -> None:
@@ -178,6 +217,8 @@ def test_a_matrix_without_intruders_is_no_hit() -> None:
     finding, _ = look(model, change)
     assert finding.sentence.startswith("1 intruder dimension in 1 of 2 changed matrices")
     assert (finding.numbers["matrices_with_intruders"], finding.numbers["intruders_per_matrix"]) == (1, 0.5)
+    ranks = [row["effective_rank"] for row in finding.rows]
+    assert finding.numbers["effective_rank"] == pytest.approx(sum(ranks) / 2) and ranks[1] > 2 * ranks[0]
 
 
 def test_of_a_fused_projection_only_the_changed_part_is_compared() -> None:
@@ -210,6 +251,7 @@ def test_tied_weights_count_once_and_what_is_left_out_is_said() -> None:
     assert [place.role for place in weights.changed] == ["embedding"]
     assert nothing.notes == ["changed but not compared: 1 embedding"]
     assert nothing.rows == [] and "nothing is known" in nothing.sentence and "effective_rank" not in nothing.numbers
+    assert nothing.figure is not None and not any(count for _, count in nothing.figure.lines[0].points)
     once, _ = look(tiny("gpt2"), change, roles=("embedding", "head"))
     assert [row["role"] for row in once.rows] == ["embedding"]
 
@@ -234,6 +276,12 @@ def test_only_some_roles_and_blocks() -> None:
     assert finding.notes and "1 mlp_up" in finding.notes[0]
     with pytest.raises(LuthierError, match="no block 7"):
         look(tiny("llama"), change, blocks=(7,))
+
+
+def test_the_strongest_direction_alone_may_be_looked_at() -> None:
+    finding, _ = look(*hand_made(100.0 * torch.outer(SPREAD, SPREAD)), k=1)
+    assert finding.sentence == "1 intruder dimension in 1 of 1 changed matrix (k = 1, epsilon = 0.5)."
+    assert [row["position"] for row in finding.tables["intruders"]] == [0]
 
 
 def test_encoders_are_compared_too() -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from luthier.errors import LuthierError
 from luthier.generation.generate import generate
 from luthier.kinds import Batch, Now
-from luthier.methods.prompt._virtual import COMMON, drawn_from, stand_before
+from luthier.methods.prompt._virtual import drawn_from, stand_before
 from luthier.methods.prompt.dept import at_positions, dept, positions_after_prompt, shortest_question
 from luthier.methods.prompt.prompt_tuning import prompt_tuning
 from luthier.models.parts import map_parts
@@ -32,11 +32,11 @@ def rows(count: int, source: str) -> list[Batch]:
     return [rows_of_eight()]
 
 
-def attached(value: Any, model: Any = None) -> Tune:
+def attached(value: Any, model: Any = None, looks: Any = rows) -> Tune:
     """A model with a prompt under one slot, so that the same draws give the same prompt."""
     model = model_of() if model is None else model
     tune = Tune(model, map_parts(model))
-    tune.add("prompt", value, RunServices(tune, "prompt", Now(), rows), {})
+    tune.add("prompt", value, RunServices(tune, "prompt", Now(), looks), {})
     return tune
 
 
@@ -86,6 +86,12 @@ def test_a_prompt_stands_in_front_as_embeddings_and_gets_their_gradient(engine: 
     assert all(torch.equal(a, b) for a, b in zip(run.tune.model.parameters(), plain.parameters(), strict=True))
 
 
+def test_virtual_ids_stand_for_rows_of_the_prompt_and_all_others_for_themselves() -> None:
+    """The id 0 is a token like any other."""
+    prompt_PD, embeds_BTD = torch.tensor([[1.0], [2.0], [3.0]]), torch.tensor([[[10.0], [11.0], [12.0], [13.0], [14.0]]])
+    assert stand_before(prompt_PD, torch.tensor([[-1, -3, 0, 1, -2]]), embeds_BTD).flatten().tolist() == [1.0, 3.0, 12.0, 13.0, 2.0]
+
+
 def test_a_prompt_holds_as_many_optimizer_numbers_as_it_must(engine: Any, now: Now) -> None:
     run = engine({"prompt_tuning": {"length": 5}}, step="adamw")
     run.step([rows_of_eight()], now)
@@ -95,12 +101,12 @@ def test_a_prompt_holds_as_many_optimizer_numbers_as_it_must(engine: Any, now: N
 
 def test_a_start_from_the_vocabulary_copies_embeddings_of_common_tokens() -> None:
     services = RunServices(attached(prompt_tuning()), "prompt", Now())
-    table_VD = torch.arange(3.0 * COMMON)[:, None].expand(-1, 2).contiguous()
-    drawn_PD = drawn_from(table_VD, 4000, services)
-    assert float(drawn_PD.max()) < COMMON and float(drawn_PD.max()) > 0.99 * COMMON and float(drawn_PD.min()) < 0.01 * COMMON
-    assert torch.equal(drawn_PD, drawn_from(table_VD, 4000, services))
+    table_VD = torch.arange(15_000.0)[:, None].expand(-1, 2).contiguous()
+    drawn_PD = drawn_from(table_VD, 100_000, services)
+    assert torch.equal(drawn_PD[:, 0].unique(), torch.arange(5000.0)) and bool((drawn_PD[:, 0].histc(10, 0, 5000) > 9500).all())
+    assert torch.equal(drawn_PD, drawn_from(table_VD, 100_000, services))
     drawn_PD.zero_()
-    assert float(table_VD[COMMON, 0]) == COMMON and float(table_VD[7, 1]) == 7
+    assert float(table_VD[5000, 0]) == 5000 and float(table_VD[7, 1]) == 7
 
 
 def test_a_start_from_a_text_repeats_or_cuts_it() -> None:
@@ -112,13 +118,20 @@ def test_a_start_from_a_text_repeats_or_cuts_it() -> None:
         master(attached(prompt_tuning(length=2, init="text", token_ids=(7, 8, 9)), model), "prompt_PD"), table_VD[[7, 8]]
     )
     row_T = rows_of_eight().token_ids_BT[0, :9]
-    own = master(attached(prompt_tuning(length=12, init="text"), model), "prompt_PD")
-    assert torch.equal(own, table_VD[torch.cat([row_T, row_T[:3]])])
+    asked: list[int] = []
+    looks = lambda count, source: asked.append(count) or rows(count, source)  # noqa: E731
+    own = master(attached(prompt_tuning(length=12, init="text"), model, looks), "prompt_PD")
+    assert torch.equal(own, table_VD[torch.cat([row_T, row_T[:3]])]) and set(asked) == {1}
 
 
 def test_a_random_start_is_even_between_its_bounds() -> None:
     prompt_PD = master(attached(prompt_tuning(length=400, init="random")), "prompt_PD")
     assert float(prompt_PD.abs().max()) <= 0.5 and abs(float(prompt_PD.std()) - 1 / math.sqrt(12)) < 0.01
+
+
+def test_a_prompt_may_be_a_single_token_and_a_table_a_single_position() -> None:
+    assert master(attached(prompt_tuning(length=1)), "prompt_PD").shape == (1, 32)
+    assert master(attached(dept(length=1, rank=1, positions=1)), "left_SR").shape == (1, 1)
 
 
 @pytest.mark.parametrize(
@@ -245,6 +258,9 @@ def test_the_table_learns_at_its_own_rate_under_every_schedule(engine: Any, now:
 
 def test_the_table_ends_before_the_first_answer_begins() -> None:
     assert shortest_question([make_batch([(9, 4), (5, 0)]), make_batch([(6, 3), (8, 2)])]) == 3
+    # A target may be the first id of the vocabulary.
+    short = make_batch([(9, 4), (4, 1)])
+    assert shortest_question([short._replace(label_BT=short.label_BT.clamp(max=0))]) == 3
     assert master(attached(dept(rank=2)), "left_SR").shape == (1, 2)
     assert master(attached(dept(rank=2, positions=7)), "left_SR").shape == (7, 2)
     for batches in ([make_batch([(5, 0)])], [make_batch([(4, 4), (6, 3)])]):

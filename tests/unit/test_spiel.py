@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,11 +15,12 @@ from luthier.errors import LuthierError
 from luthier.kinds import Now, Seen
 from luthier.methods.optimizer.adamw import adamw
 from luthier.methods.selective._entries import largest
-from luthier.methods.selective._growth import exchange
+from luthier.methods.selective._growth import exchange, grow_by_momentum
 from luthier.registry import make
 from luthier.training.checkpoint import restore, save
 from tests.conftest import split
 from tests.toys.helpers import gradients, model_of, plain_gradients, rows_of_eight
+from tests.unit.selective_oracles import PLACE
 
 INDEX = torch.tensor([3, 7, 11, 15])
 CHANGE = torch.tensor([0.1, -0.4, 0.05, 0.3])
@@ -37,6 +39,32 @@ def test_an_exchange_by_hand(candidates: list[int], sums: list[float], wanted: l
     candidate = torch.tensor(candidates)
     slot, grown = exchange(INDEX, CHANGE, candidate, torch.tensor(sums), 2)
     assert INDEX.index_copy(0, slot, candidate[grown]).tolist() == wanted
+
+
+def test_ties_of_an_exchange_go_to_the_first() -> None:
+    """Of entries that did not move, and of candidates that promise alike: on every process and in every resumed run the same."""
+    slot, grown = exchange(torch.arange(0, 200, 2), torch.zeros(100), torch.arange(1, 201, 2), torch.ones(100), 30)
+    assert slot.tolist() == grown.tolist() == list(range(30))
+
+
+@pytest.mark.parametrize(
+    ("index", "learnt", "count", "wanted", "take"),
+    [
+        # Free are 3 and 6, which promise 4 and 6: they take the slots of 0 and 5, which learnt least.
+        ([0, 1, 2, 4, 5, 7], [0.1, 0.5, -0.4, 0.3, 0.2, 0.6], 6, [6, 1, 2, 4, 3, 7], [-1, 1, 2, 3, -1, 5]),
+        ([0, 1, 7], [0.5, -0.1, 0.6], 1, [0, 6, 7], [0, -1, 2]),
+        ([0, 1, 2, 3, 4, 5, 6, 7], [0.1] * 8, 8, [0, 1, 2, 3, 4, 5, 6, 7], [0, 1, 2, 3, 4, 5, 6, 7]),
+    ],
+)
+def test_momenta_grow_where_something_is_free(
+    index: list[int], learnt: list[float], count: int, wanted: list[int], take: list[int]
+) -> None:
+    """No more are exchanged than do not train, and those that learnt least."""
+    one = SimpleNamespace(place=PLACE, index=torch.tensor(index), master=1.0 + torch.tensor(learnt))
+    services = SimpleNamespace(start_weight=lambda place: torch.ones(len(index)))
+    state = {f"rows {PLACE}": torch.tensor([[1.0], [2.0]]), f"columns {PLACE}": torch.tensor([[1.0, 2.0, 3.0, 4.0]])}
+    found = grow_by_momentum(state, services, one, count)  # type: ignore[arg-type]
+    assert found.index.tolist() == wanted and found.take.tolist() == take
 
 
 def test_seeded_moments_are_corrected_back_to_what_was_seen(now: Now) -> None:
@@ -244,6 +272,11 @@ def test_the_budget_counts_the_whole_model_and_is_shared_by_size(engine: Any) ->
     assert 0 < int(0.01 * everything) - run.tune.numbers() < len(sizes)
 
 
+def test_one_entry_of_each_weight_trains_at_least_and_all_may_be_dropped(engine: Any) -> None:
+    run = engine({"spiel": {"density": 1e-9, "drop": 1.0, "every": 2, "gather": 1}}, model=model_of(layers=1), step="adamw")
+    assert {one.numel for one in trained_of(run).values()} == {1}
+
+
 def test_adamw_holds_two_numbers_for_each_entry_and_its_age(engine: Any, now: Now) -> None:
     run = engine("spiel", model=model_of(), step="adamw")
     go(run, now, 0, 2)
@@ -318,9 +351,11 @@ def test_weight_decay_pulls_to_the_base(engine: Any, now: Now) -> None:
     ("options", "match"),
     [
         ({"density": 0.0}, "density"),
+        ({"density": 1.01}, "density"),
         ({"gather": 20}, "does not fit"),
         ({"gather": 0}, "does not fit"),
-        ({"drop": 1.5}, "share to drop"),
+        ({"drop": 1.01}, "share to drop"),
+        ({"drop": -0.01}, "share to drop"),
     ],
 )
 def test_options_out_of_range_are_refused(options: dict[str, Any], match: str) -> None:

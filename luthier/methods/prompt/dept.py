@@ -58,7 +58,6 @@ def dept(
         raise LuthierError(f"the rank is {rank}", where="dept: rank", mend="use at least 1, or 0 for the prompt alone")
     if positions is not None and positions < 1:
         raise LuthierError(f"{positions} positions change", where="dept: positions", mend="use at least 1")
-    scale = alpha / math.sqrt(rank) if rank else 0.0
 
     def start(table_VD: Tensor, services: Services) -> Tensors:
         prompt = {"prompt_PD": drawn_from(table_VD, length, services)}
@@ -73,7 +72,7 @@ def dept(
         whole_BTD = stand_before(tensors["prompt_PD"], token_ids_BT, embeds_BTD)
         if not rank:
             return whole_BTD
-        table_SD = scale * tensors["left_SR"] @ tensors["right_RD"]
+        table_SD = alpha / math.sqrt(rank) * tensors["left_SR"] @ tensors["right_RD"]
         return whole_BTD + at_positions(table_SD, positions_after_prompt(token_ids_BT))
 
     return Prompt(start, apply, length, rates={"left_SR": table_rate, "right_RD": table_rate})

@@ -6,6 +6,7 @@ down to it (Huang et al., 2024, section 3).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -81,10 +82,10 @@ def costs(services: Services, load: Load) -> dict[Place, Cost]:
     return found
 
 
-def _position(place: Place) -> tuple[int, int, int]:
+def _position(place: Place) -> tuple[float, int]:
     if place.block is not None:
-        return 1, place.block, IN_BLOCK.index(place.role)
-    return (0, 0, BEFORE.index(place.role)) if place.role in BEFORE else (2, 0, AFTER.index(place.role))
+        return place.block, IN_BLOCK.index(place.role)
+    return (-1, BEFORE.index(place.role)) if place.role in BEFORE else (math.inf, AFTER.index(place.role))
 
 
 def _cost(services: Services, place: Place, load: Load) -> Cost:

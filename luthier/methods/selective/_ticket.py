@@ -65,7 +65,7 @@ def everything(state: State, services: Services, mine: Sequence[TrainedLike]) ->
 def _refreshed(index: Tensor, learnt: Tensor) -> Refresh:
     # A selection cannot be empty: where nothing is chosen, one entry stands still.
     if not len(index):
-        index, learnt = index.new_zeros(1), learnt.new_zeros(1)
+        index = index.new_zeros(1)
     return Refresh(index, torch.full_like(index, -1), seed=learnt if learnt.any() else None, form="flat")
 
 

@@ -101,14 +101,12 @@ def _selected(services: Services, target: float, rows: int) -> State:
 
 
 def _importances(services: Services, batches: Sequence[Batch], places: Sequence[Place]) -> list[float]:
-    """How much one step of AdamW from fresh moments lowers the loss through each tensor, relative to the largest."""
+    """How much one step of AdamW from fresh moments lowers the loss through each tensor."""
     before = services.gradients(batches, places)
     # The first step of Adam: both moments, corrected, are the gradient's own.
     moved = {place: -services.now.learning_rate * g / (g.abs() + 1e-8) for place, g in before.items()}
     after = services.gradients(batches, places, moved)
-    raw = [importance(after[place], moved[place]) for place in places]
-    largest = max(map(abs, raw))
-    return [one / largest if largest else 0.0 for one in raw]
+    return [importance(after[place], moved[place]) for place in places]
 
 
 def importance(gradient: Tensor, moved: Tensor) -> float:
