@@ -184,7 +184,8 @@ def test_chunks_change_nothing() -> None:
 
 def test_two_rollouts_stand_side_by_side() -> None:
     """Equal options share a column; different ones have columns of their own."""
-    both = [expected(), expected(), expected(beta=0.0), "otr", "otr", {"otr": {"candidates": 8}}]
+    both = [expected(), expected(beta=-0.1, temperature=1.3), expected(beta=0.0)]
+    both += ["otr", {"otr": {"beta": -0.1, "temperature": 1.3, "candidates": 256}}, {"otr": {"candidates": 8}}]
     logits = drawn(7, 9)
     apart = [total_of(one, logits, LABELS).item() for one in both]
     assert len(set(apart)) == 4
