@@ -172,6 +172,15 @@ def test_numbers_out_of_range_are_refused(options: dict[str, Any], what: str) ->
         convergence_balance(validation_source="other", **options)
 
 
+def test_the_least_that_may_be_asked_for() -> None:
+    """At a temperature of 0 the worst task's standstill is not noticed: relative scores alone."""
+    for temperature in (0.0, 0.3):
+        convergence_balance(validation_source="other", validation_rows=1, every=1, window=2, temperature=temperature)
+    slope_SK, largest_S = fp64([-0.2, -0.2], [-0.1, -0.2]), fp64(-0.2, -0.1)
+    relative = fp64(-2 / 3, -4 / 3).softmax(0)
+    assert torch.allclose(task_weights(slope_SK, largest_S, 2, 0.0), (2 * relative).softmax(0), atol=1e-15)
+
+
 ROWS = [{"prompt": f"Say {word}.", "completion": f"{word}!" * (1 + i), "task": "ab"[i % 2]} for i, word in enumerate("nopqrs")]
 
 

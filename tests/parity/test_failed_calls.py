@@ -98,6 +98,8 @@ def test_masking_is_the_cutting_into_turns(engine: Any, now: Now) -> None:
         ('{"status": "active", "text": "not supported"}', True),
         ('{"status": "active"}', False),
         ('{"status": 404}', True),
+        ('{"status": 400}', True),
+        ('{"status": 399}', False),
         ('{"status": 200, "text": "not supported"}', False),
         ('{"status": false}', True),
         ('{"error": null, "status": "failed"}', True),
@@ -154,7 +156,7 @@ def test_a_run_says_how_many_turns_it_leaves_out(tmp_path: Path) -> None:
     rows = [
         {"messages": [USER, turn("ad()"), reply("ad is not defined"), turn("ad()"), reply("ad is not defined"), turn("add()")]},
         {"messages": [USER, turn("ad()"), reply("ad is not defined")]},
-        {"messages": [USER, turn("2")]},
+        {"messages": [USER, {**turn("3"), "learn": False}, USER, turn("2")]},
     ]
     train = {"steps": 1, "batch_rows": 2, "precision": "fp32"}
     recipe = {"model": "tiny:llama", "rows": {"train": rows, "map": "failed_calls"}, "train": train, "out": str(tmp_path)}

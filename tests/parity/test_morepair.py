@@ -116,6 +116,14 @@ def test_a_marker_stands_before_what_the_user_asks_and_not_in_a_tools_reply() ->
         assert contents[:3] == ["A: Add 1 2.", "", '{"sum": 3}']
 
 
+def test_where_no_user_asks_a_marker_stands_in_the_last_message() -> None:
+    turns = [{"role": "system", "content": "Short."}, {"role": "system", "content": "Add 1 2."}]
+    for fields in ({"messages": [*turns, {"role": "assistant", "content": "3"}]}, {"prompt": turns, "completion": "3"}):
+        row = marked(row_of(fields, id="one", where=""), "A: ")
+        contents = [one["content"] for one in row.fields.get("messages") or row.fields["prompt"]]
+        assert contents[:2] == ["Short.", "A: Add 1 2."]
+
+
 def rows(a: list[float], b: list[float]) -> dict[str, Given]:
     return {"1#answer": Given(a, {"target": "answer"}), "1#rationale": Given(b, {"target": "rationale"})}
 

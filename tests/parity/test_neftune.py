@@ -48,6 +48,8 @@ def test_the_noise_is_uniform_and_as_large_as_the_paper_says(now: Now) -> None:
         assert abs(float(part.mean())) < 4 / sqrt(3 * part.numel())
         assert float(noise_BTD[row, :length].square().sum()) == pytest.approx(25 / 3, abs=4 * 25 * sqrt(4 / 45 / part.numel()))
         assert float(torch.histc(part, bins=10, min=-1, max=1).std()) < 4 * sqrt(part.numel() / 10)
+    # The first id is a token like others.
+    assert torch.equal(noise_of(batch._replace(token_ids_BT=torch.zeros_like(batch.token_ids_BT)), now, width=512), noise_BTD)
     assert torch.allclose(noise_of(batch, now, alpha=15.0), 3 * noise_of(batch, now), rtol=1e-12)
 
 

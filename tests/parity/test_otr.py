@@ -57,14 +57,15 @@ def test_the_same_reward_for_all_teaches_nothing_but_what_temperature_adds() -> 
     assert float(found.abs().max()) > 0.01
 
 
-def test_the_closed_form_of_the_gradient() -> None:
+@pytest.mark.parametrize("temperature", [1.3, 0.4])
+def test_the_closed_form_of_the_gradient(temperature: float) -> None:
     """-(1 - beta) q(y) (e_y - p) - beta (q - p), with the policy held fixed."""
     logits = drawn(7, 9).detach()
-    policy, own = (logits / 1.3).softmax(-1), logits.softmax(-1)
+    policy, own = (logits / temperature).softmax(-1), logits.softmax(-1)
     one_hot = torch.nn.functional.one_hot(torch.tensor(LABELS), 9).double()
     hit = (policy * one_hot).sum(-1, keepdim=True)
     wanted = (-1.1 * hit * (one_hot - own) + 0.1 * (policy - own)) / 7
-    found = torch.tensor(gradient_of(expected(), logits.tolist(), LABELS), dtype=torch.float64)
+    found = torch.tensor(gradient_of(expected(temperature=temperature), logits.tolist(), LABELS), dtype=torch.float64)
     assert torch.allclose(found, wanted, atol=1e-15)
     reward = -0.1 * policy + 1.1 * hit * one_hot
     assert torch.allclose(found, differences(lambda one: -(reward * one.log_softmax(-1)).sum(-1).mean(), logits), atol=1e-10)
@@ -123,6 +124,40 @@ def test_a_word_that_cannot_be_drawn_never_is() -> None:
         assert loss.isfinite().all() and abs(float(view.notes["hit rate"].mean()) - rate) <= (0.02 if rate else 0.0)
 
 
+def test_one_candidate_is_one_of_the_two_rewards() -> None:
+    """The target's loss at 1, or another word's at beta."""
+    logits = drawn(7, 9).detach()
+    (value,) = registry.part("otr", beta=-0.3, candidates=1).values
+    found = value.loss(view_on(logits, LABELS, value.columns))
+    reward = 1.3 * torch.nn.functional.one_hot(torch.tensor(LABELS), 9).double() - 0.3
+    assert (found[:, None] + reward * logits.log_softmax(-1)).abs().amin(-1).max() < 1e-14
+
+
+def test_a_draw_takes_the_word_that_begins_at_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """0 the first word that has a chance, a half the second of two that are equal."""
+    monkeypatch.setattr(draws, "uniforms", lambda key_N, count, stream: torch.tensor([[0.0, 0.5]]).double())
+    for label, rate in ((0, 0.0), (1, 0.5), (2, 0.5)):
+        assert hit_rate([-1e4, 0.0, 0.0], label, candidates=2) == rate
+    # In fp32 25 times a 25th is less than 1: the last draw still takes the last word that has a chance.
+    assert (torch.zeros(25).softmax(0).double().sum() - 1.0) < -1e-8
+    monkeypatch.setattr(draws, "uniforms", lambda key_N, count, stream: torch.tensor([[1.0 - 2.0**-53]], dtype=torch.float64))
+    for label, rate in ((24, 1.0), (25, 0.0)):
+        assert hit_rate([0.0] * 25 + [-1e4], label, candidates=1) == rate
+
+
+def hit_rate(logits: list[float], label: int, **options: Any) -> float:
+    (value,) = registry.part("otr", **options).values
+    view = view_on(torch.tensor([logits]), [label], value.columns)
+    value.loss(view)
+    return float(view.notes["hit rate"])
+
+
+def test_logits_that_are_no_numbers_are_a_loss_that_is_none() -> None:
+    """And not a token beyond the vocabulary: the run says what happened."""
+    (value,) = registry.part("otr", candidates=3).values
+    assert value.loss(view_on(torch.full((1, 5), torch.nan), [1], value.columns)).isnan().all()
+
+
 def test_candidates_are_drawn_anew_and_do_not_depend_on_the_split(engine: Any, now: Now) -> None:
     run, batch = engine(objective="otr", model=model_of()), rows_of_eight()
     whole = gradients(run, [batch], now)
@@ -149,7 +184,8 @@ def test_chunks_change_nothing() -> None:
 
 def test_two_rollouts_stand_side_by_side() -> None:
     """Equal options share a column; different ones have columns of their own."""
-    both = [expected(), expected(), expected(beta=0.0), "otr", "otr", {"otr": {"candidates": 8}}]
+    both = [expected(), expected(beta=-0.1, temperature=1.3), expected(beta=0.0)]
+    both += ["otr", {"otr": {"beta": -0.1, "temperature": 1.3, "candidates": 256}}, {"otr": {"candidates": 8}}]
     logits = drawn(7, 9)
     apart = [total_of(one, logits, LABELS).item() for one in both]
     assert len(set(apart)) == 4

@@ -48,7 +48,12 @@ def test_recall_and_precision_of_citations() -> None:
         3 / 4
     )
     # A redundant mark, one beside two that are needed, and two of which each is enough.
-    for marks, sets, wanted in (("[1][2]", [[1]], 1 / 2), ("[2][3][4]", [[2, 3]], 2 / 3), ("[1][2]", [[1], [2]], 1.0)):
+    for marks, sets, wanted in (
+        ("[1][2]", [[1]], 1 / 2),
+        ("[2][3][4]", [[2, 3]], 2 / 3),
+        ("[4][2][3]", [[2, 3]], 2 / 3),
+        ("[1][2]", [[1], [2]], 1.0),
+    ):
         one = statements_of(f"A is so {marks}.")
         assert recall(one, table(A=sets), PASSAGES) == 1.0
         assert precision(one, table(A=sets), PASSAGES) == pytest.approx(wanted)
@@ -66,6 +71,7 @@ def test_recall_and_precision_of_citations() -> None:
         ("A is so [2][1].", [[1], [2]], "A is so [2]."),
         ("A is so [4][2][3].", [[2, 3]], "A is so [2][3]."),
         ("A is so [5].", [[2, 4], [1, 2, 3]], "A is so [2][4]."),
+        ("A is so [5].", [[1, 2], [3]], "A is so [3]."),
         ("A is so.[5] ", [[3]], "A is so.[3] "),
         ("A is so. [9][1]\n", [[1]], "A is so. [1]\n"),
         ("A is [5] so (it is).", [[2]], "A is [2] so (it is)."),
@@ -122,8 +128,9 @@ def test_pairs_differ_in_their_citations_alone() -> None:
         made("citation_pairs", {**CITED, "answers": CITED["answers"][1:2]})
     with pytest.raises(LuthierError, match="the row's `passages` is no list of texts"):
         made("citation_pairs", {**CITED, "passages": [{"text": "p"}]})
-    with pytest.raises(LuthierError, match="the share is 0"):
-        map_of("citation_pairs", share=0.0)
+    for share in (0.0, 1.5):
+        with pytest.raises(LuthierError, match=f"the share is {share}"):
+            map_of("citation_pairs", share=share)
 
 
 def test_without_verdicts_words_are_compared() -> None:
@@ -146,6 +153,10 @@ def test_what_is_rejected_misses_something() -> None:
     """Both answers stand behind the same prompt; the chosen one names all there is to name, the rejected one does not."""
     (row,) = made("informativeness_pairs", ASKED)
     assert (row.id, row.fields) == ("r#informativeness", {"prompt": "noisy", "chosen": ASKED["answers"][1], "rejected": "Oslo."})
+    (turned,) = made("informativeness_pairs", {**ASKED, "answers": ASKED["answers"][::-1]})
+    assert (turned.fields["chosen"], turned.fields["rejected"]) == (ASKED["answers"][1], "Nothing.")
+    (turned,) = made("informativeness_pairs", {**ASKED, "answers": ASKED["answers"][1:]})
+    assert (turned.fields["chosen"], turned.fields["rejected"]) == (ASKED["answers"][1], "Nothing.")
     (before,) = read([ASKED])
     assert [coverage(row.fields[side], before) for side in ("chosen", "rejected")] == [1.0, 0.5]
     told = map_of("informativeness_pairs").told

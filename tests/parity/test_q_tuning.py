@@ -12,7 +12,7 @@ from torch import Tensor
 from luthier.draws import seed_of
 from luthier.errors import LuthierError
 from luthier.kinds import Now, StepTable
-from luthier.methods.token_weight.q_tuning import corners, smoothed
+from luthier.methods.token_weight.q_tuning import corners, rank_in_row, smoothed
 from luthier.training import objective, rules
 from tests.conftest import make_batch, split
 from tests.steps import TUNES, Given, assert_trains, step_on
@@ -152,8 +152,27 @@ def test_the_budget_is_met_and_rows_that_are_right_lose_nothing(share: float) ->
     assert found.notes["q_tuning top-up"] == pytest.approx(sum(one > 10 for one in distance.values()) / len(distance))
 
 
-def test_one_row_is_kept_where_the_budget_is_less() -> None:
+def test_one_row_and_one_target_are_kept_where_the_budget_is_less() -> None:
     assert step_on({"a": Given([1.0], {}, [1.0])}, weight(rows=0.25)).slopes == {"a": [1.0]}
+    rows = by_id(Given([3.0, 2.0, 4.0], {}, [0.1] * 3), Given([1.0], {}, [1.0]), Given([2.0], {}, [2.0]))
+    for least in (1e-9, 0.1):
+        assert kept(step_on(rows, weight(rows=least, tokens=least, neighbors=0.0)).slopes) == {next(iter(rows)): [1]}
+
+
+def test_of_equal_ones_the_first_come_first() -> None:
+    """So many that a sort which need not keep their order does not."""
+    alike_R = torch.ones(40)
+    distance_R, wrong_R = corners(alike_R, alike_R)
+    assert distance_R.tolist() == [max(row, 39 - row) for row in range(40)] and not bool(wrong_R.any())
+    row_M = torch.tensor([0] * 25 + [1] * 35)
+    table = StepTable({}, row_M=row_M, position_M=torch.cat([torch.arange(25), torch.arange(35)]), of_rows={})
+    assert rank_in_row(table, torch.ones(60)).tolist() == [*range(25), *range(35)]
+    rows = by_id(*[Given([1.0], {}, [1.0])] * 40)
+    # The two in the middle are nearest, then the two beside them.
+    nearest = sorted(range(40), key=lambda row: (max(row, 39 - row), row))
+    for count in (1, 3, 7, 15, 25):
+        found = step_on(rows, weight(rows=count / 40)).slopes
+        assert found.keys() == {list(rows)[row] for row in nearest[:count]}
 
 
 def test_reduces_to_cross_entropy(engine: Any, now: Now) -> None:

@@ -55,7 +55,9 @@ def test_the_higher_score_is_chosen(pairs: str, wanted: dict[str, float]) -> Non
     told = map_of(pairs=pairs).told
     assert told is not None
     ties = {"all": 1, "best": 0, "adjacent": 1}[pairs]
-    assert told(list(read([FIVE])), found) == f"{len(wanted)} pairs of 1 ranked rows; {ties} more have equal scores and make none"
+    for others in ([], list(read([{"text": "t"}, {"text": "u"}]))):
+        said = f"{len(wanted)} pairs of 1 ranked rows; {ties} more have equal scores and make none"
+        assert told([*read([FIVE]), *others], [*found, *others]) == said
 
 
 def test_answers_that_share_the_best_score_are_not_compared() -> None:

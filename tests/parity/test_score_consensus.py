@@ -68,10 +68,10 @@ def test_one_answer_a_row_is_that_answer() -> None:
 
 
 def test_what_became_of_the_answers_is_told() -> None:
-    records = [judged(1, 9, 3), {**judged(4, 4), "id": "s"}, {"text": "t"}]
+    records = [judged(1, 9, 3), {**judged(4, 4), "id": "s"}, {**judged(4, 5), "id": "u"}, {"text": "t"}]
     before = list(read(records))
     told = map_of().told
     assert told is not None
-    assert told(before, made(*records)) == "of 5 answers one is kept for each of 2 prompts, of which 1 have scores that differ"
+    assert told(before, made(*records)) == "of 7 answers one is kept for each of 3 prompts, of which 2 have scores that differ"
     with pytest.raises(LuthierError, match="has a key `source` already"):
         made({**judged(1), "source": "s"}, column="source")

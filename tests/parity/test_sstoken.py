@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -81,8 +82,9 @@ def test_three_targets_by_hand() -> None:
 
 def test_the_mean_score_of_kept_targets_is_logged() -> None:
     view = view_with(NOW, THEN, PROMPT)
-    weights(view)
-    assert float(view.notes["kept_score"].mean()) == pytest.approx((0.55 + 0.45) / 2, abs=1e-12)
+    for share, mean in ((0.6, (0.55 + 0.45) / 2), (0.3, 0.55)):
+        weights(view, share=share)
+        assert float(view.notes["kept_score"].mean()) == pytest.approx(mean, abs=1e-12)
 
 
 def test_gamma_zero_looks_at_attention_alone_and_gamma_one_at_losses_alone() -> None:
@@ -140,15 +142,20 @@ def test_equal_scores_keep_the_first() -> None:
     low_B, span_B = span_in_rows(score_N, row_N, 3)
     assert (low_B[[0, 2]].tolist(), span_B[[0, 2]].tolist()) == ([1.0, 0.0], [1.0, 3.0])
     assert not len(top_in_rows(score_N[:0], row_N[:0], torch.tensor([2])))
+    # So many that a sort which need not keep their order does not.
+    ties_N = torch.ones(99)
+    assert top_in_rows(ties_N, ties_N.long() - 1, torch.tensor([40])).nonzero()[:, 0].tolist() == list(range(40))
 
 
 def test_differences_that_are_rounding_do_not_decide() -> None:
-    """Below the floor a row goes by attention alone, above it by both; another row beside it does not matter."""
+    """Below 0.05 nats a row goes by attention alone, from there on by both; another row beside it does not matter."""
     rows, attention = [0] * 3 + [1] * 3, PROMPT * 2
-    below, above = ([1.0, 1.0 - by, 1.0 - by / 2] for by in (0.9 * FLOOR, 1.1 * FLOOR))
+    below, above = ([1.0, 1.0 - by, 1.0 - by / 2] for by in (0.045, 0.055))
     view = view_with([1.0] * 3 + NOW, below + THEN, attention, rows=rows)
     assert scores(view) == pytest.approx([*PROMPT, 0.55, 0.45, 0.225], abs=1e-12)
     view = view_with([1.0] * 3, above, PROMPT)
+    assert scores(view) == pytest.approx([0.55, 0.45, 0.35], abs=1e-9)
+    view.columns |= {"nll": torch.zeros(3).double(), "reference_nll": torch.tensor([0.05, 0.0, 0.025], dtype=torch.float64)}
     assert scores(view) == pytest.approx([0.55, 0.45, 0.35], abs=1e-9)
     assert weights(view_with(NOW, NOW, PROMPT)) == [0.0, 1.0, 1.0]
 
@@ -230,6 +237,13 @@ def test_of_the_history_the_average_stays(engine: Any, now: Now) -> None:
         wanted = {name: 0.9 * wanted[name] + 0.1 * one.master.detach() for name, one in run.tune.trained.items()}
         for name, value in wanted.items():
             assert torch.allclose(run.tune.snapshots["sstoken"][f"master|{name}"], value, atol=1e-12)
+
+
+def test_numbers_that_come_and_go_are_copied_and_not_averaged(engine: Any) -> None:
+    """Which is said before training."""
+    for average, refused in ((0.0, False), (0.5, True)):
+        with pytest.raises(LuthierError, match="an average over time needs the same numbers") if refused else nullcontext():
+            engine({"spiel": {"every": 3, "gather": 1}}, token_weight={"sstoken": {"every": 1, "average": average}})
 
 
 def test_together_with_another_weight(engine: Any) -> None:

@@ -106,6 +106,8 @@ def test_focal_by_hand() -> None:
     rows = {"a": Given([-log(0.3)], A), "b": Given([-log(0.8)], B)}
     assert step_on(rows, {"task_focal": {"gamma": 0.0}}).loss == pytest.approx(0.713558, abs=1e-6)
     assert step_on(rows, {"task_focal": {"gamma": 2.0}}, (1, 1)).loss == pytest.approx(0.299436, abs=1e-6)
+    # One target alone.
+    assert step_on({"a": rows["a"]}, "task_focal").loss == pytest.approx(0.49 * -log(0.3), abs=1e-7)
 
 
 def test_focal_means_over_rows_and_over_targets() -> None:

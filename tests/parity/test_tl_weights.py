@@ -16,6 +16,7 @@ import luthier
 from luthier.errors import LuthierError
 from luthier.kinds import Now
 from luthier.methods.token_weight._tool_calls import END, KEY, TOOL_CALLS, _parameter_ends
+from luthier.methods.token_weight.tl_weights import turns
 from luthier.models.tiny import tiny_tokenizer
 from luthier.planning.plan import make_plan
 from luthier.recipe import make_recipe
@@ -24,7 +25,7 @@ from luthier.rows.encode import Encoded, encode_all
 from luthier.rows.read import read
 from tests.faults.test_faults_templates import CHATML, LLAMA3, byte_level
 from tests.faults.test_faults_tool_turns import CHATML_TOOLS, MISTRAL_TOOLS
-from tests.objectives import gradient_of, loss_of
+from tests.objectives import gradient_of, loss_of, view_on
 from tests.toys.helpers import gap, gradients, rows_of_eight
 
 LOGITS = [[0.0, log(exp(loss) - 1)] for loss in range(1, 11)]
@@ -226,6 +227,14 @@ def test_how_much_keys_weigh(marks: list[float], max_weight: float, weight: floa
     expected = sum(one * loss for one, loss in zip(weights, range(1, 11), strict=True)) / sum(weights)
     found = loss_of("cross_entropy", LOGITS, [0] * 10, **numbers(marks, max_weight=max_weight))
     assert found == pytest.approx(expected, abs=1e-12)
+
+
+def test_turns_are_numbered_from_zero_and_end_with_their_row() -> None:
+    view = view_on(torch.zeros(6, 2), [0] * 6, ["nll"], rows=[0, 1, 1, 2, 2, 2])
+    assert turns(view).tolist() == [0, 1, 1, 2, 2, 2]
+    alone = view_on(torch.zeros(3, 2), [0] * 3, ["nll"], rows=[0, 1, 2], token_columns={"tool_calls": torch.zeros(3, 2)})
+    (value,) = luthier.part("tl_weights").values
+    assert turns(alone).tolist() == [0, 1, 2] and value.weigh(alone).tolist() == [1.0] * 3
 
 
 def test_reduces_to_cross_entropy_at_weight_one(engine: Any, now: Now) -> None:

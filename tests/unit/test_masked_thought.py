@@ -16,7 +16,7 @@ import luthier
 from luthier import registry
 from luthier.columns.chunked import resolve
 from luthier.errors import LuthierError
-from luthier.kinds import Batch, InputMap, Now, Reading, StepTable, TokenWeight
+from luthier.kinds import Batch, InputMap, Now, Reading, StepTable, TokenWeight, Vocabulary
 from luthier.methods.input_map.masked_thought import chance_at
 from luthier.models.attention import use_attention
 from luthier.models.modes import evaluating
@@ -83,8 +83,23 @@ def test_the_first_id_is_hidden_too_where_it_stands_for_text(now: Now) -> None:
     """Only ids below 0 stand for no token."""
     batch = rows_of_eight()
     answer_BT = batch.label_BT >= 0
-    read = inputs(**ALWAYS).read(batch._replace(token_ids_BT=batch.token_ids_BT.masked_fill(answer_BT, 0)), now)
-    assert (read.token_ids_BT[answer_BT] == MASK).all()
+    zeros = batch._replace(token_ids_BT=batch.token_ids_BT.masked_fill(answer_BT, 0), label_BT=torch.where(answer_BT, 0, -100))
+    for special in (1, 0):
+        vocabulary = Vocabulary(torch.arange(VOCABULARY) != special)
+        assert (inputs(vocabulary, **ALWAYS).read(zeros, now).token_ids_BT[answer_BT] == (MASK if special else 0)).all()
+
+
+def test_what_has_no_chance_never_happens(now: Now) -> None:
+    """Draws begin at 0: a rate of 0 replaces nothing at it, and a random share of 0 puts the mask."""
+    batch = make_batch([(4, 3)])
+    reading = Reading(
+        now, bare_vocabulary(VOCABULARY), lambda stream: torch.zeros(1, 4).double(), lambda stream, width: torch.empty(0)
+    )
+    for rate, replaced in ((0.0, False), (1e-9, True)):
+        (value,) = registry.part("masked_thought", **{**ALWAYS, "rate": rate}).values
+        wanted_BT = torch.where(batch.label_BT >= 0, MASK, batch.token_ids_BT) if replaced else batch.token_ids_BT
+        assert torch.equal(value.map(batch, reading), wanted_BT)
+    assert inputs(random_share=1.0).maps, "without a chance of the mask none is needed"
 
 
 @pytest.mark.parametrize(("step", "chance"), [(0, 0.0), (1, 0.006), (20, 0.12), (50, 0.3), (66, 0.396), (67, 0.4), (99, 0.4)])

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import luthier
+from luthier import registry
 from luthier.columns import chunked, losses
 from luthier.kinds import TEACHER, Batch, Chunk, Column, Likeliest, Stored, Tensors, Term, View
 from luthier.planning.cuts import too_much
@@ -158,6 +159,14 @@ def test_distillation_from_a_store_is_that_from_the_teacher(tmp_path: Path, dire
         found.append((plan.engine.step(batches, now).loss, slopes))
     assert found[0][0] > 1e-3 and found[1][0] == pytest.approx(found[0][0], rel=1e-5)
     assert gap(found[0][1], found[1][1]) < 1e-5
+
+
+def test_a_stored_teacher_says_nothing_of_virtual_tokens() -> None:
+    (value,) = registry.part("distill_stored").values
+    batch = make_batch([(4, 3)])._replace(token_ids_BT=torch.tensor([[5, -1, 5, 6]]))
+    found = {value.columns[0].name: torch.tensor([7.0, 2.0, 3.0])}
+    view = View(batch, found, label_N=torch.arange(3), row_N=torch.zeros(3).long(), position_N=torch.arange(1, 4))
+    assert value.loss(view).tolist() == [0.0, 2.0, 3.0]
 
 
 def test_what_is_stored_is_seen_at_the_targets(tmp_path: Path) -> None:

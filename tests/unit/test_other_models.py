@@ -55,7 +55,7 @@ def with_rest(log_NV: Tensor, place_NK: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("divergence", ["forward", "reverse", "js"])
-@pytest.mark.parametrize(("temperature", "top_k"), [(1.0, None), (2.5, None), (1.7, 5)])
+@pytest.mark.parametrize(("temperature", "top_k"), [(1.0, None), (2.5, None), (1.7, 5), (0.4, 1)])
 def test_the_divergence_is_that_of_its_definition(
     engine: Any, now: Now, divergence: str, temperature: float, top_k: int | None
 ) -> None:

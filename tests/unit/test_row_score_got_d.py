@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -115,6 +116,29 @@ def test_less_its_own_transport_it_is_flat_at_any_epsilon(epsilon: float) -> Non
     assert scores(line(0, 0, 0, 10), line(0, 10), epsilon=epsilon, divergence="sinkhorn").argmax() == 3
 
 
+def test_a_pool_that_is_its_target_is_solved_where_it_begins() -> None:
+    """Nothing but entropy binds the point at 10 to those at 0: from any other start the steps are too small to be seen."""
+    pool = line(0, 0, 0, 10)
+    assert scores(pool, pool, divergence="sinkhorn").abs().max() < 1e-9
+
+
+def test_what_changes_no_more_is_found_and_nothing_is_warned_of() -> None:
+    """One target is solved at once, and a tolerance of 0 is met; several need more rounds than the first, which is no warning."""
+    cost = distances(torch.tensor(line(0, 1)), torch.tensor(line(1))).double()
+    assert potentials(cost, 0.01, 0.0).tolist() == pytest.approx([0.5, -0.5], abs=1e-12)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        scores(cloud(12), cloud(5, seed=1) + 1)
+
+
+def test_scores_are_in_units_of_the_distance() -> None:
+    """Of points a thousand times nearer they are a thousand times smaller, for strength and tolerance are shares of the median."""
+    pool, target = cloud(12), cloud(5, seed=1) + 1
+    whole = scores(pool, target)
+    assert torch.allclose(scores(pool / 1024, target / 1024) * 1024, whole, rtol=1e-9)
+    assert not torch.allclose(scores(pool, target, tolerance=1.0), whole, rtol=1e-3)
+
+
 def test_a_constant_means_nothing() -> None:
     f = potentials(distances(cloud(20), cloud(9, seed=1) + 1), 0.05, 1e-9)
     assert torch.allclose(calibrated(f + 1000.0), calibrated(f), atol=1e-11)
@@ -181,6 +205,8 @@ def test_chunks_are_random_and_each_is_centered() -> None:
     assert torch.equal(parts, scores(pool, target, epsilon=0.02, chunk=30))
     assert not torch.equal(parts, scores(pool, target, epsilon=0.02, chunk=30, seed=1))
     assert torch.allclose(whole, scores(pool, target, epsilon=0.02, seed=1), atol=1e-3), "one chunk has no draws"
+    pairs = scores(line(0, 1, 5, 9), line(1, 4, 6), epsilon=1.0, chunk=2)
+    assert pairs.abs().min() > 0 and pairs.sort().values.tolist() == pytest.approx((-pairs).sort().values.tolist(), abs=1e-12)
 
 
 def test_one_row_and_equal_rows_have_no_direction() -> None:

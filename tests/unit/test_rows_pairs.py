@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+import luthier
 from luthier.errors import LuthierError
 from luthier.models.tiny import tiny_tokenizer
 from luthier.recipe import RowsRecipe
@@ -30,6 +31,16 @@ def fields(record: dict[str, Any]) -> dict[str, Any]:
     (row,) = read([record])
     assert row.shape == "prompt+chosen+rejected"
     return dict(row.fields)
+
+
+def test_chosen_answers_are_completions_beside_rows_that_stay() -> None:
+    (value,) = luthier.part("chosen_answers").values
+    pair = {"id": "p", "prompt": "q", "chosen": "good", "rejected": "bad", "level": 3}
+    plain = {"id": "r", "prompt": "q", "completion": "good"}
+    rows = list(read([pair, plain, {"text": "t"}]))
+    chosen, *others = value.map(rows, None)
+    assert (chosen.id, chosen.shape, chosen.columns) == ("p", "prompt+completion", {"level": 3})
+    assert chosen.fields == {"prompt": "q", "completion": "good"} and others == rows[1:]
 
 
 def test_whole_dialogues_begin_with_their_prompt() -> None:

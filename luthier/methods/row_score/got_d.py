@@ -116,7 +116,8 @@ def _solved(
     solver = _installed()
     pool_B, target_K = (torch.full((size,), 1.0 / size, dtype=torch.float64) for size in cost_BK.shape)
     # POT's scaling vectors hold the marginals: P = u exp(-C / epsilon) v, where the dual has P = mu nu exp((f + g - C) / epsilon).
-    logs = None if start_B is None else (start_B / epsilon + pool_B.log(), torch.zeros_like(target_K))
+    # These are even: what they add is a constant, and goes with the mean.
+    logs = None if start_B is None else (start_B / epsilon, torch.zeros_like(target_K))
     before_B: Tensor | None = None
     done, length = 0, FIRST_ROUND
     while done < MOST_ITERATIONS:
@@ -124,7 +125,6 @@ def _solved(
             pool_B, target_K, cost_BK, epsilon, numItermax=length, stopThr=1e-16, log=True, warn=False, warmstart=logs
         )
         logs = (found["log_u"], found["log_v"])
-        # The marginals are even: what they hold is a constant, and goes with the mean.
         now_B = wanted(epsilon * logs[0], epsilon * logs[1])
         now_B = now_B - now_B.mean()
         done += length

@@ -15,10 +15,10 @@ Direction = Literal["forward", "reverse", "js"]
 
 def with_rest(log_CV: Tensor, place_CK: Tensor) -> Tensor:
     """Log-probabilities of some tokens and of all others together, [C, K + 1]; of all tokens [C, K]."""
-    some_CK = log_CV.gather(-1, place_CK)
+    some_CK = log_CV.gather(1, place_CK)
     if place_CK.shape[1] >= log_CV.shape[1]:
         return some_CK
-    return torch.cat([some_CK, log_CV.scatter(-1, place_CK, -math.inf).logsumexp(-1, keepdim=True)], dim=-1)
+    return torch.cat([some_CK, log_CV.scatter(1, place_CK, -math.inf).logsumexp(1, keepdim=True)], dim=1)
 
 
 def divergence(theirs: Tensor, mine: Tensor, direction: Direction) -> Tensor:

@@ -18,14 +18,14 @@ STREAM = 1
 
 def policy(chunk: Chunk, temperature: float) -> Tensor:
     """Probabilities of the tokens that are proposed, [C, V], without gradient."""
-    return (chunk.logits_CV.detach() / temperature).softmax(-1)
+    return (chunk.logits_CV.detach() / temperature).softmax(1)
 
 
 def candidates_of(chunk: Chunk, temperature: float, count: int) -> Tensor:
     """Token ids drawn from the policy, independent of each other and of how the batch is split: [C, K]."""
 
     def make() -> Tensor:
-        up_to_CV = machine.widened(policy(chunk, temperature)).cumsum_(-1)
+        up_to_CV = machine.widened(policy(chunk, temperature)).cumsum_(1)
         level_CK = machine.widened(draws.uniforms(chunk.key_C, count, STREAM)) * up_to_CV[:, -1:]
         found_CK = torch.searchsorted(up_to_CV, level_CK, right=True).clamp_(max=up_to_CV.shape[1] - 1)
         return found_CK.to(chunk.key_C.device)

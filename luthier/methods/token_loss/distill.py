@@ -52,9 +52,9 @@ def distill(
 
     def value(chunk: Chunk) -> Tensor:
         theirs_CV, mine_CV = _common(chunk.others[teacher] / temperature, chunk.logits_CV / temperature)
-        theirs, mine = theirs_CV.log_softmax(-1), mine_CV.log_softmax(-1)
+        theirs, mine = theirs_CV.log_softmax(1), mine_CV.log_softmax(1)
         if top_k is not None and top_k < theirs.shape[1]:
-            place_CK = theirs.topk(top_k, dim=-1).indices
+            place_CK = theirs.topk(top_k, dim=1).indices
             theirs, mine = with_rest(theirs, place_CK), with_rest(mine, place_CK)
         return temperature**2 * between(theirs, mine, divergence)
 

@@ -34,7 +34,7 @@ def distill_stored(*, direction: Direction = "forward", weight: float = 1.0) -> 
         if mine.shape[1] > theirs.shape[1]:
             # Where all of the mass is stored the logarithm of the rest must stay finite.
             rest_N1 = top.rest_N.clamp(min=torch.finfo(top.rest_N.dtype).tiny).log()[:, None]
-            theirs = torch.cat([theirs, rest_N1], dim=-1)
+            theirs = torch.cat([theirs, rest_N1], dim=1)
         return divergence(theirs.to(mine), mine, direction)
 
     name = f"distill stored {direction}"

@@ -56,7 +56,7 @@ def columns(beta: float, temperature: float, candidates: int) -> tuple[Column, C
 
     def loss(chunk: Chunk) -> Tensor:
         reward_CK = beta + (1.0 - beta) * hit(chunk)
-        return -(reward_CK * chunk.log_probabilities.gather(-1, candidates_of(chunk, temperature, candidates))).mean(-1)
+        return -(reward_CK * chunk.log_probabilities.gather(1, candidates_of(chunk, temperature, candidates))).mean(1)
 
     name = f"otr: beta {beta}, temperature {temperature}, {candidates} candidates"
-    return Column(name, loss), Column(f"{name}, hits", lambda chunk: hit(chunk).mean(-1), gradient=False)
+    return Column(name, loss), Column(f"{name}, hits", lambda chunk: hit(chunk).mean(1), gradient=False)

@@ -73,8 +73,7 @@ def _called(written: Written, offered: Sequence[str]) -> list[tuple[int, int, in
     if names:
         found = _written_names(written, probed, names)
     else:
-        # A longer name first: it may begin with a shorter one.
-        either = "|".join(map(re.escape, sorted(offered, key=len, reverse=True)))
+        either = "|".join(map(re.escape, offered))
         found = [one.span() for one in re.finditer(rf"(?<![\w.])(?:{either})(?=\()", written.text)] if offered else []
     return [(start, stop, behind) for first, behind in written.targets for start, stop in found if first <= start < stop <= behind]
 

@@ -61,7 +61,7 @@ def answer_coverage(*, samples: int = 256, threshold: float = 0.1, column: str =
 
 
 def shares(batch: Batch, column: str) -> Tensor:
-    """The share of right samples of each row, [B]; 0 for rows without targets, which need none.
+    """The share of right samples of each row, [B]; without meaning for rows without targets, which need none.
 
     Raises:
         LuthierError: a row with targets has no such number, or one outside of 0 to 1.
@@ -77,4 +77,4 @@ def shares(batch: Batch, column: str) -> Tensor:
             where=f"row {batch.row_ids[wrong[0]]}",
             mend=f"give every row `{column}`: the share of the model's sampled answers that are right, from 0 to 1",
         )
-    return share_B.where(needed_B, 0.0)
+    return share_B

@@ -39,6 +39,6 @@ def length_desensitization(*, alpha: float = 0.5) -> TokenWeight:
         shorter_P = torch.minimum(shared_B[first_P], shared_B[second_P])
         shared_B = shared_B.index_put((first_P,), shorter_P).index_put((second_P,), shorter_P)
         one_N = torch.ones_like(view.weight_N)
-        return torch.where(rank_in_rows(view.row_N, len(shared_B)) < shared_B[view.row_N], one_N, alpha * one_N)
+        return torch.where(rank_in_rows(view.row_N, len(shared_B)) < shared_B[view.row_N], one_N, alpha)
 
     return TokenWeight(weigh, check=check_pairs)

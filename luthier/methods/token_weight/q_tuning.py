@@ -10,6 +10,7 @@ from torch import Tensor
 from luthier import machine
 from luthier.errors import LuthierError
 from luthier.kinds import StepTable, TokenWeight
+from luthier.methods.token_weight.sstoken import kept
 from luthier.registry import method
 
 MOST_NLL = 20.0
@@ -53,9 +54,11 @@ def q_tuning(
     Raises:
         LuthierError: a share is out of range.
     """
-    for name, value, least in (("rows", rows, 1e-9), ("tokens", tokens, 1e-9), ("neighbors", neighbors, 0.0)):
-        if not least <= value <= 1.0:
-            raise LuthierError(f"`{name}` is {value}", where=f"q_tuning: {name}", mend=f"use {'more than ' * (least > 0)}0, to 1")
+    for name, value in (("rows", rows), ("tokens", tokens)):
+        if not 0.0 < value <= 1.0:
+            raise LuthierError(f"`{name}` is {value}", where=f"q_tuning: {name}", mend="use more than 0 and at most 1")
+    if not 0.0 <= neighbors <= 1.0:
+        raise LuthierError(f"`neighbors` is {neighbors}", where="q_tuning: neighbors", mend="use 0 to 1")
 
     def look(table: StepTable) -> Tensor:
         targets_R = table.targets_by_row()
@@ -63,9 +66,10 @@ def q_tuning(
         distance_R, wrong_R = corners(error_R, doubt_R)
         chosen_S = distance_R.argsort(stable=True)[: max(1, round(rows * table.rows))]
         kept_R = torch.zeros(table.rows, dtype=torch.bool).index_fill(0, chosen_S, True)
-        score_M = smoothed(table, neighbors, joined, edges) * (1.0 if keep == "low" else -1.0)
-        count_R = torch.where(wrong_R, (tokens * machine.widened(targets_R) - 1e-9).ceil().long(), targets_R)
-        keep_M = kept_R[table.row_M] & (rank_in_row(table, score_M) < count_R[table.row_M])
+        score_M = smoothed(table, neighbors, joined, edges)
+        rank_M = rank_in_row(table, score_M if keep == "low" else -score_M)
+        count_R = torch.where(wrong_R, kept(targets_R, tokens), targets_R)
+        keep_M = kept_R[table.row_M] & (rank_M < count_R[table.row_M])
         if table.rows:
             table.note("q_tuning rows kept", float(machine.widened(kept_R).mean()))
             table.note("q_tuning targets kept", float(machine.widened(keep_M).mean()))
@@ -89,7 +93,7 @@ def corners(error_R: Tensor, doubt_R: Tensor) -> tuple[Tensor, Tensor]:
 
 def rank(value_N: Tensor) -> Tensor:
     """Each value's place in ascending order, from 0."""
-    return value_N.argsort(stable=True).argsort(stable=True)
+    return value_N.argsort(stable=True).argsort()
 
 
 def smoothed(table: StepTable, neighbors: float, joined: str, edges: str) -> Tensor:

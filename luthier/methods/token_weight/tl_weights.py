@@ -49,8 +49,7 @@ def tl_weights(*, max_weight: float = 9.0) -> TokenWeight:
         key_N = (mark_N == KEY).to(one_N)
         total_N, keys_N = sum_turns(one_N), sum_turns(key_N)
         others_N = total_N - keys_N - sum_turns((mark_N == END).to(one_N))
-        ratio_N = (others_N / keys_N.clamp(min=1)).clamp(max=max_weight)
-        raised_N = torch.where(keys_N < others_N, ratio_N, 1.0)
+        raised_N = (others_N / keys_N.clamp(min=1)).clamp(1.0, max_weight)
         weight_N = torch.where(key_N > 0, raised_N, 1.0)
         return weight_N * total_N / (total_N + keys_N * (raised_N - 1))
 
