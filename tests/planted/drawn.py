@@ -26,8 +26,6 @@ from tests.planted import tested_lines
 KINDS = ("operator", "sign", "constant", "comparison", "detach", "default")
 SECONDS = 45.0
 """Of tests, as they take in the whole suite: the quickest that run a line, up to so many."""
-SOUND = 8
-"""Of so many faults the tests are first run without the fault."""
 PINNED = "tests/contracts/test_contracts_defaults.py::test_defaults_are_those_that_are_pinned"
 PATIENCE = 240
 """Seconds after which a fault counts as caught: it made a loop without an end."""
@@ -294,12 +292,9 @@ def run(root: Path, folders: Sequence[str], count: int, seed: int, jobs: int, ou
     told: dict[str, str] = json.loads(out.read_text(encoding="utf-8")) if out is not None and out.exists() else {}
     todo = [(one, tests_for(one, known)) for one in draw(root, folders, count, seed) if one.name not in told]
     left: list[tuple[Drawn, Sequence[str]]] = []
-    unsound: list[str] = []
 
     def tell(fault: Drawn, seen: str | None) -> None:
-        if not fault.does_something:
-            unsound.extend([seen] if seen else [])
-        elif seen is None:
+        if seen is None:
             left.append((fault, tests_for(fault, known)))
         else:
             told[fault.name] = seen
@@ -307,11 +302,7 @@ def run(root: Path, folders: Sequence[str], count: int, seed: int, jobs: int, ou
             if out is not None:
                 out.write_text(json.dumps(told, indent=1), encoding="utf-8")
 
-    sound = [(fault.unharmed, tests) for fault, tests in todo[:: max(1, len(todo) // SOUND)]]
-    try_all(root, [*sound, *todo], tell, jobs=jobs, patience=PATIENCE)
-    if unsound:
-        # What fails without a fault was taken for a catch.
-        raise SystemExit(f"tests fail without a fault: {', '.join(unsound)}")
+    try_all(root, todo, tell, jobs=jobs, patience=PATIENCE)
     with tempfile.TemporaryDirectory() as where:
         copy = Copy(root, Path(where) / "copy")
         for fault, tests in left:

@@ -1,6 +1,7 @@
 """Faults planted in a process that has loaded the package and the tests already: what a fault changes takes the place of what was loaded.
 
-Each fault gets a process of its own, a copy of one that is ready to test, so that only its tests take time.
+Each fault gets a process of its own, a copy of one that is ready to test, so that only its tests take time. A test that fails in such a
+copy without a fault sees none: the first failure counts only where the same test passes there.
 """
 
 from __future__ import annotations
@@ -24,12 +25,14 @@ from tests.planted.drawn import Drawn, changed
 
 Tell = Callable[[Drawn, "str | None"], None]
 """Takes a fault and what failed first: nothing where no test saw it, None where it cannot be planted here."""
+FAILED = "FAILED "
 _NO_PLACE = 77
 """How a process ends that cannot plant its fault."""
 
 
 class _Running(NamedTuple):
     fault: Drawn
+    items: list[pytest.Item]
     began: float
     said: int
 
@@ -41,6 +44,8 @@ class Planting:
         self.root, self.todo, self.tell, self.jobs, self.patience = root, todo, tell, jobs, patience
         self.functions: dict[str, list[FunctionType]] = {}
         self.live: dict[int, _Running] = {}
+        self.passes: dict[str, bool] = {}
+        """Whether a test passes without a fault, of those that failed with one."""
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtestloop(self, session: pytest.Session) -> bool:
@@ -65,7 +70,7 @@ class Planting:
         child = os.fork()
         if child:
             os.close(writes)
-            self.live[child] = _Running(fault, time.monotonic(), reads)
+            self.live[child] = _Running(fault, items, time.monotonic(), reads)
             return
         code = 1
         try:
@@ -74,7 +79,7 @@ class Planting:
             os.dup2(null, 1)
             os.dup2(null, 2)
             if not fault.does_something or plant(fault, self.root, self.functions):
-                os.write(writes, first_failure(items).encode()[:300])
+                os.write(writes, first_failure(items).encode()[:4000])
                 code = 0
             else:
                 code = _NO_PLACE
@@ -85,7 +90,10 @@ class Planting:
 
     def _reap(self) -> None:
         time.sleep(0.02)
-        for child, (fault, began, reads) in list(self.live.items()):
+        for child, (fault, items, began, reads) in list(self.live.items()):
+            if child not in self.live:
+                # Seen to while another fault's test was tried without it.
+                continue
             done, status = os.waitpid(child, os.WNOHANG)
             late = not done and time.monotonic() - began > self.patience
             if late:
@@ -96,8 +104,25 @@ class Planting:
                 os.close(reads)
                 del self.live[child]
                 code = os.waitstatus_to_exitcode(status)
-                ended = "it did not end" if late else said or ("it broke off" if code else "")
-                self.tell(fault, None if code == _NO_PLACE else ended)
+                self._ended(fault, items, code, "it did not end" if late else said or ("it broke off" if code else ""))
+
+    def _ended(self, fault: Drawn, items: list[pytest.Item], code: int, seen: str) -> None:
+        test = seen.removeprefix(FAILED)
+        if code == _NO_PLACE:
+            self.tell(fault, None)
+        elif not fault.does_something:
+            self.passes[items[0].nodeid] = not seen
+        elif not seen.startswith(FAILED):
+            self.tell(fault, seen)
+        else:
+            if test not in self.passes:
+                self._begin(fault.unharmed, [item for item in items if item.nodeid == test])
+                while test not in self.passes:
+                    self._reap()
+            if self.passes[test]:
+                self.tell(fault, seen)
+            else:
+                self._begin(fault, [item for item in items if item.nodeid != test])
 
 
 def try_all(root: Path, todo: Sequence[tuple[Drawn, Sequence[str]]], tell: Tell, *, jobs: int, patience: float) -> None:
@@ -120,7 +145,7 @@ def first_failure(items: Sequence[pytest.Item]) -> str:
     """The first of some tests that fails; empty where none does."""
     for item, following in zip(items, [*items[1:], None], strict=True):
         if any(report.failed for report in runtestprotocol(item, log=False, nextitem=following)):
-            return f"FAILED {item.nodeid}"
+            return f"{FAILED}{item.nodeid}"
     return ""
 
 
