@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from math import log
+from math import exp, log
 from typing import Any
 
 import pytest
@@ -77,6 +77,12 @@ def test_certain_and_impossible_rows_stay_finite(gamma: float) -> None:
     # log q of the second row is -400 - log 2.
     assert loss.item() == pytest.approx((400 + log(2)) / 2, rel=1e-6)
     assert torch.autograd.grad(loss, logits)[0].isfinite().all()
+
+
+def test_a_row_that_is_all_but_certain_keeps_a_slope() -> None:
+    """1 - q is 9.36e-14 and is taken to be 1e-12, where a root of it would fall without a bound."""
+    missing = exp(-30.0)
+    assert loss_of(focal(0.5), [[30.0, 0.0]], [0]) == pytest.approx(1e-6 * missing, rel=0.01, abs=0.0)
 
 
 def test_what_is_no_target_adds_nothing(engine: Any, now: Now) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from decimal import Decimal, localcontext
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from luthier import registry
 from luthier.columns.targets import find_targets
 from luthier.errors import LuthierError
 from luthier.kinds import Batch, Now, PairLoss, Pairs, Reference, Side, TokenWeight, View
+from luthier.methods.pair_loss._odds import log_odds, log_rest
 from luthier.models.attention import use_attention
 from luthier.training.pairs import BASE_REFERENCE, CHOSEN, as_term, warnings_of
 from tests.conftest import make_batch, split
@@ -93,6 +95,39 @@ def test_losses_with_a_reference_by_hand(name: str, options: dict[str, Any], wan
     assert found.tolist() == [pytest.approx(wanted, rel=1e-12)]
 
 
+@pytest.mark.parametrize(
+    ("name", "options", "wanted"), WANTED, ids=lambda value: str(value) if not isinstance(value, float) else ""
+)
+def test_losses_with_a_reference_ask_for_it(name: str, options: dict[str, Any], wanted: float) -> None:
+    """The same numbers from likelihoods of tokens, and rewards of beta times the gain."""
+    (value,) = (one for one in registry.make({name: options}, ("pair_loss",)).values if isinstance(one, PairLoss))
+    batch = make_batch([(6, 4), (9, 8)])._replace(groups=((0, 1),), columns={"margin": torch.tensor([0.5, 0.5])})
+    where = find_targets(batch)
+    base_N = torch.tensor([5.0] * 4 + [31.0 / 8] * 8, dtype=torch.float64)
+    gained_N = torch.tensor([GAINED[0] / 4] * 4 + [GAINED[1] / 8] * 8, dtype=torch.float64)
+    columns = {"nll": base_N - gained_N, "reference_nll": base_N}
+    view = View(batch, columns, label_N=where.label_N, row_N=where.row_N, position_N=where.source_N + 1)
+    assert as_term(value, BASE_REFERENCE).total(view, {}).item() == pytest.approx(wanted, rel=1e-9)
+    told = [float(view.notes[name][0]) for name in ("reward chosen", "reward rejected")]
+    assert told == pytest.approx([options["beta"] * one for one in GAINED], rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("divergence", "logit"),
+    [
+        ("forward_kl", 1.0 - math.exp(50.0)),
+        ("alpha", (1.0 - math.exp(0.3 * 50.0)) / 0.3),
+        ("reverse_kl", -60.0),
+        ("jensen_shannon", math.log(2.0) - 60.0),
+    ],
+)
+def test_ratios_are_bounded_where_their_exponential_counts(divergence: str, logit: float) -> None:
+    """Of a chosen answer that lost 60 nats; the rejected one is as likely as it was."""
+    pairs = pairs_with(side([-80.0], [-20.0], [4]), side([-31.0], [-31.0], [8]))
+    found = loss_of("f_dpo", pairs, beta=2.0, divergence=divergence, alpha=0.3)
+    assert found.item() == pytest.approx(-2.0 * logit, rel=1e-12)
+
+
 def test_losses_without_a_reference_by_hand() -> None:
     chosen, rejected = side([-2.0], None, [4]), side([-8.0], None, [8])
     pairs = pairs_with(chosen, rejected)
@@ -126,6 +161,21 @@ def test_odds_are_finite_where_an_answer_is_certain_or_impossible(likely: float)
             found = loss_of(name, pairs_with(one, other))
             slopes = torch.autograd.grad(found.sum(), [one.log_likelihood_P, other.log_likelihood_P])
             assert bool(found.isfinite().all()) and all(bool(slope.isfinite().all()) for slope in slopes), (name, chosen, rejected)
+
+
+@pytest.mark.parametrize("log_p", [-1e-7, -1e-4, -0.1, -0.6931, -0.6932, -1.0, -5.0, -36.0, -60.0])
+def test_odds_keep_all_digits(log_p: float) -> None:
+    """From either end, against 50 digits; a certain answer has the odds of one at -1e-7."""
+    with localcontext() as context:
+        context.prec = 50
+        rest = (1 - Decimal(log_p).exp()).ln()
+        wanted = float(rest), float(Decimal(log_p) - rest)
+    given_P = torch.tensor([log_p], dtype=torch.float64)
+    assert log_rest(given_P).item() == pytest.approx(wanted[0], rel=1e-14, abs=0.0)
+    assert log_odds(given_P).item() == pytest.approx(wanted[1], rel=1e-14, abs=1e-15)
+    if log_p == -1e-7:
+        certain_P = torch.tensor([-1e-9, 0.0], dtype=torch.float64)
+        assert log_rest(certain_P).tolist() == pytest.approx([wanted[0]] * 2, rel=1e-14)
 
 
 def test_regularized_preference_optimization_in_both_forms() -> None:
@@ -308,7 +358,10 @@ def test_rules_over_a_step_do_not_choose_between_two_answers(engine: Any, now: N
         ("dpo", {"beta": 0.0}),
         ("dpo", {"smoothing": 0.5}),
         ("robust", {"wrong": -0.1}),
+        ("robust", {"wrong": 0.5}),
         ("exo", {"smoothing": 0.0}),
+        ("exo", {"smoothing": 0.5}),
+        ("f_dpo", {"alpha": 0.0}),
         ("f_dpo", {"alpha": 1.0}),
         ("discopop", {"temperature": 0.0}),
         ("length_desensitization", {"alpha": 1.5}),
