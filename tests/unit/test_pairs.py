@@ -16,9 +16,11 @@ from luthier.columns.targets import find_targets
 from luthier.errors import LuthierError
 from luthier.kinds import Batch, Now, PairLoss, Pairs, Reference, Side, TokenWeight, View
 from luthier.methods.pair_loss._odds import log_odds, log_rest
+from luthier.methods.pair_loss.wpo import SQUARES, likely_now
 from luthier.models.attention import use_attention
 from luthier.training.pairs import BASE_REFERENCE, CHOSEN, as_term, warnings_of
 from tests.conftest import make_batch, split
+from tests.objectives import drawn, view_on
 from tests.toys.helpers import gap, gradients, model_of, rows_of_pairs
 
 
@@ -52,8 +54,8 @@ WANTED: list[tuple[str, dict[str, Any], float]] = [
     ("dpo", {"beta": 0.3, "smoothing": 0.2}, -0.8 * log_sigmoid(0.57) - 0.2 * log_sigmoid(-0.57)),
     ("dpo", {"beta": 5.0, "length_normalized": True}, -log_sigmoid(5.0 * (1.2 / 4 + 0.7 / 8))),
     ("robust", {"beta": 0.3, "wrong": 0.2}, (0.2 * log_sigmoid(-0.57) - 0.8 * log_sigmoid(0.57)) / 0.6),
-    ("ipo", {"beta": 0.5}, (1.2 / 4 + 0.7 / 8 - 1.0) ** 2),
-    ("ipo", {"beta": 0.5, "length_normalized": False}, (1.9 - 1.0) ** 2),
+    ("ipo", {"beta": 0.4}, (1.2 / 4 + 0.7 / 8 - 1.25) ** 2),
+    ("ipo", {"beta": 0.4, "length_normalized": False}, (1.9 - 1.25) ** 2),
     ("hinge", {"beta": 0.3}, 0.43),
     ("hinge", {"beta": 0.6}, 0.0),
     ("apo_zero", {"beta": 0.3}, 1 - 1 / (1 + math.exp(-0.36)) + 1 / (1 + math.exp(0.21))),
@@ -83,6 +85,8 @@ WANTED: list[tuple[str, dict[str, Any], float]] = [
         -log_sigmoid(0.3 * ((1 - math.exp(-0.3)) - (1 - math.exp(0.175))) / 0.25),
     ),
     ("margin", {"beta": 0.3, "scale": 2.0}, -log_sigmoid(0.57 - 1.0)),
+    ("rpo", {"beta": 0.3, "eta": 0.4}, -log_sigmoid(0.57) + 0.4 * 18.8 / 4),
+    ("rpo", {"beta": 0.3, "eta": 0.4, "form": "cumulative"}, -log_sigmoid(0.57) + 0.4 * 0.3 * 18.8),
 ]
 
 
@@ -96,7 +100,10 @@ def test_losses_with_a_reference_by_hand(name: str, options: dict[str, Any], wan
 
 
 @pytest.mark.parametrize(
-    ("name", "options", "wanted"), WANTED, ids=lambda value: str(value) if not isinstance(value, float) else ""
+    ("name", "options", "wanted"),
+    # Tokens that the model would draw have a mean log-probability of -0.5 here.
+    [*WANTED, ("wpo", {"beta": 0.3}, -log_sigmoid(0.57) * math.exp(-18.8 / 4 - 31.7 / 8 + 2 * 0.5))],
+    ids=lambda value: str(value) if not isinstance(value, float) else "",
 )
 def test_losses_with_a_reference_ask_for_it(name: str, options: dict[str, Any], wanted: float) -> None:
     """The same numbers from likelihoods of tokens, and rewards of beta times the gain."""
@@ -105,7 +112,7 @@ def test_losses_with_a_reference_ask_for_it(name: str, options: dict[str, Any], 
     where = find_targets(batch)
     base_N = torch.tensor([5.0] * 4 + [31.0 / 8] * 8, dtype=torch.float64)
     gained_N = torch.tensor([GAINED[0] / 4] * 4 + [GAINED[1] / 8] * 8, dtype=torch.float64)
-    columns = {"nll": base_N - gained_N, "reference_nll": base_N}
+    columns = {"nll": base_N - gained_N, "reference_nll": base_N, "log_sum_of_squares": torch.full_like(base_N, -0.5)}
     view = View(batch, columns, label_N=where.label_N, row_N=where.row_N, position_N=where.source_N + 1)
     assert as_term(value, BASE_REFERENCE).total(view, {}).item() == pytest.approx(wanted, rel=1e-9)
     told = [float(view.notes[name][0]) for name in ("reward chosen", "reward rejected")]
@@ -188,6 +195,17 @@ def test_regularized_preference_optimization_in_both_forms() -> None:
     found = loss_of("rpo", certain, beta=0.1, eta=0.2, form="cumulative")
     (slope,) = torch.autograd.grad(found.sum(), [certain.chosen.log_likelihood_P])
     assert slope.item() == pytest.approx(-0.02, rel=1e-12)
+
+
+def test_a_pair_counts_as_much_as_its_answers_are_likely_now() -> None:
+    """Relative to tokens that the model would draw, by a mean over each answer's; here of one target and of three."""
+    logits, labels, rows = drawn(4, 5), [1, 4, 0, 2], [0, 1, 1, 1]
+    view = view_on(logits, labels, ["nll", SQUARES], rows=rows)
+    p_NV = logits.detach().softmax(-1)
+    relative = [math.log(p_V[label]) - math.log(p_V.square().sum()) for p_V, label in zip(p_NV, labels, strict=True)]
+    pairs = pairs_with(side([-2.0], [-2.0], [1]), side([-3.0], [-3.0], [3]))
+    found = likely_now(pairs._replace(view=view, first_P=torch.tensor([0]), second_P=torch.tensor([1])))
+    assert found.item() == pytest.approx(math.exp(relative[0] + sum(relative[1:]) / 3), rel=1e-12) and not found.requires_grad
 
 
 def alone(batch: Batch, places: Sequence[int]) -> Batch:

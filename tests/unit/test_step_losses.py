@@ -110,15 +110,25 @@ def test_optimal_transport_compares_quantiles() -> None:
     assert value_of("aot_unpaired", beta=0.5).loss(unpaired).item() == pytest.approx(wanted, rel=1e-12)
 
 
+def test_each_answer_stands_beside_its_likelihood_under_the_reference() -> None:
+    batch = make_batch([(3, 1), (4, 2), (3, 1)])
+    where = find_targets(batch)
+    columns = {"nll": torch.tensor([1.0, 2.0, 0.5, 4.0], dtype=torch.float64)}
+    view = View(batch, columns, label_N=where.label_N, row_N=where.row_N, position_N=where.source_N + 1)
+    view.reference_B = torch.tensor([-7.0, -8.0, -9.0], dtype=torch.float64)
+    assert value_of("aot").value(view, {}).tolist() == [[-1.0, -7.0], [-2.5, -8.0], [-4.0, -9.0]]
+    assert value_of("aot_unpaired").value(view, {}).tolist() == [6.0, 5.5, 5.0]
+
+
 def test_answers_are_classified_against_the_middle_of_the_step() -> None:
-    rows = table([2.0, 1.0, 4.0, -1.0])
-    middle = 0.1 * (3.0 + 0.0) / 2
-    wanted = -sum(math.log(sigmoid(0.1 * x - middle)) for x in (2, 4)) - sum(math.log(sigmoid(middle - 0.1 * x)) for x in (1, -1))
+    rows = table([2.0, 1.0, 4.0, -2.0])
+    middle = 0.1 * (3.0 - 0.5) / 2
+    wanted = -sum(math.log(sigmoid(0.1 * x - middle)) for x in (2, 4)) - sum(math.log(sigmoid(middle - 0.1 * x)) for x in (1, -2))
     found = value_of("bco", beta=0.1).loss(rows)
     assert found.item() == pytest.approx(wanted, rel=1e-12)
     (slope,) = torch.autograd.grad(found, rows.value)
     assert slope[0].item() == pytest.approx(-0.1 * sigmoid(middle - 0.2), rel=1e-12), "a gradient went through the middle"
-    plain = -sum(math.log(sigmoid(x)) for x in (0.2, 0.4, -0.1, 0.1))
+    plain = -sum(math.log(sigmoid(x)) for x in (0.2, 0.4, -0.1, 0.2))
     assert value_of("bco", beta=0.1, shift=False).loss(rows).item() == pytest.approx(plain, rel=1e-12)
 
 
