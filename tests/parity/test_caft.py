@@ -119,6 +119,18 @@ def test_a_shift_by_one_would_be_seen() -> None:
             assert mean == pytest.approx(0.0, abs=1e-12) if off == 0 else mean > 49.9
 
 
+def test_padding_predicts_nothing() -> None:
+    """Behind one padded place the first head has the targets of a row without it, and none that the padding would predict."""
+    ids_BT = torch.tensor([[0, 1, 2, 3, 4], [0, 0, 0, 1, 2]])
+    batch = Batch(ids_BT, ids_BT > 0, ids_BT, ids_BT.masked_fill(ids_BT < 1, -100), ("row0", "row1"))
+    row_N, position_N = torch.tensor([0, 0, 0, 1]), torch.tensor([2, 3, 4, 4])
+    view = View(batch, {}, label_N=ids_BT[row_N, position_N], row_N=row_N, position_N=position_N)
+    for head, sources in ((1, [1, 2]), (2, [1]), (3, [])):
+        found = ahead(view, head)
+        assert (found.row_M.tolist(), found.source_M.tolist()) == ([0] * len(sources), sources)
+        assert targets_ahead(batch, head) == len(sources) == int(found.chosen_N.sum())
+
+
 def test_equal_losses_add_up_to_the_papers_factors(engine: Any) -> None:
     """Weights 0.8, 0.64, 0.512 and 0.4096: 1.023616 times the loss at c = 0.01, and 1 + 2.3616 while the heads learn alone."""
     model = tiny("llama", seed=1)
@@ -418,10 +430,12 @@ def test_a_prompt_that_was_trained_beside_heads_is_an_adapter(engine: Any, now: 
     assert export_peft(run.tune, tmp_path / "adapter", "tiny:llama", fingerprint=None)["peft_type"] == "PROMPT_TUNING"
 
 
-def test_heads_may_start_as_the_last_block_but_one(engine: Any) -> None:
-    run = engine(model=model_of(layers=3), objective=objective(head="block"))
+@pytest.mark.parametrize(("layers", "copied"), [(3, 1), (2, 0), (1, 0)])
+def test_heads_may_start_as_the_last_block_but_one(engine: Any, layers: int, copied: int) -> None:
+    """Or as the only one."""
+    run = engine(model=model_of(layers=layers), objective=objective(head="block"))
     for head in range(1, HEADS + 1):
-        for name, live in run.tune.model.model.layers[1].named_parameters():
+        for name, live in run.tune.model.model.layers[copied].named_parameters():
             assert torch.equal(run.tune.trained[f"caft.ahead_{head}_{name}"].master, live)
 
 
@@ -431,6 +445,7 @@ def test_heads_may_start_as_the_last_block_but_one(engine: Any) -> None:
         ({"heads": 0}, "`heads` is 0"),
         ({"weight": -0.1}, "`weight` is -0.1"),
         ({"decay": 0.0}, "`decay` is 0.0"),
+        ({"decay": 1.01}, "`decay` is 1.01"),
         ({"over": 1.5}, "`over` is 1.5"),
         ({"heads_first": 1.0}, "`heads_first` is 1.0"),
         ({"head_rate": 0.0}, "`head_rate` is 0.0"),
@@ -439,6 +454,14 @@ def test_heads_may_start_as_the_last_block_but_one(engine: Any) -> None:
 def test_impossible_options_are_refused(options: dict[str, Any], says: str) -> None:
     with pytest.raises(LuthierError, match=says):
         caft(**options)
+
+
+def test_options_at_the_ends_of_their_ranges_are_taken() -> None:
+    for options in (
+        {"heads": 1, "weight": 0.0, "decay": 1.0, "over": 1.0, "heads_first": 0.0},
+        {"decay": 0.1, "over": 0.1, "head_rate": 0.1},
+    ):
+        assert len(caft(**options)) == 3
 
 
 @pytest.mark.parametrize("share", [0.01, 0.99])

@@ -41,6 +41,9 @@ def test_the_factor_is_exact_for_every_probability(samples: int) -> None:
     # A row of 100,000 unlikely tokens.
     assert float(coverage_factor(torch.tensor(1e6), samples)) == 1.0
     assert factor(1.0, samples) == pytest.approx(float(samples == 1), abs=1e-12)
+    # As a share of a gradient it is at most 1, also where its parts are rounded up.
+    surprisal = torch.linspace(0.0, 60.0, 20_001, dtype=torch.float64)
+    assert float(coverage_factor(surprisal, samples).max()) <= 1.0
 
 
 @pytest.mark.parametrize("samples", [2, 4, 16, 64, 256, 1024, 4096])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from math import log
+from math import exp, log
 from typing import Any
 
 import pytest
@@ -77,6 +77,11 @@ def test_certain_and_impossible_rows_stay_finite(gamma: float) -> None:
     # log q of the second row is -400 - log 2.
     assert loss.item() == pytest.approx((400 + log(2)) / 2, rel=1e-6)
     assert torch.autograd.grad(loss, logits)[0].isfinite().all()
+
+
+def test_a_row_that_is_all_but_certain_keeps_a_slope() -> None:
+    """1 - q is 6.9e-13 and is taken to be 1e-12; the logits' own rounding, of 4e-15, leaves its logarithm two digits."""
+    assert loss_of(focal(0.5), [[28.0, 0.0]], [0]) == pytest.approx(1e-6 * exp(-28.0), rel=0.05, abs=0.0)
 
 
 def test_what_is_no_target_adds_nothing(engine: Any, now: Now) -> None:

@@ -15,7 +15,7 @@ import luthier
 from luthier import registry
 from luthier.columns.chunked import resolve
 from luthier.errors import LuthierError
-from luthier.kinds import Column, Disturbed, Keeper, Now, Term, TokenWeight
+from luthier.kinds import Batch, Column, Disturbed, Keeper, Now, Term, TokenWeight
 from luthier.methods.term._noise import absolute_scale, relative_scale, signal_to_noise
 from luthier.models.attention import use_attention
 from luthier.training.disturb import disturbance
@@ -152,7 +152,8 @@ def test_the_noise_is_added(now: Now) -> None:
     drawn_BTD = torch.full_like(ONE_TOKEN, 3.0)
     for other in soft_of().passes:
         assert other.disturb is not None
-        found_BTD = other.disturb(Disturbed(0, ONE_TOKEN, ALONE, lambda stream: drawn_BTD, now, {"noise behind block 0": 1}))
+        # The block's first stream of numbers.
+        found_BTD = other.disturb(Disturbed(0, ONE_TOKEN, ALONE, lambda s: (drawn_BTD,)[s], now, {"noise behind block 0": 1}))
         assert torch.allclose(found_BTD, ONE_TOKEN + 0.3 * absolute_scale(ONE_TOKEN, ALONE), rtol=1e-12)
 
 
@@ -162,6 +163,26 @@ def test_the_spread_of_the_row_has_no_gradient() -> None:
         torch.autograd.grad(scale(hidden_BTD, ALONE).sum(), hidden_BTD)[0] for scale in (absolute_scale, relative_scale)
     )
     assert torch.allclose(absolute, 3.96232 * relative, rtol=1e-5, atol=1e-5) and relative.abs().max() > 0.1
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 2), (1, 1, 5), (3, 4, 8)])
+def test_the_absolute_noise_grows_with_the_deviation_of_a_rows_numbers(shape: tuple[int, int, int]) -> None:
+    """Over one less than there are, down to two numbers."""
+    hidden_BTD = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    own_BT = torch.ones(shape[:2], dtype=torch.bool)
+    spread_B = hidden_BTD.flatten(1).std(1)
+    assert torch.allclose(
+        absolute_scale(hidden_BTD, own_BT), relative_scale(hidden_BTD, own_BT) * spread_B[:, None, None], rtol=1e-12
+    )
+
+
+def test_a_token_of_equal_numbers_has_noise_by_its_length() -> None:
+    """Median distances of 0: a millionth of each token's norm takes their place, whatever the other token is."""
+    tokens = torch.tensor([[[0.0, 0.0, 0.0, 0.0, 20.0], [4.0, 4.0, 4.0, 4.0, 4.0]]], dtype=torch.float64)
+    scale_TD = relative_scale(tokens, torch.ones(1, 2, dtype=torch.bool))[0]
+    # The first token's variance is 80, and twice the mean of 80 and 0: above the limit of ln 5.
+    assert scale_TD[0].tolist() == pytest.approx([5 * 20e-6] * 4 + [0.0], rel=1e-12, abs=1e-300)
+    assert scale_TD[1].tolist() == pytest.approx([4e-6 * sqrt(5.0)] * 5, rel=1e-12)
 
 
 def test_padding_and_other_rows_do_not_matter_to_the_noise() -> None:
@@ -224,11 +245,35 @@ def test_the_signal_to_noise_ratio_of_random_blocks() -> None:
     assert float(draws.abs().mean()) == pytest.approx(float(expected), rel=0.03)
 
 
+def test_the_signal_to_noise_ratio_by_hand() -> None:
+    """Of the own tokens of two batches: neither padding nor a prompt's virtual token counts, and the vocabulary's first id does."""
+    ids_BT = torch.tensor([[-1, 0, 7, 0], [-1, 3, 0, 0]])
+    attend_BT = torch.tensor([[True, True, True, False], [True, True, False, False]])
+    batch = Batch(ids_BT, attend_BT, ids_BT, ids_BT, ("a", "b"))
+    own_BT = torch.tensor([[False, True, True, False], [False, True, False, False]])
+    values_BT1 = torch.tensor([[50.0, 1.0, -2.0, 70.0], [50.0, 6.0, 70.0, 70.0]], dtype=torch.float64)[..., None]
+
+    def block_outputs(batches: Any, take: Any) -> None:
+        for _ in batches:
+            for block in (0, 1):
+                take(block, (1.0 + block) * values_BT1.expand(2, 4, 2), own_BT)
+
+    services: Any = SimpleNamespace(parts=SimpleNamespace(blocks=2, width=2), block_outputs=block_outputs)
+    found = signal_to_noise(services, [batch, batch], lambda hidden_BTD, own_BT: hidden_BTD.square(), 0.5)
+    # The mean of 1, 2 and 6 is 3, that of their squares 41 / 3.
+    noise = 0.5 * sqrt(2 / pi) * 41 / 3
+    assert found == pytest.approx([3 / (noise + 1e-6), 6 / (4 * noise + 1e-6)], rel=1e-12)
+
+
 @pytest.mark.parametrize(("choose", "layers", "wanted"), [("highest", 1, {2}), ("lowest", 1, {3}), ("highest", 3, {0, 1, 2})])
 def test_blocks_are_chosen_by_it(choose: str, layers: int, wanted: set[int]) -> None:
     _, keeper = term_of(choose=choose, layers=layers)
     assert keeper.start is not None
-    state = keeper.start(layered([1.0, 1.1, 0.01, 5.0]))
+    services, asked = layered([1.0, 1.1, 0.01, 5.0]), []
+    make = services.batches
+    services.batches = lambda rows: (asked.append(rows), make(rows))[1]
+    state = keeper.start(services)
+    assert asked == [4], "the authors' batch"
     assert {block for block in range(4) if state[f"noise behind block {block}"]} == wanted
 
 
@@ -314,6 +359,7 @@ def test_a_whole_run(tmp_path: Path) -> None:
         ({"consistency": -1.0}, "`consistency` is -1.0"),
         ({"temperature": 0.0}, "`temperature` is 0.0"),
         ({"temperature": float("nan")}, "`temperature` is nan"),
+        ({"temperature": float("inf")}, "`temperature` is inf"),
         ({"noise_std": float("inf")}, "`noise_std` is inf"),
         ({"layers": 0}, "`layers` is 0"),
     ],

@@ -16,7 +16,7 @@ from luthier.registry import part
 from luthier.rows.read import read
 from luthier.rows.select import score_rows
 from tests.conftest import split
-from tests.objectives import gradient_of, loss_of
+from tests.objectives import gradient_of, loss_of, view_on
 from tests.toys.helpers import gap, gradients, model_of, rows_of_eight
 
 SCORE = "aligned_log_likelihood"
@@ -58,6 +58,7 @@ def own_slope(*scores: float, **options: Any) -> Tensor:
         (1.0, 0.0, -0.5, 0.974077, 0.622459),
         (2.0, 0.0, -0.5, 1.313262, 1.462117),
         (1.0, 0.0, -1.0, log(2), 0.5),
+        (0.4, 0.0, -1.0, log(2), 0.2),
         # u = 2 * (-1 + 0.5) + 1 = 0.
         (2.0, 1.0, -0.5, log(2), 1.0),
         # The score of two models is -1.5 on average.
@@ -122,6 +123,20 @@ def test_token_weights_weigh_a_rows_mean() -> None:
     mean = (0.5 * log(2) + 0.1 * log(10)) / 0.6
     found = loss_of("poft", logits_with(log(2), log(10)), [0, 0], weight="dft", **scored(-1.0))
     assert found == pytest.approx(log(1 + exp(mean - 1.0)), abs=1e-12)
+
+
+def test_a_row_of_which_a_weight_leaves_nothing_is_not_learnt() -> None:
+    """It needs no score, and is told as one that both sides find equally likely."""
+    (term,) = part("poft", beta=0.3, gamma=0.4).values
+    view = view_on(RANDOM, LABELS, ["nll"], rows=ROWS, **scored(-1.0, float("nan"), -2.0))
+    weight_N = torch.tensor([1.0, 2.0, 0.0, 1.0, 0.0, 0.0, 0.5, 0.5, 0.5], dtype=torch.float64)
+    total = term.total(view.for_technique({}, weight_N), {})
+    loss_N = functional.cross_entropy(RANDOM, torch.tensor(LABELS), reduction="none")
+    means = [float((weight_N * loss_N)[places].sum() / weight_N[places].sum()) for places in (slice(0, 4), slice(6, 9))]
+    margins = [0.3 * (-mean - score) + 0.4 for mean, score in zip(means, (-1.0, -2.0), strict=True)]
+    assert total.item() == pytest.approx(sum(log(1 + exp(-one)) for one in margins), rel=1e-12)
+    told = [1 / (1 + exp(one)) for one in (margins[0], 0.4, margins[1])]
+    assert view.notes["poft weight"].tolist() == pytest.approx([told[row] for row in ROWS], rel=1e-12)
 
 
 def test_reduces_to_a_mean_over_rows_of_cross_entropy(engine: Any, now: Now) -> None:

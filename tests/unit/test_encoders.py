@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -138,8 +139,10 @@ def test_the_layer_before_the_classes_begins_as_the_models_own_pooler() -> None:
     wanted_BK = torch.tanh(hidden_BD @ model.pooler.dense.weight.T + model.pooler.dense.bias) @ own["weight"].T + own["bias"]
     torch.testing.assert_close(_layer.read(own, hidden_BD), wanted_BK)
     model.pooler = None
-    drawn = _layer.start(3, RunServices(Tune(model, map_parts(model)), "classify", Now()))
-    assert drawn["tanh_weight"].std().item() == pytest.approx(0.02, rel=0.1) and not drawn["tanh_bias"].any()
+    for deviation, wanted in ((0.02, 0.02), (0.3, 0.3), (None, 0.02)):
+        parts = replace(map_parts(model), initial_deviation=deviation)
+        drawn = _layer.start(3, RunServices(Tune(model, parts), "classify", Now()))
+        assert drawn["tanh_weight"].std().item() == pytest.approx(wanted, rel=0.1) and not drawn["tanh_bias"].any()
 
 
 @pytest.mark.parametrize("architecture", ["bert", "roberta", "modernbert"])

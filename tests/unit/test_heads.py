@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -67,6 +68,28 @@ def test_rewards_by_hand() -> None:
     assert term.count is not None and term.count(rows_of_pairs()) == 4.0
 
 
+def test_what_is_told_of_rewards_by_hand() -> None:
+    """Means over the members: the first pair is told apart by both, the second by one, the third is a tie and turned round."""
+    head, term = parts("reward_model", members=2)
+    batch = make_batch([(3, 1)] * 6)._replace(groups=((0, 1), (2, 3), (4, 5)))
+    view = view_with([[1.0, 0.4], [0.5, -0.3], [2.0, 0.0], [0.0, 3.0], [0.5, 0.0], [0.5, 1.0]], batch)
+    term.total(view, {})
+    assert view.notes["accuracy"].tolist() == [1.0, 0.5, 0.25]
+    assert view.notes["reward margin"].tolist() == pytest.approx([0.6, -0.5, -0.5], rel=1e-12)
+    assert view.notes["reward chosen"].tolist() == pytest.approx([0.7, 1.0, 0.25], rel=1e-12)
+    assert head.centered and not parts("reward_model", centring=0.0)[0].centered
+
+
+def test_members_start_from_small_numbers_of_their_own() -> None:
+    head, _ = parts("reward_model", members=3)
+    services: Any = SimpleNamespace(
+        parts=SimpleNamespace(output_width=4096), rng=lambda key: torch.Generator().manual_seed(len(key) + int(key[-1]))
+    )
+    weight_KD = head.start(services)["weight"]
+    assert weight_KD.shape == (3, 4096) and weight_KD.std(1).tolist() == pytest.approx([0.02] * 3, rel=0.05)
+    assert float((torch.corrcoef(weight_KD) - torch.eye(3)).abs().max()) < 4.5 / 4096**0.5
+
+
 def test_classes_by_hand() -> None:
     _, term = parts("classify", labels=("a", "b", "c"), smoothing=0.3)
     batch = make_batch([(3, 1), (3, 1)])._replace(texts={"label": ("c", "a")})
@@ -79,14 +102,21 @@ def test_classes_by_hand() -> None:
     view = view_with(logits, batch)
     assert term.total(view, {}).item() == pytest.approx(wanted, rel=1e-12)
     assert view.notes["accuracy"].tolist() == [1.0, 1.0]
+    wrong = view_with([[0.0, 1.0, 2.0], [0.0, 0.5, 0.0]], batch)
+    term.total(wrong, {})
+    assert wrong.notes["accuracy"].tolist() == [1.0, 0.0]
     numbered = batch._replace(texts={}, columns={"label": torch.tensor([2.0, 0.0])})
     assert term.total(view_with(logits, numbered), {}).item() == pytest.approx(wanted, rel=1e-12)
 
 
 def test_numbers_by_hand() -> None:
-    _, term = parts("regress", column="length")
+    head, term = parts("regress", column="length")
     batch = make_batch([(3, 1), (3, 1)])._replace(columns={"length": torch.tensor([2.0, -1.0])})
-    assert term.total(view_with([[2.5], [1.0]], batch), {}).item() == pytest.approx(0.25 + 4.0, rel=1e-12)
+    view = view_with([[2.5], [-3.0]], batch)
+    assert term.total(view, {}).item() == pytest.approx(0.25 + 4.0, rel=1e-12)
+    assert view.notes["absolute error"].tolist() == [0.5, 2.0] and term.count is not None and term.count(batch) == 2.0
+    services: Any = SimpleNamespace(parts=SimpleNamespace(causal=True, output_width=7))
+    assert head.start(services)["weight"].shape == (1, 7)
 
 
 def test_the_state_of_the_last_own_token_is_read() -> None:
@@ -137,6 +167,10 @@ def test_texts_are_read_as_their_tokenizer_writes_them() -> None:
     [
         ("classify", {"labels": ("a", "b")}, {"texts": {"label": ("a", "c")}}, "label is `c`, and the classes are a, b"),
         ("classify", {"labels": ("a", "b")}, {"columns": {"label": torch.tensor([0.0, 2.0])}}, "label is `2.0`"),
+        ("classify", {"labels": ("a", "b")}, {"columns": {"label": torch.tensor([0.0, -1.0])}}, "label is `-1.0`"),
+        ("classify", {"labels": ("a", "b")}, {"columns": {"label": torch.tensor([0.0, 0.5])}}, "label is `0.5`"),
+        ("classify", {"labels": ("a", "b")}, {"columns": {"label": torch.tensor([0.0, math.nan])}}, "label is `nan`"),
+        ("classify", {"labels": ("a", "b")}, {}, "label is `None`"),
         ("regress", {}, {"columns": {"label": torch.tensor([0.0, math.nan])}}, "no number `label`"),
         ("reward_model", {}, {}, "needs rows with a chosen and a rejected answer"),
         ("reward_model", {"margin": "margin"}, {"groups": ((0, 1),)}, "no number `margin`"),
@@ -150,6 +184,16 @@ def test_rows_without_what_a_head_learns_are_refused(name: str, options: dict[st
         term.check(make_batch([(3, 1), (3, 1)])._replace(**rows))
 
 
+def test_rows_that_are_refused_are_named() -> None:
+    _, term = parts("classify", labels=("a", "b"))
+    assert term.check is not None
+    batch = make_batch([(3, 1)] * 3)._replace(texts={"label": ("a", "", "c")}, columns={"label": torch.tensor([0.0, 1.0, 0.0])})
+    with pytest.raises(LuthierError, match="label is `c`") as caught:
+        term.check(batch)
+    assert caught.value.where == "row row2"
+    term.check(batch.take(torch.tensor([0, 1])))
+
+
 @pytest.mark.parametrize(
     ("name", "options"),
     [
@@ -158,6 +202,11 @@ def test_rows_without_what_a_head_learns_are_refused(name: str, options: dict[st
         ("classify", {"labels": ("a", "b"), "smoothing": 1.0}),
         ("reward_model", {"members": 0}),
         ("reward_model", {"centring": -0.1}),
+        ("weak_to_strong", {"labels": ("a", "b"), "most": -0.1}),
+        ("weak_to_strong", {"labels": ("a", "b"), "most": 1.1}),
+        ("weak_to_strong", {"labels": ("a", "b"), "warmup": -0.1}),
+        ("weak_to_strong", {"labels": ("a", "b"), "warmup": 1.1}),
+        ("weak_to_strong", {"labels": ("a", "b", "c")}),
     ],
     ids=str,
 )
@@ -223,16 +272,20 @@ def test_hard_labels_are_as_many_as_the_weak_ones_say() -> None:
     first_R = torch.tensor([0.9, 0.8, 0.3, 0.1], dtype=torch.float64)
     for mean, wanted in ((0.5, [0, 0, 1, 1]), (0.25, [0, 0, 0, 1]), (0.75, [0, 1, 1, 1])):
         assert hardened(first_R, torch.full((4,), mean, dtype=torch.float64)).tolist() == wanted
+    # A row at the threshold is of the first class.
+    five_R = torch.tensor([0.1, 0.3, 0.5, 0.7, 0.9], dtype=torch.float64)
+    assert hardened(five_R, torch.full((5,), 0.5, dtype=torch.float64)).tolist() == [1, 1, 0, 0, 0]
+
+
+def weak_to_strong(**options: Any) -> StepLoss:
+    values = registry.make({"weak_to_strong": {"labels": ("a", "b"), **options}}, ("head",)).values
+    return next(one for one in values if isinstance(one, StepLoss))
 
 
 @pytest.mark.parametrize(("most", "wanted"), [(0.0, 0.818074), (0.5, 0.507855), (1.0, 0.197635)])
 def test_own_predictions_join_the_weak_labels(most: float, wanted: float) -> None:
     """A mean over rows; the share rises linearly to its end and stays; no gradient goes through the own predictions."""
-    loss = next(
-        one
-        for one in registry.make({"weak_to_strong": {"labels": ("a", "b"), "most": most}}, ("head",)).values
-        if isinstance(one, StepLoss)
-    )
+    loss = weak_to_strong(most=most)
     logits = torch.tensor([[math.log(p), math.log(1 - p)] for p in (0.9, 0.8, 0.3, 0.1)], dtype=torch.float64, requires_grad=True)
     weak = {"weak": torch.tensor([0.3, 0.4, 0.8, 0.5], dtype=torch.float64)}
     late = Now(step=20, steps=100)
@@ -244,6 +297,19 @@ def test_own_predictions_join_the_weak_labels(most: float, wanted: float) -> Non
         half = loss.loss(RowTable(logits, (), weak, late._replace(step=10)))
         assert half.item() / 4 == pytest.approx((0.818074 + 0.507855) / 2, abs=1e-6)
     assert loss.loss(RowTable(logits, (), weak, late._replace(step=0))).item() / 4 == pytest.approx(0.818074, abs=1e-6)
+    assert loss.loss(RowTable(logits, (), weak, late._replace(step=70))).item() == found.item()
+    # Without a warm-up it is at its end at once.
+    assert weak_to_strong(most=most, warmup=0.0).loss(RowTable(logits, (), weak, Now(steps=100))).item() == found.item()
+
+
+def test_weak_labels_are_probabilities() -> None:
+    check = as_term(weak_to_strong()).check
+    assert check is not None
+    batch = make_batch([(3, 1)] * 2)
+    check(batch._replace(columns={"weak": torch.tensor([0.0, 1.0])}))
+    for wrong in (-0.1, 1.1):
+        with pytest.raises(LuthierError, match="a row has no probability `weak`"):
+            check(batch._replace(columns={"weak": torch.tensor([0.2, wrong])}))
 
 
 def embedding(**options: Any) -> StepLoss:
@@ -266,6 +332,26 @@ def test_embeddings_by_hand() -> None:
         for signs, right in (([1, 1, 1], 0), ([0, 0, 0], 1))
     )
     assert embedding(temperature=0.5, sizes=(1,)).loss(table).item() == pytest.approx((wanted + short) / 2, rel=1e-12)
+
+
+def test_embeddings_of_many_numbers_by_hand() -> None:
+    """Three questions with one, two and three texts: each is told from all six, by the whole vectors and by their first four numbers."""
+    vectors = torch.randn(9, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    groups = ((0, 1), (2, 3, 4), (5, 6, 7, 8))
+    wanted = 0.0
+    for size in (12, 4):
+        unit = [one[:size] / one[:size].norm() for one in vectors]
+        texts = [place for group in groups for place in group[1:]]
+        for group in groups:
+            logits = {place: float(unit[group[0]] @ unit[place]) / 0.3 for place in texts}
+            wanted += math.log(sum(map(math.exp, logits.values()))) - logits[group[1]]
+    found = embedding(temperature=0.3, sizes=(4,)).loss(RowTable(vectors, groups, {}, Now()))
+    assert found.item() == pytest.approx(wanted / 2, rel=1e-12)
+    # The model's own width counts once, though it is named, too.
+    named = embedding(temperature=0.3, sizes=(4, 12)).loss(RowTable(vectors, groups, {}, Now()))
+    assert named.item() == pytest.approx(wanted / 2, rel=1e-12)
+    head = next(one for one in registry.make("embed", ("head",)).values if isinstance(one, Head))
+    assert torch.allclose(head.read({}, vectors).norm(dim=1), torch.ones(9, dtype=torch.float64))
 
 
 def test_places_among_all_texts() -> None:
@@ -297,6 +383,16 @@ def test_options_of_embeddings_out_of_range_are_refused(options: dict[str, Any])
 def test_vectors_have_as_many_numbers_as_the_model(engine: Any) -> None:
     with pytest.raises(LuthierError, match="vectors of this model have 32 numbers, and 64 are asked for"):
         engine(objective={"embed": {"sizes": [64]}})
+    assert engine(objective={"embed": {"sizes": [32]}}).tune.trained
+
+
+def test_a_question_without_a_text_is_refused() -> None:
+    check = as_term(embedding()).check
+    assert check is not None
+    batch = make_batch([(3, 1)] * 3)._replace(groups=((0, 1), (2,)))
+    with pytest.raises(LuthierError, match="a question and the text that answers it") as caught:
+        check(batch)
+    assert caught.value.where == "row row2"
 
 
 def test_a_head_is_as_wide_as_the_last_states(tmp_path: Path) -> None:

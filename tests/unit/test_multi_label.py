@@ -40,8 +40,10 @@ def parts(**options: Any) -> tuple[Head, Term]:
     return head, term
 
 
-def loss_of(term: Term, logits: list[list[float]], labels: tuple[str, ...], numbers: list[float] | None = None) -> float:
-    """Summed over the rows, of labels as they stand in encoded rows."""
+def told_of(
+    term: Term, logits: list[list[float]], labels: tuple[str, ...], numbers: list[float] | None = None
+) -> tuple[float, list[float]]:
+    """The loss, summed over the rows, and the accuracy of each, of labels as they stand in encoded rows."""
     batch = make_batch([(3, 0)] * len(logits))
     columns = {} if numbers is None else {"label": torch.tensor(numbers, dtype=torch.float64)}
     view = View(
@@ -52,7 +54,11 @@ def loss_of(term: Term, logits: list[list[float]], labels: tuple[str, ...], numb
         position_N=torch.zeros(0),
     )
     view.head_output_BK = torch.tensor(logits, dtype=torch.float64)
-    return float(term.total(view, {}))
+    return float(term.total(view, {})), view.notes["accuracy"].tolist()
+
+
+def loss_of(*given: Any) -> float:
+    return told_of(*given)[0]
 
 
 def test_the_loss_by_hand() -> None:
@@ -69,6 +75,15 @@ def test_the_loss_by_hand() -> None:
     assert loss_of(plain, logits, ('["warm","rain"]', "sun")) == pytest.approx(wanted, rel=1e-12)
     assert loss_of(plain, logits, ('["rain",0]', ""), [math.nan, 1.0]) == pytest.approx(wanted, rel=1e-12)
     assert plain.count is not None and plain.count(make_batch([(3, 0), (4, 0)])) == 2.0
+
+
+def test_what_is_told_of_labels_by_hand() -> None:
+    """A label is named above a logit of 0."""
+    logits = [[0.3, -0.3, 0.0], [0.3, 0.3, 0.3], [-0.3, 0.0, -0.3]]
+    _, told = told_of(parts()[1], logits, ('["warm"]', '["rain"]', "[]"))
+    assert told == pytest.approx([1.0, 1 / 3, 1.0])
+    weighted = parts(positive_weights=(0.3, 0.2, 0.1))[1]
+    assert loss_of(weighted, [[0.0] * 3], ('["warm","sun"]',)) == pytest.approx((0.3 + 0.2 + 1.0) * math.log(2.0) / 3, rel=1e-12)
 
 
 def test_labels_are_told_by_hand() -> None:

@@ -183,6 +183,7 @@ def test_none_names_no_technique(key: str) -> None:
         (["z_loss", "neftune"], ["z_loss", "neftune", "cross_entropy"]),
         (["focal", "kl"], ["focal", "kl"]),
         ("asft", ["asft"]),
+        ("self_distillation", ["self_distillation", "cross_entropy"]),
         (["kl", "cross_entropy"], ["kl", "cross_entropy"]),
     ],
     ids=str,

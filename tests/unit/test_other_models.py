@@ -194,21 +194,22 @@ def test_hidden_states_are_compared_token_by_token(engine: Any, now: Now) -> Non
 
 
 def test_self_distillation_of_one_linear_map_by_hand() -> None:
-    """w = 0, the teacher 2, the target 3, a rate of 0.1: w becomes 1; a padded position is left out: 2 and not 41.5."""
+    """w = 0, the teacher 2, the target 3, a rate of 0.1: w becomes 1; a padded position and a prompt's are left out: 2 and not 43.5 or
+    34.5. The vocabulary's first id is a token like any other."""
     w = torch.zeros((), requires_grad=True)
     ((w - 3.0) ** 2 + (w - 2.0) ** 2).backward()
     assert w.grad is not None and float(-0.1 * w.grad) == pytest.approx(1.0)
     term = self_distillation()
-    ids = torch.tensor([[5, 0]])
-    batch = Batch(ids, ids > 0, torch.tensor([[0, 1]]), torch.full_like(ids, -100), ("row",))
+    ids = torch.tensor([[-1, 0, 0]])
+    batch = Batch(ids, torch.tensor([[True, True, False]]), torch.arange(3)[None], torch.full_like(ids, -100), ("row",))
     none = torch.zeros(0, dtype=torch.long)
-    mine = torch.zeros(1, 2, 2, requires_grad=True)
+    mine = torch.zeros(1, 3, 2, requires_grad=True)
     view = View(batch, {}, label_N=none, row_N=none, position_N=none, hidden_BTD=mine)
-    view.other_hidden = {"teacher": torch.tensor([[[2.0, 0.0], [9.0, 9.0]]])}
+    view.other_hidden = {"teacher": torch.tensor([[[8.0, 1.0], [2.0, 0.0], [9.0, 9.0]]])}
     assert term.count is not None and term.count(batch) == 1.0
     total = term.total(view, {})
     total.backward()
-    assert float(total) == 2.0 and mine.grad is not None and mine.grad.tolist() == [[[-2.0, 0.0], [0.0, 0.0]]]
+    assert float(total) == 2.0 and mine.grad is not None and mine.grad.tolist() == [[[0.0, 0.0], [-2.0, 0.0], [0.0, 0.0]]]
 
 
 def test_a_teacher_of_another_width_is_refused(engine: Any, now: Now) -> None:

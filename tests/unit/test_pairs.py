@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from decimal import Decimal, localcontext
 from typing import Any
 
 import pytest
@@ -14,10 +15,13 @@ from luthier import registry
 from luthier.columns.targets import find_targets
 from luthier.errors import LuthierError
 from luthier.kinds import Batch, Now, PairLoss, Pairs, Reference, Side, TokenWeight, View
+from luthier.methods.pair_loss._odds import log_odds, log_rest
+from luthier.methods.pair_loss.wpo import SQUARES, likely_now
 from luthier.models.attention import use_attention
 from luthier.training.pairs import BASE_REFERENCE, CHOSEN, as_term, warnings_of
 from luthier.training.services import view_of
 from tests.conftest import make_batch, split
+from tests.objectives import drawn, view_on
 from tests.toys.helpers import gap, gradients, model_of, rows_of_pairs
 
 
@@ -51,8 +55,8 @@ WANTED: list[tuple[str, dict[str, Any], float]] = [
     ("dpo", {"beta": 0.3, "smoothing": 0.2}, -0.8 * log_sigmoid(0.57) - 0.2 * log_sigmoid(-0.57)),
     ("dpo", {"beta": 5.0, "length_normalized": True}, -log_sigmoid(5.0 * (1.2 / 4 + 0.7 / 8))),
     ("robust", {"beta": 0.3, "wrong": 0.2}, (0.2 * log_sigmoid(-0.57) - 0.8 * log_sigmoid(0.57)) / 0.6),
-    ("ipo", {"beta": 0.5}, (1.2 / 4 + 0.7 / 8 - 1.0) ** 2),
-    ("ipo", {"beta": 0.5, "length_normalized": False}, (1.9 - 1.0) ** 2),
+    ("ipo", {"beta": 0.4}, (1.2 / 4 + 0.7 / 8 - 1.25) ** 2),
+    ("ipo", {"beta": 0.4, "length_normalized": False}, (1.9 - 1.25) ** 2),
     ("hinge", {"beta": 0.3}, 0.43),
     ("hinge", {"beta": 0.6}, 0.0),
     ("apo_zero", {"beta": 0.3}, 1 - 1 / (1 + math.exp(-0.36)) + 1 / (1 + math.exp(0.21))),
@@ -82,6 +86,8 @@ WANTED: list[tuple[str, dict[str, Any], float]] = [
         -log_sigmoid(0.3 * ((1 - math.exp(-0.3)) - (1 - math.exp(0.175))) / 0.25),
     ),
     ("margin", {"beta": 0.3, "scale": 2.0}, -log_sigmoid(0.57 - 1.0)),
+    ("rpo", {"beta": 0.3, "eta": 0.4}, -log_sigmoid(0.57) + 0.4 * 18.8 / 4),
+    ("rpo", {"beta": 0.3, "eta": 0.4, "form": "cumulative"}, -log_sigmoid(0.57) + 0.4 * 0.3 * 18.8),
 ]
 
 
@@ -92,6 +98,42 @@ def test_losses_with_a_reference_by_hand(name: str, options: dict[str, Any], wan
     chosen, rejected = side([-20.0 + GAINED[0]], [-20.0], [4]), side([-31.0 + GAINED[1]], [-31.0], [8])
     found = loss_of(name, pairs_with(chosen, rejected, margin=[0.5]), **options)
     assert found.tolist() == [pytest.approx(wanted, rel=1e-12)]
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "wanted"),
+    # Tokens that the model would draw have a mean log-probability of -0.5 here.
+    [*WANTED, ("wpo", {"beta": 0.3}, -log_sigmoid(0.57) * math.exp(-18.8 / 4 - 31.7 / 8 + 2 * 0.5))],
+    ids=lambda value: str(value) if not isinstance(value, float) else "",
+)
+def test_losses_with_a_reference_ask_for_it(name: str, options: dict[str, Any], wanted: float) -> None:
+    """The same numbers from likelihoods of tokens, and rewards of beta times the gain."""
+    (value,) = (one for one in registry.make({name: options}, ("pair_loss",)).values if isinstance(one, PairLoss))
+    batch = make_batch([(6, 4), (9, 8)])._replace(groups=((0, 1),), columns={"margin": torch.tensor([0.5, 0.5])})
+    where = find_targets(batch)
+    base_N = torch.tensor([5.0] * 4 + [31.0 / 8] * 8, dtype=torch.float64)
+    gained_N = torch.tensor([GAINED[0] / 4] * 4 + [GAINED[1] / 8] * 8, dtype=torch.float64)
+    columns = {"nll": base_N - gained_N, "reference_nll": base_N, "log_sum_of_squares": torch.full_like(base_N, -0.5)}
+    view = View(batch, columns, label_N=where.label_N, row_N=where.row_N, position_N=where.source_N + 1)
+    assert as_term(value, BASE_REFERENCE).total(view, {}).item() == pytest.approx(wanted, rel=1e-9)
+    told = [float(view.notes[name][0]) for name in ("reward chosen", "reward rejected")]
+    assert told == pytest.approx([options["beta"] * one for one in GAINED], rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("divergence", "logit"),
+    [
+        ("forward_kl", 1.0 - math.exp(50.0)),
+        ("alpha", (1.0 - math.exp(0.3 * 50.0)) / 0.3),
+        ("reverse_kl", -60.0),
+        ("jensen_shannon", math.log(2.0) - 60.0),
+    ],
+)
+def test_ratios_are_bounded_where_their_exponential_counts(divergence: str, logit: float) -> None:
+    """Of a chosen answer that lost 60 nats; the rejected one is as likely as it was."""
+    pairs = pairs_with(side([-80.0], [-20.0], [4]), side([-31.0], [-31.0], [8]))
+    found = loss_of("f_dpo", pairs, beta=2.0, divergence=divergence, alpha=0.3)
+    assert found.item() == pytest.approx(-2.0 * logit, rel=1e-12)
 
 
 def test_losses_without_a_reference_by_hand() -> None:
@@ -129,6 +171,21 @@ def test_odds_are_finite_where_an_answer_is_certain_or_impossible(likely: float)
             assert bool(found.isfinite().all()) and all(bool(slope.isfinite().all()) for slope in slopes), (name, chosen, rejected)
 
 
+@pytest.mark.parametrize("log_p", [-1e-7, -1e-4, -0.1, -0.6931, -0.6932, -1.0, -5.0, -36.0, -60.0])
+def test_odds_keep_all_digits(log_p: float) -> None:
+    """From either end, against 50 digits; a certain answer has the odds of one at -1e-7."""
+    with localcontext() as context:
+        context.prec = 50
+        rest = (1 - Decimal(log_p).exp()).ln()
+        wanted = float(rest), float(Decimal(log_p) - rest)
+    given_P = torch.tensor([log_p], dtype=torch.float64)
+    assert log_rest(given_P).item() == pytest.approx(wanted[0], rel=1e-14, abs=0.0)
+    assert log_odds(given_P).item() == pytest.approx(wanted[1], rel=1e-14, abs=1e-15)
+    if log_p == -1e-7:
+        certain_P = torch.tensor([-1e-9, 0.0], dtype=torch.float64)
+        assert log_rest(certain_P).tolist() == pytest.approx([wanted[0]] * 2, rel=1e-14)
+
+
 def test_regularized_preference_optimization_in_both_forms() -> None:
     """The two forms differ by beta, too; either pulls the chosen answer up however large the margin is."""
     chosen, rejected = side([-6.0], [-8.0], [4]), side([-9.0], [-9.0], [2])
@@ -139,6 +196,17 @@ def test_regularized_preference_optimization_in_both_forms() -> None:
     found = loss_of("rpo", certain, beta=0.1, eta=0.2, form="cumulative")
     (slope,) = torch.autograd.grad(found.sum(), [certain.chosen.log_likelihood_P])
     assert slope.item() == pytest.approx(-0.02, rel=1e-12)
+
+
+def test_a_pair_counts_as_much_as_its_answers_are_likely_now() -> None:
+    """Relative to tokens that the model would draw, by a mean over each answer's; here of one target and of three."""
+    logits, labels, rows = drawn(4, 5), [1, 4, 0, 2], [0, 1, 1, 1]
+    view = view_on(logits, labels, ["nll", SQUARES], rows=rows)
+    p_NV = logits.detach().softmax(-1)
+    relative = [math.log(p_V[label]) - math.log(p_V.square().sum()) for p_V, label in zip(p_NV, labels, strict=True)]
+    pairs = pairs_with(side([-2.0], [-2.0], [1]), side([-3.0], [-3.0], [3]))
+    found = likely_now(pairs._replace(view=view, first_P=torch.tensor([0]), second_P=torch.tensor([1])))
+    assert found.item() == pytest.approx(math.exp(relative[0] + sum(relative[1:]) / 3), rel=1e-12) and not found.requires_grad
 
 
 def alone(batch: Batch, places: Sequence[int]) -> Batch:
@@ -332,7 +400,10 @@ def test_rules_over_a_step_do_not_choose_between_two_answers(engine: Any, now: N
         ("dpo", {"beta": 0.0}),
         ("dpo", {"smoothing": 0.5}),
         ("robust", {"wrong": -0.1}),
+        ("robust", {"wrong": 0.5}),
         ("exo", {"smoothing": 0.0}),
+        ("exo", {"smoothing": 0.5}),
+        ("f_dpo", {"alpha": 0.0}),
         ("f_dpo", {"alpha": 1.0}),
         ("discopop", {"temperature": 0.0}),
         ("length_desensitization", {"alpha": 1.5}),

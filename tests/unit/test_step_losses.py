@@ -53,6 +53,22 @@ def test_the_model_is_not_taken_to_have_moved_backwards() -> None:
     assert value_of("kto", beta=0.2).loss(rows).item() == pytest.approx(1 - sigmoid(0.6), rel=1e-12)
 
 
+def test_a_small_gain_of_other_answers_counts() -> None:
+    """A mean of 0.2 nats, of 1.4 and -1, against which a liked answer gained 2.8 and a disliked one nothing."""
+    rows = table([3.0, 1.4, 0.2, -1.0], label=[1.0, 1.0, 0.0, 0.0])
+    found = value_of("kto", beta=0.5).loss(rows).item()
+    assert found == pytest.approx((1 - sigmoid(0.5 * 2.8)) + (1 - sigmoid(0.0)), rel=1e-12)
+
+
+@pytest.mark.parametrize("name", ["kto", "apo_zero_unpaired"])
+def test_either_verdict_may_count_for_nothing_but_not_both(name: str) -> None:
+    for liked, disliked in ((0.0, 1.0), (1.0, 0.0), (0.3, 0.2), (2.0, 2.0)):
+        assert value_of(name, liked=liked, disliked=disliked).weight == 1.0
+    for liked, disliked in ((0.0, 0.0), (-0.1, 1.0), (1.0, -0.1)):
+        with pytest.raises(LuthierError, match=f"the weights are {liked} and {disliked}"):
+            value_of(name, liked=liked, disliked=disliked)
+
+
 def test_unpaired_answers_are_held_to_the_reference_one_by_one() -> None:
     """Gains of 3 (liked), 1 (disliked) and -2 nats (liked): no answer counts in another's loss."""
     rows = table([3.0, 1.0, -2.0], label=[1.0, 0.0, 1.0])._replace(groups=())
@@ -94,15 +110,25 @@ def test_optimal_transport_compares_quantiles() -> None:
     assert value_of("aot_unpaired", beta=0.5).loss(unpaired).item() == pytest.approx(wanted, rel=1e-12)
 
 
+def test_each_answer_stands_beside_its_likelihood_under_the_reference() -> None:
+    batch = make_batch([(3, 1), (4, 2), (3, 1)])
+    where = find_targets(batch)
+    columns = {"nll": torch.tensor([1.0, 2.0, 0.5, 4.0], dtype=torch.float64)}
+    view = View(batch, columns, label_N=where.label_N, row_N=where.row_N, position_N=where.source_N + 1)
+    view.reference_B = torch.tensor([-7.0, -8.0, -9.0], dtype=torch.float64)
+    assert value_of("aot").value(view, {}).tolist() == [[-1.0, -7.0], [-2.5, -8.0], [-4.0, -9.0]]
+    assert value_of("aot_unpaired").value(view, {}).tolist() == [6.0, 5.5, 5.0]
+
+
 def test_answers_are_classified_against_the_middle_of_the_step() -> None:
-    rows = table([2.0, 1.0, 4.0, -1.0])
-    middle = 0.1 * (3.0 + 0.0) / 2
-    wanted = -sum(math.log(sigmoid(0.1 * x - middle)) for x in (2, 4)) - sum(math.log(sigmoid(middle - 0.1 * x)) for x in (1, -1))
+    rows = table([2.0, 1.0, 4.0, -2.0])
+    middle = 0.1 * (3.0 - 0.5) / 2
+    wanted = -sum(math.log(sigmoid(0.1 * x - middle)) for x in (2, 4)) - sum(math.log(sigmoid(middle - 0.1 * x)) for x in (1, -2))
     found = value_of("bco", beta=0.1).loss(rows)
     assert found.item() == pytest.approx(wanted, rel=1e-12)
     (slope,) = torch.autograd.grad(found, rows.value)
     assert slope[0].item() == pytest.approx(-0.1 * sigmoid(middle - 0.2), rel=1e-12), "a gradient went through the middle"
-    plain = -sum(math.log(sigmoid(x)) for x in (0.2, 0.4, -0.1, 0.1))
+    plain = -sum(math.log(sigmoid(x)) for x in (0.2, 0.4, -0.1, 0.2))
     assert value_of("bco", beta=0.1, shift=False).loss(rows).item() == pytest.approx(plain, rel=1e-12)
 
 
@@ -150,6 +176,31 @@ def test_rows_stand_beside_the_answer_to_the_next_one() -> None:
     assert own.fields["completion"] == "one" and other.fields["prompt"] == "1?"
     assert other.fields["completion"][0]["content"] == "two" and other.id == "a/other"
     assert second.fields["members"][1].fields["completion"] == "one"
+
+
+SYSTEM, USER, ASSISTANT = ({"role": role, "content": role} for role in ("system", "user", "assistant"))
+
+
+def test_the_answer_of_a_conversation_is_its_last_message() -> None:
+    """Each of three rows stands beside the answer to the next, the last beside that to the first."""
+    conversations = [[SYSTEM, USER, ASSISTANT], [USER, ASSISTANT], [USER, ASSISTANT, USER, ASSISTANT]]
+    answers = [[*one[:-1], {**ASSISTANT, "content": f"answer {number}"}] for number, one in enumerate(conversations)]
+    rows = list(read([{"id": f"{i}", "messages": one, "label": i % 2, "score": 0.5} for i, one in enumerate(answers)]))
+    map_ = next(one for one in registry.make("kto", ("step_loss",)).values if isinstance(one, RowMap))
+    for number, row in enumerate(map_.map(rows, None)):  # type: ignore[arg-type]
+        own, other = row.fields["members"]
+        assert own.fields["prompt"] == other.fields["prompt"] == answers[number][:-1]
+        assert own.fields["completion"] == answers[number][-1:]
+        assert other.fields["completion"] == answers[(number + 1) % 3][-1:]
+        assert "messages" not in own.fields and own.columns == {"score": 0.5} and row.columns["label"] == number % 2
+
+
+@pytest.mark.parametrize("messages", [[ASSISTANT], [USER], [USER, ASSISTANT, USER]], ids=len)
+def test_conversations_without_a_prompt_or_an_answer_are_refused(messages: list[dict[str, str]]) -> None:
+    map_ = next(one for one in registry.make("apo_zero_unpaired", ("step_loss",)).values if isinstance(one, RowMap))
+    (row,) = read([{"messages": messages, "label": True}])
+    with pytest.raises(LuthierError, match="needs rows with a prompt and an answer, and this row is `messages`"):
+        map_.map([row], None)  # type: ignore[arg-type]
 
 
 def test_answers_with_a_verdict_stand_by_themselves() -> None:

@@ -126,6 +126,14 @@ def test_the_loss_is_that_of_labelled_words_by_hand() -> None:
     for logits, tag in zip(logits_NK.tolist(), ("O", "B-place", "I-person", "O"), strict=True):
         wanted += math.log(sum(map(math.exp, logits))) - logits[TAGS.index(tag)]
     assert term.total(view, {}).item() == pytest.approx(wanted, rel=1e-12)
+    view.head_output_BK = torch.eye(5, dtype=torch.float64)[[0, 3, 1, 0]]
+    term.total(view, {})
+    assert view.notes["accuracy"].tolist() == [1.0, 1.0, 0.0, 1.0]
+
+
+def test_one_label_makes_three_tags() -> None:
+    assert parts(labels=("sum",))[0].names == ("O", "B-sum", "I-sum")
+    assert parts(labels=("O", "B-sum"), scheme="plain")[0].names == ("O", "B-sum")
 
 
 def test_any_split_of_words_gives_the_same(engine: Any, now: Any) -> None:
@@ -211,6 +219,8 @@ def test_tags_without_entities(tmp_path: Path) -> None:
         ({"labels": ("a", "a")}, "each once"),
         ({"labels": ("a",), "scheme": "plain"}, "name 2 or more"),
         ({"labels": ("B-person",)}, "`B-person` is a tag"),
+        ({"labels": ("a", "I-", "O")}, "`I-` is a tag"),
+        ({"labels": ("a", "O")}, "`O` is a tag"),
     ],
     ids=str,
 )

@@ -45,37 +45,34 @@ def classify(
         raise LuthierError(f"the smoothing is {smoothing}", where="classify: smoothing", mend="use at least 0 and less than 1")
     number_of = {label: number for number, label in enumerate(labels)}
 
-    def classes(batch: Batch) -> list[int | None]:
+    def labelled(batch: Batch) -> list[str | float | None]:
+        """Each row's label as it stands: a name, a number, or none."""
         names = batch.texts.get("label", ("",) * len(batch.row_ids))
-        numbers = batch.columns["label"].tolist() if "label" in batch.columns else [-1.0] * len(names)
-        return [number_of.get(name) if name else _whole(number, len(labels)) for name, number in zip(names, numbers, strict=True)]
+        numbers = batch.columns["label"].tolist() if "label" in batch.columns else [None] * len(names)
+        return [name or number for name, number in zip(names, numbers, strict=True)]
+
+    def class_of(label: str | float | None) -> int | None:
+        if isinstance(label, str):
+            return number_of.get(label)
+        return int(label) if label is not None and label in range(len(labels)) else None
 
     def total(view: View, own: Tensors) -> Tensor:
         logits_BK = view.outputs_BK
-        label_B = torch.tensor(classes(view.batch), device=logits_BK.device)
-        view.note_groups("accuracy", (logits_BK.detach().argmax(-1) == label_B).to(logits_BK.dtype))
+        label_B = torch.tensor([class_of(label) for label in labelled(view.batch)], device=logits_BK.device)
+        view.note_groups("accuracy", (logits_BK.argmax(-1) == label_B).to(logits_BK.dtype))
         return functional.cross_entropy(logits_BK, label_B, reduction="sum", label_smoothing=smoothing)
 
     def check(batch: Batch) -> None:
-        found = classes(batch)
-        if None in found:
-            place = found.index(None)
-            names = batch.texts.get("label", ())
-            label = (
-                names[place] if names and names[place] else float(batch.columns.get("label", torch.full((place + 1,), -1.0))[place])
-            )
-            many = isinstance(label, str) and several(label) is not None
-            raise LuthierError(
-                f"the row's label is `{label}`, and the classes are {', '.join(labels)}",
-                where=f"row {batch.row_ids[place]}",
-                mend="use objective: multi_label, for lists" if many else "add it to the labels, or mend the row",
-            )
+        for row, label in zip(batch.row_ids, labelled(batch), strict=True):
+            if class_of(label) is None:
+                many = isinstance(label, str) and several(label) is not None
+                raise LuthierError(
+                    f"the row's label is `{label}`, and the classes are {', '.join(labels)}",
+                    where=f"row {row}",
+                    mend="use objective: multi_label, for lists" if many else "add it to the labels, or mend the row",
+                )
 
     return (
         Head(partial(_layer.start, len(labels)), _layer.read, "classes", pool, names=tuple(labels), rate=head_rate),
         Term(total, unit="row", count=lambda batch: float(len(batch.row_ids)), columns=(), weight=weight, check=check),
     )
-
-
-def _whole(number: float, classes: int) -> int | None:
-    return int(number) if number in range(classes) else None

@@ -52,7 +52,7 @@ def weak_to_strong(
     def loss(table: RowTable) -> Tensor:
         log_RK, weak_R = table.value.log_softmax(-1), table.columns[column].to(table.value)
         share = most * _risen(table.now, warmup)
-        target_R = (1.0 - share) * weak_R + share * hardened(log_RK[:, 0].detach().exp(), weak_R)
+        target_R = (1.0 - share) * weak_R + share * hardened(log_RK[:, 0].exp(), weak_R)
         return -((1.0 - target_R) * log_RK[:, 0] + target_R * log_RK[:, 1]).sum()
 
     def check(batch: Batch) -> None:

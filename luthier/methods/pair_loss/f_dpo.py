@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from typing import Literal
 
 from torch import Tensor
-from torch.nn.functional import logsigmoid, softplus
+from torch.nn.functional import logsigmoid
 
 from luthier.errors import LuthierError
 from luthier.kinds import PairLoss, Pairs
@@ -19,13 +18,13 @@ MOST = 50.0
 
 
 def _alpha(gained_P: Tensor, alpha: float) -> Tensor:
-    return (1.0 - (-alpha * gained_P.clamp(-MOST, MOST)).exp()) / alpha
+    return -(-alpha * gained_P.clamp(-MOST, MOST)).exp() / alpha
 
 
 SLOPES: Mapping[str, Callable[[Tensor, float], Tensor]] = {
     "reverse_kl": lambda gained_P, alpha: gained_P,
     "forward_kl": lambda gained_P, alpha: -(-gained_P.clamp(-MOST, MOST)).exp(),
-    "jensen_shannon": lambda gained_P, alpha: math.log(2.0) + gained_P - softplus(gained_P),
+    "jensen_shannon": lambda gained_P, alpha: logsigmoid(gained_P),
     "alpha": _alpha,
 }
 """f'(u) of each divergence at u = exp(log-ratio), up to constants, which cancel within a pair."""
