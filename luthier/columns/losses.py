@@ -42,22 +42,22 @@ class _Nll(torch.autograd.Function):
         for i in range(0, len(logits_CV), size):
             part = slice(i, i + size)
             soft = scratch[: len(logits_CV) - i].copy_(logits_CV[part])
-            top = soft.amax(-1, keepdim=True)
+            top = soft.amax(1, keepdim=True)
             top = top.masked_fill(top.isinf(), 0.0)
             below = soft.sub_(top)
             if with_entropy:
                 below, soft = soft, torch.exp(soft, out=other[: len(logits_CV) - i])
             else:
                 soft.exp_()
-            sums = soft.sum(-1)
+            sums = soft.sum(1)
             total_C[part] = sums.log()
             if with_entropy:
                 # A logit of minus infinity adds nothing, and not 0 * -inf.
-                entropy_C[part] = total_C[part] - soft.mul_(below.clamp_(min=torch.finfo(wide).min)).sum(-1) / sums
+                entropy_C[part] = total_C[part] - soft.mul_(below.clamp_(min=torch.finfo(wide).min)).sum(1) / sums
             total_C[part] += top[:, 0]
         ctx.save_for_backward(logits_CV, label_C, total_C)
         ctx.mark_non_differentiable(entropy_C)
-        return total_C - logits_CV.gather(-1, label_C[:, None])[:, 0].to(wide), entropy_C
+        return total_C - logits_CV.gather(1, label_C[:, None])[:, 0].to(wide), entropy_C
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
@@ -86,4 +86,4 @@ def nll_and_entropy(logits_CV: Tensor, label_C: Tensor, *, with_entropy: bool = 
 
 def kl(log_of_CV: Tensor, log_from_CV: Tensor) -> Tensor:
     """KL(of || from) from log-probabilities, in nats: [C]."""
-    return (log_of_CV.exp() * (log_of_CV - log_from_CV)).sum(-1)
+    return (log_of_CV.exp() * (log_of_CV - log_from_CV)).sum(1)

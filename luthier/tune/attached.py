@@ -183,7 +183,7 @@ class Attached:
             # In the stored layout, not the logical one.
             trained.leaf.data.copy_(trained.master)
         else:
-            write(self.region(trained.place), trained.form, trained.index, trained.master.detach())
+            write(self.region(trained.place), trained.form, trained.index, trained.master)
 
     def run(self, do: Callable[[], Result]) -> Result:
         """Call what makes forward passes, with the model gathered where it is spread over processes."""

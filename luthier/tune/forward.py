@@ -289,4 +289,5 @@ def _values_now(tune: Attached, module: str, tensor: str, live: Tensor) -> Tenso
         kept = [one.start for one in here if one.form == "whole" and one.start is not None]
         if name in tune.altered or kept:
             return tune.altered.get(name, *kept)
-    return live.detach().clone() if here else live.detach()
+    values = live.detach()
+    return values.clone() if here else values

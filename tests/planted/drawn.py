@@ -97,7 +97,10 @@ class _Text:
 
 
 def faults_in(root: Path, file: str) -> Iterator[Drawn]:
-    """All faults that a file has room for. Cards, fields of recipes and errors hold words, and are left out."""
+    """All faults that a file has room for.
+
+    Cards, fields of recipes and errors hold words, and are left out; so is what only watches over lists of one length, `strict` of `zip`.
+    """
     text = (root / "luthier" / file).read_text(encoding="utf-8")
     tree, where = ast.parse(text), _Text(text)
     skipped = {id(inner) for node in ast.walk(tree) if _holds_words(node) for inner in ast.walk(node)}
@@ -126,7 +129,7 @@ def _holds_words(node: ast.AST) -> bool:
     if isinstance(node, ast.Call):
         name = node.func.id if isinstance(node.func, ast.Name) else ""
         return name in _CARDS
-    return isinstance(node, ast.JoinedStr | ast.AnnAssign)
+    return isinstance(node, ast.JoinedStr | ast.AnnAssign) or (isinstance(node, ast.keyword) and node.arg == "strict")
 
 
 def _annotations(node: ast.AST) -> list[ast.expr]:

@@ -60,5 +60,5 @@ def read(own: Tensors, hidden_BD: Tensor) -> Tensor:
         if f"{name}_weight" in own:
             hidden_BD = activation(functional.linear(hidden_BD, own[f"{name}_weight"], own.get(f"{name}_bias")))
     if "norm_weight" in own:
-        hidden_BD = functional.layer_norm(hidden_BD, hidden_BD.shape[-1:], own["norm_weight"])
+        hidden_BD = functional.layer_norm(hidden_BD, hidden_BD.shape[1:], own["norm_weight"])
     return functional.linear(hidden_BD, own["weight"], own.get("bias"))

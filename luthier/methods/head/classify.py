@@ -59,7 +59,7 @@ def classify(
     def total(view: View, own: Tensors) -> Tensor:
         logits_BK = view.outputs_BK
         label_B = torch.tensor([class_of(label) for label in labelled(view.batch)], device=logits_BK.device)
-        view.note_groups("accuracy", (logits_BK.argmax(-1) == label_B).to(logits_BK.dtype))
+        view.note_groups("accuracy", (logits_BK.argmax(1) == label_B).to(logits_BK.dtype))
         return functional.cross_entropy(logits_BK, label_B, reduction="sum", label_smoothing=smoothing)
 
     def check(batch: Batch) -> None:

@@ -53,7 +53,7 @@ def classify_tokens(
         word_N = _words(view.batch)
         rows = [text.split("\n") for text in view.batch.texts.get(TAGS, ())]
         tag_N = torch.tensor([number_of[rows[row][word - 1]] for row, word in word_N], dtype=torch.int64, device=logits_NK.device)
-        view.note_groups("accuracy", (logits_NK.argmax(-1) == tag_N).to(logits_NK.dtype))
+        view.note_groups("accuracy", (logits_NK.argmax(1) == tag_N).to(logits_NK.dtype))
         return functional.cross_entropy(logits_NK, tag_N, reduction="sum")
 
     def check(batch: Batch) -> None:

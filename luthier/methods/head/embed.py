@@ -54,7 +54,7 @@ def embed(
         return {}
 
     def read(own: Tensors, hidden_BD: Tensor) -> Tensor:
-        return normalize(hidden_BD, dim=-1)
+        return normalize(hidden_BD, dim=1)
 
     def value(view: View, own: Tensors) -> Tensor:
         return view.outputs_BK
@@ -63,7 +63,7 @@ def embed(
         query_G = torch.tensor([group[0] for group in table.groups])
         text_M = torch.tensor([place for group in table.groups for place in group[1:]])
         starts = torch.tensor([0, *(len(group) - 1 for group in table.groups[:-1])]).cumsum(0)
-        widths = dict.fromkeys((table.value.shape[-1], *sizes))
+        widths = dict.fromkeys((table.value.shape[1], *sizes))
         losses = [_apart(table.value[query_G], table.value[text_M], starts, size, temperature) for size in widths]
         return torch.stack(losses).mean()
 
@@ -82,5 +82,5 @@ def embed(
 
 def _apart(query_GD: Tensor, text_MD: Tensor, right_G: Tensor, size: int, temperature: float) -> Tensor:
     """Cross-entropy of finding each question's text among all, summed over the questions, by the first so many numbers."""
-    one_GS, other_MS = normalize(query_GD[:, :size], dim=-1), normalize(text_MD[:, :size], dim=-1)
+    one_GS, other_MS = normalize(query_GD[:, :size], dim=1), normalize(text_MD[:, :size], dim=1)
     return cross_entropy(one_GS @ other_MS.t() / temperature, right_G, reduction="sum")

@@ -76,9 +76,9 @@ def multi_label(
             right_BK[row, torch.tensor(known, dtype=torch.int64, device=right_BK.device)] = 1.0
         scale_K = logits_BK.new_tensor(positive_weights or [1.0] * len(labels))
         is_right_BK = (logits_BK > 0.0) == right_BK.bool()
-        view.note_groups("accuracy", is_right_BK.to(logits_BK.dtype).mean(-1))
+        view.note_groups("accuracy", is_right_BK.to(logits_BK.dtype).mean(1))
         loss_BK = functional.binary_cross_entropy_with_logits(logits_BK, right_BK, pos_weight=scale_K, reduction="none")
-        return loss_BK.mean(-1).sum()
+        return loss_BK.mean(1).sum()
 
     def check(batch: Batch) -> None:
         for row, some in zip(batch.row_ids, marked(batch), strict=True):

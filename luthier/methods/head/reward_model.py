@@ -60,12 +60,12 @@ def reward_model(
         first_P, second_P = sides_of(view.batch.groups, view.outputs_BK.device)
         chosen_PK, rejected_PK = view.outputs_BK[first_P], view.outputs_BK[second_P]
         difference_PK = chosen_PK - rejected_PK
-        view.note_groups("accuracy", ((difference_PK.sign() + 1.0) / 2.0).mean(-1))
-        view.note_groups("reward margin", difference_PK.mean(-1))
-        view.note_groups("reward chosen", chosen_PK.mean(-1))
+        view.note_groups("accuracy", ((difference_PK.sign() + 1.0) / 2.0).mean(1))
+        view.note_groups("reward margin", difference_PK.mean(1))
+        view.note_groups("reward chosen", chosen_PK.mean(1))
         wanted_P1 = view.batch.columns[margin][first_P].to(difference_PK)[:, None] if margin else 0.0
         loss_PK = centring * (chosen_PK + rejected_PK).square() - logsigmoid(difference_PK - wanted_P1)
-        return loss_PK.mean(-1).sum()
+        return loss_PK.mean(1).sum()
 
     def check(batch: Batch) -> None:
         check_pairs(batch)

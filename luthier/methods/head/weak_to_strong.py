@@ -50,7 +50,7 @@ def weak_to_strong(
         return view.outputs_BK
 
     def loss(table: RowTable) -> Tensor:
-        log_RK, weak_R = table.value.log_softmax(-1), table.columns[column].to(table.value)
+        log_RK, weak_R = table.value.log_softmax(1), table.columns[column].to(table.value)
         share = most * _risen(table.now, warmup)
         target_R = (1.0 - share) * weak_R + share * hardened(log_RK[:, 0].exp(), weak_R)
         return -((1.0 - target_R) * log_RK[:, 0] + target_R * log_RK[:, 1]).sum()

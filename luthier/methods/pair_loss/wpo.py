@@ -12,7 +12,7 @@ from luthier.registry import method
 
 
 def _log_sum_of_squares(chunk: Chunk) -> Tensor:
-    return (2.0 * chunk.log_probabilities).logsumexp(-1)
+    return (2.0 * chunk.log_probabilities).logsumexp(1)
 
 
 SQUARES = Column("log_sum_of_squares", _log_sum_of_squares, gradient=False)

@@ -35,7 +35,7 @@ def aot(*, beta: float = 0.1, smoothing: float = 0.0, weight: float = 1.0) -> St
 
     def value(view: View, own: Tensors) -> Tensor:
         assert view.reference_B is not None
-        return torch.stack([view.log_likelihoods(), view.reference_B], dim=-1)
+        return torch.stack([view.log_likelihoods(), view.reference_B], dim=1)
 
     def loss(table: RowTable) -> Tensor:
         chosen_G, rejected_G = table.sides()

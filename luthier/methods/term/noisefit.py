@@ -95,7 +95,7 @@ def noisefit(
 
     def soft(chunk: Chunk) -> Tensor:
         clean_CV = chunk.logits_CV.detach() if detach_clean else chunk.logits_CV
-        target_CV = (clean_CV / temperature).log_softmax(-1)
+        target_CV = (clean_CV / temperature).log_softmax(1)
         first_C, second_C = (kl(target_CV, chunk.other_log_probabilities(name)) for name in (FIRST, SECOND))
         return 0.5 * (first_C + second_C)
 

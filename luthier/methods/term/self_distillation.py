@@ -43,7 +43,7 @@ def self_distillation(*, teacher: str = "teacher", weight: float = 1.0) -> Term:
                 mend="name a run of the same model, or use distill, which compares distributions",
             )
         own_BT = _own(view.batch)
-        distance_N = (mine_BTD[own_BT] - theirs_BTD[own_BT].to(mine_BTD)).square().mean(-1)
+        distance_N = (mine_BTD[own_BT] - theirs_BTD[own_BT].to(mine_BTD)).square().mean(1)
         view.note_groups("distance to the teacher", distance_N)
         return distance_N.sum()
 
