@@ -234,6 +234,13 @@ def test_what_an_objective_runs_is_dropped_unless_told_otherwise(engine: Any, no
     assert run.objective.see(run.tune, ONE, now, services_of=services_of)["nll"].item() == dropped
 
 
+def test_a_pass_drops_only_where_the_run_learns_from_it(engine: Any, now: Now) -> None:
+    run = drops(engine)
+    columns = run.objective.columns()
+    plain, learnt, other = (view_of(run.tune, ONE, columns, now, **one)["nll"] for one in ({}, {"trains": True}, {"trains": False}))
+    assert torch.equal(plain, other) and not torch.allclose(plain, learnt)
+
+
 def test_a_loss_of_the_whole_step_drops_alike_in_both_passes(engine: Any, now: Now) -> None:
     seen: list[list[float]] = []
 
