@@ -75,7 +75,6 @@ def main() -> None:
                 "rows": facts["rows"]["rows"],
                 "left_out": len(facts["rows"]["dropped"]),
                 "steps": facts["steps"],
-                "seconds": facts["seconds"],
                 "metrics": {one: {field: entry.get(field) for field in fields} for one, entry in facts["metrics"].items()},
                 "notes": [facts["history"][place]["notes"] for place in (0, -1)],
             }
