@@ -167,9 +167,6 @@ def _run(claim: Claim, asked: Asked, lab: Lab) -> Result:
     result = result_of(ran)
     for path in save(result, asked.out, file_stem(claim, asked.model)):
         lab.say(f"written: {path}")
-    kept = kept_bytes()
-    if kept >= TOLD_BYTES:
-        lab.say(f"finished runs take {size(kept)} in {lab_folder()}: `luthier lab --forget` removes them")
     return result
 
 
@@ -180,6 +177,9 @@ def _lab(asked: Asked, say: Say) -> Iterator[Lab]:
         raise LuthierError(f"{jobs} jobs at a time", where="--jobs", mend="use 1 or more")
     with workers(jobs) as do_all:
         yield Lab(lab_folder(), do_all, asked.device, say)
+    kept = kept_bytes()
+    if kept >= TOLD_BYTES:
+        say(f"finished runs take {size(kept)} in {lab_folder()}: `luthier lab --forget` removes them")
 
 
 def _cores() -> int:

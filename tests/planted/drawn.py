@@ -76,6 +76,7 @@ class _Text:
     def __init__(self, text: str) -> None:
         self.raw = text.encode()
         self.starts = [0, *(match.end() for match in re.finditer(rb"\n", self.raw))]
+        self.lines = [line.strip() for line in text.split("\n")]
 
     def at(self, line: int, column: int) -> int:
         return self.starts[line - 1] + column
@@ -89,11 +90,10 @@ class _Text:
     def place(self, begin: int) -> str:
         """Where something stands: the text of its line, the column there, and which of equal lines it is."""
         number = bisect.bisect_right(self.starts, begin) - 1
-        lines = [line.strip().decode() for line in self.raw.split(b"\n")]
-        text = self.raw[self.starts[number] :].split(b"\n", 1)[0]
-        column = begin - self.starts[number] - (len(text) - len(text.lstrip()))
-        again = lines[:number].count(lines[number])
-        return f"`{lines[number]}` at {column}{f', {again + 1}.' if again else ''}"
+        line, left = self.lines[number], self.raw[self.starts[number] :]
+        column = begin - self.starts[number] - (len(left) - len(left.lstrip()))
+        again = self.lines[:number].count(line)
+        return f"`{line}` at {column}{f', {again + 1}.' if again else ''}"
 
 
 def faults_in(root: Path, file: str) -> Iterator[Drawn]:
