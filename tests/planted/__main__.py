@@ -14,6 +14,7 @@ import argparse
 from pathlib import Path
 
 from tests.planted import drawn, tested_lines
+from tests.planted.changes import SETS
 from tests.planted.fault import ROOT, Fault, caught
 from tests.planted.listed import FAULTS
 from tests.planted.mended import MENDED, by_value
@@ -41,6 +42,7 @@ def main() -> None:
     reading.add_argument("--over", default="methods", help="drawn: folders of the package, with commas between")
     reading.add_argument("--count", type=int, default=300, help="drawn: how many")
     reading.add_argument("--seed", type=int, default=0, help="drawn: which")
+    reading.add_argument("--changes", choices=sorted(SETS), default="near", help="drawn: from which set")
     reading.add_argument("--jobs", type=int, default=2, help="drawn: at the same time")
     reading.add_argument("--out", type=Path, help="drawn: a file that keeps what was found, and is gone on with")
     given = reading.parse_args()
@@ -49,7 +51,7 @@ def main() -> None:
     if what == "map":
         tested_lines.make(given.at, given.tests or ())
     elif what == "drawn":
-        drawn.run(given.at, given.over.split(","), given.count, given.seed, given.jobs, given.out)
+        drawn.run(given.at, given.over.split(","), given.count, given.seed, given.jobs, given.out, changes=given.changes)
     elif what == "mended":
         _each(MENDED, numbers, given.at, given.tests, values=True)
     else:

@@ -1,4 +1,4 @@
-"""Faults drawn by chance: operators, signs, constants, comparisons, detached tensors and defaults, one at a time.
+"""Faults drawn by chance and planted one at a time: which there are, say `changes.py` and the folders they are drawn from.
 
 What share of them the tests catch says how much the tests hold. A fault that changes no result is no fault: such survivors are listed
 with the reason, in `equivalent.json`.
@@ -7,11 +7,9 @@ with the reason, in `equivalent.json`.
 from __future__ import annotations
 
 import ast
-import bisect
 import json
 import os
 import random
-import re
 import shutil
 import signal
 import sys
@@ -22,17 +20,29 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tests.planted import tested_lines
+from tests.planted.changes import SETS, Text
 
-KINDS = ("operator", "sign", "constant", "comparison", "detach", "default")
+KINDS = {
+    "near": ("operator", "sign", "constant", "comparison", "detach", "default"),
+    "far": (
+        "operator",
+        "sign",
+        "constant",
+        "comparison",
+        "default",
+        "condition",
+        "argument",
+        "function",
+        "assignment",
+        "statement",
+    ),
+}
+"""Of the faults that each set of changes has."""
 SECONDS = 45.0
 """Of tests, as they take in the whole suite: the quickest that run a line, up to so many."""
 PINNED = "tests/contracts/test_contracts_defaults.py::test_defaults_are_those_that_are_pinned"
 PATIENCE = 240
 """Seconds after which a fault counts as caught: it made a loop without an end."""
-_OPERATORS = {ast.Add: ("+", "-"), ast.Sub: ("-", "+"), ast.Mult: ("*", "/"), ast.Div: ("/", "*"), ast.FloorDiv: ("//", "*")}
-_OPERATORS |= {ast.Pow: ("**", "*"), ast.Mod: ("%", "*"), ast.BitAnd: ("&", "|"), ast.BitOr: ("|", "&")}
-_COMPARISONS = {ast.Lt: ("<", "<="), ast.LtE: ("<=", "<"), ast.Gt: (">", ">="), ast.GtE: (">=", ">")}
-_COMPARISONS |= {ast.Eq: ("==", "!="), ast.NotEq: ("!=", "==")}
 EQUIVALENT = Path(__file__).with_name("equivalent.json")
 """Drawn faults that change no result, by name, with the reason."""
 _CARDS = ("method", "Field", "LuthierError")
@@ -70,39 +80,13 @@ class Drawn(NamedTuple):
         return f"{self.file}: {self.kind} in {self.place} -> {self.new or 'nothing'}"
 
 
-class _Text:
-    """A file's bytes, by line and column."""
-
-    def __init__(self, text: str) -> None:
-        self.raw = text.encode()
-        self.starts = [0, *(match.end() for match in re.finditer(rb"\n", self.raw))]
-        self.lines = [line.strip() for line in text.split("\n")]
-
-    def at(self, line: int, column: int) -> int:
-        return self.starts[line - 1] + column
-
-    def begin(self, node: ast.expr) -> int:
-        return self.at(node.lineno, node.col_offset)
-
-    def end(self, node: ast.expr) -> int:
-        return self.at(node.end_lineno or node.lineno, node.end_col_offset or 0)
-
-    def place(self, begin: int) -> str:
-        """Where something stands: the text of its line, the column there, and which of equal lines it is."""
-        number = bisect.bisect_right(self.starts, begin) - 1
-        line, left = self.lines[number], self.raw[self.starts[number] :]
-        column = begin - self.starts[number] - (len(left) - len(left.lstrip()))
-        again = self.lines[:number].count(line)
-        return f"`{line}` at {column}{f', {again + 1}.' if again else ''}"
-
-
-def faults_in(root: Path, file: str) -> Iterator[Drawn]:
-    """All faults that a file has room for.
+def faults_in(root: Path, file: str, changes: str = "near") -> Iterator[Drawn]:
+    """All faults of one set of changes that a file has room for.
 
     Cards, fields of recipes and errors hold words, and are left out; so is what only watches over lists of one length, `strict` of `zip`.
     """
     text = (root / "luthier" / file).read_text(encoding="utf-8")
-    tree, where = ast.parse(text), _Text(text)
+    tree, where = ast.parse(text), Text(text)
     skipped = {id(inner) for node in ast.walk(tree) if _holds_words(node) for inner in ast.walk(node)}
     skipped |= {id(inner) for node in ast.walk(tree) for one in _annotations(node) for inner in ast.walk(one)}
     skipped |= {id(inner) for node in ast.walk(tree) if isinstance(node, ast.Subscript) for inner in _of_types(node)}
@@ -121,7 +105,7 @@ def faults_in(root: Path, file: str) -> Iterator[Drawn]:
         if id(node) in skipped or not hasattr(node, "lineno"):
             continue
         span = around.get(id(node), (node.lineno, node.end_lineno or node.lineno))
-        for kind, begin, end, new in _changes(node, where, defaults):
+        for kind, begin, end, new in SETS[changes](node, where, defaults):
             yield Drawn(kind, file, node.lineno, begin, end, new, span, where.place(begin))
 
 
@@ -153,48 +137,17 @@ def _of_types(node: ast.Subscript) -> Iterator[ast.AST]:
         yield from ast.walk(node)
 
 
-def _changes(node: ast.AST, where: _Text, defaults: dict[int, ast.expr]) -> Iterator[tuple[str, int, int, str]]:
-    if isinstance(node, ast.BinOp) and type(node.op) in _OPERATORS:
-        old, new = _OPERATORS[type(node.op)]
-        yield from _between("operator", where, where.end(node.left), where.begin(node.right), old, new)
-    elif isinstance(node, ast.Compare) and len(node.ops) == 1 and type(node.ops[0]) in _COMPARISONS:
-        old, new = _COMPARISONS[type(node.ops[0])]
-        yield from _between("comparison", where, where.end(node.left), where.begin(node.comparators[0]), old, new)
-    elif isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
-        yield "sign", where.begin(node), where.begin(node) + 1, ""
-    elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "detach" and not node.args:
-        yield "detach", where.end(node.func.value), where.end(node), ""
-    elif isinstance(node, ast.Constant) and isinstance(node.value, int | float):
-        kind = "default" if id(node) in defaults else "constant"
-        yield kind, where.begin(node), where.end(node), _other(node.value)
-
-
-def _between(kind: str, where: _Text, begin: int, end: int, old: str, new: str) -> Iterator[tuple[str, int, int, str]]:
-    gap = where.raw[begin:end].decode()
-    if gap.count(old) == 1 and "#" not in gap:
-        place = begin + len(gap[: gap.index(old)].encode())
-        yield kind, place, place + len(old), new
-
-
-def _other(value: float) -> str:
-    if isinstance(value, bool):
-        return str(not value)
-    if isinstance(value, int):
-        return str(value + 1)
-    return repr(value * 2) if value else "0.5"
-
-
 def changed(text: bytes, fault: Drawn) -> bytes:
     """A file's text with the fault."""
     return text[: fault.begin] + fault.new.encode() + text[fault.end :]
 
 
-def draw(root: Path, folders: Sequence[str], count: int, seed: int) -> list[Drawn]:
+def draw(root: Path, folders: Sequence[str], count: int, seed: int, changes: str = "near") -> list[Drawn]:
     """As many faults of each kind as there are, in turn, until there are enough."""
     files = sorted(path for folder in folders for path in (root / "luthier" / folder).rglob("*.py"))
-    found = [one for path in files for one in faults_in(root, str(path.relative_to(root / "luthier")))]
+    found = [one for path in files for one in faults_in(root, str(path.relative_to(root / "luthier")), changes)]
     rng = random.Random(seed)
-    by_kind = {kind: [one for one in found if one.kind == kind] for kind in KINDS}
+    by_kind = {kind: [one for one in found if one.kind == kind] for kind in KINDS[changes]}
     for some in by_kind.values():
         rng.shuffle(some)
     drawn: list[Drawn] = []
@@ -283,7 +236,7 @@ def _become_pytest(folder: Path, tests: Sequence[str], said: int) -> None:
     os._exit(int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-n0", *tests])))
 
 
-def run(root: Path, folders: Sequence[str], count: int, seed: int, jobs: int, out: Path | None) -> None:
+def run(root: Path, folders: Sequence[str], count: int, seed: int, jobs: int, out: Path | None, *, changes: str = "near") -> None:
     """Plant faults that were drawn and tell which were caught."""
     import torch
     import transformers.models.llama.modeling_llama  # noqa: F401
@@ -293,7 +246,7 @@ def run(root: Path, folders: Sequence[str], count: int, seed: int, jobs: int, ou
     torch.set_num_threads(1)
     known = tested_lines.read(root)
     told: dict[str, str] = json.loads(out.read_text(encoding="utf-8")) if out is not None and out.exists() else {}
-    todo = [(one, tests_for(one, known)) for one in draw(root, folders, count, seed) if one.name not in told]
+    todo = [(one, tests_for(one, known)) for one in draw(root, folders, count, seed, changes) if one.name not in told]
     left: list[tuple[Drawn, Sequence[str]]] = []
 
     def tell(fault: Drawn, seen: str | None) -> None:

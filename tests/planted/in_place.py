@@ -163,8 +163,11 @@ def plant(fault: Drawn, root: Path, functions: Mapping[str, Sequence[FunctionTyp
         return False
     before = path.read_bytes()
     text = changed(before, fault)
-    old, new = (compile(one, str(path), "exec", dont_inherit=True) for one in (before, text))
-    codes = {one: other for one, other in zip(_codes(old), _codes(new), strict=True) if one != other}
+    old, new = (list(_codes(compile(one, str(path), "exec", dont_inherit=True))) for one in (before, text))
+    if len(old) != len(new) or any(one.co_freevars != other.co_freevars for one, other in zip(old, new, strict=True)):
+        # A function inside another one went away, or needs other names of it: what is loaded cannot become that.
+        return False
+    codes = {one: other for one, other in zip(old, new, strict=True) if one != other}
     mine = functions.get(str(path), ())
     swapped = [one for one in mine if one.__code__ in codes]
     for one in swapped:

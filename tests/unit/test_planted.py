@@ -11,6 +11,7 @@ from types import ModuleType
 
 import pytest
 
+from tests.planted.changes import SETS
 from tests.planted.drawn import EQUIVALENT, KINDS, draw, faults_in
 from tests.planted.fault import ROOT, places
 from tests.planted.in_place import plant
@@ -67,15 +68,70 @@ def one(*, share: float = 0.5, on: bool = True) -> tuple[int, ...]:
         ("constant", "return size if size == 8 else x[..., 1]"),
         ("constant", "return size if size == 7 else x[..., 2]"),
     }
+    far = {}
+    for fault in faults_in(tmp_path, "methods/one.py", "far"):
+        changed = text[: fault.begin] + fault.new.encode() + text[fault.end :]
+        ast.parse(changed)
+        far[fault.kind, changed.decode().splitlines()[fault.line - 1].strip()] = fault
+    assert set(far) == {
+        ("constant", "LIMIT = 2"),
+        ("default", "def one(*, share: float = 0.25, on: bool = True) -> tuple[int, ...]:"),
+        ("condition", "if  0 < share:"),
+        ("condition", "if not (not 0 < share):"),
+        ("constant", "if not -1 < share:"),
+        ("comparison", "if not 0 > share:"),
+        ("operator", "size = abs(-(x.detach() * (share + 2))) + 4  # a - b"),
+        ("operator", "size = abs(-(x.detach() + (share + 2))) // 4  # a - b"),
+        ("sign", "size = abs(-(-x.detach() * (share + 2))) // 4  # a - b"),
+        ("operator", "size = abs(-(x.detach() * (share * 2))) // 4  # a - b"),
+        ("constant", "size = abs(-(x.detach() * (share + 1))) // 4  # a - b"),
+        ("constant", "size = abs(-(x.detach() * (share + 2))) // 3  # a - b"),
+        ("condition", "return size if not (size == 7) else x[..., 1]"),
+        ("constant", "return size if size == 6 else x[..., 1]"),
+        ("constant", "return size if size == 7 else x[..., 0]"),
+    }
     drawn = draw(tmp_path, ["methods"], 6, 0)
     assert drawn == draw(tmp_path, ["methods"], 6, 0) != draw(tmp_path, ["methods"], 6, 1)
-    assert {fault.kind for fault in drawn} == set(KINDS)
+    assert {fault.kind for fault in drawn} == set(KINDS["near"])
+
+
+def test_other_parts_of_the_language_are_drawn_from_too(tmp_path: Path) -> None:
+    inside = tmp_path / "luthier"
+    inside.mkdir()
+    (inside / "one.py").write_text(
+        """def one(x, y, *, low=None):
+    total = max(x, y, key=abs)
+    total += x
+    if x and y or low is None:
+        log(total)
+    return sum([total])
+"""
+    )
+    text = (inside / "one.py").read_bytes()
+    found = set()
+    for fault in faults_in(tmp_path, "one.py", "far"):
+        changed = text[: fault.begin] + fault.new.encode() + text[fault.end :]
+        ast.parse(changed)
+        found.add((fault.kind, changed.decode().splitlines()[fault.line - 1].strip()))
+    assert found == {
+        ("argument", "total = max(x, y)"),
+        ("argument", "total = max(y, x, key=abs)"),
+        ("function", "total = min(x, y, key=abs)"),
+        ("assignment", "total -= x"),
+        ("condition", "if x or y or low is None:"),
+        ("condition", "if x and y and low is None:"),
+        ("condition", "if not (x and y or low is None):"),
+        ("comparison", "if x and y or low is not None:"),
+        ("statement", "pass"),
+        ("function", "exp(total)"),
+        ("function", "return mean([total])"),
+    }
 
 
 def test_what_changes_no_result_still_stands_there() -> None:
     names = json.loads(EQUIVALENT.read_text(encoding="utf-8"))
     files = sorted({name.partition(": ")[0] for name in names})
-    assert set(names) <= {fault.name for file in files for fault in faults_in(ROOT, file)}
+    assert set(names) <= {fault.name for file in files for changes in SETS for fault in faults_in(ROOT, file, changes)}
     assert all(len(reason.split()) > 3 for reason in names.values())
 
 
