@@ -1,8 +1,8 @@
-"""What a fault that is drawn by chance may change, in two sets.
+"""What a fault that is drawn by chance may change, in three sets.
 
-`near` takes the nearest other thing: `<` becomes `<=`, 1 becomes 2, a product a quotient. `far` takes another one, and conditions,
-arguments, functions and statements too. Tests that were mended until they caught every fault of one set say by the other how much they
-hold that nobody mended them for.
+`near` takes the nearest other thing: `<` becomes `<=`, 1 becomes 2, a product a quotient. `far` takes another one at the same places, and
+`parts` changes other parts of the language: conditions, arguments, functions, statements. Tests that were mended until they caught every
+fault of one set say by the others how much they hold that nobody mended them for.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def near(node: ast.AST, where: Text, defaults: dict[int, ast.expr]) -> Iterator[
 
 
 def far(node: ast.AST, where: Text, defaults: dict[int, ast.expr]) -> Iterator[Change]:
-    """Another operator, a comparison turned round, a smaller number, a minus put in, and other parts of the language than `near`."""
+    """Another operator, a comparison turned round, a smaller number, a minus put in."""
     if isinstance(node, ast.BinOp) and type(node.op) in _FAR_OPERATORS:
         old, new = _FAR_OPERATORS[type(node.op)]
         yield from _between("operator", where, where.end(node.left), where.begin(node.right), old, new)
@@ -90,7 +90,11 @@ def far(node: ast.AST, where: Text, defaults: dict[int, ast.expr]) -> Iterator[C
     elif isinstance(node, ast.Constant) and isinstance(node.value, int | float) and not isinstance(node.value, bool):
         kind = "default" if id(node) in defaults else "constant"
         yield kind, where.begin(node), where.end(node), _smaller(node.value)
-    elif isinstance(node, ast.BoolOp):
+
+
+def parts(node: ast.AST, where: Text, defaults: dict[int, ast.expr]) -> Iterator[Change]:
+    """A condition the other way round, an argument left out or swapped, another function, an assignment undone, a statement gone."""
+    if isinstance(node, ast.BoolOp):
         old, new = ("and", "or") if isinstance(node.op, ast.And) else ("or", "and")
         for left, right in pairwise(node.values):
             yield from _between("condition", where, where.end(left), where.begin(right), old, new)
@@ -111,7 +115,7 @@ def _called(node: ast.Call, where: Text) -> Iterator[Change]:
     given = [*node.args, *(one for one in node.keywords)]
     for before, one in pairwise(given):
         gap = where.raw[where.end(before) : where.begin(one)].decode()
-        if isinstance(one, ast.keyword) and one.arg is not None and gap.strip() == ",":
+        if isinstance(one, ast.keyword) and one.arg not in (None, "strict") and gap.strip() == ",":
             yield "argument", where.end(before), where.end(one), ""
     if len(node.args) >= 2 and not any(isinstance(one, ast.Starred) for one in node.args[:2]):
         first, second = node.args[:2]
@@ -145,4 +149,4 @@ def _smaller(value: float) -> str:
     return repr(value / 2) if value else "-0.5"
 
 
-SETS: dict[str, Callable[[ast.AST, Text, dict[int, ast.expr]], Iterator[Change]]] = {"near": near, "far": far}
+SETS: dict[str, Callable[[ast.AST, Text, dict[int, ast.expr]], Iterator[Change]]] = {"near": near, "far": far, "parts": parts}

@@ -113,9 +113,7 @@ class Planting:
             self.tell(fault, None)
         elif not fault.does_something:
             self.passes[items[0].nodeid] = not seen
-        elif not seen.startswith(FAILED):
-            self.tell(fault, seen)
-        elif all(item.nodeid != test for item in items):
+        elif not seen.startswith(FAILED) or all(item.nodeid != test for item in items):
             self.tell(fault, seen)
         else:
             if test not in self.passes:

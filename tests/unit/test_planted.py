@@ -76,8 +76,6 @@ def one(*, share: float = 0.5, on: bool = True) -> tuple[int, ...]:
     assert set(far) == {
         ("constant", "LIMIT = 2"),
         ("default", "def one(*, share: float = 0.25, on: bool = True) -> tuple[int, ...]:"),
-        ("condition", "if  0 < share:"),
-        ("condition", "if not (not 0 < share):"),
         ("constant", "if not -1 < share:"),
         ("comparison", "if not 0 > share:"),
         ("operator", "size = abs(-(x.detach() * (share + 2))) + 4  # a - b"),
@@ -86,7 +84,6 @@ def one(*, share: float = 0.5, on: bool = True) -> tuple[int, ...]:
         ("operator", "size = abs(-(x.detach() * (share * 2))) // 4  # a - b"),
         ("constant", "size = abs(-(x.detach() * (share + 1))) // 4  # a - b"),
         ("constant", "size = abs(-(x.detach() * (share + 2))) // 3  # a - b"),
-        ("condition", "return size if not (size == 7) else x[..., 1]"),
         ("constant", "return size if size == 6 else x[..., 1]"),
         ("constant", "return size if size == 7 else x[..., 0]"),
     }
@@ -109,7 +106,7 @@ def test_other_parts_of_the_language_are_drawn_from_too(tmp_path: Path) -> None:
     )
     text = (inside / "one.py").read_bytes()
     found = set()
-    for fault in faults_in(tmp_path, "one.py", "far"):
+    for fault in faults_in(tmp_path, "one.py", "parts"):
         changed = text[: fault.begin] + fault.new.encode() + text[fault.end :]
         ast.parse(changed)
         found.add((fault.kind, changed.decode().splitlines()[fault.line - 1].strip()))
@@ -121,7 +118,6 @@ def test_other_parts_of_the_language_are_drawn_from_too(tmp_path: Path) -> None:
         ("condition", "if x or y or low is None:"),
         ("condition", "if x and y and low is None:"),
         ("condition", "if not (x and y or low is None):"),
-        ("comparison", "if x and y or low is not None:"),
         ("statement", "pass"),
         ("function", "exp(total)"),
         ("function", "return mean([total])"),
