@@ -24,7 +24,7 @@ from luthier.rows.read import read
 HERE = Path(__file__).parent
 OWN_ROWS = HERE.parent / "recipes" / "data" / "hollowmere" / "train.jsonl"
 DOLLY = "dolly_subset/train.jsonl"
-SIZE = {"rows_a_step": 4, "max_tokens": 512, "micro_batch_tokens": 1024}
+SIZE = {"rows_a_step": 4, "max_length": 512, "micro_batch_tokens": 1024}
 
 
 def chat_rows(data: Path) -> tuple[str, list[dict[str, Any]]]:

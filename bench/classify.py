@@ -16,7 +16,7 @@ from bench.__main__ import HERE, compare
 
 STEPS, ROWS_A_STEP = 120, 16
 MOODS = HERE.parent / "recipes" / "data" / "moods"
-SIZE = {"rows_a_step": ROWS_A_STEP, "max_tokens": 256, "micro_batch_tokens": 2048}
+SIZE = {"rows_a_step": ROWS_A_STEP, "max_length": 256, "micro_batch_tokens": 2048}
 
 
 def _read(file: Path) -> list[dict[str, Any]]:

@@ -39,12 +39,12 @@ def main(setting: dict[str, Any]) -> None:
                 "model": setting["model"],
                 "rows": {
                     "train": setting["rows"],
-                    "max_tokens": setting["max_tokens"],
+                    "max_length": setting["max_length"],
                     "too_long": setting.get("too_long", "right"),
                 },
                 "tune": {"lora": {"rank": 8, "alpha": 16.0}} if setting["tune"] == "lora" else setting["tune"],
                 **setting.get("keys", {}),
-                "noise": False,
+                "repeat_baseline": False,
                 "train": {
                     "precision": setting["precision"],
                     "batch_rows": setting["rows_a_step"],
@@ -59,7 +59,7 @@ def main(setting: dict[str, Any]) -> None:
     steps = [[rows[i] for group in step for i in group] for step in plan.feed.epoch(0)]
     Path(setting["encoded"]).write_text(json.dumps([written(row) for step in steps for row in step]))
     turn.facts = {
-        "trained_numbers": plan.trained_numbers,
+        "trained_parameters": plan.trained_parameters,
         "model_bytes": sum(one.numel() * one.element_size() for one in plan.model.parameters()),
     }
     turn.wait()

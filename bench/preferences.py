@@ -14,7 +14,7 @@ from bench.__main__ import HERE, compare
 
 OWN_ROWS = HERE.parent / "recipes" / "data" / "tastes" / "train.jsonl"
 PAIRS = "dpo_en/train.jsonl"
-SIZE = {"rows_a_step": 2, "max_tokens": 512, "micro_batch_tokens": 2048, "too_long": "left"}
+SIZE = {"rows_a_step": 2, "max_length": 512, "micro_batch_tokens": 2048, "too_long": "left"}
 SIDES = {
     "peer": "bench.peer_pairs",
     "keys": {"objective": {"dpo": {"beta": 0.1}}},

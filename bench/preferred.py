@@ -1,7 +1,8 @@
 """`python -m bench.preferred`: what a real model learns from a few real preferences, and what it keeps.
 
 DPO on pairs and KTO on single answers with a verdict, LoRA on both; before and after, the share of held-out pairs whose chosen answer is
-likelier, ordinary questions that the model answered rightly, and plain prose. Results go to `bench/preferred.json`.
+likelier, ordinary questions that the model answered rightly, and plain prose. Results go to `bench/preferred.json`, beside those of
+objectives that are not measured again.
 """
 
 from __future__ import annotations
@@ -48,27 +49,28 @@ def main() -> None:
     chosen = parser.parse_args()
     pairs, held = split(chosen.data)
     rows = {
-        "dpo": {"train": pairs, "max_tokens": 512},
-        "kto": {"train": str(chosen.data / "kto_en" / "train.jsonl"), "max_tokens": 384},
+        "dpo": {"train": pairs, "max_length": 512},
+        "kto": {"train": str(chosen.data / "kto_en" / "train.jsonl"), "max_length": 384},
     }
-    results = []
+    held_already = json.loads(chosen.out.read_text(encoding="utf-8"))["results"] if chosen.out.exists() else []
+    results = [one for one in held_already if one["objective"] not in chosen.objective]
     for name in chosen.objective:
         recipe = {
             "model": MODEL,
             "tune": "lora",
             "rows": {**rows[name], "too_long": "right", "on_bad_row": "skip"},
             "objective": name,
-            "noise": False,
+            "repeat_baseline": False,
             "train": {"epochs": 1, "batch_rows": 8, "learning_rate": 2e-4, "warmup": 0.1},
             "evaluate": {
-                "held_out": {"rows": held, "metric": "preferred", "side": "learnt"},
-                "ordinary": {"rows": str(KEPT / "ordinary.jsonl"), "metric": "contains", "side": "kept", "max_new_tokens": 32},
-                "prose": {"rows": str(KEPT / "prose.jsonl"), "metric": "perplexity", "side": "kept"},
+                "held_out": {"rows": held, "metric": "preference_accuracy", "role": "target"},
+                "ordinary": {"rows": str(KEPT / "ordinary.jsonl"), "metric": "contains", "role": "retention", "max_new_tokens": 32},
+                "prose": {"rows": str(KEPT / "prose.jsonl"), "metric": "perplexity", "role": "retention"},
             },
         }
         with tempfile.TemporaryDirectory() as folder:
             facts = luthier.train({**recipe, "out": folder}, say=print).facts
-        fields = ("before", "before_interval", "after", "after_interval", "difference", "difference_interval", "n", "kept")
+        fields = ("before", "before_interval", "after", "after_interval", "difference", "difference_interval", "n", "retained")
         results.append(
             {
                 "objective": name,
@@ -76,7 +78,7 @@ def main() -> None:
                 "left_out": len(facts["rows"]["dropped"]),
                 "steps": facts["steps"],
                 "metrics": {one: {field: entry.get(field) for field in fields} for one, entry in facts["metrics"].items()},
-                "notes": [facts["history"][place]["notes"] for place in (0, -1)],
+                "notes": [facts["history"][place].get("notes", {}) for place in (0, -1)],
             }
         )
         told = {

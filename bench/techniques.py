@@ -36,7 +36,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 VARIANTS: dict[str, dict[str, Any]] = {
     "half, embeddings frozen": {"half": {"embeddings": "freeze"}},
-    "full, embeddings frozen": {"full": {"roles": ["linear", "norm"]}},
+    "full, embeddings frozen": {"full": {"target_modules": ["linear", "norm"]}},
 }
 """The embeddings are a fifth of a model this small, and their gradient is the head's as well."""
 ALREADY = ("full", "lora")
@@ -69,7 +69,7 @@ def common_setting(chosen: argparse.Namespace, step_tokens: int, rows: list[dict
         "model": chosen.model,
         "precision": chosen.precision,
         "rows_a_step": step_tokens // LENGTH,
-        "max_tokens": LENGTH,
+        "max_length": LENGTH,
         "micro_batch_tokens": step_tokens,
         "rows": rows,
     }
@@ -156,8 +156,8 @@ def line(one: dict[str, Any]) -> str:
     if "error" in one:
         return f"{one['name']}: {one['error']}"
     return (
-        f"{one['name']}: {one.get('trained_numbers', 0):,} numbers, {one['tokens_per_second']:,.0f} tokens/s, {one['speed_over_full']:.2f} "
-        f"of full's, {one['peak_bytes'] / 2**20:,.0f} MiB"
+        f"{one['name']}: {one.get('trained_parameters', 0):,} parameters, {one['tokens_per_second']:,.0f} tokens/s, "
+        f"{one['speed_over_full']:.2f} of full's, {one['peak_bytes'] / 2**20:,.0f} MiB"
     )
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from generated import claims, rooms
+from generated import replications, rooms
 from generated.tables import cell, code, paper, table
 
 from luthier import registry
@@ -137,7 +137,7 @@ def technique(found: registry.Technique) -> str:
         "Needs": ", ".join(map(code, sorted(card.needs))),
         "Gives": ", ".join(map(code, sorted(card.gives))),
         "Learning rate unless named": "" if card.learning_rate is None else code(f"{card.learning_rate:g}"),
-        "Claim tested by": claims.tested_by(card.claim),
+        "Replication tested by": replications.tested_by(card.replication),
     }
     schema = registry.options_model(found.factory).model_json_schema()
     meaning = described_arguments(found.factory)
@@ -203,7 +203,7 @@ def preferred() -> str:
                 f"{one['rows']}, {one['steps']} steps",
                 share(held, "before"),
                 share(held, "after"),
-                f"{100 * ordinary['kept']:.0f} %",
+                f"{100 * ordinary['retained']:.0f} %",
                 f"{prose['before']:.1f} to {prose['after']:.1f}",
                 "" if None in chosen else f"{chosen[0]:.0f} to {chosen[1]:.0f} nats",
             )
@@ -211,9 +211,9 @@ def preferred() -> str:
     header = (
         "objective",
         "rows",
-        "preferred before",
+        "ranked correctly before",
         "after",
-        "ordinary answers kept",
+        "ordinary answers retained",
         "perplexity of prose",
         "chosen log-likelihood",
     )
@@ -242,7 +242,7 @@ def _beside(file: Path, peer: str, second: str) -> str:
     first, machine = facts["results"][0], facts["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
     setting = (
-        f"{first['model']} on {first['rows']}, {first['rows_a_step']} rows a step of at most {first['max_tokens']} tokens; LoRA of "
+        f"{first['model']} on {first['rows']}, {first['rows_a_step']} rows a step of at most {first['max_length']} tokens; LoRA of "
         f"rank 8 on all linear layers of the blocks. {machine['processor']}, {machine['cores']} cores. {versions}."
     )
     return f"{table(('trains', *shown[0], 'ratio', *shown[1], *shown[2]), rows)}\n\n{cell(setting)}"
@@ -262,7 +262,7 @@ def costs() -> str:
         rows.append(
             (
                 cell(one["name"]) if " " in one["name"] else code(one["name"]),
-                f"{one['trained_numbers']:,}" if "trained_numbers" in one else "",
+                f"{one['trained_parameters']:,}" if "trained_parameters" in one else "",
                 f"{one['tokens_per_second']:,.0f}",
                 f"{one['speed_over_full']:.2f}",
                 f"{one['peak_bytes'] / 2**20:,.0f} MiB",
@@ -278,7 +278,7 @@ def circumstances(facts: Mapping[str, Any]) -> str:
     setting, machine = facts["setting"], facts["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
     return (
-        f"{setting['model']}, {setting['precision']}, {setting['rows_a_step']} rows of {setting['max_tokens']} tokens a step. "
+        f"{setting['model']}, {setting['precision']}, {setting['rows_a_step']} rows of {setting['max_length']} tokens a step. "
         f"{machine['processor']}, {machine['cores']} cores. {versions}."
     )
 
@@ -309,8 +309,8 @@ def objective_costs() -> str:
 
 
 def world() -> str:
-    """The skills of the small world, each with the first row that teaches it."""
-    from luthier.lab.world import SKILLS, rows
+    """The skills of the synthetic benchmark, each with the first row that teaches it."""
+    from luthier.lab.benchmark import SKILLS, rows
 
     lines = []
     for name, skill in SKILLS.items():
@@ -320,9 +320,9 @@ def world() -> str:
     splits: dict[str, list[str]] = {}
     for name, skill in SKILLS.items():
         splits.setdefault(skill.splits, []).append(code(name))
-    held_back = ", ".join(f"{cell(split)} ({', '.join(names)})" for split, names in splits.items())
+    held_out = ", ".join(f"{cell(split)} ({', '.join(names)})" for split, names in splits.items())
     shown = table(("skill", "what it is", "metric", "taught", "an example"), lines)
-    return f"{shown}\n\nTraining rows and held-back items differ by construction, never by chance: {held_back}."
+    return f"{shown}\n\nTraining rows and held-out items differ by construction, never by chance: {held_out}."
 
 
 def row_text(row: Mapping[str, Any]) -> str:
@@ -373,5 +373,11 @@ _ALL = (
     workshop,
     metrics,
 )
-_OF_CLAIMS = (claims.claims, claims.claim_rule, claims.claim_effects, claims.calibration, claims.comparisons)
-WRITERS: dict[str, Callable[[], str]] = {writer.__name__: writer for writer in (*_ALL, *_OF_CLAIMS)} | {"rooms": rooms.page}
+_OF_REPLICATIONS = (
+    replications.replications,
+    replications.replication_rule,
+    replications.replication_effects,
+    replications.calibration,
+    replications.comparisons,
+)
+WRITERS: dict[str, Callable[[], str]] = {writer.__name__: writer for writer in (*_ALL, *_OF_REPLICATIONS)} | {"rooms": rooms.page}

@@ -21,12 +21,12 @@ _CHUNK_BYTES = 1 << 22
 
 
 @contextmanager
-def explained(path: Path, mend: str = "") -> Iterator[None]:
+def explained(path: Path, fix: str = "") -> Iterator[None]:
     """Turn a failure to write `path` into an error that says what to do.
 
     Args:
         path: what is being written.
-        mend: what helps besides making room.
+        fix: what helps besides making room.
 
     Raises:
         LuthierError: the disk is full, or the place cannot be written to.
@@ -37,24 +37,24 @@ def explained(path: Path, mend: str = "") -> Iterator[None]:
         full = _number(error) in _FULL
         what = "the disk is full" if full else "this cannot be written"
         first = f"make room in {path.parent}" if full else f"make {path.parent} a place that can be written to"
-        raise LuthierError(f"{what}: {error}", where=str(path), mend="; ".join(filter(None, (first, mend)))) from error
+        raise LuthierError(f"{what}: {error}", where=str(path), fix="; ".join(filter(None, (first, fix)))) from error
 
 
 @contextmanager
-def written(path: Path, mend: str = "") -> Iterator[Path]:
+def written(path: Path, fix: str = "") -> Iterator[Path]:
     """Give a place beside `path` for a file or a folder, which takes the name `path` when the block has ended well.
 
     What stood there before stands until the new one is complete. On any failure the half-written one is removed.
 
     Args:
         path: where it shall stand.
-        mend: what helps besides making room.
+        fix: what helps besides making room.
 
     Raises:
         LuthierError: the disk is full, or the place cannot be written to.
     """
     beside = path.with_name(f".{path.name}.{os.getpid()}")
-    with explained(path, mend):
+    with explained(path, fix):
         path.parent.mkdir(parents=True, exist_ok=True)
         remove(beside)
         try:

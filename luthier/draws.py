@@ -128,14 +128,14 @@ def dropout(x: Tensor, share: float, stream: int = 0) -> Tensor:
         raise LuthierError(
             "dropout is drawn for each row, and this technique does not tell that it draws",
             where=name,
-            mend="set `draws` in the technique's Additive or HiddenEdit",
+            fix="set `draws` in the technique's WeightDelta or RepresentationEdit",
         )
     width = x.shape[-1]
     if x.numel() != len(key_N) * width:
         raise LuthierError(
             f"dropout knows no tokens here: {x.numel() // width} vectors stand for the {len(key_N)} tokens of the rows",
             where=name,
-            mend="use a dropout of 0, or leave experts out",
+            fix="use a dropout of 0, or leave experts out",
         )
     start_N = _mix(key_N ^ torch.tensor(seed_of("dropout", name, stream), dtype=torch.int64, device=key_N.device)).int()
     # 32 bits a number are enough here, and four times as quick as 64.

@@ -1,4 +1,4 @@
-"""One error for everything a user can mend: what was wrong, where, and how to mend it."""
+"""One error for everything a user can fix: what was wrong, where, and how to fix it."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ def silent(text: str) -> None:
 
 
 class LuthierError(Exception):
-    """A mistake the user can mend.
+    """A mistake the user can fix.
 
     Args:
         what: what was wrong, one sentence.
         where: the place: a file and line, a recipe key, a row id.
-        mend: what to do about it, as an instruction.
+        fix: what to do about it, as an instruction.
     """
 
-    def __init__(self, what: str, *, where: str = "", mend: str = "") -> None:
-        self.what, self.where, self.mend = what, where, mend
+    def __init__(self, what: str, *, where: str = "", fix: str = "") -> None:
+        self.what, self.where, self.fix = what, where, fix
         lines = [what]
         if where:
             lines.append(f"  where: {where}")
-        if mend:
-            lines.append(f"  mend:  {mend}")
+        if fix:
+            lines.append(f"  fix:   {fix}")
         super().__init__("\n".join(lines))
 
     def as_json(self) -> dict[str, str]:
         """The same three facts for scripts."""
-        return {"error": self.what, "where": self.where, "mend": self.mend}
+        return {"error": self.what, "where": self.where, "fix": self.fix}
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -106,5 +106,5 @@ def explain(problem: Mapping[str, Any]) -> tuple[str, str]:
     if kind == "string_pattern_mismatch":
         return what, f"write text of the form {limits['pattern']}"
     bound = next((f"{words} {limits[name]:g}" for name, words in _BOUNDS.items() if name in limits), "")
-    mend = _WRITE.get(kind.split("_")[0], "write another value")
-    return what, f"{mend}, {bound}" if bound else mend
+    fix = _WRITE.get(kind.split("_")[0], "write another value")
+    return what, f"{fix}, {bound}" if bound else fix

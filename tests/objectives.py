@@ -13,7 +13,7 @@ from torch import Tensor
 
 from luthier import registry
 from luthier.columns import chunked
-from luthier.kinds import Batch, Now, Term, TokenLoss, TokenWeight, View
+from luthier.kinds import Batch, LossTerm, Now, TokenLoss, TokenWeight, View
 from luthier.training.objective import as_term
 from tests.conftest import split
 from tests.toys.helpers import gap, gradients, rows_of_eight
@@ -64,7 +64,7 @@ def total_of(objective: Any, logits: Tensor, labels: Sequence[int], *, weight: A
     """The loss of an objective, divided by its units, with a token weight if given."""
     values = [value for part in registry.make_all(objective, "objective") for value in part.values]
     weights = [value for part in registry.make_all(weight, "token_weight") for value in part.values] if weight else []
-    terms = [as_term(value) for value in values if isinstance(value, Term | TokenLoss)]
+    terms = [as_term(value) for value in values if isinstance(value, LossTerm | TokenLoss)]
     weights += [value for value in values if isinstance(value, TokenWeight)]
     wanted = ["nll", *(column for one in (*terms, *weights) for column in one.columns)]
     view = view_on(logits, labels, wanted, **more)

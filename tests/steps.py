@@ -111,7 +111,7 @@ def assert_trains(engine: Any, now: Now, batch: Batch | None = None, **setting: 
     batch = rows_of_eight() if batch is None else batch
     found: list[dict[str, Tensor]] = []
     for sizes in ((8,), (3, 1, 4, 0)):
-        run = engine(**{"step": "adamw", **setting, "model": model_of()})
+        run = engine(**{"optimizer": "adamw", **setting, "model": model_of()})
         run.tune.model.train()
         losses = [run.step(split(batch, (8,)), now._replace(step=i, learning_rate=0.01)).loss for i in range(2)]
         assert all(loss == loss and 0.0 < loss < 1e3 for loss in losses)

@@ -7,15 +7,15 @@ from collections.abc import Callable
 
 import typer
 
-from luthier.cli.knowledge import lab, papers, techniques
+from luthier.cli.knowledge import papers, replicate, techniques
 from luthier.cli.results import chat, compare, evaluate, export, probe, runs
 from luthier.cli.rows import (
     rows_answers,
+    rows_benchmark,
     rows_best_of,
     rows_look,
     rows_score,
     rows_select,
-    rows_world,
     store_likelihood,
     store_teacher,
 )
@@ -46,7 +46,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "compare": compare,
     "probe": probe,
     "export": export,
-    "lab": lab,
+    "replicate": replicate,
     "techniques": techniques,
     "papers": papers,
 }
@@ -56,7 +56,7 @@ ROWS_COMMANDS: dict[str, Callable[..., None]] = {
     "select": rows_select,
     "answers": rows_answers,
     "best-of": rows_best_of,
-    "world": rows_world,
+    "benchmark": rows_benchmark,
 }
 STORE_COMMANDS: dict[str, Callable[..., None]] = {"likelihood": store_likelihood, "teacher": store_teacher}
 for _name, _command in COMMANDS.items():

@@ -30,12 +30,12 @@ Overrides = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on standard output, for scripts.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, only the result.")]
 Out = Annotated[str, typer.Option(help="The folder that holds the run folders.")]
-World = Annotated[bool, typer.Option("--world", help="Also measure the small world's skills, as what should be kept.")]
-Skills = Annotated[str, typer.Option(help="With --world: only these skills, with commas between.")]
+Benchmark = Annotated[bool, typer.Option("--benchmark", help="Also measure the synthetic benchmark's skills, as retention sets.")]
+Skills = Annotated[str, typer.Option(help="With --benchmark: only these skills, with commas between.")]
 WeightsOnly = Annotated[
     bool, typer.Option("--weights-only", help="Of a run, the tuned weights without prompts, prefixes and edits beside them.")
 ]
-Items = Annotated[int | None, typer.Option("--count", help="With --world: items of each skill; 50 in a run, else 100.", min=1)]
+Items = Annotated[int | None, typer.Option("--count", help="With --benchmark: items of each skill; 50 in a run, else 100.", min=1)]
 
 
 def is_first() -> bool:
@@ -85,7 +85,7 @@ def face(as_json: bool, quiet: bool = False) -> Iterator[Face]:
         else:
             text = escape(error.what)
             text += f"\n[dim]where[/dim]  {escape(error.where)}" if error.where else ""
-            text += f"\n[dim]mend[/dim]   {escape(error.mend)}" if error.mend else ""
+            text += f"\n[dim]fix[/dim]   {escape(error.fix)}" if error.fix else ""
             err.print(Panel(text, title="error", title_align="left", border_style="red"))
         raise typer.Exit(2) from None
 

@@ -1,4 +1,4 @@
-"""Commands that tell what there is, and the lab."""
+"""Commands that tell what there is, and replications."""
 
 from __future__ import annotations
 
@@ -45,26 +45,28 @@ def papers(
         speak.show(rows, lambda: paper_table(rows))
 
 
-def lab(
-    name: Annotated[str | None, typer.Argument(help="A claim to run.")] = None,
-    seeds: Annotated[int | None, typer.Option(help="Repetitions of every arm and one look at them, instead of the rule.")] = None,
-    model: Annotated[str | None, typer.Option(help="Instead of the claim's own.")] = None,
-    listed: Annotated[bool, typer.Option("--list", help="List the claims, with their verdicts.")] = False,
-    every: Annotated[bool, typer.Option("--all", help="Run all claims, the quickest first.")] = False,
+def replicate(
+    name: Annotated[str | None, typer.Argument(help="A replication to run.")] = None,
+    seeds: Annotated[
+        int | None, typer.Option(help="Repetitions of every variant and one look at them, instead of the rule.")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="Instead of the replication's own.")] = None,
+    listed: Annotated[bool, typer.Option("--list", help="List the replications, with their verdicts.")] = False,
+    every: Annotated[bool, typer.Option("--all", help="Run all replications, the quickest first.")] = False,
     calibrate: Annotated[
-        bool, typer.Option("--calibrate", help="Test the lab: known effects, and arms against themselves.")
+        bool, typer.Option("--calibrate", help="Test the rule itself: known effects, and variants against themselves.")
     ] = False,
     budget: Annotated[str | None, typer.Option(help="With --all: begin none that would take longer, e.g. 60m.")] = None,
     jobs: Annotated[int | None, typer.Option(help="Runs at the same time; one for each processor core.")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda or mps.")] = "cpu",
-    folder: Annotated[Path, typer.Option("--out", help="The folder that holds the results.")] = Path("lab-results"),
-    forget: Annotated[bool, typer.Option("--forget", help="Remove the runs that the lab has kept.")] = False,
+    folder: Annotated[Path, typer.Option("--out", help="The folder that holds the results.")] = Path("replications"),
+    forget: Annotated[bool, typer.Option("--forget", help="Remove the runs that were kept.")] = False,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Run a paper's claim again as a small experiment, with a verdict over several seeds.
 
-    Finished runs are kept: a lab that was stopped goes on where it was when it is called again.
+    Finished runs are kept: a replication that was stopped goes on where it was when it is called again.
     """
     with face(as_json, quiet) as speak:
         from luthier.lab.command import Asked, answer

@@ -30,10 +30,12 @@ def evaluate(
     tasks: Annotated[str, typer.Option("--harness", help="Instead of a recipe: tasks of lm-eval, with commas between.")] = "",
     tasks_folder: Annotated[Path, typer.Option(help="The folder with the tasks' YAML files.")] = Path("tasks"),
     limit: Annotated[int | None, typer.Option(help="Most rows of each task of lm-eval.", min=1)] = None,
-    world: Annotated[bool, typer.Option("--world", help="Instead of a recipe: the skills of the small world.")] = False,
+    benchmark: Annotated[
+        bool, typer.Option("--benchmark", help="Instead of a recipe: the skills of the synthetic benchmark.")
+    ] = False,
     skills: Skills = "",
     count: Items = None,
-    page: Annotated[Path | None, typer.Option(help="With --world: also write an HTML page with a radar chart.")] = None,
+    page: Annotated[Path | None, typer.Option(help="With --benchmark: also write an HTML page with a radar chart.")] = None,
     weights_only: WeightsOnly = False,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -46,12 +48,12 @@ def evaluate(
         from luthier.runs.measure import evaluate as run_evaluation
         from luthier.runs.measure import evaluate_harness
 
-        if (tasks != "") + (recipe is not None) + world > 1:
-            raise LuthierError("more than one of a recipe, --harness and --world", where="luthier eval", mend="give one of them")
-        if world:
+        if (tasks != "") + (recipe is not None) + benchmark > 1:
+            raise LuthierError("more than one of a recipe, --harness and --benchmark", where="luthier eval", fix="give one of them")
+        if benchmark:
+            from luthier.lab.benchmark_sets import named
             from luthier.lab.profile import COUNT, profile
             from luthier.lab.profile_page import profile_table, write_profile
-            from luthier.lab.world_sets import named
 
             profiled = profile(model, skills=named(skills), count=count or COUNT, say=speak.say, weights_only=weights_only)
             if page is not None:
@@ -59,15 +61,17 @@ def evaluate(
             speak.show(profiled, lambda: profile_table(profiled))
             return
         if skills or count is not None or page is not None:
-            raise LuthierError("--skills, --count and --page are of the small world", where="luthier eval", mend="add --world")
+            raise LuthierError(
+                "--skills, --count and --page are of the synthetic benchmark", where="luthier eval", fix="add --benchmark"
+            )
         if tasks:
             if weights_only:
-                raise LuthierError("--weights-only does not go with --harness", where="luthier eval", mend="leave one of them out")
+                raise LuthierError("--weights-only does not go with --harness", where="luthier eval", fix="leave one of them out")
             found = evaluate_harness(model, [one.strip() for one in tasks.split(",")], tasks_folder, limit=limit, say=speak.say)
             speak.show({"model": model, **plain_scores(found)}, lambda: scored(found))
             return
         if recipe is None:
-            raise LuthierError("a recipe is missing", where="luthier eval", mend="give a recipe, --harness TASKS or --world")
+            raise LuthierError("a recipe is missing", where="luthier eval", fix="give a recipe, --harness TASKS or --benchmark")
         results = run_evaluation(model, read_recipe(recipe, overrides or []), say=speak.say, weights_only=weights_only)
         speak.show(
             {"model": model, "metrics": {name: one.as_json() for name, one in results.items()}},
@@ -91,7 +95,7 @@ def chat(
         talk = Chat(model, say=speak.say, max_new_tokens=max_new_tokens, temperature=temperature, weights_only=weights_only)
         if prompt is not None or as_json:
             if prompt is None:
-                raise LuthierError("a question is missing", where="luthier chat --json", mend="give --prompt")
+                raise LuthierError("a question is missing", where="luthier chat --json", fix="give --prompt")
             answer = talk.ask(prompt)
             facts: dict[str, Any] = {"model": model, "prompt": prompt, "answer": answer}
             if base:
@@ -172,8 +176,8 @@ def probe(
         options = [word for word in words if "=" in word and not os.path.exists(word)]
         models = [word for word in words if word not in options]
         if len(models) not in (1, 2):
-            mend = "give a base and what was tuned, or a run alone"
-            raise LuthierError(f"{len(models)} models", where="luthier probe", mend=mend)
+            fix = "give a base and what was tuned, or a run alone"
+            raise LuthierError(f"{len(models)} models", where="luthier probe", fix=fix)
         spec = {name: apply_overrides({}, options)}
         finding = look_inside(spec, *models, out=folder, precision=precision, say=speak.say)
         if figure is not None:

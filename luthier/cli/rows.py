@@ -21,7 +21,7 @@ ScoreOptions = Annotated[list[str] | None, typer.Argument(help="Options of the s
 By = Annotated[str, typer.Option(help="A row score: see `luthier techniques --kind row_score`.")]
 Target = Annotated[str | None, typer.Option(help="Rows of the task the choice is for; none of those that will measure it.")]
 Embedder = Annotated[str, typer.Option(help="What makes embeddings: a model's name, or `hash`, which needs none.")]
-RowShape = Annotated[str | None, typer.Option(help="The rows' shape, where it cannot be recognized.")]
+RowShape = Annotated[str | None, typer.Option("--format", help="The rows' format, where it cannot be recognized.")]
 LossOn = Annotated[str, typer.Option(help="Where models read the rows, which turns count: assistant, last or all.")]
 AnswersKey = Annotated[str, typer.Option("--column", help="The key of the rows that holds their answers.")]
 Seed = Annotated[int, typer.Option(help="Of all draws.")]
@@ -30,7 +30,7 @@ StoredModel = Annotated[str, typer.Option(help="A model's name, or a run's folde
 StoreOptions = Annotated[
     list[str] | None,
     typer.Argument(
-        help="Keys under `rows` of the recipe that will train on them: max_tokens=512 loss_on=last", metavar="KEY=VALUE"
+        help="Keys under `rows` of the recipe that will train on them: max_length=512 loss_on=last", metavar="KEY=VALUE"
     ),
 ]
 Writer = Annotated[str, typer.Option(help="Whose tokenizer and chat template write the rows; none: the model's own.")]
@@ -44,17 +44,17 @@ def rows_look(
     options: Annotated[
         list[str] | None,
         typer.Argument(
-            help="Keys under `rows` of the recipe: max_tokens=512 template_options.date=2026-01-01", metavar="KEY=VALUE"
+            help="Keys under `rows` of the recipe: max_length=512 chat_template_options.date=2026-01-01", metavar="KEY=VALUE"
         ),
     ] = None,
     model: Annotated[str, typer.Option(help="Whose tokenizer and chat template to use.")] = "smollm2-135m-instruct",
-    shape: Annotated[str | None, typer.Option(help="The rows' shape, where it cannot be recognized.")] = None,
+    shape: Annotated[str | None, typer.Option("--format", help="The rows' format, where it cannot be recognized.")] = None,
     loss_on: Annotated[str, typer.Option(help="assistant, last or all.")] = "assistant",
-    template: Annotated[str | None, typer.Option(help="One of the tokenizer's chat templates, by name.")] = None,
+    template: Annotated[str | None, typer.Option("--chat-template", help="One of the tokenizer's chat templates, by name.")] = None,
     rows: Annotated[int, typer.Option("--rows", "-n", help="Rows shown.")] = 5,
     as_json: Json = False,
 ) -> None:
-    """Show shape, counts, lengths, and some rows as the model sees them, with what is learnt in color."""
+    """Show format, counts, lengths, and some rows as the model sees them, with what is learned in color."""
     with face(as_json, quiet=as_json) as speak:
         from luthier.recipe import apply_overrides
         from luthier.rows.look import render
@@ -73,18 +73,18 @@ def rows_look(
         speak.show(looked.as_json(), lambda: render(looked))
 
 
-def rows_world(
-    skill: Annotated[str, typer.Argument(help="A skill of the small world.")],
+def rows_benchmark(
+    skill: Annotated[str, typer.Argument(help="A skill of the synthetic benchmark.")],
     target: Annotated[Path, typer.Option("--out", help="The JSONL file to write; it must not exist.")],
     count: Annotated[int, typer.Option("--count", "-n", help="Rows.", min=1)] = 100,
-    split: Annotated[str, typer.Option(help="train: prompts with completions; validation, held_back: with answers.")] = "train",
-    seed: Annotated[int, typer.Option(help="Other rows of the same world.", min=0)] = 0,
+    split: Annotated[str, typer.Option(help="train: prompts with completions; validation, held_out: with answers.")] = "train",
+    seed: Annotated[int, typer.Option(help="Other rows of the same benchmark.", min=0)] = 0,
     difficulty: Annotated[int, typer.Option(help="1 is the easiest.", min=1)] = 1,
     as_json: Json = False,
 ) -> None:
-    """Write rows of a skill of the small world, for recipes to use."""
+    """Write rows of a skill of the synthetic benchmark, for recipes to use."""
     with face(as_json, quiet=as_json) as speak:
-        from luthier.lab.world_sets import write_rows
+        from luthier.lab.benchmark_sets import write_rows
 
         facts = write_rows(skill, target, split=split, count=count, seed=seed, difficulty=difficulty)
         speak.show(facts, lambda: escape(f"{facts['rows']} rows of {skill}, {split}: {target}"))

@@ -13,7 +13,7 @@ from luthier.cli.face import INTERRUPTED, Json, Quiet, RecipeFile, face
 Words = Annotated[
     list[str] | None,
     typer.Argument(
-        help="Keys of the recipe, several values with commas: `tune=full,lora`; and `seeds=3 rates=3 jobs=1 choose_by=SET`.",
+        help="Keys of the recipe, several values with commas: `tune=full,lora`; and `seeds=3 learning_rates=3 jobs=1 choose_by=SET`.",
         metavar="KEY=VALUE,VALUE",
     ),
 ]

@@ -12,13 +12,13 @@ from rich.table import Table
 
 from luthier.cli.face import (
     INTERRUPTED,
+    Benchmark,
     Items,
     Json,
     Overrides,
     Quiet,
     RecipeFile,
     Skills,
-    World,
     err,
     face,
 )
@@ -32,7 +32,7 @@ def train(
     recipe: Annotated[Path | None, typer.Argument(help="A recipe (YAML).", metavar="RECIPE")] = None,
     overrides: Overrides = None,
     resume: Annotated[str | None, typer.Option(help="Continue this run, by name or folder; ends in the same weights.")] = None,
-    world: World = False,
+    benchmark: Benchmark = False,
     skills: Skills = "",
     count: Items = None,
     as_json: Json = False,
@@ -57,10 +57,10 @@ def train(
             recipe, words = None, [str(recipe), *words]
         if recipe is None:
             if resume is None:
-                raise LuthierError("a recipe is missing", where="luthier train", mend="give a recipe, or --resume RUN")
+                raise LuthierError("a recipe is missing", where="luthier train", fix="give a recipe, or --resume RUN")
             recipe = recipe_file(read_run(resume))
-        read = _measuring_world(read_recipe(recipe, words), world, skills, count)
-        command = _command(recipe, words, world, skills, count)
+        read = _measuring_benchmark(read_recipe(recipe, words), benchmark, skills, count)
+        command = _command(recipe, words, benchmark, skills, count)
         with Bar(err, quiet=speak.quiet) as bar:
             run = run_training(read, resume=resume, say=bar.say, tell=bar.step, command=command)
         speak.show(run.as_json(), lambda: summary(run.facts))
@@ -74,7 +74,7 @@ def plan(
     measure: Annotated[
         bool, typer.Option("--measure", help="Take two steps, thrown away, and tell their memory and time.")
     ] = False,
-    world: World = False,
+    benchmark: Benchmark = False,
     skills: Skills = "",
     count: Items = None,
     as_json: Json = False,
@@ -85,7 +85,7 @@ def plan(
         from luthier.planning.plan import LABEL, make_plan, measure_plan
         from luthier.recipe import read_recipe
 
-        made = make_plan(_measuring_world(read_recipe(recipe, overrides or []), world, skills, count), speak.say)
+        made = make_plan(_measuring_benchmark(read_recipe(recipe, overrides or []), benchmark, skills, count), speak.say)
         facts, lines = made.as_json(), made.lines()
         if measure:
             measured = measure_plan(made)
@@ -102,16 +102,16 @@ def plan(
         speak.show(facts, render)
 
 
-def _measuring_world(recipe: Recipe, world: bool, skills: str, count: int | None) -> Recipe:
-    if not world:
+def _measuring_benchmark(recipe: Recipe, benchmark: bool, skills: str, count: int | None) -> Recipe:
+    if not benchmark:
         if skills or count is not None:
-            raise LuthierError("--skills and --count are of the small world", where="command line", mend="add --world")
+            raise LuthierError("--skills and --count are of the synthetic benchmark", where="command line", fix="add --benchmark")
         return recipe
-    from luthier.lab.world_sets import COUNT, named, with_world
+    from luthier.lab.benchmark_sets import COUNT, named, with_world
 
     return with_world(recipe, skills=named(skills), count=count or COUNT)
 
 
-def _command(recipe: Path, overrides: list[str] | None, world: bool, skills: str, count: int | None) -> str:
-    measured = ["--world"] * world + ["--skills", skills] * bool(skills) + ["--count", str(count)] * (count is not None)
+def _command(recipe: Path, overrides: list[str] | None, benchmark: bool, skills: str, count: int | None) -> str:
+    measured = ["--benchmark"] * benchmark + ["--skills", skills] * bool(skills) + ["--count", str(count)] * (count is not None)
     return shlex.join(["luthier", "train", str(recipe), *(overrides or []), *measured])

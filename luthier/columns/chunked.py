@@ -65,10 +65,10 @@ def resolve(wanted: Sequence[str | Column]) -> tuple[Column, ...]:
     found: dict[str, Column] = {}
     for item in wanted:
         if isinstance(item, str) and item not in COLUMNS:
-            raise LuthierError(f"there is no column `{item}`", mend=nearest(item, COLUMNS))
+            raise LuthierError(f"there is no column `{item}`", fix=nearest(item, COLUMNS))
         column = COLUMNS[item] if isinstance(item, str) else item
         if found.setdefault(column.name, column) is not column:
-            raise LuthierError(f"two parts define the column `{column.name}` differently", mend="rename the column in one of them")
+            raise LuthierError(f"two parts define the column `{column.name}` differently", fix="rename the column in one of them")
     return tuple(found.values())
 
 
@@ -90,7 +90,7 @@ def alike(passes: Sequence[OtherPass]) -> tuple[OtherPass, ...]:
     found: dict[str, OtherPass] = {}
     for one in passes:
         if found.setdefault(one.name, one) != one:
-            raise LuthierError(f"two parts define the pass `{one.name}` differently", mend="rename the pass in one of them")
+            raise LuthierError(f"two parts define the pass `{one.name}` differently", fix="rename the pass in one of them")
     return tuple(found.values())
 
 

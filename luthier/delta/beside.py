@@ -12,7 +12,7 @@ from torch.nn import functional
 from luthier.delta.forms import Dense, Form, LowRank
 from luthier.delta.sources import live, ties, untie
 from luthier.errors import LuthierError
-from luthier.kinds import Additive, Place, Services, Tensors
+from luthier.kinds import Place, Services, Tensors, WeightDelta
 from luthier.kinds.parts import Parts
 from luthier.models.fingerprint import fingerprint
 from luthier.models.quantized import refuse_change, shape_of
@@ -66,7 +66,7 @@ def changed_by_starts(tune: Tune) -> list[str]:
         raise LuthierError(
             "a start changed the base, and what it was is not kept",
             where=lost,
-            mend="make the tune with keep_base=True",
+            fix="make the tune with keep_base=True",
         )
     return names
 
@@ -107,7 +107,7 @@ def _form(tune: Tune, one: Addition) -> Form:
     return Dense(spread)
 
 
-def standing(changes: Mapping[str, Sequence[Form]], parts: Parts) -> Additive:
+def standing(changes: Mapping[str, Sequence[Form]], parts: Parts) -> WeightDelta:
     """Changes of matrices, as wholes, as a technique that stands beside weights that cannot take them."""
 
     def start(place: Place, weight_OI: Tensor, services: Services) -> Tensors:
@@ -117,11 +117,11 @@ def standing(changes: Mapping[str, Sequence[Form]], parts: Parts) -> Additive:
             change += (spread.t() if place.module in parts.transposed else spread)[place.start : place.stop]
         return {"change": change}
 
-    return Additive(
+    return WeightDelta(
         start=start,
         apply=lambda tensors, x: functional.linear(x, tensors["change"]),
         delta=lambda tensors: tensors["change"],
-        roles=tuple(dict.fromkeys(place.role for place in parts.places if place.parameter in changes)),
+        target_modules=tuple(dict.fromkeys(place.role for place in parts.places if place.parameter in changes)),
     )
 
 
@@ -137,7 +137,7 @@ def restore(tune: Tune, changes: Mapping[str, Sequence[Form]]) -> None:
         raise LuthierError(
             f"`{inside.slot}` trains in place, and would not notice",
             where=inside.name,
-            mend="attach it after restoring",
+            fix="attach it after restoring",
         )
     written = [name for name, forms in changes.items() if not all(isinstance(form, LowRank) for form in forms)]
     refuse_change(tune.model, written, "the delta changes single numbers of a weight", "apply it to the base without quantization")
@@ -151,7 +151,7 @@ def restore(tune: Tune, changes: Mapping[str, Sequence[Form]]) -> None:
                     raise LuthierError(
                         "no technique that is attached takes this low-rank change",
                         where=name,
-                        mend="attach what the run was made with, or put the delta into the weights with apply()",
+                        fix="attach what the run was made with, or put the delta into the weights with apply()",
                     )
                 free.remove(one)
                 taken.append((one, form))
@@ -160,7 +160,7 @@ def restore(tune: Tune, changes: Mapping[str, Sequence[Form]]) -> None:
             raise LuthierError(
                 f"`{one.slot}` has a delta already, and its factors cannot be had from this one",
                 where=str(one.place),
-                mend="put the delta into the weights of the base with apply()",
+                fix="put the delta into the weights of the base with apply()",
             )
     _put_in_place(tune, changes)
     for one, form in taken:

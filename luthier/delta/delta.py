@@ -78,7 +78,7 @@ class Delta:
             raise LuthierError(
                 f"the {which} lacks {len(lacking)} of {len(names)} tensors",
                 where=lacking[0],
-                mend="compare two states of the same model",
+                fix="compare two states of the same model",
             )
         changes: dict[str, tuple[Form, ...]] = {}
         dtypes: set[torch.dtype] = set()
@@ -115,7 +115,7 @@ class Delta:
             LuthierError: the tune is merged, or the base is neither given nor kept.
         """
         if tune.merged is not None:
-            raise LuthierError("the model is merged", where="Delta.of", mend="call unmerge() first")
+            raise LuthierError("the model is merged", where="Delta.of", fix="call unmerge() first")
         if base is None:
             kept = beside.kept_base(tune, fingerprint)
             inside = cls.between(kept.base, kept.tuned, name=name, fingerprint=kept.fingerprint)
@@ -240,12 +240,12 @@ class Delta:
             raise LuthierError(
                 f"these deltas belong to different bases: {self.base} and {other.base}",
                 where="Delta",
-                mend="add deltas of one base",
+                fix="add deltas of one base",
             )
         forms = {name: (*self.changes.get(name, ()), *other.changes.get(name, ())) for name in [*self, *other]}
         for name, summed in forms.items():
             if len({form.shape for form in summed}) > 1:
-                raise LuthierError("these deltas have other shapes", where=name, mend="add deltas of one base")
+                raise LuthierError("these deltas have other shapes", where=name, fix="add deltas of one base")
         base = self.base if self.base.fingerprint else other.base
         return Delta({name: combine(summed) for name, summed in forms.items()}, base)
 
@@ -306,7 +306,7 @@ class Delta:
             raise LuthierError(
                 f"this delta belongs to {self.base}, and the model is another ({found[:12]})",
                 where="Delta",
-                mend=f"load {self.base.name or 'the base'} in {self.base.dtype or 'its type'}, or force it knowingly",
+                fix=f"load {self.base.name or 'the base'} in {self.base.dtype or 'its type'}, or force it knowingly",
             )
 
     def _check_writable(self, model: nn.Module) -> None:
@@ -320,13 +320,13 @@ class Delta:
         shapes |= {f"{module}.weight": linear.shape for module, linear in quantized(model).items()}
         for name, forms in self.changes.items():
             if name not in shapes:
-                mend = nearest(name, shapes) or "use the architecture the delta was made with"
-                raise LuthierError("the model lacks a parameter that the delta changes", where=name, mend=mend)
+                fix = nearest(name, shapes) or "use the architecture the delta was made with"
+                raise LuthierError("the model lacks a parameter that the delta changes", where=name, fix=fix)
             if any(form.shape != shapes[name] for form in forms):
                 raise LuthierError(
                     f"the model has shape {tuple(shapes[name])} where the delta has {tuple(forms[0].shape)}",
                     where=name,
-                    mend="use the base the delta was made with",
+                    fix="use the base the delta was made with",
                 )
 
 
@@ -345,7 +345,7 @@ def places_of(name: str, parts: Parts) -> list[Place]:
     raise LuthierError(
         "this parameter is not in the model's map",
         where=name,
-        mend=nearest(name, {place.parameter for place in parts.places}) or "use the map of the delta's base",
+        fix=nearest(name, {place.parameter for place in parts.places}) or "use the map of the delta's base",
     )
 
 

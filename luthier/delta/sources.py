@@ -108,14 +108,14 @@ def _storage(name: str, tensor: Tensor) -> tuple[object, ...]:
 def _from_files(path: Path) -> Weights:
     files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
     if not files or not files[0].is_file():
-        raise LuthierError("there are no safetensors files", where=str(path), mend="name a folder or a file that holds some")
+        raise LuthierError("there are no safetensors files", where=str(path), fix="name a folder or a file that holds some")
     read: dict[str, Callable[[], Tensor]] = {}
     for file in files:
         try:
             with safe_open(file, "pt") as tensors:
                 read.update({name: _reader(file, name) for name in tensors.keys()})  # noqa: SIM118
         except (OSError, SafetensorError) as error:
-            raise LuthierError(f"the file cannot be read: {error}", where=str(file), mend="copy it again") from error
+            raise LuthierError(f"the file cannot be read: {error}", where=str(file), fix="copy it again") from error
     return Weights(tuple(read), read)
 
 
@@ -138,19 +138,19 @@ def fits(base: Tensor, tuned: Tensor, name: str) -> Tensor:
         raise LuthierError(
             f"the shapes differ: {tuple(base.shape)} in the base, {tuple(tuned.shape)} in the tuned model",
             where=name,
-            mend="compare with the model that was trained, vocabulary and all",
+            fix="compare with the model that was trained, vocabulary and all",
         )
     same = tuned.to(base.device, base.dtype)
     if tuned.dtype != base.dtype and not torch.equal(same.to(tuned.dtype), tuned.to(base.device)):
         raise LuthierError(
             f"{base.dtype} of the base cannot hold the tuned numbers, which are {tuned.dtype}",
             where=name,
-            mend=f"load the base in {tuned.dtype}",
+            fix=f"load the base in {tuned.dtype}",
         )
     if not base.is_floating_point() and not torch.equal(base, same):
         raise LuthierError(
             f"{base.dtype} numbers differ, and a delta holds changes of fractions",
             where=name,
-            mend="compare models that are not quantized",
+            fix="compare models that are not quantized",
         )
     return same

@@ -84,13 +84,13 @@ def load(path: Path) -> tuple[dict[str, tuple[Form, ...]], Base]:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
-        mend = "name a file that Delta.save wrote" if path.exists() else "check the path"
-        raise LuthierError(f"the delta cannot be read: {error}", where=str(path), mend=mend) from error
+        fix = "name a file that Delta.save wrote" if path.exists() else "check the path"
+        raise LuthierError(f"the delta cannot be read: {error}", where=str(path), fix=fix) from error
     if metadata.get("format") != FORMAT:
         raise LuthierError(
             f"this is no delta ({metadata.get('format') or 'without a format'})",
             where=str(path),
-            mend="name a file that Delta.save wrote; Delta.between reads whole models",
+            fix="name a file that Delta.save wrote; Delta.between reads whole models",
         )
     try:
         base = Base(**json.loads(metadata["base"]))
@@ -100,7 +100,7 @@ def load(path: Path) -> tuple[dict[str, tuple[Form, ...]], Base]:
         }
     except (LookupError, ValueError, TypeError, AttributeError, RuntimeError) as error:
         raise LuthierError(
-            f"the delta is damaged: {type(error).__name__} {error}", where=str(path), mend="copy or make it again"
+            f"the delta is damaged: {type(error).__name__} {error}", where=str(path), fix="copy or make it again"
         ) from error
     return changes, base
 

@@ -25,7 +25,7 @@ def summary(delta: Delta, parts: Parts, base: nn.Module) -> dict[str, Any]:
         base: the model before; its norms are what `relative` refers to.
 
     Returns:
-        `norm` and `relative` of the whole, `changed_share` (numbers whose change is not zero), and `by_place`: one
+        `norm` and `relative` of the whole, `changed_share` (parameters whose change is not zero), and `by_place`: one
         entry a block and role, in the model's order, with `block`, `role`, `norm`, `base_norm`, `relative`, `numbers`
         and `changed`. `relative` is None where the base's norm is zero.
 
@@ -53,8 +53,8 @@ def summary(delta: Delta, parts: Parts, base: nn.Module) -> dict[str, Any]:
     return {
         "norm": total["norm"],
         "relative": total["relative"],
-        "changed_share": total["changed"] / total["numbers"],
-        "by_place": [{"block": block, "role": role, **_facts(found)} for (block, role), found in sums.items()],
+        "changed_share": total["changed"] / total["parameters"],
+        "by_place": [{"block": block, "module_type": role, **_facts(found)} for (block, role), found in sums.items()],
     }
 
 
@@ -73,6 +73,6 @@ def _facts(sums: Tensor) -> dict[str, Any]:
         "norm": math.sqrt(change),
         "base_norm": math.sqrt(base),
         "relative": math.sqrt(change / base) if base else None,
-        "numbers": int(numbers),
+        "parameters": int(numbers),
         "changed": int(changed),
     }

@@ -79,7 +79,7 @@ def of_models(base: nn.Module, parts: Parts, tuned: nn.Module, tuned_parts: Part
         raise LuthierError(
             "the base is a {} {} and the tuned model a {} {}".format(*kinds[0], *kinds[1]),
             where="base and tuned",
-            mend="name the model that was tuned as the base",
+            fix="name the model that was tuned as the base",
         )
     before, after = _by_name(base), _by_name(tuned)
     # A tied tensor counts once, unless tuning cut the tie.
@@ -88,12 +88,12 @@ def of_models(base: nn.Module, parts: Parts, tuned: nn.Module, tuned_parts: Part
     for name in names:
         if name not in before or name not in after:
             which = "base" if name not in before else "tuned model"
-            raise LuthierError(f"the {which} lacks this parameter", where=name, mend="name the model that was tuned as the base")
+            raise LuthierError(f"the {which} lacks this parameter", where=name, fix="name the model that was tuned as the base")
         if before[name].shape != after[name].shape:
             raise LuthierError(
                 f"the shapes differ: {tuple(before[name].shape)} in the base, {tuple(after[name].shape)} in the tuned model",
                 where=name,
-                mend="name the model that was tuned as the base",
+                fix="name the model that was tuned as the base",
             )
         changes[name] = partial(_difference, before[name], after[name])
     return changes

@@ -68,7 +68,7 @@ def chances(score_M: Sequence[float], n: int) -> list[float]:
         LuthierError: there are fewer answers.
     """
     if not 1 <= n <= len(score_M):
-        raise LuthierError(f"the best of {n} among {len(score_M)} answers", mend=f"ask for 1 to {len(score_M)}")
+        raise LuthierError(f"the best of {n} among {len(score_M)} answers", fix=f"ask for 1 to {len(score_M)}")
     found, below = [0.0] * len(score_M), 0
     for _, alike in groupby(sorted(range(len(score_M)), key=score_M.__getitem__), key=score_M.__getitem__):
         places = list(alike)

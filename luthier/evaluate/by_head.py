@@ -25,8 +25,8 @@ THRESHOLD = 0.5
 
 
 OF_PLACE: Mapping[str, Callable[[int], float]] = {
-    "found_first": lambda place: float(place == 1),
-    "reciprocal_rank": lambda place: 1.0 / place,
+    "recall_at_1": lambda place: float(place == 1),
+    "mean_reciprocal_rank": lambda place: 1.0 / place,
     "recall_at_10": lambda place: float(place <= FEW),
     "ndcg_at_10": lambda place: 1.0 / math.log2(place + 1) if place <= FEW else 0.0,
 }
@@ -78,7 +78,7 @@ def class_numbers(head: Head, label: object, where: str) -> list[int]:
     known, several = [*head.names], isinstance(label, list)
     if several and head.means != "labels":
         raise LuthierError(
-            f"the row has a list of labels, {label}, and this head tells one class", where=where, mend="use objective: multi_label"
+            f"the row has a list of labels, {label}, and this head tells one class", where=where, fix="use objective: multi_label"
         )
     found = []
     for one in label if isinstance(label, list) else [label]:
@@ -88,7 +88,7 @@ def class_numbers(head: Head, label: object, where: str) -> list[int]:
             found.append(int(one))
         else:
             raise LuthierError(
-                f"the row's label is `{one}`, and the classes are {', '.join(known)}", where=where, mend="mend the row"
+                f"the row's label is `{one}`, and the classes are {', '.join(known)}", where=where, fix="fix the row"
             )
     return found
 
@@ -147,7 +147,7 @@ def tagged(head: Head, rows: Sequence[Row], encoded: Sequence[Encoded], logits: 
         unknown = next((tag for tag in right if tag not in head.names), None)
         if unknown is not None:
             what = f"a word's tag is `{unknown}`, and the tags are {', '.join(head.names)}"
-            raise LuthierError(what, where=f"{row.where} (row {row.id})", mend="mend the row")
+            raise LuthierError(what, where=f"{row.where} (row {row.id})", fix="fix the row")
         said = [OUTSIDE if OUTSIDE in head.names else head.names[0]] * len(right)
         begins = [int(word) for word in ids.token_columns[WORD] if word]
         for word, number in zip(begins, logits_NK.argmax(-1).tolist(), strict=True):

@@ -52,16 +52,16 @@ def compare(before: SetResult, after: SetResult | None, *, noise: float | None =
         noise: what repeating the measurement of the base changed, from `base_noise`; None where that was not measured.
 
     Returns:
-        `metric`, `side`, `n`, `higher_is_better`; `before`, `after` and `difference` with their intervals; `p_value`;
+        `metric`, `role`, `n`, `higher_is_better`; `before`, `after` and `difference` with their intervals; `p_value`;
         `verdict`, which is `better`, `worse`, `no change` or `not measured`, and `note` where the reason needs words;
-        `kept`, the share of items right before that still are; `items`.
+        `retained`, the share of items right before that still are; `items`.
 
     Raises:
         LuthierError: the two were not measured on the same items, in the same way.
     """
     entry: dict[str, Any] = {
         "metric": before.metric,
-        "side": before.side,
+        "role": before.role,
         "higher_is_better": before.higher_is_better,
         "is_mean": METRICS[before.metric].of_set is None,
         "n": before.n,
@@ -83,7 +83,7 @@ def compare(before: SetResult, after: SetResult | None, *, noise: float | None =
         "p_value": difference.p_value,
         "verdict": verdict,
         "note": note,
-        "kept": _share(_still_right(before.items, after.items)) if _can_be_right(before) else None,
+        "retained": _share(_still_right(before.items, after.items)) if _can_be_right(before) else None,
         "items": [_pair(old, new) for old, new in zip(before.items, after.items, strict=True)],
     }
 
@@ -95,7 +95,7 @@ _NOTHING: Mapping[str, Any] = {
     "difference_interval": None,
     "p_value": None,
     "verdict": NOT_MEASURED,
-    "kept": None,
+    "retained": None,
     "items": [],
 }
 
@@ -174,8 +174,8 @@ def verdict_of(difference: Difference, before: SetResult, noise: float | None) -
     return ("better" if (difference.value > 0) == before.higher_is_better else "worse"), ""
 
 
-def share_kept(metrics: Mapping[str, Mapping[str, Any]]) -> float | None:
-    """Of all items of `kept` sets that were right before, the share that still is; None where there are none.
+def share_retained(metrics: Mapping[str, Mapping[str, Any]]) -> float | None:
+    """Of all items of retention sets that were right before, the share that still is; None where there are none.
 
     Args:
         metrics: entries made by `compare`, by set.
@@ -183,7 +183,7 @@ def share_kept(metrics: Mapping[str, Mapping[str, Any]]) -> float | None:
     fates = [
         pair["after_score"] == 1
         for entry in metrics.values()
-        if entry["side"] == "kept" and entry["kept"] is not None
+        if entry["role"] == "retention" and entry["retained"] is not None
         for pair in entry["items"]
         if pair["before_score"] == 1
     ]
@@ -220,15 +220,15 @@ def base_noise(
 def _check_pairs(before: SetResult, after: SetResult) -> None:
     place = f"evaluation set `{before.name}`"
     if [item.id for item in before.items] != [item.id for item in after.items]:
-        raise LuthierError("before and after hold different items", where=place, mend="measure both on the same rows")
+        raise LuthierError("before and after hold different items", where=place, fix="measure both on the same rows")
     if before.metric != after.metric or before.asked != after.asked:
         raise LuthierError(
             "before and after were not asked in the same way: the metric, template, tokenizer or decoding differs",
             where=place,
-            mend="measure both with the same tokenizer and settings",
+            fix="measure both with the same tokenizer and settings",
         )
     if any(old.expected != new.expected for old, new in zip(before.items, after.items, strict=True)):
-        raise LuthierError("before and after expect different answers", where=place, mend="measure both on the same rows")
+        raise LuthierError("before and after expect different answers", where=place, fix="measure both on the same rows")
 
 
 def _can_be_right(one: SetResult) -> bool:

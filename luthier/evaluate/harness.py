@@ -67,7 +67,7 @@ def harness(
         raise LuthierError(
             "the harness encodes its own rows, and a trained prompt would not stand before them",
             where="harness",
-            mend="measure with evaluation sets of the recipe: luthier eval RUN RECIPE",
+            fix="measure with evaluation sets of the recipe: luthier eval RUN RECIPE",
         )
     with _quiet():
         manager = lm_eval.tasks.TaskManager(include_path=str(folder), include_defaults=False)
@@ -90,7 +90,7 @@ def harness(
                 raise LuthierError(
                     f"the harness cannot run this: {type(error).__name__}: {error}",
                     where=", ".join(tasks),
-                    mend=f"check the tasks in {folder}, and that their data files exist",
+                    fix=f"check the tasks in {folder}, and that their data files exist",
                 ) from error
     return {task: _scores(found["results"][task]) for task in found["results"]}
 
@@ -110,7 +110,7 @@ def _installed() -> ModuleType:
         import lm_eval.tasks
     except ImportError as error:
         raise LuthierError(
-            f"the evaluation harness is not installed ({error})", where="harness", mend='pip install "luthier[lm-eval]"'
+            f"the evaluation harness is not installed ({error})", where="harness", fix='pip install "luthier[lm-eval]"'
         ) from error
     module: ModuleType = lm_eval
     return module
@@ -118,11 +118,11 @@ def _installed() -> ModuleType:
 
 def _check_tasks(tasks: Sequence[str], known: Sequence[str], folder: str | Path) -> None:
     if not tasks:
-        raise LuthierError("no task is named", where="harness", mend=nearest("", known) or f"put tasks into {folder}")
+        raise LuthierError("no task is named", where="harness", fix=nearest("", known) or f"put tasks into {folder}")
     for task in tasks:
         if task not in known:
-            mend = nearest(task, known) or f"there are no tasks in {folder}: give a folder with YAML files"
-            raise LuthierError(f"there is no task `{task}`", where=str(folder), mend=mend)
+            fix = nearest(task, known) or f"there are no tasks in {folder}: give a folder with YAML files"
+            raise LuthierError(f"there is no task `{task}`", where=str(folder), fix=fix)
 
 
 def _scores(found: Mapping[str, Any]) -> dict[str, Score]:

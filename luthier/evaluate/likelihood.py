@@ -62,7 +62,7 @@ def likelihoods(tune: Tune, rows: Sequence[Encoded], *, batch_tokens: int = BATC
         raise LuthierError(
             f"the model gives numbers that are not finite for {len(broken)} of {len(rows)} rows",
             where=f"{broken[0].where} (row {broken[0].id})",
-            mend="lower the learning rate, or use precision fp32",
+            fix="lower the learning rate, or use precision fp32",
         )
     return [found[index] for index in range(len(rows))]
 
@@ -87,14 +87,14 @@ def row_likelihoods(
         raise LuthierError(
             f"a row of the shape `{several[0].shape}` has no one answer to learn, whose likelihood could be told",
             where=f"{several[0].where} (row {several[0].id})",
-            mend="remove these rows, or give one answer each, such as the chosen one as `completion`",
+            fix="remove these rows, or give one answer each, such as the chosen one as `completion`",
         )
     encoded, bad = encode_each(rows, tokenizer, loss_on=loss_on, reads=Reads(context_of(tune), tune.parts.vocabulary))
     bad += encoded.dropped
     if bad:
         problem = bad_rows_error(bad, len(rows))
         raise LuthierError(
-            problem.what, where=problem.where, mend="mend or remove these rows: without a target none has a likelihood"
+            problem.what, where=problem.where, fix="fix or remove these rows: without a target none has a likelihood"
         )
     found = []
     for row, one in zip(encoded.rows, likelihoods(tune, encoded.rows), strict=True):

@@ -69,8 +69,12 @@ METRICS: Mapping[str, Metric] = {
     ),
     "choice": Metric("choice", True, "share of items whose most likely choice is right"),
     "choice_normalized": Metric("choice", True, "share of items whose most likely choice, per byte, is right"),
-    "preferred": Metric("pair", True, "share of pairs whose chosen answer is likelier than the rejected one, a tie being a half"),
-    "preferred_normalized": Metric("pair", True, "share of pairs whose chosen answer is likelier a token, a tie being a half"),
+    "preference_accuracy": Metric(
+        "pair", True, "share of pairs whose chosen answer is likelier than the rejected one, a tie being a half"
+    ),
+    "preference_accuracy_normalized": Metric(
+        "pair", True, "share of pairs whose chosen answer is likelier a token, a tie being a half"
+    ),
     "accuracy": Metric("class", True, "share of texts whose class, or all of whose labels, a head tells rightly"),
     "macro_f1": Metric("class", True, "mean over classes of 2 TP / (2 TP + FP + FN), as a head tells them", of_set=macro_f1),
     "micro_f1": Metric("class", True, "2 TP / (2 TP + FP + FN) over all classes together, as a head tells them", of_set=micro_f1),
@@ -83,17 +87,17 @@ METRICS: Mapping[str, Metric] = {
         "mean precision at each text of a class by a head's probability, a mean over classes",
         of_set=average_precision,
     ),
-    "calibration_error": Metric(
+    "expected_calibration_error": Metric(
         "class", False, f"expected calibration error of a head's probabilities, in {BINS} bins", of_set=calibration_error
     ),
     "entity_f1": Metric(
         "tags", True, "2 TP / (2 TP + FP + FN) of entities, right by name and both ends, as a head tags words", of_set=entity_f1
     ),
     "tag_accuracy": Metric("tags", True, "share of words whose tag a head tells rightly"),
-    "absolute_error": Metric("value", False, "mean distance of a head's number from the row's"),
-    "scored": Metric("score", True, "share of pairs whose chosen answer a head scores higher, a tie being a half"),
-    "found_first": Metric("vector", True, "share of questions whose text is nearest of all texts of the set"),
-    "reciprocal_rank": Metric("vector", True, "mean of one over the place of a question's text among all texts of the set"),
+    "mean_absolute_error": Metric("value", False, "mean distance of a head's number from the row's"),
+    "reward_accuracy": Metric("score", True, "share of pairs whose chosen answer a head scores higher, a tie being a half"),
+    "recall_at_1": Metric("vector", True, "share of questions whose text is nearest of all texts of the set"),
+    "mean_reciprocal_rank": Metric("vector", True, "mean of one over the place of a question's text among all texts of the set"),
     "recall_at_10": Metric("vector", True, "share of questions whose text is among the ten nearest of all texts of the set"),
     "ndcg_at_10": Metric(
         "vector", True, "mean of 1 over the log of 1 + a question's text's place to the base 2, 0 behind the tenth"

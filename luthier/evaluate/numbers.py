@@ -83,7 +83,7 @@ def entries_of(
             raise LuthierError(
                 "the model gives numbers that are not finite",
                 where=f"{row.where} (row {row.id})",
-                mend="use another precision, or leave the row out",
+                fix="use another precision, or leave the row out",
             )
         yield found.pop(place)
 

@@ -18,7 +18,7 @@ def overlap(train_rows: Iterable[Row], eval_rows: Sequence[Row]) -> list[tuple[s
 
     Two rows overlap where they ask the same and their answers agree, or where they are the same document. Case,
     punctuation and spacing do not count. Answers agree where one stands in the other as whole words; a row without an
-    answer agrees with every answer. The same answer to a question in other words is no overlap: such are held-back
+    answer agrees with every answer. The same answer to a question in other words is no overlap: such are held-out
     phrasings.
 
     Returns:

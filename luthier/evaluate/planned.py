@@ -17,9 +17,9 @@ BY_HEAD = {
     "labels": ("text+label", "macro_f1"),
     "tags": ("text+tags", "tag_accuracy"),
     "entities": ("text+tags", "entity_f1"),
-    "value": ("text+label", "absolute_error"),
-    "score": (PAIR, "scored"),
-    "vector": ("members", "reciprocal_rank"),
+    "value": ("text+label", "mean_absolute_error"),
+    "score": (PAIR, "reward_accuracy"),
+    "vector": ("members", "mean_reciprocal_rank"),
 }
 """By what a head's numbers mean: the rows that it is measured on unless a recipe says otherwise, and the metric."""
 
@@ -45,7 +45,7 @@ def evaluation_sets(sets: Mapping[str, EvaluationSet], train: TrainRecipe, head:
             metric = by_head
         asked = one.combine is not None or one.deviations is not None
         how = combination(one.combine, one.deviations, f"evaluate.{name}") if asked else None
-        found.append(EvalSet(name, rows, metric, one.side, one.max_new_tokens, one.limit, how))
+        found.append(EvalSet(name, rows, metric, one.role, one.max_new_tokens, one.limit, how))
     return found
 
 
@@ -59,23 +59,23 @@ def check_evaluations(sets: Mapping[str, EvaluationSet], train: TrainRecipe) -> 
         raise LuthierError(
             "there is no evaluation set to measure during training",
             where="train.evaluate_every",
-            mend="add `evaluate: {name: {rows: FILE}}`, or leave the key out",
+            fix="add `evaluate: {name: {rows: FILE}}`, or leave the key out",
         )
     if train.best is not None and train.best not in sets:
         raise LuthierError(
             f"`best` names `{train.best}`, which is no evaluation set",
             where="train.best",
-            mend=nearest(train.best, sets) or "add the set under `evaluate`",
+            fix=nearest(train.best, sets) or "add the set under `evaluate`",
         )
     if train.patience is not None and train.best is None:
         raise LuthierError(
             "`patience` waits for a better result, and `best` does not say of which evaluation set",
             where="train.patience",
-            mend=f"add `best: {next(iter(sets), 'NAME')}`, or leave the key out",
+            fix=f"add `best: {next(iter(sets), 'NAME')}`, or leave the key out",
         )
     if train.best is not None and train.evaluate_every is None:
         raise LuthierError(
             f"`best` keeps the weights at which `{train.best}` was best, and nothing is measured during training",
             where="train.best",
-            mend="add `evaluate_every: STEPS`, or leave the key out",
+            fix="add `evaluate_every: STEPS`, or leave the key out",
         )

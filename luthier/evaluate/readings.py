@@ -31,7 +31,7 @@ def row_head_of(tune: Tune) -> Head:
     if tune.head is None:
         raise LuthierError(
             "this model has no head that reads rows",
-            mend="name a run that trained one, with objective: classify, regress or reward_model",
+            fix="name a run that trained one, with objective: classify, regress or reward_model",
         )
     return tune.head[1]
 
@@ -75,7 +75,7 @@ def readings_by_row(tune: Tune, rows: Sequence[Encoded], *, batch_tokens: int = 
         raise LuthierError(
             f"the head gives numbers that are not finite for {len(broken)} of {len(rows)} rows",
             where=f"{first.where} (row {first.id})",
-            mend="lower the learning rate, or use precision fp32",
+            fix="lower the learning rate, or use precision fp32",
         )
     return [found[place] for place in range(len(rows))]
 
@@ -100,7 +100,7 @@ def check_read(tune: Tune, tokenizer: PreTrainedTokenizerBase, row: Row, ids: Se
         raise LuthierError(
             f"{len(ids)} tokens{answer} exceed the model's context of {limit}",
             where=f"{row.where} (row {row.id})",
-            mend="shorten or split the row" + (", or lower max_new_tokens" if len(ids) < limit else ""),
+            fix="shorten or split the row" + (", or lower max_new_tokens" if len(ids) < limit else ""),
         )
 
 
@@ -121,7 +121,7 @@ def answer_scores(
     head = row_head_of(tune)
     if head.means != "score":
         raise LuthierError(
-            f"the head of this model gives each row a {head.means}, and no score", mend="name a run of objective: reward_model"
+            f"the head of this model gives each row a {head.means}, and no score", fix="name a run of objective: reward_model"
         )
     form = form_of(tokenizer)
     encoded = [

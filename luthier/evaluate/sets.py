@@ -1,4 +1,4 @@
-"""Evaluation sets: rows, a metric and a side, and what a model reaches on them."""
+"""Evaluation sets: rows, a metric and a role, and what a model reaches on them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from luthier.rows.shapes import Row
 from luthier.training.readout import MEAN, Combination
 from luthier.tune import Tune
 
-Side = Literal["learnt", "kept"]
+Role = Literal["target", "retention"]
 
 NEEDED_SHAPES = {
     "generation": "a `prompt` and an `answer`",
@@ -54,7 +54,7 @@ class EvalSet:
         name: what reports call it.
         rows: read rows, all of a shape the metric can score.
         metric: one of `METRICS`; None: what `default_metric` chooses.
-        side: `learnt`: what training should teach; `kept`: what it should leave alone.
+        role: `target`: what training should teach; `retention`: what it should leave alone.
         max_new_tokens: the longest answer that is generated.
         limit: use only this many rows, from the start.
         combination: how the scores of a reward model's members become one; None: their mean.
@@ -66,7 +66,7 @@ class EvalSet:
     name: str
     rows: Sequence[Row]
     metric: str | None = None
-    side: Side = "learnt"
+    role: Role = "target"
     max_new_tokens: int = 48
     limit: int | None = None
     combination: Combination | None = None
@@ -74,18 +74,18 @@ class EvalSet:
     def __post_init__(self) -> None:
         place = f"evaluation set `{self.name}`"
         if not self.used:
-            raise LuthierError("the set has no rows", where=place, mend="add rows, or remove the set")
+            raise LuthierError("the set has no rows", where=place, fix="add rows, or remove the set")
         if self.metric is not None and self.metric not in METRICS:
-            raise LuthierError(f"there is no metric `{self.metric}`", where=place, mend=nearest(self.metric, METRICS))
-        if self.side not in get_args(Side):
-            raise LuthierError(f"the side is `{self.side}`", where=place, mend="write learnt or kept")
+            raise LuthierError(f"there is no metric `{self.metric}`", where=place, fix=nearest(self.metric, METRICS))
+        if self.role not in get_args(Role):
+            raise LuthierError(f"the role is `{self.role}`", where=place, fix="write target or retention")
         for row in self.used:
             _check_shape(row, self.chosen_metric, place)
         if self.combination is not None and METRICS[self.chosen_metric].needs != "score":
             raise LuthierError(
                 f"`{self.combination.how}` combines scores of a reward model's members, and `{self.chosen_metric}` measures none",
                 where=place,
-                mend="leave `combine` and `deviations` out, or use the metric scored",
+                fix="leave `combine` and `deviations` out, or use the metric scored",
             )
 
     @property
@@ -106,7 +106,7 @@ class SetResult:
     Args:
         name: the set's.
         metric: one of `METRICS`.
-        side: as in `EvalSet`.
+        role: as in `EvalSet`.
         value: the weighted mean of the items' scores; for perplexity, e to its power.
         interval: 95 % interval of the value; None where there are too few items to tell.
         n: items.
@@ -116,7 +116,7 @@ class SetResult:
 
     name: str
     metric: str
-    side: Side
+    role: Role
     value: float
     interval: Interval | None
     n: int
@@ -154,12 +154,12 @@ def _of_set(plain: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def default_metric(rows: Sequence[Row]) -> str:
-    """The metric for rows of a shape: `choice` for multiple choice, `contains` for prompts with answers, `preferred` for two answers of
-    which one is better, `perplexity` for documents, `entity_f1` for labels of words, else `loss`."""
+    """The metric for rows of a shape: `choice` for multiple choice, `contains` for prompts with answers, `preference_accuracy` for two
+    answers of which one is better, `perplexity` for documents, `entity_f1` for labels of words, else `loss`."""
     by_shape = {
         "prompt+choices+answer": "choice",
         "prompt+answer": "contains",
-        PAIR: "preferred",
+        PAIR: "preference_accuracy",
         "text": "perplexity",
         "text+tags": "entity_f1",
     }
@@ -229,7 +229,7 @@ def _placed(one: EvalSet) -> Iterator[None]:
         yield
     except LuthierError as problem:
         where = f"evaluation set `{one.name}`" + (f", {problem.where}" if problem.where else "")
-        raise LuthierError(problem.what, where=where, mend=problem.mend) from problem
+        raise LuthierError(problem.what, where=where, fix=problem.fix) from problem
 
 
 def result_of(one: EvalSet, items: Sequence[Item], asked: str) -> SetResult:
@@ -240,7 +240,7 @@ def result_of(one: EvalSet, items: Sequence[Item], asked: str) -> SetResult:
         numbers_NM = numbers_of(items)
         several = len(items) >= FEWEST
         interval = resampled(lambda chosen_N: of_set(numbers_NM[chosen_N]), rows=len(items)) if several else None
-        return SetResult(one.name, metric, one.side, of_set(numbers_NM), interval, len(items), asked, tuple(items))
+        return SetResult(one.name, metric, one.role, of_set(numbers_NM), interval, len(items), asked, tuple(items))
     score_N = numpy.array([item.score for item in items])
     weight_N = numpy.array([item.weight for item in items])
     value = float(statistic(numpy.average(score_N, weights=weight_N)))
@@ -249,7 +249,7 @@ def result_of(one: EvalSet, items: Sequence[Item], asked: str) -> SetResult:
         interval = wilson(int(score_N.sum()), len(items))
     elif len(items) >= FEWEST:
         interval = bootstrap(score_N[None], weight_N, lambda mean_MS: statistic(mean_MS[0]))
-    return SetResult(one.name, metric, one.side, value, interval, len(items), asked, tuple(items))
+    return SetResult(one.name, metric, one.role, value, interval, len(items), asked, tuple(items))
 
 
 def statistic_of(metric: str) -> Callable[[Numbers], Numbers]:
@@ -304,7 +304,7 @@ def _chosen(tune: Tune, tokenizer: PreTrainedTokenizerBase, one: EvalSet, batch_
 
 
 def _preferred(tune: Tune, tokenizer: PreTrainedTokenizerBase, one: EvalSet, batch_tokens: int) -> tuple[list[Item], Any]:
-    per_token = one.chosen_metric == "preferred_normalized"
+    per_token = one.chosen_metric == "preference_accuracy_normalized"
     flat = _pairs(tune, tokenizer, one)
     found = likelihoods(tune, flat, batch_tokens=batch_tokens)
     likely = [-each.nats / (each.targets if per_token else 1) for each in found]
@@ -433,21 +433,21 @@ def _check_shape(row: Row, metric: str, place: str) -> None:
         raise LuthierError(
             f"`{metric}` needs rows with {needed}, and this row is `{row.shape}`",
             where=place,
-            mend="change the row" + (f", or use another metric: {fitting}" if fitting else ""),
+            fix="change the row" + (f", or use another metric: {fitting}" if fitting else ""),
         )
     if known.needs == "generation" and known.compares:
         if not all(one.strip() for one in accepted_answers(row)):
             raise LuthierError(
                 "an accepted answer is empty, and a model that says nothing would be right",
                 where=place,
-                mend="give the answer as text (a call as JSON, with the metric tool_call), or measure the loss",
+                fix="give the answer as text (a call as JSON, with the metric tool_call), or measure the loss",
             )
         unreadable = next((one for one in accepted_answers(row) if not known.readable(one)), None)
         if unreadable is not None:
             raise LuthierError(
                 f"no answer could ever equal `{unreadable}`: `{metric}` measures the {known.meaning}",
                 where=place,
-                mend="change the accepted answer, or use another metric",
+                fix="change the accepted answer, or use another metric",
             )
 
 
@@ -476,9 +476,7 @@ def _fits(row: Row, metric: Metric) -> bool:
 def _check_target(row: Row, encoded: Encoded) -> None:
     if not any(encoded.supervised):
         reasons = "; ".join(encoded.notes) or "it is a single token"
-        raise LuthierError(
-            f"the row has no token to predict: {reasons}", where=f"{row.where} (row {row.id})", mend="change the row"
-        )
+        raise LuthierError(f"the row has no token to predict: {reasons}", where=f"{row.where} (row {row.id})", fix="change the row")
 
 
 def _hash(value: Any) -> str:

@@ -82,7 +82,7 @@ def _over_classes(numbers_NM: Numbers, value: Callable[[Numbers, Numbers], float
     both_K = (right_NK.sum(0) > 0) & (right_NK.sum(0) < len(right_NK))
     if not both_K.any():
         what = "no class is that of some rows and not of others, so nothing can be told apart"
-        raise LuthierError(what, mend="add rows of other classes")
+        raise LuthierError(what, fix="add rows of other classes")
     return float(numpy.mean([value(right_NK[:, k], probability_NK[:, k]) for k in both_K.nonzero()[0]]))
 
 

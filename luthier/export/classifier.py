@@ -139,7 +139,7 @@ def _impossible(tune: Tune, why: str) -> LuthierError:
     return LuthierError(
         f"this result cannot be written for classification: {why}",
         where=tune.parts.architecture,
-        mend="use the run itself, with luthier.open_run",
+        fix="use the run itself, with luthier.open_run",
     )
 
 
@@ -173,6 +173,6 @@ def _check(folder: Path, ids: Sequence[Sequence[int]], expected: Sequence[Tensor
         raise LuthierError(
             f"the saved model says other things: its numbers differ by {max(differences):g}, where rounding explains {allowed:g}",
             where=type(reloaded).__name__,
-            mend="use the run itself, with luthier.open_run",
+            fix="use the run itself, with luthier.open_run",
         )
     return max(differences)

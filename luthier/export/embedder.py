@@ -120,6 +120,6 @@ def _check(tune: Tune, folder: Path, pool: str, expected_BD: Tensor) -> float:
         raise LuthierError(
             f"the saved model gives other vectors: they differ by {difference:g}, where rounding explains {allowed:g}",
             where=type(reloaded).__name__,
-            mend="use the run itself, with luthier.open_run",
+            fix="use the run itself, with luthier.open_run",
         )
     return difference

@@ -37,7 +37,7 @@ def new_file(file: Path) -> Iterator[Path]:
 @contextmanager
 def _new(path: Path, kind: str) -> Iterator[Path]:
     if path.exists():
-        raise LuthierError(f"the {kind} exists already", where=str(path), mend="name another, or remove it")
+        raise LuthierError(f"the {kind} exists already", where=str(path), fix="name another, or remove it")
     # Its ending stays: readers go by it.
     beside = path.with_name(f".{os.getpid()}.{path.name}")
     try:
@@ -46,7 +46,7 @@ def _new(path: Path, kind: str) -> Iterator[Path]:
         disk.as_others(beside)
         beside.rename(path)
     except OSError as error:
-        raise LuthierError(f"the {kind} cannot be written: {error}", where=str(path), mend="name a place to write to") from error
+        raise LuthierError(f"the {kind} cannot be written: {error}", where=str(path), fix="name a place to write to") from error
     finally:
         with suppress(OSError):
             disk.remove(beside)

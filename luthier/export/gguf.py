@@ -85,7 +85,7 @@ def export_gguf(tune: Tune, tokenizer: PreTrainedTokenizerBase, file: str | Path
     weights = _weights(tune, weights)
     architecture = _architecture(tune)
     if file.suffix != ".gguf":
-        raise LuthierError(f"`{file.name}` does not end in .gguf", where="export_gguf", mend=f"name it {file.stem}.gguf")
+        raise LuthierError(f"`{file.name}` does not end in .gguf", where="export_gguf", fix=f"name it {file.stem}.gguf")
     ids = [tokenizer(text)["input_ids"] for text in PROBES]
     with merged(tune), new_file(file) as beside:
         writer = gguf.GGUFWriter(beside, gguf.MODEL_ARCH_NAMES[architecture.number], use_temp_file=True)
@@ -110,10 +110,10 @@ def _weights(tune: Tune, weights: str) -> str:
     if weights == "auto":
         dtype = next(tune.model.parameters()).dtype
         if dtype not in _OF_DTYPE:
-            raise LuthierError(f"GGUF has no weights of type {dtype}", where="weights", mend="choose weights: f32")
+            raise LuthierError(f"GGUF has no weights of type {dtype}", where="weights", fix="choose weights: f32")
         return _OF_DTYPE[dtype]
     if weights not in WEIGHTS:
-        raise LuthierError(f"there are no weights `{weights}`", where="weights", mend=nearest(weights, ["auto", *WEIGHTS]))
+        raise LuthierError(f"there are no weights `{weights}`", where="weights", fix=nearest(weights, ["auto", *WEIGHTS]))
     return weights
 
 
@@ -128,7 +128,7 @@ def _architecture(tune: Tune) -> _Architecture:
         raise LuthierError(
             f"the architecture `{config.model_type}` has no GGUF export",
             where=type(tune.model).__name__,
-            mend=f"export the model, and convert it with llama.cpp's own converter; here are: {', '.join(ARCHITECTURES)}",
+            fix=f"export the model, and convert it with llama.cpp's own converter; here are: {', '.join(ARCHITECTURES)}",
         )
     rotary = config.rope_parameters.get("rope_type", "default")
     # Qwen2 and Qwen3 state a window that they do not use unless they also say so.
@@ -138,7 +138,7 @@ def _architecture(tune: Tune) -> _Architecture:
         raise LuthierError(
             f"{what} cannot be checked in GGUF",
             where="config.json",
-            mend="export the model, and convert it with llama.cpp's own converter",
+            fix="export the model, and convert it with llama.cpp's own converter",
         )
     return ARCHITECTURES[config.model_type]
 
@@ -172,7 +172,7 @@ def _tensors(tune: Tune, architecture: _Architecture) -> Iterator[tuple[str, np.
             raise LuthierError(
                 f"`{name}` has no place in GGUF's {gguf.MODEL_ARCH_NAMES[architecture.number]}",
                 where=type(tune.model).__name__,
-                mend="export the model, and convert it with llama.cpp's own converter",
+                fix="export the model, and convert it with llama.cpp's own converter",
             )
         values = tensor.float().cpu()
         if architecture.turns_neighbors and name in turned:
@@ -207,7 +207,7 @@ def _check_model(tune: Tune, file: Path, ids: list[list[int]], weights: str) -> 
         raise LuthierError(
             f"the file gives other outputs: logits differ by up to {difference:g}, distributions by {kl:g} nats a token",
             where=type(tune.model).__name__,
-            mend="choose weights with more digits; where these are f32, GGUF does not hold this architecture as it is",
+            fix="choose weights with more digits; where these are f32, GGUF does not hold this architecture as it is",
         )
     pairs = [pair for row in ids for pair in zip(_greedy(tune.model, row), _greedy(reloaded, row), strict=True)]
     same = sum(one == other for one, other in pairs) / len(pairs)
@@ -221,7 +221,7 @@ def _check_weights(expected: dict[str, Tensor], found: dict[str, Tensor], weight
         raise LuthierError(
             f"{len(wrong)} of {len(expected)} tensors differ after saving and loading by more than {weights} rounds",
             where=wrong[0],
-            mend="GGUF does not hold this model as it is; export the model",
+            fix="GGUF does not hold this model as it is; export the model",
         )
 
 

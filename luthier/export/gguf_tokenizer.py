@@ -56,13 +56,13 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, file: Path) -> None:
         raise LuthierError(
             "the chat templates differ when they are read from the file: " + ", ".join(written),
             where=type(tokenizer).__name__,
-            mend="call them by names of letters and digits, with `_` between",
+            fix="call them by names of letters and digits, with `_` between",
         )
     if _seen(tokenizer) != _seen(reloaded):
         raise LuthierError(
             "the tokenizer cuts text differently when it is read from the file",
             where=type(tokenizer).__name__,
-            mend="export the model, and convert it with llama.cpp's own converter",
+            fix="export the model, and convert it with llama.cpp's own converter",
         )
 
 
@@ -86,7 +86,7 @@ def _check_added(state: dict[str, Any], tokenizer: Any) -> None:
             raise LuthierError(
                 f"GGUF cannot hold that the added token `{token}` is {' and '.join(flags)}: readers would cut text otherwise",
                 where=f"{type(tokenizer).__name__}: added tokens",
-                mend="export the model, or train with a tokenizer whose added tokens stand for their own text alone",
+                fix="export the model, or train with a tokenizer whose added tokens stand for their own text alone",
             )
 
 
@@ -108,7 +108,7 @@ def _state(tokenizer: Any) -> dict[str, Any]:
         raise LuthierError(
             "this kind of tokenizer has no GGUF export: it is no byte-level BPE with merges",
             where=type(tokenizer).__name__,
-            mend="export the model, and convert it with llama.cpp's own converter",
+            fix="export the model, and convert it with llama.cpp's own converter",
         )
     return state
 
@@ -128,7 +128,7 @@ def _pre_tokenizer(state: dict[str, Any], tokenizer: Any) -> str:
     raise LuthierError(
         "llama.cpp has no name that luthier knows for the way this tokenizer cuts text",
         where=f"{type(tokenizer).__name__}: pre_tokenizer",
-        mend="export the model, and convert it with llama.cpp's own converter",
+        fix="export the model, and convert it with llama.cpp's own converter",
     )
 
 
@@ -139,7 +139,7 @@ def _tokens(tokenizer: Any, vocabulary: int) -> tuple[list[str], list[int]]:
         raise LuthierError(
             f"the tokenizer has ids up to {max(texts)}, and the model only {vocabulary} tokens",
             where=type(tokenizer).__name__,
-            mend="use the tokenizer that belongs to the model",
+            fix="use the tokenizer that belongs to the model",
         )
     added = tokenizer.added_tokens_decoder
     tokens: list[str] = []

@@ -138,7 +138,7 @@ def save(model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
         raise LuthierError(
             f"transformers refuses to save this model: {error}",
             where=type(model).__name__,
-            mend="correct the model's generation configuration",
+            fix="correct the model's generation configuration",
         ) from error
 
 
@@ -154,7 +154,7 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
         raise LuthierError(
             "the tokenizer cuts text differently after saving",
             where=type(tokenizer).__name__,
-            mend="keep the tokenizer's own files beside the weights, and report which tokenizer this is",
+            fix="keep the tokenizer's own files beside the weights, and report which tokenizer this is",
         )
 
 
@@ -181,7 +181,7 @@ def _check_model(tune: Tune, folder: Path, ids: Sequence[Sequence[int]], expecte
         raise LuthierError(
             f"{len(wrong)} of {len(weights)} tensors differ after saving and loading",
             where=wrong[0],
-            mend="transformers does not write this architecture as it reads it; keep the delta instead",
+            fix="transformers does not write this architecture as it reads it; keep the delta instead",
         )
     pairs = list(zip(outputs(reloaded, ids), expected, strict=True))
     difference = max(float((one - other).abs().max()) for one, other in pairs)
@@ -191,7 +191,7 @@ def _check_model(tune: Tune, folder: Path, ids: Sequence[Sequence[int]], expecte
         raise LuthierError(
             f"the saved model gives other outputs: they differ by {difference:g}, where rounding explains {allowed:g}",
             where=type(tune.model).__name__,
-            mend="compare config.json with the configuration of the base",
+            fix="compare config.json with the configuration of the base",
         )
     return difference
 

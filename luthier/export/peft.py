@@ -21,10 +21,10 @@ from luthier.export.folder import new_folder
 from luthier.export.peft_adapter import CONFIG, PREFIX, TENSORS, Adapter, write_adapter
 from luthier.export.peft_base import base_of
 from luthier.export.peft_beside import WEIGHTS_ALONE, writer_of
-from luthier.kinds import Additive, Place, Services, Tensors
+from luthier.kinds import Place, Services, Tensors, WeightDelta
 from luthier.kinds.parts import Parts
 from luthier.machine import versions
-from luthier.methods.additive.lora import lora
+from luthier.methods.weight_delta.lora import lora
 from luthier.models.fingerprint import fingerprint as fingerprint_of
 from luthier.models.load import ModelSource
 from luthier.tune import Tune
@@ -76,7 +76,7 @@ def export_peft(tune: Tune, folder: str | Path, base: ModelSource | str, *, fing
         LuthierError: the folder exists, the tune holds something that PEFT cannot, or its weights are not the base's.
     """
     if tune.merged is not None:
-        raise LuthierError("the model is merged", where="export_peft", mend="call unmerge() first")
+        raise LuthierError("the model is merged", where="export_peft", fix="call unmerge() first")
     beside = writer_of(tune)
     if beside is None:
         _refuse_other_kinds(tune)
@@ -87,7 +87,7 @@ def export_peft(tune: Tune, folder: str | Path, base: ModelSource | str, *, fing
         raise LuthierError(
             "numbers of the model itself changed, and an adapter would lose that",
             where="export_peft",
-            mend="export the model" if beside is None else WEIGHTS_ALONE,
+            fix="export the model" if beside is None else WEIGHTS_ALONE,
         )
     adapter = (beside or _low_rank)(tune)
     named = base_of(base)
@@ -110,7 +110,7 @@ def export_peft(tune: Tune, folder: str | Path, base: ModelSource | str, *, fing
     }
 
 
-def load_peft(folder: str | Path, tune: Tune, *, force: bool = False) -> Additive:
+def load_peft(folder: str | Path, tune: Tune, *, force: bool = False) -> WeightDelta:
     """A PEFT LoRA adapter as a technique: `tune.add(slot, load_peft(folder, tune), services, {})` attaches it.
 
     Where the adapter has nothing for a place of the roles it reaches, the delta has rank 0. An adapter of a fused
@@ -146,10 +146,10 @@ def load_peft(folder: str | Path, tune: Tune, *, force: bool = False) -> Additiv
     roles = tuple(dict.fromkeys(place.role for found in places.values() for place in found))
     # Its factors come from `start`, so the rank only serves to scale by alpha itself.
     same = lora(rank=1, alpha=scale, dropout=config["lora_dropout"])
-    return same._replace(start=start, roles=roles)
+    return same._replace(start=start, target_modules=roles)
 
 
-def parted(delta: Delta, parts: Parts) -> tuple[Delta, Additive | None]:
+def parted(delta: Delta, parts: Parts) -> tuple[Delta, WeightDelta | None]:
     """A delta's changes of single numbers, and its low-rank ones as a technique that can stand beside the weights.
 
     Args:
@@ -174,7 +174,7 @@ def parted(delta: Delta, parts: Parts) -> tuple[Delta, Additive | None]:
         return {"down": form.down_RI, "up": form.scale * form.up_OR}
 
     roles = tuple(dict.fromkeys(place.role for place in places))
-    return rest, lora(rank=1, alpha=1.0)._replace(start=start, roles=roles)
+    return rest, lora(rank=1, alpha=1.0)._replace(start=start, target_modules=roles)
 
 
 def _refuse_other_kinds(tune: Tune) -> None:
@@ -186,7 +186,7 @@ def _refuse_other_kinds(tune: Tune) -> None:
         raise LuthierError(
             f"`{other}` is no low-rank delta that PEFT could add to the base",
             where="export_peft",
-            mend="export the model, or keep the delta",
+            fix="export the model, or keep the delta",
         )
 
 
@@ -194,7 +194,7 @@ def _additions(tune: Tune) -> list[Addition]:
     return [one for site in tune.sites.values() for one in site.additions]
 
 
-def _has_factors(value: Additive) -> bool:
+def _has_factors(value: WeightDelta) -> bool:
     return value.pair is not None or value.factors is not None
 
 
@@ -217,7 +217,7 @@ def _by_module(tune: Tune) -> dict[str, Factors]:
         if factors.rank:
             groups.setdefault(one.place.module, []).append((one.place, factors))
     if not groups:
-        raise LuthierError("nothing low-rank stands beside the weights", where="export_peft", mend="export the model")
+        raise LuthierError("nothing low-rank stands beside the weights", where="export_peft", fix="export the model")
     return {module: _joined(tune, group) for module, group in groups.items()}
 
 
@@ -270,10 +270,10 @@ def _read_config(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise LuthierError(f"the adapter cannot be read: {error}", where=str(path), mend="name a PEFT adapter's folder") from error
+        raise LuthierError(f"the adapter cannot be read: {error}", where=str(path), fix="name a PEFT adapter's folder") from error
     kind = config.get("peft_type") if isinstance(config, dict) else None
     if kind != "LORA":
-        raise LuthierError(f"this is no LoRA adapter but `{kind}`", where=str(path), mend="only LoRA adapters are read")
+        raise LuthierError(f"this is no LoRA adapter but `{kind}`", where=str(path), fix="only LoRA adapters are read")
     start = config.get("init_lora_weights")
     refused = [f"{key}: {config[key]}" for key in _REFUSED if config.get(key)]
     refused += [f"bias: {config['bias']}"] if config.get("bias", "none") != "none" else []
@@ -282,11 +282,11 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise LuthierError(
             f"the adapter is more than two factors beside the base ({refused[0]})",
             where=str(path),
-            mend="merge it with PEFT and name the merged model",
+            fix="merge it with PEFT and name the merged model",
         )
     dropout = config.get("lora_dropout", 0.0)
     if not isinstance(dropout, int | float):
-        raise LuthierError(f"the dropout is {dropout!r}", where=f"{path}: lora_dropout", mend="use a number")
+        raise LuthierError(f"the dropout is {dropout!r}", where=f"{path}: lora_dropout", fix="use a number")
     return {**config, "lora_dropout": float(dropout)}
 
 
@@ -296,13 +296,13 @@ def _read_tensors(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise LuthierError(
             "the adapter is pickled, and unpickling runs whatever code the file holds",
             where=str(folder),
-            mend="if you trust the file, load it with PEFT and save it again, which writes safetensors",
+            fix="if you trust the file, load it with PEFT and save it again, which writes safetensors",
         )
     try:
         with safe_open(path, "pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
-        raise LuthierError(f"the adapter cannot be read: {error}", where=str(path), mend="copy it again") from error
+        raise LuthierError(f"the adapter cannot be read: {error}", where=str(path), fix="copy it again") from error
 
 
 def _check_base(tune: Tune, wanted: str | None, name: str | None, folder: Path) -> None:
@@ -314,7 +314,7 @@ def _check_base(tune: Tune, wanted: str | None, name: str | None, folder: Path) 
         raise LuthierError(
             f"the adapter belongs to {name or 'another model'} ({wanted[:12]}), and this model is {found[:12]}",
             where=str(folder),
-            mend="load the adapter's base in the same type, or force it if you know better",
+            fix="load the adapter's base in the same type, or force it if you know better",
         )
 
 
@@ -334,7 +334,7 @@ def _without_base(tensors: Mapping[str, Tensor], tune: Tune, folder: Path) -> di
             raise LuthierError(
                 f"the adapter comes with other numbers for `{name}` than the model has",
                 where=str(folder),
-                mend="merge the adapter with PEFT and name the merged model",
+                fix="merge the adapter with PEFT and name the merged model",
             )
     return factors
 
@@ -346,12 +346,12 @@ def _factors(tensors: Mapping[str, Tensor], config: Mapping[str, Any], folder: P
     for name, tensor in tensors.items():
         match = known.fullmatch(name)
         if match is None:
-            raise LuthierError(f"`{name}` is no factor of a linear map", where=str(folder), mend="merge the adapter with PEFT")
+            raise LuthierError(f"`{name}` is no factor of a linear map", where=str(folder), fix="merge the adapter with PEFT")
         found.setdefault(match[1], {})[match[2]] = tensor
     broken = [m for m, pair in found.items() if set(pair) != {"A", "B"} or any(one.ndim != 2 for one in pair.values())]
     if broken or not found:
         where = broken[0] if broken else str(folder)
-        raise LuthierError("the adapter lacks a factor, or it is no matrix", where=where, mend="copy the adapter again")
+        raise LuthierError("the adapter lacks a factor, or it is no matrix", where=where, fix="copy the adapter again")
     return {
         module: Factors(pair["A"], pair["B"], _scale(module, pair["A"].shape[0], config, folder)) for module, pair in found.items()
     }
@@ -364,13 +364,13 @@ def _scale(module: str, rank: int, config: Mapping[str, Any], folder: Path) -> f
             matches = re.match(rf"(.*\.)?({pattern})$", module) is not None
         except re.error as error:
             raise LuthierError(
-                f"`{pattern}` is no pattern: {error}", where=f"{folder / CONFIG}: alpha_pattern", mend="correct it"
+                f"`{pattern}` is no pattern: {error}", where=f"{folder / CONFIG}: alpha_pattern", fix="correct it"
             ) from error
         if matches:
             alpha = value
             break
     if not isinstance(alpha, int | float) or not rank:
-        raise LuthierError(f"alpha is {alpha!r} at rank {rank}", where=module, mend="correct the adapter's configuration")
+        raise LuthierError(f"alpha is {alpha!r} at rank {rank}", where=module, fix="correct the adapter's configuration")
     return float(alpha / rank**0.5 if config.get("use_rslora") else alpha / rank)
 
 
@@ -383,7 +383,7 @@ def _places(tune: Tune, module: str, factors: Factors, folder: Path) -> list[Pla
         raise LuthierError(
             f"the adapter is for a module `{module}` that the model does not have",
             where=str(folder),
-            mend=nearest(module, {place.module for place in tune.parts.places}) or "load the adapter's base",
+            fix=nearest(module, {place.module for place in tune.parts.places}) or "load the adapter's base",
         )
     shape = tune.region(places[0]._replace(start=None, stop=None)).shape
     if (*factors.up_OR.shape, *factors.down_RI.shape) != (shape[0], factors.rank, factors.rank, shape[-1]):
@@ -391,6 +391,6 @@ def _places(tune: Tune, module: str, factors: Factors, folder: Path) -> list[Pla
         raise LuthierError(
             f"factors of shape {found} do not fit a weight of shape {tuple(shape)}",
             where=module,
-            mend="load the adapter's base",
+            fix="load the adapter's base",
         )
     return places

@@ -38,12 +38,12 @@ def writer_of(tune: Tune) -> Callable[[Tune], Adapter] | None:
         raise LuthierError(
             f"{' and '.join(f'`{slot}`' for slot in slots)} were trained together, and an adapter of PEFT holds one technique",
             where="export_peft",
-            mend=WEIGHTS_ALONE,
+            fix=WEIGHTS_ALONE,
         )
     # A technique used twice is numbered.
     writer = WRITERS.get(re.sub(r"\.\d+$", "", beside[0]))
     if writer is None:
-        raise LuthierError(f"PEFT has no form for `{beside[0]}`", where="export_peft", mend=_instead(tune))
+        raise LuthierError(f"PEFT has no form for `{beside[0]}`", where="export_peft", fix=_instead(tune))
     return writer
 
 
@@ -94,7 +94,7 @@ def scales_adapter(tune: Tune) -> Adapter:
         place = edit.place
         assert place is not None
         if not isinstance(tune.model.get_submodule(place.module), nn.Linear | Conv1D | QuantizedLinear) or not place.tensor:
-            raise LuthierError("PEFT scales linear maps only", where=str(place), mend=_instead(tune))
+            raise LuthierError("PEFT scales linear maps only", where=str(place), fix=_instead(tune))
         width_out, width_in = tune.region(place._replace(start=None, stop=None)).shape
         scale = edit.masters()["scale"]
         scales, width = (outputs, width_out) if edit.value.of == "output" else (inputs, width_in)
@@ -102,7 +102,7 @@ def scales_adapter(tune: Tune) -> Adapter:
         whole[place.start : place.stop] *= 1.0 + scale
     twice = next((module for module in outputs if module in inputs), None)
     if twice is not None:
-        raise LuthierError("PEFT scales what a module reads or what it returns, not both", where=twice, mend=_instead(tune))
+        raise LuthierError("PEFT scales what a module reads or what it returns, not both", where=twice, fix=_instead(tune))
     modules = [*outputs, *inputs]
     config = {
         "peft_type": "IA3",

@@ -64,7 +64,7 @@ def _refuse_positions(tune: Tune) -> None:
         what = f"PEFT counts the prefix among the positions, and rotations of type `{kind}` change with their number"
     else:
         return
-    raise LuthierError(what, where=tune.parts.architecture, mend=INSTEAD)
+    raise LuthierError(what, where=tune.parts.architecture, fix=INSTEAD)
 
 
 def _config(tune: Tune) -> Any:
@@ -117,5 +117,5 @@ def _check(tune: Tune, key_LHPW: Tensor, value_LHPW: Tensor) -> None:
         raise LuthierError(
             f"PEFT would compute other logits with this prefix: they differ by {difference:g}, where rounding explains {allowed:g}",
             where=tune.parts.architecture,
-            mend=INSTEAD,
+            fix=INSTEAD,
         )

@@ -106,18 +106,18 @@ def _check(
         ("top_p", top_p, 0 < top_p <= 1),
     ):
         if not right:
-            mend = "give max_new_tokens from 1, temperature from 0, top_p above 0 and up to 1"
-            raise LuthierError(f"{name} is {value}", mend=mend)
+            fix = "give max_new_tokens from 1, temperature from 0, top_p above 0 and up to 1"
+            raise LuthierError(f"{name} is {value}", fix=fix)
     limit = context_of(tune)
     for index, prompt in enumerate(prompts):
         if not prompt:
-            raise LuthierError("the prompt has no token", where=f"prompt {index}", mend="give at least one token")
+            raise LuthierError("the prompt has no token", where=f"prompt {index}", fix="give at least one token")
         check_ids(prompt, tokenizer, tune.parts.vocabulary, f"prompt {index}")
         if limit is not None and len(prompt) + max_new_tokens > limit:
             raise LuthierError(
                 f"{len(prompt)} tokens and an answer of up to {max_new_tokens} exceed the model's context of {limit}",
                 where=f"prompt {index}",
-                mend="shorten the prompt" + (", or lower max_new_tokens" if len(prompt) < limit else ""),
+                fix="shorten the prompt" + (", or lower max_new_tokens" if len(prompt) < limit else ""),
             )
 
 
@@ -157,7 +157,7 @@ def _decode(
         )
         logits_BV = head(output.last_hidden_state[:, -1])
         if not logits_BV.amax(-1).isfinite().all():
-            raise LuthierError("the model gives numbers that are not finite", mend="lower the learning rate, or use precision fp32")
+            raise LuthierError("the model gives numbers that are not finite", fix="lower the learning rate, or use precision fp32")
         token_B = choose(logits_BV, number_B[alive_B], step)
         goes_on_B = ~torch.isin(token_B, ends)
         for row, token, goes_on in zip(alive_B.tolist(), token_B.tolist(), goes_on_B.tolist(), strict=True):

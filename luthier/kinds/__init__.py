@@ -19,6 +19,7 @@ from luthier.kinds.objective import (
     Combine,
     Head,
     InputMap,
+    LossTerm,
     Means,
     PairLoss,
     Pairs,
@@ -29,7 +30,6 @@ from luthier.kinds.objective import (
     Side,
     StepLoss,
     Stored,
-    Term,
     TokenLoss,
     TokenWeight,
     Vocabulary,
@@ -38,15 +38,15 @@ from luthier.kinds.objective import (
 from luthier.kinds.parts import Place
 from luthier.kinds.probe import Cell, Comparison, Drawing, Finding, Line, Probe, Table
 from luthier.kinds.rows import RowLikelihood, RowMap, RowScore, RowServices
-from luthier.kinds.step import Freezing, Keeper, Optimizer, Pass, Source, Transform
-from luthier.kinds.tune import Additive, HiddenEdit, Prefix, Prompt, Refresh, Resize, Seen, Select, Selective
+from luthier.kinds.step import Callback, Freezing, GradientEstimator, GradientTransform, Optimizer, Pass
+from luthier.kinds.tune import Prefix, Prompt, Refresh, RepresentationEdit, Resize, Seen, Select, Selective, WeightDelta
 
 __all__ = [
     "BASE",
     "TEACHER",
-    "Additive",
     "Annotation",
     "Batch",
+    "Callback",
     "Cell",
     "Chunk",
     "Column",
@@ -57,12 +57,13 @@ __all__ = [
     "Finding",
     "Form",
     "Freezing",
+    "GradientEstimator",
+    "GradientTransform",
     "Head",
-    "HiddenEdit",
     "InputMap",
-    "Keeper",
     "Likeliest",
     "Line",
+    "LossTerm",
     "Means",
     "Now",
     "Optimizer",
@@ -78,6 +79,7 @@ __all__ = [
     "Reading",
     "Reference",
     "Refresh",
+    "RepresentationEdit",
     "Resize",
     "RowLikelihood",
     "RowMap",
@@ -89,20 +91,18 @@ __all__ = [
     "Selective",
     "Services",
     "Side",
-    "Source",
     "State",
     "StepLoss",
     "StepTable",
     "Stored",
     "Table",
     "Tensors",
-    "Term",
     "TokenLoss",
     "TokenWeight",
     "TrainedLike",
-    "Transform",
     "View",
     "Vocabulary",
+    "WeightDelta",
     "Written",
     "sides_of",
 ]

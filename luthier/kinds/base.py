@@ -171,7 +171,7 @@ class TrainedLike(Protocol):
     axis: int
     master: Tensor
     gradient: Tensor | None
-    """In a keeper that needs gradients: what the optimizer received in this step."""
+    """In a callback that needs gradients: what the optimizer received in this step."""
 
     @property
     def anchor(self) -> Tensor | None:

@@ -146,7 +146,7 @@ def at_targets(batch: Batch, name: str, row_N: Tensor, position_N: Tensor) -> Te
         return column_BT[row_N, position_N]
     if len(row_N):
         raise RuntimeError(
-            f"the rows carry no `{name}` for each token: TokenWeight(..., annotation=Annotation(...)), or Term(..., stored=Stored(...))"
+            f"the rows carry no `{name}` for each token: TokenWeight(..., annotation=Annotation(...)), or LossTerm(..., stored=Stored(...))"
         )
     return torch.zeros((0, 1) if name in TEACHER[:2] else 0, device=row_N.device)
 

@@ -64,7 +64,7 @@ class InputMap(NamedTuple):
     embed: Callable[[Tensor, Batch, Reading], Tensor] | None = None
 
 
-class Term(NamedTuple):
+class LossTerm(NamedTuple):
     """What is minimized? Every objective is lowered to this.
 
     `total(view, own)` returns a *sum* over the unit; the loop alone divides, by the units of the whole step. `count(batch)` counts
@@ -98,15 +98,15 @@ class Term(NamedTuple):
 
 
 class TokenLoss(NamedTuple):
-    """A loss for each target: `loss(view)` returns [N]. The spelling of a Term that most objectives need."""
+    """A loss for each target: `loss(view)` returns [N]. The spelling of a LossTerm that most objectives need."""
 
     loss: Callable[[View], Tensor]
     columns: tuple[str | Column, ...] = ("nll",)
     weight: float = 1.0
     penalty: bool = False
-    """As a Term's."""
+    """As a LossTerm's."""
     stored: Stored | None = None
-    """As a Term's."""
+    """As a LossTerm's."""
 
 
 class Side(NamedTuple):
@@ -174,16 +174,17 @@ class Reference(NamedTuple):
     read: Callable[[View], Tensor]
     columns: tuple[str | Column, ...] = ()
     check: Callable[[Batch], None] | None = None
-    """That of a Term."""
+    """That of a LossTerm."""
     stored: Stored | None = None
-    """That of a Term."""
+    """That of a LossTerm."""
 
 
 class PairLoss(NamedTuple):
     """Which of two answers is preferred? `loss(pairs)` returns [P], in nats or as its paper has it.
 
-    The spelling of a Term over rows of a prompt, a chosen and a rejected answer, which are always in one micro-batch; the loop divides by
-    the pairs of the whole step. With `reference` the pairs hold the likelihoods under the run's reference. `check` is that of a Term.
+    The spelling of a LossTerm over rows of a prompt, a chosen and a rejected answer, which are always in one micro-batch; the loop divides
+    by the pairs of the whole step. With `reference` the pairs hold the likelihoods under the run's reference. `check` is that of a
+    LossTerm.
     """
 
     loss: Callable[[Pairs], Tensor]
@@ -251,7 +252,7 @@ class StepLoss(NamedTuple):
     `value(view, own)` makes numbers of each row of a micro-batch, [B, ...]; `loss(table)` the loss, summed over its units. Where a step is
     more than one micro-batch the numbers are first made without gradients, and each micro-batch then gets its part of the loss's
     gradient: any split, and any number of processes, gives the same. That costs one forward pass. Where it reads columns, rows and groups
-    without targets are left out. With `reference` the view has likelihoods under the run's reference. `check` is that of a Term.
+    without targets are left out. With `reference` the view has likelihoods under the run's reference. `check` is that of a LossTerm.
     """
 
     value: Callable[[View, Tensors], Tensor]
@@ -301,7 +302,7 @@ class TokenWeight(NamedTuple):
     weights [M]; then those above 0 are counted, and rows of which nothing is kept are not run. Columns come from a pass of their own,
     without gradients and in evaluation mode; a rule that asks for none costs no pass.
 
-    `annotation` gives the rows' tokens numbers of their own, which `weigh` reads. `check` is that of a Term.
+    `annotation` gives the rows' tokens numbers of their own, which `weigh` reads. `check` is that of a LossTerm.
     """
 
     weigh: Callable[[View], Tensor] | None = None

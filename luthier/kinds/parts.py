@@ -65,19 +65,19 @@ SUBLAYERS: dict[str, str] = {"attention_layer": "attention", "mlp_layer": "mlp"}
 
 
 def expand_roles(names: str | Iterable[str]) -> tuple[str, ...]:
-    """Roles and groups of roles as roles, each once, in the order of `ROLES`.
+    """Module types and groups of them as module types, each once, in the order of `ROLES`.
 
     Raises:
-        LuthierError: a name is neither a role nor a group.
+        LuthierError: a name is neither a module type nor a group.
     """
     names = [names] if isinstance(names, str) else list(names)
     chosen: set[str] = set()
     for name in names:
         if name not in ROLES and name not in GROUPS:
             raise LuthierError(
-                f"`{name}` is neither a role nor a group of roles",
-                where="roles",
-                mend=nearest(name, (*ROLES, *GROUPS)) or f"groups: {', '.join(GROUPS)}; roles: {', '.join(ROLES)}",
+                f"`{name}` is neither a module type nor a group of them",
+                where="target_modules",
+                fix=nearest(name, (*ROLES, *GROUPS)) or f"groups: {', '.join(GROUPS)}; module types: {', '.join(ROLES)}",
             )
         chosen.update(GROUPS.get(name, (name,)))
     return tuple(role for role in ROLES if role in chosen)
@@ -144,38 +144,52 @@ class Parts:
 
     def select(
         self,
-        roles: str | Iterable[str] | None = None,
+        target_modules: str | Iterable[str] | None = None,
         blocks: Iterable[int] | None = None,
         tensor: str | None = "weight",
     ) -> list[Place]:
-        """The places of some roles in some blocks, in the model's order.
+        """The places of some modules in some blocks, in the model's order.
 
         Args:
-            roles: roles and groups of roles; None for all.
+            target_modules: module types, groups of them, or modules by the model's own names, whole or from the right, such as
+                `q_proj` or `mlp.down_proj`; None for all.
             blocks: block numbers from 0; None for every place, also outside the blocks.
             tensor: `weight` for all that is no bias, `bias`, or None for both.
 
         Raises:
-            LuthierError: unknown role, a block the model does not have, or another `tensor`.
+            LuthierError: an unknown name, a block the model does not have, or another `tensor`.
         """
         if tensor not in ("weight", "bias", None):
-            raise LuthierError(f"`{tensor}` is not a kind of tensor", where="tensor", mend="use weight, bias or None")
-        wanted = set(ROLES if roles is None else expand_roles(roles))
+            raise LuthierError(f"`{tensor}` is not a kind of tensor", where="tensor", fix="use weight, bias or None")
+        named = [target_modules] if isinstance(target_modules, str) else list(target_modules or ())
+        modules = tuple(f".{name}" for name in named if name not in ROLES and name not in GROUPS)
+        self._check_names(modules)
+        wanted = set(ROLES if target_modules is None else expand_roles(name for name in named if f".{name}" not in modules))
         allowed = None if blocks is None else set(blocks)
         missing = sorted((allowed or set()) - set(range(self.blocks)))
         if missing:
             raise LuthierError(
                 f"the model has no block {', '.join(map(str, missing))}",
                 where="blocks",
-                mend=f"name blocks from 0 to {self.blocks - 1}",
+                fix=f"name blocks from 0 to {self.blocks - 1}",
             )
         return [
             place
             for place in self.places
-            if place.role in wanted
+            if (place.role in wanted or f".{place.module}".endswith(modules))
             and (allowed is None or place.block in allowed)
             and (tensor is None or place.tensor.endswith("bias") == (tensor == "bias"))
         ]
+
+    def _check_names(self, modules: Iterable[str]) -> None:
+        for name in modules:
+            if not any(f".{place.module}".endswith(name) for place in self.places):
+                own = {place.module.rpartition(".")[2] for place in self.places}
+                raise LuthierError(
+                    f"`{name[1:]}` is no module type, no group of them and no module of this model",
+                    where="target_modules",
+                    fix=nearest(name[1:], (*ROLES, *GROUPS, *sorted(own))) or f"module types: {', '.join(ROLES)}",
+                )
 
     def by_block(self, block: int | None) -> list[Place]:
         """Every place of one block, weights and biases; None for what stands outside the blocks."""
@@ -190,13 +204,13 @@ class Parts:
             LuthierError: the block's matrices of this group have no module of their own.
         """
         roles = (*GROUPS[group], *(("expert", "router") if group == "mlp" else ()))
-        modules = {place.module for place in self.select(roles=roles, blocks=[block])}
+        modules = {place.module for place in self.select(roles, blocks=[block])}
         owner = reduce(common_module, [module.rpartition(".")[0] for module in modules]) if modules else ""
         if not owner.startswith(f"{self.block_modules[block]}."):
             raise LuthierError(
                 f"the {group} of a block is no module of its own in this model",
                 where=f"{self.architecture}, block {block}",
-                mend="edit its matrices instead, or the whole block",
+                fix="edit its matrices instead, or the whole block",
             )
         return owner
 

@@ -11,7 +11,7 @@ from luthier.kinds.base import Batch, Now, Services, State, TrainedLike
 from luthier.kinds.tune import Seen
 
 
-class Transform(NamedTuple):
+class GradientTransform(NamedTuple):
     """What happens to a gradient, or, behind the optimizer in the chain, to an update?
 
     `init(trained)` makes the state of one tensor, `update(value, state, trained, now)` returns the new value. With scope `all` the
@@ -95,7 +95,7 @@ class Pass(Protocol):
         """A context in which `do` is called as soon as a tensor's gradient has arrived; for slices of frozen weights at its end."""
 
 
-class Source(NamedTuple):
+class GradientEstimator(NamedTuple):
     """Where do gradients come from? `gradients(work)` fills them.
 
     `gives` says what reaches the rest of the run. `gradients`: they come from `work.backward`, so each process has its own
@@ -107,7 +107,7 @@ class Source(NamedTuple):
     gives: frozenset[str] = frozenset({"gradients", "all"})
 
 
-class Keeper(NamedTuple):
+class Callback(NamedTuple):
     """What happens between steps? `start(services)` gives the first state, `after_step(state, services)` and
     `after_stage(state, services)` may rewrite trained tensors through `services.write`. Who needs `gradients` finds them in
     `services.trained()` after the step, as the optimizer received them; `base` keeps the base's values."""

@@ -77,7 +77,7 @@ class Resize(NamedTuple):
     take: Mapping[str, Tensor] = {}
 
 
-class Additive(NamedTuple):
+class WeightDelta(NamedTuple):
     """Which delta is added to a weight?
 
     `start(place, weight_OI, services)` makes the tensors, `apply(tensors, x)` the change of the linear's output, `delta(tensors)`
@@ -91,7 +91,7 @@ class Additive(NamedTuple):
     start: Callable[[Place, Tensor, Services], Tensors]
     apply: Callable[[Tensors, Tensor], Tensor]
     delta: Callable[[Tensors], Tensor]
-    roles: tuple[str, ...] = ("linear",)
+    target_modules: tuple[str, ...] = ("linear",)
     subtract: bool = False
     observe: Callable[[State, Place, Tensor], None] | None = None
     observing: Callable[[Now], bool] | None = None
@@ -116,18 +116,18 @@ class Additive(NamedTuple):
     """`apply` drops numbers (`luthier.draws.dropout`), in each row other ones: rows that begin alike are then run apart."""
 
 
-class HiddenEdit(NamedTuple):
-    """What changes a hidden state? `start(place, width_in, width_out, services)`, then `apply(tensors, x, y)` gives the new output of
-    the module at each place of `roles`; `fold(tensors, weight_OI, bias_O)` gives the merged weight and bias where that is possible.
+class RepresentationEdit(NamedTuple):
+    """What changes a hidden state? `start(place, width_in, width_out, services)`, then `apply(tensors, x, y)` gives the new output of the
+    module at each place of `target_modules`; `fold(tensors, weight_OI, bias_O)` gives the merged weight and bias where that is possible.
 
     Roles are those of weights, `block` for whole blocks, `attention_layer` and `mlp_layer` for whole sub-layers, whose input `x` is
     what enters them. With `of` `input` the edit is made before the module, with `y` its input as well, and its result is what the
-    module reads. `frozen`, `refresh`, `shared`, `wide` and `draws` as in Additive.
+    module reads. `frozen`, `refresh`, `shared`, `wide` and `draws` as in WeightDelta.
     """
 
     start: Callable[[Place, int, int, Services], Tensors]
     apply: Callable[[Tensors, Tensor, Tensor], Tensor]
-    roles: tuple[str, ...]
+    target_modules: tuple[str, ...]
     fold: Callable[[Tensors, Tensor, Tensor | None], tuple[Tensor, Tensor | None]] | None = None
     of: Literal["output", "input"] = "output"
     frozen: frozenset[str] = frozenset()
@@ -167,4 +167,4 @@ class Prompt(NamedTuple):
     own_rates: Mapping[str, float] = {}
     """Learning rates by tensor name in the place of the run's, whose schedule they follow."""
     wide: frozenset[str] = frozenset()
-    """As in Additive."""
+    """As in WeightDelta."""

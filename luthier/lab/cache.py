@@ -1,12 +1,12 @@
 """What the lab keeps between calls, under keys made of everything a result depends on.
 
     CACHE/lab/stages/KEY/      one stage: its run's folder, and its merged model once a later stage needed it
-    CACHE/lab/measures/KEY.json  the numbers that a claim took from a chain of stages
+    CACHE/lab/measures/KEY.json  the numbers that a replication took from a chain of stages
 
 A stage's key holds its recipe with the content of its rows, the fingerprint of the model it starts from (or the key of the stage
 before), the device, the versions of what computes, and the sources of luthier that it can reach: all but the lab, the reports and
-the command line, and of the techniques those that the recipe names. It knows nothing of claims, so that two claims with one
-baseline train it once. A measure's key holds the stages' keys, the claim's source and the sources that measuring can reach.
+the command line, and of the techniques those that the recipe names. It knows nothing of replications, so that two replications with one
+baseline train it once. A measure's key holds the stages' keys, the replication's source and the sources that measuring can reach.
 CACHE is `LUTHIER_CACHE`, or `~/.cache/luthier`.
 """
 
@@ -36,7 +36,7 @@ from luthier.rows.read import files_of
 PACKAGE = Path(luthier.__file__).parent
 _COMPUTES_NOTHING = ("report", "cli", "sweep", "__main__", "registry/catalogue", "registry/papers")
 """Modules of luthier that no number depends on."""
-_LAB_COMPUTES_NOTHING = ("claims", "calibration", "verdict", "verdicts", "results", "figure", "overview", "command")
+_LAB_COMPUTES_NOTHING = ("replications", "calibration", "verdict", "verdicts", "results", "figure", "overview", "command")
 _KEY_DIGITS = 24
 
 
@@ -90,7 +90,7 @@ def content(value: Any, where: str) -> Any:
     Raises:
         LuthierError: a value that has no content to compare, such as a function.
     """
-    if isinstance(value, str) and where == "rows.numbers":
+    if isinstance(value, str) and where == "rows.stored":
         return {"numbers": Numbers(Path(value)).fingerprint()}
     if isinstance(value, str | int | float | bool) or value is None:
         files = _files_named(value, where) if isinstance(value, str) else ()
@@ -110,7 +110,7 @@ def content(value: Any, where: str) -> Any:
     raise LuthierError(
         f"the lab cannot tell one {type(value).__name__} from another",
         where=where,
-        mend="give rows as a list or a file, and techniques by name",
+        fix="give rows as a list or a file, and techniques by name",
     )
 
 
@@ -165,7 +165,7 @@ def _words(value: Any) -> Iterator[str]:
 @cache
 def core_sources() -> str:
     """Identifies the code that every stage runs."""
-    skipped = {"lab", "methods", *_COMPUTES_NOTHING}
+    skipped = {"replicate", "methods", *_COMPUTES_NOTHING}
     files = {path: path.relative_to(PACKAGE).with_suffix("") for path in PACKAGE.rglob("*.py")}
     return _digest(path for path, name in files.items() if not skipped & {name.as_posix(), name.parts[0]})
 
@@ -184,10 +184,10 @@ def technique_sources(names: frozenset[str]) -> str:
     return _digest(_reached(names, files, r"luthier\.methods"))
 
 
-def claim_source(path: Path) -> str:
-    """Identifies a claim's code: its file, the other claims' files that it imports, and the files beside it that it names."""
+def replication_source(path: Path) -> str:
+    """Identifies a replication's code: its file, the other replications' files that it imports, and the files beside it that it names."""
     files = {other.stem: [other] for other in path.parent.glob("*.py")}
-    reached = _reached([path.stem], files, r"luthier\.lab\.claims")
+    reached = _reached([path.stem], files, r"luthier\.lab\.replications")
     text = "".join(one.read_text(encoding="utf-8") for one in reached)
     data = {other for other in path.parent.iterdir() if other.is_file() and other.suffix != ".py" and other.name in text}
     return _digest(reached | data)
@@ -195,7 +195,7 @@ def claim_source(path: Path) -> str:
 
 @cache
 def measure_sources() -> str:
-    """Identifies the code that measuring runs, beside the claim's own and that of the techniques."""
+    """Identifies the code that measuring runs, beside the replication's own and that of the techniques."""
     lab = PACKAGE / "lab"
     skipped = set(_LAB_COMPUTES_NOTHING)
     mine = (path for path in lab.rglob("*.py") if path.relative_to(lab).parts[0].removesuffix(".py") not in skipped)
@@ -228,7 +228,7 @@ def read(path: Path) -> dict[str, Any] | None:
     try:
         found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise LuthierError(f"the lab's cache is damaged: {error}", where=str(path), mend="luthier lab --forget") from None
+        raise LuthierError(f"the lab's cache is damaged: {error}", where=str(path), fix="luthier replicate --forget") from None
     return found
 
 

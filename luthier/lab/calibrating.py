@@ -12,9 +12,9 @@ from rich.table import Table
 
 from luthier import machine
 from luthier.lab.calibration import EFFECTS, FURTHER, NULLS
-from luthier.lab.claim import Claim
+from luthier.lab.replication import Replication
 from luthier.lab.results import colored, machine_in_words, result_of
-from luthier.lab.runner import Lab, run_claim
+from luthier.lab.runner import Lab, run_replication
 from luthier.lab.verdict import HOLDS, TWO_LOOKS
 from luthier.lab.verdicts import CALIBRATION, difference, rule_facts
 from luthier.results.folder import write_json
@@ -30,7 +30,7 @@ def run(lab: Lab) -> Result:
         of an effect whether it holds, of a null whether either direction is said to hold. `counts` has how many were found, and of
         how many. `seconds` and `runs` are those of all comparisons, so that a run that several share counts in each.
     """
-    told = {kind: [_told(claim, lab) for claim in claims] for kind, claims in _kinds().items()}
+    told = {kind: [_told(replication, lab) for replication in replications] for kind, replications in _kinds().items()}
     every = [one for several in told.values() for one in several]
     versions = machine.versions()
     return {
@@ -45,23 +45,23 @@ def run(lab: Lab) -> Result:
     }
 
 
-def _kinds() -> dict[str, Sequence[Claim]]:
+def _kinds() -> dict[str, Sequence[Replication]]:
     return {"effects": EFFECTS, "nulls": NULLS, "further": FURTHER}
 
 
-def _told(claim: Claim, lab: Lab) -> Result:
-    result = result_of(run_claim(claim, lab))
+def _told(replication: Replication, lab: Lab) -> Result:
+    result = result_of(run_replication(replication, lab))
     main, verdicts = result["expectations"][0], [one["verdict"] for one in result["expectations"]]
-    kept = ("measure", "arm", "versus", "direction", "margin", "differences", "mean", "interval", "verdict")
+    kept = ("measure", "variant", "versus", "direction", "margin", "differences", "mean", "interval", "verdict")
     return {
-        "name": claim.name,
-        "title": claim.title,
-        "says": claim.says,
-        "unit": claim.unit,
+        "name": replication.name,
+        "title": replication.title,
+        "says": replication.says,
+        "unit": replication.unit,
         **{key: main[key] for key in kept},
         "found": HOLDS in verdicts,
         "seeds": len(result["seeds"]),
-        "numbers": {arm["name"]: arm["numbers"] for arm in result["arms"]},
+        "numbers": {variant["name"]: variant["numbers"] for variant in result["variants"]},
         "model": result["model"],
         "seconds": result["seconds"],
         "runs": result["runs"],

@@ -1,11 +1,11 @@
-"""The lab's test of itself, fixed before any of it was run: effects that nobody doubts, and arms that differ by chance alone.
+"""The lab's test of itself, fixed before any of it was run: effects that nobody doubts, and variants that differ by chance alone.
 
-Twelve effects must be found and twelve nulls must not. A null is an arm against itself: of kind `order` with the same rows and
+Twelve effects must be found and twelve nulls must not. A null is a variant against itself: of kind `order` with the same rows and
 another training seed, which draws the order of rows and what a technique starts from, of kind `rows` with other rows as well. It
 counts against the lab when either direction is said to hold, so each null expects `more` and, beside it, `less`. Six further effects
-are run once, when the rule is fixed, and reported. All run by the lab's rule on the model that claims use, at learning rates named
-here, with the margins that claims have; none is exchanged for another afterwards. Each was tried once before, with a seed that is
-never measured (`luthier.lab.claim.CHOOSING_SEED`), to see that its baseline learns something and how long it takes.
+are run once, when the rule is fixed, and reported. All run by the lab's rule on the model that replications use, at learning rates named
+here, with the margins that replications have; none is exchanged for another afterwards. Each was tried once before, with a seed that is
+never measured (`luthier.lab.replication.CHOOSING_SEED`), to see that its baseline learns something and how long it takes.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from functools import partial
 from types import MappingProxyType
 from typing import Any, Literal
 
-from luthier.lab import world
-from luthier.lab.claim import Arm, Claim, Direction, Expectation, Finished, Recipe, Setting
+from luthier.lab import benchmark
 from luthier.lab.jobs import merged
+from luthier.lab.replication import Direction, Expectation, Finished, Recipe, Replication, Setting, Variant
 from luthier.lab.targets import TOP, answered, drift, targets_of, with_answers
 from luthier.lab.tasks import NEW_LANGUAGE, TAUGHT, few_facts, mean, stage, teach
 
 ITEMS, OLD_ITEMS, LANGUAGE_ITEMS = 300, 40, 150
 """Held-back items: of a skill that is judged right or wrong, of each of nine old skills, and of the new language, judged by likelihood."""
 OFFSET = 50_000
-"""Between the seeds of a null's arms: far from those of all repetitions and of the choice of learning rates."""
+"""Between the seeds of a null's variants: far from those of all repetitions and of the choice of learning rates."""
 Measure = Callable[[Finished], float]
 Stages = Callable[[Setting], Sequence[Recipe]]
 RIGHT, KEPT, NATS, OLD_NATS, TRAINED, DRIFT, SURE = (
@@ -72,7 +72,7 @@ def sums(setting: Setting, *, noise: float = 0.0) -> list[Recipe]:
 def old_rows(setting: Setting, count: int) -> list[dict[str, Any]]:
     """Rows of what the model knows, as many of each skill."""
     each = -(-count // len(TAUGHT))
-    return [row for skill in TAUGHT for row in world.rows(skill, "train", each, seed=setting.seed)]
+    return [row for skill in TAUGHT for row in benchmark.rows(skill, "train", each, seed=setting.seed)]
 
 
 def right(skill: str, difficulty: int = 1) -> Measure:
@@ -87,7 +87,7 @@ def nats_of(rows: Callable[[Setting], Sequence[Mapping[str, Any]]], column: Any 
 
 def new_facts(setting: Setting) -> list[dict[str, Any]]:
     """The same facts asked for in other words."""
-    return with_answers(few_facts("held_back"))
+    return with_answers(few_facts("held_out"))
 
 
 LANGUAGE_NATS = nats_of(lambda setting: answered([NEW_LANGUAGE], count=LANGUAGE_ITEMS))
@@ -109,24 +109,24 @@ def comparison(
     name: str,
     says: str,
     stages: Stages,
-    base: Arm,
-    arm: Arm,
+    base: Variant,
+    variant: Variant,
     measured: tuple[str, Measure],
     expects: Sequence[tuple[Direction, float]],
-) -> Claim:
-    """A comparison of two arms by one measure."""
+) -> Replication:
+    """A comparison of two variants by one measure."""
     measure, taken = measured
-    found = [Expectation(measure, arm.name, base.name, direction, margin) for direction, margin in expects]
-    return Claim(
+    found = [Expectation(measure, variant.name, base.name, direction, margin) for direction, margin in expects]
+    return Replication(
         name=f"calibration-{name}",
         title=name.replace("_", " "),
         papers=[],
         rows=[],
         says=says,
         stages=stages,
-        arms=[base, arm],
+        variants=[base, variant],
         main=found[0],
-        beside=found[1:],
+        also=found[1:],
         measure=lambda finished: {measure: taken(finished)},
         choose=lambda finished: 0.0,
         minutes=2,
@@ -144,10 +144,10 @@ def effect(
     margin: float,
     *,
     base: Mapping[str, Any] = MappingProxyType({}),
-) -> Claim:
-    """What an arm with other stages, or with other keys in all of them, does to a measure."""
+) -> Replication:
+    """What a variant with other stages, or with other keys in all of them, does to a measure."""
     other = _instead(change) if callable(change) else change
-    return comparison(name, says, stages, Arm("as usual", base), Arm("changed", other), measured, [(direction, margin)])
+    return comparison(name, says, stages, Variant("as usual", base), Variant("changed", other), measured, [(direction, margin)])
 
 
 def null(
@@ -157,13 +157,13 @@ def null(
     measured: tuple[str, Measure],
     margin: float,
     **keys: Any,
-) -> Claim:
-    """An arm against itself."""
-    again = Arm("again", keys, seed_offset=OFFSET)
+) -> Replication:
+    """A variant against itself."""
+    again = Variant("again", keys, seed_offset=OFFSET)
     if differ == "rows":
         again = again._replace(change=_instead(lambda setting: stages(setting._replace(seed=setting.seed + OFFSET)), keys))
     says = f"The same once more, with another training seed{' and other rows' if differ == 'rows' else ''}."
-    return comparison(name, says, stages, Arm("once", keys), again, measured, [("more", margin), ("less", margin)])
+    return comparison(name, says, stages, Variant("once", keys), again, measured, [("more", margin), ("less", margin)])
 
 
 def _instead(stages: Stages, keys: Mapping[str, Any] = MappingProxyType({})) -> Callable[[Recipe, int, Setting], Recipe]:
@@ -359,4 +359,4 @@ FURTHER = (
     ),
 )
 
-COMPARISONS: Mapping[str, Claim] = {claim.name: claim for claim in (*EFFECTS, *NULLS, *FURTHER)}
+COMPARISONS: Mapping[str, Replication] = {replication.name: replication for replication in (*EFFECTS, *NULLS, *FURTHER)}

@@ -1,4 +1,4 @@
-"""What `luthier lab` does: list the claims, run one or all, test the lab itself, forget what was kept."""
+"""What `luthier replicate` does: list the replications, run one or all, test the lab itself, forget what was kept."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from rich.markup import escape
 from rich.table import Table
 
 from luthier.errors import LuthierError, Say
-from luthier.lab import calibrating, claims
+from luthier.lab import calibrating, replications
 from luthier.lab.cache import forget, kept_bytes, lab_folder
-from luthier.lab.claim import Claim
 from luthier.lab.pool import workers
 from luthier.lab.real import FOLDER, missing
+from luthier.lab.replication import Replication
 from luthier.lab.results import Result, colored, file_stem, load, result_of, save, shown
-from luthier.lab.runner import Lab, run_claim
+from luthier.lab.runner import Lab, run_replication
 from luthier.lab.verdicts import entry, in_words
 from luthier.registry.catalogue import VERDICTS
 from luthier.report.words import size
@@ -48,7 +48,7 @@ class Asked(NamedTuple):
     jobs: int | None = None
     """None: one for each processor core."""
     device: str = "cpu"
-    out: Path = Path("lab-results")
+    out: Path = Path("replications")
 
 
 class Answer(NamedTuple):
@@ -62,14 +62,14 @@ def answer(asked: Asked, say: Say) -> Answer:
     """Do what was asked.
 
     Raises:
-        LuthierError: an unknown claim, options that make no sense, or a claim that could not be run.
+        LuthierError: an unknown replication, options that make no sense, or a replication that could not be run.
     """
     wanted = [asked.name is not None, asked.every, asked.listed, asked.calibrated, asked.forgotten]
     if sum(wanted) != 1:
         raise LuthierError(
-            "a claim is missing" if not any(wanted) else "only one thing can be done at a time",
-            where="luthier lab",
-            mend="give a claim's name, --all, --list, --calibrate or --forget",
+            "a replication is missing" if not any(wanted) else "only one thing can be done at a time",
+            where="luthier replicate",
+            fix="give a replication's name, --all, --list, --calibrate or --forget",
         )
     if asked.forgotten:
         folder = forget()
@@ -78,16 +78,16 @@ def answer(asked: Asked, say: Say) -> Answer:
         found = listed(asked.out)
         return Answer(found, lambda: _table(found))
     if asked.seeds is not None and asked.seeds < 1:
-        raise LuthierError(f"{asked.seeds} seeds", where="--seeds", mend="use 1 or more; an interval needs 2")
+        raise LuthierError(f"{asked.seeds} seeds", where="--seeds", fix="use 1 or more; an interval needs 2")
     if asked.calibrated:
         return _calibrated(asked, say)
     budget = minutes_of(asked.budget)
     if asked.name is not None:
         if budget is not None:
-            raise LuthierError("a budget is for all claims", where="--budget", mend="use it with --all")
-        claim = claims.find(asked.name)
+            raise LuthierError("a budget is for all replications", where="--budget", fix="use it with --all")
+        replication = replications.find(asked.name)
         with _lab(asked, say) as lab:
-            result = _run(claim, asked, lab)
+            result = _run(replication, asked, lab)
         return Answer(result, lambda: shown(result))
     return run_all(asked, budget, say)
 
@@ -95,7 +95,7 @@ def answer(asked: Asked, say: Say) -> Answer:
 def _calibrated(asked: Asked, say: Say) -> Answer:
     for given, option in ((asked.seeds, "--seeds"), (asked.model, "--model"), (asked.budget, "--budget")):
         if given is not None:
-            raise LuthierError("the lab's own test is fixed", where=option, mend=f"leave {option} out")
+            raise LuthierError("the lab's own test is fixed", where=option, fix=f"leave {option} out")
     with _lab(asked, say) as lab:
         facts = calibrating.run(lab)
     say(f"written: {calibrating.save(facts, asked.out)}")
@@ -112,60 +112,64 @@ def minutes_of(budget: str | None) -> float | None:
         return None
     found = re.fullmatch(r"(\d+(?:\.\d+)?)([smh])", budget.strip())
     if found is None:
-        raise LuthierError(f"`{budget}` is no length of time", where="--budget", mend="write e.g. 90s, 60m or 2h")
+        raise LuthierError(f"`{budget}` is no length of time", where="--budget", fix="write e.g. 90s, 60m or 2h")
     return float(found[1]) * _UNITS[found[2]]
 
 
 def listed(out: Path) -> list[dict[str, Any]]:
-    """Every claim, with its verdict and its rough cost: that of the result in the folder, else the one that comes with luthier."""
+    """Every replication, with its verdict and its rough cost: that of the result in the folder, else the one that comes with luthier."""
     known: dict[str, Any] = json.loads(VERDICTS.read_text(encoding="utf-8"))
     found = []
-    for name in claims.names():
-        claim = claims.find(name)
+    for name in replications.names():
+        replication = replications.find(name)
         result = load(out, name)
         told = known.get(name) if result is None else entry(result)
         facts = {key: None if told is None else told[key] for key in ("verdict", "words")}
-        found.append({"name": name, "title": claim.title, **facts, "minutes": claim.minutes})
+        found.append({"name": name, "title": replication.title, **facts, "minutes": replication.minutes})
     return found
 
 
 def run_all(asked: Asked, budget: float | None, say: Say) -> Answer:
-    """Run the claims one by one, the quickest first, and none that would take longer than what is left of the budget or that needs
+    """Run the replications one by one, the quickest first, and none that would take longer than what is left of the budget or that needs
     data sets that are not there.
 
     Raises:
-        LuthierError: some claims could not be run; those after them were, and all results are written.
+        LuthierError: some replications could not be run; those after them were, and all results are written.
     """
     began = time.monotonic()
     results: list[Result] = []
     left_out: list[dict[str, Any]] = []
     failed: list[tuple[str, LuthierError]] = []
     with _lab(asked, say) as lab:
-        for claim in sorted(map(claims.find, claims.names()), key=lambda claim: (claim.minutes, claim.name)):
-            if lacks := missing(claim):
-                left_out.append({"name": claim.name, "minutes": claim.minutes, "missing": lacks})
-                say(f"{claim.name} is left out: {FOLDER} has no {', '.join(lacks)}")
+        for replication in sorted(
+            map(replications.find, replications.names()), key=lambda replication: (replication.minutes, replication.name)
+        ):
+            if lacks := missing(replication):
+                left_out.append({"name": replication.name, "minutes": replication.minutes, "missing": lacks})
+                say(f"{replication.name} is left out: {FOLDER} has no {', '.join(lacks)}")
                 continue
             left = None if budget is None else budget - (time.monotonic() - began) / 60
-            if left is not None and claim.minutes > left:
-                left_out.append({"name": claim.name, "minutes": claim.minutes})
-                say(f"{claim.name} is left out: it takes about {claim.minutes:g} minutes, and {max(left, 0):.0f} are left")
+            if left is not None and replication.minutes > left:
+                left_out.append({"name": replication.name, "minutes": replication.minutes})
+                say(
+                    f"{replication.name} is left out: it takes about {replication.minutes:g} minutes, and {max(left, 0):.0f} are left"
+                )
                 continue
             try:
-                results.append(_run(claim, asked, lab))
+                results.append(_run(replication, asked, lab))
             except LuthierError as error:
-                failed.append((claim.name, error))
-                say(f"{claim.name} stopped: {error.what}")
+                failed.append((replication.name, error))
+                say(f"{replication.name} stopped: {error.what}")
     if failed:
         (_, first), names = failed[0], ", ".join(name for name, _ in failed)
-        raise LuthierError(f"these claims stopped: {names}; the first because {first.what}", where=first.where, mend=first.mend)
+        raise LuthierError(f"these replications stopped: {names}; the first because {first.what}", where=first.where, fix=first.fix)
     return Answer({"results": results, "left_out": left_out}, lambda: _summary(results, left_out))
 
 
-def _run(claim: Claim, asked: Asked, lab: Lab) -> Result:
-    ran = run_claim(claim, lab, seeds=asked.seeds, model=asked.model)
+def _run(replication: Replication, asked: Asked, lab: Lab) -> Result:
+    ran = run_replication(replication, lab, seeds=asked.seeds, model=asked.model)
     result = result_of(ran)
-    for path in save(result, asked.out, file_stem(claim, asked.model)):
+    for path in save(result, asked.out, file_stem(replication, asked.model)):
         lab.say(f"written: {path}")
     return result
 
@@ -174,12 +178,12 @@ def _run(claim: Claim, asked: Asked, lab: Lab) -> Result:
 def _lab(asked: Asked, say: Say) -> Iterator[Lab]:
     jobs = _cores() if asked.jobs is None else asked.jobs
     if jobs < 1:
-        raise LuthierError(f"{jobs} jobs at a time", where="--jobs", mend="use 1 or more")
+        raise LuthierError(f"{jobs} jobs at a time", where="--jobs", fix="use 1 or more")
     with workers(jobs) as do_all:
         yield Lab(lab_folder(), do_all, asked.device, say)
     kept = kept_bytes()
     if kept >= TOLD_BYTES:
-        say(f"finished runs take {size(kept)} in {lab_folder()}: `luthier lab --forget` removes them")
+        say(f"finished runs take {size(kept)} in {lab_folder()}: `luthier replicate --forget` removes them")
 
 
 def _cores() -> int:
@@ -190,9 +194,9 @@ def _cores() -> int:
 
 def _table(found: list[dict[str, Any]]) -> RenderableType:
     if not found:
-        return "no claims"
+        return "no replications"
     made = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
-    for column in ("claim", "title", "verdict", "minutes"):
+    for column in ("replication", "title", "verdict", "minutes"):
         made.add_column(column)
     for one in found:
         verdict = "[dim]not measured[/dim]" if one["verdict"] is None else _worded(one)
@@ -207,7 +211,8 @@ def _worded(told: Mapping[str, str]) -> str:
 
 def _summary(results: list[Result], left_out: list[dict[str, Any]]) -> Group:
     lines: list[RenderableType] = [
-        f"[bold]{escape(one['claim'])}[/bold]: {_worded({'verdict': one['verdict'], 'words': in_words(one)})}" for one in results
+        f"[bold]{escape(one['replication'])}[/bold]: {_worded({'verdict': one['verdict'], 'words': in_words(one)})}"
+        for one in results
     ]
     lines += [f"[dim]left out: {escape(one['name'])}, about {one['minutes']:g} minutes[/dim]" for one in left_out]
     return Group(*lines)

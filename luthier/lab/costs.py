@@ -7,8 +7,8 @@ from math import fsum
 
 from torch.utils.flop_counter import FlopCounterMode
 
-from luthier.lab import world
-from luthier.lab.claim import Finished
+from luthier.lab import benchmark
+from luthier.lab.replication import Finished
 from luthier.planning.plan import make_plan
 from luthier.recipe import make_recipe
 from luthier.results.folder import Run
@@ -23,7 +23,7 @@ def seconds(runs: Sequence[Run]) -> float:
 
 
 def backward_share(finished: Finished) -> float:
-    """Floating-point operations of a backward pass with the arm's tune, divided by those of the forward pass.
+    """Floating-point operations of a backward pass with the variant's tune, divided by those of the forward pass.
 
     About 2 where every matrix trains: a product for the weight's gradient and one for the input's, each as large as the forward's.
     """
@@ -31,7 +31,7 @@ def backward_share(finished: Finished) -> float:
         "model": finished.setting.model,
         "seed": finished.setting.seed,
         "tune": finished.runs[0].facts["recipe"]["tune"],
-        "rows": {"train": world.rows("traces", "train", _SAMPLE)},
+        "rows": {"train": benchmark.rows("traces", "train", _SAMPLE)},
         # One step of many: what some techniques do at the end of a phase is not counted.
         "train": {"steps": 100, "batch_rows": _SAMPLE, "precision": "fp32", "device": "cpu"},
     }

@@ -1,4 +1,4 @@
-"""Random draws for the small world, equal on every platform and version of Python."""
+"""Random draws for the synthetic benchmark, equal on every platform and version of Python."""
 
 from __future__ import annotations
 

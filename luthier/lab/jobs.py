@@ -1,7 +1,7 @@
 """What one process of the lab does: train a stage, or put a question to a chain of stages.
 
 A job leaves its result in the lab's cache and nowhere else. It is plain data, so that any process can take it: the recipes, which may
-be long and hold functions, are made again from the claim's file.
+be long and hold functions, are made again from the replication's file.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from filelock import FileLock
 
 from luthier import disk, machine, registry
 from luthier.errors import LuthierError
-from luthier.lab import claims
-from luthier.lab.cache import claim_source, content, keep, key_of, measure_sources, read, stage_key
-from luthier.lab.claim import Arm, Claim, Finished, Recipe, Setting
+from luthier.lab import replications
+from luthier.lab.cache import content, keep, key_of, measure_sources, read, replication_source, stage_key
+from luthier.lab.replication import Finished, Recipe, Replication, Setting, Variant
 from luthier.recipe import make_recipe
 from luthier.results.folder import Run, read_run
 from luthier.runs.export import export
@@ -33,18 +33,18 @@ SCORE = "score"
 
 
 class Job(NamedTuple):
-    """A piece of work for one process: plain data, from which the claim's file makes the recipes again."""
+    """A piece of work for one process: plain data, from which the replication's file makes the recipes again."""
 
     root: str
-    claim: str
-    arm: str
+    replication: str
+    variant: str
     rate: float | None
     setting: Setting
     device: str
     keys: tuple[str, ...]
     """Of the chain's stages."""
     content: str
-    """Identifies the chain's recipes: the claim's file must make the same ones in every process."""
+    """Identifies the chain's recipes: the replication's file must make the same ones in every process."""
     number: int = 0
     """Of the stage to train."""
     question: Question = "measure"
@@ -57,16 +57,22 @@ RunAll = Callable[[Do, Sequence[Job]], Iterable[LuthierError | None]]
 """Does jobs in any order, and gives what stopped each."""
 
 
-def arm_recipes(arm: Arm, rate: float | None, setting: Setting, bases: Sequence[Recipe]) -> list[Recipe]:
-    """The recipes of an arm's stages, with all that the lab sets but the model."""
+def variant_recipes(variant: Variant, rate: float | None, setting: Setting, bases: Sequence[Recipe]) -> list[Recipe]:
+    """The recipes of a variant's stages, with all that the lab sets but the model."""
     recipes = []
     for number, base in enumerate(bases):
         recipe = with_rate(base, rate)
-        changed = arm.change(deepcopy(recipe), number, setting) if callable(arm.change) else merged(recipe, arm.change)
+        changed = variant.change(deepcopy(recipe), number, setting) if callable(variant.change) else merged(recipe, variant.change)
         if changed is None:
             continue
         # A technique that draws at its start draws anew in each stage.
-        recipes.append({"noise": False, **with_rate(changed, rate), "seed": setting.seed + arm.seed_offset + STAGE_SEEDS * number})
+        recipes.append(
+            {
+                "repeat_baseline": False,
+                **with_rate(changed, rate),
+                "seed": setting.seed + variant.seed_offset + STAGE_SEEDS * number,
+            }
+        )
     return recipes
 
 
@@ -107,8 +113,14 @@ def stage_path(root: Path, key: str) -> Path:
 
 def answer_path(job: Job) -> Path:
     """Where the answer to a job's question is kept."""
-    source = claim_source(claims.file_of(job.claim))
-    facts = {"claim": [job.claim, source], "arm": job.arm, "setting": job.setting, "stages": job.keys, "question": job.question}
+    source = replication_source(replications.file_of(job.replication))
+    facts = {
+        "replication": [job.replication, source],
+        "variant": job.variant,
+        "setting": job.setting,
+        "stages": job.keys,
+        "question": job.question,
+    }
     return Path(job.root) / "measures" / f"{key_of({**facts, 'sources': measure_sources()})}.json"
 
 
@@ -137,8 +149,8 @@ def _told(work: Callable[[], None], job: Job) -> LuthierError | None:
     try:
         work()
     except LuthierError as error:
-        where = f"claim {job.claim}, arm {job.arm}, seed {job.setting.seed}, learning rate {job.rate}: {error.where}"
-        return LuthierError(error.what, where=where, mend=error.mend)
+        where = f"replication {job.replication}, variant {job.variant}, seed {job.setting.seed}, learning rate {job.rate}: {error.where}"
+        return LuthierError(error.what, where=where, fix=error.fix)
     finally:
         # The same process does the next job.
         machine.free_what_is_gone()
@@ -152,7 +164,7 @@ def _train_stage(job: Job) -> None:
     with _alone(place.parent):
         if read(place) is not None:
             return
-        first = job.number == 0 or claims.find(job.claim).apart
+        first = job.number == 0 or replications.find(job.replication).apart
         model = job.setting.model if first else _merged_model(root, job.keys[job.number - 1])
         if model is None:
             keep(place, {"diverged": "the stage before broke off"})
@@ -168,7 +180,7 @@ def _train_stage(job: Job) -> None:
             keep(place, {"diverged": error.what})
             return
         if run.facts["status"] != "finished":
-            raise LuthierError("the run was stopped", mend="call `luthier lab` again: it goes on")
+            raise LuthierError("the run was stopped", fix="call `luthier replicate` again: it goes on")
         keep(place, {"run": run.folder.name, "seconds": run.facts["seconds"]})
 
 
@@ -178,18 +190,18 @@ def _recipes(job: Job) -> list[Recipe]:
     Raises:
         LuthierError: they are others than those whose keys the job holds.
     """
-    claim = claims.find(job.claim)
-    recipes = arm_recipes(_arm(claim, job), job.rate, job.setting, claim.stages(job.setting))[: len(job.keys)]
+    replication = replications.find(job.replication)
+    recipes = variant_recipes(_variant(replication, job), job.rate, job.setting, replication.stages(job.setting))[: len(job.keys)]
     if content_of(recipes) != job.content:
         raise LuthierError(
-            "the claim's stages are others each time they are made",
-            mend="draw everything from the setting's seed, and sort what comes out of a set",
+            "the replication's stages are others each time they are made",
+            fix="draw everything from the setting's seed, and sort what comes out of a set",
         )
     return recipes
 
 
-def _arm(claim: Claim, job: Job) -> Arm:
-    return next(arm for arm in claim.arms if arm.name == job.arm)
+def _variant(replication: Replication, job: Job) -> Variant:
+    return next(variant for variant in replication.variants if variant.name == job.variant)
 
 
 def _merged_model(root: Path, key: str) -> str | None:
@@ -211,14 +223,14 @@ def _run_of(root: Path, key: str) -> Run | None:
 
 
 def _measure_chain(job: Job) -> None:
-    claim, place = claims.find(job.claim), Path(job.answer)
+    replication, place = replications.find(job.replication), Path(job.answer)
     runs = [run for key in job.keys if (run := _run_of(Path(job.root), key)) is not None]
     if len(runs) < len(job.keys):
         keep(place, {"numbers": {}, "diverged": "training broke off"})
         return
-    finished = Finished(job.setting, _arm(claim, job), runs)
+    finished = Finished(job.setting, _variant(replication, job), runs)
     try:
-        found = claim.measure(finished) if job.question == "measure" else {SCORE: claim.choose(finished)}
+        found = replication.measure(finished) if job.question == "measure" else {SCORE: replication.choose(finished)}
     except LuthierError as error:
         if not diverged(error):
             raise

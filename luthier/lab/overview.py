@@ -1,4 +1,4 @@
-"""The figure of all claims: the main effect of each with its interval, on one axis, under the question that a reader asks."""
+"""The figure of all replications: the main effect of each with its interval, on one axis, under the question that a reader asks."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _CLASSES = {HOLDS: "holds", HOLDS_NOT: "fails", CANNOT_TELL: "open"}
 
 
 class Effect(NamedTuple):
-    """One claim's main effect in standard deviations of the paired differences, turned so that right is what the paper expects."""
+    """One replication's main effect in standard deviations of the paired differences, turned so that right is what the paper expects."""
 
     name: str
     verdict: Verdict
@@ -35,7 +35,7 @@ class Effect(NamedTuple):
     low: float
     high: float
     margin: float
-    """Where the paper's expectation begins: its margin, or its negative where the claim is that nothing is lost."""
+    """Where the paper's expectation begins: its margin, or its negative where the replication is that nothing is lost."""
 
 
 def effect_of(result: Mapping[str, Any]) -> Effect | None:
@@ -47,14 +47,14 @@ def effect_of(result: Mapping[str, Any]) -> Effect | None:
     unit = turn * stdev(main["differences"])
     low, high = sorted(bound / unit for bound in main["interval"])
     margin = main["margin"] / abs(unit) * (1.0 if main["direction"] in ("more", "less") else -1.0)
-    return Effect(result["claim"], result["verdict"], main["mean"] / unit, low, high, margin)
+    return Effect(result["replication"], result["verdict"], main["mean"] / unit, low, high, margin)
 
 
 def draw_effects(results: Sequence[Mapping[str, Any]]) -> str:
-    """All claims' main effects as an SVG document that stands alone.
+    """All replications' main effects as an SVG document that stands alone.
 
     Args:
-        results: what `luthier.lab.results.result_of` gives, of claims that ran under the lab's rule.
+        results: what `luthier.lab.results.result_of` gives, of replications that ran under the lab's rule.
     """
     groups: dict[str, list[Effect]] = {}
     for result in results:
@@ -62,7 +62,7 @@ def draw_effects(results: Sequence[Mapping[str, Any]]) -> str:
             groups.setdefault(result["question"] or OTHERS, []).append(found)
     height = sum(HEAD + LINE * len(effects) for effects in groups.values()) + 2 * FOOT + 18
     count = sum(map(len, groups.values()))
-    svg = figure(WIDTH, height, f"The main effects of {count} claims in standard deviations between seeds", "claims")
+    svg = figure(WIDTH, height, f"The main effects of {count} replications in standard deviations between seeds", "replications")
     svg.set("xmlns", "http://www.w3.org/2000/svg")
     add(svg, "style", STYLE + COLORS)
     add(svg, "rect", class_="paper", width=WIDTH, height=height, rx=6)
@@ -72,7 +72,7 @@ def draw_effects(results: Sequence[Mapping[str, Any]]) -> str:
         class_ = "axis" if tick == 0 else "grid"
         add(svg, "line", class_=class_, x1=scale.at(tick), x2=scale.at(tick), y1=top, y2=bottom)
         add(svg, "text", f"{tick}", class_="small", x=scale.at(tick), y=bottom + 15, text_anchor="middle")
-    add(svg, "text", "against the claim", class_="small", x=LEFT, y=bottom + 34)
+    add(svg, "text", "against the replication", class_="small", x=LEFT, y=bottom + 34)
     add(svg, "text", "as the paper claims", class_="small", x=RIGHT, y=bottom + 34, text_anchor="end")
     for question, effects in groups.items():
         add(svg, "text", question, class_="title", x=8, y=top + 17)

@@ -1,4 +1,4 @@
-"""Processes that do the lab's jobs: each with one thread of computation, kept from job to job and from claim to claim."""
+"""Processes that do the lab's jobs: each with one thread of computation, kept from job to job and from replication to replication."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ def workers(count: int) -> Iterator[RunAll]:
             except BrokenProcessPool:
                 raise LuthierError(
                     "a process of the lab ended before its work was done",
-                    where="luthier lab",
-                    mend="use fewer --jobs if memory ran out; what is finished is kept",
+                    where="luthier replicate",
+                    fix="use fewer --jobs if memory ran out; what is finished is kept",
                 ) from None
 
         try:

@@ -1,4 +1,4 @@
-"""What a model can do: the small world's skills, measured one by one."""
+"""What a model can do: the synthetic benchmark's skills, measured one by one."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from luthier import __version__, machine
 from luthier.errors import LuthierError, Say, silent
 from luthier.evaluate.compare import NOT_MEASURED, compare
 from luthier.evaluate.sets import EvalSet, SetResult, measure
-from luthier.lab import world
-from luthier.lab.world_sets import sets_of
+from luthier.lab import benchmark
+from luthier.lab.benchmark_sets import sets_of
 from luthier.results.folder import read_run
 from luthier.results.opened import open_base, open_model
 from luthier.results.start import is_run
@@ -39,12 +39,12 @@ def profile(
     say: Say = silent,
     weights_only: bool = False,
 ) -> dict[str, Any]:
-    """Measure a model, or a run and its base, on skills of the small world.
+    """Measure a model, or a run and its base, on skills of the synthetic benchmark.
 
     Args:
         model: a model's name or folder, or a run's folder or name.
         skills: names of skills; None for all.
-        count: held-back items of each skill; one that has fewer gives all.
+        count: held-out items of each skill; one that has fewer gives all.
         seed: of the items; the same one gives every model the same items.
         out: the folder that holds the run folders.
         say: hears what is being done.
@@ -105,11 +105,11 @@ def _measure_each(tune: Tune, tokenizer: PreTrainedTokenizerBase, sets: Sequence
 
 
 def _entry(one: EvalSet, before: _Found | None, after: _Found) -> dict[str, Any]:
-    skill = world.SKILLS[one.name]
+    skill = benchmark.SKILLS[one.name]
     facts = {"meaning": skill.meaning, "taught": skill.pretrained}
     if one.name in after.reasons or (before is not None and one.name in before.reasons):
         reasons = {**(before.reasons if before is not None else {}), **after.reasons}
-        return {**facts, **_ABSENT, "metric": one.chosen_metric, "side": one.side, "note": reasons[one.name]}
+        return {**facts, **_ABSENT, "metric": one.chosen_metric, "role": one.role, "note": reasons[one.name]}
     now = after.results[one.name]
     if before is not None:
         return {**facts, **compare(before.results[one.name], now)}
@@ -121,7 +121,7 @@ def _entry(one: EvalSet, before: _Found | None, after: _Found) -> dict[str, Any]
         **facts,
         **_ABSENT,
         "metric": now.metric,
-        "side": now.side,
+        "role": now.role,
         "higher_is_better": now.higher_is_better,
         "n": now.n,
         "after": now.value,
@@ -141,6 +141,6 @@ _ABSENT: Mapping[str, Any] = {
     "difference_interval": None,
     "verdict": NOT_MEASURED,
     "note": "",
-    "kept": None,
+    "retained": None,
     "items": (),
 }

@@ -1,4 +1,4 @@
-"""Rows of public data sets for claims that are run on a real model. luthier brings none: they lie in a folder of one's own."""
+"""Rows of public data sets for replications that are run on a real model. luthier brings none: they lie in a folder of one's own."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from luthier.errors import LuthierError
-from luthier.lab.claim import Claim
 from luthier.lab.dice import Dice
+from luthier.lab.replication import Replication
 
 FOLDER = "LUTHIER_DATA"
 """The environment variable that names the folder: its files are `NAME/SPLIT.jsonl`."""
@@ -32,9 +32,9 @@ def path_of(name: str) -> Path | None:
     return path if folder and path.is_file() else None
 
 
-def missing(claim: Claim) -> list[str]:
-    """The sets that a claim needs and that are not there."""
-    return [name for name in claim.data if path_of(name) is None]
+def missing(replication: Replication) -> list[str]:
+    """The sets that a replication needs and that are not there."""
+    return [name for name in replication.data if path_of(name) is None]
 
 
 @cache
@@ -51,9 +51,9 @@ def records(name: str) -> tuple[Row, ...]:
     path = path_of(name)
     if path is None:
         raise LuthierError(
-            f"this claim needs the data set `{name}`, which does not come with luthier",
+            f"this replication needs the data set `{name}`, which does not come with luthier",
             where=FOLDER,
-            mend=f"set {FOLDER} to a folder that has {name}.jsonl; the documentation of claims says which sets these are",
+            fix=f"set {FOLDER} to a folder that has {name}.jsonl; the documentation of replications says which sets these are",
         )
     return _records(path)
 

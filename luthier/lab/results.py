@@ -1,4 +1,4 @@
-"""A claim's result: one JSON document with the verdict and every number behind it, and its table for the terminal."""
+"""A replication's result: one JSON document with the verdict and every number behind it, and its table for the terminal."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from rich.table import Table
 
 from luthier import disk, machine
 from luthier.errors import LuthierError, nearest
-from luthier.lab.claim import Arm, Claim, Expectation, expectations
 from luthier.lab.figure import draw
+from luthier.lab.replication import Expectation, Replication, Variant, expectations
 from luthier.lab.runner import Choice, Ran
 from luthier.lab.verdict import CANNOT_TELL, judge
 from luthier.lab.verdicts import COLORS, difference, in_words, readable, rule_facts
@@ -25,7 +25,7 @@ from luthier.results.folder import write_json
 
 Result = dict[str, Any]
 Values = Mapping[str, Sequence[float | None]]
-"""Of one arm: each measure's numbers, one a seed; None where training broke off."""
+"""Of one variant: each measure's numbers, one a seed; None where training broke off."""
 _WORDS = {
     "more": ("more than", "by"),
     "less": ("less than", "by"),
@@ -36,32 +36,34 @@ _VERSIONS = ("luthier", "torch", "transformers", "python")
 
 
 def result_of(ran: Ran) -> Result:
-    """What came of a claim, as plain data: two results of the same runs are equal. The first expectation is the main one.
+    """What came of a replication, as plain data: two results of the same runs are equal. The first expectation is the main one.
 
     Raises:
-        LuthierError: an expectation is about a measure that no arm has.
+        LuthierError: an expectation is about a measure that no variant has.
     """
-    claim = ran.claim
+    replication = ran.replication
     measures = list(dict.fromkeys(name for seeds in ran.numbers.values() for numbers in seeds for name in numbers))
-    values = {arm: {name: [numbers.get(name) for numbers in seeds] for name in measures} for arm, seeds in ran.numbers.items()}
-    judged = [_expectation(claim, one, values, measures, ran) for one in expectations(claim)]
-    short = _short_of(claim, values[claim.arms[0].name])
+    values = {
+        variant: {name: [numbers.get(name) for numbers in seeds] for name in measures} for variant, seeds in ran.numbers.items()
+    }
+    judged = [_expectation(replication, one, values, measures, ran) for one in expectations(replication)]
+    short = _short_of(replication, values[replication.variants[0].name])
     versions = machine.versions()
     return {
-        "claim": claim.name,
-        "title": claim.title,
-        "papers": list(claim.papers),
-        "rows": list(claim.rows),
-        "says": claim.says,
-        "question": claim.question,
-        "unit": claim.unit,
+        "replication": replication.name,
+        "title": replication.title,
+        "papers": list(replication.papers),
+        "rows": list(replication.rows),
+        "says": replication.says,
+        "question": replication.question,
+        "unit": replication.unit,
         "verdict": CANNOT_TELL if short else judged[0]["verdict"],
         "rule": rule_facts(ran.design),
         "short": short,
         "expectations": judged,
         "measures": measures,
-        "arms": [_arm(arm, ran.choices[arm.name], values[arm.name]) for arm in claim.arms],
-        "notes": claim.notes,
+        "variants": [_variant(variant, ran.choices[variant.name], values[variant.name]) for variant in replication.variants],
+        "notes": replication.notes,
         "edge": [f"{name}: {choice.note}" for name, choice in ran.choices.items() if choice.tried and choice.note],
         "seeds": list(range(ran.seeds)),
         "model": {"name": ran.model, "fingerprint": ran.fingerprint},
@@ -72,10 +74,10 @@ def result_of(ran: Ran) -> Result:
     }
 
 
-def _short_of(claim: Claim, baseline: Values) -> list[str]:
-    """Where the baseline did not reach what the claim needs of it, in words."""
+def _short_of(replication: Replication, baseline: Values) -> list[str]:
+    """Where the baseline did not reach what the replication needs of it, in words."""
     found = []
-    for name, least in claim.floor.items():
+    for name, least in replication.floor.items():
         known = [one for one in baseline[name] if one is not None]
         mean = fmean(known) if known else 0.0
         if mean < least:
@@ -83,20 +85,22 @@ def _short_of(claim: Claim, baseline: Values) -> list[str]:
     return found
 
 
-def _expectation(claim: Claim, one: Expectation, values: Mapping[str, Values], measures: Sequence[str], ran: Ran) -> Result:
+def _expectation(
+    replication: Replication, one: Expectation, values: Mapping[str, Values], measures: Sequence[str], ran: Ran
+) -> Result:
     if measures and one.measure not in measures:
-        where = f"claim {claim.name}, expectations"
-        raise LuthierError(f"nothing measures `{one.measure}`", where=where, mend=nearest(one.measure, measures))
-    # Where training broke off in all arms there are no measures either.
-    arm, versus = (values[name].get(one.measure, [None] * ran.seeds) for name in (one.arm, one.versus))
-    judged = judge(arm, versus, one.direction, one.margin, ran.design.level)
+        where = f"replication {replication.name}, expectations"
+        raise LuthierError(f"nothing measures `{one.measure}`", where=where, fix=nearest(one.measure, measures))
+    # Where training broke off in all variants there are no measures either.
+    variant, versus = (values[name].get(one.measure, [None] * ran.seeds) for name in (one.variant, one.versus))
+    judged = judge(variant, versus, one.direction, one.margin, ran.design.level)
     return {**one._asdict(), **judged._asdict()}
 
 
-def _arm(arm: Arm, choice: Choice, values: Values) -> Result:
+def _variant(variant: Variant, choice: Choice, values: Values) -> Result:
     return {
-        "name": arm.name,
-        "meaning": arm.meaning,
+        "name": variant.name,
+        "meaning": variant.meaning,
         "rate": choice.rate,
         "rate_note": choice.note,
         "tried": [one._asdict() for one in choice.tried],
@@ -110,11 +114,11 @@ def machine_in_words() -> str:
     return f"{facts['processor']}, {facts['cores']} cores, {int(facts['memory_bytes']) / 2**30:.0f} GiB"
 
 
-def file_stem(claim: Claim, model: str | None) -> str:
-    """What a result's files are called: the claim, and the model where it is not the claim's own."""
-    if model is None or model == claim.model:
-        return claim.name
-    return f"{claim.name}.{re.sub(r'[^A-Za-z0-9_-]+', '-', model).strip('-')}"
+def file_stem(replication: Replication, model: str | None) -> str:
+    """What a result's files are called: the replication, and the model where it is not the replication's own."""
+    if model is None or model == replication.model:
+        return replication.name
+    return f"{replication.name}.{re.sub(r'[^A-Za-z0-9_-]+', '-', model).strip('-')}"
 
 
 def save(result: Result, folder: Path, stem: str) -> list[Path]:
@@ -139,7 +143,7 @@ def load(folder: Path, stem: str) -> Result | None:
     try:
         result: Result = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise LuthierError(f"this result cannot be read: {error}", where=str(path), mend=f"luthier lab {stem}") from None
+        raise LuthierError(f"this result cannot be read: {error}", where=str(path), fix=f"luthier replicate {stem}") from None
     return readable(result)
 
 
@@ -152,10 +156,10 @@ def spread(values: Sequence[float | None]) -> str:
 
 
 def expected(one: Mapping[str, Any]) -> str:
-    """An expectation in words: `held_back: lora not less than full, within 0.05`."""
+    """An expectation in words: `held_out: lora not less than full, within 0.05`."""
     words, by = _WORDS[one["direction"]]
     margin = f", {by} {one['margin']:g}" if one["margin"] else ""
-    return f"{one['measure']}: {one['arm']} {words} {one['versus']}{margin}"
+    return f"{one['measure']}: {one['variant']} {words} {one['versus']}{margin}"
 
 
 def colored(verdict: str) -> str:
@@ -165,11 +169,11 @@ def colored(verdict: str) -> str:
 
 def shown(result: Result) -> Group:
     """A result for the terminal."""
-    numbers = _table("measure", *(escape(arm["name"]) for arm in result["arms"]))
-    rates = [("by the recipes" if arm["rate"] is None else f"{arm['rate']:g}") for arm in result["arms"]]
+    numbers = _table("measure", *(escape(variant["name"]) for variant in result["variants"]))
+    rates = [("by the recipes" if variant["rate"] is None else f"{variant['rate']:g}") for variant in result["variants"]]
     numbers.add_row("[dim]learning rate[/dim]", *(f"[dim]{rate}[/dim]" for rate in rates))
     for name in result["measures"]:
-        numbers.add_row(escape(name), *(spread(arm["numbers"][name]) for arm in result["arms"]))
+        numbers.add_row(escape(name), *(spread(variant["numbers"][name]) for variant in result["variants"]))
     main, *beside = result["expectations"]
     seeds = len(result["seeds"])
     pairs = _table("beside it", "difference (interval)", "verdict")
@@ -186,7 +190,7 @@ def shown(result: Result) -> Group:
         *([pairs] if beside else []),
         *(f"[dim]{escape(remark)}[/dim]" for remark in [*remarks, looked(result["rule"])]),
         "",
-        f"[bold]{escape(result['claim'])}[/bold]: {colored(result['verdict'])}{escape(_rest(result))}",
+        f"[bold]{escape(result['replication'])}[/bold]: {colored(result['verdict'])}{escape(_rest(result))}",
         escape(main["says"] or expected(main)),
     )
 

@@ -1,5 +1,5 @@
-"""Runs a claim: learning rates are chosen first, each arm's alike; then every arm runs at the seeds of each look, as many looks
-as the rule asks for.
+"""Runs a replication: learning rates are chosen first, each variant's alike; then every variant runs at the seeds of each look, as many
+looks as the rule asks for.
 
 Work is cut into jobs, one stage or one measurement each, which leave their results in the lab's cache. A lab that was killed goes on
 where it was when it is called again, and ends in the same numbers.
@@ -15,7 +15,6 @@ from typing import NamedTuple
 
 from luthier.errors import LuthierError, Say
 from luthier.lab.cache import read
-from luthier.lab.claim import CHOOSING_SEED, Arm, Claim, Recipe, Setting
 from luthier.lab.jobs import (
     SCORE,
     Do,
@@ -24,19 +23,20 @@ from luthier.lab.jobs import (
     RunAll,
     answer_of,
     answer_path,
-    arm_recipes,
     chain_keys,
     content_of,
     measure_chain,
     stage_path,
     train_stage,
+    variant_recipes,
 )
+from luthier.lab.replication import CHOOSING_SEED, Recipe, Replication, Setting, Variant
 from luthier.lab.verdict import CANNOT_TELL, Design, design_of, judge
 from luthier.models.fingerprint import fingerprint
 from luthier.models.load import load_model
 
 Numbers = Mapping[str, tuple[Mapping[str, float | None], ...]]
-"""By arm, the measures of each seed."""
+"""By variant, the measures of each seed."""
 
 
 class Lab(NamedTuple):
@@ -50,9 +50,9 @@ class Lab(NamedTuple):
 
 
 class Chain(NamedTuple):
-    """One repetition of one arm at one learning rate."""
+    """One repetition of one variant at one learning rate."""
 
-    arm: Arm
+    variant: Variant
     rate: float | None
     """None: every stage names its own."""
     setting: Setting
@@ -70,7 +70,7 @@ class Tried(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """The learning rate of an arm, and how it was found."""
+    """The learning rate of a variant, and how it was found."""
 
     rate: float | None
     tried: tuple[Tried, ...] = ()
@@ -78,18 +78,18 @@ class Choice(NamedTuple):
 
 
 class Ran(NamedTuple):
-    """All that a claim's runs gave."""
+    """All that a replication's runs gave."""
 
-    claim: Claim
+    replication: Replication
     model: str
     fingerprint: str
     seeds: int
     """At the last look."""
     design: Design
     choices: Mapping[str, Choice]
-    """By arm."""
+    """By variant."""
     numbers: Numbers
-    """By arm, of each seed; empty where training broke off."""
+    """By variant, of each seed; empty where training broke off."""
     seconds: float
     """Training time of all stages, those from the cache included."""
     stages: int
@@ -98,62 +98,62 @@ class Ran(NamedTuple):
     """What had to be done now, because the cache did not hold it."""
 
 
-def run_claim(claim: Claim, lab: Lab, *, seeds: int | None = None, model: str | None = None) -> Ran:
-    """Run every arm of a claim, at the seeds 0, 1, ... of each look until the main expectation is decided.
+def run_replication(replication: Replication, lab: Lab, *, seeds: int | None = None, model: str | None = None) -> Ran:
+    """Run every variant of a replication, at the seeds 0, 1, ... of each look until the main expectation is decided.
 
     Args:
-        claim: from `luthier.lab.claims.find`.
+        replication: from `luthier.lab.replications.find`.
         lab: where and how.
         seeds: repetitions at a single look, instead of the lab's rule.
-        model: instead of the claim's.
+        model: instead of the replication's.
 
     Raises:
         LuthierError: a recipe is wrong, or a run stopped for another reason than numbers that are not finite.
     """
-    model = model or claim.model
-    work = Work(claim, lab, model, fingerprint(load_model(model)))
+    model = model or replication.model
+    work = Work(replication, lab, model, fingerprint(load_model(model)))
     choices = choose_rates(work)
-    design = design_of(claim, seeds)
+    design = design_of(replication, seeds)
     for look in design.looks:
-        chains = [work.chain(arm, choices[arm.name].rate, seed) for arm in claim.arms for seed in range(look)]
+        chains = [work.chain(variant, choices[variant.name].rate, seed) for variant in replication.variants for seed in range(look)]
         answers = iter(work.ask(chains, "measure"))
-        numbers = {arm.name: tuple(next(answers) for _ in range(look)) for arm in claim.arms}
-        if decided(claim, numbers, design.level):
+        numbers = {variant.name: tuple(next(answers) for _ in range(look)) for variant in replication.variants}
+        if decided(replication, numbers, design.level):
             break
-    return Ran(claim, model, work.start, look, design, choices, numbers, work.seconds(), len(work.stages), work.jobs)
+    return Ran(replication, model, work.start, look, design, choices, numbers, work.seconds(), len(work.stages), work.jobs)
 
 
-def decided(claim: Claim, numbers: Numbers, level: float) -> bool:
+def decided(replication: Replication, numbers: Numbers, level: float) -> bool:
     """Whether the main expectation has a verdict at this look."""
-    main = claim.main
-    arm, versus = ([one.get(main.measure) for one in numbers[name]] for name in (main.arm, main.versus))
-    return judge(arm, versus, main.direction, main.margin, level).verdict != CANNOT_TELL
+    main = replication.main
+    variant, versus = ([one.get(main.measure) for one in numbers[name]] for name in (main.variant, main.versus))
+    return judge(variant, versus, main.direction, main.margin, level).verdict != CANNOT_TELL
 
 
 class Work:
-    """The jobs of one claim on one model, and what they have come to."""
+    """The jobs of one replication on one model, and what they have come to."""
 
-    def __init__(self, claim: Claim, lab: Lab, model: str, start: str) -> None:
-        self.claim, self.lab, self.model, self.start = claim, lab, model, start
+    def __init__(self, replication: Replication, lab: Lab, model: str, start: str) -> None:
+        self.replication, self.lab, self.model, self.start = replication, lab, model, start
         self.stages: set[str] = set()
         self.jobs = 0
-        self.bases = cache(lambda setting: tuple(claim.stages(setting)))
+        self.bases = cache(lambda setting: tuple(replication.stages(setting)))
 
-    def chain(self, arm: Arm, rate: float | None, seed: int, stages: int | None = None) -> Chain:
+    def chain(self, variant: Variant, rate: float | None, seed: int, stages: int | None = None) -> Chain:
         """One repetition, or its first stages."""
         setting = Setting(self.model, seed)
-        recipes = arm_recipes(arm, rate, setting, self.bases(setting)[:stages])
-        return Chain(arm, rate, setting, self._keys(recipes), content_of(recipes))
+        recipes = variant_recipes(variant, rate, setting, self.bases(setting)[:stages])
+        return Chain(variant, rate, setting, self._keys(recipes), content_of(recipes))
 
     def _keys(self, recipes: Sequence[Recipe]) -> tuple[str, ...]:
-        return chain_keys(recipes, self.start, self.lab.device, self.claim.apart)
+        return chain_keys(recipes, self.start, self.lab.device, self.replication.apart)
 
     def ask(self, chains: Sequence[Chain], question: Question) -> list[Mapping[str, float | None]]:
         """Train what has not been trained, stage by stage, and put a question to each chain. Empty answers: training broke off."""
         stages = [(key, chain, number) for chain in chains for number, key in enumerate(chain.keys)]
         self.stages.update(key for key, _, _ in stages)
         for depth in range(max((len(chain.keys) for chain in chains), default=0)):
-            # Equal stages of several arms are trained once.
+            # Equal stages of several variants are trained once.
             todo = {key: self.job(chain, number) for key, chain, number in stages if number == depth and not self.known(key)}
             self.do(train_stage, list(todo.values()), f"training, stage {depth + 1}")
         asked = [self.job(chain)._replace(question=question) for chain in chains]
@@ -164,7 +164,7 @@ class Work:
 
     def job(self, chain: Chain, number: int = 0) -> Job:
         """What a process needs to know."""
-        names = (str(self.lab.root), self.claim.name, chain.arm.name, chain.rate, chain.setting, self.lab.device)
+        names = (str(self.lab.root), self.replication.name, chain.variant.name, chain.rate, chain.setting, self.lab.device)
         return Job(*names, chain.keys, chain.content, number)
 
     def known(self, key: str) -> bool:
@@ -177,7 +177,7 @@ class Work:
             if error is not None:
                 raise error
             self.jobs += 1
-            self.lab.say(f"{self.claim.name}: {words}: {number} of {len(jobs)}")
+            self.lab.say(f"{self.replication.name}: {words}: {number} of {len(jobs)}")
 
     def seconds(self) -> float:
         """Training time of all stages."""
@@ -185,36 +185,40 @@ class Work:
 
 
 def choose_rates(work: Work) -> dict[str, Choice]:
-    """The learning rate of each arm: the best of its grid at `CHOOSING_SEED`, or what another arm's gives."""
-    claim = work.claim
-    searching = [arm for arm in claim.arms if arm.like is None]
-    grids = {arm.name: _grid(work, arm) for arm in searching}
-    chains = [work.chain(arm, rate, CHOOSING_SEED, claim.choose_stages) for arm in searching for rate in grids[arm.name]]
+    """The learning rate of each variant: the best of its grid at `CHOOSING_SEED`, or what another variant's gives."""
+    replication = work.replication
+    searching = [variant for variant in replication.variants if variant.like is None]
+    grids = {variant.name: _grid(work, variant) for variant in searching}
+    chains = [
+        work.chain(variant, rate, CHOOSING_SEED, replication.choose_stages) for variant in searching for rate in grids[variant.name]
+    ]
     answers = iter(work.ask(chains, "choose"))
     choices: dict[str, Choice] = {}
-    for arm in searching:
-        tried = [Tried(rate, next(answers).get(SCORE)) for rate in grids[arm.name]]
-        choices[arm.name] = best(tried) if tried else Choice(None, note="its stages name their own learning rates")
-    for arm in claim.arms:
-        if arm.like is not None:
-            rate = choices[arm.like].rate
-            choices[arm.name] = Choice(rate and rate * arm.rate_factor, note=f"{arm.rate_factor:g} times that of {arm.like}")
-    return {arm.name: choices[arm.name] for arm in claim.arms}
+    for variant in searching:
+        tried = [Tried(rate, next(answers).get(SCORE)) for rate in grids[variant.name]]
+        choices[variant.name] = best(tried) if tried else Choice(None, note="its stages name their own learning rates")
+    for variant in replication.variants:
+        if variant.like is not None:
+            rate = choices[variant.like].rate
+            choices[variant.name] = Choice(
+                rate and rate * variant.rate_factor, note=f"{variant.rate_factor:g} times that of {variant.like}"
+            )
+    return {variant.name: choices[variant.name] for variant in replication.variants}
 
 
-def _grid(work: Work, arm: Arm) -> list[float]:
-    """The rates to choose from; none for an arm whose recipes are the same at all of them, since they name their own.
+def _grid(work: Work, variant: Variant) -> list[float]:
+    """The rates to choose from; none for a variant whose recipes are the same at all of them, since they name their own.
 
     Raises:
         LuthierError: the stages that are judged are the same at all rates, and later ones are not.
     """
-    rates = sorted(work.claim.rates if arm.rates is None else arm.rates)
-    whole = {work.chain(arm, rate, CHOOSING_SEED).keys for rate in rates}
+    rates = sorted(work.replication.rates if variant.rates is None else variant.rates)
+    whole = {work.chain(variant, rate, CHOOSING_SEED).keys for rate in rates}
     if len(whole) == 1 < len(rates):
         return []
-    if len({keys[: work.claim.choose_stages] for keys in whole}) == 1 < len(rates):
-        where = f"claim {work.claim.name}, arm {arm.name}"
-        raise LuthierError("the stages that judge a learning rate do not use it", where=where, mend="raise choose_stages")
+    if len({keys[: work.replication.choose_stages] for keys in whole}) == 1 < len(rates):
+        where = f"replication {work.replication.name}, variant {variant.name}"
+        raise LuthierError("the stages that judge a learning rate do not use it", where=where, fix="raise choose_stages")
     return rates
 
 

@@ -1,4 +1,4 @@
-"""What a skill of the small world is."""
+"""What a skill of the synthetic benchmark is."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple
 
 from luthier.lab.dice import Dice
 
-Split = Literal["train", "validation", "held_back"]
+Split = Literal["train", "validation", "held_out"]
 """What a model learns from, what settings such as learning rates are chosen by, and what it is judged by."""
 Prompt = str | list[dict[str, str]]
 
@@ -44,7 +44,7 @@ class Skill(NamedTuple):
     pretrained: bool = True
     """Whether the built-in model was taught it."""
     splits: str = "by prompt"
-    """How training and held-back items differ, in words."""
+    """How training and held-out items differ, in words."""
     spoil: Callable[..., Item] | None = None
     """`spoil(item, dice, **options)`: the item with a fault in what it teaches."""
     options: Mapping[str, Any] = {}

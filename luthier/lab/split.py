@@ -16,7 +16,7 @@ def side_of(prompt: Prompt) -> Split:
     digest = hashlib.sha256(words(prompt).encode()).digest()
     if digest[0] % _HELD_BACK:
         return "train"
-    return "held_back" if digest[1] % _VALIDATION else "validation"
+    return "held_out" if digest[1] % _VALIDATION else "validation"
 
 
 def words(prompt: Prompt) -> str:

@@ -15,7 +15,7 @@ from luthier import machine
 from luthier.columns import chunked
 from luthier.columns.targets import find_targets
 from luthier.kinds import BASE, Batch, Column, Now
-from luthier.lab import world
+from luthier.lab import benchmark
 from luthier.lab.skill import Split
 from luthier.models.attention import use_attention
 from luthier.models.head import head_of
@@ -113,9 +113,9 @@ def with_answers(items: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return [{"id": row["id"], "prompt": row["prompt"], "completion": row["answer"]} for row in items]
 
 
-def answered(skills: Sequence[str], *, split: Split = "held_back", count: int = 60, difficulty: int = 1) -> list[dict[str, Any]]:
-    """Such items of skills of the small world, in which the answer is all that is written."""
-    return with_answers([row for skill in skills for row in world.rows(skill, split, count, difficulty=difficulty)])
+def answered(skills: Sequence[str], *, split: Split = "held_out", count: int = 60, difficulty: int = 1) -> list[dict[str, Any]]:
+    """Such items of skills of the synthetic benchmark, in which the answer is all that is written."""
+    return with_answers([row for skill in skills for row in benchmark.rows(skill, split, count, difficulty=difficulty)])
 
 
 def _batches(tune: Tune, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Mapping[str, Any]]) -> Iterator[Batch]:

@@ -1,4 +1,4 @@
-"""What claims have in common: stages that teach skills of the small world, and what is measured of a finished run."""
+"""What replications have in common: stages that teach skills of the synthetic benchmark, and what is measured of a finished run."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from statistics import fmean
 from typing import Any
 
 from luthier.evaluate.sets import EvalSet, measure
-from luthier.lab import world
-from luthier.lab.claim import Finished, Recipe, Setting
+from luthier.lab import benchmark
+from luthier.lab.benchmark_sets import sets_of
+from luthier.lab.replication import Finished, Recipe, Setting
 from luthier.lab.skill import Split
 from luthier.lab.skills.facts import world as world_facts
-from luthier.lab.world_sets import sets_of
 from luthier.results.folder import Run
 from luthier.results.opened import open_base, open_run
 from luthier.rows.read import read
@@ -34,17 +34,17 @@ def teach(skill: str, setting: Setting, *, count: int, epochs: float, **options:
     """A stage that teaches one skill from rows drawn by the setting's seed.
 
     Args:
-        skill: of the small world.
+        skill: of the synthetic benchmark.
         setting: the repetition.
         count: rows.
         epochs: passes over them.
-        options: difficulty and noise, as for `luthier.lab.world.rows`.
+        options: difficulty and noise, as for `luthier.lab.benchmark.rows`.
     """
-    return stage(world.rows(skill, "train", count, seed=setting.seed, **options), epochs)
+    return stage(benchmark.rows(skill, "train", count, seed=setting.seed, **options), epochs)
 
 
 def new_language(setting: Setting) -> list[Recipe]:
-    """The stage that most claims about tuning share: known facts, asked for in a language that is new."""
+    """The stage that most replications about tuning share: known facts, asked for in a language that is new."""
     return [teach(NEW_LANGUAGE, setting, count=600, epochs=10)]
 
 
@@ -52,7 +52,7 @@ def few_facts(split: Split, count: int = 60, seed: int = 0, noise: float = 0.0) 
     """New facts about a few people alone, so that each is met often, as rows or items; so many of them, or all there are."""
     few = world_facts().new[:FEW]
     # Three of ten are about them; more items than these there are none.
-    drawn = world.rows("new_facts", split, 5 * count if split == "train" else 200, seed=seed, noise=noise)
+    drawn = benchmark.rows("new_facts", split, 5 * count if split == "train" else 200, seed=seed, noise=noise)
     return [row for row in drawn if any(one in row["prompt"] for one in few)][:count]
 
 
@@ -72,7 +72,7 @@ def accuracies(
     run: Run,
     skills: Sequence[str],
     *,
-    split: Split = "held_back",
+    split: Split = "held_out",
     count: int | None = None,
     difficulty: int = 1,
     weights_only: bool = False,
@@ -97,11 +97,11 @@ def learnt_and_kept(finished: Finished) -> dict[str, float]:
         "learnt": mean(run, [NEW_LANGUAGE]),
         "gained": gained(run),
         "kept": mean(run, TAUGHT),
-        "trained numbers": float(run.facts["trained_numbers"]),
+        "trained numbers": float(run.facts["trained_parameters"]),
     }
 
 
-def gained(run: Run, split: Split = "held_back") -> float:
+def gained(run: Run, split: Split = "held_out") -> float:
     """Nats by which a target token of the new language became likelier: it tells techniques apart that get few answers right."""
     (items,) = sets_of([NEW_LANGUAGE], split=split, count=ITEMS)
     likely = replace(items, metric="loss")
@@ -114,7 +114,7 @@ def validation_gain(finished: Finished) -> float:
     return gained(finished.runs[0], "validation")
 
 
-def mean(run: Run, skills: Sequence[str], *, split: Split = "held_back", count: int | None = None, difficulty: int = 1) -> float:
+def mean(run: Run, skills: Sequence[str], *, split: Split = "held_out", count: int | None = None, difficulty: int = 1) -> float:
     """The mean accuracy over skills, as `accuracies` takes them."""
     return fmean(accuracies(run, skills, split=split, count=count, difficulty=difficulty).values())
 

@@ -1,4 +1,4 @@
-"""A taste to learn: answers of which all are good, and some are preferred. What claims about preferences share."""
+"""A taste to learn: answers of which all are good, and some are preferred. What replications about preferences share."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from statistics import fmean
 from typing import Any
 
 from luthier.evaluate.likelihood import likelihoods
-from luthier.lab.claim import Finished, Recipe, Setting
 from luthier.lab.dice import Dice
+from luthier.lab.replication import Finished, Recipe, Setting
 from luthier.lab.skills.words import COLORS, OBJECTS, PLACES
 from luthier.lab.tasks import stage
 from luthier.results.folder import Run
@@ -25,9 +25,9 @@ GOOD, PAIRS = 600, 300
 HELD_BACK = 60
 
 
-def questions(held_back: bool) -> list[tuple[str, str]]:
-    """Objects and places that are asked about; one in five is held back."""
-    return [one for place, one in enumerate(product(OBJECTS, PLACES)) if (place % 5 == 0) is held_back]
+def questions(held_out: bool) -> list[tuple[str, str]]:
+    """Objects and places that are asked about; one in five is held out."""
+    return [one for place, one in enumerate(product(OBJECTS, PLACES)) if (place % 5 == 0) is held_out]
 
 
 def asked(thing: tuple[str, str]) -> str:
@@ -43,7 +43,7 @@ def answered(thing: tuple[str, str], color: str) -> str:
 def any_answer(setting: Setting) -> Recipe:
     """A stage that teaches how questions are answered, each color as often as the others."""
     dice = Dice("tastes", "answers", setting.seed)
-    things = [dice.pick(questions(held_back=False)) for _ in range(GOOD)]
+    things = [dice.pick(questions(held_out=False)) for _ in range(GOOD)]
     recipe = stage([{"prompt": asked(one), "completion": answered(one, dice.pick(CHOICES))} for one in things], epochs=4)
     return {**recipe, "train": {**recipe["train"], "learning_rate": 1e-3}}
 
@@ -53,7 +53,7 @@ def pairs(setting: Setting, count: int = PAIRS) -> list[dict[str, Any]]:
     dice = Dice("tastes", "pairs", setting.seed)
     rows = []
     for _ in range(count):
-        thing, drawn = dice.pick(questions(held_back=False)), dice.some(CHOICES, 2)
+        thing, drawn = dice.pick(questions(held_out=False)), dice.some(CHOICES, 2)
         better, worse = sorted(drawn, key=CHOICES.index, reverse=True)
         rows.append({"prompt": asked(thing), "chosen": answered(thing, better), "rejected": answered(thing, worse)})
     return rows
@@ -71,7 +71,7 @@ def chosen_alone(recipe: Recipe, number: int, setting: Setting) -> Recipe:
 
 
 def comparing(objective: Any) -> Any:
-    """An arm's change: the first stage as it is, the second with a loss over pairs."""
+    """A variant's change: the first stage as it is, the second with a loss over pairs."""
     return lambda recipe, number, setting: recipe if number == 0 else {**recipe, "objective": objective}
 
 
@@ -93,7 +93,7 @@ def shares(run: Run, things: Sequence[tuple[str, str]]) -> list[tuple[list[float
 def taste(finished: Finished) -> dict[str, float]:
     """What a model that is asked new questions likes: how good the color is that it would say, from 0 to 1, and how likely the best one
     is; and the nats of an answer of the form that was taught, in any color."""
-    found = shares(finished.runs[-1], questions(held_back=True)[:HELD_BACK])
+    found = shares(finished.runs[-1], questions(held_out=True)[:HELD_BACK])
     worth = [place / (len(CHOICES) - 1) for place in range(len(CHOICES))]
     return {
         "liked": fmean(sum(share * value for share, value in zip(each, worth, strict=True)) for each, _ in found),
@@ -104,7 +104,7 @@ def taste(finished: Finished) -> dict[str, float]:
 
 def chosen_nats(finished: Finished) -> dict[str, float]:
     """Nats of chosen and of rejected answers to new questions, and by how much the chosen ones became less likely in the last stage."""
-    things = questions(held_back=True)[:HELD_BACK]
+    things = questions(held_out=True)[:HELD_BACK]
     dice = Dice("tastes", "held back", 0)
     drawn = [sorted(dice.some(CHOICES, 2), key=CHOICES.index, reverse=True) for _ in things]
     found = [_nats(run, things, drawn) for run in finished.runs[-2:]]

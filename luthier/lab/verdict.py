@@ -1,13 +1,13 @@
-"""When a claim holds, when it does not, and when that cannot be told: a rule that was fixed before any claim was run under it.
+"""When a replication holds, when it does not, and when that cannot be told: a rule that was fixed before any replication was run under it.
 
-Arms are compared in pairs, seed by seed. The rule looks twice at most, at 8 seeds and at 16, and a claim goes on to the second look
-exactly when its main expectation is undecided at the first. At each look the mean of the differences gets an interval by Student's
-t at the same level of 97.2 %, 2.76 standard errors wide to either side at 8 seeds and 2.43 at 16. Looking twice at intervals of 95 %
-would be wrong in more than 5 of 100 cases; at this level both looks together are wrong in 5 of 100 (Pocock, 1977, whose 0.0294 is for
-a known deviation; 0.028 keeps the 5 % with a deviation estimated from so few seeds). O'Brien and Fleming's design spends next to
-nothing of it at the first look, whose interval would be half as wide again: then nearly every claim would need 16 seeds, and
-that is what this rule is meant to save. The interval that is shown is the one of the last look, a repeated confidence interval
-(Jennison and Turnbull, 1989): it covers the true difference in 95 of 100 cases whatever made the rule stop. With a margin m:
+Variants are compared in pairs, seed by seed. The rule looks twice at most, at 8 seeds and at 16, and a replication goes on to the second
+look exactly when its main expectation is undecided at the first. At each look the mean of the differences gets an interval by Student's t
+at the same level of 97.2 %, 2.76 standard errors wide to either side at 8 seeds and 2.43 at 16. Looking twice at intervals of 95 % would be
+wrong in more than 5 of 100 cases; at this level both looks together are wrong in 5 of 100 (Pocock, 1977, whose 0.0294 is for a known
+deviation; 0.028 keeps the 5 % with a deviation estimated from so few seeds). O'Brien and Fleming's design spends next to nothing of it at
+the first look, whose interval would be half as wide again: then nearly every replication would need 16 seeds, and that is what this rule is
+meant to save. The interval that is shown is the one of the last look, a repeated confidence interval (Jennison and Turnbull, 1989): it
+covers the true difference in 95 of 100 cases whatever made the rule stop. With a margin m:
 
 | direction | holds | does not hold |
 | --- | --- | --- |
@@ -16,7 +16,7 @@ that is what this rule is meant to save. The interval that is shown is the one o
 | not_less | the interval lies above -m (m = 0: not below 0) | the interval lies below -m |
 | not_more | the interval lies below m (m = 0: not above 0) | the interval lies above m |
 
-Of everything else the lab cannot tell. So of one seed, which gives no interval, and where an arm has no number at some seed.
+Of everything else the lab cannot tell. So of one seed, which gives no interval, and where a variant has no number at some seed.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from statistics import fmean, stdev
 from typing import Literal, NamedTuple
 
 from luthier.evaluate.intervals import CONFIDENCE, Interval
-from luthier.lab.claim import Claim, Direction
+from luthier.lab.replication import Direction, Replication
 
 Verdict = Literal["holds", "does not hold", "cannot tell"]
 HOLDS: Verdict = "holds"
@@ -39,7 +39,7 @@ LEVEL = 0.028
 
 
 class Design(NamedTuple):
-    """At how many seeds the lab looks at a claim, and how sure each look must be."""
+    """At how many seeds the lab looks at a replication, and how sure each look must be."""
 
     looks: tuple[int, ...]
     """Seeds at each look, growing."""
@@ -52,23 +52,23 @@ class Design(NamedTuple):
 TWO_LOOKS = Design((8, 16), LEVEL)
 
 
-def design_of(claim: Claim, seeds: int | None = None) -> Design:
-    """How a claim is looked at: by the rule, or once at the number of seeds that was asked for.
+def design_of(replication: Replication, seeds: int | None = None) -> Design:
+    """How a replication is looked at: by the rule, or once at the number of seeds that was asked for.
 
     Args:
-        claim: one that names its seeds is looked at once, at these.
+        replication: one that names its seeds is looked at once, at these.
         seeds: what somebody asked for instead.
     """
     if seeds is not None:
         return Design((seeds,), 1 - CONFIDENCE, lab=False)
-    return TWO_LOOKS if claim.seeds is None else Design((claim.seeds,), 1 - CONFIDENCE)
+    return TWO_LOOKS if replication.seeds is None else Design((replication.seeds,), 1 - CONFIDENCE)
 
 
 class Judged(NamedTuple):
     """What came of one expectation."""
 
     differences: tuple[float | None, ...]
-    """Of each seed, arm minus versus; None where one of them has no number."""
+    """Of each seed, variant minus versus; None where one of them has no number."""
     mean: float | None
     interval: Interval | None
     verdict: Verdict
@@ -76,22 +76,22 @@ class Judged(NamedTuple):
 
 
 def judge(
-    arm: Sequence[float | None],
+    variant: Sequence[float | None],
     versus: Sequence[float | None],
     direction: Direction,
     margin: float = 0.0,
     level: float = 1 - CONFIDENCE,
 ) -> Judged:
-    """Compare two arms seed by seed.
+    """Compare two variants seed by seed.
 
     Args:
-        arm: the measure of each seed; None where the arm has no number.
-        versus: the same of the other arm, in the same order.
+        variant: the measure of each seed; None where the variant has no number.
+        versus: the same of the other variant, in the same order.
         direction: what is expected of the differences.
         margin: at least 0, in units of the measure.
         level: the chance that the interval misses the true difference.
     """
-    differences = tuple(None if one is None or other is None else one - other for one, other in zip(arm, versus, strict=True))
+    differences = tuple(None if one is None or other is None else one - other for one, other in zip(variant, versus, strict=True))
     known = [one for one in differences if one is not None]
     mean = fmean(known) if known else None
     if len(known) < len(differences):

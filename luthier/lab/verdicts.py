@@ -1,6 +1,6 @@
-"""What came of the claims, in words that say how large an effect is; and the list of it that comes with luthier.
+"""What came of the replications, in words that say how large an effect is; and the list of it that comes with luthier.
 
-python -m luthier.lab.verdicts docs/claims writes that list anew from the committed results, and beside them the figure of all.
+python -m luthier.lab.verdicts docs/replications writes that list anew from the committed results, and beside them the figure of all.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ NOT_AGAIN = "not run again under the rule"
 """Said of a result from before the rule: it had other seeds, and one verdict of several expectations."""
 COLORS = {HOLDS: "green", HOLDS_NOT: "red", CANNOT_TELL: "yellow", NOT_AGAIN: "dim"}
 CALIBRATION, EFFECTS = "calibration", "effects"
-"""The names of the result that is about the lab itself, and of the figure of all claims."""
+"""The names of the result that is about the lab itself, and of the figure of all replications."""
 _BEFORE = {"supported": HOLDS, "refuted": HOLDS_NOT, "inconclusive": CANNOT_TELL}
 """Verdicts as results from before the rule write them."""
 Result = dict[str, Any]
@@ -32,7 +32,7 @@ def rule_facts(design: Design) -> dict[str, Any]:
 
 
 def under_rule(result: Mapping[str, Any]) -> bool:
-    """Whether a result came about under the present rule: two looks, or one where the claim's runs are too dear for two."""
+    """Whether a result came about under the present rule: two looks, or one where the replication's runs are too dear for two."""
     rule = result.get("rule") or {"lab": False}
     return bool(rule["lab"]) and rule["lab"] and (len(rule["looks"]) == 1 or rule == rule_facts(TWO_LOOKS))
 
@@ -58,11 +58,11 @@ def difference(one: Mapping[str, Any]) -> str:
 
 
 def in_words(result: Mapping[str, Any]) -> str:
-    """A claim's verdict with the size of its main effect: `holds at this scale: gained 0.31 nats (0.1 to 0.5), half minus full`."""
+    """A replication's verdict with the size of its main effect: `holds at this scale: gained 0.31 nats (0.1 to 0.5), half minus full`."""
     (main, *_) = result["expectations"]
     mean, _, interval = difference(main).partition(" ")
     amount = " ".join(one for one in (main["measure"], mean, result["unit"], interval) if one)
-    return f"{result['verdict']} at this scale: {amount}, {main['arm']} minus {main['versus']}, {len(result['seeds'])} seeds"
+    return f"{result['verdict']} at this scale: {amount}, {main['variant']} minus {main['versus']}, {len(result['seeds'])} seeds"
 
 
 def entry(result: Mapping[str, Any]) -> dict[str, Any]:
@@ -76,7 +76,7 @@ def entry(result: Mapping[str, Any]) -> dict[str, Any]:
         "interval": main["interval"],
         "measure": main["measure"],
         "unit": result["unit"],
-        "arm": main["arm"],
+        "variant": main["variant"],
         "versus": main["versus"],
         "seeds": len(result["seeds"]),
         "under_rule": ruled,
@@ -84,7 +84,7 @@ def entry(result: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def results_in(folder: Path) -> dict[str, Result]:
-    """The results of claims in a folder, by the names of their files."""
+    """The results of replications in a folder, by the names of their files."""
     paths = [path for path in sorted(folder.glob("*.json")) if path.stem != CALIBRATION]
     return {path.stem: readable(json.loads(path.read_text(encoding="utf-8"))) for path in paths}
 

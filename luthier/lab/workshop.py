@@ -1,4 +1,4 @@
-"""Build the models that come with luthier, from nothing: rows of the small world, a tokenizer, random weights, and a recipe.
+"""Build the models that come with luthier, from nothing: rows of the synthetic benchmark, a tokenizer, random weights, and a recipe.
 
 python -m luthier.lab.workshop [--size main|small|large] [--into FOLDER]
 """
@@ -21,8 +21,8 @@ from transformers import PreTrainedTokenizerFast
 from luthier import disk, draws
 from luthier.errors import LuthierError
 from luthier.evaluate.sets import SetResult, measure
-from luthier.lab import world
-from luthier.lab.world_sets import sets_of
+from luthier.lab import benchmark
+from luthier.lab.benchmark_sets import sets_of
 from luthier.models.load import load_model, load_tokenizer
 from luthier.models.packaged import PACKAGED, folder_of
 from luthier.models.parts import map_parts
@@ -93,7 +93,7 @@ def build(size: str, into: Path, work: Path, overrides: Sequence[str] = ()) -> P
         overrides: keys of the recipe to set, as on the command line.
     """
     if into.exists():
-        raise LuthierError("this is there already", where=str(into), mend="name another folder with --into, or remove it")
+        raise LuthierError("this is there already", where=str(into), fix="name another folder with --into, or remove it")
     chosen = SIZES[size]
     _write_rows(work / "rows")
     start = write_start(chosen, work / chosen.name)
@@ -124,7 +124,7 @@ def _publish(run: Run, size: Size, into: Path, merged: Path) -> None:
 
 
 def score(model: str | Path, skills: Sequence[str] | None = None) -> dict[str, SetResult]:
-    """A model's result on held-back items of skills; without names, of every skill."""
+    """A model's result on held-out items of skills; without names, of every skill."""
     loaded = load_model(str(model))
     return measure(Tune(loaded, map_parts(loaded)), load_tokenizer(str(model)), sets_of(skills, count=ITEMS))
 
@@ -132,7 +132,7 @@ def score(model: str | Path, skills: Sequence[str] | None = None) -> dict[str, S
 def _write_rows(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for skill, count in COUNTS.items():
-        lines = (json.dumps(row) + "\n" for row in world.rows(skill, "train", count, seed=SEED))
+        lines = (json.dumps(row) + "\n" for row in benchmark.rows(skill, "train", count, seed=SEED))
         (folder / f"{skill}.jsonl").write_text("".join(lines), encoding="utf-8")
 
 
@@ -164,8 +164,8 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 def _texts() -> list[str]:
     texts = []
-    for skill in world.SKILLS:
-        for row in world.rows(skill, "train", 3000, seed=SEED):
+    for skill in benchmark.SKILLS:
+        for row in benchmark.rows(skill, "train", 3000, seed=SEED):
             if "text" in row:
                 texts.append(row["text"])
                 continue
@@ -216,7 +216,7 @@ def _card(size: Size, parameters: int, cost: Mapping[str, Any], scores: Mapping[
         "|---|---|---|---|",
     ]
     for name, result in scores.items():
-        skill = world.SKILLS[name]
+        skill = benchmark.SKILLS[name]
         value = f"{result.value:.3f}" if result.metric == "loss" else f"{100 * result.value:.0f} %"
         lines.append(f"| {name}: {skill.meaning} | {'yes' if skill.pretrained else 'no'} | {result.metric} | {value} |")
     return "\n".join(lines) + "\n"

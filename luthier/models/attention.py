@@ -220,7 +220,7 @@ def _measure(
         raise LuthierError(
             f"attention with {', '.join(odd)} does not tell where it looks",
             where=type(module).__name__,
-            mend="leave out what asks for `context_attention`",
+            fix="leave out what asks for `context_attention`",
         )
     with torch.no_grad():
         before = [keyvalue(tensors, asked.block)[0].to(key.dtype) for tensors, keyvalue in context.prefixes]
@@ -332,7 +332,7 @@ def use_context(model: nn.Module, parts: Parts, context: Callable[[], Context]) 
     before = transformer.config._attn_implementation
     if not use_attention(model):
         raise LuthierError(
-            f"a prefix cannot join the attention of {parts.architecture}", mend="use a prompt, LoRA or another technique"
+            f"a prefix cannot join the attention of {parts.architecture}", fix="use a prompt, LoRA or another technique"
         )
 
     def give(module: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:

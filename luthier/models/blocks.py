@@ -29,7 +29,7 @@ def weights(model: nn.Module, parts: Parts, block: int) -> Tensors:
         raise LuthierError(
             "a copy of a block cannot train where the weights are quantized",
             where=parts.block_modules[block],
-            mend="use quantize: none",
+            fix="use quantize: none",
         )
     _attention_of(model, parts, block)
     return {name: one.detach().clone() for name, one in module.named_parameters()}
@@ -88,6 +88,6 @@ def _attention_of(model: nn.Module, parts: Parts, block: int) -> str:
         raise LuthierError(
             f"a block with {sorts[block]} cannot be run by itself",
             where=f"{parts.architecture}, block {block}",
-            mend="use a model whose blocks attend to all tokens or to a window",
+            fix="use a model whose blocks attend to all tokens or to a window",
         )
     return str(sorts[block])

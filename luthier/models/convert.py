@@ -60,7 +60,7 @@ def load_gguf_tokenizer(file: Path) -> PreTrainedTokenizerBase:
         raise LuthierError(
             f"the tokenizer can not be read: {error}",
             where=str(file),
-            mend="check that the file is complete and that transformers reads its kind of tokenizer from GGUF",
+            fix="check that the file is complete and that transformers reads its kind of tokenizer from GGUF",
         ) from error
     _leave_out_others(tokenizer, tokens)
     if pre_tokenizer in _DIGITS_APART:

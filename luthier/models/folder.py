@@ -65,22 +65,22 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise LuthierError("the file is not JSON", where=str(path), mend=f"copy the model again ({error})") from error
+        raise LuthierError("the file is not JSON", where=str(path), fix=f"copy the model again ({error})") from error
     if not isinstance(content, dict):
-        raise LuthierError("the file does not hold a JSON object", where=str(path), mend="copy the model again")
+        raise LuthierError("the file does not hold a JSON object", where=str(path), fix="copy the model again")
     for key, kind, words in _KINDS:
         if not isinstance(content.get(key) or kind(), kind):
-            raise LuthierError(f"`{key}` is {content[key]!r}, not {words}", where=str(path), mend="copy the model again")
+            raise LuthierError(f"`{key}` is {content[key]!r}, not {words}", where=str(path), fix="copy the model again")
     return content
 
 
 def _no_configuration(folder: Path) -> LuthierError:
     if (folder / "adapter_config.json").is_file():
         base = _read_json(folder / "adapter_config.json").get("base_model_name_or_path") or "the base model"
-        return LuthierError("the folder holds an adapter, not a model", where=str(folder), mend=f"name the model itself: {base}")
+        return LuthierError("the folder holds an adapter, not a model", where=str(folder), fix=f"name the model itself: {base}")
     files = sorted(path.name for path in folder.glob("*.gguf"))
-    mend = f"name the file itself, e.g. {folder / files[0]}" if files else "name a folder that `save_pretrained` wrote"
-    return LuthierError("the folder holds no model: config.json is missing", where=str(folder), mend=mend)
+    fix = f"name the file itself, e.g. {folder / files[0]}" if files else "name a folder that `save_pretrained` wrote"
+    return LuthierError("the folder holds no model: config.json is missing", where=str(folder), fix=fix)
 
 
 def _no_weights(folder: Path) -> LuthierError:
@@ -89,11 +89,11 @@ def _no_weights(folder: Path) -> LuthierError:
         return LuthierError(
             f"the weights are pickled ({', '.join(pickles[:3])}), and unpickling runs whatever code the file holds",
             where=str(folder),
-            mend="if you trust the file, convert it once with transformers: `from_pretrained(folder)`, then "
+            fix="if you trust the file, convert it once with transformers: `from_pretrained(folder)`, then "
             "`save_pretrained(new_folder)`, which writes safetensors",
         )
     missing = "some files that model.safetensors.index.json names" if list(folder.glob("*.index.json")) else "model.safetensors"
-    return LuthierError(f"the weights are incomplete: {missing} missing", where=str(folder), mend="copy the model again")
+    return LuthierError(f"the weights are incomplete: {missing} missing", where=str(folder), fix="copy the model again")
 
 
 def _check_code(folder: Path, config: dict[str, Any], trusted: bool) -> None:
@@ -104,12 +104,12 @@ def _check_code(folder: Path, config: dict[str, Any], trusted: bool) -> None:
         raise LuthierError(
             f"the model `{config.get('model_type')}` runs code that comes with it",
             where=str(folder / "config.json"),
-            mend="read that code; if you trust it, set `trust_remote_code: true`",
+            fix="read that code; if you trust it, set `trust_remote_code: true`",
         )
     raise LuthierError(
         f"this version of transformers does not know the model type `{config.get('model_type')}`",
         where=str(folder / "config.json"),
-        mend="upgrade transformers, or use a model of a type it knows",
+        fix="upgrade transformers, or use a model of a type it knows",
     )
 
 
@@ -125,5 +125,5 @@ def _kind_of(folder: Path, config: dict[str, Any]) -> Kind:
     raise LuthierError(
         f"a model of type `{model_type}` is neither a causal language model nor an encoder",
         where=str(folder / "config.json"),
-        mend="use a causal language model",
+        fix="use a causal language model",
     )

@@ -36,7 +36,7 @@ def head_of(model: nn.Module, parts: Parts) -> Callable[[Tensor], Tensor]:
     if not parts.head or not parts.causal:
         raise LuthierError(
             f"{parts.architecture} does not predict next tokens here",
-            mend="use a causal language model (AutoModelForCausalLM)",
+            fix="use a causal language model (AutoModelForCausalLM)",
         )
     # Called as a module, so that a delta, an edit or a tap on the head is in effect.
     module: Any = model.get_submodule(parts.head)

@@ -75,7 +75,7 @@ def resolve(name: str, *, revision: str | None = None, trust_remote_code: bool =
     if not local:
         return _resolve_hub(name, revision, trust_remote_code, say)
     if revision is not None:
-        raise LuthierError(f"`{name}` has no revisions", where="revision", mend="leave the revision out, or use a name on the hub")
+        raise LuthierError(f"`{name}` has no revisions", where="revision", fix="leave the revision out, or use a name on the hub")
     if name.startswith(_TINY):
         architecture = name.removeprefix(_TINY)
         return ModelSource(name, tiny_kind(architecture), f"random tiny {architecture}")
@@ -183,10 +183,10 @@ def load_tokenizer(
         raise LuthierError(
             f"`{source.name}` has no tokenizer",
             where=str(source.path),
-            mend="save the tokenizer into the model's folder",
+            fix="save the tokenizer into the model's folder",
         )
-    mend = "check that its files are complete; code that comes with it needs `trust_remote_code: true`"
-    with _readable("the tokenizer", source, mend):
+    fix = "check that its files are complete; code that comes with it needs `trust_remote_code: true`"
+    with _readable("the tokenizer", source, fix):
         tokenizer: PreTrainedTokenizerBase = transformers.AutoTokenizer.from_pretrained(
             source.path, local_files_only=True, trust_remote_code=source.trust_remote_code
         )
@@ -194,13 +194,13 @@ def load_tokenizer(
 
 
 @contextmanager
-def _readable(what: str, source: ModelSource, mend: str) -> Iterator[None]:
+def _readable(what: str, source: ModelSource, fix: str) -> Iterator[None]:
     """Read some of a model's files in silence, and explain what goes wrong: damaged ones make the readers raise anything."""
     try:
         with quiet():
             yield
     except Exception as error:
-        raise LuthierError(f"{what} can not be loaded: {error}", where=str(source.path), mend=mend) from error
+        raise LuthierError(f"{what} can not be loaded: {error}", where=str(source.path), fix=fix) from error
 
 
 def _settled(source: ModelSource | str, revision: str | None, trust_remote_code: bool, say: Say) -> ModelSource:
@@ -210,19 +210,19 @@ def _settled(source: ModelSource | str, revision: str | None, trust_remote_code:
         raise LuthierError(
             f"the source of `{source.name}` is settled",
             where="revision" if revision is not None else "trust_remote_code",
-            mend="give it to `resolve` instead",
+            fix="give it to `resolve` instead",
         )
     return source
 
 
 def _resolve_own(name: str, revision: str | None) -> ModelSource:
     if revision is not None:
-        raise LuthierError(f"`{name}` has no revisions", where="revision", mend="leave the revision out")
+        raise LuthierError(f"`{name}` has no revisions", where="revision", fix="leave the revision out")
     folder = folder_of(name)
     if not folder.is_dir():
         size = name.rpartition("-")[2]
-        mend = f"python -m luthier.lab.workshop --size {size}" if name in BUILT else "install luthier again, or run `make workshop`"
-        raise LuthierError(f"`{name}` has not been built yet", where=str(folder), mend=mend)
+        fix = f"python -m luthier.lab.workshop --size {size}" if name in BUILT else "install luthier again, or run `make workshop`"
+        raise LuthierError(f"`{name}` has not been built yet", where=str(folder), fix=fix)
     kind = check_folder(folder)
     return ModelSource(name, kind, "comes with luthier" if name in PACKAGED else "built by luthier", folder)
 
@@ -272,5 +272,5 @@ def _not_found(name: str, reason: str) -> LuthierError:
     return LuthierError(
         f"the model `{name}` was not found: {reason}",
         where="model",
-        mend=f"{suggestion + ' ' if suggestion.startswith('did') else ''}Name one of:" + "".join(f"\n    - {way}" for way in ways),
+        fix=f"{suggestion + ' ' if suggestion.startswith('did') else ''}Name one of:" + "".join(f"\n    - {way}" for way in ways),
     )

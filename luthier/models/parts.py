@@ -67,7 +67,7 @@ def _refusal(model: nn.Module, what: str, found: Iterable[str] = ()) -> LuthierE
     return LuthierError(
         f"{type(model).__name__} can not be mapped: {what}{listed}",
         where="luthier.models.parts",
-        mend="use a decoder or encoder of a known family, or add the names to the tables in luthier/models/roles.py",
+        fix="use a decoder or encoder of a known family, or add the names to the tables in luthier/models/roles.py",
     )
 
 

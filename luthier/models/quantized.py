@@ -205,7 +205,7 @@ def quantize(model: nn.Module, parts: Parts, scheme: str) -> None:
     if scheme == "none":
         return
     if scheme not in SCHEMES:
-        raise LuthierError(f"there is no quantization `{scheme}`", where="quantize", mend=nearest(scheme, ["none", *SCHEMES]))
+        raise LuthierError(f"there is no quantization `{scheme}`", where="quantize", fix=nearest(scheme, ["none", *SCHEMES]))
     tied = {*parts.ties, *parts.ties.values()}
     places = [
         p for p in parts.places if p.block is not None and p.tensor == "weight" and p.role != "router" and p.module not in tied
@@ -214,7 +214,7 @@ def quantize(model: nn.Module, parts: Parts, scheme: str) -> None:
     linear = {name: module for name, module in modules.items() if type(module) in (nn.Linear, Conv1D)}
     if not linear:
         raise LuthierError(
-            "no block of this model has a plain linear map to quantize", where=parts.architecture, mend="use quantize: none"
+            "no block of this model has a plain linear map to quantize", where=parts.architecture, fix="use quantize: none"
         )
     del modules
     for name in list(linear):
@@ -293,14 +293,14 @@ def code_tensors(model: nn.Module) -> list[Tensor]:
     return [tensor for module in quantized(model).values() for tensor in (module.codes, module.scales)]
 
 
-def refuse_change(model: nn.Module, parameters: Iterable[str], does: str, mend: str) -> None:
+def refuse_change(model: nn.Module, parameters: Iterable[str], does: str, fix: str) -> None:
     """Refuse what would change a quantized weight.
 
     Args:
         model: with or without quantized weights.
         parameters: names of what would change.
         does: who would do what, e.g. "`half` trains the model's own weights".
-        mend: what to do instead.
+        fix: what to do instead.
 
     Raises:
         LuthierError: one of the parameters is quantized.
@@ -308,4 +308,4 @@ def refuse_change(model: nn.Module, parameters: Iterable[str], does: str, mend: 
     for name in parameters:
         held = holder(model, name)
         if held is not None:
-            raise LuthierError(f"{does}, and this one is frozen in {held.scheme.bits} bits", where=name, mend=mend)
+            raise LuthierError(f"{does}, and this one is frozen in {held.scheme.bits} bits", where=name, fix=fix)

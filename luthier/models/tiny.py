@@ -76,7 +76,7 @@ def _family(architecture: str) -> _Family:
         raise LuthierError(
             f"there is no tiny model of architecture `{architecture}`",
             where="tiny:<architecture>",
-            mend=nearest(architecture, ARCHITECTURES),
+            fix=nearest(architecture, ARCHITECTURES),
         )
     return _FAMILIES[architecture]
 
@@ -123,7 +123,7 @@ def tiny(
         raise LuthierError(
             f"a width of {width} can not be cut into {_HEADS} heads of even width",
             where="width",
-            mend=f"use a multiple of {2 * _HEADS}",
+            fix=f"use a multiple of {2 * _HEADS}",
         )
     config = _config(architecture, family, layers=layers, width=width, vocabulary=vocabulary, tied=tied)
     with torch.random.fork_rng(devices=[]):

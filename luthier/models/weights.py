@@ -35,7 +35,7 @@ def load_weights(auto_class: Any, path: Path, folder: Path, **options: Any) -> t
         raise LuthierError(
             f"the model can not be loaded: {error}",
             where=str(path),
-            mend="check that its files are complete and of an architecture that transformers can load",
+            fix="check that its files are complete and of an architecture that transformers can load",
         ) from error
     model, report = loaded
     missing = sorted(report["missing_keys"])
@@ -45,12 +45,12 @@ def load_weights(auto_class: Any, path: Path, folder: Path, **options: Any) -> t
         raise LuthierError(
             f"the checkpoint lacks weights of {type(model).__name__}: {', '.join(missing[:5])}",
             where=str(path),
-            mend="use a checkpoint of this class of model; missing weights would be random",
+            fix="use a checkpoint of this class of model; missing weights would be random",
         )
     broken = [name for name, values in model.named_parameters() if not _finite(values)]
     if broken:
         raise LuthierError(
-            f"weights are not finite numbers: {', '.join(broken[:5])}", where=str(path), mend="copy the model again, or use another"
+            f"weights are not finite numbers: {', '.join(broken[:5])}", where=str(path), fix="copy the model again, or use another"
         )
     return model.eval(), sorted(report["unexpected_keys"])
 

@@ -111,7 +111,7 @@ def verify_sha256(file: Path, expected: str) -> None:
         raise LuthierError(
             f"the file is not the expected one: its SHA-256 is {digest.hexdigest()}, not {expected}",
             where=file.name,
-            mend="check where pip gets its packages from; nothing of this file was read",
+            fix="check where pip gets its packages from; nothing of this file was read",
         )
 
 

@@ -66,7 +66,7 @@ def attach(
         now=clock.at(0, 0.0),
         first=clock.first,
         vocabulary=vocabulary_of(loaded.tokenizer, loaded.parts.vocabulary),
-        masters=train.masters,
+        masters=train.master_weights,
         keep_base=bool(recipe.evaluate) and _starts_elsewhere(chosen),
         load_others=others.load,
         world=world,

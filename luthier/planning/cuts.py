@@ -33,7 +33,7 @@ class Cut(NamedTuple):
     """One change of the recipe."""
 
     change: str
-    """As on the command line: `train.checkpointing=true`."""
+    """As on the command line: `train.gradient_checkpointing=true`."""
     saves: int
     """Bytes at the peak."""
 
@@ -84,7 +84,7 @@ def find_cuts(recipe: Recipe, engine: Engine, parts: Parts, feed: Feed, dtype: t
         room: bytes that a run may take in all.
     """
     found = [*_smaller_batches(recipe, engine, parts, feed, dtype, now, room)]
-    if not recipe.train.checkpointing:
+    if not recipe.train.gradient_checkpointing:
         found += _checkpointed(engine, parts, feed, dtype, now)
     found += _leaner(recipe, engine, dtype, now)
     return sorted((cut for cut in found if cut.saves > 0), key=lambda cut: -cut.saves)
@@ -101,7 +101,7 @@ def _smaller_batches(
     recipe: Recipe, engine: Engine, parts: Parts, feed: Feed, dtype: torch.dtype, now: Estimate, room: int
 ) -> Iterator[Cut]:
     def saved(other: Feed) -> int:
-        checkpointing = recipe.train.checkpointing
+        checkpointing = recipe.train.gradient_checkpointing
         new = estimate(engine, parts, other, dtype, checkpointing=checkpointing, process=now.process)
         return now.total_bytes - new.total_bytes
 
@@ -119,7 +119,7 @@ def _smaller_batches(
         short = EncodedRows((), Sizes.of(_Shortened(without_numbers(feed.rows.rows), half)))
         shorter = replace(feed, rows=replace(short, rows=rows), micro_batch_tokens=min(feed.micro_batch_tokens, half))
         shorter = replace(shorter, _epochs={}, _steps={})
-        yield Cut(f"rows.max_tokens={half} with train.micro_batch_tokens={shorter.micro_batch_tokens}", saved(shorter))
+        yield Cut(f"rows.max_length={half} with train.micro_batch_tokens={shorter.micro_batch_tokens}", saved(shorter))
 
 
 class _Shortened(LazyRows):
@@ -154,7 +154,7 @@ def _checkpointed(engine: Engine, parts: Parts, feed: Feed, dtype: torch.dtype, 
         new = estimate(engine, parts, feed, dtype, checkpointing=True, process=now.process)
     finally:
         disable()
-    yield Cut("train.checkpointing=true", now.total_bytes - new.total_bytes)
+    yield Cut("train.gradient_checkpointing=true", now.total_bytes - new.total_bytes)
 
 
 def _leaner(recipe: Recipe, engine: Engine, dtype: torch.dtype, now: Estimate) -> Iterator[Cut]:
@@ -169,8 +169,8 @@ def _leaner(recipe: Recipe, engine: Engine, dtype: torch.dtype, now: Estimate) -
             changes.append(("tune=lora with quantize=nf4", {"tune": "lora", "quantize": "nf4"}, dtype))
         else:
             changes.append(("quantize=nf4", {"quantize": "nf4"}, dtype))
-    if recipe.train.masters == "fp32" and dtype == torch.bfloat16:
-        changes.append(("train.masters=none", {"masters": "none"}, dtype))
+    if recipe.train.master_weights == "fp32" and dtype == torch.bfloat16:
+        changes.append(("train.master_weights=none", {"master_weights": "none"}, dtype))
     if dtype in (torch.float32, torch.float64):
         changes.append(("train.precision=bf16", {}, torch.bfloat16))
     for change, settings, type_ in changes:
@@ -187,9 +187,9 @@ def _standing_parts(chosen: Chosen) -> dict[str, object]:
     """The parts that hold something throughout, whatever key they stand under."""
     holding = (
         *KEYS["tune"].kinds.values(),
-        *KEYS["step"].kinds.values(),
+        *KEYS["optimizer"].kinds.values(),
         *KEYS["objective"].kinds.values(),
-        *KEYS["source"].kinds.values(),
+        *KEYS["gradient_estimator"].kinds.values(),
     )
     return {
         key: [part for part in parts if any(isinstance(value, holding) for value in part.values)] for key, parts in chosen.items()
@@ -211,7 +211,7 @@ def _standing(
         completed({**_standing_parts(engine.chosen), **instead}),
         now=Now(seed=recipe.seed),
         vocabulary=engine.inputs.vocabulary,
-        masters=masters or recipe.train.masters,
+        masters=masters or recipe.train.master_weights,
         load_others=lambda asked: {name: engine.tune.others[name] for name in asked},
         world=engine.world,
     )

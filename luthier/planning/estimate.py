@@ -56,7 +56,16 @@ MOST_ROWS = 16
 """Rows of a micro-batch that are counted one by one: attention takes packed rows in turn, in every block and back, and hundreds of them
 took minutes."""
 
-PURPOSES = ("weights", "masters", "optimizer", "kept", "gradients", "activations", "process")
+PURPOSES = {
+    "weights": "weights",
+    "masters": "master weights",
+    "optimizer": "optimizer state",
+    "kept": "copy of the base",
+    "gradients": "gradients",
+    "activations": "activations",
+    "process": "Python process",
+}
+"""What the fields of an estimate are called."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +74,7 @@ class Estimate:
 
     weights: int
     masters: int
-    """fp32 copies of trained numbers, and what techniques put beside the weights."""
+    """fp32 master weights of trained parameters, and what techniques put beside the weights."""
     optimizer: int
     kept: int
     """Values of the base that something compares with."""
@@ -85,7 +94,7 @@ class Estimate:
 
     def described(self) -> str:
         """The purposes in MiB."""
-        amounts = ", ".join(f"{name} {getattr(self, name) / 2**20:,.0f}" for name in PURPOSES if getattr(self, name))
+        amounts = ", ".join(f"{said} {getattr(self, name) / 2**20:,.0f}" for name, said in PURPOSES.items() if getattr(self, name))
         return f"{amounts}; activations roughly: {self.rough}" if self.rough else amounts
 
 
@@ -276,7 +285,7 @@ def _stepping(engine: Engine) -> int:
 
 
 def _inner_width(engine: Engine, parts: Parts) -> int:
-    places = parts.select(roles=["mlp"], blocks=[0]) if parts.blocks else []
+    places = parts.select(target_modules=["mlp"], blocks=[0]) if parts.blocks else []
     return max((max(engine.tune.region(place).shape[:2]) for place in places), default=4 * parts.width)
 
 

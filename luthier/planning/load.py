@@ -63,7 +63,7 @@ def load(recipe: Recipe, world: World, say: Say, today: date | None = None) -> L
     say(f"loading {start.name} ({start.origin})")
     machine.free_what_is_gone()
     tokenizer = load_tokenizer(start.source)
-    choose(tokenizer, recipe.rows.template, recipe.rows.template_options, world.from_first(today or date.today()))
+    choose(tokenizer, recipe.rows.chat_template, recipe.rows.chat_template_options, world.from_first(today or date.today()))
     model = load_start(start, dtype, quantize=recipe.quantize)
     parts = map_parts(model)
     identity = fingerprint(model)

@@ -68,7 +68,7 @@ class OtherModels:
             raise LuthierError(
                 f"`{slot}` asks for a model `{name}`, and the recipe names none",
                 where="models",
-                mend=f"{near} Name it: models: {{{name}: MODEL or RUN}}".strip(),
+                fix=f"{near} Name it: models: {{{name}: MODEL or RUN}}".strip(),
             )
         value = self.named[name]
         self.say(f"loading {name}: {value}")
@@ -77,7 +77,7 @@ class OtherModels:
         except LuthierError as error:
             if error.where != "model":
                 raise
-            raise LuthierError(error.what, where=f"models.{name}", mend=error.mend) from error
+            raise LuthierError(error.what, where=f"models.{name}", fix=error.fix) from error
 
     def _of_model(self, name: str, value: str) -> Tune:
         start = find_start(value, self.out, say=self.say)
@@ -142,14 +142,14 @@ class OtherModels:
             f"`{name}` reads other tokens than {self.loaded.start.name}: `{token}` is {_id(theirs, token)} there, "
             f"and {_id(mine, token)} here",
             where=f"models.{name}",
-            mend="use a model with the same tokenizer, or learn from text that it wrote",
+            fix="use a model with the same tokenizer, or learn from text that it wrote",
         )
 
 
 def _check_predicts(value: str, source: ModelSource) -> None:
     if source.kind == "encoder":
         raise LuthierError(
-            f"`{value}` is an encoder, which predicts no tokens to compare with", where="model", mend="name a causal language model"
+            f"`{value}` is an encoder, which predicts no tokens to compare with", where="model", fix="name a causal language model"
         )
 
 

@@ -32,7 +32,7 @@ def check_needs(objective: Objective, rows: EncodedRows) -> None:
         raise LuthierError(
             f"`{of_tokens[0]}` learns from targets, and the texts that `{objective.head[0]}` reads have none",
             where="objective",
-            mend=f"leave `{of_tokens[0]}` out",
+            fix=f"leave `{of_tokens[0]}` out",
         )
     checks = [check for check in (*of_terms, *of_weights) if check is not None]
     if not checks:
@@ -49,7 +49,7 @@ def _uncompared(rows: EncodedRows) -> LuthierError:
     return LuthierError(
         "the rows hold answers to compare, a chosen and a rejected one, and nothing in the objective compares them",
         where=f"{first.where} (row {first.id})",
-        mend="use a loss over pairs, such as objective: dpo, or learn the chosen answers alone with rows.map: chosen_answers",
+        fix="use a loss over pairs, such as objective: dpo, or learn the chosen answers alone with rows.map: chosen_answers",
     )
 
 
@@ -65,7 +65,7 @@ def check_phases(tune: Tune, clock: Clock) -> None:
             raise LuthierError(
                 f"nothing trains in steps {first + 1} to {behind}: what trains before them stands still there, and nothing else is named",
                 where="tune",
-                mend="name what else trains beside it, such as full or lora, or give all of the run to it, such as share: 1",
+                fix="name what else trains beside it, such as full or lora, or give all of the run to it, such as share: 1",
             )
 
 
@@ -76,7 +76,7 @@ def _ask(check: Callable[[Batch], None], rows: Sequence[Encoded]) -> None:
         first = next((one for one in rows if _is_refused(check, one)), rows[0])
         # Of rows given in Python the id says more than their number.
         where = problem.where if first.where.startswith("row ") else f"{first.where} (row {first.id})"
-        raise LuthierError(problem.what, where=where, mend=problem.mend) from problem
+        raise LuthierError(problem.what, where=where, fix=problem.fix) from problem
 
 
 def _is_refused(check: Callable[[Batch], None], row: Encoded) -> bool:

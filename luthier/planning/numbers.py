@@ -54,8 +54,8 @@ def with_numbers(recipe: RowsRecipe, chosen: Chosen, loaded: Loaded, rows: Encod
     if idle:
         raise LuthierError(
             f"nothing in the run reads numbers of the kind `{idle[0].kind}`, or the rows have columns of their own for it",
-            where=f"rows.numbers: {idle[0].folder}",
-            mend="leave it out",
+            where=f"rows.stored: {idle[0].folder}",
+            fix="leave it out",
         )
     _refuse_weights(wanted, chosen)
     maps = [slot for slot, _ in values_of(chosen, RowMap)]
@@ -69,7 +69,7 @@ def with_numbers(recipe: RowsRecipe, chosen: Chosen, loaded: Loaded, rows: Encod
             other = ", which is not the model before training" if of_base else ""
             said.append(f"{kind} by {store.facts['model']} ({store.facts['precision']}){other}, from {store.folder}")
             fingerprints.append(store.fingerprint())
-        rows = join(rows, stores, partial(_mend, slot, maps, partial(_command, stores[0], stores, recipe, loaded, of_base=own)))
+        rows = join(rows, stores, partial(_fix, slot, maps, partial(_command, stores[0], stores, recipe, loaded, of_base=own)))
     return Numbered(rows, said, fingerprints)
 
 
@@ -79,11 +79,11 @@ def _refuse_weights(wanted: Mapping[str, tuple[str, Stored]], chosen: Chosen) ->
         raise LuthierError(
             f"`{weights[0]}` weighs targets, and in the stored likelihoods that `{wanted['likelihood'][0]}` reads all count alike",
             where="token_weight",
-            mend="leave one of them out: the model before training is run with the weights",
+            fix="leave one of them out: the model before training is run with the weights",
         )
 
 
-def _mend(slot: str, maps: Sequence[str], command: Callable[[Sequence[Encoded]], str], rows: Sequence[Encoded]) -> str:
+def _fix(slot: str, maps: Sequence[str], command: Callable[[Sequence[Encoded]], str], rows: Sequence[Encoded]) -> str:
     """What helps where a store lacks rows: it holds those of the file, of which row maps make others."""
     again = f"store them as this run has them, which keeps what is still right: {command(rows)}"
     if not maps:
@@ -109,8 +109,8 @@ def _beside(recipe: RowsRecipe, kind: str, slot: str, stored: Stored, maps: Sequ
     instead += f"; where `{maps[0]}` makes other rows than those of the file, leave `{slot}` out instead" if maps else ""
     raise LuthierError(
         f"`{slot}` reads numbers that a model gave to the rows beforehand, and there are none",
-        where=str(places.get(lacking[0], "rows.numbers")),
-        mend=f"luthier rows store {kind} {lacking[0]} --model MODEL, or name them: rows.numbers{instead}",
+        where=str(places.get(lacking[0], "rows.stored")),
+        fix=f"luthier rows store {kind} {lacking[0]} --model MODEL, or name them: rows.stored{instead}",
     )
 
 
@@ -124,7 +124,7 @@ def _check(store: Numbers, stores: Sequence[Numbers], recipe: RowsRecipe, loaded
         changed += differences(store.facts, base, names)
         # The same model in another precision is no other model, though its numbers are others.
         if store.facts["model"] not in (loaded.start.name, _model(loaded)) or store.facts["precision"] == base["precision"]:
-            on_purpose = "; or name this folder under rows.numbers to compare with another model on purpose"
+            on_purpose = "; or name this folder under rows.stored to compare with another model on purpose"
     known = store.facts.get("vocabulary")
     if known is not None and known > loaded.parts.vocabulary:
         changed.append(f"the vocabulary: {known} tokens, now {loaded.parts.vocabulary}")
@@ -133,7 +133,7 @@ def _check(store: Numbers, stores: Sequence[Numbers], recipe: RowsRecipe, loaded
         raise LuthierError(
             f"the stored numbers are not those of this run: {'; '.join(changed)}",
             where=str(store.folder),
-            mend=f"write them again, as this run has it: {command}{on_purpose}",
+            fix=f"write them again, as this run has it: {command}{on_purpose}",
         )
 
 

@@ -15,7 +15,7 @@ from luthier import machine
 from luthier.errors import Say
 from luthier.evaluate.planned import evaluation_sets
 from luthier.evaluate.sets import EvalSet, check
-from luthier.kinds import Head, HiddenEdit, Optimizer, Prefix, Prompt
+from luthier.kinds import Head, Optimizer, Prefix, Prompt, RepresentationEdit
 from luthier.kinds.parts import GROUPS, Parts
 from luthier.models.modes import drops
 from luthier.models.quantized import count, described
@@ -107,51 +107,51 @@ class Plan:
     """What to change, where memory will not do."""
 
     @property
-    def total_numbers(self) -> int:
-        """Numbers of the model, tied ones once, without what a technique adds."""
+    def total_parameters(self) -> int:
+        """Parameters of the model, tied ones once, without what a technique adds."""
         return count(self.model)
 
     @property
-    def trained_numbers(self) -> int:
-        """Numbers that train."""
+    def trained_parameters(self) -> int:
+        """Parameters that train."""
         return self.engine.tune.numbers()
 
     def lines(self) -> list[str]:
         """The run in order, one thing a line."""
         recipe, clock = self.recipe, self.clock
-        share = 100 * self.trained_numbers / self.total_numbers
+        share = 100 * self.trained_parameters / self.total_parameters
         tokens, supervised = self.feed.tokens()
         rates = [clock.learning_rate * clock.factor(s) for s in self._moments()]
         lines = [
-            f"model        {self.start.name}: {self.parts.architecture}, {self.total_numbers:,} numbers ({self.start.origin})",
+            f"model        {self.start.name}: {self.parts.architecture}, {self.total_parameters:,} parameters ({self.start.origin})",
             *(f"holds        {said}" for said in described(self.model, self.dtype)),
             *_listed("models", [] if self.others is None else self.others.told),
-            f"rows         {self._rows()}, {self.rows.tokens:,} tokens, {self.rows.supervised_tokens:,} of them targets"
+            f"rows         {self._rows()}, {self.rows.tokens:,} tokens, {self.rows.supervised_tokens:,} of them labels"
             + self._losses(),
             f"{NOTHING_BEFORE}{self._padding()}; longest row {max(self.rows.sizes.lengths):,} tokens",
         ]
         lines += [f"{NOTHING_BEFORE}{said}" for said in (*self.cache, *self.mapped, *map(described_share, self.feed.shares()))]
-        lines += _listed("numbers", self.numbered.said)
-        lines += _listed("template", self._template())
+        lines += _listed("stored", self.numbered.said)
+        lines += _listed("chat template", self._template())
         lines += _listed("files", list(self.files))
         lines += _listed("left out", [f"{one.file}: {one.why}" for one in self.left_out])
         lines += [f"{key:<12} {_described(parts)}" for key, parts in self.chosen.items() if parts]
         lines += [
-            f"trains       {self.trained_numbers:,} numbers, {share:.2f} % of the model's",
+            f"trains       {self.trained_parameters:,} parameters, {share:.2f} % of the model's",
             *self._roles(),
             *(
                 f"{NOTHING_BEFORE}{slot} adds its deltas times {one.scale:g}"
-                for slot, one, _ in self.engine.tune.additives
+                for slot, one, _ in self.engine.tune.weight_deltas
                 if one.pair
             ),
             *self._optimizers(),
-            f"precision    {self.precision}; fp32 copies of trained numbers: {'yes' if recipe.train.masters == 'fp32' else 'no'}",
-            f"steps        {clock.steps:,} steps, {tokens:,} tokens, {supervised:,} targets; device {self.device}{self._processes()}",
-            f"rate         {clock.learning_rate:g} ({self.rate_from}), {recipe.train.schedule}, warm-up {clock.warmup} steps: "
+            f"precision    {self.precision}; fp32 master weights: {'yes' if recipe.train.master_weights == 'fp32' else 'no'}",
+            f"steps        {clock.steps:,} steps, {tokens:,} tokens, {supervised:,} labels; device {self.device}{self._processes()}",
+            f"learning rate {clock.learning_rate:g} ({self.rate_from}), {recipe.train.schedule}, warm-up {clock.warmup} steps: "
             + ", ".join(f"{rate:.2g}" for rate in rates)
             + " at 0, 25, 50, 75, 100 %",
             f"evaluates    {', '.join(recipe.evaluate) or 'nothing'}, before and after",
-            *([f"compares     with {self.control.folder}"] if self.control is not None else []),
+            *([f"baseline run {self.control.folder}"] if self.control is not None else []),
             f"memory       about {self.estimate.total_bytes / 2**20:,.0f} MiB at the peak ({self.estimate.described()})",
             f"time         about {_minutes(self.estimate.seconds)} of training, from the speed of this machine's matrix products",
             *(f"warning      {text}" for text in self.warnings()),
@@ -178,12 +178,12 @@ class Plan:
             for slot in lacking_bias(self.engine.tune)
         ]
         attention = set(GROUPS["attention"])
-        for slot, _, _ in self.engine.tune.additives:
+        for slot, _, _ in self.engine.tune.weight_deltas:
             roles = {one.place.role for one in self.engine.tune.trained.values() if one.slot == slot and one.place is not None}
             if roles <= attention:
                 warnings.append(
                     f"`{slot}` stands at attention alone: with the MLP's matrices as well, low-rank deltas learn more like full "
-                    "fine-tuning (roles: [linear])"
+                    "fine-tuning (target_modules: [linear])"
                 )
         return warnings
 
@@ -196,7 +196,7 @@ class Plan:
 
     def _given_in_python(self) -> list[str]:
         """What a run's folder cannot hold: values that no technique's name and options make again."""
-        kinds = (HiddenEdit, Prefix, Prompt)
+        kinds = (RepresentationEdit, Prefix, Prompt)
         lost = [slot for slot, value in values_of(self.chosen, *kinds) if _by_hand(self.chosen, slot)]
         return [
             f"`{slot}` was given in Python: the result can be used in this process, and neither opened again nor exported; write it as "
@@ -226,7 +226,7 @@ class Plan:
         return f"; {once:,} tokens that rows of a group begin with alike are not run again" if once else ""
 
     def _template(self) -> list[str]:
-        name, day = self.recipe.rows.template, date_of(self.tokenizer)
+        name, day = self.recipe.rows.chat_template, date_of(self.tokenizer)
         told = [f"`{name}`"] if name is not None else []
         told += [f"told that it is {day}"] if day is not None else []
         return ["; ".join(told)] if told else []
@@ -257,10 +257,11 @@ class Plan:
     def _optimizers(self) -> list[str]:
         chain = self.engine.chain
         lines = []
-        for i, link in enumerate(chain.links):
+        for link in chain.links:
             taken = chain.taken(link)
-            what = "moves" if isinstance(link.part, Optimizer) else "acts on"
-            lines.append(f"step {i + 1:<7} {link.slot} {what} {len(taken)} of {len(self.engine.tune.trained)} tensors")
+            moves = isinstance(link.part, Optimizer)
+            label, what = ("optimizer", "moves") if moves else ("transform", "acts on")
+            lines.append(f"{label:<12} {link.slot} {what} {len(taken)} of {len(self.engine.tune.trained)} tensors")
         return lines
 
     def as_json(self) -> dict[str, Any]:
@@ -270,9 +271,9 @@ class Plan:
             "name": self.recipe.name,
             "model": {"name": self.start.name, "origin": self.start.origin, "architecture": self.parts.architecture},
             "recipe_hash": self.recipe.hash(),
-            "trained_numbers": self.trained_numbers,
-            "total_numbers": self.total_numbers,
-            "trained_share": self.trained_numbers / self.total_numbers,
+            "trained_parameters": self.trained_parameters,
+            "total_parameters": self.total_parameters,
+            "trained_share": self.trained_parameters / self.total_parameters,
             "rows": len(self.rows.rows),
             "steps": self.clock.steps,
             "tokens": tokens,
@@ -282,7 +283,7 @@ class Plan:
             "estimated_peak_memory_bytes": self.estimate.total_bytes,
             "mixture": self.feed.shares(),
             "rows_cache": list(self.cache),
-            "numbers": list(self.numbered.said),
+            "stored": list(self.numbered.said),
             "files": list(self.files),
             "left_out": [one._asdict() for one in self.left_out],
             "estimated_seconds": self.estimate.seconds,
@@ -342,7 +343,7 @@ def make_plan(recipe: Recipe, say: Say = lambda text: None, *, today: date | Non
     head = next((value for _, value in values_of(chosen) if isinstance(value, Head)), None)
     sets = evaluation_sets(recipe.evaluate, recipe.train, head)
     schedule = find_schedule(recipe.train.schedule)
-    control = find_control(recipe.control, recipe.out)
+    control = find_control(recipe.baseline_run, recipe.out)
     world = World.current()
     check_processes(recipe.train.sharding, world)
     sources = read_rows(recipe.rows)
@@ -353,7 +354,7 @@ def make_plan(recipe: Recipe, say: Say = lambda text: None, *, today: date | Non
     engine, feed, clock, rate_from, padded = attach(recipe, schedule, chosen, loaded, rows, others, world)
     noted = check(engine.tune, loaded.tokenizer, sets, rows.encoded.notes)
     say("estimating memory and time")
-    cost = estimate(engine, loaded.parts, feed, loaded.dtype, checkpointing=recipe.train.checkpointing)
+    cost = estimate(engine, loaded.parts, feed, loaded.dtype, checkpointing=recipe.train.gradient_checkpointing)
     room = machine.available_bytes(loaded.device)
     return Plan(
         recipe=recipe,

@@ -41,17 +41,17 @@ def check_processes(sharding: str, world: World) -> None:
         raise LuthierError(
             "there is one process, and a model is spread over several",
             where="train.sharding",
-            mend="start with `torchrun --nproc-per-node N -m luthier train RECIPE`, or use sharding: none",
+            fix="start with `torchrun --nproc-per-node N -m luthier train RECIPE`, or use sharding: none",
         )
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() in ("1", "true"):
         raise LuthierError(
             "DeepSpeed is not used by luthier",
             where="ACCELERATE_USE_DEEPSPEED",
-            mend="launch without it; `train.sharding: full` spreads weights, gradients and optimizer state as ZeRO-3 does",
+            fix="launch without it; `train.sharding: full` spreads weights, gradients and optimizer state as ZeRO-3 does",
         )
     if os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true") and sharding != "full":
         raise LuthierError(
-            "the launcher asks for FSDP and the recipe does not", where="train.sharding", mend="set train.sharding=full"
+            "the launcher asks for FSDP and the recipe does not", where="train.sharding", fix="set train.sharding=full"
         )
 
 
@@ -90,7 +90,7 @@ def make_calibration(
             order = torch.randperm(len(rows.rows), generator=draws.generator(seed, "calibration"))
             chosen = [rows.rows[i] for i in order[:count].tolist()]
         else:
-            other = RowsRecipe(train=source, loss_on=recipe.loss_on, max_tokens=recipe.max_tokens, too_long=recipe.too_long)
+            other = RowsRecipe(train=source, loss_on=recipe.loss_on, max_length=recipe.max_length, too_long=recipe.too_long)
             sources = read_rows(other)
             chosen = list(encode_rows(other, sources, Joined(sources), tokenizer, reads, lambda text: None).rows.rows[:count])
         # Of rows that belong together the first teaches, as it does where nothing compares them.
@@ -118,7 +118,7 @@ def check_lengths(tune: Tune, rows: EncodedRows, context: int | None) -> None:
         raise LuthierError(
             f"a prompt of {tune.prompt_length} and a row of {longest} tokens are longer than this model reads ({context})",
             where="tune",
-            mend=f"shorten the prompt, or set rows.max_tokens to {context - tune.prompt_length}, if that is enough for a row",
+            fix=f"shorten the prompt, or set rows.max_length to {context - tune.prompt_length}, if that is enough for a row",
         )
 
 
@@ -128,7 +128,7 @@ def prepare_model(train: TrainRecipe, tune: Tune, feed: Feed) -> str:
     replace_sdpa(model)
     padded = why_padded(train, tune, feed)
     tune.packs = not padded
-    if train.checkpointing:
+    if train.gradient_checkpointing:
         # transformers renamed it; the non-reentrant form is the only one that reaches every kind of trained tensor.
         names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
         enable = next(getattr(model, name) for name in names if hasattr(model, name))
@@ -152,5 +152,5 @@ def why_padded(train: TrainRecipe, tune: Tune, feed: Feed) -> str:
         return "rows this short are quicker side by side"
     reason = "blocks would be compiled anew for every micro-batch" if train.compile else obstacle(tune)
     if reason and train.packing is True:
-        raise LuthierError(f"rows cannot be packed: {reason}", where="train.packing", mend="use packing: auto or false")
+        raise LuthierError(f"rows cannot be packed: {reason}", where="train.packing", fix="use packing: auto or false")
     return reason

@@ -55,7 +55,7 @@ def check_maps(recipe: RowsRecipe, chosen: Chosen) -> None:
         raise LuthierError(
             f"the row map `{slot}` needs all rows in memory",
             where="rows.streaming",
-            mend="leave out streaming, or map the rows beforehand",
+            fix="leave out streaming, or map the rows beforehand",
         )
 
 

@@ -27,7 +27,7 @@ def with_paths(data: dict[str, Any], folder: Path) -> dict[str, Any]:
     data = dict(data)
     rows = data.get("rows")
     if isinstance(rows, dict):
-        data["rows"] = {**rows, **{key: found(rows[key]) for key in ("train", "numbers") if key in rows}}
+        data["rows"] = {**rows, **{key: found(rows[key]) for key in ("train", "stored") if key in rows}}
     sets = data.get("evaluate")
     if isinstance(sets, dict):
         data["evaluate"] = {
@@ -38,8 +38,8 @@ def with_paths(data: dict[str, Any], folder: Path) -> dict[str, Any]:
         data["model"] = found(data["model"])
     if isinstance(data.get("models"), dict):
         data["models"] = {name: found(one) for name, one in data["models"].items()}
-    if isinstance(data.get("control"), str):
-        data["control"] = found(data["control"])
+    if isinstance(data.get("baseline_run"), str):
+        data["baseline_run"] = found(data["baseline_run"])
     for key in KEYS.values():
         data = _changed(data, key.path, lambda spec: _with_sources(spec, found))
     return data

@@ -30,7 +30,7 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     path = Path(path)
     data = read_yaml(path)
     if not isinstance(data, dict):
-        raise LuthierError("a recipe is a mapping of keys", where=str(path), mend="begin with `model: ...`")
+        raise LuthierError("a recipe is a mapping of keys", where=str(path), fix="begin with `model: ...`")
     data.setdefault("name", path.stem)
     where = f"{path} and the command line" if overrides else str(path)
     return make_recipe(apply_overrides(data, overrides), where=where, folder=path.parent)
@@ -61,7 +61,7 @@ def _steps(plain: Mapping[str, Any]) -> dict[str, Any]:
     train = {key: value for key, value in (plain.get("train") or {}).items() if key not in _FREE}
     # Runs from before there were trackers, quantized bases, other models or named templates say nothing of them, and a tracker changes
     # no step.
-    rows = {"template": None, "template_options": {}, "numbers": None, **(plain.get("rows") or {})}
+    rows = {"chat_template": None, "chat_template_options": {}, "stored": None, **(plain.get("rows") or {})}
     found = {"quantize": "none", "models": {}, **plain, "rows": rows, "train": train, "track": None}
     return {key: value for key, value in found.items() if key != "techniques"} | _numbered(plain.get("techniques") or {})
 
@@ -89,7 +89,7 @@ def apply_overrides(data: dict[str, Any], overrides: Sequence[str]) -> dict[str,
         key, sign, value = word.partition("=")
         *path, last = key.split(".")
         if not sign or not all([*path, last]):
-            raise LuthierError(f"`{word}` is not key=value", where="command line", mend="write e.g. train.epochs=2")
+            raise LuthierError(f"`{word}` is not key=value", where="command line", fix="write e.g. train.epochs=2")
         try:
             parsed = parse(value)
         # Patterns such as `*.jsonl` are no YAML, and dates such as 2026-99-99 none that YAML can hold: both are text.
@@ -103,8 +103,8 @@ def apply_overrides(data: dict[str, Any], overrides: Sequence[str]) -> dict[str,
                 # `tune.lora.rank=16` on `tune: lora` turns the name into a mapping.
                 name = path[depth + 1] if depth + 1 < len(path) else last
                 if found not in (name, NOTHING):
-                    mend = f"set all of it: {here_key}={{{name}: {{option: value}}}}"
-                    raise LuthierError(f"`{key}` cannot be set: `{here_key}` is `{found}`", where="command line", mend=mend)
+                    fix = f"set all of it: {here_key}={{{name}: {{option: value}}}}"
+                    raise LuthierError(f"`{key}` cannot be set: `{here_key}` is `{found}`", where="command line", fix=fix)
                 here[step] = {name: {}}
             elif found is None:
                 here[step] = {}
@@ -113,7 +113,7 @@ def apply_overrides(data: dict[str, Any], overrides: Sequence[str]) -> dict[str,
                 raise LuthierError(
                     f"`{key}` cannot be set: `{step}` is {what}, which has no keys",
                     where="command line",
-                    mend="set all of it as YAML: " + ".".join(path[: depth + 1]) + "=...",
+                    fix="set all of it as YAML: " + ".".join(path[: depth + 1]) + "=...",
                 )
             here = here[step]
         here[last] = _number(parsed)
@@ -171,13 +171,13 @@ def _explain(error: pydantic.ValidationError, where: str) -> LuthierError:
     place = f"{where}: {'.'.join(path)}"
     if first["type"] == "extra_forbidden":
         known = _known_keys(path[:-1])
-        return LuthierError(f"there is no key `{path[-1]}` here", where=place, mend=nearest(path[-1], known))
+        return LuthierError(f"there is no key `{path[-1]}` here", where=place, fix=nearest(path[-1], known))
     if first["type"] == "missing":
-        return LuthierError(f"the key `{path[-1]}` is missing", where=place, mend=f"add `{path[-1]}: ...`")
-    what, mend = explain(first)
+        return LuthierError(f"the key `{path[-1]}` is missing", where=place, fix=f"add `{path[-1]}: ...`")
+    what, fix = explain(first)
     key = ".".join(["evaluate", "NAME", *path[2:]] if path[:1] == ["evaluate"] and len(path) > 2 else path)
     meaning = {known: meaning for known, _, meaning in reference()}.get(key)
-    return LuthierError(f"`{path[-1]}` is {what}", where=place, mend=f"{mend} ({meaning})" if meaning else mend)
+    return LuthierError(f"`{path[-1]}` is {what}", where=place, fix=f"{fix} ({meaning})" if meaning else fix)
 
 
 def _known_keys(path: Sequence[str]) -> list[str]:

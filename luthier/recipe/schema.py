@@ -78,14 +78,14 @@ def _source(value: Any, where: str) -> SourceRecipe:
     data = value if isinstance(value, Mapping) else {"rows": value}
     for key in data:
         if key not in SourceRecipe.model_fields:
-            mend = nearest(str(key), SourceRecipe.model_fields)
-            raise LuthierError(f"there is no key `{key}` here", where=where, mend=mend)
+            fix = nearest(str(key), SourceRecipe.model_fields)
+            raise LuthierError(f"there is no key `{key}` here", where=where, fix=fix)
     try:
         return SourceRecipe.model_validate(data)
     except pydantic.ValidationError as error:
         first = error.errors()[0]
-        what, mend = explain(first)
-        raise LuthierError(f"`{first['loc'][0]}` is {what}", where=where, mend=mend) from None
+        what, fix = explain(first)
+        raise LuthierError(f"`{first['loc'][0]}` is {what}", where=where, fix=fix) from None
 
 
 def _told_date(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -104,26 +104,26 @@ class RowsRecipe(Strict):
 
     train: Any = Field(description="a file, a folder, `hub:name`, a list of these or of `{rows, weight}`, or rows in Python")
     temperature: float = Field(1.0, gt=0, description="T: without weights, a source's share is proportional to size^(1/T)")
-    share: Literal["rows", "tokens"] = Field("rows", description="what shares of sources count")
+    mixture_unit: Literal["rows", "tokens"] = Field("rows", description="what shares of sources count")
     streaming: bool = Field(False, description="keep encoded rows in a file instead of in memory")
     workers: int = Field(0, ge=0, description="processes that encode rows when streaming; 0: the run's own")
-    shape: str | None = Field(None, description="the rows' shape, where it cannot be recognized")
-    template: str | None = Field(
+    format: str | None = Field(None, description="the rows' format, where it cannot be recognized")
+    chat_template: str | None = Field(
         None, min_length=1, description="one of the tokenizer's chat templates, by name; none: its default"
     )
-    template_options: Mapping[str, Any] = Field(
+    chat_template_options: Mapping[str, Any] = Field(
         default_factory=dict, description="variables of the chat template; `date: YYYY-MM-DD` is also what its clock says"
     )
     _techniques("rows", vars())
-    loss_on: Literal["assistant", "last", "all"] = Field("assistant", description="which turns are targets")
-    max_tokens: int | None = Field(None, ge=2, description="longest row; none: the model's context")
+    loss_on: Literal["assistant", "last", "all"] = Field("assistant", description="which turns are labels, the tokens with loss")
+    max_length: int | None = Field(None, ge=2, description="longest row; none: the model's context")
     too_long: Literal["refuse", "left", "right"] = Field("refuse", description="refuse long rows, or cut this side")
     on_bad_row: Literal["stop", "skip"] = Field("stop", description="stop at a bad row, or skip and count it")
-    numbers: str | list[str] | None = Field(
+    stored: str | list[str] | None = Field(
         None, description="folders of `luthier rows store`, where they do not lie beside the rows; or of another model on purpose"
     )
 
-    @field_validator("template_options", mode="before")
+    @field_validator("chat_template_options", mode="before")
     @classmethod
     def _check_options(cls, value: Any) -> Any:
         return _told_date(value) if isinstance(value, Mapping) else value
@@ -137,17 +137,17 @@ class RowsRecipe(Strict):
             raise LuthierError(
                 "the sources have weights, and a temperature makes others",
                 where="rows.temperature",
-                mend="leave out one of the two",
+                fix="leave out one of the two",
             )
         if self.workers and not self.streaming:
             raise LuthierError(
-                "workers encode rows into a file, and nothing is streamed", where="rows.workers", mend="set rows.streaming: true"
+                "workers encode rows into a file, and nothing is streamed", where="rows.workers", fix="set rows.streaming: true"
             )
         return self
 
     def stores(self) -> list[str]:
-        """The folders of numbers that are named."""
-        return [self.numbers] if isinstance(self.numbers, str) else list(self.numbers or ())
+        """The folders of stored outputs that are named."""
+        return [self.stored] if isinstance(self.stored, str) else list(self.stored or ())
 
     def sources(self) -> list[SourceRecipe]:
         """The sources one by one."""
@@ -169,12 +169,12 @@ class TrainRecipe(Strict):
     schedule: str = Field("cosine", description="constant, linear, cosine or warmup_stable_decay")
     warmup: float = Field(0.03, ge=0, description="warm-up: a share of the steps below 1, or a number of steps")
     precision: Literal["auto", "bf16", "fp32", "fp64"] = Field("auto", description="type of weights and computation")
-    masters: Literal["fp32", "none"] = Field("fp32", description="fp32 copies of trained numbers, or none")
+    master_weights: Literal["fp32", "none"] = Field("fp32", description="fp32 master weights of trained parameters, or none")
     device: str = Field("auto", description="cuda, mps, cpu or auto")
     threads: int | None = Field(None, ge=1, description="processor threads; none: torch's choice")
     sharding: Literal["none", "full"] = Field("none", description="spread the model over the processes (FSDP2), or not")
     packing: bool | Literal["auto"] = Field("auto", description="run rows without padding; auto: where the model can")
-    checkpointing: bool = Field(False, description="recompute activations in backward: less memory, more time")
+    gradient_checkpointing: bool = Field(False, description="recompute activations in backward: less memory, more time")
     compile: bool = Field(False, description="compile the blocks with torch.compile")
     save_every: int | None = Field(None, ge=1, description="optimizer steps between checkpoints; none: only when stopped")
     keep_checkpoints: int = Field(2, ge=1, description="checkpoints kept")
@@ -187,8 +187,8 @@ class EvaluationSet(Strict):
     """One set that is measured before and after."""
 
     rows: Any = Field(description="a file, or rows in Python")
-    metric: str | None = Field(None, description="none: chosen by the rows' shape")
-    side: Literal["learnt", "kept"] = Field("learnt", description="what training should teach, or should leave alone")
+    metric: str | None = Field(None, description="none: chosen by the rows' format")
+    role: Literal["target", "retention"] = Field("target", description="what training should teach, or should leave alone")
     max_new_tokens: int = Field(48, ge=1, description="longest answer generated")
     limit: int | None = Field(None, ge=1, description="most rows used, from the start")
     combine: Combine | None = Field(None, description="of a reward model's members: how their scores become one; none: mean")
@@ -215,10 +215,10 @@ class Recipe(Strict):
     _techniques("", vars())
     train: TrainRecipe = Field(default_factory=TrainRecipe)
     evaluate: Mapping[str, EvaluationSet] = Field(default_factory=dict, description="sets measured before and after")
-    noise: bool = Field(True, description="measure the base twice, to know what repeating alone changes")
+    repeat_baseline: bool = Field(True, description="measure the base twice: what repeating alone changes")
     track: list[str] | str | None = Field(None, description="also show the run in tensorboard, trackio or wandb")
     out: str = Field("runs", min_length=1, description="folder that holds the run folders")
-    control: str | None = Field(None, description="a run to compare this one with, or a recipe: its newest finished run")
+    baseline_run: str | None = Field(None, description="a run to compare this one with, or a recipe: its newest finished run")
 
     @field_validator("models", mode="after")
     @classmethod
@@ -228,7 +228,7 @@ class Recipe(Strict):
                 raise LuthierError(
                     f"`{name}: {model}` names no model",
                     where="models",
-                    mend="write a name of letters, digits and _ and what it stands for, e.g. models: {teacher: runs/large-1}",
+                    fix="write a name of letters, digits and _ and what it stands for, e.g. models: {teacher: runs/large-1}",
                 )
         return value
 
@@ -238,7 +238,7 @@ class Recipe(Strict):
             raise LuthierError(
                 "codes of quantized weights are not spread over processes",
                 where="quantize",
-                mend="use train.sharding: none, where each process holds them, or quantize: none",
+                fix="use train.sharding: none, where each process holds them, or quantize: none",
             )
         return self
 

@@ -25,14 +25,14 @@ def read_yaml(path: Path) -> Any:
         where = f"{path}:{mark.line + 1}" if mark else str(path)
         problem = getattr(error, "problem", None) or str(error)
         raise LuthierError(
-            f"this cannot be read as YAML: {problem}", where=where, mend="check indentation, quotes and keys"
+            f"this cannot be read as YAML: {problem}", where=where, fix="check indentation, quotes and keys"
         ) from None
     except (OSError, UnicodeDecodeError) as error:
-        mend = "give the YAML file first, and KEY=VALUE after it" if "=" in path.name else "give a YAML file"
-        raise LuthierError(f"the file cannot be read: {error}", where=str(path), mend=mend) from None
+        fix = "give the YAML file first, and KEY=VALUE after it" if "=" in path.name else "give a YAML file"
+        raise LuthierError(f"the file cannot be read: {error}", where=str(path), fix=fix) from None
     except (ValueError, RecursionError) as error:
-        mend = "shorten the number, date or nesting that YAML cannot hold"
-        raise LuthierError(f"the file cannot be read: {error}", where=str(path), mend=mend) from None
+        fix = "shorten the number, date or nesting that YAML cannot hold"
+        raise LuthierError(f"the file cannot be read: {error}", where=str(path), fix=fix) from None
 
 
 def parse(text: str) -> Any:

@@ -29,7 +29,7 @@ class Card:
     """base exactly | base up to rounding | on purpose not the base."""
     merges: str = "exactly"
     """exactly | as another form | never | is in place."""
-    claim: str = ""
+    replication: str = ""
     """The lab experiment that tests the paper's claim."""
     learning_rate: float | None = None
     """What a recipe gets that names none, for techniques that decide which numbers train."""

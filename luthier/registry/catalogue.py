@@ -16,9 +16,9 @@ from luthier.errors import LuthierError
 from luthier.registry.papers import papers
 
 NOT_MEASURED = "not measured"
-"""The verdict of a claim that no experiment has tested yet."""
+"""The verdict of a replication that no experiment has tested yet."""
 VERDICTS = Path(__file__).parent / "verdicts.json"
-"""What came of the claims that were run, by claim, with the size of the effect; `luthier.lab.verdicts` writes it."""
+"""What came of the replications that were run, by replication, with the size of the effect; `luthier.lab.verdicts` writes it."""
 
 
 def as_rows(kind: str | None = None) -> list[dict[str, Any]]:
@@ -28,13 +28,13 @@ def as_rows(kind: str | None = None) -> list[dict[str, Any]]:
         LuthierError: there is no such kind.
     """
     kinds = tuple(registry.KINDS) if kind is None else (kind,)
-    return [{**card.as_json(), "verdict": verdict(card.claim)} for card in registry.cards(kinds)]
+    return [{**card.as_json(), "verdict": verdict(card.replication)} for card in registry.cards(kinds)]
 
 
-def verdict(claim: str) -> str:
-    """What came of a claim, in words."""
+def verdict(replication: str) -> str:
+    """What came of a replication, in words."""
     found: dict[str, dict[str, Any]] = json.loads(VERDICTS.read_text(encoding="utf-8"))
-    return str(found[claim]["words"]) if claim in found else NOT_MEASURED
+    return str(found[replication]["words"]) if replication in found else NOT_MEASURED
 
 
 def _with_columns(*columns: str) -> Table:
@@ -48,7 +48,7 @@ def table(rows: list[dict[str, Any]]) -> RenderableType:
     """Techniques by kind."""
     if not rows:
         return Text("There is no technique of this kind yet: docs/adding-a-technique.md tells how one is added.")
-    shown = _with_columns("technique", "kind", "what it does", "paper", "claim")
+    shown = _with_columns("technique", "kind", "what it does", "paper", "replication")
     for row in rows:
         shown.add_row(
             f"[bold]{escape(row['name'])}[/bold]",
@@ -70,7 +70,7 @@ def one_technique(name: str) -> tuple[dict[str, Any], Group]:
     name = next((one for one in (name, name.lower().replace("-", "_")) if one in known), name)
     found = registry.find(name)
     schema = registry.options_model(found.factory, name).model_json_schema()
-    facts = {**found.card.as_json(), "verdict": verdict(found.card.claim), "options": schema.get("properties", {})}
+    facts = {**found.card.as_json(), "verdict": verdict(found.card.replication), "options": schema.get("properties", {})}
     card = Table.grid(padding=(0, 2))
     for key in (
         "title",
@@ -110,7 +110,7 @@ def paper_rows(area: str | None = None, done: bool = False) -> list[dict[str, An
     """
     areas = sorted({paper.area for paper in papers()})
     if area and not any(area.lower() in one.lower() for one in areas):
-        raise LuthierError(f"no area of the papers contains `{area}`", where="--area", mend=f"areas: {'; '.join(areas)}")
+        raise LuthierError(f"no area of the papers contains `{area}`", where="--area", fix=f"areas: {'; '.join(areas)}")
     standing: dict[int, list[registry.Card]] = {}
     for card in registry.cards():
         if card.row is not None:

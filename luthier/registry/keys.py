@@ -12,27 +12,27 @@ from typing import Any, NamedTuple
 
 from luthier.errors import LuthierError, nearest
 from luthier.kinds import (
-    Additive,
+    Callback,
     Freezing,
+    GradientEstimator,
+    GradientTransform,
     Head,
-    HiddenEdit,
     InputMap,
-    Keeper,
+    LossTerm,
     Optimizer,
     PairLoss,
     Prefix,
     Probe,
     Prompt,
     Reference,
+    RepresentationEdit,
     RowMap,
     RowScore,
     Selective,
-    Source,
     StepLoss,
-    Term,
     TokenLoss,
     TokenWeight,
-    Transform,
+    WeightDelta,
 )
 
 
@@ -63,7 +63,7 @@ class Key(NamedTuple):
 
 
 def _teaches(value: Any) -> bool:
-    return isinstance(value, PairLoss | StepLoss | Head) or (isinstance(value, Term | TokenLoss) and not value.penalty)
+    return isinstance(value, PairLoss | StepLoss | Head) or (isinstance(value, LossTerm | TokenLoss) and not value.penalty)
 
 
 KEYS: Mapping[str, Key] = {
@@ -71,11 +71,11 @@ KEYS: Mapping[str, Key] = {
     for key in (
         Key(
             "tune",
-            "which numbers may change",
+            "which parameters may change",
             {
                 "selective": Selective,
-                "additive": Additive,
-                "hidden_edit": HiddenEdit,
+                "weight_delta": WeightDelta,
+                "representation_edit": RepresentationEdit,
                 "prefix": Prefix,
                 "prompt": Prompt,
             },
@@ -86,7 +86,7 @@ KEYS: Mapping[str, Key] = {
             "what is minimized, and what the model reads meanwhile; cross_entropy where nothing else is minimized",
             {
                 "input_map": InputMap,
-                "term": Term,
+                "loss_term": LossTerm,
                 "token_loss": TokenLoss,
                 "pair_loss": PairLoss,
                 "step_loss": StepLoss,
@@ -98,19 +98,19 @@ KEYS: Mapping[str, Key] = {
         ),
         Key("token_weight", "how much each token counts", {"token_weight": TokenWeight}),
         Key(
-            "step",
-            "transforms and optimizers, in order",
-            {"transform": Transform, "optimizer": Optimizer},
+            "optimizer",
+            "gradient transforms and optimizers, in order",
+            {"gradient_transform": GradientTransform, "optimizer": Optimizer},
             default=["clip", "adamw"],
         ),
         Key(
-            "source",
-            "where gradients come from; backprop where nothing else gives them",
-            {"source": Source},
+            "gradient_estimator",
+            "how gradients are made; backprop where nothing else is named",
+            {"gradient_estimator": GradientEstimator},
             otherwise="backprop",
-            brings=lambda value: isinstance(value, Source),
+            brings=lambda value: isinstance(value, GradientEstimator),
         ),
-        Key("keep", "what happens between steps", {"keeper": Keeper}),
+        Key("callbacks", "what happens between steps", {"callback": Callback}),
         Key("freeze", "what stands still, and when", {"freezing": Freezing}),
         Key("rows.map", "row maps: what else to learn from", {"row_map": RowMap}),
     )
@@ -137,7 +137,7 @@ def kinds_under(key: str) -> tuple[str, ...]:
         LuthierError: no such key holds techniques.
     """
     if key not in KEYS:
-        raise LuthierError(f"no key `{key}` holds techniques", mend=nearest(key, KEYS))
+        raise LuthierError(f"no key `{key}` holds techniques", fix=nearest(key, KEYS))
     return tuple(KEYS[key].kinds)
 
 

@@ -37,7 +37,7 @@ def add_folder(folder: str | Path) -> None:
     """Let techniques in `folder/<kind>/<name>.py` be found too. Their code runs when they are looked up."""
     path = Path(folder).resolve()
     if not path.is_dir():
-        raise LuthierError("there is no such folder of techniques", where=str(folder), mend="give an existing folder")
+        raise LuthierError("there is no such folder of techniques", where=str(folder), fix="give an existing folder")
     if path not in _added:
         _added.append(path)
 
@@ -63,8 +63,8 @@ def _named(paths: str) -> tuple[Path, ...]:
     for path in found:
         if not any((path / kind).is_dir() for kind in KINDS):
             what = "holds no folder of a kind" if path.is_dir() else "does not exist"
-            mend = "name the folder above `token_weight/`, `additive/` and the like"
-            raise LuthierError(f"this folder of techniques {what}", where=f"LUTHIER_METHODS: {path}", mend=mend)
+            fix = "name the folder above `token_weight/`, `weight_delta/` and the like"
+            raise LuthierError(f"this folder of techniques {what}", where=f"LUTHIER_METHODS: {path}", fix=fix)
     return found
 
 
@@ -81,7 +81,7 @@ def _files(kind: str) -> dict[str, Path]:
 def names(kind: str) -> list[str]:
     """The techniques of one kind."""
     if kind not in KINDS:
-        raise LuthierError(f"`{kind}` is no kind", mend=nearest(kind, KINDS))
+        raise LuthierError(f"`{kind}` is no kind", fix=nearest(kind, KINDS))
     return sorted(_files(kind))
 
 
@@ -107,7 +107,7 @@ def module_at(path: Path, key: str, what: str) -> ModuleType:
         return known
     spec = importlib.util.spec_from_file_location(key, path)
     if spec is None or spec.loader is None:
-        raise LuthierError(f"this file cannot be read as {what}", where=str(path), mend="it must be a Python file")
+        raise LuthierError(f"this file cannot be read as {what}", where=str(path), fix="it must be a Python file")
     module = importlib.util.module_from_spec(spec)
     sys.modules[key] = module
     try:
@@ -122,7 +122,7 @@ def module_at(path: Path, key: str, what: str) -> ModuleType:
         )
         place = f"{path}, line {line or getattr(error, 'lineno', None) or 1}"
         raise LuthierError(
-            f"this file cannot be loaded as {what}: {type(error).__name__}: {error}", where=place, mend="mend the file"
+            f"this file cannot be loaded as {what}: {type(error).__name__}: {error}", where=place, fix="fix the file"
         ) from error
     return module
 
@@ -161,13 +161,13 @@ def _load(kind: str, name: str) -> Technique:
         raise LuthierError(
             f"`{path.name}` must define a function `{name}` with a card",
             where=str(path),
-            mend="name the function like its file and put @method(...) on it",
+            fix="name the function like its file and put @method(...) on it",
         )
     if card.key and card.key not in KEYS:
         raise LuthierError(
             f"the card of `{name}` names the key `{card.key}`, which holds no techniques",
             where=str(path),
-            mend=nearest(card.key, KEYS),
+            fix=nearest(card.key, KEYS),
         )
     return Technique(name, kind, factory, replace(card, name=name, kind=kind, key=card.key or key_of(kind)))
 
@@ -175,14 +175,14 @@ def _load(kind: str, name: str) -> Technique:
 def _unknown(name: str, kinds: tuple[str, ...], where: str, key: str = "") -> LuthierError:
     known = [other for kind in kinds for other in names(kind)]
     elsewhere = [kind for kind in KINDS if name in _files(kind) and (key or kind not in kinds)]
-    mend = nearest(name, known) or (
+    fix = nearest(name, known) or (
         f"known: {', '.join(known)}" if known else "none of this kind is known to this version yet; leave it out"
     )
     if "," in name:
-        mend = f"several are written as a list: {where or 'tune'}=[{name}]"
+        fix = f"several are written as a list: {where or 'tune'}=[{name}]"
     if elsewhere:
-        mend = f"its kind is {elsewhere[0]}: {_place_of(elsewhere[0], name)}"
-    return LuthierError(f"there is no technique `{name}` among {', '.join(kinds)}", where=where, mend=mend)
+        fix = f"its kind is {elsewhere[0]}: {_place_of(elsewhere[0], name)}"
+    return LuthierError(f"there is no technique `{name}` among {', '.join(kinds)}", where=where, fix=fix)
 
 
 def _place_of(kind: str, name: str) -> str:
@@ -237,14 +237,14 @@ def _make(spec: object, kinds: tuple[str, ...], look_up: Callable[[str], Techniq
             raise LuthierError(
                 f"one technique at a time: this names {', '.join(map(str, spec)) or 'none'}",
                 where=where,
-                mend="write a list: [{first: {...}}, {second: {...}}]",
+                fix="write a list: [{first: {...}}, {second: {...}}]",
             )
         ((name, options),) = spec.items()
         if options is not None and not isinstance(options, Mapping):
             raise LuthierError(
                 f"the options of `{name}` must be a mapping, not {options!r}",
                 where=where,
-                mend=f"write {name}: {{option: value}}",
+                fix=f"write {name}: {{option: value}}",
             )
         return _build(look_up(str(name)), {str(key): value for key, value in (options or {}).items()}, where)
     values = spec if isinstance(spec, tuple) and not hasattr(spec, "_fields") else (spec,)
@@ -252,10 +252,10 @@ def _make(spec: object, kinds: tuple[str, ...], look_up: Callable[[str], Techniq
         found = [kind_of(value) for value in values]
         kind = found[0]
     except (TypeError, IndexError):
-        mend = "write several parts as a list" if isinstance(spec, tuple) else "known kinds: " + ", ".join(kinds)
-        raise LuthierError(f"{_short(spec)} is neither a technique's name nor a part", where=where, mend=mend) from None
+        fix = "write several parts as a list" if isinstance(spec, tuple) else "known kinds: " + ", ".join(kinds)
+        raise LuthierError(f"{_short(spec)} is neither a technique's name nor a part", where=where, fix=fix) from None
     if kind not in kinds:
-        raise LuthierError(f"a {kind} has no place here", where=where, mend="here go: " + ", ".join(kinds))
+        raise LuthierError(f"a {kind} has no place here", where=where, fix="here go: " + ", ".join(kinds))
     return Part(name=kind, kind=kind, options={}, values=tuple(values))
 
 
@@ -270,7 +270,7 @@ def _placed(part: Part, kinds: tuple[str, ...], key: str, where: str) -> Part:
     by_hand = part.kind not in KINDS
     if by_hand or ((belongs == key) if key else (part.kind in kinds)):
         return part
-    raise LuthierError(f"`{part.name}` has no place here", where=where, mend=_instruction(belongs, part.kind, part.name))
+    raise LuthierError(f"`{part.name}` has no place here", where=where, fix=_instruction(belongs, part.kind, part.name))
 
 
 def part(name: str, **options: Any) -> Part:
@@ -296,7 +296,7 @@ def make_all(specs: object, key: str) -> list[Part]:
         where = f"{key}[{i}]" if len(many) > 1 else key
         look_up = partial(find_under, key=key, where=where)
         if spec == NOTHING:
-            raise LuthierError(f"`{NOTHING}` names nothing, and stands in a list", where=where, mend="leave it out of the list")
+            raise LuthierError(f"`{NOTHING}` names nothing, and stands in a list", where=where, fix="leave it out of the list")
         parts.append(_make(spec, kinds_under(key), look_up, where, key))
     return parts
 
@@ -321,14 +321,14 @@ def _check_values(technique: Technique, values: tuple[Any, ...]) -> None:
     strange = [value for value in values if not isinstance(value, tuple(KINDS.values()))]
     if strange or not values:
         what = f"a {type(strange[0]).__name__}" if strange else "nothing"
-        mend = "return a value of `luthier.kinds`, or a tuple of several"
-        raise LuthierError(f"`{technique.name}` returns {what}, and a technique is made of values of kinds", where=where, mend=mend)
+        fix = "return a value of `luthier.kinds`, or a tuple of several"
+        raise LuthierError(f"`{technique.name}` returns {what}, and a technique is made of values of kinds", where=where, fix=fix)
     found = [kind_of(value) for value in values]
     if technique.kind not in found:
         raise LuthierError(
             f"`{technique.name}` lies among {technique.kind}, and what it returns is {', '.join(found)}",
             where=where,
-            mend=f"move the file to `{found[0]}/`",
+            fix=f"move the file to `{found[0]}/`",
         )
 
 
@@ -339,9 +339,9 @@ def option_error(error: pydantic.ValidationError, name: str, where: str, factory
     place = f"{where}: {name}" if where else name
     if first["type"] == "extra_forbidden":
         known = list(inspect.signature(factory).parameters) if factory else []
-        mend = nearest(key, known) if known else f"`{name}` has no options"
-        return LuthierError(f"`{name}` has no option `{key}`", where=place, mend=mend)
+        fix = nearest(key, known) if known else f"`{name}` has no options"
+        return LuthierError(f"`{name}` has no option `{key}`", where=place, fix=fix)
     if first["type"] == "missing":
-        return LuthierError(f"`{name}` needs the option `{key}`", where=place, mend=f"write {name}: {{{key}: ...}}")
-    what, mend = explain(first)
-    return LuthierError(f"the option `{key}` is {what}", where=place, mend=f"{mend}; see `luthier techniques {name}`")
+        return LuthierError(f"`{name}` needs the option `{key}`", where=place, fix=f"write {name}: {{{key}: ...}}")
+    what, fix = explain(first)
+    return LuthierError(f"the option `{key}` is {what}", where=place, fix=f"{fix}; see `luthier techniques {name}`")

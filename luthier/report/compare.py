@@ -19,12 +19,12 @@ from luthier.report.terminal import plain
 from luthier.report.words import NOT_MEASURED, count, duration, measured, number, percent, shown, size, spaced
 
 NOT_SET = "not set"
-OWN_KEYS = ("name", "out", "control")
+OWN_KEYS = ("name", "out", "baseline_run")
 """Keys of a recipe that say where a run lies and what it is compared with, not what it does."""
 
 COSTS: dict[str, tuple[str, Callable[[float], str]]] = {
-    "kept": ("Kept of what was right", percent),
-    "trained_numbers": ("Trained numbers", count),
+    "retained": ("Retained", percent),
+    "trained_parameters": ("Trained parameters", count),
     "seconds": ("Training time", duration),
     "supervised_tokens": ("Supervised tokens", count),
     "supervised_tokens_per_second": ("Supervised tokens a second", number),
@@ -173,7 +173,7 @@ def cost_lines(runs: Sequence[Facts]) -> list[Difference]:
 
 def _names(runs: Sequence[Facts]) -> list[str]:
     if len(runs) < 2:
-        raise LuthierError("a comparison needs two runs", where="compare", mend="name two or more; see `luthier runs`")
+        raise LuthierError("a comparison needs two runs", where="compare", fix="name two or more; see `luthier runs`")
     return [short_name(run) for run in runs]
 
 

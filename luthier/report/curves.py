@@ -177,10 +177,10 @@ def _part_curves(history: Sequence[Mapping[str, Any]]) -> list[Curve]:
 
 def _weight_curves(history: Sequence[Mapping[str, Any]]) -> list[Curve]:
     """What token weights leave of a step's targets, how sure the model is of them, and what techniques logged."""
-    kept = _column(history, "share")
+    kept = _column(history, "weighted_share")
     shares = {
-        "share of targets kept": kept if any(value not in (None, 1.0) for _, value in kept) else [],
-        "effective share of targets": [(line["step"], _share_of(line)) for line in history],
+        "share of labels kept": kept if any(value not in (None, 1.0) for _, value in kept) else [],
+        "effective share of labels": [(line["step"], _share_of(line)) for line in history],
     }
     drawn = [Curve(title, points, 46, 2, _plain, percent, percent, (0.0, 1.0)) for title, points in shares.items()]
     drawn.append(Curve("entropy", _column(history, "entropy"), 60, 3, _smoothed))
@@ -192,7 +192,7 @@ def _weight_curves(history: Sequence[Mapping[str, Any]]) -> list[Curve]:
 
 def _share_of(line: Mapping[str, Any]) -> float | None:
     # (sum of weights)^2 / sum of their squares: as many targets of equal weight would have as much to say.
-    effective, targets = line.get("effective"), line.get("supervised")
+    effective, targets = line.get("effective_labels"), line.get("supervised_tokens")
     return effective / targets if measured(effective) and targets else None
 
 

@@ -71,7 +71,7 @@ class SetFacts:
 
     name: str
     metric: str
-    side: str
+    role: str
     """`learnt`: what training should teach; `kept`: what it should leave alone."""
     n: int | None
     before: Estimate
@@ -81,7 +81,7 @@ class SetFacts:
     """better, worse, no change or not measured."""
     note: str
     """Why, where the verdict needs words."""
-    kept: float | None
+    retained: float | None
     """Share of the items right before that are still right."""
     noise: float | None
     """Spread of repeated measurements of the base."""
@@ -128,14 +128,14 @@ class SetFacts:
 
 def sets_of(run: Facts) -> list[SetFacts]:
     """The evaluation sets of a run: what it should learn first, then what it should keep."""
-    noise = run.get("noise") or {}
+    noise = run.get("repeat_baseline") or {}
     found = [_set_facts(name, entry or {}, noise.get(name)) for name, entry in (run.get("metrics") or {}).items()]
-    return sorted(found, key=lambda one: one.side == "kept")
+    return sorted(found, key=lambda one: one.role == "retention")
 
 
 def samples_of(sets: list[SetFacts], change: Change) -> list[Sample]:
     """The items with one fate, of all sets; what was lost from `kept` sets comes first."""
-    ordered = sorted(sets, key=lambda one: one.side != "kept") if change == "lost" else sets
+    ordered = sorted(sets, key=lambda one: one.role != "retention") if change == "lost" else sets
     return [sample for one in ordered for sample in one.samples if sample.change == change]
 
 
@@ -165,14 +165,14 @@ def _set_facts(name: str, entry: Facts, noise: float | None) -> SetFacts:
     return SetFacts(
         name=name,
         metric=str(entry.get("metric") or "metric"),
-        side=str(entry.get("side") or "learnt"),
+        role=str(entry.get("role") or "target"),
         n=entry.get("n"),
         before=_estimate(entry, "before"),
         after=_estimate(entry, "after"),
         difference=_estimate(entry, "difference"),
         verdict=str(entry.get("verdict") or NOT_MEASURED) if all(map(measured, values)) else NOT_MEASURED,
         note=str(entry.get("note") or ""),
-        kept=entry.get("kept"),
+        retained=entry.get("retained"),
         noise=noise,
         samples=samples,
         is_share=is_share,

@@ -49,14 +49,14 @@ def total_change(places: Iterable[Mapping[str, Any]]) -> Change:
     return Change(
         math.sqrt(sum((place.get("norm") or 0.0) ** 2 for place in some)),
         math.sqrt(sum((place.get("base_norm") or 0.0) ** 2 for place in some)),
-        sum(place.get("numbers") or 0 for place in some),
+        sum(place.get("parameters") or 0 for place in some),
         sum(place.get("changed") or 0 for place in some),
     )
 
 
 def changes_by_role(delta: Mapping[str, Any]) -> list[tuple[str, Change]]:
     """The change of every role, over all blocks, in the order the model has them."""
-    return [(role, total_change(some)) for role, some in _by(delta.get("by_place") or (), "role").items()]
+    return [(role, total_change(some)) for role, some in _by(delta.get("by_place") or (), "module_type").items()]
 
 
 class Grid(NamedTuple):
@@ -82,11 +82,11 @@ def change_figure(delta: Mapping[str, Any]) -> Markup:
     outside = [place for place in places if place.get("block") is None]
     if not places:
         return Markup("")
-    rows = _by(inside, "role")
+    rows = _by(inside, "module_type")
     below = BARS + 26 + ROW * len(rows)
     grid = _grid(places)
     words = f"Change by block and role, {plural(grid.blocks, 'block')}: in all {total_change(places).words()}"
-    svg = figure(WIDTH, below + 24 + ROW * len(_by(outside, "role")) + 8, words, "heat")
+    svg = figure(WIDTH, below + 24 + ROW * len(_by(outside, "module_type")) + 8, words, "heat")
     _block_bars(svg, grid, {block: total_change(some) for block, some in _by(inside, "block").items()})
     _block_numbers(svg, grid, below + 14)
     for row, (role, some) in enumerate(rows.items()):
@@ -95,7 +95,7 @@ def change_figure(delta: Mapping[str, Any]) -> Markup:
             x = LABELS + grid.cell * block
             _cell(svg, grid, x, y, grid.cell, total_change(cell), f"block {block}, {spaced(role)}")
         _row_words(svg, grid, role, y, total_change(some))
-    for row, (role, some) in enumerate(_by(outside, "role").items()):
+    for row, (role, some) in enumerate(_by(outside, "module_type").items()):
         y = below + 24 + ROW * row
         _cell(svg, grid, LABELS, y, grid.width, total_change(some), spaced(role))
         _row_words(svg, grid, role, y, total_change(some))

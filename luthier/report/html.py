@@ -19,7 +19,7 @@ from luthier.report.curves import training_figure
 from luthier.report.facts import Facts, samples_of, sets_of
 from luthier.report.figures import interval_figure
 from luthier.report.heat import change_figure, changes_by_role, total_change
-from luthier.report.radar import world_figure
+from luthier.report.radar import benchmark_figure
 from luthier.report.story import cards, headline, warnings_of
 
 FORMS: dict[str, Callable[[float], str]] = {
@@ -58,7 +58,7 @@ def report_page(run: Facts) -> str:
         cards=cards(run),
         warnings=warnings_of(run),
         sets=sets,
-        world=world_figure(sets),
+        benchmark=benchmark_figure(sets),
         lost=samples_of(sets, "lost"),
         learned=samples_of(sets, "learned"),
         wrong=samples_of(sets, "wrong"),
@@ -88,7 +88,7 @@ def write_page(path: Path, page: str) -> Path:
         beside.replace(path)
     except OSError as error:
         beside.unlink(missing_ok=True)
-        raise LuthierError(f"the page cannot be written: {error}", where=str(path), mend="name a file to write to") from error
+        raise LuthierError(f"the page cannot be written: {error}", where=str(path), fix="name a file to write to") from error
     return path
 
 

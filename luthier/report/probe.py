@@ -67,9 +67,9 @@ def write_figure(finding: Finding, path: Path) -> None:
         LuthierError: the name is not that of an SVG file, the probe drew nothing, or the file cannot be written.
     """
     if path.suffix.lower() != ".svg":
-        raise LuthierError("the figure is an SVG file", where=str(path), mend=f"name it {path.stem or 'figure'}.svg")
+        raise LuthierError("the figure is an SVG file", where=str(path), fix=f"name it {path.stem or 'figure'}.svg")
     if finding.figure is None:
-        raise LuthierError("this probe draws no figure", where="--figure", mend="leave it out")
+        raise LuthierError("this probe draws no figure", where="--figure", fix="leave it out")
     svg = draw(finding.figure)
     # A file of its own says its language, its size and its colors itself.
     svg.attrib |= {"xmlns": "http://www.w3.org/2000/svg", "width": str(WIDTH), "height": str(HEIGHT)}

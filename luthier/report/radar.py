@@ -1,4 +1,4 @@
-"""The radar chart of the small world: one axis a skill, from 0 in the middle to 1 at the rim, before and after."""
+"""The radar chart of the synthetic benchmark: one axis a skill, from 0 in the middle to 1 at the rim, before and after."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from luthier.report.facts import Estimate, SetFacts
 from luthier.report.svg import Element, add, figure, markup
 from luthier.report.words import measured, percent, shown, spaced
 
-WORLD = "world/"
-"""What the names of the world's evaluation sets begin with. No point: those separate keys on the command line."""
+BENCHMARK = "benchmark/"
+"""What the names of its evaluation sets begin with. No point: those separate keys on the command line."""
 FEWEST_AXES = 3
 """Fewer have no area between them."""
 
@@ -50,15 +50,15 @@ def axes_of(sets: Sequence[SetFacts]) -> list[Axis]:
     """
     with_before = any(measured(one.before.value) for one in sets)
     return [
-        Axis(spaced(one.name.removeprefix(WORLD)), one.before, one.after)
+        Axis(spaced(one.name.removeprefix(BENCHMARK)), one.before, one.after)
         for one in sets
         if one.is_share and measured(one.after.value) and measured(one.before.value) == with_before
     ]
 
 
-def world_figure(sets: Sequence[SetFacts]) -> Markup:
-    """The radar of a run's sets that are of the small world; empty where there are none."""
-    return radar_figure(axes_of([one for one in sets if one.name.startswith(WORLD)]))
+def benchmark_figure(sets: Sequence[SetFacts]) -> Markup:
+    """The radar of a run's sets that are of the synthetic benchmark; empty where there are none."""
+    return radar_figure(axes_of([one for one in sets if one.name.startswith(BENCHMARK)]))
 
 
 def radar_figure(axes: Sequence[Axis]) -> Markup:

@@ -35,7 +35,7 @@ def headline(run: Facts) -> str:
     sets = sets_of(run)
     parts = [] if run.get("status") == "finished" else [_unfinished_words(run)]
     parts += [*_learned_words(sets), *_kept_words(run, sets)]
-    trained, total = run.get("trained_numbers"), run.get("total_numbers")
+    trained, total = run.get("trained_parameters"), run.get("total_parameters")
     if measured(trained) and measured(total) and total:
         parts.append(f"{percent(trained / total)} of {short(total)} numbers trained")
     if measured(run.get("seconds")):
@@ -77,20 +77,20 @@ def _unfinished_words(run: Facts) -> str:
     step, of = last_step(run), run.get("planned_steps")
     if run.get("status") == "running":
         return f"this run is under way: {count(step)} of {plural(of, 'step')} taken" if of else "this run is under way"
-    how = {"failed": "this run failed", "stopped": "this run was stopped", "broken off": "this run was broken off"}
+    how = {"failed": "this run failed", "stopped": "this run was stopped", "crashed": "this run crashed"}
     words = how.get(str(run.get("status")), f"the state of this run is {run.get('status') or 'unknown'}")
     return f"{words} after {plural(step, 'step')}" if step else f"{words}; no step was recorded"
 
 
 def _how_it_goes_on(run: Facts) -> str:
     """What continues a run that ended before its time; empty for any other."""
-    if run.get("status") in ("stopped", "broken off") and run.get("run"):
+    if run.get("status") in ("stopped", "crashed") and run.get("run"):
         return f" `luthier train --resume {run['run']}` goes on."
     return ""
 
 
 def _learned_words(sets: list[SetFacts]) -> list[str]:
-    learnt = [one for one in sets if one.side != "kept"]
+    learnt = [one for one in sets if one.role != "retention"]
     if not learnt:
         return ["what it learned is not measured"]
     parts = [_verdict_words(one) for one in learnt[:2]]
@@ -105,8 +105,8 @@ def _verdict_words(one: SetFacts) -> str:
 
 
 def _kept_words(run: Facts, sets: list[SetFacts]) -> list[str]:
-    kept = [one for one in sets if one.side == "kept"]
-    share = run.get("kept")
+    kept = [one for one in sets if one.role == "retention"]
+    share = run.get("retained")
     parts = [f"{percent(share)} of what it answered rightly before is kept"] if measured(share) else []
     # A share alone would hide a set that got worse, or one that nobody measured.
     for verdict, words in (("worse", "got worse on {}"), (NOT_MEASURED, "{} not measured")):
@@ -119,35 +119,35 @@ def _kept_words(run: Facts, sets: list[SetFacts]) -> list[str]:
 
 
 def _learned_card(sets: list[SetFacts]) -> Card:
-    learnt = [one for one in sets if one.side != "kept"]
+    learnt = [one for one in sets if one.role != "retention"]
     if not learnt:
-        return Card("Learned", NOT_MEASURED, ("no set to learn was evaluated",))
+        return Card("Target", NOT_MEASURED, ("no set to learn was evaluated",))
     first = learnt[0]
     value = f"{count(first.right[1])} of {count(len(first.samples))}" if first.right is not None else first.value(first.after.value)
     before = count(first.right[0]) if first.right is not None else first.value(first.before.value)
     notes = (f"{first.name}, {spaced(first.metric)}", f"{before} before; {first.verdict}")
     others = tuple(f"{one.name}: {one.value(one.after.value)}, {one.verdict}" for one in learnt[1:3])
-    return Card("Learned", value, notes + others, first.verdict)
+    return Card("Target", value, notes + others, first.verdict)
 
 
 def _kept_card(run: Facts, sets: list[SetFacts]) -> Card:
-    kept = [one for one in sets if one.side == "kept"]
+    kept = [one for one in sets if one.role == "retention"]
     if not kept:
-        return Card("Kept", NOT_MEASURED, ("no set to keep was evaluated",))
+        return Card("Retention", NOT_MEASURED, ("no set to keep was evaluated",))
     verdict = "worse" if any(one.verdict == "worse" for one in kept) else ""
-    if measured(run.get("kept")):
+    if measured(run.get("retained")):
         lost = len(samples_of(kept, "lost"))
         notes = ("of what was right before", f"{plural(lost, 'item')} lost")
         rest = tuple(f"{one.name}: {one.verdict}" for one in kept if not one.is_share)
-        return Card("Kept", percent(run["kept"]), notes + rest[:2], verdict)
+        return Card("Retention", percent(run["retained"]), notes + rest[:2], verdict)
     first = kept[0]
     words = (f"{first.name}, {spaced(first.metric)}", f"{first.value(first.before.value)} before; {first.verdict}")
-    return Card("Kept", first.value(first.after.value), words, verdict)
+    return Card("Retention", first.value(first.after.value), words, verdict)
 
 
 def _changed_card(run: Facts) -> Card:
     delta = run.get("delta") or {}
-    trained, total = run.get("trained_numbers"), run.get("total_numbers")
+    trained, total = run.get("trained_parameters"), run.get("total_parameters")
     notes = []
     if measured(trained):
         notes.append(f"{short(trained)} of {shown(total, short)} numbers trained")

@@ -26,13 +26,13 @@ def find_control(named: str | None, out: str) -> Run | None:
     try:
         run = read_run(named, out)
     except LuthierError as error:
-        raise LuthierError(error.what, where=f"control, under {error.where}", mend=error.mend) from None
+        raise LuthierError(error.what, where=f"baseline_run, under {error.where}", fix=error.fix) from None
     status = run.facts.get("status", "unknown")
     if status != "finished":
         raise LuthierError(
             f"the control `{named}` has not finished ({status})",
-            where="control",
-            mend=f"{'wait for it' if status == 'running' else f'luthier train --resume {run.folder}'}, or name another run",
+            where="baseline_run",
+            fix=f"{'wait for it' if status == 'running' else f'luthier train --resume {run.folder}'}, or name another run",
         )
     return run
 
@@ -44,11 +44,11 @@ def _newest_run_of(file: Path, out: str) -> Run:
             return run
     raise LuthierError(
         f"the control `{file}` has no finished run in `{out}`",
-        where="control",
-        mend=f"run it first, as it stands: luthier train {file} out={out}; or name the folder of a run",
+        where="baseline_run",
+        fix=f"run it first, as it stands: luthier train {file} out={out}; or name the folder of a run",
     )
 
 
 def _what_it_does(plain: Mapping[str, Any]) -> dict[str, Any]:
     """A recipe without the folder its runs lie in, and without what they are compared with in turn."""
-    return {key: value for key, value in plain.items() if key not in ("out", "control")}
+    return {key: value for key, value in plain.items() if key not in ("out", "baseline_run")}

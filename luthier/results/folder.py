@@ -17,7 +17,7 @@ from luthier.results.lock import holder
 
 FILE = "run.json"
 STEPS = "steps.jsonl"
-BROKEN_OFF = "broken off"
+CRASHED = "crashed"
 """The status of a run whose process has died before it could write how it ended."""
 _AGAIN = "copy the run's folder again, or train again"
 
@@ -59,7 +59,7 @@ class Run:
         for key in keys:
             found = found.get(key) if isinstance(found, Mapping) else None
         if found is None:
-            raise LuthierError(f"this run does not hold its `{'.'.join(keys)}`", where=str(self.folder / FILE), mend=_AGAIN)
+            raise LuthierError(f"this run does not hold its `{'.'.join(keys)}`", where=str(self.folder / FILE), fix=_AGAIN)
         return found
 
     def export(
@@ -102,7 +102,7 @@ def new_folder(out: str | Path, name: str) -> Path:
         root.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise LuthierError(
-            f"the folder of the runs cannot be made: {error}", where=f"out: {root}", mend="name a folder that can be written to"
+            f"the folder of the runs cannot be made: {error}", where=f"out: {root}", fix="name a folder that can be written to"
         ) from None
     numbers = [int(path.name.rpartition("-")[2]) for path in root.glob(f"{name}-*") if path.name.rpartition("-")[2].isdigit()]
     number = max(numbers, default=0)
@@ -116,7 +116,7 @@ def new_folder(out: str | Path, name: str) -> Path:
             continue
         except OSError as error:
             raise LuthierError(
-                f"no run folder can be made here: {error}", where=f"out: {root}", mend="name a folder that can be written to"
+                f"no run folder can be made here: {error}", where=f"out: {root}", fix="name a folder that can be written to"
             ) from None
 
 
@@ -141,8 +141,8 @@ def read_run(path: str | Path, out: str | Path = "runs") -> Run:
             return Run(folder, _read_facts(folder / FILE))
     known = [run.folder.name for run in list_runs(out)]
     if _true(Path(path).exists):
-        raise LuthierError(f"this is no run's folder: it holds no {FILE}", where=str(path), mend="name a folder that a run made")
-    raise LuthierError(f"there is no run `{path}`", where=str(out), mend=nearest(Path(path).name, known) or "see `luthier runs`")
+        raise LuthierError(f"this is no run's folder: it holds no {FILE}", where=str(path), fix="name a folder that a run made")
+    raise LuthierError(f"there is no run `{path}`", where=str(out), fix=nearest(Path(path).name, known) or "see `luthier runs`")
 
 
 def list_runs(out: str | Path = "runs") -> list[Run]:
@@ -179,16 +179,16 @@ def _read_facts(path: Path) -> dict[str, Any]:
         first = error.errors()[0]
         place = ".".join(str(piece) for piece in first["loc"])
         what, _ = explain(first)
-        raise LuthierError(f"this run is damaged: {what}", where=f"{path}: {place}" if place else str(path), mend=_AGAIN) from None
+        raise LuthierError(f"this run is damaged: {what}", where=f"{path}: {place}" if place else str(path), fix=_AGAIN) from None
     except (OSError, ValueError, RecursionError) as error:
-        raise LuthierError(f"this run cannot be read: {error}", where=str(path), mend=_AGAIN) from None
+        raise LuthierError(f"this run cannot be read: {error}", where=str(path), fix=_AGAIN) from None
     checked: dict[str, Any] = facts
     return checked
 
 
 def _under_way(folder: Path) -> dict[str, Any]:
     """What a run does not write into its facts while it trains: whether its process still lives, and the steps it has taken."""
-    status = BROKEN_OFF if holder(folder) is None else "running"
+    status = CRASHED if holder(folder) is None else "running"
     try:
         lines = (folder / STEPS).read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
@@ -266,8 +266,8 @@ class _Facts(_Checked):
     kept: float | None = None
     inputs: dict[str, str] | None = None
     planned_steps: int | None = None
-    trained_numbers: int | None = None
-    total_numbers: int | None = None
+    trained_parameters: int | None = None
+    total_parameters: int | None = None
     seconds: float | None = None
     supervised_tokens: int | None = None
     supervised_tokens_per_second: float | None = None

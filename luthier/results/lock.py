@@ -86,7 +86,7 @@ def _take(folder: Path) -> None:
             raise LuthierError(
                 f"this run is still running: {other.described()}",
                 where=str(folder),
-                mend=f"wait for it, or stop it first (kill -INT {other.process} saves what it has)",
+                fix=f"wait for it, or stop it first (kill -INT {other.process} saves what it has)",
             )
         host, place = _here()
         with disk.written(folder / FILE) as beside:

@@ -15,7 +15,7 @@ from luthier.delta import Delta
 from luthier.delta.beside import standing
 from luthier.errors import LuthierError, Say, silent
 from luthier.export.peft import parted
-from luthier.kinds import Additive, Head, HiddenEdit, Now, Prefix, Prompt, Tensors
+from luthier.kinds import Head, Now, Prefix, Prompt, RepresentationEdit, Tensors, WeightDelta
 from luthier.models.load import ModelSource, load_tokenizer
 from luthier.models.parts import map_parts
 from luthier.models.quantized import holder, quantized
@@ -120,7 +120,7 @@ def open_base(run: Run, *, say: Say = silent) -> tuple[Tune, PreTrainedTokenizer
 def _tokenizer(source: ModelSource, recipe: Recipe) -> PreTrainedTokenizerBase:
     """The tokenizer, which writes conversations as in the run."""
     tokenizer = load_tokenizer(source)
-    choose(tokenizer, recipe.rows.template, recipe.rows.template_options)
+    choose(tokenizer, recipe.rows.chat_template, recipe.rows.chat_template_options)
     return tokenizer
 
 
@@ -149,9 +149,9 @@ def _put_beside(tune: Tune, recipe: Recipe, delta: Delta) -> None:
     """Let low-rank deltas stand beside the weights as in training."""
     now = Now(seed=recipe.seed)
     values = _values(recipe)
-    additives = [(slot, value) for slot, value in values.found if isinstance(value, Additive)]
-    if values.complete and all(value.pair is not None for _, value in additives):
-        for slot, value in additives:
+    weight_deltas = [(slot, value) for slot, value in values.found if isinstance(value, WeightDelta)]
+    if values.complete and all(value.pair is not None for _, value in weight_deltas):
+        for slot, value in weight_deltas:
             tune.add(slot, value, RunServices(tune, slot, now), {})
         delta.restore(tune)
         return
@@ -179,7 +179,7 @@ def _attach_stored(tune: Tune, recipe: Recipe, path: Path) -> None:
         return {name: values for name, values in found.items() if name.isidentifier()}
 
     now = Now(seed=recipe.seed)
-    kinds = HiddenEdit | Prefix | Prompt | Head
+    kinds = RepresentationEdit | Prefix | Prompt | Head
     values = [(slot, value) for slot, value in _values(recipe).found if isinstance(value, kinds)]
     values = values if stored else [(slot, value) for slot, value in values if isinstance(value, Head)]
     left = {name for name in stored if not any(name.startswith((f"{slot}/", f"{slot}.")) for slot, _ in values)}
@@ -188,13 +188,13 @@ def _attach_stored(tune: Tune, recipe: Recipe, path: Path) -> None:
         raise LuthierError(
             f"the result holds numbers of `{slot}`, and there is no such technique here",
             where=str(path),
-            mend="name the folder of your own techniques in LUTHIER_METHODS; what was given in Python cannot be opened again",
+            fix="name the folder of your own techniques in LUTHIER_METHODS; what was given in Python cannot be opened again",
         )
     for slot, value in values:
         if isinstance(value, Head):
             tune.add_head(slot, value, held(f"{slot}/{HEAD}"))
             continue
-        if isinstance(value, HiddenEdit):
+        if isinstance(value, RepresentationEdit):
             shared = None if value.shared is None else (lambda *_, slot=slot: held(slot))
             value = value._replace(start=lambda place, *_, slot=slot: held(f"{slot}/{place}"), shared=shared)
         elif isinstance(value, Prefix):

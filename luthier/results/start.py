@@ -21,7 +21,7 @@ from luthier.recipe import Recipe, make_recipe
 from luthier.results.folder import FILE, Run, list_runs, read_run
 from luthier.training.precision import TYPES, pick, pick_device
 
-BESIDE = "beside.safetensors"
+BESIDE = "adapters.safetensors"
 """What no delta of the weights can hold: the tensors of prompts, prefixes, edits and heads."""
 DELTA = "delta.safetensors"
 _RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*-\d+")
@@ -90,9 +90,9 @@ def find_start(name: str, out: str, *, revision: str | None = None, trust_remote
     while is_run(name, out) and not _is_model(name):
         run = read_run(name, out)
         if any(run.folder.resolve() == one.folder.resolve() for one in runs):
-            raise LuthierError("this run starts from itself", where=str(run.folder), mend="name a model")
+            raise LuthierError("this run starts from itself", where=str(run.folder), fix="name a model")
         if revision is not None:
-            raise LuthierError(f"`{name}` is a run, and has no revisions", where="revision", mend="leave it out")
+            raise LuthierError(f"`{name}` is a run, and has no revisions", where="revision", fix="leave it out")
         _check_whole(run)
         runs.append(run)
         recipe = recipe_of(run)
@@ -109,7 +109,7 @@ def _gone(error: LuthierError, name: str, run: Run) -> LuthierError:
     return LuthierError(
         f"{run.folder.name} began with `{name}`, which cannot be had: {error.what}",
         where=str(run.folder),
-        mend=f"bring `{name}` back to where it was, or beside this run",
+        fix=f"bring `{name}` back to where it was, or beside this run",
     )
 
 
@@ -118,10 +118,10 @@ def _explained(error: LuthierError, name: str, out: str, runs: list[Run]) -> Lut
     if runs:
         return _gone(error, name, runs[-1])
     near = difflib.get_close_matches(name, [run.folder.name for run in list_runs(out)], n=3, cutoff=0.5)
-    if not near or error.where != "model" or near[0] in error.mend:
+    if not near or error.where != "model" or near[0] in error.fix:
         return error
     meant = " or ".join(f"`{one}`" for one in near)
-    return LuthierError(error.what, where=error.where, mend=f"did you mean the run {meant}? {error.mend}")
+    return LuthierError(error.what, where=error.where, fix=f"did you mean the run {meant}? {error.fix}")
 
 
 def start_of(recipe: Recipe, say: Say = silent) -> Start:
@@ -137,7 +137,7 @@ def located(recipe: Recipe) -> Recipe:
         return str(inside) if name and not (Path(name) / FILE).is_file() and is_run(name, recipe.out) else name
 
     models = {name: found(one) for name, one in recipe.models.items()}
-    return recipe.model_copy(update={"model": found(recipe.model), "models": models, "control": found(recipe.control)})
+    return recipe.model_copy(update={"model": found(recipe.model), "models": models, "baseline_run": found(recipe.baseline_run)})
 
 
 def load_start(start: Start, dtype: torch.dtype, *, quantize: str = "none", say: Say = silent) -> PreTrainedModel:
@@ -167,7 +167,7 @@ def load_start(start: Start, dtype: torch.dtype, *, quantize: str = "none", say:
             raise LuthierError(
                 f"what {run.folder.name} learnt does not fit what {below} is now: {error.what}",
                 where=str(run.folder),
-                mend=f"bring {below} back as it was when {run.folder.name} was trained, or train that again",
+                fix=f"bring {below} back as it was when {run.folder.name} was trained, or train that again",
             ) from error
         below = run.folder.name
     model.to(dtype)  # type: ignore[arg-type]
@@ -193,7 +193,7 @@ def recipe_of(run: Run) -> Recipe:
         raise LuthierError(
             f"this run has not finished ({status})",
             where=str(run.folder),
-            mend="wait for it" if status == "running" else f"luthier train --resume {run.folder}",
+            fix="wait for it" if status == "running" else f"luthier train --resume {run.folder}",
         )
     return kept_recipe(run)
 
@@ -211,7 +211,7 @@ def _check_whole(run: Run) -> None:
         raise LuthierError(
             "this run learnt beside quantized weights, which take no change",
             where=str(run.folder),
-            mend=f"write what it made as a model first: luthier export {run.folder} FOLDER; then name that folder",
+            fix=f"write what it made as a model first: luthier export {run.folder} FOLDER; then name that folder",
         )
     if not (run.folder / BESIDE).is_file():
         return
@@ -220,7 +220,7 @@ def _check_whole(run: Run) -> None:
     raise LuthierError(
         f"what this run learnt stands beside the weights ({', '.join(slots)}), and another run cannot begin with it",
         where=str(run.folder),
-        mend=f"luthier export {run.folder} FOLDER --weights-only writes its weights alone as a model; then name that folder",
+        fix=f"luthier export {run.folder} FOLDER --weights-only writes its weights alone as a model; then name that folder",
     )
 
 
@@ -235,5 +235,5 @@ def check_near_runs(name: str, out: str) -> None:
         raise LuthierError(
             f"there is no run `{name}` in `{out}`, and no folder",
             where="model",
-            mend=f"did you mean {' or '.join(f'`{one}`' for one in near)}? A model on the hub is named OWNER/NAME",
+            fix=f"did you mean {' or '.join(f'`{one}`' for one in near)}? A model on the hub is named OWNER/NAME",
         )

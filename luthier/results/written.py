@@ -21,11 +21,11 @@ def check_asked(target: Path, form: str, weights: str) -> None:
         LuthierError: the target exists, there is no such form, or the type of the weights does not go with it.
     """
     if target.exists():
-        raise LuthierError("this exists already", where=str(target), mend="name another, or remove it")
+        raise LuthierError("this exists already", where=str(target), fix="name another, or remove it")
     if form not in ("model", "gguf", "peft"):
-        raise LuthierError(f"`{form}` is no form of export", where="--as", mend="use model, gguf or peft")
+        raise LuthierError(f"`{form}` is no form of export", where="--as", fix="use model, gguf or peft")
     if form != "gguf" and weights != "auto":
-        raise LuthierError(f"weights `{weights}` are for GGUF files", where="--weights", mend="leave it out, or use --as gguf")
+        raise LuthierError(f"weights `{weights}` are for GGUF files", where="--weights", fix="leave it out, or use --as gguf")
 
 
 def write_result(
@@ -43,7 +43,7 @@ def write_result(
         raise LuthierError(
             f"`{tune.head[0].slot}` is a head that reads rows, which a {form} result does not hold",
             where="--as",
-            mend="use --as model, which writes model and head for transformers or sentence-transformers, or --weights-only, which leaves "
+            fix="use --as model, which writes model and head for transformers or sentence-transformers, or --weights-only, which leaves "
             "it out",
         )
     if form == "model":
@@ -58,7 +58,7 @@ def write_result(
         raise LuthierError(
             f"this run began with what {start.name} learnt, and an adapter names a model that others can load",
             where="--as",
-            mend=f"use --as model; or export {start.name} as a model, and train on that",
+            fix=f"use --as model; or export {start.name} as a model, and train on that",
         )
     told = run.fact("model", "fingerprint")
     return {"folder": str(target), "as": form, **export_peft(tune, target, start.source, fingerprint=told)}

@@ -29,7 +29,7 @@ def annotations_of(values: Iterable[Any]) -> tuple[Annotation, ...]:
             raise LuthierError(
                 f"two token weights give tokens different numbers under the name `{one.name}`",
                 where="token_weight",
-                mend="use one of them, or give them the same options",
+                fix="use one of them, or give them the same options",
             )
     return tuple(found.values())
 
@@ -44,7 +44,7 @@ def token_columns(annotations: Sequence[Annotation], written: Written) -> dict[s
     for name, numbers in found.items():
         if len(numbers) != len(written.token_ids) or not all(map(math.isfinite, numbers)):
             finite, tokens = sum(map(math.isfinite, numbers)), len(written.token_ids)
-            raise RuntimeError(f"`{name}` gave {finite} finite numbers for {tokens} tokens: mend its `annotate`")
+            raise RuntimeError(f"`{name}` gave {finite} finite numbers for {tokens} tokens: fix its `annotate`")
     return found
 
 
@@ -60,13 +60,13 @@ def check_streamed(annotations: Iterable[Annotation], workers: int) -> None:
             raise LuthierError(
                 f"the numbers that `{one.name}` gives tokens cannot be kept between runs",
                 where="rows.streaming",
-                mend="leave streaming off, or put its `annotate` at the top of a file",
+                fix="leave streaming off, or put its `annotate` at the top of a file",
             )
         if workers and importlib.util.find_spec(one.annotate.__module__.split(".")[0]) is None:
             raise LuthierError(
                 f"other processes cannot import the file that holds `{one.name}`",
                 where="rows.workers",
-                mend="leave workers out, or install the technique as a package",
+                fix="leave workers out, or install the technique as a package",
             )
 
 

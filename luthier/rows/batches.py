@@ -165,11 +165,11 @@ def padding_share(
 
 def _check_sizes(micro_batch_tokens: int, batch_tokens: int | None, batch_rows: int | None, world_size: int, rank: int) -> None:
     if (batch_tokens is None) == (batch_rows is None):
-        raise LuthierError("a step's size must be given once", mend="give either batch_tokens or batch_rows")
+        raise LuthierError("a step's size must be given once", fix="give either batch_tokens or batch_rows")
     sizes = {"micro_batch_tokens": micro_batch_tokens, "batch_tokens": batch_tokens, "batch_rows": batch_rows}
     for name, size in sizes.items():
         if size is not None and size < 1:
-            raise LuthierError(f"{name} is {size}", mend="give at least 1")
+            raise LuthierError(f"{name} is {size}", fix="give at least 1")
     if not 0 <= rank < world_size:
         raise LuthierError(f"rank {rank} is not one of {world_size} processes")
 

@@ -152,7 +152,7 @@ def _for_template(record: Mapping[str, Any]) -> dict[str, Any]:
     documents = from_json_list(record.get("documents"))
     if documents:
         if not isinstance(documents, list | tuple) or not all(isinstance(one, Mapping) for one in documents):
-            raise LuthierError("`documents` must be a list of objects", mend='such as [{"title": ..., "text": ...}]')
+            raise LuthierError("`documents` must be a list of objects", fix='such as [{"title": ..., "text": ...}]')
         found["documents"] = [dict(one) for one in documents]
     options = record.get("chat_template_kwargs")
     if options:
@@ -160,7 +160,7 @@ def _for_template(record: Mapping[str, Any]) -> dict[str, Any]:
             raise LuthierError(f"`chat_template_kwargs` must be an object, not {kind_of(options)}")
         taken = [key for key in options if key in (*_SET_HERE, *OF_TEMPLATES) or key.startswith("return_")]
         if taken:
-            raise LuthierError(f"`chat_template_kwargs` sets `{taken[0]}`, which is set here", mend="remove it")
+            raise LuthierError(f"`chat_template_kwargs` sets `{taken[0]}`, which is set here", fix="remove it")
         found["chat_template_kwargs"] = dict(options)
     return found
 
@@ -169,7 +169,7 @@ def _system(record: Mapping[str, Any]) -> list[Message]:
     given = {key: record[key] for key in ("system", "system_prompt") if record.get(key)}
     texts = [checked_text(value, key) for key, value in given.items()]
     if len(set(texts)) > 1:
-        raise LuthierError("`system` and `system_prompt` differ", mend="keep one of them")
+        raise LuthierError("`system` and `system_prompt` differ", fix="keep one of them")
     return [{"role": "system", "content": texts[0]}] if texts else []
 
 
@@ -192,6 +192,6 @@ def _behind(system: list[Message], messages: list[Message]) -> list[Message]:
         return [*system, *messages]
     if messages[0]["content"] != system[0]["content"]:
         raise LuthierError(
-            "the row has two system texts: one beside its messages, and one as the first of them", mend="keep one of them"
+            "the row has two system texts: one beside its messages, and one as the first of them", fix="keep one of them"
         )
     return messages

@@ -130,14 +130,14 @@ def inputs_of(source: Streamed, encoding: Encoding, on_bad_row: OnBadRow) -> dic
         "on_bad_row": on_bad_row,
         "loss_on": encoding.loss_on,
         "purpose": encoding.purpose,
-        "max_tokens": encoding.max_tokens,
+        "max_length": encoding.max_length,
         "too_long": encoding.too_long,
         "reads": encoding.reads._asdict(),
         "annotations": annotate.fingerprint(encoding.annotations),
         "tokenizer": tokenizer_fingerprint(encoding.form.tokenizer),
         "template": encoding.form.tokenizer.chat_template,
         "template_name": encoding.form.choice.name,
-        "template_options": dict(encoding.form.options),
+        "chat_template_options": dict(encoding.form.options),
         "date": encoding.form.choice.clock.isoformat() if asks_clock(encoding.form.tokenizer, encoding.form.choice.name) else None,
         "luthier": luthier.__version__,
         "code": code_fingerprint(),
@@ -200,8 +200,8 @@ def _kept(
                     stored.write(folder, _judged(encoded, source.name, on_bad_row), inputs)
         return found if found is not None else stored.read(folder), said
     except (OSError, pyarrow.ArrowException) as problem:
-        mend = "make room there, or set LUTHIER_CACHE to another folder"
-        raise LuthierError(f"the encoded rows cannot be kept: {problem}", where=str(folder), mend=mend) from problem
+        fix = "make room there, or set LUTHIER_CACHE to another folder"
+        raise LuthierError(f"the encoded rows cannot be kept: {problem}", where=str(folder), fix=fix) from problem
 
 
 def _found(folder: Path) -> tuple[Stored | None, str]:
@@ -228,7 +228,7 @@ def _judged(encoded: Iterable[Chunk], name: str, on_bad_row: OnBadRow) -> Iterat
     if skipped and not read_rows:
         raise bad_rows_error(skipped, records)
     if not records:
-        raise LuthierError("there are no rows", where=name, mend="check that this is the right file")
+        raise LuthierError("there are no rows", where=name, fix="check that this is the right file")
 
 
 def _apart(rows: StoredRows, parts: Sequence[Stored]) -> StoredRows:

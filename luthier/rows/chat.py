@@ -186,9 +186,9 @@ def render_training(row: Row, form: Form, loss_on: LossOn = "assistant") -> Rend
     answer = _answer(row)
     if not answer and row.shape != "messages":
         others = ", ".join(f"`{key}`" for key in (*row.columns, *row.fields))
-        mend = _UNANSWERED.get(row.shape, "encode each of its two answers as a pair")
+        fix = _UNANSWERED.get(row.shape, "encode each of its two answers as a pair")
         raise LuthierError(
-            f"a row of the shape `{row.shape}` has no one answer to learn; it has {others}", where=row.where, mend=mend
+            f"a row of the shape `{row.shape}` has no one answer to learn; it has {others}", where=row.where, fix=fix
         )
     prompt = prompt_of(row)
     dialogue = _dialogue(row, form, [*prompt, *answer], given=0 if row.shape == "messages" else len(prompt))
@@ -211,7 +211,7 @@ def render_prompt(row: Row, form: Form) -> Rendered:
         return Rendered(row.fields["text"], (), plain=True, notes=_document_notes(row, form))
     prompt = prompt_of(row)
     if not prompt:
-        raise LuthierError("nothing stands before the assistant turn", where=row.where, mend="give a user message")
+        raise LuthierError("nothing stands before the assistant turn", where=row.where, fix="give a user message")
     dialogue = _dialogue(row, form, prompt, given=len(prompt))
     text = _up_to(dialogue, form, len(prompt), generate=True)
     notes = _notes(dialogue, form, text, (), lambda one: _up_to(one, form, len(one.messages), generate=True))
@@ -289,7 +289,7 @@ def _render(dialogue: Dialogue, form: Form, loss_on: LossOn) -> Rendered:
         raise LuthierError(
             "the conversation has no assistant turn to learn",
             where=dialogue.where,
-            mend="add the assistant's answer, or learn every turn with loss_on: all",
+            fix="add the assistant's answer, or learn every turn with loss_on: all",
         )
     if loss_on == "last":
         turns = turns[-1:]
@@ -385,7 +385,7 @@ def _around_context(dialogue: Dialogue, form: Form, text: str) -> tuple[Span, ..
             raise LuthierError(
                 "the chat template does not write the conversation message by message, so none of them can be left out of the loss",
                 where=dialogue.where,
-                mend="remove `learn: false`, or use loss_on: assistant",
+                fix="remove `learn: false`, or use loss_on: assistant",
             )
         places += [len(before), len(through)]
     return tuple((start, end) for start, end in zip(places[::2], [*places[1::2], len(text)], strict=True) if start < end)
@@ -424,7 +424,7 @@ def _plain(dialogue: Dialogue, form: Form, count: int, *, generate: bool) -> str
             raise LuthierError(
                 "the row uses tools, which only a chat template can write, and the tokenizer has none",
                 where=dialogue.where,
-                mend="use the tokenizer of a model trained for conversations, or set its `chat_template`",
+                fix="use the tokenizer of a model trained for conversations, or set its `chat_template`",
             )
         text += message["content"] + (form.end_of_turn if message["role"] == "assistant" else dialogue.joint)
     return text
@@ -468,7 +468,7 @@ def _marked(dialogue: Dialogue, form: Form) -> tuple[str, Sequence[Span]]:
 def _refused(problem: Exception, where: str) -> LuthierError:
     # A template is a program of the model's author: it can fail in any way, and its message is what the user needs.
     if isinstance(problem, TypeError | UndefinedError):
-        mend = "give the messages all that this template reads of them, or choose another template under rows"
+        fix = "give the messages all that this template reads of them, or choose another template under rows"
     else:
-        mend = "bring the turns into the order this model expects, for some: no system turn, user and assistant in turn"
-    return LuthierError(f"the chat template refuses the conversation: {problem}", where=where, mend=mend)
+        fix = "bring the turns into the order this model expects, for some: no system turn, user and assistant in turn"
+    return LuthierError(f"the chat template refuses the conversation: {problem}", where=where, fix=fix)

@@ -33,7 +33,7 @@ class Encoding:
 
     Args:
         form: how the tokenizer writes conversations.
-        loss_on, max_tokens, too_long: as for `luthier.rows.encode.encode`.
+        loss_on, max_length, too_long: as for `luthier.rows.encode.encode`.
         annotations: what gives the rows' tokens numbers.
         reads: what the model can read.
         purpose: `train`, or `read` where a head reads the rows.
@@ -41,7 +41,7 @@ class Encoding:
 
     form: Form
     loss_on: LossOn
-    max_tokens: int | None
+    max_length: int | None
     too_long: TooLong
     annotations: tuple[Annotation, ...] = ()
     reads: Reads = ANYTHING
@@ -78,7 +78,7 @@ def encode_chunk(records: Records, encoding: Encoding) -> Chunk:
         encoding.form.tokenizer,
         purpose=encoding.purpose,
         loss_on=encoding.loss_on,
-        max_tokens=encoding.max_tokens,
+        max_length=encoding.max_length,
         too_long=encoding.too_long,
         form=encoding.form,
         annotations=encoding.annotations,
@@ -117,7 +117,7 @@ def encode_chunks(chunks: Iterable[Records], encoding: Encoding, workers: int) -
         raise LuthierError(
             "a process that encodes rows ended before its work was done",
             where="rows.workers",
-            mend="use fewer workers if memory ran out; a script that uses workers needs `if __name__ == '__main__':`",
+            fix="use fewer workers if memory ran out; a script that uses workers needs `if __name__ == '__main__':`",
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)

@@ -102,8 +102,8 @@ def _kept(name: str, texts: list[str], device: torch.device, say: Say) -> Tensor
     try:
         source = resolve(name, say=say)
     except LuthierError as error:
-        mend = f"use `{HASH}`, which needs no model, or a model. {error.mend}"
-        raise LuthierError(error.what, where="embedder", mend=mend) from error
+        fix = f"use `{HASH}`, which needs no model, or a model. {error.fix}"
+        raise LuthierError(error.what, where="embedder", fix=fix) from error
     inputs = [
         _identity(source),
         texts,
@@ -120,7 +120,7 @@ def _kept(name: str, texts: list[str], device: torch.device, say: Say) -> Tensor
             say(f"the embeddings in {file} are damaged ({problem}) and are made again")
     say(f"embedding {len(texts)} texts with {name}")
     embedding_BD = _made(source, texts, device, say)
-    with disk.written(file, mend="or set LUTHIER_CACHE to another folder") as beside:
+    with disk.written(file, fix="or set LUTHIER_CACHE to another folder") as beside:
         save_file({"embedding": embedding_BD}, beside)
     return embedding_BD
 

@@ -189,7 +189,7 @@ def encode(
     *,
     purpose: Purpose = "train",
     loss_on: LossOn = "assistant",
-    max_tokens: int | None = None,
+    max_length: int | None = None,
     too_long: TooLong = "refuse",
     template_options: Mapping[str, Any] | None = None,
     form: Form | None = None,
@@ -203,7 +203,7 @@ def encode(
             head reads it, texts with the special tokens that the tokenizer puts around them, all else whole.
         loss_on: `"assistant"`: all assistant turns, or the completion where the row has one; `"last"`: the last of
             them; `"all"`: every token. A document is always learned whole.
-        max_tokens: the most tokens a row may have; None for no limit.
+        max_length: the most tokens a row may have; None for no limit.
         too_long: what happens to a longer row: `"refuse"` raises; `"right"` cuts its end off; `"left"` cuts its
             beginning off, which keeps the answer, and keeps a beginning-of-sequence token in its place.
         template_options: variables for the chat template, such as `{"enable_thinking": False}`.
@@ -217,19 +217,19 @@ def encode(
         LuthierError: the row is too long, has nothing to learn, or the chat template refuses it.
     """
     form = form or form_of(tokenizer, template_options)
-    return _encode(row, form, purpose, loss_on, Limits(max_tokens, too_long))
+    return _encode(row, form, purpose, loss_on, Limits(max_length, too_long))
 
 
 def encode_prompt(
     row: Row,
     tokenizer: PreTrainedTokenizerBase,
     *,
-    max_tokens: int | None = None,
+    max_length: int | None = None,
     too_long: TooLong = "refuse",
     template_options: Mapping[str, Any] | None = None,
 ) -> tuple[int, ...]:
     """The ids a model is given to answer a row: its prompt, with the generation prompt of the chat template."""
-    return _encode(row, form_of(tokenizer, template_options), "prompt", "last", Limits(max_tokens, too_long)).token_ids
+    return _encode(row, form_of(tokenizer, template_options), "prompt", "last", Limits(max_length, too_long)).token_ids
 
 
 def encode_pair(
@@ -238,7 +238,7 @@ def encode_pair(
     completion: str | Sequence[Message],
     *,
     id: str | None = None,
-    max_tokens: int | None = None,
+    max_length: int | None = None,
     too_long: TooLong = "refuse",
     template_options: Mapping[str, Any] | None = None,
     form: Form | None = None,
@@ -251,7 +251,7 @@ def encode_pair(
         tokenizer: the model's tokenizer.
         completion: the completion, as text or as messages; for instance `row.fields["chosen"]`.
         id: the id of the result; the row's own when not given.
-        max_tokens: as for `encode`.
+        max_length: as for `encode`.
         too_long: as for `encode`.
         template_options: as for `encode`.
         form: as for `encode`.
@@ -260,7 +260,7 @@ def encode_pair(
         LuthierError: the result is too long, the row has no prompt, or the chat template refuses it.
     """
     form = form or form_of(tokenizer, template_options)
-    encoded = _limited(row, render_pair(row, form, completion), form, Limits(max_tokens, too_long))
+    encoded = _limited(row, render_pair(row, form, completion), form, Limits(max_length, too_long))
     return encoded if id is None else replace(encoded, id=id)
 
 
@@ -270,7 +270,7 @@ def encode_all(
     *,
     purpose: Purpose = "train",
     loss_on: LossOn = "assistant",
-    max_tokens: int | None = None,
+    max_length: int | None = None,
     too_long: TooLong = "refuse",
     on_bad_row: Literal["stop", "skip"] = "stop",
     template_options: Mapping[str, Any] | None = None,
@@ -293,7 +293,7 @@ def encode_all(
         tokenizer,
         purpose=purpose,
         loss_on=loss_on,
-        max_tokens=max_tokens,
+        max_length=max_length,
         too_long=too_long,
         template_options=template_options,
         annotations=annotations,
@@ -315,7 +315,7 @@ def encode_each(
     *,
     purpose: Purpose = "train",
     loss_on: LossOn = "assistant",
-    max_tokens: int | None = None,
+    max_length: int | None = None,
     too_long: TooLong = "refuse",
     template_options: Mapping[str, Any] | None = None,
     form: Form | None = None,
@@ -327,7 +327,7 @@ def encode_each(
     Args:
         form: what `form_of` gave for the tokenizer, where it is known already.
     """
-    form, limits = form or form_of(tokenizer, template_options), Limits(max_tokens, too_long, reads)
+    form, limits = form or form_of(tokenizer, template_options), Limits(max_length, too_long, reads)
     encoded: list[Encoded] = []
     dropped: list[BadRow] = []
     bad: list[BadRow] = []
@@ -336,7 +336,7 @@ def encode_each(
         try:
             one = _encode(row, form, purpose, loss_on, limits, annotations)
         except LuthierError as problem:
-            bad.append(BadRow(_place(row), problem.what, problem.mend))
+            bad.append(BadRow(_place(row), problem.what, problem.fix))
             continue
         written.append(one)
         if purpose == "train" and not all(any(member.supervised) for member in one.group):
@@ -370,7 +370,7 @@ def _encode(
         raise LuthierError(
             f"the model is an encoder, which reads texts, and this row is `{row.shape}`",
             where=row.where,
-            mend="give rows with a `text`, or `query` and `positive`, or use a causal language model",
+            fix="give rows with a `text`, or `query` and `positive`, or use a causal language model",
         )
     if purpose != "prompt":
         rendered = render_training(row, form, loss_on)
@@ -386,7 +386,7 @@ def _encode(
 
         return _limited(row, rendered, form, limits, columns_of)
     if limits.too_long == "right":
-        raise LuthierError("a prompt cannot be cut on the right, where the answer begins", where=row.where, mend='too_long="left"')
+        raise LuthierError("a prompt cannot be cut on the right, where the answer begins", where=row.where, fix='too_long="left"')
     return _limited(row, render_prompt(row, form), form, limits)
 
 
@@ -450,7 +450,7 @@ def _together(
         raise LuthierError(
             "of two answers to one prompt the answers are compared, and loss_on asks for all text",
             where=row.where,
-            mend="leave rows.loss_on out",
+            fix="leave rows.loss_on out",
         )
     whole = Limits(None, limits.too_long, limits.reads._replace(context=None))
     pair = [_encode(one, form, "train", loss_on, whole, annotations) for one in members]

@@ -44,7 +44,7 @@ _TRAINING = frozenset({"train", "training", "trainset"})
 _ABOUT_ROWS = frozenset(
     {"license", "licence", "readme", "copying", "notice", "changelog", "authors", "contributing", "citation", "requirements"}
 )
-NUMBERS = ".numbers"
+STORED = ".stored"
 """How folders end that hold what models said of rows, in Parquet files of their own."""
 _STATE = "state.json"
 _DESCRIBE = frozenset({"dataset_info.json", "dataset_infos.json", "dataset_dict.json", _STATE})
@@ -87,31 +87,31 @@ def find(source: str | Path, purpose: Purpose = "train") -> Found:
         path.exists()
     # Too long for a file's name, or the home of a user that is not there.
     except (OSError, RuntimeError) as problem:
-        raise LuthierError(f"this is no path: {problem}", where=str(source), mend="check the path") from None
+        raise LuthierError(f"this is no path: {problem}", where=str(source), fix="check the path") from None
     if path.is_dir():
         files = [file for file in sorted(path.rglob("*")) if file.is_file() and not _hidden(file.relative_to(path))]
         usable = [file for file in files if format_of(file) is not None]
         if not usable:
-            raise LuthierError("the folder holds no file that can be read", where=str(path), mend=formats_known())
+            raise LuthierError("the folder holds no file that can be read", where=str(path), fix=formats_known())
         ignored = tuple(str(file) for file in files if format_of(file) is None)
         taken, left_out = _with_rows(usable, path, frozenset(), purpose, str(path))
         return Found(taken, path.name, ignored, left_out)
     if not path.exists() and glob.has_magic(str(path)):
         files = [Path(file) for file in sorted(glob.glob(str(path), recursive=True)) if Path(file).is_file()]
         fixed = list(takewhile(lambda part: not glob.has_magic(part), path.parts))
-        files = [file for file in files if not any(part.endswith(NUMBERS) for part in file.parts[len(fixed) :])]
+        files = [file for file in files if not any(part.endswith(STORED) for part in file.parts[len(fixed) :])]
         if not files:
-            raise LuthierError("no file fits this pattern", where=str(source), mend="check the pattern")
+            raise LuthierError("no file fits this pattern", where=str(source), fix="check the pattern")
         said = _words("/".join(path.parts[len(fixed) :]))
         taken, left_out = _with_rows(files, Path(*fixed), said, purpose, str(source))
         return Found(taken, str(source), (), left_out)
     if not path.exists():
         named = re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", str(source)) and path.suffix not in FORMATS
         hub = f"; a data set of the Hugging Face hub is written `hub:{source}`" if named else ""
-        raise LuthierError("there is no such file or folder", where=str(source), mend=f"check the path{hub}")
+        raise LuthierError("there is no such file or folder", where=str(source), fix=f"check the path{hub}")
     if _describes(path):
         raise LuthierError(
-            "the file describes a data set and holds no rows", where=str(path), mend=f"name the folder it lies in: {path.parent}"
+            "the file describes a data set and holds no rows", where=str(path), fix=f"name the folder it lies in: {path.parent}"
         )
     return Found((path,), Path(path.name.removesuffix(".gz")).stem)
 
@@ -142,11 +142,11 @@ def opened(path: Path) -> BinaryIO:
         raise LuthierError(
             "the file is a pointer of Git LFS: the rows themselves were not cloned",
             where=str(path),
-            mend="run `git lfs pull` there",
+            fix="run `git lfs pull` there",
         )
     packed = next((name for magic, name in _PACKED.items() if _begins(path, magic)), None)
     if packed is not None:
-        raise LuthierError(f"the file is packed with {packed}", where=str(path), mend="unpack it, or pack it with gzip")
+        raise LuthierError(f"the file is packed with {packed}", where=str(path), fix="unpack it, or pack it with gzip")
     return path.open("rb")
 
 
@@ -156,7 +156,7 @@ def _begins(path: Path, magic: bytes) -> bool:
 
 
 def _hidden(path: Path) -> bool:
-    return any(part.startswith(".") or part.endswith(NUMBERS) for part in path.parts)
+    return any(part.startswith(".") or part.endswith(STORED) for part in path.parts)
 
 
 def _words(name: str) -> frozenset[str]:
@@ -174,7 +174,7 @@ def _with_rows(
         raise LuthierError(
             "some files here are for testing and others are not: " + ", ".join(file.name for file in with_rows[:5]),
             where=where,
-            mend=f"name the files to evaluate on, such as {held_out[0]}",
+            fix=f"name the files to evaluate on, such as {held_out[0]}",
         )
     if purpose == "train":
         reasons |= dict.fromkeys(held_out, "its name says that it is for testing")
@@ -184,7 +184,7 @@ def _with_rows(
         raise LuthierError(
             "no file here holds rows to train on: " + ", ".join(f"{Path(one.file).name} ({one.why})" for one in left_out[:5]),
             where=where,
-            mend=f"name a file itself to use it all the same, such as {left_out[0].file}",
+            fix=f"name a file itself to use it all the same, such as {left_out[0].file}",
         )
     return taken, left_out
 
@@ -229,6 +229,6 @@ def _is_listed(file: Path) -> bool:
     missing = [name for name in listed if not file.with_name(name).is_file()]
     if missing:
         raise LuthierError(
-            f"`{missing[0]}` is missing, which belongs to the data set", where=str(state), mend="save or copy it again"
+            f"`{missing[0]}` is missing, which belongs to the data set", where=str(state), fix="save or copy it again"
         )
     return not listed or file.name in listed

@@ -9,14 +9,14 @@ from luthier.kinds import Batch
 
 
 def check_numbers(
-    batch: Batch, column: str, mend: str, *, called: str = "number", least: float = -math.inf, most: float = math.inf
+    batch: Batch, column: str, fix: str, *, called: str = "number", least: float = -math.inf, most: float = math.inf
 ) -> None:
     """Refuse rows that lack a number.
 
     Args:
         batch: the rows.
         column: the number's key.
-        mend: how rows are put right.
+        fix: how rows are put right.
         called: what the number is.
         least: what it may be at least.
         most: what it may be at most.
@@ -26,4 +26,4 @@ def check_numbers(
     """
     column_B = batch.columns.get(column)
     if column_B is None or not bool((column_B.isfinite() & (column_B >= least) & (column_B <= most)).all()):
-        raise LuthierError(f"a row has no {called} `{column}`", where=f"row {batch.row_ids[0]}", mend=mend)
+        raise LuthierError(f"a row has no {called} `{column}`", where=f"row {batch.row_ids[0]}", fix=fix)

@@ -46,12 +46,12 @@ def encode_rows(
     Raises:
         LuthierError: a row cannot be used, rows may be longer than the model can read, or an annotation cannot be streamed.
     """
-    limit, context = recipe.max_tokens, reads.context
+    limit, context = recipe.max_length, reads.context
     if limit is not None and context is not None and limit > context:
         raise LuthierError(
             f"rows of {limit} tokens are longer than this model reads ({context})",
-            where="rows.max_tokens",
-            mend=f"use at most {context}",
+            where="rows.max_length",
+            fix=f"use at most {context}",
         )
     if recipe.streaming:
         streamed = [one for one in sources if isinstance(one, Streamed)]
@@ -63,7 +63,7 @@ def encode_rows(
         tokenizer,
         purpose=purpose,
         loss_on=recipe.loss_on,
-        max_tokens=limit,
+        max_length=limit,
         too_long=recipe.too_long,
         on_bad_row=recipe.on_bad_row,
         annotations=annotations,
@@ -93,4 +93,4 @@ def mixture_of(
     places = places or places_of([one for one in sources if isinstance(one, Rows)], rows)
     names = distinct([one.name for one in sources])
     mixed = [Source(name, weight, place) for name, weight, place in zip(names, weights, places, strict=True)]
-    return make_mixture(mixed, rows.sizes, temperature=recipe.temperature, share=recipe.share, seed=seed)
+    return make_mixture(mixed, rows.sizes, temperature=recipe.temperature, share=recipe.mixture_unit, seed=seed)

@@ -74,7 +74,7 @@ def refuse_other_prompts(pair: Sequence[Encoded], decode: Callable[[Sequence[int
     raise LuthierError(
         f"the prompt of the chosen answer and that of the rejected one differ from token {place} on: {shown[0]} and {shown[1]}",
         where=pair[0].where,
-        mend="use a chat template that writes earlier turns alike whatever comes behind them",
+        fix="use a chat template that writes earlier turns alike whatever comes behind them",
     )
 
 
@@ -136,5 +136,5 @@ def check_pairs(batch: Batch) -> None:
         raise LuthierError(
             "a loss over pairs needs rows with a chosen and a rejected answer, and this row is none",
             where=f"row {odd}",
-            mend="give rows with `prompt`, `chosen` and `rejected`, or use another objective, such as cross_entropy",
+            fix="give rows with `prompt`, `chosen` and `rejected`, or use another objective, such as cross_entropy",
         )

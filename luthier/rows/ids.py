@@ -82,20 +82,20 @@ class Ids:
             # Bytes that are no UTF-8 become surrogates of this range only; others are halves that somebody wrote.
             if "\udc80" <= content[problem.start] <= "\udcff":
                 broken = content[max(0, problem.start - 20) : problem.start]
-                raise LuthierError(f"the text after {broken!r} is not valid UTF-8", mend="save the file as UTF-8") from None
+                raise LuthierError(f"the text after {broken!r} is not valid UTF-8", fix="save the file as UTF-8") from None
             raise half_character(problem) from None
         own = record.get("id")
         if own is None:
             return self._derived(hashlib.sha1(encoded, usedforsecurity=False).hexdigest()[:12], where)
         if isinstance(own, bool) or not isinstance(own, str | int) or own == "":
-            raise LuthierError(f"`id` must be text or a whole number, not {own!r}", mend="mend the id, or remove the key")
+            raise LuthierError(f"`id` must be text or a whole number, not {own!r}", fix="fix the id, or remove the key")
         if isinstance(own, str) and not own.isprintable():
-            raise LuthierError(f"the id {own!r} holds characters that cannot be printed", mend="mend the id, or remove the key")
+            raise LuthierError(f"the id {own!r} holds characters that cannot be printed", fix="fix the id, or remove the key")
         before = self._seen.place(str(own))
         if before is not None:
             raise LuthierError(
                 f"the id `{own}` is already that of {before}",
-                mend="give every row its own id, or remove the key `id` to have ids derived from the content",
+                fix="give every row its own id, or remove the key `id` to have ids derived from the content",
             )
         self._seen.add(str(own), where)
         return str(own)
@@ -125,7 +125,7 @@ def same_id(id: str, where: str, other: str) -> LuthierError:
     return LuthierError(
         f"two rows have the id `{id}`",
         where=f"{where} and {other}",
-        mend="make the ids differ, or remove the key `id` to have ids derived from the content",
+        fix="make the ids differ, or remove the key `id` to have ids derived from the content",
     )
 
 
@@ -134,7 +134,7 @@ def half_character(problem: UnicodeEncodeError) -> LuthierError:
     before, code = problem.object[max(0, problem.start - 20) : problem.start], ord(problem.object[problem.start])
     return LuthierError(
         f"the text after {before!r} is not valid UTF-8: `\\u{code:04x}` is half a character, and its other half is missing",
-        mend="write both halves or none",
+        fix="write both halves or none",
     )
 
 
@@ -166,4 +166,4 @@ def _plain(value: Any) -> Any:
         return {field.name: getattr(value, field.name) for field in fields(value)}
     if isinstance(value, date | time | timedelta | Decimal | bytes | UUID):
         return str(value)
-    raise LuthierError(f"a row cannot hold a value of the type {type(value).__name__}", mend="make it text or a number")
+    raise LuthierError(f"a row cannot hold a value of the type {type(value).__name__}", fix="make it text or a number")

@@ -41,7 +41,7 @@ def labels_of(fields: Mapping[str, Any], offsets: Sequence[tuple[int, int]] | No
         raise LuthierError(
             "this tokenizer does not tell where its tokens stand in the text, so words are not found again",
             where=where,
-            mend="use a model with a fast tokenizer (tokenizer.json)",
+            fix="use a model with a fast tokenizer (tokenizer.json)",
         )
     begins = first_pieces(fields["words"], offsets)
     labelled = {number for number, tag in enumerate(fields["tags"], start=1) if tag != OUTSIDE}

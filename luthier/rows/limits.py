@@ -22,41 +22,41 @@ class Limits:
     """How long a row may be.
 
     Args:
-        max_tokens: as asked for; None for no limit but the model's.
+        max_length: as asked for; None for no limit but the model's.
         too_long: what happens to longer rows.
         reads: what the model can read.
     """
 
-    max_tokens: int | None
+    max_length: int | None
     too_long: TooLong
     reads: Reads = ANYTHING
 
     def __post_init__(self) -> None:
         check_choice("too_long", self.too_long, get_args(TooLong))
-        if self.max_tokens is not None and self.max_tokens < 2:
-            raise LuthierError(f"max_tokens is {self.max_tokens}", mend="allow at least 2: one token to see and one to learn")
+        if self.max_length is not None and self.max_length < 2:
+            raise LuthierError(f"max_length is {self.max_length}", fix="allow at least 2: one token to see and one to learn")
         if self.reads.context is not None and self.reads.context < 2:
             raise LuthierError(
                 f"the model's configuration says that it reads {self.reads.context} tokens at once",
                 where="max_position_embeddings",
-                mend="copy the model again, or write there what it was trained with, at least 2",
+                fix="copy the model again, or write there what it was trained with, at least 2",
             )
 
     @property
     def longest(self) -> int | None:
         """The most tokens a row may have; None for no limit."""
-        return min((one for one in (self.max_tokens, self.reads.context) if one is not None), default=None)
+        return min((one for one in (self.max_length, self.reads.context) if one is not None), default=None)
 
     def refusal(self, row: Row, tokens: int) -> LuthierError:
         """What to say of a row that is too long: of the model's own limit, if it is over that."""
         context = self.reads.context
         if context is not None and tokens > context:
             what = f"the row has {tokens} tokens, and at most {context} are allowed: this model reads no more"
-            mend = "shorten or split the row"
+            fix = "shorten or split the row"
         else:
             what = f"the row has {tokens} tokens, and at most {self.longest} are allowed"
-            mend = "raise max_tokens" + (f" to at most {context}, which is all this model reads" if context is not None else "")
-        return LuthierError(what, where=row.where, mend=f"{mend}, or cut long rows with too_long")
+            fix = "raise max_length" + (f" to at most {context}, which is all this model reads" if context is not None else "")
+        return LuthierError(what, where=row.where, fix=f"{fix}, or cut long rows with too_long")
 
 
 def check_ids(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase, vocabulary: int | None, where: str) -> None:
@@ -77,7 +77,7 @@ def check_ids(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase, vocabulary
     raise LuthierError(
         f"the token `{tokenizer.convert_ids_to_tokens(beyond)}` has the id {beyond}, and this model knows ids up to {vocabulary - 1}",
         where=where,
-        mend="use the tokenizer that belongs to the model, or a model whose embedding has been resized and trained for it",
+        fix="use the tokenizer that belongs to the model, or a model whose embedding has been resized and trained for it",
     )
 
 
@@ -88,4 +88,4 @@ def check_choice(name: str, value: str, known: Sequence[str]) -> None:
         LuthierError: it is not.
     """
     if value not in known:
-        raise LuthierError(f"{name} is {value!r}", mend="write one of: " + ", ".join(known))
+        raise LuthierError(f"{name} is {value!r}", fix="write one of: " + ", ".join(known))

@@ -53,7 +53,7 @@ class Sample:
     id: str
     where: str
     tokens: int
-    targets: int
+    labels: int
     truncated: int
     pieces: tuple[Piece, ...]
 
@@ -67,7 +67,7 @@ class Look:
         rows: usable rows; a preference counts once.
         shape_counts: how many rows have each shape.
         tokens: all tokens, after truncation.
-        supervised_tokens: the targets among them.
+        supervised_tokens: the labels among them.
         lengths: tokens of the shortest, median, 90 %, 99 % and longest row, before truncation.
         too_long: rows over the limit.
         skipped: records that could not be read or encoded.
@@ -111,7 +111,7 @@ def look(
     *,
     shape: str | None = None,
     loss_on: LossOn = "assistant",
-    max_tokens: int | None = None,
+    max_length: int | None = None,
     too_long: TooLong = "refuse",
     template_options: Mapping[str, Any] | None = None,
     reads: Reads = ANYTHING,
@@ -126,7 +126,7 @@ def look(
         n: how many samples to render.
         shape: as for `read`.
         loss_on: as for `encode`.
-        max_tokens: as for `encode`.
+        max_length: as for `encode`.
         too_long: as for `encode`; a refused row counts as skipped here.
         template_options: as for `encode`.
         reads: what the model can read, as for `encode_all`.
@@ -141,13 +141,13 @@ def look(
         answered, tokenizer, loss_on=loss_on, template_options=template_options, reads=Reads(vocabulary=reads.vocabulary)
     )
     # Their lengths are of interest whether or not the model reads so much.
-    longest = min((one for one in (max_tokens, reads.context) if one is not None), default=None)
+    longest = min((one for one in (max_length, reads.context) if one is not None), default=None)
     long = {row.id for row in whole.rows if longest is not None and len(row) > longest}
     cut, refused = encode_each(
         [row for row in answered if row.id in long],
         tokenizer,
         loss_on=loss_on,
-        max_tokens=max_tokens,
+        max_length=max_length,
         too_long=too_long,
         template_options=template_options,
         reads=reads,
@@ -175,14 +175,14 @@ def look(
 
 
 def render(looked: Look) -> RenderableType:
-    """What a terminal shows: the facts, the problems, and the samples with their targets in bold green.
+    """What a terminal shows: the facts, the problems, and the samples with their labels in bold green.
 
     Special tokens are set off by color, line breaks are marked, and control characters of the data are spelled out.
     """
     share = looked.supervised_tokens / looked.tokens if looked.tokens else 0.0
     facts = {
         "rows": ", ".join(f"{count} {shape}" for shape, count in looked.shape_counts.items()),
-        "tokens": f"{looked.tokens}, of which {looked.supervised_tokens} are targets ({share:.0%})",
+        "tokens": f"{looked.tokens}, of which {looked.supervised_tokens} are labels ({share:.0%})",
         "lengths": ", ".join(f"{name} {tokens}" for name, tokens in looked.lengths.items()),
         "too long": str(looked.too_long),
         "skipped": _reasons(looked.skipped),
@@ -220,7 +220,7 @@ def _sample(row: Encoded, tokenizer: PreTrainedTokenizerBase) -> Sample:
 
 def _rendered(sample: Sample) -> Text:
     cut = f", {sample.truncated} cut off" if sample.truncated else ""
-    heading = f"\n{sample.where}, row {sample.id}: {sample.tokens} tokens, {sample.targets} targets{cut}\n"
+    heading = f"\n{sample.where}, row {sample.id}: {sample.tokens} tokens, {sample.labels} labels{cut}\n"
     text = Text(_visible(heading), style="bold")
     for piece in sample.pieces:
         text.append(_shortened(_visible(piece.text)).replace("\n", "↵\n"), style=_STYLES[piece.target, piece.special])

@@ -95,7 +95,7 @@ def with_marks(messages: Sequence[Any], marks: Any, key: str) -> list[Any]:
         count = f"{len(listed)} marks" if isinstance(listed, list | tuple) else kind_of(marks)
         raise LuthierError(
             f"`{key}` must have one mark for each of the {len(messages)} messages, and is {count}",
-            mend="mark the turns themselves, with `learn: false`",
+            fix="mark the turns themselves, with `learn: false`",
         )
     spoken = [isinstance(one, Mapping) and one.get("role") == "assistant" for one in messages]
     return [
@@ -140,7 +140,7 @@ def checked_tools(value: Any) -> list[dict[str, Any]]:
     if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
         raise LuthierError(
             "`tools` must be a list of objects",
-            mend='mend this row: describe each tool, such as [{"type": "function", "function": {"name": ..., "parameters": ...}}]',
+            fix='fix this row: describe each tool, such as [{"type": "function", "function": {"name": ..., "parameters": ...}}]',
         )
     return [dict(tool) for tool in tools]
 
@@ -180,7 +180,7 @@ def _of_turn(turn: Mapping[str, Any], key: str) -> Mapping[str, Any]:
         return turn
     speaker = str(turn["from"])
     if speaker not in SHAREGPT_ROLES:
-        raise LuthierError(f"`{key}` is from the unknown role {speaker!r}", mend=nearest(speaker, SHAREGPT_ROLES))
+        raise LuthierError(f"`{key}` is from the unknown role {speaker!r}", fix=nearest(speaker, SHAREGPT_ROLES))
     others = {name: part for name, part in turn.items() if name not in ("from", "value")}
     return {**others, "role": SHAREGPT_ROLES[speaker], "content": turn["value"]}
 
@@ -193,7 +193,7 @@ def _message(value: Any, key: str) -> Message:
     role = message.get("role")
     if role not in ROLES:
         offer = nearest(str(role), ROLES)
-        raise LuthierError(f"`{key}` has the unknown role {role!r}", mend=offer or "known: " + ", ".join(ROLES))
+        raise LuthierError(f"`{key}` has the unknown role {role!r}", fix=offer or "known: " + ", ".join(ROLES))
     message = _marked(message, key)
     if role == "assistant" and isinstance(message.get("function_call"), Mapping) and "tool_calls" not in message:
         # As OpenAI's interface wrote a call before there could be several.
@@ -218,7 +218,7 @@ def _marked(message: Message, key: str) -> Message:
     """The message with at most our own mark, whatever marks it came with."""
     said = {name: _truth(message[name], name, key) for name in _MARKS if name in message}
     if message.get(_PARTS_OF_A_TURN):
-        raise LuthierError(f"`{key}.{_PARTS_OF_A_TURN}` marks parts of a turn", mend="learn the turn, or write `learn: false`")
+        raise LuthierError(f"`{key}.{_PARTS_OF_A_TURN}` marks parts of a turn", fix="learn the turn, or write `learn: false`")
     if message["role"] != "assistant":
         said = {name: learn for name, learn in said.items() if not (learn and name in _OF_ANY_ROLE)}
     others = {name: part for name, part in message.items() if name not in _MARKS and name != _PARTS_OF_A_TURN}
@@ -227,13 +227,13 @@ def _marked(message: Message, key: str) -> Message:
     yes, no = ([name for name, learn in said.items() if learn is one] for one in (True, False))
     if yes and no:
         raise LuthierError(
-            f"`{key}` is to be learned by its `{yes[0]}`, and not by its `{no[0]}`", mend="keep one, or write `learn`"
+            f"`{key}` is to be learned by its `{yes[0]}`, and not by its `{no[0]}`", fix="keep one, or write `learn`"
         )
     if yes and message["role"] != "assistant":
         mark = f"{yes[0]}: {json.dumps(message[yes[0]])}"
         raise LuthierError(
             f"`{key}` is the turn of a {message['role']} and says `{mark}`",
-            mend="only an assistant's turns are learned: remove the key, or learn all text with loss_on: all",
+            fix="only an assistant's turns are learned: remove the key, or learn all text with loss_on: all",
         )
     return {**others, _LEARN: bool(yes)}
 
@@ -242,7 +242,7 @@ def _truth(value: Any, name: str, key: str) -> bool:
     if not isinstance(value, bool) and (name == _LEARN or not isinstance(value, int | float) or value not in (0, 1)):
         number = isinstance(value, int | float) and name != _LEARN
         what = f"is {value}: a turn is learned or not" if number else f"must be true or false, not {kind_of(value)}"
-        raise LuthierError(f"`{key}.{name}` {what}", mend="write `learn: false` for a turn that is context only")
+        raise LuthierError(f"`{key}.{name}` {what}", fix="write `learn: false` for a turn that is context only")
     return bool(value) != (name == _INVERTED)
 
 

@@ -85,9 +85,9 @@ class Mixture:
             {
                 "name": source.name,
                 "weight": self.weights[index],
-                "share": self.share,
+                "unit": self.share,
                 "wanted": _normalized(self.weights)[index],
-                "realized": {"rows": of_rows[index], "tokens": of_tokens[index], "targets": of_targets[index]},
+                "realized": {"rows": of_rows[index], "tokens": of_tokens[index], "labels": of_targets[index]},
                 "passes": len(drawn[index]) / len(source.rows),
             }
             for index, source in enumerate(self.sources)
@@ -120,7 +120,7 @@ def make_mixture(sources: Sequence[Source], sizes: Sizes, *, temperature: float,
         return None
     for source in sources:
         if not len(source.rows):
-            raise LuthierError(f"no row of `{source.name}` can be used", where="rows.train", mend="leave this source out")
+            raise LuthierError(f"no row of `{source.name}` can be used", where="rows.train", fix="leave this source out")
     tokens = [sum(sizes.tokens[row] for row in source.rows) for source in sources]
     own = [len(source.rows) for source in sources] if share == "rows" else tokens
     weights = [source.weight or 1.0 for source in sources] if weighted else tempered(own, temperature)
@@ -133,7 +133,7 @@ def make_mixture(sources: Sequence[Source], sizes: Sizes, *, temperature: float,
             raise LuthierError(
                 f"the share of `{source.name}` is less than one of the {rows} rows of an epoch",
                 where="rows.train",
-                mend="raise its weight, or leave it out",
+                fix="raise its weight, or leave it out",
             )
     return Mixture(tuple(sources), tuple(weights), share, tuple(counts), seed)
 
@@ -141,7 +141,7 @@ def make_mixture(sources: Sequence[Source], sizes: Sizes, *, temperature: float,
 def described_share(facts: Mapping[str, Any]) -> str:
     """One source's share in words."""
     realized = ", ".join(f"{100 * share:.1f} % of {what}" for what, share in facts["realized"].items())
-    wanted = f"{100 * facts['wanted']:.1f} % of {facts['share']}"
+    wanted = f"{100 * facts['wanted']:.1f} % of {facts['unit']}"
     return f"{facts['name']}: {realized}; wanted {wanted}; {facts['passes']:.2f} passes"
 
 

@@ -128,7 +128,7 @@ def _each(row: Encoded, change: Callable[[Encoded, int], Encoded]) -> Encoded:
     return replace(change(row, 0), mates=tuple(change(one, number) for number, one in enumerate(row.mates, start=1)))
 
 
-def join(rows: EncodedRows, stores: Sequence[Numbers], mend: Callable[[Sequence[Encoded]], str]) -> EncodedRows:
+def join(rows: EncodedRows, stores: Sequence[Numbers], fix: Callable[[Sequence[Encoded]], str]) -> EncodedRows:
     """Rows with the numbers that stores of one kind hold of them.
 
     A row whose id says that others have the same content may have the numbers of any of these.
@@ -136,7 +136,7 @@ def join(rows: EncodedRows, stores: Sequence[Numbers], mend: Callable[[Sequence[
     Args:
         rows: encoded rows.
         stores: the stores; of those that hold a row as it is, the first counts.
-        mend: says what helps where rows have no numbers.
+        fix: says what helps where rows have no numbers.
 
     Raises:
         LuthierError: rows have no numbers, or have changed since these were made; it names them.
@@ -156,25 +156,25 @@ def join(rows: EncodedRows, stores: Sequence[Numbers], mend: Callable[[Sequence[
         (
             store_R < 0,
             "are not as they were when their numbers were made: their text has changed, or what the recipe does with it (rows.map, "
-            "loss_on, max_tokens, too_long)",
+            "loss_on, max_length, too_long)",
         ),
     ):
         if lacking.any():
-            raise _refusal(rows, numpy.flatnonzero(lacking), what, stores[0], mend)
+            raise _refusal(rows, numpy.flatnonzero(lacking), what, stores[0], fix)
     joined = Joined(stores, store_R, place_R)
     others = rows.rows.joined if isinstance(rows.rows, NumberedRows) else ()
     return replace(rows, rows=NumberedRows(before, (*others, joined)))
 
 
 def _refusal(
-    rows: EncodedRows, places: NDArray[Any], what: str, store: Numbers, mend: Callable[[Sequence[Encoded]], str]
+    rows: EncodedRows, places: NDArray[Any], what: str, store: Numbers, fix: Callable[[Sequence[Encoded]], str]
 ) -> LuthierError:
     first = [rows.rows[int(place)] for place in places[:_NAMED]]
     more = f" and {len(places) - _NAMED} more" if len(places) > _NAMED else ""
     return LuthierError(
         f"{len(places)} of {len(rows.rows)} rows {what}",
         where=", ".join(f"{one.where} (row {one.id})" for one in first) + more + f"; store: {store.folder}",
-        mend=mend(first),
+        fix=fix(first),
     )
 
 

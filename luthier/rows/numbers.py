@@ -28,7 +28,7 @@ from luthier import disk
 from luthier.errors import LuthierError
 from luthier.kinds import TEACHER
 from luthier.rows.cache import tokenizer_fingerprint
-from luthier.rows.files import NUMBERS
+from luthier.rows.files import STORED
 from luthier.rows.ids import canonical, digest
 from luthier.rows.template import choice_of, date_of
 
@@ -47,13 +47,13 @@ _OPEN_FILES = 8
 MADE_WITH = {
     "tokenizer": "the tokenizer",
     "template": "the chat template",
-    "template_name": "rows.template",
-    "template_options": "rows.template_options",
+    "template_name": "rows.chat_template",
+    "chat_template_options": "rows.chat_template_options",
     "date": "the day that the chat template is told",
     "code": "the code that makes them",
 }
 """Facts that must be the same where the numbers are read, and what errors call them."""
-OPTIONS = ("shape", "template", "template_options", "loss_on", "max_tokens", "too_long", "on_bad_row")
+OPTIONS = ("format", "chat_template", "chat_template_options", "loss_on", "max_length", "too_long", "on_bad_row")
 """The keys under `rows` of a recipe that say how rows are read and written."""
 MADE_BY = {"model": "the model", "fingerprint": "its numbers", "precision": "its precision", "top_k": "top_k"}
 """Facts that must be the same, too, where more rows are added."""
@@ -83,7 +83,7 @@ def written_by(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
         "tokenizer": tokenizer_fingerprint(tokenizer),
         "template": canonical(tokenizer.chat_template),
         "template_name": choice.name,
-        "template_options": dict(choice.options),
+        "chat_template_options": dict(choice.options),
         "date": date_of(tokenizer),
     }
 
@@ -91,7 +91,7 @@ def written_by(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
 def beside(source: str | Path, kind: str) -> Path | None:
     """Where a store of some kind lies that belongs to rows; None where these are no file or folder."""
     path = Path(source).expanduser()
-    return path.with_name(path.name + NUMBERS) / kind if path.exists() and path.name else None
+    return path.with_name(path.name + STORED) / kind if path.exists() and path.name else None
 
 
 def command_of(
@@ -194,7 +194,7 @@ class Numbers:
     def __init__(self, folder: Path) -> None:
         self.folder, self.parts = folder, parts_of(folder)
         if not self.parts:
-            raise LuthierError("there are no numbers of rows here", where=str(folder), mend="luthier rows store --help")
+            raise LuthierError("there are no numbers of rows here", where=str(folder), fix="luthier rows store --help")
         self._file: Callable[[int], Any] = lru_cache(_OPEN_FILES)(self._opened)
         self._group: Callable[[int], Any] = lru_cache(_OPEN_FILES)(self._read)
         # Of each row group its file and its number in it; of each row its group and its place in that.
@@ -241,7 +241,7 @@ class Numbers:
             raise LuthierError(
                 f"the files here were not made alike: {'; '.join(changed)}",
                 where=str(path),
-                mend=f"write them again: {self.command}",
+                fix=f"write them again: {self.command}",
             )
 
     @property
@@ -300,7 +300,7 @@ def _whole(path: Path) -> Iterator[None]:
         raise LuthierError(
             f"this is no whole file of numbers of rows: {str(problem).splitlines()[0] if str(problem) else type(problem).__name__}",
             where=str(path),
-            mend="remove it and repeat the command that wrote it: what the other files hold is kept",
+            fix="remove it and repeat the command that wrote it: what the other files hold is kept",
         ) from problem
 
 

@@ -62,7 +62,7 @@ def completion_of(value: Any, key: str, prompt: str | list[Message]) -> str | li
         raise LuthierError(
             f"`{key}` begins with another prompt than `prompt`: its message {same + 1} is {_shown(here)}, and the prompt's is "
             f"{_shown(asked[same])}",
-            mend=f"leave the prompt out of `{key}`, which must begin with an assistant message, or write it as in `prompt`",
+            fix=f"leave the prompt out of `{key}`, which must begin with an assistant message, or write it as in `prompt`",
         )
     if not completion or completion[0]["role"] != "assistant":
         raise LuthierError(f"`{key}` must begin with an assistant message, or with the messages of `prompt` and then one")
@@ -86,14 +86,12 @@ def graded(record: Mapping[str, Any]) -> dict[str, Any]:
     for key, value in (("answers", answers), ("scores", scores)):
         if not isinstance(value, list | tuple) or not value:
             what = "`{key}` is empty" if isinstance(value, list | tuple) else f"`{{key}}` must be a list, not {kind_of(value)}"
-            raise LuthierError(what.format(key=key), mend="give as many scores as answers, one or more")
+            raise LuthierError(what.format(key=key), fix="give as many scores as answers, one or more")
     if len(answers) != len(scores):
-        raise LuthierError(f"the row has {len(answers)} answers and {len(scores)} scores", mend="give each answer one score")
+        raise LuthierError(f"the row has {len(answers)} answers and {len(scores)} scores", fix="give each answer one score")
     for place, score in enumerate(scores):
         if not isinstance(score, int | float) or not math.isfinite(score):
-            raise LuthierError(
-                f"`scores[{place}]` is {score!r}, which is no number", mend="give a number, or leave that answer out"
-            )
+            raise LuthierError(f"`scores[{place}]` is {score!r}, which is no number", fix="give a number, or leave that answer out")
     said = [completion_of(answer, f"answers[{place}]", prompt) for place, answer in enumerate(answers)]
     return {"prompt": prompt, "answers": said, "scores": [float(score) for score in scores]}
 
@@ -114,20 +112,20 @@ def of_dialogues(record: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(chosen, str) and isinstance(rejected, str):
         return _texts(chosen, rejected)
     if isinstance(chosen, str) or isinstance(rejected, str):
-        raise LuthierError("of `chosen` and `rejected` one is text and the other messages", mend="write both alike")
+        raise LuthierError("of `chosen` and `rejected` one is text and the other messages", fix="write both alike")
     # Dialogues that are the same throughout still have an answer at the end.
     same = min(_alike(chosen, rejected), len(chosen) - 1, len(rejected) - 1)
     if same < 1:
         raise LuthierError(
             f"`chosen` and `rejected` have no prompt in common: one begins with {_shown(chosen[0])}, the other with "
             f"{_shown(rejected[0])}",
-            mend="add a `prompt`, or begin both with the same messages",
+            fix="add a `prompt`, or begin both with the same messages",
         )
     for key, messages in zip(SIDES, (chosen, rejected), strict=True):
         if messages[same]["role"] != "assistant":
             raise LuthierError(
                 f"`chosen` and `rejected` differ first in message {same + 1}, and in `{key}` that is {_shown(messages[same])}, no answer",
-                mend="let them differ in an assistant message alone, or add a `prompt`",
+                fix="let them differ in an assistant message alone, or add a `prompt`",
             )
     return {"prompt": chosen[:same], "chosen": chosen[same:], "rejected": rejected[same:]}
 
@@ -149,7 +147,7 @@ def _texts(chosen: str, rejected: str) -> dict[str, Any]:
     if not shared.strip() or not all(one.strip() for one in answers):
         raise LuthierError(
             "`chosen` and `rejected` have no prompt in common, or no answer behind it",
-            mend="add a `prompt`, and leave the answers alone in `chosen` and `rejected`",
+            fix="add a `prompt`, and leave the answers alone in `chosen` and `rejected`",
         )
     return {"prompt": shared, **dict(zip(SIDES, answers, strict=True))}
 

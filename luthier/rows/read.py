@@ -102,7 +102,7 @@ def read(
         LuthierError: the source cannot be opened, a record is unusable, or nothing usable is left.
     """
     if on_bad_row not in ("stop", "skip"):
-        raise LuthierError(f"on_bad_row is {on_bad_row!r}", mend='write "stop" or "skip"')
+        raise LuthierError(f"on_bad_row is {on_bad_row!r}", fix='write "stop" or "skip"')
     if isinstance(source, Rows):
         return source
     if shape is not None:
@@ -120,7 +120,7 @@ def read(
         raise bad_rows_error(bad, len(rows) + len(bad))
     if not rows:
         where = str(source) if isinstance(source, str | Path) else name
-        raise LuthierError("there are no rows", where=where, mend="check that this is the right file")
+        raise LuthierError("there are no rows", where=where, fix="check that this is the right file")
     return Rows(name, tuple(rows), tuple(bad), found.ignored, tuple(map(str, found.files)), found.left_out)
 
 
@@ -159,7 +159,7 @@ def files_of(source: str | Path) -> tuple[Path, ...]:
     if isinstance(source, str) and source.startswith("hub:"):
         files = tuple(Path(one["filename"]) for one in _from_hub(source).cache_files)
         if not files:
-            raise LuthierError("the data set lies in no files", where=source, mend="download it and give the path")
+            raise LuthierError("the data set lies in no files", where=source, fix="download it and give the path")
         return files
     return find(source).files
 
@@ -172,7 +172,7 @@ def _checked(records: Iterable[Read], ids: Ids, shape: str | None) -> Iterator[R
         try:
             row = row_of(record, id=ids.of(record, where), where=where, shape=shape)
         except LuthierError as problem:
-            yield BadRow(where, problem.what, problem.mend)
+            yield BadRow(where, problem.what, problem.fix)
         else:
             yield row
 
@@ -185,9 +185,9 @@ def _opened(source: str | Path | Iterable[Mapping[str, Any]], purpose: Purpose =
         return _from_files(found.files), found
     if isinstance(source, Mapping):
         keys = ", ".join(map(str, source))
-        raise LuthierError(f"rows cannot be read from a {type(source).__name__}", mend=f"give one of its values: {keys}")
+        raise LuthierError(f"rows cannot be read from a {type(source).__name__}", fix=f"give one of its values: {keys}")
     if isinstance(source, bytes) or not isinstance(source, Iterable):
-        raise LuthierError(f"rows cannot be read from a {type(source).__name__}", mend="give a path or a list of mappings")
+        raise LuthierError(f"rows cannot be read from a {type(source).__name__}", fix="give a path or a list of mappings")
     columnar = type(source).__module__.partition(".")[0] == "datasets"
     return _enumerated(map(without_nulls, source) if columnar else source, "row"), Found((), type(source).__name__)
 
@@ -204,7 +204,7 @@ def _from_hub(source: str) -> Any:
         raise LuthierError(
             f"the data set `{name}` could not be loaded: {type(problem).__name__}: {problem}",
             where=source,
-            mend="check the name, the split and the connection, or download it and give the path",
+            fix="check the name, the split and the connection, or download it and give the path",
         ) from problem
 
 
@@ -212,14 +212,14 @@ def _from_files(files: Sequence[Path]) -> Iterator[Read]:
     for file in files:
         kind = format_of(file)
         if kind is None:
-            raise LuthierError(f"`{file.suffix}` files cannot be read", where=str(file), mend=formats_known())
+            raise LuthierError(f"`{file.suffix}` files cannot be read", where=str(file), fix=formats_known())
         try:
             yield from _READERS[kind](file)
         except (OSError, EOFError, zlib.error, pyarrow.ArrowException) as problem:
             raise LuthierError(
                 f"the file cannot be read: {problem}",
                 where=str(file),
-                mend="check that the file is whole and not damaged",
+                fix="check that the file is whole and not damaged",
             ) from problem
 
 
@@ -246,10 +246,10 @@ def _json_lines(path: Path) -> Iterator[Read]:
                 record = _object(json.loads(line), where)
                 yield where, _in_whole_characters(record, where) if _may_hold_halves(raw) else record
             except json.JSONDecodeError as problem:
-                yield where, BadRow(where, f"broken JSON: {problem.msg} at column {problem.colno}", "mend this line")
+                yield where, BadRow(where, f"broken JSON: {problem.msg} at column {problem.colno}", "fix this line")
             # A number of thousands of digits, or brackets a thousand deep.
             except (ValueError, RecursionError) as problem:
-                yield where, BadRow(where, f"JSON that cannot be read: {_without_advice(problem)}", "mend this line")
+                yield where, BadRow(where, f"JSON that cannot be read: {_without_advice(problem)}", "fix this line")
 
 
 def _without_advice(problem: Exception) -> str:
@@ -266,17 +266,17 @@ def _json(path: Path) -> Iterator[Read]:
         raise LuthierError(
             f"broken JSON: {problem.msg} at column {problem.colno}",
             where=f"{path}:{problem.lineno}",
-            mend="mend the file; a file with one object a line should be named .jsonl",
+            fix="fix the file; a file with one object a line should be named .jsonl",
         ) from None
     except (ValueError, RecursionError) as problem:
-        raise LuthierError(f"JSON that cannot be read: {_without_advice(problem)}", where=str(path), mend="mend the file") from None
+        raise LuthierError(f"JSON that cannot be read: {_without_advice(problem)}", where=str(path), fix="fix the file") from None
     if isinstance(content, Mapping) and isinstance(content.get("data"), list):
         content = content["data"]
     if not isinstance(content, list):
         raise LuthierError(
             "the file holds neither a list of objects nor an object with one under `data`",
             where=str(path),
-            mend="write [{...}, {...}], or name a file with one object a line .jsonl",
+            fix="write [{...}, {...}], or name a file with one object a line .jsonl",
         )
     items = _enumerated(content, f"{path}, item")
     return ((where, _in_whole_characters(item, where)) for where, item in items) if _may_hold_halves(raw) else items
@@ -289,7 +289,7 @@ def _in_whole_characters(record: Mapping[str, Any] | BadRow, where: str) -> Mapp
         canonical({key: value for key, value in record.items() if key != "id"}).encode()
     except UnicodeEncodeError as problem:
         half = half_character(problem)
-        return BadRow(where, half.what, half.mend)
+        return BadRow(where, half.what, half.fix)
     return record
 
 
@@ -298,7 +298,7 @@ def _refuse_utf16(raw: bytes, path: Path) -> None:
         raise LuthierError(
             "the file is written in UTF-16",
             where=str(path),
-            mend="save it as UTF-8; in PowerShell: `| Out-File -Encoding utf8 FILE`",
+            fix="save it as UTF-8; in PowerShell: `| Out-File -Encoding utf8 FILE`",
         )
 
 

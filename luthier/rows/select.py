@@ -46,7 +46,7 @@ class ScoringServices:
             raise LuthierError(
                 f"`{self._slot}` runs models, and nothing here can",
                 where="likely",
-                mend="give luthier.runs.measure.likelihood_of_rows",
+                fix="give luthier.runs.measure.likelihood_of_rows",
             )
         return self._likely(model, rows)
 
@@ -122,7 +122,7 @@ def score_rows(
     """
     part = registry.make(by, ("row_score",), where="by")
     if "target" in part.card.needs and target is None:
-        raise LuthierError(f"`{part.name}` needs a target", where="target", mend="name a file with rows of the task")
+        raise LuthierError(f"`{part.name}` needs a target", where="target", fix="name a file with rows of the task")
     check_out(out)
     if column is not None and not isinstance(source, str | Path | Rows):
         source = list(source)
@@ -135,7 +135,7 @@ def score_rows(
     scores = tuple(float(f"{one:.6g}") for one in part.values[0].score(rows.rows, services))
     if len(scores) != len(rows) or not all(map(math.isfinite, scores)):
         finite = sum(map(math.isfinite, scores))
-        raise LuthierError(f"`{part.name}` gave {finite} finite scores for {len(rows)} rows", where="by", mend="mend its `score`")
+        raise LuthierError(f"`{part.name}` gave {finite} finite scores for {len(rows)} rows", where="by", fix="fix its `score`")
     known = {text_of(row) for row in wanted}
     facts = {
         "by": part.name,
@@ -218,14 +218,14 @@ def how_many(rows: int, count: int | None, share: float | None) -> int:
     """
     if (count is None) == (share is None):
         what = "how many rows is not said" if count is None else "both a count and a share"
-        raise LuthierError(what, where="count, share", mend="give one of them")
+        raise LuthierError(what, where="count, share", fix="give one of them")
     if count is not None:
         if not 1 <= count <= rows:
-            raise LuthierError(f"{count} of {rows} rows", where="count", mend=f"ask for 1 to {rows}")
+            raise LuthierError(f"{count} of {rows} rows", where="count", fix=f"ask for 1 to {rows}")
         return count
     assert share is not None
     if not 0.0 < share <= 1.0:
-        raise LuthierError(f"a share of {share:g}", where="share", mend="use more than 0 and at most 1")
+        raise LuthierError(f"a share of {share:g}", where="share", fix="use more than 0 and at most 1")
     return max(1, math.floor(share * rows + 0.5))
 
 
@@ -245,9 +245,9 @@ def check_out(path: Path | None) -> None:
     if path is None:
         return
     if path.suffix.lower() not in (".jsonl", ".ndjson"):
-        raise LuthierError(f"`{path.name}` is not named as JSON lines", where="out", mend="name it .jsonl")
+        raise LuthierError(f"`{path.name}` is not named as JSON lines", where="out", fix="name it .jsonl")
     if path.exists():
-        raise LuthierError("this exists already", where=str(path), mend="name another, or remove it")
+        raise LuthierError("this exists already", where=str(path), fix="name another, or remove it")
 
 
 def records_without(
@@ -261,14 +261,14 @@ def records_without(
         known: keys of rows' shapes that may be added.
     """
     if isinstance(source, Rows):
-        raise LuthierError("rows that were read already are no records", where="source", mend="give their file, or the records")
+        raise LuthierError("rows that were read already are no records", where="source", fix="give their file, or the records")
     if column in (text_keys() | {"label", ""}) - {*known}:
-        raise LuthierError(f"`{column}` is no name for a free column", where="column", mend="use one that no shape of rows has")
+        raise LuthierError(f"`{column}` is no name for a free column", where="column", fix="use one that no shape of rows has")
     found = [(where, record) for where, record in records(source) if isinstance(record, Mapping)]
     taken = [where for where, record in found if column in record]
     if taken:
         what = f"{len(taken)} of {len(found)} rows have a key `{column}` already"
-        raise LuthierError(what, where=taken[0], mend="name another column, or remove the key")
+        raise LuthierError(what, where=taken[0], fix="name another column, or remove the key")
     return [record for _, record in found]
 
 
@@ -289,7 +289,7 @@ def _best(scored: Scored, count: int) -> tuple[list[int], int]:
             picked.append(place)
     if len(picked) < count:
         what = f"{count} rows are asked for, but only {len(picked)} of {len(scored.rows)} differ from each other"
-        raise LuthierError(what, where=scored.rows.name, mend=f"ask for at most {len(picked)}")
+        raise LuthierError(what, where=scored.rows.name, fix=f"ask for at most {len(picked)}")
     return picked, again
 
 

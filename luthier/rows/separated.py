@@ -71,7 +71,7 @@ def _table(path: Path, delimiter: str) -> Iterator[tuple[str, dict[str, str] | B
         _, names = next(lines, ("", []))
         header = [name.strip() for name in names]
         if len(set(header)) < len(header) or not all(header):
-            raise LuthierError("the header names a column twice, or not at all", where=f"{path}:1", mend="name every column")
+            raise LuthierError("the header names a column twice, or not at all", where=f"{path}:1", fix="name every column")
         for where, values in lines:
             if len(values) != len(header):
                 yield where, BadRow(where, f"the row has {len(values)} values, but the header names {len(header)} columns")
@@ -109,12 +109,12 @@ def _records(path: Path, file: Iterable[str], delimiter: str, *, spaced: bool) -
 
 
 def _broken(path: Path, problem: csv.Error, line: str, begins: int, ends: int) -> LuthierError:
-    what, mend = str(problem), 'write a `"` within quotes as `""`'
+    what, fix = str(problem), 'write a `"` within quotes as `""`'
     if "unexpected end of data" in what:
         ends = begins
-        what, mend = "a quote opens in this row and never closes", f"{mend}, and close what opens; or the file is damaged"
+        what, fix = "a quote opens in this row and never closes", f"{fix}, and close what opens; or the file is damaged"
     elif '\\"' in line:
-        what, mend = r'a quote within quotes is written `\"`, and tables write it `""`', r'write `""` instead of `\"`'
+        what, fix = r'a quote within quotes is written `\"`, and tables write it `""`', r'write `""` instead of `\"`'
     elif begins < ends:
         what += f", in a row that begins in line {begins}"
-    return LuthierError(f"the file cannot be read: {what}", where=f"{path}:{ends}", mend=mend)
+    return LuthierError(f"the file cannot be read: {what}", where=f"{path}:{ends}", fix=fix)

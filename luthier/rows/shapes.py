@@ -72,11 +72,11 @@ class Row:
 
 
 class BadRow(NamedTuple):
-    """A record that cannot be used: where it stands, why, and how to mend it."""
+    """A record that cannot be used: where it stands, why, and how to fix it."""
 
     where: str
     reason: str
-    mend: str = ""
+    fix: str = ""
 
 
 class _Shape(NamedTuple):
@@ -107,7 +107,7 @@ def row_of(record: Mapping[str, Any], *, id: str, where: str, shape: str | None 
         if becomes not in _DOCUMENTS:
             becomes, fields = beside.context_of(record, becomes, fields)
     except LuthierError as problem:
-        raise LuthierError(problem.what, where=where, mend=problem.mend) from None
+        raise LuthierError(problem.what, where=where, fix=problem.fix) from None
     columns: dict[str, Scalar] = {}
     for key, value in record.items():
         if key == "id" or key in chosen.needs or key in chosen.may_have:
@@ -153,11 +153,11 @@ def bad_rows_error(bad: Sequence[BadRow], total: int) -> LuthierError:
     if len(bad) > len(shown):
         shown.append(f"and {len(bad) - len(shown)} more")
     skip = 'or leave such rows out, counted, with on_bad_row="skip"'
-    mends = list(dict.fromkeys(row.mend for row in bad[:5] if row.mend))
+    mends = list(dict.fromkeys(row.fix for row in bad[:5] if row.fix))
     if len(bad) == 1:
-        return LuthierError(bad[0].reason, where=bad[0].where, mend="; ".join([*(mends or ["mend this row"]), skip]))
+        return LuthierError(bad[0].reason, where=bad[0].where, fix="; ".join([*(mends or ["fix this row"]), skip]))
     what = f"{len(bad)} of {total} rows cannot be used:\n    " + "\n    ".join(shown)
-    return LuthierError(what, where=bad[0].where, mend="; ".join([*(mends or ["mend these rows"]), skip]))
+    return LuthierError(what, where=bad[0].where, fix="; ".join([*(mends or ["fix these rows"]), skip]))
 
 
 def named_shape(shape: str) -> str:
@@ -172,7 +172,7 @@ def named_shape(shape: str) -> str:
     if shape == "instruction":
         return "instruction+output"
     raise LuthierError(
-        f"unknown row shape `{shape}`", where="rows.shape", mend=nearest(shape, _SHAPES) or "known: " + ", ".join(_SHAPES)
+        f"unknown row shape `{shape}`", where="rows.format", fix=nearest(shape, _SHAPES) or "known: " + ", ".join(_SHAPES)
     )
 
 
@@ -186,7 +186,7 @@ def _recognized(record: Mapping[str, Any]) -> str:
     if widest:
         raise LuthierError(
             f"the row's keys {_listed(record)} fit several shapes: {', '.join(widest)}",
-            mend=f'say which one, such as shape="{widest[0]}"; the other keys stay with the row',
+            fix=f'say which one, such as shape="{widest[0]}"; the other keys stay with the row',
         )
     lacking = {name: [key for key in shape.needs if key not in record] for name, shape in _SHAPES.items()}
     begun = {name: gap for name, gap in lacking.items() if len(gap) < len(_SHAPES[name].needs)}
@@ -203,7 +203,7 @@ def _recognized(record: Mapping[str, Any]) -> str:
     known = {key for shape in _SHAPES.values() for key in shape.needs}
     offers = {key: nearest(str(key), known) for key in record if key not in known}
     hints += [f"`{key}`: {offer}" for key, offer in offers.items() if "did you mean" in offer]
-    raise LuthierError(what, mend="; ".join([*hints, "rename its keys to one of: " + ", ".join(_SHAPES)]))
+    raise LuthierError(what, fix="; ".join([*hints, "rename its keys to one of: " + ", ".join(_SHAPES)]))
 
 
 def _listed(keys: Sequence[str] | Mapping[str, Any]) -> str:
@@ -241,7 +241,7 @@ def _instruction(record: Mapping[str, Any]) -> dict[str, Any]:
 def _members(record: Mapping[str, Any]) -> dict[str, Any]:
     members = record["members"]
     if not isinstance(members, list | tuple) or not members or not all(isinstance(one, Mapping) for one in members):
-        raise LuthierError("`members` must be a list of records", mend="write each member as a row of its own would be")
+        raise LuthierError("`members` must be a list of records", fix="write each member as a row of its own would be")
     return {"members": [dict(one) for one in members]}
 
 
@@ -260,7 +260,7 @@ def _labelled(record: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(label, list | tuple):
         label = [one if type(one) is int else checked_text(one, f"label[{number}]") for number, one in enumerate(label)]
         if len(set(label)) < len(label):
-            raise LuthierError("`label` names a label twice", mend="name each once")
+            raise LuthierError("`label` names a label twice", fix="name each once")
     elif isinstance(label, bool):
         label = int(label)
     elif not isinstance(label, int | float):

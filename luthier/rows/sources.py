@@ -63,7 +63,7 @@ def read_rows(recipe: RowsRecipe) -> Sources:
 
 
 def _read(recipe: RowsRecipe) -> list[Rows]:
-    return apart(read(one.rows, shape=recipe.shape, on_bad_row=recipe.on_bad_row) for one in recipe.sources())
+    return apart(read(one.rows, shape=recipe.format, on_bad_row=recipe.on_bad_row) for one in recipe.sources())
 
 
 def apart(sources: Iterable[Rows]) -> list[Rows]:
@@ -98,9 +98,9 @@ def _streamed(recipe: RowsRecipe) -> list[Streamed]:
     for one in recipe.sources():
         if not isinstance(one.rows, str | Path):
             raise LuthierError(
-                "rows given in Python are in memory already", where="rows.streaming", mend="give files, or leave streaming off"
+                "rows given in Python are in memory already", where="rows.streaming", fix="give files, or leave streaming off"
             )
-        sources.append(Streamed(name_of(one.rows), one.rows, recipe.shape))
+        sources.append(Streamed(name_of(one.rows), one.rows, recipe.format))
     return sources
 
 
@@ -132,7 +132,7 @@ def places_of(sources: Sequence[Rows], rows: EncodedRows) -> tuple[list[int], ..
             raise LuthierError(
                 f"the row `{row.id}` was made by a row map, so no source's weight is its own",
                 where="rows.map",
-                mend="leave out weights and temperature, or the row map",
+                fix="leave out weights and temperature, or the row map",
             )
         places[source_of[row.id]].append(place)
     return places

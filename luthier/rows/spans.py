@@ -28,7 +28,7 @@ def of_tokens(record: Mapping[str, Any]) -> dict[str, Any]:
         if not isinstance(values, list | tuple) or not values:
             raise LuthierError(f"`{key}` must be a list of texts, not {kind_of(values)}")
     if len(tokens) != len(tags):
-        raise LuthierError(f"the row has {len(tokens)} tokens and {len(tags)} tags", mend="give one tag for each token")
+        raise LuthierError(f"the row has {len(tokens)} tokens and {len(tags)} tags", fix="give one tag for each token")
     texts = [checked_text(one, f"tokens[{number}]") for number, one in enumerate(tokens)]
     text, words = "", []
     for one in texts:
@@ -46,14 +46,14 @@ def of_spans(record: Mapping[str, Any]) -> dict[str, Any]:
     found = sorted(_span(one, f"spans[{number}]", len(text)) for number, one in enumerate(spans))
     for (_, stop, first), (start, _, second) in pairwise(found):
         if start < stop:
-            raise LuthierError(f"the spans of `{first}` and `{second}` overlap at character {start}", mend="keep one of them")
+            raise LuthierError(f"the spans of `{first}` and `{second}` overlap at character {start}", fix="keep one of them")
     edges = {edge for start, stop, _ in found for edge in (start, stop)}
     words = [part for match in _WORD.finditer(text) for part in _parted(*match.span(), edges)]
     tags = [OUTSIDE] * len(words)
     for start, stop, label in found:
         inside = [number for number, (first, behind) in enumerate(words) if start <= first and behind <= stop]
         if not inside:
-            raise LuthierError(f"the span of `{label}` from {start} to {stop} holds no word", mend="mend its start and stop")
+            raise LuthierError(f"the span of `{label}` from {start} to {stop} holds no word", fix="fix its start and stop")
         for number in inside:
             tags[number] = f"{'B' if number == inside[0] else 'I'}-{label}"
     return {"text": text, "words": words, "tags": tags}
@@ -101,7 +101,7 @@ def _span(one: Any, where: str, length: int) -> tuple[int, int, str]:
     if type(start) is not int or type(stop) is not int or not 0 <= start < stop <= length:
         raise LuthierError(
             f"`{where}` is from {start} to {stop}, and the text has {length} characters",
-            mend="give the first character, from 0, as `start` and the one behind the last as `stop`",
+            fix="give the first character, from 0, as `start` and the one behind the last as `stop`",
         )
     return start, stop, _one_line(label, where)
 
@@ -112,7 +112,7 @@ def _checked_tag(tag: Any, where: str) -> str:
 
 def _one_line(label: str, where: str) -> str:
     if "\n" in label:
-        raise LuthierError(f"`{where}` holds a line break", mend="name labels without one")
+        raise LuthierError(f"`{where}` holds a line break", fix="name labels without one")
     return label
 
 

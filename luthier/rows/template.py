@@ -21,7 +21,10 @@ from luthier.errors import LuthierError, nearest
 
 DATE = "date"
 """The option that sets a template's clock."""
-CLOCK = "the chat template writes today's date: on another day these rows are others, unless rows.template_options says {date: YYYY-MM-DD}"
+CLOCK = (
+    "the chat template writes today's date: on another day these rows are others, unless rows.chat_template_options says "
+    "{date: YYYY-MM-DD}"
+)
 
 _CHOICE = "_luthier_template"
 _ASKS = "strftime_now"
@@ -106,12 +109,14 @@ def text_of(tokenizer: PreTrainedTokenizerBase, name: str | None, tools: Any = N
         if name not in held:
             raise LuthierError(
                 f"the tokenizer has several chat templates, and none is the default: {listed}",
-                where="rows.template",
-                mend=f"name one: `template: {next(iter(held), 'NAME')}` under `rows`",
+                where="rows.chat_template",
+                fix=f"name one: `template: {next(iter(held), 'NAME')}` under `rows`",
             )
     if name not in held:
         what = f"it has {listed}" if held else "it has none"
-        raise LuthierError(f"the tokenizer has no chat template `{name}`: {what}", where="rows.template", mend=nearest(name, held))
+        raise LuthierError(
+            f"the tokenizer has no chat template `{name}`: {what}", where="rows.chat_template", fix=nearest(name, held)
+        )
     return held[name]
 
 
@@ -147,13 +152,13 @@ def told(moment: datetime, text: str) -> Iterator[None]:
 
 
 def _check_option(key: str, text: str) -> None:
-    where = f"rows.template_options.{key}"
+    where = f"rows.chat_template_options.{key}"
     if key in _TAKEN:
-        raise LuthierError(f"`{key}` is what luthier itself gives to a chat template", where=where, mend="leave it out")
+        raise LuthierError(f"`{key}` is what luthier itself gives to a chat template", where=where, fix="leave it out")
     if not text:
-        raise LuthierError("the tokenizer has no chat template to read options", where=where, mend="leave it out")
+        raise LuthierError("the tokenizer has no chat template to read options", where=where, fix="leave it out")
     if key == DATE and _ASKS in text:
         return
     if not re.search(rf"\b{re.escape(key)}\b", text):
         what = "asks for no date" if key == DATE else f"reads no `{key}`"
-        raise LuthierError(f"the chat template {what}", where=where, mend="leave it out, or look for its name in the template")
+        raise LuthierError(f"the chat template {what}", where=where, fix="leave it out, or look for its name in the template")

@@ -91,7 +91,7 @@ def unwritten(dialogue: Dialogue, text: str, write: Callable[[Dialogue], str], l
             raise LuthierError(
                 f"{who} does not write {_listed(gone)}, and an assistant's turn to learn holds nothing else",
                 where=dialogue.where,
-                mend="use a model whose chat template writes them, or mark the turn with `learn: false`",
+                fix="use a model whose chat template writes them, or mark the turn with `learn: false`",
             )
     # Whether the words of a learned turn are written is found, and said, where its place in the text is.
     kept = [one for one in lost if not (one.key == "content" and one.place in learned)]

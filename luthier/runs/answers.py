@@ -73,9 +73,9 @@ def write_answers(
             `out` was begun with other rows, another model or other options.
     """
     if count < 1:
-        raise LuthierError(f"{count} answers a row", where="count", mend="ask for 1 or more")
+        raise LuthierError(f"{count} answers a row", where="count", fix="ask for 1 or more")
     if temperature == 0 and count > 1:
-        raise LuthierError(f"at a temperature of 0 all {count} answers are the same", where="temperature", mend="use more than 0")
+        raise LuthierError(f"at a temperature of 0 all {count} answers are the same", where="temperature", fix="use more than 0")
     check_out(out)
     records = records_without(column, source, known=(ANSWERS,))
     rows = read(source, shape=shape)
@@ -126,13 +126,13 @@ class _Kept:
         try:
             first, *others = [json.loads(line) for line in lines] or [header]
         except ValueError:
-            raise LuthierError("this file of begun answers is damaged", where=str(path), mend="remove it") from None
+            raise LuthierError("this file of begun answers is damaged", where=str(path), fix="remove it") from None
         if first != header or [one["id"] for one in others] != list(ids[: len(others)]):
             differs = [key for key in header if first.get(key) != header[key]]
             raise LuthierError(
                 f"answers were begun here for something else ({', '.join(differs) or 'ids'} differ)",
                 where=str(path),
-                mend="ask for the same, or remove this file to begin anew",
+                fix="ask for the same, or remove this file to begin anew",
             )
         self.answers = [one["answers"] for one in others]
 
@@ -187,7 +187,7 @@ def best_of_answers(
         gold: what answers are worth: a metric of answers, such as `exact_match`, another run, or a key of numbers.
         how: how the members' scores become one.
         standardize: divide each member's distance from its mean by its deviation, both over all answers here: for members that were trained
-            without centring.
+            without centering.
         sizes: n; None: 1, 2, 4 ... and as many as every row has.
         shape: the rows' shape, where it cannot be recognized.
         column: the key that holds the answers.
@@ -198,7 +198,7 @@ def best_of_answers(
         LuthierError: rows have no answers, there is no such run, metric or key, or the members' scores cannot be compared.
     """
     if not reward:
-        raise LuthierError("nothing scores the answers", where="reward", mend="name a run of objective: reward_model")
+        raise LuthierError("nothing scores the answers", where="reward", fix="name a run of objective: reward_model")
     rows = read(source, shape=shape)
     answers = [_listed(row, column, str) for row in rows]
     scored = [_scores(name, rows, answers, folder, say) for name in reward]
@@ -222,7 +222,7 @@ def _scores(name: str, rows: Rows, answers: Sequence[Sequence[str]], folder: str
     if not is_run(name, folder):
         if not any(name in row.fields for row in rows):
             raise LuthierError(
-                f"`{name}` is neither a run nor a key of the rows", where="reward or gold", mend=nearest(name, rows[0].fields)
+                f"`{name}` is neither a run nor a key of the rows", where="reward or gold", fix=nearest(name, rows[0].fields)
             )
         return Scored([_numbers(row, name, len(some)) for row, some in zip(rows, answers, strict=True)], False)
     tune, tokenizer = open_run(name, out=folder, say=say)
@@ -242,7 +242,7 @@ def _gold(name: str, rows: Rows, answers: Sequence[Sequence[str]], folder: str, 
     for row in rows:
         if METRICS[name].compares and not accepted_answers(row):
             raise LuthierError(
-                f"`{name}` compares with an accepted answer, and this row has none", where=_place(row), mend="add `answer`"
+                f"`{name}` compares with an accepted answer, and this row has none", where=_place(row), fix="add `answer`"
             )
     return [[score(one, accepted_answers(row)) for one in some] for row, some in zip(rows, answers, strict=True)]
 
@@ -251,9 +251,7 @@ def _numbers(row: Row, key: str, count: int) -> Tensor:
     numbers = _listed(row, key, int | float)
     if len(numbers) != count or not all(map(math.isfinite, numbers)):
         finite = sum(map(math.isfinite, numbers))
-        raise LuthierError(
-            f"`{key}` holds {finite} finite numbers for {count} answers", where=_place(row), mend="give one for each"
-        )
+        raise LuthierError(f"`{key}` holds {finite} finite numbers for {count} answers", where=_place(row), fix="give one for each")
     return torch.tensor(numbers, dtype=torch.float64)[:, None]
 
 
@@ -268,7 +266,7 @@ def _listed(row: Row, key: str, kind: Any) -> list[Any]:
         raise LuthierError(
             f"the row has no list of {what} under `{key}`",
             where=_place(row),
-            mend="write answers first: luthier rows answers ROWS --model MODEL" if kind is str else f"add `{key}` to every row",
+            fix="write answers first: luthier rows answers ROWS --model MODEL" if kind is str else f"add `{key}` to every row",
         )
     return found
 

@@ -42,7 +42,7 @@ class Chat:
 
     def _answer(self, tune: Tune, messages: Sequence[Mapping[str, str]]) -> str:
         if any("\ud800" <= letter <= "\udfff" for letter in messages[-1]["content"]):
-            raise LuthierError("the question is not valid UTF-8", where="the question", mend="type or paste it as UTF-8 text")
+            raise LuthierError("the question is not valid UTF-8", where="the question", fix="type or paste it as UTF-8 text")
         row = Row("chat", "messages", {"messages": list(messages)}, "chat", {})
         prompt = encode_prompt(row, self.tokenizer)
         seed = draws.seed_of(self.seed, "chat", len(messages))

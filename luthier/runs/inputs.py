@@ -35,7 +35,7 @@ def inputs_of(plan: Plan) -> dict[str, str]:
         "the chat template": _short(canonical(plan.tokenizer.chat_template)),
         "train.precision": f"{str(plan.dtype).removeprefix('torch.')} on {plan.device.type}",
         "rows.train": f"{counted} ({fingerprint.of_encoded(rows.rows)[:DIGITS]}){mixed}",
-        **({"rows.numbers": ", ".join(one[:DIGITS] for one in plan.numbered.fingerprints)} if plan.numbered.fingerprints else {}),
+        **({"rows.stored": ", ".join(one[:DIGITS] for one in plan.numbered.fingerprints)} if plan.numbered.fingerprints else {}),
         **{f"evaluate.{one.name}.rows": f"{len(one.used):,} rows ({fingerprint.of_rows(one.used)[:DIGITS]})" for one in plan.sets},
         **{f"models.{name}": _short(identity) for name, identity in (plan.others.identities if plan.others else {}).items()},
         **_named_rows(plan),
@@ -63,7 +63,7 @@ def check_inputs(now: Mapping[str, str], run: Run, say: Say) -> None:
         raise LuthierError(
             "what this run reads has changed since it began: " + "; ".join(changed),
             where=str(run.folder),
-            mend=f"bring it back as it was, or begin a new run: luthier train {run.folder / 'recipe.yaml'}",
+            fix=f"bring it back as it was, or begin a new run: luthier train {run.folder / 'recipe.yaml'}",
         )
 
 

@@ -24,10 +24,10 @@ from luthier.runs.rows import turns_of
 def evaluate(model: str, recipe: Recipe, *, say: Say = silent, weights_only: bool = False) -> dict[str, SetResult]:
     """Measure a model or a run on the evaluation sets of a recipe."""
     if not recipe.evaluate:
-        raise LuthierError("the recipe has no evaluation sets", where="evaluate", mend="add `evaluate: {name: {rows: FILE}}`")
+        raise LuthierError("the recipe has no evaluation sets", where="evaluate", fix="add `evaluate: {name: {rows: FILE}}`")
     tune, tokenizer = open_model(model, out=recipe.out, say=say, precision=recipe.train.precision, weights_only=weights_only)
     if not is_run(model, recipe.out):
-        choose(tokenizer, recipe.rows.template, recipe.rows.template_options)
+        choose(tokenizer, recipe.rows.chat_template, recipe.rows.chat_template_options)
     head = tune.head[1] if tune.head is not None else None
     return measure(tune, tokenizer, evaluation_sets(recipe.evaluate, recipe.train, head), say=say)
 

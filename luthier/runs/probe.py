@@ -75,7 +75,7 @@ def compare_weights(base: str, tuned: str = "", *, out: str = "runs", precision:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if not tuned:
         if not is_run(base, out):
-            raise LuthierError(f"`{base}` is no run, so its base is not known", where="luthier probe", mend="give BASE and TUNED")
+            raise LuthierError(f"`{base}` is no run, so its base is not known", where="luthier probe", fix="give BASE and TUNED")
         base, tuned = "", base
     if is_run(tuned, out):
         found = _beside_base(read_run(tuned, out), base, out, say)
@@ -109,7 +109,7 @@ def _beside_base(run: Run, base: str, out: str, say: Say) -> tuple[PreTrainedMod
     raise LuthierError(
         "the base of this run is no longer the model that it trained",
         where=recipe.model,
-        mend="name the base itself: luthier probe NAME BASE RUN",
+        fix="name the base itself: luthier probe NAME BASE RUN",
     )
 
 

@@ -34,7 +34,7 @@ def save_before(plan: Plan, folder: Path, before: Before) -> None:
     """Keep what was measured of the base, so that a resumed run need not do it again."""
     if plan.engine.world.is_first:
         results = {name: result.as_json() for name, result in before.results.items()}
-        write_json(folder / BEFORE, {"results": results, "noise": dict(before.noise)})
+        write_json(folder / BEFORE, {"results": results, "repeat_baseline": dict(before.noise)})
 
 
 def read_before(folder: Path, say: Say) -> Before | None:
@@ -44,7 +44,7 @@ def read_before(folder: Path, say: Say) -> Before | None:
     try:
         kept = json.loads((folder / BEFORE).read_text(encoding="utf-8"))
         results = {name: SetResult.from_json(one) for name, one in kept["results"].items()}
-        return Before(results, {name: float(one) for name, one in kept["noise"].items()})
+        return Before(results, {name: float(one) for name, one in kept["repeat_baseline"].items()})
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         say(f"{BEFORE} cannot be read ({type(error).__name__}: {error}): measuring the base again")
         return None
@@ -70,15 +70,13 @@ def recipe_file(run: Run) -> Path:
     """
     path = run.folder / RECIPE
     if not path.is_file():
-        raise LuthierError(
-            f"this run's {RECIPE} is gone", where=str(run.folder), mend=f"luthier train RECIPE --resume {run.folder}"
-        )
+        raise LuthierError(f"this run's {RECIPE} is gone", where=str(run.folder), fix=f"luthier train RECIPE --resume {run.folder}")
     given = sorted(key for key, value in flat(run.facts.get("recipe") or {}).items() if GIVEN_IN_PYTHON in str(value))
     if given:
         raise LuthierError(
             f"what this run holds under {', '.join(f'`{key}`' for key in given)} was given in Python, and no file can hold it",
             where=str(path),
-            mend=f"go on in Python, with the same values: luthier.train(recipe, resume={str(run.folder)!r})",
+            fix=f"go on in Python, with the same values: luthier.train(recipe, resume={str(run.folder)!r})",
         )
     return path
 
@@ -101,7 +99,7 @@ def check_resumable(plan: Plan, folder: Path, inputs: Mapping[str, str], say: Sa
         raise LuthierError(
             "this run has finished, and a finished run takes no more steps",
             where=str(folder),
-            mend=f"start a new one: luthier train {folder / RECIPE}, with more train.epochs if it shall train longer",
+            fix=f"start a new one: luthier train {folder / RECIPE}, with more train.epochs if it shall train longer",
         )
     before, now = run.fact("recipe"), plan.recipe.as_plain()
     if run.facts.get("recipe_hash") != plan.recipe.hash():
@@ -118,7 +116,7 @@ def _check_steps(before: Mapping[str, Any], now: Mapping[str, Any], folder: Path
     raise LuthierError(
         f"this run was made by another recipe: {'; '.join(told)}",
         where=str(folder),
-        mend="set these keys back to go on with this run, or begin a new run with the changed recipe: luthier train RECIPE",
+        fix="set these keys back to go on with this run, or begin a new run with the changed recipe: luthier train RECIPE",
     )
 
 

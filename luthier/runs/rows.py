@@ -12,7 +12,7 @@ from luthier.rows.chat import LossOn
 from luthier.rows.look import Look, look
 from luthier.rows.template import choose
 
-_OPTIONS = ("max_tokens", "too_long", "template_options")
+_OPTIONS = ("max_length", "too_long", "chat_template_options")
 
 
 def look_at_rows(
@@ -32,7 +32,7 @@ def look_at_rows(
     Args:
         source: the rows.
         model: whose tokenizer and template write them.
-        options: `max_tokens`, `too_long` and `template_options`, as under `rows` in a recipe.
+        options: `max_length`, `too_long` and `template_options`, as under `rows` in a recipe.
         shape, loss_on, template: the same.
         rows: how many are shown.
         out: where runs are looked for.
@@ -43,17 +43,17 @@ def look_at_rows(
     """
     for key in options:
         if key not in _OPTIONS:
-            raise LuthierError(f"`{key}` changes nothing of what is shown", where="command line", mend=nearest(key, _OPTIONS))
+            raise LuthierError(f"`{key}` changes nothing of what is shown", where="command line", fix=nearest(key, _OPTIONS))
     turns = turns_of(loss_on)
     found = source_of(model, out, say)
     tokenizer = load_tokenizer(found)
-    choose(tokenizer, template, options.get("template_options") or {})
-    limits = {key: value for key, value in options.items() if key != "template_options"}
+    choose(tokenizer, template, options.get("chat_template_options") or {})
+    limits = {key: value for key, value in options.items() if key != "chat_template_options"}
     return look(source, tokenizer, n=rows, shape=shape, loss_on=turns, reads=source_reads(found), **limits)
 
 
 def turns_of(loss_on: str) -> LossOn:
     """Which turns are targets, checked."""
     if loss_on not in get_args(LossOn):
-        raise LuthierError(f"loss on `{loss_on}`", where="--loss-on", mend="use assistant, last or all")
+        raise LuthierError(f"loss on `{loss_on}`", where="--loss-on", fix="use assistant, last or all")
     return cast(LossOn, loss_on)

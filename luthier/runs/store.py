@@ -100,14 +100,14 @@ def store_numbers(
         LuthierError: the rows, the model or an option cannot be used; or the store holds numbers that were made otherwise.
     """
     if kind == "teacher" and top_k < 1:
-        raise LuthierError(f"{top_k} probabilities a target", where="--top-k", mend="use 1 or more")
+        raise LuthierError(f"{top_k} probabilities a target", where="--top-k", fix="use 1 or more")
     recipe = _rows_recipe(source, model, options)
     place = folder or beside(source, kind)
     if place is None:
         raise LuthierError(
             "these rows lie in no file or folder, so nothing lies beside them",
             where=source,
-            mend="say where the numbers shall lie: --out FOLDER, and name it in the recipe: rows.numbers",
+            fix="say where the numbers shall lie: --out FOLDER, and name it in the recipe: rows.stored",
         )
     tune, form = _opened(model, tokenizer, recipe, out, precision, say)
     # Models of one family pad their vocabularies to different sizes: ids beyond the tokenizer's own mean nothing to the others.
@@ -136,7 +136,7 @@ def store_numbers(
             counts = _filled(place, facts, recipe, tune, form, say)
     except Timeout:
         raise LuthierError(
-            "another process is writing these numbers", where=str(place), mend="wait for it, or name another folder: --out FOLDER"
+            "another process is writing these numbers", where=str(place), fix="wait for it, or name another folder: --out FOLDER"
         ) from None
     held = sum(part.stat().st_size for part in parts_of(place))
     fewer = {"top_k": f"{top_k}, all tokens that there are, of {asked} that were asked for"} if top_k < asked else {}
@@ -154,7 +154,7 @@ def store_numbers(
 def _rows_recipe(source: str, model: str, options: Mapping[str, Any]) -> RowsRecipe:
     for key in options:
         if key not in OPTIONS:
-            raise LuthierError(f"`{key}` changes nothing of what is written", where="command line", mend=nearest(key, OPTIONS))
+            raise LuthierError(f"`{key}` changes nothing of what is written", where="command line", fix=nearest(key, OPTIONS))
     return make_recipe({"model": model, "rows": {"train": source, **options}}, where="command line").rows
 
 
@@ -166,7 +166,7 @@ def _opened(model: str, tokenizer: str, recipe: RowsRecipe, out: str, precision:
         raise LuthierError(
             f"{tune.parts.architecture} does not predict next tokens here",
             where=f"--model {model}",
-            mend="use a causal language model (AutoModelForCausalLM)",
+            fix="use a causal language model (AutoModelForCausalLM)",
         )
     writer: PreTrainedTokenizerBase = own
     if tokenizer:
@@ -175,11 +175,11 @@ def _opened(model: str, tokenizer: str, recipe: RowsRecipe, out: str, precision:
             raise LuthierError(
                 f"`{model}` and `{tokenizer}` have different vocabularies, so what one says of the other's tokens means nothing",
                 where="--tokenizer",
-                mend="use a model of the same family",
+                fix="use a model of the same family",
             )
     # A run's tokenizer writes as in the run where nothing else is asked for.
-    if tokenizer or not is_run(model, out) or recipe.template is not None or recipe.template_options:
-        choose(writer, recipe.template, recipe.template_options)
+    if tokenizer or not is_run(model, out) or recipe.chat_template is not None or recipe.chat_template_options:
+        choose(writer, recipe.chat_template, recipe.chat_template_options)
     return tune, form_of(writer)
 
 
@@ -196,12 +196,12 @@ def _opened_run(name: str, *, out: str, say: Say, precision: str) -> tuple[Tune,
         raise LuthierError(
             f"this run brings its own precision, {str(own).removeprefix('torch.')}: what it learnt stands beside its weights",
             where=f"--precision {precision}",
-            mend="leave it out",
+            fix="leave it out",
         )
     start = find_start(name, out, say=say)
     model = load_start(start, dtype).to(device)  # type: ignore[arg-type]
     tokenizer = load_tokenizer(start.source)
-    choose(tokenizer, recipe.rows.template, recipe.rows.template_options)
+    choose(tokenizer, recipe.rows.chat_template, recipe.rows.chat_template_options)
     return Tune(model, map_parts(model)), tokenizer
 
 
@@ -219,7 +219,7 @@ def _filled(folder: Path, facts: Mapping[str, Any], recipe: RowsRecipe, tune: Tu
     held = _held(folder, facts)
     number = 1 + max((int(part.stem.removeprefix("part-")) for part in parts_of(folder)), default=-1)
     counts, wide = Counts(), 8 * (facts["top_k"] or 1)
-    for chunk in cut(stream(recipe.train, shape=recipe.shape)):
+    for chunk in cut(stream(recipe.train, shape=recipe.format)):
         rows, here = _encoded(chunk, recipe, tune, form, counts)
         places = held.find([row.id for row in rows]) if held is not None else [-1] * len(rows)
         wanted = [
@@ -236,7 +236,7 @@ def _filled(folder: Path, facts: Mapping[str, Any], recipe: RowsRecipe, tune: Tu
         say(f"{counts.new + counts.kept:,} rows have numbers")
     if not counts.new + counts.kept:
         raise LuthierError(
-            "there is no row with anything to learn", where=str(recipe.train), mend="check that this is the right file"
+            "there is no row with anything to learn", where=str(recipe.train), fix="check that this is the right file"
         )
     return counts
 
@@ -251,7 +251,7 @@ def _held(folder: Path, facts: Mapping[str, Any]) -> Numbers | None:
         raise LuthierError(
             f"the numbers here were made otherwise: {'; '.join(changed)}",
             where=str(folder),
-            mend="write them anew with --replace, or others elsewhere with --out FOLDER",
+            fix="write them anew with --replace, or others elsewhere with --out FOLDER",
         )
     return held
 
@@ -262,7 +262,7 @@ def _encoded(chunk: Records, recipe: RowsRecipe, tune: Tune, form: Form, before:
         chunk.rows,
         form.tokenizer,
         loss_on=recipe.loss_on,
-        max_tokens=recipe.max_tokens,
+        max_length=recipe.max_length,
         too_long=recipe.too_long,
         form=form,
         reads=reads_of(tune.model.config),

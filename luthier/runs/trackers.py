@@ -119,7 +119,7 @@ def check_trackers(names: str | Sequence[str] | None) -> list[str]:
     listed = [names] if isinstance(names, str) else list(names or ())
     for name in listed:
         if name not in TRACKERS:
-            raise LuthierError(f"there is no tracker `{name}`", where="track", mend=nearest(name, TRACKERS))
+            raise LuthierError(f"there is no tracker `{name}`", where="track", fix=nearest(name, TRACKERS))
         _extra(TRACKERS[name].module)
     return listed
 
@@ -182,7 +182,7 @@ def start_trackers(names: str | Sequence[str] | None, folder: Path, name: str, r
 
 def run_numbers(facts: Mapping[str, Any]) -> dict[str, float]:
     """The numbers of a whole run: what training took, and each evaluation set before and after."""
-    keys = ("seconds", "steps", "tokens", "tokens_per_second", "peak_memory_bytes", "final_loss", "kept")
+    keys = ("seconds", "steps", "tokens", "tokens_per_second", "peak_memory_bytes", "final_loss", "retained")
     numbers = {key: facts[key] for key in keys if key in facts}
     for name, metric in facts.get("metrics", {}).items():
         numbers |= {f"{name}/{when}": metric[when] for when in ("before", "after") if when in metric}
@@ -198,5 +198,5 @@ def _extra(module: str) -> Any:
         return import_module(module)
     except ImportError as error:
         raise LuthierError(
-            f"{module.rpartition('.')[2]} is not installed ({error})", where="track", mend='pip install "luthier[tracking]"'
+            f"{module.rpartition('.')[2]} is not installed ({error})", where="track", fix='pip install "luthier[tracking]"'
         ) from error

@@ -16,7 +16,7 @@ import torch
 from luthier import __version__, disk, machine
 from luthier.delta import Delta, summary
 from luthier.errors import LuthierError, Say
-from luthier.evaluate.compare import base_noise, compare, share_kept
+from luthier.evaluate.compare import base_noise, compare, share_retained
 from luthier.evaluate.overlap import overlaps
 from luthier.evaluate.sets import EvalSet, SetResult, measure
 from luthier.models.fingerprint import fingerprint
@@ -121,9 +121,9 @@ def alone(folder: Path, world: World) -> Iterator[None]:
                 until.enter_context(held(folder))
             except LuthierError as error:
                 refused = error
-        told = world.from_first(None if refused is None else (refused.what, refused.where, refused.mend))
+        told = world.from_first(None if refused is None else (refused.what, refused.where, refused.fix))
         if told is not None:
-            raise LuthierError(told[0], where=told[1], mend=told[2])
+            raise LuthierError(told[0], where=told[1], fix=told[2])
         yield
 
 
@@ -169,7 +169,7 @@ def _train_in(folder: Path, plan: Plan, resumes: bool, say: Say, tell: Tell, com
             facts["delta"] = keep_what_changed(plan, folder, say)
             facts |= {"status": "finished", "total_seconds": time.perf_counter() - began}
             if plan.control is not None and world.is_first:
-                facts["control"] = compare_with(plan.control, folder, facts, say)
+                facts["baseline_run"] = compare_with(plan.control, folder, facts, say)
     except BaseException as error:
         status, what = broken_off(error)
         facts |= {"status": status, "history": progress.history, "warnings": [*progress.notes, what]}
@@ -247,7 +247,7 @@ def first_facts(plan: Plan, folder: Path, command: str, sets: list[EvalSet]) -> 
             "name": plan.start.name,
             "origin": plan.start.origin,
             "architecture": plan.parts.architecture,
-            "parameters": plan.total_numbers,
+            "parameters": plan.total_parameters,
             "fingerprint": plan.fingerprint,
             "ancestors": [{"run": str(run.folder), "weights_sha256": run.facts.get("weights_sha256")} for run in plan.start.runs],
         },
@@ -263,7 +263,7 @@ def first_facts(plan: Plan, folder: Path, command: str, sets: list[EvalSet]) -> 
             "mixture": plan.feed.shares(),
             "cache": list(plan.cache),
             "mapped": list(plan.mapped),
-            "numbers": list(plan.numbered.said),
+            "stored": list(plan.numbered.said),
             "read": list(plan.files),
             "left_out": [one._asdict() for one in plan.left_out],
             "date": date_of(plan.tokenizer),
@@ -271,8 +271,8 @@ def first_facts(plan: Plan, folder: Path, command: str, sets: list[EvalSet]) -> 
         },
         "plan": plan.lines(),
         "tune": ", ".join(part.name for part in plan.chosen["tune"]),
-        "trained_numbers": plan.trained_numbers,
-        "total_numbers": plan.total_numbers,
+        "trained_parameters": plan.trained_parameters,
+        "total_parameters": plan.total_parameters,
         "warnings": plan.warnings(),
     }
 
@@ -285,7 +285,7 @@ def measure_base(plan: Plan, say: Say) -> Before:
     say("measuring the base: " + ", ".join(one.name for one in sets))
     with tune.at("base"):
         results = measured(plan, sets, say)
-    if not plan.recipe.noise:
+    if not plan.recipe.repeat_baseline:
         return Before(results, {})
     return Before(results, tune.run(lambda: base_noise(tune, plan.tokenizer, sets, results, say=say)))
 
@@ -305,7 +305,7 @@ def tracked(trackers: Trackers, facts: Mapping[str, Any]) -> dict[str, Any]:
 def _step_done(plan: Plan, folder: Path, progress: Progress, result: StepResult, tell: Tell, trackers: Trackers) -> None:
     norm = next((s["norm"] for states in plan.engine.chain.state.values() for s in states.values() if "norm" in s), None)
     if norm is not None:
-        progress.history[-1]["norm"] = norm
+        progress.history[-1]["gradient_norm"] = norm
     if not plan.engine.world.is_first:
         return
     steps = folder / STEPS
@@ -359,8 +359,8 @@ def what_changed(plan: Plan, before: Before, after: Mapping[str, SetResult]) -> 
     metrics = {name: compare(result, after.get(name), noise=noise.get(name)) for name, result in before.results.items()}
     return {
         "metrics": metrics,
-        "noise": dict(noise),
-        "kept": share_kept(metrics),
+        "repeat_baseline": dict(noise),
+        "retained": share_retained(metrics),
         "weights_sha256": tuned_fingerprint(plan.engine.tune),
     }
 

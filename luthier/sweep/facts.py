@@ -1,4 +1,4 @@
-"""What a sweep found, as `sweep.json` holds it: every arm's numbers over its seeds, its search, and what stopped its runs."""
+"""What a sweep found, as `sweep.json` holds it: every variant's numbers over its seeds, its search, and what stopped its runs."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from luthier.lab.runner import Choice
 from luthier.lab.verdict import t_interval
 from luthier.report.facts import Facts, are_shares
 from luthier.report.words import measured
-from luthier.sweep.grid import Arm
+from luthier.sweep.grid import Variant
 from luthier.sweep.runs import Job, Outcome, outcome
 
 
 class Rated(NamedTuple):
-    """The learning rate of an arm, and how it came about."""
+    """The learning rate of a variant, and how it came about."""
 
     choice: Choice
     center: float
@@ -33,7 +33,7 @@ class Measures(NamedTuple):
 
     chosen_by: str
     """Chose the learning rates."""
-    skill: str
+    target: str
     """Shows the new skill."""
 
 
@@ -48,7 +48,7 @@ def score_of(found: Outcome, name: str) -> float | None:
 
 def forgotten(facts: Facts) -> float | None:
     """The share of the kept sets' items that were right before and no longer are; None where none were right before."""
-    kept = facts.get("kept")
+    kept = facts.get("retained")
     return None if kept is None else 1 - kept
 
 
@@ -75,23 +75,23 @@ def summary(values: Sequence[float | None]) -> dict[str, Any]:
     }
 
 
-def arm_facts(arm: Arm, rated: Rated, measures: Measures, runs: Sequence[Job]) -> dict[str, Any]:
-    """One arm: its rate and search, its runs, and each number over them."""
+def variant_facts(variant: Variant, rated: Rated, measures: Measures, runs: Sequence[Job]) -> dict[str, Any]:
+    """One variant: its rate and search, its runs, and each number over them."""
     found = [outcome(job) for job in runs]
     facts = [one.facts or {} for one in found]
     sets = dict.fromkeys(name for one in facts for name in one.get("metrics") or {})
     return {
-        "name": arm.name,
-        "changes": dict(arm.changes),
-        "rate": rated.choice.rate,
-        "rate_center": rated.center,
-        "rate_source": rated.source,
-        "rate_note": rated.choice.note,
+        "name": variant.name,
+        "changes": dict(variant.changes),
+        "learning_rate": rated.choice.rate,
+        "learning_rate_center": rated.center,
+        "learning_rate_source": rated.source,
+        "learning_rate_note": rated.choice.note,
         "search": [_tried(job, measures.chosen_by) for job in rated.search],
         "runs": [_run(job, one) for job, one in zip(runs, found, strict=True)],
-        "skill": summary([_after(one, measures.skill) for one in facts]),
+        "target": summary([_after(one, measures.target) for one in facts]),
         "forgetting": summary([forgotten(one) for one in facts]),
-        "trained_numbers": summary([one.get("trained_numbers") for one in facts]),
+        "trained_parameters": summary([one.get("trained_parameters") for one in facts]),
         "peak_memory_bytes": summary([one.get("peak_memory_bytes") for one in facts]),
         "seconds_per_step": summary([seconds_per_step(one) for one in facts]),
         "sets": {name: summary([_after(one, name) for one in facts]) for name in sets},
@@ -107,7 +107,7 @@ def set_facts(finished: Sequence[Facts]) -> dict[str, dict[str, Any]]:
         before = [entry.get("before") for entry in entries]
         values = [*before, *(entry.get("after") for entry in entries)]
         found[name] = {
-            **{key: first.get(key) for key in ("metric", "side", "n")},
+            **{key: first.get(key) for key in ("metric", "role", "n")},
             "before": before[0] if _same(before) else None,
             "higher_is_better": higher,
             "is_share": are_shares(values, higher),
@@ -127,7 +127,7 @@ def _same(values: Sequence[Any]) -> bool:
 
 def _tried(job: Job, chosen_by: str) -> dict[str, Any]:
     found = outcome(job)
-    return {"rate": job.rate, "value": _after(found.facts or {}, chosen_by), **_run(job, found)}
+    return {"learning_rate": job.rate, "value": _after(found.facts or {}, chosen_by), **_run(job, found)}
 
 
 def _run(job: Job, found: Outcome) -> dict[str, Any]:

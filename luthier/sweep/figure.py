@@ -1,4 +1,4 @@
-"""The figure of a sweep: the new skill against forgetting, each arm's seeds as points around its numbered mean."""
+"""The figure of a sweep: the new skill against forgetting, each variant's seeds as points around its numbered mean."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ LEFT, RIGHT, TOP, BOTTOM = 76, 616, 22, 284
 
 
 class Point(NamedTuple):
-    """One arm in the figure."""
+    """One variant in the figure."""
 
     name: str
-    skill: Sequence[float | None]
+    target: Sequence[float | None]
     """Of each seed."""
     forgetting: Sequence[float | None]
     skill_mean: float | None
@@ -27,20 +27,20 @@ class Point(NamedTuple):
     @property
     def seeds(self) -> list[tuple[float, float]]:
         """The seeds that have both numbers."""
-        pairs = zip(self.skill, self.forgetting, strict=True)
+        pairs = zip(self.target, self.forgetting, strict=True)
         return [(skill, lost) for skill, lost in pairs if measured(skill) and measured(lost)]
 
 
-def tradeoff_figure(arms: Sequence[Point], skill: str, form: Callable[[float], str], base: float | None = None) -> Markup:
-    """Draw the arms, numbered from 1 in their order. Empty where no arm has both numbers.
+def tradeoff_figure(variants: Sequence[Point], skill: str, form: Callable[[float], str], base: float | None = None) -> Markup:
+    """Draw the variants, numbered from 1 in their order. Empty where no variant has both numbers.
 
     Args:
-        arms: all of them; one without numbers keeps its number and is not drawn.
+        variants: all of them; one without numbers keeps its number and is not drawn.
         skill: what the axis of the new skill says.
         form: how its values read.
         base: the new skill before training; none: not drawn.
     """
-    everything = [pair for arm in arms for pair in arm.seeds]
+    everything = [pair for variant in variants for pair in variant.seeds]
     if not everything:
         return Markup("")
     untrained = [(base, 0.0)] if measured(base) else []
@@ -51,15 +51,15 @@ def tradeoff_figure(arms: Sequence[Point], skill: str, form: Callable[[float], s
     for value, lost in untrained:
         dot = add(svg, "circle", class_="dot before", cx=across.at(lost), cy=upward.at(value), r=5)
         add(dot, "title", f"before training: {form(value)}")
-    for arm in arms:
-        for value, lost in arm.seeds:
+    for variant in variants:
+        for value, lost in variant.seeds:
             dot = add(svg, "circle", class_="seed", cx=across.at(lost), cy=upward.at(value), r=4)
-            add(dot, "title", f"{arm.name}: {form(value)}, forgot {percent(lost)}")
-    for number, arm in enumerate(arms, start=1):
-        if measured(arm.skill_mean) and measured(arm.forgetting_mean):
-            x, y = across.at(arm.forgetting_mean), upward.at(arm.skill_mean)
+            add(dot, "title", f"{variant.name}: {form(value)}, forgot {percent(lost)}")
+    for number, variant in enumerate(variants, start=1):
+        if measured(variant.skill_mean) and measured(variant.forgetting_mean):
+            x, y = across.at(variant.forgetting_mean), upward.at(variant.skill_mean)
             mean = add(svg, "g", class_="mean")
-            add(mean, "title", f"{arm.name}, mean: {form(arm.skill_mean)}, forgot {percent(arm.forgetting_mean)}")
+            add(mean, "title", f"{variant.name}, mean: {form(variant.skill_mean)}, forgot {percent(variant.forgetting_mean)}")
             add(mean, "circle", cx=x, cy=y, r=10)
             add(mean, "text", str(number), x=x, y=y + 4, text_anchor="middle")
     return markup(svg)

@@ -9,27 +9,27 @@ from pathlib import Path
 from typing import NamedTuple
 
 from luthier.errors import LuthierError, nearest
-from luthier.lab.claim import CHOOSING_SEED
+from luthier.lab.replication import CHOOSING_SEED
 from luthier.recipe import EvaluationSet, Recipe, read_recipe
 
 WHERE = "command line"
 RATE_KEY = "train.learning_rate"
 _ALIKE = ("name", "out", "seed", "evaluate")
-"""Keys that must be the same in all arms: what is measured, at which seeds, and where it is kept."""
+"""Keys that must be the same in all variants: what is measured, at which seeds, and where it is kept."""
 _OPENS, _CLOSES = "[{(", "]})"
 
 
 class Settings(NamedTuple):
-    """What `seeds=3 rates=3 jobs=1 choose_by=SET` say of the sweep itself."""
+    """What `seeds=3 learning_rates=3 jobs=1 choose_by=SET` say of the sweep itself."""
 
     seeds: int = 3
-    """Runs of each arm at its chosen rate, with the recipe's seed and those that follow it."""
-    rates: int = 3
-    """Learning rates tried for each arm; 1: the advised one, without a search."""
+    """Runs of each variant at its chosen rate, with the recipe's seed and those that follow it."""
+    learning_rates: int = 3
+    """Learning rates tried for each variant; 1: the advised one, without a search."""
     jobs: int = 1
     """Runs at a time."""
     choose_by: str | None = None
-    """The evaluation set by which rates are chosen; none: the first that is marked as learnt."""
+    """The evaluation set by which rates are chosen; none: the first that is marked as a target."""
 
 
 class Asked(NamedTuple):
@@ -37,7 +37,7 @@ class Asked(NamedTuple):
 
     settings: Settings
     values: Mapping[str, tuple[str, ...]]
-    """Of each key to set, in the order given; several values make several arms."""
+    """Of each key to set, in the order given; several values make several variants."""
 
     @property
     def listed(self) -> list[str]:
@@ -45,26 +45,26 @@ class Asked(NamedTuple):
         return [key for key, values in self.values.items() if len(values) > 1]
 
 
-class Arm(NamedTuple):
+class Variant(NamedTuple):
     """One side of the comparison."""
 
     name: str
     """What sets it apart: its value where one key is listed, else `key=value` for each."""
     changes: Mapping[str, str]
-    """The listed keys, with this arm's values."""
+    """The listed keys, with this variant's values."""
     recipe: Recipe
 
     @property
     def slug(self) -> str:
         """The name as a part of a folder's name."""
-        return re.sub(r"[^A-Za-z0-9]+", "-", self.name).strip("-")[:40].strip("-") or "arm"
+        return re.sub(r"[^A-Za-z0-9]+", "-", self.name).strip("-")[:40].strip("-") or "variant"
 
 
 def read_words(words: Sequence[str]) -> Asked:
     """Read `key=value,value` words.
 
     Args:
-        words: keys of the recipe, and `seeds`, `rates`, `jobs` and `choose_by`, which are the sweep's own.
+        words: keys of the recipe, and `seeds`, `learning_rates`, `jobs` and `choose_by`, which are the sweep's own.
 
     Raises:
         LuthierError: a word is no `key=value`, an empty list, a value or a key that stands twice, or a key that cannot be listed.
@@ -75,16 +75,16 @@ def read_words(words: Sequence[str]) -> Asked:
     for word in words:
         key, sign, text = word.partition("=")
         if not sign or not key:
-            raise LuthierError(f"`{word}` is not key=value", where=WHERE, mend="write e.g. tune=full,lora")
+            raise LuthierError(f"`{word}` is not key=value", where=WHERE, fix="write e.g. tune=full,lora")
         if key in seen:
-            raise LuthierError(f"`{key}` stands twice", where=WHERE, mend="give it once, with all its values: tune=full,lora")
+            raise LuthierError(f"`{key}` stands twice", where=WHERE, fix="give it once, with all its values: tune=full,lora")
         seen.add(key)
         if key in Settings._fields:
             settings = _set(settings, key, text)
         else:
             values[key] = _checked(key, split_values(text))
     if settings.seeds > CHOOSING_SEED:
-        raise LuthierError(f"{settings.seeds} seeds", where=f"{WHERE}: seeds", mend=f"use at most {CHOOSING_SEED}")
+        raise LuthierError(f"{settings.seeds} seeds", where=f"{WHERE}: seeds", fix=f"use at most {CHOOSING_SEED}")
     return Asked(settings, values)
 
 
@@ -105,49 +105,49 @@ def split_values(text: str) -> tuple[str, ...]:
     return tuple(piece.strip() for piece in pieces)
 
 
-def arms_of(path: Path, asked: Asked) -> list[Arm]:
-    """One arm for each combination of the listed values, the first key's values outermost.
+def variants_of(path: Path, asked: Asked) -> list[Variant]:
+    """One variant for each combination of the listed values, the first key's values outermost.
 
     Raises:
         LuthierError: no such recipe, or an unknown key or a wrong value, as `luthier.recipe.read_recipe` finds them.
     """
-    arms = []
+    variants = []
     for combination in product(*asked.values.values()):
         chosen = dict(zip(asked.values, combination, strict=True))
         changes = {key: chosen[key] for key in asked.listed}
         recipe = read_recipe(path, [f"{key}={value}" for key, value in chosen.items()])
-        arms.append(Arm(_name(changes, recipe), changes, recipe))
-    return arms
+        variants.append(Variant(_name(changes, recipe), changes, recipe))
+    return variants
 
 
 def choosing_set(recipe: Recipe, named: str | None) -> str:
-    """The evaluation set by which learning rates are chosen: the named one, else the first that is marked as learnt.
+    """The evaluation set by which learning rates are chosen: the named one, else the first that is marked as a target.
 
     Raises:
         LuthierError: there is no such set.
     """
     if named is not None:
         if named not in recipe.evaluate:
-            mend = nearest(named, recipe.evaluate) or "name one of the recipe's"
-            raise LuthierError(f"there is no evaluation set `{named}`", where=f"{WHERE}: choose_by", mend=mend)
+            fix = nearest(named, recipe.evaluate) or "name one of the recipe's"
+            raise LuthierError(f"there is no evaluation set `{named}`", where=f"{WHERE}: choose_by", fix=fix)
         return named
-    learnt = _learnt(recipe.evaluate)
-    if not learnt:
+    targets = _targets(recipe.evaluate)
+    if not targets:
         raise LuthierError(
-            "a sweep needs an evaluation set that shows what was learnt",
+            "a sweep needs an evaluation set that shows what was learned",
             where="evaluate",
-            mend="add `evaluate: {new: {rows: FILE, side: learnt}}` to the recipe",
+            fix="add `evaluate: {new: {rows: FILE, role: target}}` to the recipe",
         )
-    return learnt[0]
+    return targets[0]
 
 
-def skill_set(recipe: Recipe, chosen_by: str) -> str:
-    """The evaluation set that the page shows as the new skill: the first learnt one that did not choose the rates, else that one."""
-    return next((name for name in _learnt(recipe.evaluate) if name != chosen_by), chosen_by)
+def target_set(recipe: Recipe, chosen_by: str) -> str:
+    """The evaluation set that the page shows: the first target that did not choose the learning rates, else that one."""
+    return next((name for name in _targets(recipe.evaluate) if name != chosen_by), chosen_by)
 
 
-def _learnt(sets: Mapping[str, EvaluationSet]) -> list[str]:
-    return [name for name, one in sets.items() if one.side == "learnt"]
+def _targets(sets: Mapping[str, EvaluationSet]) -> list[str]:
+    return [name for name, one in sets.items() if one.role == "target"]
 
 
 def _name(changes: Mapping[str, str], recipe: Recipe) -> str:
@@ -165,7 +165,7 @@ def _set(settings: Settings, key: str, text: str) -> Settings:
 
 def _whole(key: str, text: str) -> int:
     if not re.fullmatch(r"\d{1,9}", text) or int(text) < 1:
-        raise LuthierError(f"`{text}` is no number of {key}", where=f"{WHERE}: {key}", mend=f"write a whole number, e.g. {key}=3")
+        raise LuthierError(f"`{text}` is no number of {key}", where=f"{WHERE}: {key}", fix=f"write a whole number, e.g. {key}=3")
     return int(text)
 
 
@@ -173,12 +173,12 @@ def _checked(key: str, values: tuple[str, ...]) -> tuple[str, ...]:
     where = f"{WHERE}: {key}"
     if not all(values):
         what = "has nothing between two commas" if len(values) > 1 else "lists nothing"
-        raise LuthierError(f"`{key}` {what}", where=where, mend=f"write {key}=one,two")
+        raise LuthierError(f"`{key}` {what}", where=where, fix=f"write {key}=one,two")
     if len(set(values)) < len(values):
-        raise LuthierError(f"`{key}` lists a value twice", where=where, mend="leave out one of the two")
+        raise LuthierError(f"`{key}` lists a value twice", where=where, fix="leave out one of the two")
     if key.partition(".")[0] == "out":
-        raise LuthierError("the runs of a sweep lie in the sweep's folder", where=where, mend="use --out FOLDER")
+        raise LuthierError("the runs of a sweep lie in the sweep's folder", where=where, fix="use --out FOLDER")
     if len(values) > 1 and key.partition(".")[0] in _ALIKE:
-        mend = "use seeds=N" if key == "seed" else "give it one value"
-        raise LuthierError(f"`{key}` must be the same in all arms", where=where, mend=mend)
+        fix = "use seeds=N" if key == "seed" else "give it one value"
+        raise LuthierError(f"`{key}` must be the same in all variants", where=where, fix=fix)
     return values

@@ -23,7 +23,7 @@ def step_time(seconds: float) -> str:
 
 
 COSTS: Mapping[str, tuple[str, Form]] = {
-    "trained_numbers": ("Trained numbers", count),
+    "trained_parameters": ("Trained parameters", count),
     "peak_memory_bytes": ("Peak memory", size),
     "seconds_per_step": ("Time a step", step_time),
 }
@@ -40,19 +40,19 @@ class Cell(NamedTuple):
 
 
 class Line(NamedTuple):
-    """One arm in the table."""
+    """One variant in the table."""
 
     name: str
     rate: str
     finished: str
-    skill: Cell
+    target: Cell
     forgetting: Cell
     costs: tuple[Cell, ...]
     sets: tuple[Cell, ...]
 
 
 class Trial(NamedTuple):
-    """One learning rate of an arm's search."""
+    """One learning rate of a variant's search."""
 
     rate: str
     value: str
@@ -61,7 +61,7 @@ class Trial(NamedTuple):
 
 
 class Searched(NamedTuple):
-    """The search of one arm."""
+    """The search of one variant."""
 
     name: str
     trials: tuple[Trial, ...]
@@ -72,12 +72,12 @@ class Searched(NamedTuple):
 class Failure(NamedTuple):
     """A run that gave no result."""
 
-    arm: str
+    variant: str
     rate: str
     seed: int
     what: str
     where: str
-    mend: str
+    fix: str
 
 
 def write_sweep(facts: Facts, path: Path) -> Path:
@@ -87,17 +87,23 @@ def write_sweep(facts: Facts, path: Path) -> Path:
 
 def sweep_page(facts: Facts) -> str:
     """A sweep as one self-contained page."""
-    form = set_form(facts, facts["skill"])
+    form = set_form(facts, facts["target"])
     points = [
-        Point(arm["name"], arm["skill"]["values"], arm["forgetting"]["values"], arm["skill"]["mean"], arm["forgetting"]["mean"])
-        for arm in facts["arms"]
+        Point(
+            variant["name"],
+            variant["target"]["values"],
+            variant["forgetting"]["values"],
+            variant["target"]["mean"],
+            variant["forgetting"]["mean"],
+        )
+        for variant in facts["variants"]
     ]
     return render_page(
         "sweep.html.j2",
         facts=facts,
         headline=headline(facts),
         figure=tradeoff_figure(
-            points, f"{facts['skill']}, after training", form, base=facts["sets"].get(facts["skill"], {}).get("before")
+            points, f"{facts['target']}, after training", form, base=facts["sets"].get(facts["target"], {}).get("before")
         ),
         cost_names=[title for title, _ in COSTS.values()],
         lines=lines_of(facts),
@@ -111,44 +117,56 @@ def headline(facts: Facts) -> str:
     """What was compared, in one sentence."""
     keys = ", ".join(facts["keys"])
     seeds = plural(len(facts["seeds"]), "seed")
-    arms = plural(len(facts["arms"]), "arm")
-    return f"{arms}{f' of {keys}' if keys else ''}, {seeds} each."
+    variants = plural(len(facts["variants"]), "variant")
+    return f"{variants}{f' of {keys}' if keys else ''}, {seeds} each."
 
 
 def lines_of(facts: Facts) -> list[Line]:
-    """The arms in their order."""
-    return [_line(facts, arm) for arm in facts["arms"]]
+    """The variants in their order."""
+    return [_line(facts, variant) for variant in facts["variants"]]
 
 
 def searches_of(facts: Facts) -> list[Searched]:
-    """The searches, of the arms that had one."""
+    """The searches, of the variants that had one."""
     form = set_form(facts, facts["chosen_by"])
-    return [_searched(arm, form) for arm in facts["arms"] if arm["search"]]
+    return [_searched(variant, form) for variant in facts["variants"] if variant["search"]]
 
 
 def failures_of(facts: Facts) -> list[Failure]:
     """All runs that gave no result, those of the searches first."""
     return [
-        Failure(arm["name"], rate_words(run.get("rate", arm["rate"])), run["seed"], *(run["error"][key] for key in _ERROR))
-        for arm in facts["arms"]
-        for run in [*arm["search"], *arm["runs"]]
+        Failure(
+            variant["name"],
+            rate_words(run.get("learning_rate", variant["learning_rate"])),
+            run["seed"],
+            *(run["error"][key] for key in _ERROR),
+        )
+        for variant in facts["variants"]
+        for run in [*variant["search"], *variant["runs"]]
         if run["error"]
     ]
 
 
-_ERROR = ("error", "where", "mend")
+_ERROR = ("error", "where", "fix")
 
 
 def sweep_table(facts: Facts) -> Table:
     """A sweep in the terminal."""
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold", title=plain(headline(facts)), title_justify="left")
-    for column in ("arm", "rate", facts["skill"], "forgotten", *(title.lower() for title, _ in COSTS.values()), "runs"):
+    for column in (
+        "variant",
+        "learning_rate",
+        facts["target"],
+        "forgotten",
+        *(title.lower() for title, _ in COSTS.values()),
+        "runs",
+    ):
         table.add_column(plain(column))
     for line in lines_of(facts):
-        cells = [line.skill, line.forgetting, *line.costs]
+        cells = [line.target, line.forgetting, *line.costs]
         table.add_row(plain(line.name, "bold"), plain(line.rate), *(plain(cell.mean) for cell in cells), plain(line.finished))
     for one in failures_of(facts):
-        table.add_row(plain(one.arm, "red"), plain(one.rate), plain(f"seed {one.seed}: {one.what}", "red"))
+        table.add_row(plain(one.variant, "red"), plain(one.rate), plain(f"seed {one.seed}: {one.what}", "red"))
     return table
 
 
@@ -188,29 +206,29 @@ def _interval(low: float | None, high: float | None, over_seeds: Facts, form: Fo
     return between(low, min(high, 1.0) if form is percent else high, form)
 
 
-def _line(facts: Facts, arm: Facts) -> Line:
-    finished = sum(run["error"] is None for run in arm["runs"])
+def _line(facts: Facts, variant: Facts) -> Line:
+    finished = sum(run["error"] is None for run in variant["runs"])
     absent: Facts = {"values": [], "mean": None, "interval": None}
     return Line(
-        name=arm["name"],
-        rate=rate_words(arm["rate"]),
+        name=variant["name"],
+        rate=rate_words(variant["learning_rate"]),
         finished=f"{finished} of {len(facts['seeds'])}",
-        skill=cell_of(arm["skill"], set_form(facts, facts["skill"])),
-        forgetting=cell_of(arm["forgetting"], percent),
-        costs=tuple(cost_cell(arm[key], form) for key, (_, form) in COSTS.items()),
-        sets=tuple(cell_of(arm["sets"].get(name, absent), set_form(facts, name)) for name in facts["sets"]),
+        target=cell_of(variant["target"], set_form(facts, facts["target"])),
+        forgetting=cell_of(variant["forgetting"], percent),
+        costs=tuple(cost_cell(variant[key], form) for key, (_, form) in COSTS.items()),
+        sets=tuple(cell_of(variant["sets"].get(name, absent), set_form(facts, name)) for name in facts["sets"]),
     )
 
 
-def _searched(arm: Facts, form: Form) -> Searched:
+def _searched(variant: Facts, form: Form) -> Searched:
     trials = tuple(
         Trial(
-            rate_words(one["rate"]),
+            rate_words(one["learning_rate"]),
             NOT_MEASURED if not measured(one["value"]) else form(one["value"]),
-            one["rate"] == arm["rate"],
+            one["learning_rate"] == variant["learning_rate"],
             one["error"]["error"] if one["error"] else "",
         )
-        for one in arm["search"]
+        for one in variant["search"]
     )
-    source = f"around {rate_words(arm['rate_center'])}, {spaced(arm['rate_source'])}"
-    return Searched(arm["name"], trials, arm["rate_note"], source)
+    source = f"around {rate_words(variant['learning_rate_center'])}, {spaced(variant['learning_rate_source'])}"
+    return Searched(variant["name"], trials, variant["learning_rate_note"], source)

@@ -122,5 +122,5 @@ def find_ray() -> Any:
     try:
         import ray
     except ImportError as error:
-        raise LuthierError(f"Ray is not installed ({error})", where="--ray", mend='pip install "luthier[ray]"') from error
+        raise LuthierError(f"Ray is not installed ({error})", where="--ray", fix='pip install "luthier[ray]"') from error
     return ray

@@ -24,7 +24,7 @@ from luthier.recipe import make_recipe
 from luthier.results.folder import FILE, read_run, write_json
 from luthier.results.start import located
 from luthier.runs.train import train
-from luthier.sweep.grid import Arm
+from luthier.sweep.grid import Variant
 
 _KEY_DIGITS = 10
 _AGAIN = "call the same sweep again: it goes on"
@@ -34,7 +34,7 @@ class Job(NamedTuple):
     """A run to be made: plain data, so that any process can take it."""
 
     name: str
-    arm: str
+    variant: str
     rate: float
     seed: int
     recipe: Mapping[str, Any]
@@ -70,15 +70,15 @@ class Outcome(NamedTuple):
     error: Mapping[str, str] | None = None
 
 
-def job_of(arm: Arm, rate: float, seed: int, root: Path) -> Job:
-    """The run of an arm at a learning rate and a seed."""
+def job_of(variant: Variant, rate: float, seed: int, root: Path) -> Job:
+    """The run of a variant at a learning rate and a seed."""
     runs = str(root / "runs")
-    recipe = located(arm.recipe).model_copy(
-        update={"train": arm.recipe.train.model_copy(update={"learning_rate": rate}), "seed": seed, "out": runs}
+    recipe = located(variant.recipe).model_copy(
+        update={"train": variant.recipe.train.model_copy(update={"learning_rate": rate}), "seed": seed, "out": runs}
     )
     key = stage_key(recipe, base_key(recipe.model, recipe.revision), recipe.train.device)[:_KEY_DIGITS]
-    name = f"{arm.slug}-rate-{rate:g}-seed-{seed}-{key}".replace("+", "")
-    return Job(name, arm.name, rate, seed, {**recipe.as_plain(), "name": name}, str(root), os.getcwd())
+    name = f"{variant.slug}-rate-{rate:g}-seed-{seed}-{key}".replace("+", "")
+    return Job(name, variant.name, rate, seed, {**recipe.as_plain(), "name": name}, str(root), os.getcwd())
 
 
 def train_here(job: Job) -> None:
@@ -112,9 +112,7 @@ def keep_problem(job: Job, error: LuthierError) -> None:
 def keep_crash(job: Job, how: str) -> None:
     """Note that a run's process ended on its own, unless the run had told why."""
     if not job.problem.is_file():
-        keep_problem(
-            job, LuthierError(f"the run's process ended before its work was done ({how})", where=str(job.log), mend=_AGAIN)
-        )
+        keep_problem(job, LuthierError(f"the run's process ended before its work was done ({how})", where=str(job.log), fix=_AGAIN))
 
 
 def outcome(job: Job) -> Outcome:
@@ -128,7 +126,7 @@ def outcome(job: Job) -> Outcome:
             return Outcome(None, json.loads(job.problem.read_text(encoding="utf-8")))
     except LuthierError as error:
         return Outcome(None, error.as_json())
-    return Outcome(None, LuthierError("the run was stopped", where=str(job.folder), mend=_AGAIN).as_json())
+    return Outcome(None, LuthierError("the run was stopped", where=str(job.folder), fix=_AGAIN).as_json())
 
 
 def is_done(job: Job) -> bool:

@@ -1,4 +1,4 @@
-"""How an arm's learning rate is chosen: as many trials as every other arm, on the same grid around its own advised rate."""
+"""How a variant's learning rate is chosen: as many trials as every other variant, on the same grid around its own advised rate."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _NAME = "learning_rate"
 
 
 class Search(NamedTuple):
-    """The trials of one arm, as Optuna holds them."""
+    """The trials of one variant, as Optuna holds them."""
 
     study: Any
     trials: Mapping[float, Any]
@@ -62,7 +62,7 @@ def choose(search: Search, scores: Mapping[float, float | None]) -> Choice:
         search.study.tell(trial, score, state=failed if score is None else None)
     tried = tuple(Tried(trial.params[_NAME], trial.value) for trial in search.study.trials)
     choice = best(tried)
-    return choice if any(one.score is not None for one in tried) else Choice(None, tried, "no rate gave a score")
+    return choice if any(one.score is not None for one in tried) else Choice(None, tried, "no learning rate gave a score")
 
 
 def find_optuna() -> Any:
@@ -77,6 +77,6 @@ def find_optuna() -> Any:
         raise LuthierError(
             f"Optuna, which searches learning rates, is not installed ({error})",
             where="luthier sweep",
-            mend='pip install "luthier[sweep]", or use rates=1',
+            fix='pip install "luthier[sweep]", or use learning_rates=1',
         ) from error
     return optuna

@@ -1,4 +1,4 @@
-"""A sweep from beginning to end: arms, learning rates chosen alike, every seed at the chosen rate, one page."""
+"""A sweep from beginning to end: variants, learning rates chosen alike, every seed at the chosen rate, one page."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from filelock import FileLock, Timeout
 
 from luthier import __version__
 from luthier.errors import LuthierError, Say
-from luthier.lab.claim import CHOOSING_SEED
+from luthier.lab.replication import CHOOSING_SEED
 from luthier.lab.runner import Choice
 from luthier.planning.attach import advised_rate
 from luthier.recipe.parts import choose_parts
 from luthier.results.folder import write_json
-from luthier.sweep.facts import Measures, Rated, arm_facts, score_of, set_facts
-from luthier.sweep.grid import RATE_KEY, Arm, Asked, arms_of, choosing_set, read_words, skill_set
+from luthier.sweep.facts import Measures, Rated, score_of, set_facts, variant_facts
+from luthier.sweep.grid import RATE_KEY, Asked, Variant, choosing_set, read_words, target_set, variants_of
 from luthier.sweep.page import write_sweep
 from luthier.sweep.processes import find_ray, local, on_ray
 from luthier.sweep.runs import Job, RunAll, is_done, job_of, outcome
@@ -31,7 +31,7 @@ class Sweep(NamedTuple):
     """What is compared, where and how."""
 
     asked: Asked
-    arms: Sequence[Arm]
+    variants: Sequence[Variant]
     measures: Measures
     root: Path
     run_all: RunAll
@@ -40,7 +40,7 @@ class Sweep(NamedTuple):
     @property
     def first_seed(self) -> int:
         """The recipe's seed."""
-        return self.arms[0].recipe.seed
+        return self.variants[0].recipe.seed
 
     @property
     def seeds(self) -> list[int]:
@@ -64,12 +64,12 @@ def sweep(
 ) -> dict[str, Any]:
     """Run a recipe with every combination of the listed values, and show them side by side.
 
-    Each arm's learning rate is chosen first, from the same grid around the rate that `luthier train` would take, by one evaluation
-    set at a seed of its own. Then every arm runs at every seed. A run that is finished is not made again.
+    Each variant's learning rate is chosen first, from the same grid around the rate that `luthier train` would take, by one evaluation
+    set at a seed of its own. Then every variant runs at every seed. A run that is finished is not made again.
 
     Args:
         recipe: its file.
-        words: `key=value` and `key=value,value`, with the sweep's own `seeds`, `rates`, `jobs` and `choose_by`.
+        words: `key=value` and `key=value,value`, with the sweep's own `seeds`, `learning_rates`, `jobs` and `choose_by`.
         folder: of the sweep; none: `sweeps/NAME`.
         ray: hand the runs to Ray instead of processes of this machine.
         say: hears what is being done.
@@ -80,21 +80,21 @@ def sweep(
 
     Raises:
         LuthierError: a mistake in the words or the recipe, Optuna or Ray is not installed, or another process works on this sweep.
-            An arm that fails is no error: the others go on, and the page says why.
+            A variant that fails is no error: the others go on, and the page says why.
     """
     asked = read_words(words)
-    arms = arms_of(Path(recipe), asked)
-    chosen_by = choosing_set(arms[0].recipe, asked.settings.choose_by)
-    rates = [_advice(arm) for arm in arms]
-    root = Path(folder) if folder is not None else Path("sweeps") / arms[0].recipe.name
+    variants = variants_of(Path(recipe), asked)
+    chosen_by = choosing_set(variants[0].recipe, asked.settings.choose_by)
+    rates = [_advice(variant) for variant in variants]
+    root = Path(folder) if folder is not None else Path("sweeps") / variants[0].recipe.name
     if ray:
         find_ray()
     run_all = on_ray if ray else local(asked.settings.jobs)
-    measures = Measures(chosen_by, skill_set(arms[0].recipe, chosen_by))
+    measures = Measures(chosen_by, target_set(variants[0].recipe, chosen_by))
     with _alone(root):
-        work = Sweep(asked, arms, measures, root, run_all, say)
+        work = Sweep(asked, variants, measures, root, run_all, say)
         rated = _choose_rates(work, rates)
-        jobs = [_reported(work, arm, one) for arm, one in zip(arms, rated, strict=True)]
+        jobs = [_reported(work, variant, one) for variant, one in zip(variants, rated, strict=True)]
         _do(work, [job for several in jobs for job in several], "runs at the chosen rates")
         found = {**_first_facts(work, Path(recipe), command, ray), **_results(work, rated, jobs)}
         write_json(root / FACTS, found)
@@ -102,9 +102,9 @@ def sweep(
     return found
 
 
-def _advice(arm: Arm) -> tuple[float, str]:
+def _advice(variant: Variant) -> tuple[float, str]:
     """The learning rate that `luthier train` would take, and where it comes from."""
-    return advised_rate(arm.recipe.train, choose_parts(arm.recipe))
+    return advised_rate(variant.recipe.train, choose_parts(variant.recipe))
 
 
 def _alone(root: Path) -> AbstractContextManager[object]:
@@ -113,22 +113,22 @@ def _alone(root: Path) -> AbstractContextManager[object]:
         root.mkdir(parents=True, exist_ok=True)
         return FileLock(root / ".lock").acquire(timeout=0)
     except Timeout:
-        raise LuthierError("another process works on this sweep", where=str(root), mend="wait for it, or use --out") from None
+        raise LuthierError("another process works on this sweep", where=str(root), fix="wait for it, or use --out") from None
     except OSError as error:
         what = f"the sweep's folder cannot be made: {error}"
-        raise LuthierError(what, where=str(root), mend="name a folder that can be written to with --out") from None
+        raise LuthierError(what, where=str(root), fix="name a folder that can be written to with --out") from None
 
 
 def _choose_rates(work: Sweep, advice: Sequence[tuple[float, str]]) -> list[Rated]:
-    count = work.asked.settings.rates
+    count = work.asked.settings.learning_rates
     if RATE_KEY in work.asked.listed or count == 1:
-        note = "" if RATE_KEY in work.asked.listed else "the advised rate, without a search"
+        note = "" if RATE_KEY in work.asked.listed else "the advised learning rate, without a search"
         return [Rated(Choice(rate, note=note), rate, source) for rate, source in advice]
     find_optuna()
     searches = [begin(rates_around(center, count)) for center, _ in advice]
     jobs = [
-        tuple(job_of(arm, rate, work.choosing_seed, work.root) for rate in search.trials)
-        for arm, search in zip(work.arms, searches, strict=True)
+        tuple(job_of(variant, rate, work.choosing_seed, work.root) for rate in search.trials)
+        for variant, search in zip(work.variants, searches, strict=True)
     ]
     _do(work, [job for several in jobs for job in several], "choosing learning rates")
     rated = []
@@ -138,9 +138,9 @@ def _choose_rates(work: Sweep, advice: Sequence[tuple[float, str]]) -> list[Rate
     return rated
 
 
-def _reported(work: Sweep, arm: Arm, rated: Rated) -> list[Job]:
+def _reported(work: Sweep, variant: Variant, rated: Rated) -> list[Job]:
     rate = rated.choice.rate
-    return [] if rate is None else [job_of(arm, rate, seed, work.root) for seed in work.seeds]
+    return [] if rate is None else [job_of(variant, rate, seed, work.root) for seed in work.seeds]
 
 
 def _do(work: Sweep, jobs: Sequence[Job], words: str) -> None:
@@ -153,25 +153,25 @@ def _do(work: Sweep, jobs: Sequence[Job], words: str) -> None:
         for number, job in enumerate(ended, start=1):
             error = outcome(job).error
             how = f"stopped: {error['error']}" if error else "finished"
-            work.say(f"{words}: {number} of {len(todo)}: {job.arm}, rate {job.rate:g}, seed {job.seed}: {how}")
+            work.say(f"{words}: {number} of {len(todo)}: {job.variant}, learning rate {job.rate:g}, seed {job.seed}: {how}")
 
 
 def _first_facts(work: Sweep, recipe: Path, command: str, ray: bool) -> dict[str, Any]:
     settings = work.asked.settings
     return {
         "luthier": __version__,
-        "name": work.arms[0].recipe.name,
+        "name": work.variants[0].recipe.name,
         "folder": str(work.root),
         "recipe": str(recipe),
         "command": command,
         "made": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "model": ", ".join(dict.fromkeys(arm.recipe.model for arm in work.arms)),
+        "model": ", ".join(dict.fromkeys(variant.recipe.model for variant in work.variants)),
         "keys": work.asked.listed,
         "seeds": work.seeds,
-        "rates": settings.rates,
+        "learning_rates": settings.learning_rates,
         "choosing_seed": work.choosing_seed,
         "chosen_by": work.measures.chosen_by,
-        "skill": work.measures.skill,
+        "target": work.measures.target,
         "where": "Ray" if ray else "this machine",
         "jobs": None if ray else settings.jobs,
     }
@@ -179,5 +179,8 @@ def _first_facts(work: Sweep, recipe: Path, command: str, ray: bool) -> dict[str
 
 def _results(work: Sweep, rated: Sequence[Rated], jobs: Sequence[Sequence[Job]]) -> Mapping[str, Any]:
     finished = [facts for several in jobs for job in several if (facts := outcome(job).facts) is not None]
-    arms = zip(work.arms, rated, jobs, strict=True)
-    return {"sets": set_facts(finished), "arms": [arm_facts(arm, one, work.measures, runs) for arm, one, runs in arms]}
+    variants = zip(work.variants, rated, jobs, strict=True)
+    return {
+        "sets": set_facts(finished),
+        "variants": [variant_facts(variant, one, work.measures, runs) for variant, one, runs in variants],
+    }

@@ -36,7 +36,7 @@ def check(world: World, tune: Tune, *, values: bool) -> None:
         raise LuthierError(
             f"`{apart[0]}` trains numbers that differ between the processes",
             where=apart[0],
-            mend="use one process, or another technique: what it chooses is not the same on every device",
+            fix="use one process, or another technique: what it chooses is not the same on every device",
         )
 
 

@@ -9,21 +9,21 @@ from torch import nn
 from luthier.columns.chunked import CONTEXT_ATTENTION
 from luthier.errors import LuthierError
 from luthier.kinds import (
+    Callback,
     Freezing,
+    GradientEstimator,
+    GradientTransform,
     Head,
     InputMap,
-    Keeper,
+    LossTerm,
     Now,
     Optimizer,
     PairLoss,
     Reference,
-    Source,
     State,
     StepLoss,
-    Term,
     TokenLoss,
     TokenWeight,
-    Transform,
     Vocabulary,
 )
 from luthier.kinds.parts import Parts
@@ -44,7 +44,7 @@ from luthier.tune.attached import Attached
 from luthier.tune.forward import hidden
 from luthier.tune.turns import Turns
 
-LOSSES = Term | TokenLoss | PairLoss | StepLoss
+LOSSES = LossTerm | TokenLoss | PairLoss | StepLoss
 """What is minimized."""
 
 FREES = tuple(KEYS["tune"].kinds.values())
@@ -103,25 +103,25 @@ def build_engine(
         head=_head(values),
     )
     if not goal.terms:
-        raise LuthierError("nothing is minimized", where="objective", mend="name one, e.g. cross_entropy")
+        raise LuthierError("nothing is minimized", where="objective", fix="name one, e.g. cross_entropy")
     if goal.head is not None and goal.rules:
         raise LuthierError(
             f"`{goal.rules[0].slot}` chooses among the targets of a step, and what `{goal.head[0]}` reads has none",
             where="token_weight",
-            mend="leave one of them out",
+            fix="leave one of them out",
         )
     # Refuses two parts that define a column differently.
     goal.columns()
     check_predicts(values, parts)
     maps = [Mapped(slot, v) for slot, v in values if isinstance(v, InputMap)]
     inputs = Inputs(vocabulary or bare_vocabulary(parts.vocabulary), maps)
-    keepers = [(slot, v) for slot, v in values if isinstance(v, Keeper)]
+    callbacks = [(slot, v) for slot, v in values if isinstance(v, Callback)]
     looking = goal.readers(CONTEXT_ATTENTION.name)
     if looking and not use_attention(model):
         raise _hidden(looking, parts)
     others = _others(goal.models(), load_others)
     comparing = bool(goal.comparing()) or any(one.model is model or one.beneath is not None for one in others.values())
-    keep_base = keep_base or comparing or any("base" in v.needs for _, v in keepers)
+    keep_base = keep_base or comparing or any("base" in v.needs for _, v in callbacks)
     owner = Tune(model, parts, masters=masters, keep_base=keep_base, root=root)
     owner.others.update(others)
     for one in others.values():
@@ -142,34 +142,34 @@ def build_engine(
         raise LuthierError(
             f"`{goal.comparing()[0]}` compares with the base, which does not read the virtual tokens that are targets here",
             where="objective",
-            mend="leave it out, or use a prompt without targets, such as prompt_tuning",
+            fix="leave it out, or use a prompt without targets, such as prompt_tuning",
         )
     goal.start(owner, services_of)
     if not owner.trained:
-        raise LuthierError("nothing trains", where="tune", mend="name a technique, e.g. full, half or lora")
+        raise LuthierError("nothing trains", where="tune", fix="name a technique, e.g. full, half or lora")
     if looking:
         _try_looking(owner, looking)
     # What a technique returns beside what it frees is for its own tensors, and comes before what the recipe names as its step.
     freeing = {slot for slot, v in values if isinstance(v, FREES)}
-    in_step = {slot for key, slot, _ in named if key == "step"}
-    moving = [(slot, v) for slot, v in values if isinstance(v, Transform | Optimizer)]
+    in_step = {slot for key, slot, _ in named if key == "optimizer"}
+    moving = [(slot, v) for slot, v in values if isinstance(v, GradientTransform | Optimizer)]
     links = [Link(slot, v, own=slot in freeing) for slot, v in sorted(moving, key=lambda one: one[0] in in_step)]
-    sources = [(slot, v) for slot, v in values if isinstance(v, Source)]
+    sources = [(slot, v) for slot, v in values if isinstance(v, GradientEstimator)]
     world = world or World.current()
-    _refuse_impossible(sources, links, owner, keepers, world)
+    _refuse_impossible(sources, links, owner, callbacks, world)
     chain = Chain(links, owner)
-    chain.watching = _watched(owner, keepers)
+    chain.watching = _watched(owner, callbacks)
     engine = Engine(owner, goal, inputs, chain, sources[0][1], [], world, states, calibration=calibration, chosen=chosen)
-    for slot, keeper in keepers:
-        if keeper.start is not None:
-            states[slot].update(keeper.start(services_of(slot)))
-        engine.keepers.append(Kept(slot, keeper, states[slot]))
+    for slot, callback in callbacks:
+        if callback.start is not None:
+            states[slot].update(callback.start(services_of(slot)))
+        engine.callbacks.append(Kept(slot, callback, states[slot]))
     owner.freezings = [(slot, v, states[slot]) for slot, v in values if isinstance(v, Freezing)]
     if owner.freezings and root is not None:
         raise LuthierError(
             f"`{owner.freezings[0][0]}` freezes what trains in mid-run, which a model spread over processes cannot do",
             where="train.sharding",
-            mend="use train.sharding: none",
+            fix="use train.sharding: none",
         )
     agreement.check(world, owner, values=True)
     return engine
@@ -182,7 +182,7 @@ def _others(asked: Mapping[str, str], load: Callable[[Mapping[str, str]], Mappin
         raise LuthierError(
             f"`{slot}` asks for a model `{name}`, and there is none here",
             where="models",
-            mend="give build_engine `load_others`, as a run from a recipe does",
+            fix="give build_engine `load_others`, as a run from a recipe does",
         )
     return load(asked) if asked and load is not None else {}
 
@@ -203,15 +203,15 @@ def check_predicts(values: Sequence[tuple[str, object]], parts: Parts) -> None:
     terms = [(slot, as_term(v)) for slot, v in values if isinstance(v, LOSSES)]
     asking = [slot for slot, term in terms if term.columns or not has_head]
     asking += [slot for slot, v in values if isinstance(v, TokenWeight)]
-    mend = "use classify, multi_label, classify_tokens, regress or embed, or a causal language model"
+    fix = "use classify, multi_label, classify_tokens, regress or embed, or a causal language model"
     encoder = f"{parts.architecture} is an encoder"
     if asking:
         what = f"`{asking[0]}` learns from the tokens that a language model predicts, and {encoder}, which predicts none"
-        raise LuthierError(what, where="objective", mend=mend)
+        raise LuthierError(what, where="objective", fix=fix)
     scoring = [slot for slot, v in values if isinstance(v, Head) and v.means == "score"]
     if scoring:
         what = f"`{scoring[0]}` reads answers within their conversation, and {encoder}, which reads texts alone"
-        raise LuthierError(what, where="objective", mend=mend)
+        raise LuthierError(what, where="objective", fix=fix)
 
 
 def _head(values: Sequence[tuple[str, object]]) -> tuple[str, Head] | None:
@@ -219,7 +219,7 @@ def _head(values: Sequence[tuple[str, object]]) -> tuple[str, Head] | None:
     found = [(slot, v) for slot, v in values if isinstance(v, Head)]
     if len(found) > 1:
         raise LuthierError(
-            f"`{found[0][0]}` and `{found[1][0]}` both put a head beside the model", where="objective", mend="leave one of them out"
+            f"`{found[0][0]}` and `{found[1][0]}` both put a head beside the model", where="objective", fix="leave one of them out"
         )
     return found[0] if found else None
 
@@ -229,13 +229,13 @@ def _reference(values: Sequence[tuple[str, object]]) -> Reference:
     found = [(slot, v) for slot, v in values if isinstance(v, Reference)]
     if len(found) > 1:
         raise LuthierError(
-            f"`{found[0][0]}` and `{found[1][0]}` are both the reference", where="objective", mend="leave one of them out"
+            f"`{found[0][0]}` and `{found[1][0]}` are both the reference", where="objective", fix="leave one of them out"
         )
     if found and not any(isinstance(v, PairLoss | StepLoss) and v.reference for _, v in values):
         raise LuthierError(
             f"`{found[0][0]}` is what answers are compared with, and nothing compares them",
             where="objective",
-            mend="name a loss with a reference beside it, such as dpo",
+            fix="name a loss with a reference beside it, such as dpo",
         )
     return found[0][1] if found else BASE_REFERENCE
 
@@ -246,7 +246,7 @@ def turns_of(values: Sequence[tuple[str, object]]) -> Turns:
     Args:
         values: of all parts, with their slots, in the order in which they stand in the run.
     """
-    frees = {slot for slot, v in values if isinstance(v, (*FREES, Head)) or (isinstance(v, Term) and v.start is not None)}
+    frees = {slot for slot, v in values if isinstance(v, (*FREES, Head)) or (isinstance(v, LossTerm) and v.start is not None)}
     return Turns({slot: v for slot, v in values if isinstance(v, Freezing) and (v.ends or v.alone)}, frees)
 
 
@@ -254,7 +254,7 @@ def _hidden(slots: list[str], parts: Parts) -> LuthierError:
     return LuthierError(
         f"`{slots[0]}` asks where the model looks, and the attention of {parts.architecture} does not tell",
         where=CONTEXT_ATTENTION.name,
-        mend=f"leave `{slots[0]}` out, or use a model with the exchangeable attention of transformers, such as Llama or Qwen",
+        fix=f"leave `{slots[0]}` out, or use a model with the exchangeable attention of transformers, such as Llama or Qwen",
     )
 
 
@@ -268,44 +268,44 @@ def _try_looking(tune: Tune, slots: list[str]) -> None:
         raise _hidden(slots, tune.parts) from error
 
 
-def _watched(tune: Tune, keepers: list[tuple[str, Keeper]]) -> frozenset[str]:
-    """The tensors whose gradients keepers look at: those of their own technique, else all."""
+def _watched(tune: Tune, callbacks: list[tuple[str, Callback]]) -> frozenset[str]:
+    """The tensors whose gradients callbacks look at: those of their own technique, else all."""
     watched: set[str] = set()
-    for slot, keeper in keepers:
-        if "gradients" in keeper.needs:
+    for slot, callback in callbacks:
+        if "gradients" in callback.needs:
             mine = {name for name, one in tune.trained.items() if one.slot == slot}
             watched |= mine or set(tune.trained)
     return frozenset(watched)
 
 
 def _refuse_impossible(
-    sources: list[tuple[str, Source]], links: list[Link], tune: Tune, keepers: list[tuple[str, Keeper]], world: World
+    sources: list[tuple[str, GradientEstimator]], links: list[Link], tune: Tune, callbacks: list[tuple[str, Callback]], world: World
 ) -> None:
     if len(sources) != 1:
-        raise LuthierError("a run has exactly one source of gradients", where="source", mend="name one, e.g. backprop")
+        raise LuthierError("a run has exactly one gradient estimator", where="gradient_estimator", fix="name one, e.g. backprop")
     if not any(isinstance(link.part, Optimizer) for link in links):
-        raise LuthierError("the step has no optimizer", where="step", mend="add one, e.g. adamw")
+        raise LuthierError("nothing moves the parameters: no optimizer is named", where="optimizer", fix="add one, e.g. adamw")
     name, source = sources[0]
     gives = source.gives
     if gives == {"gradients"} and world.size > 1:
         raise LuthierError(
             "updates inside backward are not summed over several processes",
-            where="source",
-            mend="use source: backprop, or one process",
+            where="gradient_estimator",
+            fix="use gradient_estimator: backprop, or one process",
         )
-    need_all = [link.slot for link in links if isinstance(link.part, Transform) and link.part.scope == "all"]
-    need_all += [slot for slot, keeper in keepers if "gradients" in keeper.needs]
+    need_all = [link.slot for link in links if isinstance(link.part, GradientTransform) and link.part.scope == "all"]
+    need_all += [slot for slot, callback in callbacks if "gradients" in callback.needs]
     if "all" not in gives and need_all:
         raise LuthierError(
             f"`{need_all[0]}` needs all gradients at once, and `{name}` gives them one at a time",
-            where="source",
-            mend=f"use source: backprop, or leave `{need_all[0]}` out",
+            where="gradient_estimator",
+            fix=f"use gradient_estimator: backprop, or leave `{need_all[0]}` out",
         )
     observers = [slot for slot, value, _ in tune.selectives if value.observe is not None]
-    observers += [slot for slot, value, _ in tune.additives if value.observe is not None]
+    observers += [slot for slot, value, _ in tune.weight_deltas if value.observe is not None]
     if not gives >= {"all", "gradients"} and observers:
         raise LuthierError(
             f"`{observers[0]}` observes whole gradients, and `{name}` gives none to observe",
-            where="source",
-            mend="use source: backprop",
+            where="gradient_estimator",
+            fix="use gradient_estimator: backprop",
         )

@@ -94,7 +94,7 @@ def gradients(
     _refuse_spread(tune)
     targets = sum(batch.supervised for batch in batches)
     if not targets:
-        raise LuthierError("the rows for calibration have no targets", mend="use rows with answers")
+        raise LuthierError("the rows for calibration have no targets", fix="use rows with answers")
     names = list(dict.fromkeys(place.parameter for place in places))
     sums: dict[str, Tensor] = {}
     with _beside(tune, {*names, *(place.parameter for place in moved)}) as beside, _moved(tune, moved, beside):
@@ -153,7 +153,7 @@ def _adding(change: Tensor) -> Callable[[QuantizedLinear, tuple[Tensor, ...], Te
 
 def _of_place(tune: Tune, place: Place, gradient: Tensor | None) -> Tensor:
     if gradient is None:
-        raise LuthierError("no gradient reaches this place", where=str(place), mend="leave this role out")
+        raise LuthierError("no gradient reaches this place", where=str(place), fix="leave this role out")
     return _turned(tune, place, gradient)
 
 
@@ -204,5 +204,5 @@ def _refuse_spread(tune: Tune) -> None:
         raise LuthierError(
             "calibration needs whole weights, and this model is spread over processes",
             where="train.sharding",
-            mend="use train.sharding: none",
+            fix="use train.sharding: none",
         )

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from luthier import draws
 from luthier.errors import LuthierError
-from luthier.kinds import Now, Optimizer, Seen, State, Transform
+from luthier.kinds import GradientTransform, Now, Optimizer, Seen, State
 from luthier.models.sharding import put
 from luthier.tune import Trained, Tune
 from luthier.tune.trained import migrate
@@ -23,7 +23,7 @@ class Link:
     """One part of the chain under its own slot."""
 
     slot: str
-    part: Transform | Optimizer
+    part: GradientTransform | Optimizer
     own: bool = False
     """It came with a technique that trains, and is for that technique's tensors alone."""
 
@@ -62,8 +62,8 @@ class Chain:
             if not self.taken(link):
                 raise LuthierError(
                     f"`{link.slot}` takes none of what trains",
-                    where="step",
-                    mend="leave it out, or train tensors it is made for",
+                    where="optimizer",
+                    fix="leave it out, or train tensors it is made for",
                 )
 
     def rest(self) -> None:
@@ -89,7 +89,7 @@ class Chain:
             self.state[link.slot][trained.name] = link.part.init(trained)
         if trained.name not in self.optimizer_of:
             raise LuthierError(
-                f"no optimizer takes `{trained.name}`", where="step", mend="add one for the rest, e.g. adamw, at the end"
+                f"no optimizer takes `{trained.name}`", where="optimizer", fix="add one for the rest, e.g. adamw, at the end"
             )
 
     def move(self, trained: Trained, take: Tensor, old_size: int) -> None:
@@ -169,7 +169,7 @@ class Chain:
         self._write(one, value, now)
         return None
 
-    def _transform(self, link: Link, part: Transform, mine: list[Trained], values: dict[str, Tensor], now: Now) -> None:
+    def _transform(self, link: Link, part: GradientTransform, mine: list[Trained], values: dict[str, Tensor], now: Now) -> None:
         states = [self.state[link.slot][one.name] for one in mine]
         if part.scope == "all":
             present = [(one, state) for one, state in zip(mine, states, strict=True) if one.name in values]

@@ -52,8 +52,8 @@ def save(folder: Path, engine: Engine, facts: Mapping[str, Any], *, moments: boo
         return folder
     plain = {key: value for key, value in values.items() if not isinstance(value, Tensor)}
     run = folder.parent.parent
-    mend = f"keep fewer checkpoints (train.keep_checkpoints), or save more seldom (train.save_every); then train on: --resume {run}"
-    with disk.written(folder, mend) as beside:
+    fix = f"keep fewer checkpoints (train.keep_checkpoints), or save more seldom (train.save_every); then train on: --resume {run}"
+    with disk.written(folder, fix) as beside:
         beside.mkdir()
         save_file({key: value.contiguous().cpu().clone() for key, value in tensors.items()}, beside / TENSORS)
         told = {"facts": dict(facts), "plain": plain, "sha256": disk.sha256(beside / TENSORS)}
@@ -97,7 +97,7 @@ def read(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any
 
 def _unreadable(folder: Path, error: Exception) -> LuthierError:
     reason = f"{type(error).__name__} {error}" if isinstance(error, LookupError | TypeError | AttributeError) else str(error)
-    return LuthierError(f"this checkpoint cannot be read: {reason}", where=str(folder), mend="resume from an earlier one")
+    return LuthierError(f"this checkpoint cannot be read: {reason}", where=str(folder), fix="resume from an earlier one")
 
 
 def restore(folder: Path, engine: Engine) -> dict[str, Any]:
@@ -106,7 +106,7 @@ def restore(folder: Path, engine: Engine) -> dict[str, Any]:
     tune = engine.tune
     for name, one in tune.trained.items():
         if f"master|{name}" not in tensors and not one.changes:
-            raise LuthierError(f"the checkpoint lacks `{name}`", where=str(folder), mend="resume with the recipe it was made by")
+            raise LuthierError(f"the checkpoint lacks `{name}`", where=str(folder), fix="resume with the recipe it was made by")
     put_back(tune, tensors)
     device = next(tune.model.parameters()).device
     snapshots: dict[str, dict[str, Tensor]] = {}
@@ -157,7 +157,7 @@ def latest(folder: Path, say: Callable[[str], None] = lambda text: None) -> Path
         raise LuthierError(
             "none of this run's checkpoints can be read: " + "; ".join(passed),
             where=str(folder),
-            mend="bring one back from a copy, or delete them all to begin again at the first step",
+            fix="bring one back from a copy, or delete them all to begin again at the first step",
         )
     return None
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from luthier import draws
 from luthier.errors import LuthierError
-from luthier.kinds import Batch, Keeper, Now, Services, Source, State, TrainedLike, View
+from luthier.kinds import Batch, Callback, GradientEstimator, Now, Services, State, TrainedLike, View
 from luthier.models.modes import drops, evaluating
 from luthier.models.sharding import is_sharded
 from luthier.registry import Part
@@ -30,9 +30,9 @@ from luthier.tune import Trained, Tune
 class Weights(NamedTuple):
     """What token weights leave of a step."""
 
-    share: float
+    weighted_share: float
     """Of the targets, those whose weight is not 0."""
-    effective: float
+    effective_labels: float
     """The number of equally weighted targets that would have as much to say: (sum of weights)^2 / sum of their squares."""
     entropy: float
     """Mean entropy of the model's distributions at the targets that were run, in nats."""
@@ -63,10 +63,10 @@ class StepResult(NamedTuple):
 
 @dataclass
 class Kept:
-    """One keeper under its slot."""
+    """One callback under its slot."""
 
     slot: str
-    keeper: Keeper
+    callback: Callback
     state: State
 
 
@@ -78,14 +78,14 @@ class Engine:
     objective: Objective
     inputs: Inputs
     chain: Chain
-    source: Source
-    keepers: list[Kept] = field(default_factory=list)
+    source: GradientEstimator
+    callbacks: list[Kept] = field(default_factory=list)
     world: World = field(default_factory=World)
     states: dict[str, State] = field(default_factory=dict)
     """What every technique remembers, by slot."""
     calibration: Calibration | None = None
     best_states: dict[str, State] = field(default_factory=dict)
-    """What keepers that act when a stage ends remembered when the numbers were best, by slot."""
+    """What callbacks that act when a stage ends remembered when the numbers were best, by slot."""
     chosen: Mapping[str, Sequence[Part]] = field(default_factory=dict)
     """The run's parts by the recipe's key; owners of kinds that no step needs take their values from here."""
     committed: bool = False
@@ -97,9 +97,9 @@ class Engine:
         self.chain.rest()
 
     def keep_best(self) -> None:
-        """Remember the trained numbers as they are now, and what keepers know that will act on them when the stage ends."""
+        """Remember the trained numbers as they are now, and what callbacks know that will act on them when the stage ends."""
         self.tune.snapshot("best")
-        self.best_states = {one.slot: copy.deepcopy(one.state) for one in self.keepers if one.keeper.after_stage is not None}
+        self.best_states = {one.slot: copy.deepcopy(one.state) for one in self.callbacks if one.callback.after_stage is not None}
 
     def go_back_to_best(self) -> None:
         """Make what was remembered the run's own again; nothing happens where nothing was."""
@@ -150,7 +150,7 @@ class Engine:
         if self.objective.idle(units):
             # Nothing moves, but the clock does: what was to change with this step changes.
             self.committed = True
-            self._keep(now, [kept for kept in self.keepers if kept.keeper.by_clock])
+            self._keep(now, [kept for kept in self.callbacks if kept.callback.by_clock])
             said = self._refresh(now)
             return StepResult(0.0, 0.0, {}, int(counts[0]), 0, int(counts[2]), 0.0, said=tuple(said), skipped=True)
         # Not before: what comes to stand still may lose its optimizer state, and a step that is not taken changes nothing.
@@ -204,9 +204,9 @@ class Engine:
     def _kept_notes(self) -> dict[str, float]:
         return {
             name: float(number)
-            for kept in self.keepers
-            if kept.keeper.notes is not None
-            for name, number in kept.keeper.notes(kept.state).items()
+            for kept in self.callbacks
+            if kept.callback.notes is not None
+            for name, number in kept.callback.notes(kept.state).items()
         }
 
     def _noted(self, own: Mapping[str, Noted]) -> dict[str, float]:
@@ -262,24 +262,24 @@ class Engine:
             raise LuthierError(
                 "the loss depends on nothing that trains: no gradient reached any of it",
                 where="objective",
-                mend="use an objective that is differentiable, or a source that needs no gradient",
+                fix="use an objective that is differentiable, or a source that needs no gradient",
             )
 
     def _afterwards(self, now: Now) -> list[str]:
         watched = {name: one for name, one in self.chain.received.items() if name in self.chain.watching}
         for name, gradient in watched.items():
             self.tune.trained[name].gradient = gradient
-        self._keep(now, self.keepers)
+        self._keep(now, self.callbacks)
         for name in watched:
             self.tune.trained[name].gradient = None
         self.chain.received.clear()
         self.chain.came.clear()
         return self._refresh(now)
 
-    def _keep(self, now: Now, keepers: Sequence[Kept]) -> None:
-        for kept in keepers:
-            if kept.keeper.after_step is not None and self.tune.turns.moves(kept.slot, now):
-                kept.keeper.after_step(kept.state, self.services(kept.slot, now))
+    def _keep(self, now: Now, callbacks: Sequence[Kept]) -> None:
+        for kept in callbacks:
+            if kept.callback.after_step is not None and self.tune.turns.moves(kept.slot, now):
+                kept.callback.after_step(kept.state, self.services(kept.slot, now))
 
     def _refresh(self, now: Now) -> list[str]:
         said = self.tune.refresh(lambda slot: self.services(slot, now), now)
@@ -326,7 +326,7 @@ def not_finite(what: str, rows: Sequence[str]) -> LuthierError:
     return LuthierError(
         f"{what} is not a finite number; training stopped before the step, and nothing was saved from it",
         where=f"rows {shown}",
-        mend="look at these rows, lower the learning rate, or use precision: fp32",
+        fix="look at these rows, lower the learning rate, or use precision: fp32",
     )
 
 

@@ -105,7 +105,7 @@ class Inputs:
             raise LuthierError(
                 f"`{slot}` returned {found_BT.dtype} of shape {tuple(found_BT.shape)} for token ids of shape {tuple(own_BT.shape)}",
                 where="objective",
-                mend="an input map returns one whole number for each token",
+                fix="an input map returns one whole number for each token",
             )
         found_BT = torch.where(batch.attend_BT & (own_BT >= 0), found_BT, own_BT)
         size = len(self.vocabulary.text_V)

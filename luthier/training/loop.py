@@ -156,9 +156,9 @@ def train(
     # First, so that the result is what techniques make of it when a stage ends.
     if plans.best is not None:
         engine.go_back_to_best()
-    for kept in engine.keepers:
-        if kept.keeper.after_stage is not None:
-            kept.keeper.after_stage(kept.state, engine.services(kept.slot, clock.at(clock.steps - 1, epoch=0.0)))
+    for kept in engine.callbacks:
+        if kept.callback.after_stage is not None:
+            kept.callback.after_stage(kept.state, engine.services(kept.slot, clock.at(clock.steps - 1, epoch=0.0)))
     return progress
 
 
@@ -185,13 +185,13 @@ def _log(progress: Progress, result: StepResult, now: Now, seconds: float) -> No
         "nll": None if result.skipped else result.nll,
         "learning_rate": now.learning_rate,
         "tokens": result.tokens,
-        "supervised": result.supervised,
+        "supervised_tokens": result.supervised,
         "seconds": seconds,
     }
     if len(result.parts) > 1:
         line["parts"] = result.parts
     if result.kept != 1.0 and not result.skipped:
-        line["kept"] = result.kept
+        line["mean_weight"] = result.kept
     if result.weights is not None and not result.skipped:
         line |= result.weights._asdict()
     if result.notes:

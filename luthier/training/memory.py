@@ -57,20 +57,20 @@ def _refuse(engine: Engine, batches: Sequence[Batch], now: Now, error: Exception
         raise LuthierError(
             f"memory ran out after the step had begun to change numbers, and it cannot be taken back: {error}",
             where=where,
-            mend="resume with a smaller train.micro_batch_tokens, or train fewer numbers (tune: half, tune: lora)",
+            fix="resume with a smaller train.micro_batch_tokens, or train fewer numbers (tune: half, tune: lora)",
         ) from error
     if engine.world.size > 1:
         raise LuthierError(
             f"memory ran out on process {engine.world.rank}, and several processes cannot take a step back: {error}",
             where=where,
-            mend="resume with a smaller train.micro_batch_tokens",
+            fix="resume with a smaller train.micro_batch_tokens",
         ) from error
     if all(len(batch.row_ids) <= 1 for batch in batches):
         longest = max(batches, key=lambda batch: batch.token_ids_BT.numel())
         raise LuthierError(
             f"memory ran out with one row at a time, the longest of {longest.token_ids_BT.numel()} tokens: {error}",
             where=f"{where}, row {', '.join(longest.row_ids)}",
-            mend="set train.checkpointing: true, shorten the rows (rows.max_tokens), or train fewer numbers (tune: lora)",
+            fix="set train.gradient_checkpointing: true, shorten the rows (rows.max_length), or train fewer numbers (tune: lora)",
         ) from error
 
 

@@ -16,6 +16,7 @@ from luthier.kinds import (
     Batch,
     Column,
     Head,
+    LossTerm,
     Now,
     OtherPass,
     PairLoss,
@@ -25,7 +26,6 @@ from luthier.kinds import (
     StepLoss,
     StepTable,
     Tensors,
-    Term,
     TokenLoss,
     TokenWeight,
     View,
@@ -41,14 +41,14 @@ from luthier.tune.forward import EmbedChange
 from luthier.tune.sites import Own
 
 
-def as_term(value: Term | TokenLoss | PairLoss | StepLoss, reference: Reference = pairs.BASE_REFERENCE) -> Term:
+def as_term(value: LossTerm | TokenLoss | PairLoss | StepLoss, reference: Reference = pairs.BASE_REFERENCE) -> LossTerm:
     """Every objective is a term in the end.
 
     Args:
         value: the objective.
         reference: what answers are compared with, where it asks for that.
     """
-    if isinstance(value, Term):
+    if isinstance(value, LossTerm):
         return value
     if isinstance(value, PairLoss):
         return pairs.as_term(value, reference)
@@ -59,7 +59,7 @@ def as_term(value: Term | TokenLoss | PairLoss | StepLoss, reference: Reference 
     def total(view: View, own: Tensors) -> Tensor:
         return (loss(view) * view.weight_N).sum()
 
-    return Term(total, columns=value.columns, weight=value.weight, penalty=value.penalty, stored=value.stored)
+    return LossTerm(total, columns=value.columns, weight=value.weight, penalty=value.penalty, stored=value.stored)
 
 
 @dataclass
@@ -67,7 +67,7 @@ class Minimized:
     """One term under its slot."""
 
     slot: str
-    term: Term
+    term: LossTerm
     state: State
     own: Own | None = None
     of_step: StepLoss | None = None
@@ -233,7 +233,7 @@ class Objective:
             raise LuthierError(
                 f"`{self.rules[0].slot}` chooses among the targets of a step, and these rows belong together",
                 where="token_weight",
-                mend="leave it out, or train on rows that stand alone",
+                fix="leave it out, or train on rows that stand alone",
             )
         wanted = chunked.resolve([column for one in self.rules for column in one.weight.columns])
         tables = []
@@ -282,7 +282,7 @@ class Objective:
         data = [unit for one, unit in zip(self.terms, units, strict=True) if one.term.unit != "step" and not one.term.penalty]
         return not any(number for several in data or units for number in several)
 
-    def _count(self, term: Term, batches: Sequence[Batch], keeps: list[Tensor] | None) -> list[tuple[float, ...]]:
+    def _count(self, term: LossTerm, batches: Sequence[Batch], keeps: list[Tensor] | None) -> list[tuple[float, ...]]:
         if term.unit != "group":
             batches = [batch.of_first() for batch in batches]
         counts = [one.weight.count for one in self.weights if one.weight.count is not None]
@@ -302,7 +302,7 @@ class Objective:
             return [(float(len(batch.learnt_groups())),) for batch in batches]
         if len(counts) + (keeps is not None) > 1:
             slots = ", ".join(one.slot for one in self.weights if one.weight.count or one.weight.look)
-            raise LuthierError(f"{slots} count tokens differently", where="token_weight", mend="use one of them")
+            raise LuthierError(f"{slots} count tokens differently", where="token_weight", fix="use one of them")
         if counts:
             own = [batch.own() for batch in batches]
             virtual = [batch.supervised - mine.supervised for batch, mine in zip(batches, own, strict=True)]

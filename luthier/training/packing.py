@@ -36,7 +36,7 @@ def obstacle(tune: Tune) -> str:
     # Rounding in bf16 grows over the blocks; tokens at wrong positions are as far apart as different words.
     close = 0.05 if padded[0].element_size() == 2 else 1e-3
     # Other words choose other experts, whose products then have other shapes, and kernels may round by shape.
-    apart = close if tune.parts.select(roles=["expert"], tensor=None) else 0.0
+    apart = close if tune.parts.select(target_modules=["expert"], tensor=None) else 0.0
     if any(_distance(mine, theirs) > apart for mine, theirs in zip(packed[1:], beside[1:], strict=True)):
         return "a row would see its neighbors"
     if any(_distance(mine, alone) > close for mine, alone in zip(packed, padded, strict=True)):

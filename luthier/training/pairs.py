@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from luthier.kinds import Batch, PairLoss, Pairs, Reference, Side, Tensors, Term, View, sides_of
+from luthier.kinds import Batch, LossTerm, PairLoss, Pairs, Reference, Side, Tensors, View, sides_of
 from luthier.rows.groups import check_pairs
 
 CHOSEN = "chosen log-likelihood"
@@ -19,7 +19,7 @@ BASE_REFERENCE = Reference(lambda view: view.log_likelihoods("reference_nll"), c
 """The model before training."""
 
 
-def as_term(value: PairLoss, reference: Reference) -> Term:
+def as_term(value: PairLoss, reference: Reference) -> LossTerm:
     """The term that a loss over pairs is.
 
     Args:
@@ -40,7 +40,7 @@ def as_term(value: PairLoss, reference: Reference) -> Term:
                 one(batch)
 
     columns = ("nll", *value.columns, *(reference.columns if value.reference else ()))
-    return Term(total, unit="group", columns=columns, weight=value.weight, check=check)
+    return LossTerm(total, unit="group", columns=columns, weight=value.weight, check=check)
 
 
 def _tell(pairs: Pairs, value: PairLoss) -> None:
@@ -52,7 +52,7 @@ def _tell(pairs: Pairs, value: PairLoss) -> None:
     if value.reference:
         pairs.note("reward margin", value.reward_scale * pairs.margin_P)
         pairs.note("reward accuracy", _ahead(pairs.margin_P))
-    pairs.note("preferred", _ahead(chosen.log_likelihood_P - rejected.log_likelihood_P))
+    pairs.note("preference accuracy", _ahead(chosen.log_likelihood_P - rejected.log_likelihood_P))
     if value.reference:
         pairs.note("reward chosen", value.reward_scale * chosen.gained_P)
         pairs.note("reward rejected", value.reward_scale * rejected.gained_P)

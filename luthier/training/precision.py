@@ -31,7 +31,7 @@ def pick(name: str, device: torch.device) -> tuple[torch.dtype, str]:
             return torch.bfloat16, "bf16: this hardware computes in it"
         return torch.float32, "fp32: this hardware has no bf16 of its own"
     if name not in TYPES:
-        raise LuthierError(f"there is no precision `{name}`", where="train.precision", mend="use auto, bf16, fp32 or fp64")
+        raise LuthierError(f"there is no precision `{name}`", where="train.precision", fix="use auto, bf16, fp32 or fp64")
     return TYPES[name], f"{name}: the recipe asks for it"
 
 
@@ -54,6 +54,6 @@ def _named(name: str) -> torch.device:
     known = [f"{one}:{i}" if one == "cuda" else one for one, count in counts.items() for i in range(count)]
     if not (name in known or (kind in counts and not number and counts[kind])):
         raise LuthierError(
-            f"there is no device `{name}` on this machine", where="train.device", mend=f"use auto, or one of: {', '.join(known)}"
+            f"there is no device `{name}` on this machine", where="train.device", fix=f"use auto, or one of: {', '.join(known)}"
         )
     return torch.device(name)

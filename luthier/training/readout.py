@@ -75,9 +75,9 @@ class Combination(NamedTuple):
         """
         if self.how != "mean" and members > 1 and not centered:
             raise LuthierError(
-                f"`{self.how}` compares members whose scores are known up to a constant: they were trained without centring",
+                f"`{self.how}` compares members whose scores are known up to a constant: they were trained without centering",
                 where="combine",
-                mend="use the mean, standardize the scores where answers are picked, or train with `centring` above 0",
+                fix="use the mean, standardize the scores where answers are picked, or train with `center_rewards_coefficient` above 0",
             )
 
     def of(self, score_RK: Tensor) -> Tensor:
@@ -101,13 +101,13 @@ def combination(how: str | None = None, deviations: float | None = None, where: 
         LuthierError: there is no such combination, or one without a deviation is told how many to subtract.
     """
     if how is not None and how not in get_args(Combine):
-        raise LuthierError(f"there is no combination `{how}`", where=where, mend=nearest(how, get_args(Combine)))
+        raise LuthierError(f"there is no combination `{how}`", where=where, fix=nearest(how, get_args(Combine)))
     if deviations is not None and how != "mean_minus_deviation":
         raise LuthierError(
             f"`deviations` is {deviations:g}, and the {how or 'mean'} subtracts none",
             where=where,
-            mend="leave it out, or use mean_minus_deviation",
+            fix="leave it out, or use mean_minus_deviation",
         )
     if deviations is not None and not 0.0 <= deviations < float("inf"):
-        raise LuthierError(f"`deviations` is {deviations:g}", where=where, mend="use 0 or more")
+        raise LuthierError(f"`deviations` is {deviations:g}", where=where, fix="use 0 or more")
     return Combination(cast(Combine, how or "mean"), 1.0 if deviations is None else deviations)

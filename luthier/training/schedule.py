@@ -42,7 +42,7 @@ SCHEDULES: Mapping[str, Schedule] = {
 def find_schedule(name: str) -> Schedule:
     """A schedule by name."""
     if name not in SCHEDULES:
-        raise LuthierError(f"there is no schedule `{name}`", where="train.schedule", mend=nearest(name, SCHEDULES))
+        raise LuthierError(f"there is no schedule `{name}`", where="train.schedule", fix=nearest(name, SCHEDULES))
     return SCHEDULES[name]
 
 
@@ -71,6 +71,6 @@ def warmup_steps(warmup: float, steps: int) -> int:
         raise LuthierError(
             f"a warm-up of {found} steps is longer than the run, which has {steps}",
             where="train.warmup",
-            mend=f"use at most {steps}, or a share below 1, e.g. 0.03",
+            fix=f"use at most {steps}, or a share below 1, e.g. 0.03",
         )
     return found

@@ -56,7 +56,7 @@ class RunServices:
             raise LuthierError(
                 f"`{self.slot}` asks for base values that are not kept",
                 where=str(place),
-                mend="keep the base in the recipe",
+                fix="keep the base in the recipe",
             )
         return trained.start
 
@@ -78,12 +78,12 @@ class RunServices:
     def remember(self, name: str, share: float = 1.0) -> None:
         """Move a snapshot a share of the way to the trained numbers as they are now."""
         if name in ("", "base", "best") or "|" in name:
-            raise LuthierError(f"a snapshot of `{self.slot}` cannot be called `{name}`", mend="give it the technique's name")
+            raise LuthierError(f"a snapshot of `{self.slot}` cannot be called `{name}`", fix="give it the technique's name")
         if self._tune.root is not None:
             raise LuthierError(
                 f"`{self.slot}` runs an earlier state of the model, which a model spread over processes cannot do",
                 where="train.sharding",
-                mend="use train.sharding: none",
+                fix="use train.sharding: none",
             )
         self._tune.snapshot(name, share)
 
@@ -119,7 +119,7 @@ class RunServices:
         if self._calibration is None:
             raise LuthierError(
                 f"`{self.slot}` needs rows for calibration, and there are none here",
-                mend="give build_engine a `calibration`, as a run from a recipe does",
+                fix="give build_engine a `calibration`, as a run from a recipe does",
             )
         device = next(self._tune.model.parameters()).device
         return [batch.to(device) for batch in self._calibration(rows, source) if batch.row_ids]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from luthier import machine
-from luthier.kinds import Batch, Now, Reference, RowTable, StepLoss, Tensors, Term, View
+from luthier.kinds import Batch, LossTerm, Now, Reference, RowTable, StepLoss, Tensors, View
 from luthier.training.world import World
 
 
@@ -25,7 +25,7 @@ class Slopes(NamedTuple):
     """Of this process."""
 
 
-def as_term(value: StepLoss, reference: Reference) -> Term:
+def as_term(value: StepLoss, reference: Reference) -> LossTerm:
     """The term of which a loss of the whole step is counted and told. Its sum over a micro-batch is `part`."""
     columns = (*value.columns, *(reference.columns if value.reference else ()))
     checks = [value.check, reference.check if value.reference else None]
@@ -42,7 +42,7 @@ def as_term(value: StepLoss, reference: Reference) -> Term:
             if one is not None:
                 one(batch)
 
-    return Term(total, unit="group", count=count, columns=columns, weight=value.weight, check=check)
+    return LossTerm(total, unit="group", count=count, columns=columns, weight=value.weight, check=check)
 
 
 def _taking_part(value: StepLoss, batch: Batch) -> tuple[tuple[tuple[int, ...], ...], list[int]]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from luthier.errors import LuthierError
-from luthier.kinds import Additive, Form, HiddenEdit, Place, Prefix, Prompt, Select, Selective, Services, State, Tensors
+from luthier.kinds import Form, Place, Prefix, Prompt, RepresentationEdit, Select, Selective, Services, State, Tensors, WeightDelta
 from luthier.kinds.parts import SUBLAYERS
 from luthier.models.attention import use_context
 from luthier.models.embedding import scale_of
@@ -35,7 +35,7 @@ def add_selective(tune: Attached, slot: str, value: Selective, services: Service
     )
     chosen = value.choose(tune.parts, services)
     if not chosen:
-        raise LuthierError(f"`{slot}` selects nothing to train", mend="widen its roles or its share")
+        raise LuthierError(f"`{slot}` selects nothing to train", fix="widen its target_modules or its share")
     changes = value.refresh is not None
     if changes and value.leave == "keep" and tune.keep_base:
         # Numbers that leave keep what they learnt, so their own base values would be lost.
@@ -100,7 +100,7 @@ def _refuse_sharded(tune: Attached, slot: str, place: Place, does: str) -> None:
         raise LuthierError(
             f"`{slot}` {does}, which a model spread over processes cannot do yet",
             where=str(place),
-            mend="use train.sharding: none, or tune: full or lora",
+            fix="use train.sharding: none, or tune: full or lora",
         )
 
 
@@ -141,7 +141,7 @@ def _taps(tune: Attached, slot: str, place: Place, form: Form, index: Tensor | N
         raise LuthierError(
             f"`{slot}` trains parts of a tensor of which only the whole can train",
             where=str(place),
-            mend=f"leave the role {place.role} out of it, or select it `whole`",
+            fix=f"leave the role {place.role} out of it, or select it `whole`",
         )
     return [(place.module, spec)]
 
@@ -152,7 +152,7 @@ def _embedding_spec(slot: str, module: nn.Embedding, spec: TapSpec, place: Place
         raise LuthierError(
             f"`{slot}` trains parts of an embedding that is computed in a way of its own, so only the whole of it can train",
             where=str(place),
-            mend=f"leave the role {place.role} out of it, or select it `whole`",
+            fix=f"leave the role {place.role} out of it, or select it `whole`",
         )
     return spec._replace(of="embedding", scale=1.0 if scale is None else scale, padding=module.padding_idx)
 
@@ -171,7 +171,7 @@ def refuse_overlap(tune: Attached, slot: str, place: Place, select: Select) -> N
             raise LuthierError(
                 f"`{slot}` and `{other.slot}` both train the same numbers",
                 where=str(place),
-                mend="give them different roles or blocks, or leave this tensor to one of them",
+                fix="give them different target_modules or blocks, or leave this tensor to one of them",
             )
 
 
@@ -183,9 +183,9 @@ def _claim(tune: Attached, place: Place, form: Form, index: Tensor | None) -> Te
     return claim
 
 
-def add_additive(tune: Attached, slot: str, value: Additive, services: Services, state: State) -> None:
+def add_weight_delta(tune: Attached, slot: str, value: WeightDelta, services: Services, state: State) -> None:
     """Add deltas on linear maps."""
-    places = _places(tune, value.roles, slot)
+    places = _places(tune, value.target_modules, slot)
     if value.subtract:
         refuse_change(
             tune.model,
@@ -198,7 +198,7 @@ def add_additive(tune: Attached, slot: str, value: Additive, services: Services,
         values = tune.region(place)
         if values.ndim != 2 or isinstance(tune.model.get_submodule(place.module), nn.Embedding):
             raise LuthierError(
-                f"`{slot}` adds to linear maps, and this is none", where=str(place), mend="name roles of linear maps"
+                f"`{slot}` adds to linear maps, and this is none", where=str(place), fix="name module types of linear maps"
             )
         addition = Addition(slot, place, value=value, shared=shared)
         tensors = value.start(place, whole(values), services)
@@ -210,10 +210,12 @@ def add_additive(tune: Attached, slot: str, value: Additive, services: Services,
         tune.site(place.module).additions.append(addition)
         if value.observe is not None:
             observe_at(tune, slot, place)
-    tune.additives.append((slot, value, state))
+    tune.weight_deltas.append((slot, value, state))
 
 
-def _shared(tune: Attached, slot: str, value: Additive | HiddenEdit, places: Sequence[Place], services: Services) -> Own | None:
+def _shared(
+    tune: Attached, slot: str, value: WeightDelta | RepresentationEdit, places: Sequence[Place], services: Services
+) -> Own | None:
     """What all places of a technique have in common."""
     if value.shared is None:
         return None
@@ -255,7 +257,7 @@ def _take_out(tune: Attached, place: Place, delta_OI: Tensor) -> None:
                 one.master.data.copy_(tune.model.get_parameter(place.parameter).data)
 
 
-def add_edit(tune: Attached, slot: str, value: HiddenEdit, services: Services, state: State) -> None:
+def add_edit(tune: Attached, slot: str, value: RepresentationEdit, services: Services, state: State) -> None:
     """Edit what modules return or read: those with the named roles, and whole blocks and sub-layers for the roles of these."""
     places = _edited(tune, slot, value)
     shared = _shared(tune, slot, value, places, services)
@@ -267,7 +269,7 @@ def add_edit(tune: Attached, slot: str, value: HiddenEdit, services: Services, s
             raise LuthierError(
                 f"`{slot}` edits what a part of a fused projection reads, and its parts read the same",
                 where=str(place),
-                mend="name roles that stand alone in this model",
+                fix="name module types that stand alone in this model",
             )
         edit = Edit(slot, place, value=value, shared=shared)
         tensors = value.start(place, width_in, width_out, services)
@@ -285,10 +287,10 @@ def add_edit(tune: Attached, slot: str, value: HiddenEdit, services: Services, s
     tune.edits.append((slot, value, state))
 
 
-def _edited(tune: Attached, slot: str, value: HiddenEdit) -> list[Place]:
-    roles = tuple(role for role in value.roles if role != "block" and role not in SUBLAYERS)
+def _edited(tune: Attached, slot: str, value: RepresentationEdit) -> list[Place]:
+    roles = tuple(role for role in value.target_modules if role != "block" and role not in SUBLAYERS)
     places = _places(tune, roles, slot) if roles else []
-    for role in value.roles:
+    for role in value.target_modules:
         if role == "block":
             places += [Place(name, "", role, i) for i, name in enumerate(tune.parts.block_modules)]
         elif role in SUBLAYERS:
@@ -299,7 +301,7 @@ def _edited(tune: Attached, slot: str, value: HiddenEdit) -> list[Place]:
 def add_prompt(tune: Attached, slot: str, value: Prompt, services: Services) -> None:
     """Stand trained embeddings before every row."""
     if tune.prompt_length:
-        raise LuthierError(f"`{slot}` is a second prompt", mend="use one prompt technique")
+        raise LuthierError(f"`{slot}` is a second prompt", fix="use one prompt technique")
     table_VD = _embedded(tune)
     length = value.length
     if value.labels is not None:
@@ -333,16 +335,16 @@ def add_prefix(tune: Attached, slot: str, value: Prefix, services: Services) -> 
         tune.attention_handle = use_context(tune.model, tune.parts, tune.context)
 
 
-def _places(tune: Attached, roles: tuple[str, ...], slot: str) -> list[Place]:
-    places = tune.parts.select(roles=roles)
-    if "head" in roles:
+def _places(tune: Attached, names: tuple[str, ...], slot: str) -> list[Place]:
+    places = tune.parts.select(names)
+    if "head" in names:
         # An edit at a tied head stands at the head alone: the embedding does not see it.
         places += [Place(name, "weight", "head", None) for name in tune.parts.ties]
     if not places:
         raise LuthierError(
-            f"`{slot}` finds no place with the roles {', '.join(roles)}",
+            f"`{slot}` finds no place with the module types {', '.join(names)}",
             where=tune.parts.architecture,
-            mend="`luthier plan` lists the roles of this model",
+            fix="`luthier plan` lists the module types of this model",
         )
     return places
 

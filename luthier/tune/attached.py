@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from luthier.kinds import Additive, Freezing, Head, HiddenEdit, Place, Prefix, Seen, Selective, State
+from luthier.kinds import Freezing, Head, Place, Prefix, RepresentationEdit, Seen, Selective, State, WeightDelta
 from luthier.kinds.parts import Parts
 from luthier.models.attention import Context
 from luthier.models.block_outputs import open_blocks
@@ -55,8 +55,8 @@ class Attached:
         self.prefixes: list[tuple[Own, Prefix]] = []
         self.owns: list[Own] = []
         self.selectives: list[tuple[str, Selective, State]] = []
-        self.additives: list[tuple[str, Additive, State]] = []
-        self.edits: list[tuple[str, HiddenEdit, State]] = []
+        self.weight_deltas: list[tuple[str, WeightDelta, State]] = []
+        self.edits: list[tuple[str, RepresentationEdit, State]] = []
         self.freezings: list[tuple[str, Freezing, State]] = []
         self.head: tuple[Own, Head] | None = None
         """What reads whole rows, with its tensors."""
@@ -107,7 +107,7 @@ class Attached:
     @property
     def draws(self) -> bool:
         """Whether anything drops numbers while the run trains, in each row other ones."""
-        return any(value.draws for _, value, _ in self.additives) or any(value.draws for _, value, _ in self.edits)
+        return any(value.draws for _, value, _ in self.weight_deltas) or any(value.draws for _, value, _ in self.edits)
 
     def site(self, module: str) -> Site:
         """What stands at a module; made and hooked when first asked for."""

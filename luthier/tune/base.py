@@ -33,8 +33,8 @@ def at_base(tune: Attached) -> Iterator[None]:
             yield
         return
     if tune.merged is not None:
-        raise LuthierError("the merged model does not hold the base", mend="call unmerge() first")
-    if tune.untouched and not any(value.subtract for _, value, _ in tune.additives):
+        raise LuthierError("the merged model does not hold the base", fix="call unmerge() first")
+    if tune.untouched and not any(value.subtract for _, value, _ in tune.weight_deltas):
         tune.is_off = True
         try:
             yield
@@ -47,13 +47,13 @@ def at_base(tune: Attached) -> Iterator[None]:
         return
     # Parameters kept whole need no second look at the numbers that train in them.
     changed = [one for one in in_place(tune) if _name(one) not in tune.altered]
-    subtracts = any(value.subtract for _, value, _ in tune.additives)
+    subtracts = any(value.subtract for _, value, _ in tune.weight_deltas)
     keeps = {slot for slot, value, _ in tune.selectives if value.refresh is not None and value.leave == "keep"}
     lost = any(one.start is None or one.slot in keeps for one in changed)
     if lost or (subtracts and not tune.altered):
         raise LuthierError(
             "the base's values were not kept",
-            mend="let something in the run compare with the base, such as objective: [cross_entropy, {kl: {weight: 0}}]",
+            fix="let something in the run compare with the base, such as objective: [cross_entropy, {kl: {weight: 0}}]",
         )
     saved: list[tuple[Trained, Tensor]] = []
     # Exchanging storage is free and leaves alone what autograd has saved for backward.
@@ -90,7 +90,7 @@ def at_snapshot(tune: Attached, name: str) -> Iterator[None]:
     """Run with the trained numbers of a snapshot."""
     if name not in tune.snapshots:
         known = ", ".join(tune.snapshots) or "none was taken"
-        raise LuthierError(f"there is no snapshot `{name}`", mend=f"known: {known}")
+        raise LuthierError(f"there is no snapshot `{name}`", fix=f"known: {known}")
     if tune.only_shapes:
         yield
         return

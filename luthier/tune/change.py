@@ -9,19 +9,19 @@ from torch import Tensor
 
 from luthier.errors import LuthierError
 from luthier.kinds import (
-    Additive,
     Form,
     Freezing,
-    HiddenEdit,
     Now,
     Place,
     Refresh,
+    RepresentationEdit,
     Resize,
     Select,
     Selective,
     Services,
     State,
     Tensors,
+    WeightDelta,
 )
 from luthier.models.sharding import put, whole
 from luthier.tune.attach import master_type, own, put_tap, whole_master
@@ -30,8 +30,8 @@ from luthier.tune.sites import Addition, Edit, Own
 from luthier.tune.trained import Trained, check_select, read, write
 
 
-def _techniques(tune: Attached) -> list[tuple[str, Selective | Additive, State]]:
-    return [*tune.selectives, *tune.additives]
+def _techniques(tune: Attached) -> list[tuple[str, Selective | WeightDelta, State]]:
+    return [*tune.selectives, *tune.weight_deltas]
 
 
 def _places(tune: Attached, slot: str) -> list[Place]:
@@ -158,9 +158,7 @@ def _dense(
         gradient = whole(received[trained.name])
         return gradient.t() if place.module in tune.parts.transposed and gradient.ndim == 2 else gradient
     if (slot, place) not in tune.dense:
-        raise LuthierError(
-            f"`{slot}` observes a place that no gradient reached", where=str(place), mend="leave this role out of it"
-        )
+        raise LuthierError(f"`{slot}` observes a place that no gradient reached", where=str(place), fix="leave this role out of it")
     here = [one.name for one in tune.trained.values() if one.slot == slot and one.place == place]
     return total(tune.dense[slot, place]) * factor(here)
 
@@ -172,7 +170,7 @@ def refresh(tune: Attached, services_of: Callable[[str], Services], now: Now) ->
         if value.refresh is not None and tune.turns.moves(slot, now):
             for place, new in (value.refresh(state, services_of(slot)) or {}).items():
                 said.append(_reselect(tune, slot, value, place, new))
-    grows: list[tuple[str, Additive | HiddenEdit, State]] = [*tune.additives, *tune.edits]
+    grows: list[tuple[str, WeightDelta | RepresentationEdit, State]] = [*tune.weight_deltas, *tune.edits]
     for slot, beside, state in grows:
         if beside.refresh is not None and tune.turns.moves(slot, now):
             for place, size in (beside.refresh(state, services_of(slot)) or {}).items():
@@ -185,9 +183,9 @@ def _reselect(tune: Attached, slot: str, value: Selective, place: Place, new: Re
     values = tune.region(place)
     form = new.form or old.form
     if form == "whole" or old.start is None:
-        raise LuthierError(f"`{slot}` changes a selection of whole tensors", where=str(place), mend="select rows or entries")
+        raise LuthierError(f"`{slot}` changes a selection of whole tensors", where=str(place), fix="select rows or entries")
     if form != old.form and bool((new.take >= 0).any()):
-        raise LuthierError(f"`{slot}` continues entries in another form", where=str(place), mend="let all of them be new")
+        raise LuthierError(f"`{slot}` continues entries in another form", where=str(place), fix="let all of them be new")
     check_select(place, Select(form, new.index), values)  # type: ignore[arg-type]
     if value.leave == "revert":
         _revert(tune, old)
@@ -292,8 +290,8 @@ def _resize(tune: Attached, slot: str, place: Place, size: Resize) -> str:
 def join(tune: Attached, owner: Addition | Edit, tensors: Tensors) -> None:
     """Let more tensors of a technique stand at a place."""
     value = owner.value
-    axes = value.axes if isinstance(value, Additive) else {}
-    undecayed = value.undecayed if isinstance(value, HiddenEdit) else frozenset()
+    axes = value.axes if isinstance(value, WeightDelta) else {}
+    undecayed = value.undecayed if isinstance(value, RepresentationEdit) else frozenset()
     own(tune, owner, tensors, changes=True, rates=value.rates, axes=axes, frozen=value.frozen, undecayed=undecayed, wide=value.wide)
     for name in tensors:
         if name in owner.trained:
@@ -342,7 +340,7 @@ def average(tune: Attached, before: Tensors, now: Tensors, share: float) -> Tens
         raise LuthierError(
             f"an average over time needs the same numbers throughout, and those of `{changing[0].slot}` come and go",
             where=changing[0].name,
-            mend="remember them as they are instead (a share of 1, `average: 0`), or train fixed numbers",
+            fix="remember them as they are instead (a share of 1, `average: 0`), or train fixed numbers",
         )
     mixed = dict(now)
     for name in tune.trained:

@@ -172,7 +172,7 @@ def _told(tune: Attached, asked: Mass) -> Tensor:
         raise LuthierError(
             f"the last block of {tune.parts.architecture} does not tell where it looks",
             where="context_attention",
-            mend="use another token weight, or a model with the exchangeable attention of transformers",
+            fix="use another token weight, or a model with the exchangeable attention of transformers",
         )
     return asked.found_BT
 
@@ -227,7 +227,7 @@ def _known(backbone: torch.nn.Module) -> Mapping[str, inspect.Parameter]:
 def _embedded(tune: Attached, ids_BT: Tensor) -> Tensor:
     """The embeddings as the model's body makes them, prompts among them."""
     if "inputs_embeds" not in _known(tune.model.get_submodule(tune.parts.backbone)):
-        raise LuthierError("this model takes no embeddings", where=tune.parts.architecture, mend="change its token ids instead")
+        raise LuthierError("this model takes no embeddings", where=tune.parts.architecture, fix="change its token ids instead")
     embeds: Tensor = tune.model.get_submodule(tune.parts.embedding)(ids_BT)
     return embeds
 
@@ -256,7 +256,7 @@ def _last_open(tune: Attached, arguments: dict[str, Any], layout: _Layout, block
     raise LuthierError(
         "this model does not hand its blocks what a forward pass is told, so hidden states between them cannot be changed",
         where=tune.parts.architecture,
-        mend="use another model, or a technique that leaves hidden states alone",
+        fix="use another model, or a technique that leaves hidden states alone",
     )
 
 

@@ -22,7 +22,7 @@ def merge(tune: Attached) -> None:
         LuthierError: already merged, or something here is no change of a weight (a prompt, a prefix, a non-linear edit).
     """
     if tune.merged is not None:
-        raise LuthierError("the model is merged already", mend="call unmerge() first")
+        raise LuthierError("the model is merged already", fix="call unmerge() first")
     refuse_unmergeable(tune)
     tune.expanded = expand(tune.model, next(tune.model.parameters()).dtype)
     tune.merged = {}
@@ -68,7 +68,7 @@ def refuse_unmergeable(tune: Attached) -> None:
     ]
     if blockers:
         raise LuthierError(
-            f"{blockers[0]} cannot be merged into the weights", mend="export it as an adapter, or keep it beside the model"
+            f"{blockers[0]} cannot be merged into the weights", fix="export it as an adapter, or keep it beside the model"
         )
 
 
@@ -108,7 +108,7 @@ def _fold(tune: Attached, edit: Edit) -> None:
     if bias_O is not None:
         if bias is None:
             raise LuthierError(
-                f"`{edit.slot}` needs a bias that this model lacks", where=str(place), mend="keep it beside the model"
+                f"`{edit.slot}` needs a bias that this model lacks", where=str(place), fix="keep it beside the model"
             )
         _remember(tune, Place(place.module, "bias", place.role, place.block).parameter)
         bias.data[part].copy_(bias_O)
@@ -138,7 +138,7 @@ def _remember(tune: Attached, name: str) -> None:
 def unmerge(tune: Attached) -> None:
     """Put back the weights as they were before merging, bit for bit."""
     if tune.merged is None:
-        raise LuthierError("the model is not merged", mend="call merge() first")
+        raise LuthierError("the model is not merged", fix="call merge() first")
     values: Tensor
     for name, values in tune.merged.items():
         tune.model.get_parameter(name).data.copy_(values)

@@ -39,7 +39,7 @@ class Guard:
             raise LuthierError(
                 f"{', '.join(f'`{one}`' for one in lost)} would not be saved: it stands beside the weights, and they alone are the base's",
                 where=f"model.{self.way}",
-                mend="run.export(FOLDER) writes the whole result, and run.export(FOLDER, form='peft') an adapter; `run.tune.merge()` "
+                fix="run.export(FOLDER) writes the whole result, and run.export(FOLDER, form='peft') an adapter; `run.tune.merge()` "
                 "puts into the weights what can be put there; the base itself is saved under `with run.tune.off():`",
             )
         return getattr(type(model), self.way)(model, *given, **named)

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from luthier.draws import drawing
 from luthier.errors import LuthierError
-from luthier.kinds import Additive, HiddenEdit, Place, Prompt, Tensors
+from luthier.kinds import Place, Prompt, RepresentationEdit, Tensors, WeightDelta
 from luthier.tune.taps import TapSpec, tap
 from luthier.tune.trained import Trained
 
@@ -85,14 +85,14 @@ class Own:
 class Addition(Own):
     """A delta on a weight."""
 
-    value: Additive = None  # type: ignore[assignment]
+    value: WeightDelta = None  # type: ignore[assignment]
 
 
 @dataclass(eq=False)
 class Edit(Own):
     """An edit of a hidden state."""
 
-    value: HiddenEdit = None  # type: ignore[assignment]
+    value: RepresentationEdit = None  # type: ignore[assignment]
 
 
 @dataclass(eq=False)
@@ -126,7 +126,7 @@ class Site:
             LuthierError: this is no plain linear map.
         """
         if type(self.module) is not nn.Linear:
-            raise LuthierError(f"the weight of a {type(self.module).__name__} cannot be seen as another", mend="choose linear maps")
+            raise LuthierError(f"the weight of a {type(self.module).__name__} cannot be seen as another", fix="choose linear maps")
         plain, self.see = self.module.forward, see
 
         def forward(x: Tensor) -> Tensor:

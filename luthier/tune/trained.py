@@ -142,17 +142,17 @@ def check_select(place: Place, select: Select, values: Tensor) -> None:
     index, where = select.index, str(place)
     if select.form == "whole":
         if index is not None:
-            raise LuthierError("a whole tensor takes no index", where=where, mend="use rows, cols or flat")
+            raise LuthierError("a whole tensor takes no index", where=where, fix="use rows, cols or flat")
         return
     if index is None or index.ndim != 1 or index.dtype != torch.int64:
-        raise LuthierError(f"`{select.form}` needs an index of whole numbers", where=where, mend="give a 1-D int64 tensor")
+        raise LuthierError(f"`{select.form}` needs an index of whole numbers", where=where, fix="give a 1-D int64 tensor")
     if values.ndim == 1 and select.form == "cols":
-        raise LuthierError("a vector has no columns", where=where, mend="select `rows` of a vector")
+        raise LuthierError("a vector has no columns", where=where, fix="select `rows` of a vector")
     size = {"rows": values.shape[0], "cols": values.shape[-1], "flat": values.numel()}[select.form]
     if len(index) == 0 or int(index.min()) < 0 or int(index.max()) >= size:
         raise LuthierError(f"the index of `{select.form}` must lie in 0 to {size - 1} and not be empty", where=where)
     if len(index.unique()) != len(index):
-        raise LuthierError("an index names a number twice", where=where, mend="every number at most once")
+        raise LuthierError("an index names a number twice", where=where, fix="every number at most once")
 
 
 def decays(place: Place | None, master: Tensor) -> bool:

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager
 
 from torch import Tensor
 
-from luthier.kinds import Additive, Head, HiddenEdit, Now, Prefix, Prompt, Selective, Services, State, Tensors
+from luthier.kinds import Head, Now, Prefix, Prompt, RepresentationEdit, Selective, Services, State, Tensors, WeightDelta
 from luthier.tune import attach, base, change, merge
 from luthier.tune.attached import Attached, nothing
 from luthier.tune.sites import HEAD, Own
@@ -24,9 +24,9 @@ class Tune(Attached):
         """
         if isinstance(value, Selective):
             attach.add_selective(self, slot, value, services, state)
-        elif isinstance(value, Additive):
-            attach.add_additive(self, slot, value, services, state)
-        elif isinstance(value, HiddenEdit):
+        elif isinstance(value, WeightDelta):
+            attach.add_weight_delta(self, slot, value, services, state)
+        elif isinstance(value, RepresentationEdit):
             attach.add_edit(self, slot, value, services, state)
         elif isinstance(value, Prompt):
             attach.add_prompt(self, slot, value, services)

@@ -84,7 +84,7 @@ class Turns:
                 raise LuthierError(
                     f"a run of {steps} steps has {count} for `{slot}`, which are too few for its {len(begins) - 1} phases",
                     where=slot,
-                    mend="train longer, or let its phases share the steps otherwise",
+                    fix="train longer, or let its phases share the steps otherwise",
                 )
 
     def restarts(self, steps: int) -> tuple[int, ...]:

@@ -10,20 +10,20 @@ from typing import Any, NamedTuple
 from luthier.columns.chunked import passes_of, resolve
 from luthier.errors import LuthierError
 from luthier.kinds import (
-    Additive,
     Batch,
+    Callback,
+    GradientEstimator,
+    GradientTransform,
     Head,
-    Keeper,
+    LossTerm,
     Optimizer,
     PairLoss,
     Prompt,
     Selective,
-    Source,
     StepLoss,
-    Term,
     TokenLoss,
     TokenWeight,
-    Transform,
+    WeightDelta,
 )
 from luthier.recipe.parts import completed
 from luthier.registry import KINDS, Part, key_of
@@ -54,25 +54,36 @@ BESIDE = ("half", "lora", "prompt_tuning", "spiel")
 """Rows of matrices, what stands beside them, what stands before the input, and scattered entries: everything that is learnt meets
 each of them."""
 
-MOST = {"tune": 7, "objective": 6, "input_map": 2, "term": 3, "token_loss": 2, "pair_loss": 3, "step_loss": 2, "token_weight": 2}
+MOST = {
+    "tune": 7,
+    "objective": 6,
+    "input_map": 2,
+    "loss_term": 3,
+    "token_loss": 2,
+    "pair_loss": 3,
+    "step_loss": 2,
+    "token_weight": 2,
+}
 """How many of a key, or of a kind, stand in one combination; 1 of every other kind."""
 
 TRAITS: dict[str, Callable[[Any], bool]] = {
     "counts": lambda value: isinstance(value, TokenWeight) and value.count is not None,
     "rule": lambda value: isinstance(value, TokenWeight) and value.look is not None,
-    "observes": lambda value: isinstance(value, Selective | Additive) and value.observe is not None,
+    "observes": lambda value: isinstance(value, Selective | WeightDelta) and value.observe is not None,
     "comes and goes": lambda value: getattr(value, "refresh", None) is not None or getattr(value, "resize", None) is not None,
-    "one at a time": lambda value: isinstance(value, Source) and "all" not in value.gives,
-    "looks elsewhere": lambda value: isinstance(value, Source) and "gradients" not in value.gives,
+    "one at a time": lambda value: isinstance(value, GradientEstimator) and "all" not in value.gives,
+    "looks elsewhere": lambda value: isinstance(value, GradientEstimator) and "gradients" not in value.gives,
     "all at once": lambda value: (
-        (isinstance(value, Transform) and value.scope == "all") or (isinstance(value, Keeper) and "gradients" in value.needs)
+        (isinstance(value, GradientTransform) and value.scope == "all")
+        or (isinstance(value, Callback) and "gradients" in value.needs)
     ),
     "reads rows": lambda value: isinstance(value, Head),
     "learns its prompt": lambda value: isinstance(value, Prompt) and value.labels is not None,
     "compares": lambda value: (
         (isinstance(value, PairLoss | StepLoss) and value.reference)
         or (
-            isinstance(value, Term | TokenLoss | TokenWeight) and any(one.at == "base" for one in passes_of(resolve(value.columns)))
+            isinstance(value, LossTerm | TokenLoss | TokenWeight)
+            and any(one.at == "base" for one in passes_of(resolve(value.columns)))
         )
     ),
 }
@@ -134,7 +145,7 @@ def refused(one: Technique, other: Technique) -> str | None:
 
 def _is_apart(kind: str, name: str) -> bool:
     """Whether a selection can be given roles, or stands where no other one does."""
-    return kind != "selective" or name in STANDS or (kind, name, "roles") in OPTIONS
+    return kind != "selective" or name in STANDS or (kind, name, "target_modules") in OPTIONS
 
 
 _key = {kind: key_of(kind) for kind in KINDS}
@@ -199,7 +210,7 @@ def parts_for(chosen: Sequence[Technique]) -> dict[Technique, Part]:
     options: dict[Technique, dict[str, Any]] = {}
     for one in selections if len(selections) > 1 else ():
         if _apart[one] and one[1] not in STANDS and not (spread and one[1] in IN_BLOCKS):
-            options[one] = {**APART.get(one[1], {}), "roles": ("embedding",) if spread else next(free)}
+            options[one] = {**APART.get(one[1], {}), "target_modules": ("embedding",) if spread else next(free)}
     return {one: part_of(*one, options.get(one)) for one in chosen}
 
 
@@ -214,10 +225,10 @@ def build(parts: dict[Technique, Part], **more: Any) -> Engine:
     for (kind, _), part in parts.items():
         keys.setdefault(key_of(kind), []).append(part)
     # Transforms stand before the optimizer.
-    keys["step"] = sorted(keys.get("step", []), key=lambda part: isinstance(part.values[0], Optimizer))
-    own = [value for part in keys["step"] for value in part.values if isinstance(value, Optimizer)]
+    keys["optimizer"] = sorted(keys.get("optimizer", []), key=lambda part: isinstance(part.values[0], Optimizer))
+    own = [value for part in keys["optimizer"] for value in part.values if isinstance(value, Optimizer)]
     if not own or own[-1].takes is not None:
-        keys["step"] = [*keys["step"], "adamw"]
+        keys["optimizer"] = [*keys["optimizer"], "adamw"]
     if any(kind == "reference" for kind, _ in parts) and not any(compares(part) for part in parts.values()):
         keys["objective"].append("dpo")
     keys.setdefault("tune", ["full"])
@@ -228,7 +239,7 @@ def build(parts: dict[Technique, Part], **more: Any) -> Engine:
         if "`adamw` takes none of what trains" not in str(error) or model is not None or not own:
             raise
     # Optimizers of the combination take all there is.
-    return engine_of(model_of(), **_listed({**keys, "step": keys["step"][:-1]}), **more)
+    return engine_of(model_of(), **_listed({**keys, "optimizer": keys["optimizer"][:-1]}), **more)
 
 
 def _listed(keys: dict[str, list[Any]]) -> dict[str, list[Any]]:
@@ -253,7 +264,7 @@ def runnable(chosen: tuple[Technique, ...]) -> Iterator[tuple[Technique, ...]]:
     """A combination, or where it is refused smaller ones in which all of its pairs meet that can.
 
     Raises:
-        AssertionError: an error does not name a part or says nothing of how to mend, or a pair is refused that no table lists.
+        AssertionError: an error does not name a part or says nothing of how to fix, or a pair is refused that no table lists.
     """
     try:
         try_out(chosen)
@@ -261,7 +272,7 @@ def runnable(chosen: tuple[Technique, ...]) -> Iterator[tuple[Technique, ...]]:
         guilty = [one for one in chosen if one[1] in str(error)]
         said = f"{', '.join(name for _, name in chosen)}: {error}"
         assert guilty, f"a refusal names a part: {said}"
-        assert error.mend, f"a refusal says how to mend: {said}"
+        assert error.fix, f"a refusal says how to fix: {said}"
         if len(chosen) == 2 and "takes none of what trains" in str(error) and COMPANION not in chosen:
             yield from runnable((COMPANION, *chosen))
             return

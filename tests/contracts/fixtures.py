@@ -35,7 +35,7 @@ NOW = Now(step=0, steps=20, learning_rate=0.1, factor=1.0)
 @contextmanager
 def toys_listed() -> Iterator[None]:
     """The toys stand in the registry for a while, also within a test that has them already."""
-    known = "extra_head" in registry.names("term")
+    known = "extra_head" in registry.names("loss_term")
     if not known:
         registry.add_folder(TOYS)
     try:
@@ -113,21 +113,21 @@ def _compared(part: Part) -> dict[str, Any]:
 
 def _stepping(part: Part) -> dict[str, Any]:
     takes_all = part.kind == "optimizer" and part.values[0].takes is None
-    return {"step": [part] if takes_all else [part, "adamw"]}
+    return {"optimizer": [part] if takes_all else [part, "adamw"]}
 
 
 FIXTURES: dict[str, Fixture] = {
     **{kind: Fixture(rows_of_eight, _under("tune")) for kind in kinds_under("tune")},
-    **{kind: Fixture(rows_of_eight, _learnt) for kind in ("input_map", "term", "token_loss")},
+    **{kind: Fixture(rows_of_eight, _learnt) for kind in ("input_map", "loss_term", "token_loss")},
     "pair_loss": Fixture(rows_of_pairs, _under("objective")),
     "step_loss": Fixture(rows_of_pairs, _under("objective")),
     "reference": Fixture(rows_of_pairs, _compared),
     "head": Fixture(rows_of_pairs, _under("objective")),
     "token_weight": Fixture(rows_of_eight, _under("token_weight")),
-    "transform": Fixture(rows_of_eight, _stepping, by_step=True),
+    "gradient_transform": Fixture(rows_of_eight, _stepping, by_step=True),
     "optimizer": Fixture(rows_of_eight, _stepping, by_step=True),
-    "source": Fixture(rows_of_eight, _under("source"), by_step=True),
-    "keeper": Fixture(rows_of_eight, _under("keep"), by_step=True),
+    "gradient_estimator": Fixture(rows_of_eight, _under("gradient_estimator"), by_step=True),
+    "callback": Fixture(rows_of_eight, _under("callbacks"), by_step=True),
     "freezing": Fixture(rows_of_eight, _under("freeze")),
     "row_map": Fixture(mapped_rows, outcome=lambda value, rows: [repr(row) for row in value.map(rows, None)]),
     "row_score": Fixture(scored_rows, outcome=_scores),
@@ -190,7 +190,7 @@ OTHERS: dict[tuple[str, str], list[Any]] = {
     ("task_focal", "column"): ["quality"],
     ("likelihood", "models"): [("tiny:gpt2",)],
     ("poft", "column"): ["other_log_likelihood"],
-    ("margin", "column"): ["better"],
+    ("odpo", "column"): ["better"],
     ("kto", "column"): ["verdict"],
     ("apo_zero_unpaired", "column"): ["verdict"],
     ("weak_to_strong", "column"): ["verdict"],
@@ -258,7 +258,7 @@ def _mapped(model: Any) -> Parts:
 def engine_of(model: Any = None, *, dtype: torch.dtype = torch.float64, now: Now = NOW, **keys: Any) -> Engine:
     """An engine from recipe keys on a tiny model; keys that are not named hold something plain. Other keys are those of
     `build_engine`."""
-    named = {"tune": "full", "objective": "cross_entropy", "step": "adamw", "source": "backprop"} | keys
+    named = {"tune": "full", "objective": "cross_entropy", "optimizer": "adamw", "gradient_estimator": "backprop"} | keys
     specs = {key: _made(named.pop(key), key) for key in [*named] if key in registry.KEYS}
     model = (model_of() if model is None else model).to(dtype)
     return build_engine(
@@ -298,10 +298,10 @@ def take_steps(run: Engine, batches: list[Batch], now: Now, steps: int, first: i
 
 
 def end_stage(run: Engine, now: Now) -> None:
-    """What keepers do when a stage ends."""
-    for kept in run.keepers:
-        if kept.keeper.after_stage is not None:
-            kept.keeper.after_stage(kept.state, run.services(kept.slot, now))
+    """What callbacks do when a stage ends."""
+    for kept in run.callbacks:
+        if kept.callback.after_stage is not None:
+            kept.callback.after_stage(kept.state, run.services(kept.slot, now))
 
 
 def outcomes(kind: str, name: str, options: Mapping[str, Any], steps: int = 4) -> Iterator[Any]:

@@ -32,7 +32,7 @@ class Lived(NamedTuple):
     still: list[tuple[str, Tensor, Tensor]]
     """Tensors that were to stand still in a step, with their values before and after it."""
     heard: dict[str, int]
-    """How often each keeper heard that a step was done, by slot."""
+    """How often each callback heard that a step was done, by slot."""
     claimed: dict[str, Tensor]
     """Which numbers of each parameter trained at any time."""
     frees: dict[str, list[tuple[str, tuple[int, ...]]]]
@@ -47,7 +47,7 @@ def frees(run: Engine) -> dict[str, list[tuple[str, tuple[int, ...]]]]:
     return {slot: sorted(some) for slot, some in found.items()}
 
 
-def claim(run: Engine, claimed: dict[str, Tensor]) -> None:
+def replication(run: Engine, claimed: dict[str, Tensor]) -> None:
     """Add which numbers of the model train now."""
     for one in run.tune.trained.values():
         if one.place is None or one.form in ("factor", "free"):
@@ -63,13 +63,13 @@ def live(together: Together, steps: int = STEPS) -> Lived:
     """Take steps with a combination, and look at what moves."""
     run, batch = together.run, together.batch
     heard: dict[str, int] = {}
-    for kept in run.keepers:
+    for kept in run.callbacks:
         _count(kept, heard)
     _follow_moments(run)
     lived = Lived([], [], heard, {}, frees(run))
     run.tune.model.train()
     for step in range(steps):
-        claim(run, lived.claimed)
+        replication(run, lived.claimed)
         before = masters(run)
         batches = [batch] if step else split(batch, (5, 3))
         lived.results.append(run.step(batches, LIVED._replace(step=step)))
@@ -78,7 +78,7 @@ def live(together: Together, steps: int = STEPS) -> Lived:
         changed = {said.split(":")[0] for said in lived.results[-1].said}
         still = [n for n, one in run.tune.trained.items() if one.still and n in before and one.slot not in changed]
         lived.still.extend((n, before[n], after[n]) for n in still)
-    claim(run, lived.claimed)
+    replication(run, lived.claimed)
     return lived
 
 
@@ -104,8 +104,8 @@ def _follow_moments(run: Engine) -> None:
 
 
 def _count(kept: Any, heard: dict[str, int]) -> None:
-    """Count how often a keeper hears of a step."""
-    own = kept.keeper.after_step
+    """Count how often a callback hears of a step."""
+    own = kept.callback.after_step
     if own is None:
         return
     heard[kept.slot] = 0
@@ -114,7 +114,7 @@ def _count(kept: Any, heard: dict[str, int]) -> None:
         heard[kept.slot] += 1
         own(state, services)
 
-    kept.keeper = kept.keeper._replace(after_step=after_step)
+    kept.callback = kept.callback._replace(after_step=after_step)
 
 
 @cache
@@ -160,7 +160,7 @@ def stood_still(together: Together, lived: Lived, one: Technique) -> None:
 
 
 def heard_every_step(together: Together, lived: Lived, one: Technique) -> None:
-    """A keeper heard of every step once, of those that are its own."""
+    """A callback heard of every step once, of those that are its own."""
     taken = [step for step, result in enumerate(lived.results) if not result.skipped]
     turns = together.run.tune.turns
     for slot, count in lived.heard.items():
@@ -193,23 +193,23 @@ def reads_as_alone(together: Together, lived: Lived, one: Technique) -> None:
 INVARIANTS: dict[str, Callable[[Together, Lived, Technique], None]] = {
     **dict.fromkeys(registry.kinds_under("tune"), frees_as_alone),
     "freezing": stood_still,
-    "keeper": heard_every_step,
-    "transform": has_one_optimizer,
+    "callback": heard_every_step,
+    "gradient_transform": has_one_optimizer,
     "optimizer": has_one_optimizer,
     "input_map": reads_as_alone,
 }
-"""By kind; those of freezings, keepers and the chain hold for what other kinds bring along, too."""
+"""By kind; those of freezings, callbacks and the chain hold for what other kinds bring along, too."""
 
 
 def starts_as_it_says(together: Together, batch: Batch) -> None:
     """Step 0: the base, bit for bit or up to rounding, as all cards say; what starts exactly adds nothing to what does not."""
     base = _base_logits(batch)
-    claims = {one: registry.find(one[1], (one[0],)).card.step0 for one in together.chosen}
+    replications = {one: registry.find(one[1], (one[0],)).card.step0 for one in together.chosen}
     found = logits_of(together.run.tune.model, batch)
-    others = [one for one in together.chosen if key_of(one[0]) == "tune" and claims[one] != "base exactly"]
+    others = [one for one in together.chosen if key_of(one[0]) == "tune" and replications[one] != "base exactly"]
     if not others:
         assert torch.equal(found, base), "every card says `base exactly`"
-    elif all(claims[one] == "base up to rounding" for one in others):
+    elif all(replications[one] == "base up to rounding" for one in others):
         assert float((found - base).abs().max()) < 1e-9
     else:
         alone = build({one: together.parts[one] for one in others}, keep_base=True)
@@ -277,11 +277,11 @@ def _restore(run: Engine, states: dict[str, Any]) -> None:
 
 def teaches_as_without(together: Together, first: StepResult) -> None:
     """At step 0 a token weight keeps its share, and every part of the loss is what it is, without the parts that are left out here:
-    other losses, transforms, optimizers, sources, keepers and freezings; whatever the order of the weights."""
+    other losses, transforms, optimizers, sources, callbacks and freezings; whatever the order of the weights."""
     if "gradients" not in together.run.source.gives:
         # It looks at the loss elsewhere.
         return
-    losses = [one for one in together.chosen if one[0] in ("term", "token_loss")]
+    losses = [one for one in together.chosen if one[0] in ("loss_term", "token_loss")]
     stays = [one for one in together.chosen if key_of(one[0]) in ("tune", "token_weight") or one[0] == "input_map"]
     rules = sum("rule" in traits[one] for one in stays)
     # Weights multiply, in any order; rules take turns.

@@ -37,7 +37,7 @@ class Told(NamedTuple):
     """All numbers of the run when it ended, and what each step reported."""
     refused: str = ""
     """Why it took no step, or no further one."""
-    mend: str = ""
+    fix: str = ""
 
 
 def shares(step: int, kinds: tuple[str, ...] = ()) -> list[list[Batch]]:
@@ -54,7 +54,9 @@ def engine_for(task: dict[str, Any]) -> Engine:
         place = FIXTURES[task["kind"]].place
         assert place is not None
         return engine_of(**place(part_of(task["kind"], task["name"])))
-    chosen = completed({"tune": "full", "objective": "cross_entropy", "step": "sgd", "source": "backprop", **task["keys"]})
+    chosen = completed(
+        {"tune": "full", "objective": "cross_entropy", "optimizer": "sgd", "gradient_estimator": "backprop", **task["keys"]}
+    )
     return engine_of(**{key: list(parts) for key, parts in chosen.items()}, now=Now(steps=STEPS))
 
 
@@ -84,7 +86,7 @@ def perform(task: dict[str, Any], rank: int | None = None) -> Told:
             told = {**parts, **result.notes, **({} if result.weights is None else result.weights._asdict())}
             found |= {f"step {step} {key}": float(value) for key, value in told.items()}
     except LuthierError as error:
-        return Told(plain(found), str(error), error.mend)
+        return Told(plain(found), str(error), error.fix)
     return Told(plain({**found, **everything(engine)}))
 
 
@@ -95,7 +97,7 @@ def plain(found: dict[str, Any]) -> dict[str, Any]:
 
 def _broken(rank: int | None) -> Told:
     """A step in which the loss of one row of the second process is no number."""
-    engine = engine_of(step="sgd", now=Now(steps=1))
+    engine = engine_of(optimizer="sgd", now=Now(steps=1))
     before = [parameter.detach().clone() for parameter in engine.tune.model.parameters()]
     sound = engine.objective.total
 
@@ -123,15 +125,18 @@ def _apart(when: str, rank: int) -> Told:
         return when == "still" and now.step == 1 and rank == 1 and "layers.0" in trained.name
 
     def choose(parts: Any, services: Any) -> dict[Any, Select]:
-        return {place: Select("flat", torch.arange(3) + (rank if when == "start" else 0)) for place in parts.select(roles="linear")}
+        return {
+            place: Select("flat", torch.arange(3) + (rank if when == "start" else 0))
+            for place in parts.select(target_modules="linear")
+        }
 
     own = Part("own", "selective", {}, (Selective(choose, refresh=refresh), Freezing(frozen)))
     try:
-        engine = engine_of(tune=[own], step="sgd", now=Now(steps=STEPS))
+        engine = engine_of(tune=[own], optimizer="sgd", now=Now(steps=STEPS))
         for step in range(3):
             engine.step(shares(0)[rank], Now(step=step, steps=STEPS, learning_rate=0.01))
     except LuthierError as error:
-        return Told({}, str(error), error.mend)
+        return Told({}, str(error), error.fix)
     return Told({})
 
 

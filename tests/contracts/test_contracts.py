@@ -118,12 +118,12 @@ def test_fault_20_step_zero_is_the_base_as_the_card_says(kind: str, name: str, a
     run = run_of(kind, name, model=model, dtype=torch.float32)
     # A prompt's virtual tokens join in luthier's own forward pass.
     off = float((logits_of(model, batch) - wanted).abs().max())
-    claim = registry.find(name, (kind,)).card.step0
-    assert claim in ("base exactly", "base up to rounding", "on purpose not the base")
+    replication = registry.find(name, (kind,)).card.step0
+    assert replication in ("base exactly", "base up to rounding", "on purpose not the base")
     assert run.tune.trained
-    if claim == "base exactly":
+    if replication == "base exactly":
         assert off == 0.0
-    elif claim == "base up to rounding":
+    elif replication == "base up to rounding":
         assert 0.0 < off < 1e-4
 
 

@@ -14,7 +14,7 @@ import torch
 from luthier.columns.chunked import passes_of, resolve
 from luthier.columns.losses import nll
 from luthier.errors import LuthierError
-from luthier.kinds import Column, Term, TokenWeight, View
+from luthier.kinds import Column, LossTerm, TokenWeight, View
 from luthier.registry import key_of, kinds_under
 from luthier.training.services import view_of
 from tests.conftest import split
@@ -129,7 +129,7 @@ def test_rules_over_rows_see_the_rows_own_targets(one: Technique) -> None:
                 look=look and (lambda table: (seen.append(table.position_M - length), look(table))[1]),
                 count=count and (lambda rows: (seen.append(rows.token_ids_BT[rows.label_BT >= 0]), count(rows))[1]),
             )
-        if isinstance(value, Term) and value.unit == "row":
+        if isinstance(value, LossTerm) and value.unit == "row":
             total, count_rows = value.total, value.count
             return value._replace(
                 total=lambda view, tensors: (watch_view(view), total(view, tensors))[1],
@@ -159,7 +159,7 @@ def test_what_is_said_to_be_refused_is_refused_by_name(entry: tuple[str, str]) -
             try_out((one, other))
         said = str(error.value)
         assert REFUSED[entry] in said, f"{one[1]} with {other[1]}: {said}"
-        assert error.value.mend and (one[1] in said or other[1] in said)
+        assert error.value.fix and (one[1] in said or other[1] in said)
 
 
 def test_the_traits_of_refusals_are_those_of_techniques() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from luthier.kinds import Keeper
+from luthier.kinds import Callback
 from luthier.training.engine import Engine
 from luthier.training.loop import Clock, Plans
 from tests.contracts.combinations import traits
@@ -62,7 +62,7 @@ def test_killed_between_any_two_events_and_measured_all_the_time(tmp_path: Path,
     assert plain.process() is not None
     if idle is not None and idle + 1 not in plain.said:
         before, after = (plain.at_step[step][0] for step in (idle, idle + 1))
-        if any(isinstance(value, Keeper) and value.by_clock for value in part_of(kind, name).values):
+        if any(isinstance(value, Callback) and value.by_clock for value in part_of(kind, name).values):
             # What goes by the clock changes what it remembers, and no numbers.
             before, after = ({key: one for key, one in told.items() if not key.startswith("state ")} for told in (before, after))
         assert_equal(after, before)

@@ -22,22 +22,22 @@ from tests.unit.test_kinds_resume import assert_equal, everything
 STEPS = 12
 ATTENTION = ["attention"]
 TUNES: dict[str, Any] = {
-    "adalora": {"initial_rank": 3, "target_rank": 2, "warmup": 0.1, "final": 0.4, "roles": ATTENTION},
-    "loca": {"coefficients": 6, "search": 0.5, "coefficient_steps": 1, "location_steps": 1, "roles": ATTENTION},
+    "adalora": {"initial_rank": 3, "target_rank": 2, "warmup": 0.1, "final": 0.4, "target_modules": ATTENTION},
+    "loca": {"coefficients": 6, "search": 0.5, "coefficient_steps": 1, "location_steps": 1, "target_modules": ATTENTION},
     "lofit": {"selection": 0.5, "share": 0.5},
-    "lt_sft": {"share": 0.02, "roles": ATTENTION},
-    "spiel": {"density": 0.005, "every": 4, "gather": 2, "roles": ATTENTION},
-    "lift": {"rank": 2, "lora_rank": 1, "every": 3, "roles": ATTENTION},
+    "lt_sft": {"share": 0.02, "target_modules": ATTENTION},
+    "spiel": {"density": 0.005, "every": 4, "gather": 2, "target_modules": ATTENTION},
+    "lift": {"rank": 2, "lora_rank": 1, "every": 3, "target_modules": ATTENTION},
 }
 """Options with which phases, or changes of what trains, fit into so few steps."""
 BESIDE: dict[str, dict[str, Any]] = {
     "alone": {},
     "promot": {"tune": [{"promot": {"length": 2, "share": 0.34}}]},
     "caft": {"objective": {"caft": {"heads": 1, "heads_first": 0.25}}},
-    "greentrainer": {"tune": [{"greentrainer": {"roles": ["mlp_down"], "target": 0.7, "selections": 2}}]},
+    "greentrainer": {"tune": [{"greentrainer": {"target_modules": ["mlp_down"], "target": 0.7, "selections": 2}}]},
 }
-GREEN = {"roles": ["mlp_down", "attention"], "target": 0.7, "selections": 3}
-HALF = {"half": {"roles": ATTENTION}}
+GREEN = {"target_modules": ["mlp_down", "attention"], "target": 0.7, "selections": 3}
+HALF = {"half": {"target_modules": ATTENTION}}
 PHASED: dict[str, dict[str, Any]] = {
     **{name: {"tune": [{name: options}]} for name, options in TUNES.items()},
     "greentrainer": {"tune": [{"greentrainer": GREEN}]},

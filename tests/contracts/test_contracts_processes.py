@@ -14,9 +14,9 @@ from tests.contracts.pair import Told, perform, shares, standing
 from tests.toys.helpers import toys  # noqa: F401
 
 SETTINGS: dict[str, dict[str, Any]] = {
-    "full": {"step": ["clip", "adamw"]},
-    "entries": {"tune": "some_entries", "step": "adamw"},
-    "growing": {"tune": "growing", "step": "adamw"},
+    "full": {"optimizer": ["clip", "adamw"]},
+    "entries": {"tune": "some_entries", "optimizer": "adamw"},
+    "growing": {"tune": "growing", "optimizer": "adamw"},
     "look": {"token_weight": "drop_easiest"},
     "rows and tokens of the step": {"token_weight": {"q_tuning": {"rows": 0.6}}},
     "tasks": {"token_weight": {"task_balance": {"by": "rows"}}},
@@ -29,8 +29,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "reference": {"token_weight": "beats_reference"},
     "penalty": {"objective": ["cross_entropy", {"pull_to_start": {"weight": 1.0}}, "extra_head"]},
     "masked inputs": {"objective": ["cross_entropy", {"masked_thought": {"warmup": 0.5}}, "drop_tokens"]},
-    "heads ahead": {"objective": {"caft": {"heads_first": 0.25, "head_rate": 1.0}}},
-    "zeroth order": {"source": "zeroth_order"},
+    "heads ahead": {"objective": {"caft": {"heads_first": 0.25, "head_learning_rate_factor": 1.0}}},
+    "zeroth order": {"gradient_estimator": "zeroth_order"},
 }
 TASKS: dict[str, dict[str, Any]] = {
     **{name: {"id": name, "keys": keys} for name, keys in SETTINGS.items()},
@@ -38,7 +38,7 @@ TASKS: dict[str, dict[str, Any]] = {
 }
 APART = ("start", "later", "still")
 """When each process makes a choice of its own."""
-PER_PROCESS = {("source", "per_layer")}
+PER_PROCESS = {("gradient_estimator", "per_layer")}
 """Techniques that several processes refuse: what takes its steps within backward knows of its own process alone."""
 
 
@@ -76,13 +76,13 @@ def test_faults_2_and_4_two_processes_equal_one(tmp_path: Path, subtests: pytest
             with subtests.test(msg=name):
                 if (task.get("kind"), task.get("name")) in PER_PROCESS:
                     words = "updates inside backward are not summed over several processes"
-                    assert all(words in told.refused and told.mend for told in (first, second)) and not one.refused
+                    assert all(words in told.refused and told.fix for told in (first, second)) and not one.refused
                     continue
                 assert_same(one, first, second)
         for when in APART:
             with subtests.test(msg=f"choices that differ: {when}"):
                 for told in pair.ask(when):
-                    assert "`own`" in told.refused and "differ" in told.refused and told.mend
+                    assert "`own`" in told.refused and "differ" in told.refused and told.fix
         with subtests.test(msg="a loss that is no number"):
             rows = [row for batch in shares(0)[1] for row in batch.row_ids]
             for told in pair.ask("broken"):
@@ -91,4 +91,4 @@ def test_faults_2_and_4_two_processes_equal_one(tmp_path: Path, subtests: pytest
 
 
 def test_what_applies_itself_is_what_is_refused() -> None:
-    assert {one for one in RUNS if "one at a time" in traits[one]} - {("source", "zeroth_order")} == PER_PROCESS
+    assert {one for one in RUNS if "one at a time" in traits[one]} - {("gradient_estimator", "zeroth_order")} == PER_PROCESS

@@ -46,7 +46,7 @@ def ended(request: pytest.FixtureRequest) -> Iterator[Ended]:
 @pytest.mark.parametrize("name", SELECTIVE)
 def test_adamw_holds_two_numbers_for_each_that_trains(now: Now, name: str, dtype: torch.dtype) -> None:
     """Two moments in fp32 for each number of a selection and an age, in bf16 a master as well; nothing for the rest of the model."""
-    run = run_of("selective", name, dtype=dtype, step=["adamw"])
+    run = run_of("selective", name, dtype=dtype, optimizer=["adamw"])
     take_steps(run, [rows_for(["selective"])], now._replace(learning_rate=1e-3), 3)
     moving = [one for one in run.tune.trained.values() if not one.forgotten]
     numbers = sum(one.numel for one in moving)
@@ -79,7 +79,7 @@ def test_the_base_is_never_lost(ended: Ended) -> None:
 
 def test_the_delta_makes_the_tuned_model_of_the_base(ended: Ended) -> None:
     """In its own form: entries where entries train, factors where the change is low-rank."""
-    if ended.kind not in ("selective", "additive"):
+    if ended.kind not in ("selective", "weight_delta"):
         return
     base, run, batch = ended.base, ended.run, rows_of_eight()
     delta = Delta.of(run.tune, base)
@@ -88,8 +88,8 @@ def test_the_delta_makes_the_tuned_model_of_the_base(ended: Ended) -> None:
     assert float((logits_of(base, batch) - logits_of(run.tune.model, batch)).abs().max()) < 1e-9
     delta.remove(base)
     assert float((logits_of(base, batch) - wanted).abs().max()) < 1e-9
-    if ended.kind == "additive":
-        value = next(one for slot, one, _ in run.tune.additives)
+    if ended.kind == "weight_delta":
+        value = next(one for slot, one, _ in run.tune.weight_deltas)
         low_rank = value.pair is not None or value.factors is not None
         changed_in_place = bool(value.subtract)
         forms = [form for some in delta.changes.values() for form in some]
@@ -115,7 +115,7 @@ def test_merging_is_what_the_card_says(ended: Ended) -> None:
     try:
         run.tune.merge()
     except LuthierError:
-        needs_bias = ended.architecture == "llama" and ended.kind == "hidden_edit"
+        needs_bias = ended.architecture == "llama" and ended.kind == "representation_edit"
         assert card.merges == "never" or needs_bias
     else:
         assert card.merges != "never"
@@ -143,7 +143,7 @@ def test_every_family_trains_or_is_refused_by_name(now: Now, kind: str, name: st
         run = run_of(kind, name, model=model, keep_base=True)
     except LuthierError as error:
         assert name in str(error) or architecture in str(error), "a refusal names what it refuses"
-        assert error.mend
+        assert error.fix
         assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
         return
     losses = take_steps(run, [batch], now._replace(learning_rate=1e-3), 2)

@@ -66,20 +66,20 @@ def write_recipe(folder: Path, changes: Mapping[str, Any]) -> Path:
     return folder / "recipe.yaml"
 
 
-def refused(call: Callable[[], Any], where: Sequence[str], mend: str) -> LuthierError:
+def refused(call: Callable[[], Any], where: Sequence[str], fix: str) -> LuthierError:
     """The error of a call: it names the place and the remedy, and is no other kind of exception."""
     with pytest.raises(Exception) as caught:
         call()
     error = caught.value
     assert type(error) is LuthierError, repr(error)
-    assert error.what and error.mend, error
+    assert error.what and error.fix, error
     assert all(word in error.where for word in where), error
-    assert mend in error.mend, error
+    assert fix in error.fix, error
     return error
 
 
-def refused_to_train(folder: Path, recipe: Path, where: Sequence[str], mend: str, overrides: Sequence[str] = ()) -> None:
+def refused_to_train(folder: Path, recipe: Path, where: Sequence[str], fix: str, overrides: Sequence[str] = ()) -> None:
     """Training is refused with its place and remedy, and nothing was begun."""
-    refused(lambda: luthier.train(luthier.read_recipe(recipe, overrides)), where, mend)
+    refused(lambda: luthier.train(luthier.read_recipe(recipe, overrides)), where, fix)
     assert not list(folder.glob("runs/*")), "a run was begun"
     assert not list(folder.rglob("*.safetensors")), "weights were written"

@@ -103,13 +103,13 @@ MODELS: list[tuple[Callable[[Path], None], str, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("break_it", "where", "mend"), MODELS, ids=range(len(MODELS)))
-def test_a_bad_model_folder(break_it: Callable[[Path], None], where: str, mend: str, model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("break_it", "where", "fix"), MODELS, ids=range(len(MODELS)))
+def test_a_bad_model_folder(break_it: Callable[[Path], None], where: str, fix: str, model: Path, tmp_path: Path) -> None:
     broken = tmp_path / "model"
     shutil.copytree(model, broken)
     break_it(broken)
     recipe = write_recipe(tmp_path, {"model": str(broken)})
-    refused(lambda: luthier.train(recipe), [where], mend)
+    refused(lambda: luthier.train(recipe), [where], fix)
     assert not list(tmp_path.glob("runs/*"))
 
 
@@ -181,7 +181,7 @@ def uses(run: Path) -> list[Callable[[], Any]]:
 
 
 @pytest.mark.parametrize(
-    ("break_it", "where", "mend"),
+    ("break_it", "where", "fix"),
     [
         (lambda run: stated(run, status="running"), "copied", "--resume"),
         (lambda run: stated(run, status="failed"), "copied", "--resume"),
@@ -197,10 +197,10 @@ def uses(run: Path) -> list[Callable[[], Any]]:
         (written("delta.safetensors", b"xx"), "delta.safetensors", "Delta.save"),
     ],
 )
-def test_a_run_without_a_result(break_it: Callable[[Path], Any], where: str, mend: str, copied: Path) -> None:
+def test_a_run_without_a_result(break_it: Callable[[Path], Any], where: str, fix: str, copied: Path) -> None:
     break_it(copied)
     for use in uses(copied):
-        refused(use, [where], mend)
+        refused(use, [where], fix)
     assert not Path("exported").exists()
 
 
@@ -245,7 +245,7 @@ def test_a_name_of_a_run_that_is_not_there(copied: Path, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
-    ("call", "where", "mend"),
+    ("call", "where", "fix"),
     [
         (lambda: Chat("tiny:llama", max_new_tokens=0).ask("a"), "", "max_new_tokens from 1"),
         (lambda: Chat("tiny:llama", max_new_tokens=5000).ask("a"), "prompt", "max_new_tokens"),
@@ -257,20 +257,20 @@ def test_a_name_of_a_run_that_is_not_there(copied: Path, tmp_path: Path) -> None
         (lambda: look_at_rows("none.jsonl", "tiny:llama"), "none.jsonl", "check the path"),
         (lambda: look_at_rows("rows.jsonl", "tiny:lama"), "tiny:", "`llama`"),
         (lambda: look_at_rows("rows.jsonl", "tiny:llama", loss_on="everyone"), "--loss-on", "assistant"),
-        (lambda: look_at_rows("rows.jsonl", "tiny:llama", shape="mesages"), "shape", "`messages`"),
+        (lambda: look_at_rows("rows.jsonl", "tiny:llama", shape="mesages"), "format", "`messages`"),
         (lambda: export("none", Path("rows.jsonl")), "rows.jsonl", "name another"),
         (lambda: export("none", Path("new")), "runs", "luthier runs"),
         (lambda: evaluate("tiny:llama", luthier.read_recipe("recipe.yaml", ["evaluate={}"])), "evaluate", "rows: FILE"),
     ],
 )
-def test_a_bad_use(call: Callable[[], Any], where: str, mend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bad_use(call: Callable[[], Any], where: str, fix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     write_recipe(tmp_path, {})
-    refused(call, [where], mend)
+    refused(call, [where], fix)
 
 
 @pytest.mark.parametrize(
-    ("words", "where", "mend"),
+    ("words", "where", "fix"),
     [
         ("train", "luthier train", "a recipe"),
         ("train none.yaml", "none.yaml", "YAML file"),
@@ -291,12 +291,12 @@ def test_a_bad_use(call: Callable[[], Any], where: str, mend: str, tmp_path: Pat
     ],
     ids=lambda word: str(word)[:40].replace("/", "-"),
 )
-def test_a_bad_command(words: str, where: str, mend: str, copied: Path) -> None:
+def test_a_bad_command(words: str, where: str, fix: str, copied: Path) -> None:
     """Exit code 2 and one JSON document, or a message without a traceback."""
     result = CliRunner().invoke(app, [*words.split(), "--json"])
     assert result.exit_code == 2, result.output
     told = json.loads(result.stdout)
-    assert told["error"] and where in told["where"] and mend in told["mend"] and told["mend"], told
+    assert told["error"] and where in told["where"] and fix in told["fix"] and told["fix"], told
     shown = CliRunner().invoke(app, words.split())
     assert shown.exit_code == 2 and "Traceback" not in shown.output
     assert [path.name for path in Path("runs").iterdir()] == ["copied"], "nothing was begun"

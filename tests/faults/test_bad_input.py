@@ -31,9 +31,9 @@ RECIPES: list[tuple[dict[str, Any], str, str]] = [
     ({"rows.train": []}, "recipe.yaml: rows.train", "a file"),
     ({"rows.train": ["rows.jsonl", 3]}, "recipe.yaml: rows.train", "a file"),
     ({"rows.loss_on": "asistant"}, "recipe.yaml: rows.loss_on", "`assistant`"),
-    ({"rows.max_tokens": 1}, "recipe.yaml: rows.max_tokens", "at least 2"),
-    ({"rows.max_tokens": 513}, "rows.max_tokens", "at most 512"),
-    ({"rows.shape": "mesages"}, "rows.shape", "`messages`"),
+    ({"rows.max_length": 1}, "recipe.yaml: rows.max_length", "at least 2"),
+    ({"rows.max_length": 513}, "rows.max_length", "at most 512"),
+    ({"rows.format": "mesages"}, "rows.format", "`messages`"),
     ({"rows.on_bad_row": "ignore"}, "recipe.yaml: rows.on_bad_row", "skip"),
     ({"train": [1]}, "recipe.yaml: train", "a mapping"),
     ({"train.steps": "many"}, "recipe.yaml: train.steps", "a whole number"),
@@ -58,7 +58,7 @@ RECIPES: list[tuple[dict[str, Any], str, str]] = [
     ({"evaluate.asked": "asked.jsonl"}, "recipe.yaml: evaluate.asked", "a mapping"),
     ({"evaluate.asked.rows": None}, "recipe.yaml: evaluate.asked.rows", "a file"),
     ({"evaluate.asked.rows": "none.jsonl"}, "none.jsonl", "check the path"),
-    ({"evaluate.asked.side": "lernt"}, "recipe.yaml: evaluate.asked.side", "`learnt`"),
+    ({"evaluate.asked.role": "targt"}, "recipe.yaml: evaluate.asked.role", "`target`"),
     ({"evaluate.asked.metric": "containz"}, "evaluation set `asked`", "`contains`"),
     ({"evaluate.asked.metric": "choice"}, "asked.jsonl:1 (row ", "contains"),
     ({"evaluate.asked.max_new_tokens": 600}, "asked.jsonl:1 (row ", "max_new_tokens"),
@@ -67,8 +67,8 @@ RECIPES: list[tuple[dict[str, Any], str, str]] = [
     ({"trust_remote_code": "maybe"}, "recipe.yaml: trust_remote_code", "true or false"),
     ({"revision": "main"}, "revision", "leave the revision out"),
     ({"tune": "harf"}, "tune", "`half`"),
-    ({"tune": "adamw"}, "tune", "`step`"),
-    ({"step": ["clip", "half"]}, "step[1]", "`tune`"),
+    ({"tune": "adamw"}, "tune", "`optimizer`"),
+    ({"optimizer": ["clip", "half"]}, "optimizer[1]", "`tune`"),
     ({"tune": 3}, "tune", "selective"),
     ({"tune": []}, "tune", "lora"),
     ({"tune": {"half": {}, "lora": {}}}, "tune", "a list"),
@@ -81,15 +81,15 @@ RECIPES: list[tuple[dict[str, Any], str, str]] = [
     ({"tune": {"lora": {"rank": True}}}, "tune: lora", "a number"),
     ({"tune": {"lora": {"rank": 10**9}}}, "lora: rank", "at most"),
     ({"tune": {"lora": {"alpha": float("nan")}}}, "tune: lora", "finite"),
-    ({"tune": {"lora": {"roles": ["lineer"]}}}, "roles", "`linear`"),
-    ({"tune": {"lora": {"roles": "linear"}}}, "tune: lora", "a list"),
-    ({"tune": ["full", "half"]}, "model.layers.0.self_attn.q_proj.weight", "different roles"),
-    ({"step": "clip"}, "step", "adamw"),
-    ({"step": [{"adamw": {"beta1": 2}}]}, "adamw: beta1", "below 1"),
-    ({"step": [{"adamw": {"decay": -1}}]}, "adamw: decay", "0 or more"),
-    ({"step": [{"sgd": {"momentum": 5}}]}, "sgd: momentum", "below 1"),
-    ({"source": ["backprop", "backprop"]}, "source", "name one"),
-    ({"keep": "nothing_like_it"}, "keep", "known"),
+    ({"tune": {"lora": {"target_modules": ["lineer"]}}}, "target_modules", "`linear`"),
+    ({"tune": {"lora": {"target_modules": "linear"}}}, "tune: lora", "a list"),
+    ({"tune": ["full", "half"]}, "model.layers.0.self_attn.q_proj.weight", "different target_modules"),
+    ({"optimizer": "clip"}, "optimizer", "adamw"),
+    ({"optimizer": [{"adamw": {"beta1": 2}}]}, "adamw: beta1", "below 1"),
+    ({"optimizer": [{"adamw": {"weight_decay": -1}}]}, "adamw: weight_decay", "0 or more"),
+    ({"optimizer": [{"sgd": {"momentum": 5}}]}, "sgd: momentum", "below 1"),
+    ({"gradient_estimator": ["backprop", "backprop"]}, "gradient_estimator", "name one"),
+    ({"callbacks": "nothing_like_it"}, "callbacks", "known"),
     ({"model": "smollm2-135m-instrct"}, "model", "`smollm2-135m-instruct`"),
     ({"model": "tiny:lama"}, "tiny:", "`llama`"),
     ({"model": "tiny:bert"}, "objective", "causal"),
@@ -105,17 +105,15 @@ def _called(case: Any) -> str:
     return str(case)[:60].replace("/", "-") if isinstance(case, dict) else ""
 
 
-@pytest.mark.parametrize(("changes", "where", "mend"), RECIPES, ids=_called)
-def test_a_bad_key_or_value(
-    changes: dict[str, Any], where: str, mend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize(("changes", "where", "fix"), RECIPES, ids=_called)
+def test_a_bad_key_or_value(changes: dict[str, Any], where: str, fix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    refused_to_train(tmp_path, write_recipe(tmp_path, changes), [where], mend)
+    refused_to_train(tmp_path, write_recipe(tmp_path, changes), [where], fix)
 
 
 def test_two_techniques_for_one_number_are_both_named(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, {"tune": ["full", "half"]})
-    error = refused(lambda: luthier.train(recipe), ["model.layers.0"], "roles")
+    error = refused(lambda: luthier.train(recipe), ["model.layers.0"], "target_modules")
     assert "`half`" in error.what and "`full`" in error.what
 
 
@@ -128,7 +126,7 @@ GOOD = "model: tiny:llama\nrows: {train: rows.jsonl}\n"
 
 
 @pytest.mark.parametrize(
-    ("content", "where", "mend"),
+    ("content", "where", "fix"),
     [
         (b"", "recipe.yaml", "model:"),
         (b"- tiny:llama\n", "recipe.yaml", "model:"),
@@ -148,9 +146,9 @@ GOOD = "model: tiny:llama\nrows: {train: rows.jsonl}\n"
     ],
     ids=lambda value: value[:40].decode("latin-1").replace("\0", "0") if isinstance(value, bytes) else "",
 )
-def test_a_bad_recipe_file(content: bytes, where: str, mend: str, tmp_path: Path) -> None:
+def test_a_bad_recipe_file(content: bytes, where: str, fix: str, tmp_path: Path) -> None:
     write_recipe(tmp_path, {}).write_bytes(content)
-    refused_to_train(tmp_path, tmp_path / "recipe.yaml", [where], mend)
+    refused_to_train(tmp_path, tmp_path / "recipe.yaml", [where], fix)
 
 
 def test_no_recipe_file(tmp_path: Path) -> None:
@@ -159,12 +157,12 @@ def test_no_recipe_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("word", "where", "mend"),
+    ("word", "where", "fix"),
     [
         ("train.epochs", "command line", "train.epochs=2"),
         ("=3", "command line", "train.epochs=2"),
         ("train.=3", "command line", "train.epochs=2"),
-        ("step.clip.norm=3", "command line", "step=..."),
+        ("optimizer.clip.norm=3", "command line", "optimizer=..."),
         ("train.steps.x=3", "command line", "train.steps=..."),
         ("rows.train.x=3", "command line", "rows.train=..."),
         ("trian.steps=3", "recipe.yaml and the command line: trian", "`train`"),
@@ -173,8 +171,8 @@ def test_no_recipe_file(tmp_path: Path) -> None:
         ("rows.train=2026-99-99", "2026-99-99", "check the path"),
     ],
 )
-def test_a_bad_override(word: str, where: str, mend: str, tmp_path: Path) -> None:
-    refused_to_train(tmp_path, write_recipe(tmp_path, {"step": ["clip", "adamw"]}), [where], mend, [word])
+def test_a_bad_override(word: str, where: str, fix: str, tmp_path: Path) -> None:
+    refused_to_train(tmp_path, write_recipe(tmp_path, {"optimizer": ["clip", "adamw"]}), [where], fix, [word])
 
 
 def _said(*turns: tuple[Any, Any]) -> dict[str, Any]:
@@ -186,14 +184,14 @@ GOOD_LINE = json.dumps(ROWS[0]).encode() + b"\n"
 FILES: list[tuple[str, Content, list[str], str]] = [
     ("rows.jsonl", b"", ["rows.jsonl"], "the right file"),
     ("rows.jsonl", b"\n  \n\n", ["rows.jsonl"], "the right file"),
-    ("rows.jsonl", GOOD_LINE + b'\n{"prompt": oops}\n', ["rows.jsonl:3"], "mend this line"),
-    ("rows.jsonl", GOOD_LINE + b'{"prompt": "a", "compl', ["rows.jsonl:2"], "mend this line"),
+    ("rows.jsonl", GOOD_LINE + b'\n{"prompt": oops}\n', ["rows.jsonl:3"], "fix this line"),
+    ("rows.jsonl", GOOD_LINE + b'{"prompt": "a", "compl', ["rows.jsonl:2"], "fix this line"),
     ("rows.jsonl", GOOD_LINE + b'{"prompt": "\xff", "completion": "b"}\n', ["rows.jsonl:2"], "UTF-8"),
-    ("rows.jsonl", GOOD_LINE + b"\0\0\0\n", ["rows.jsonl:2"], "mend this line"),
-    ("rows.jsonl", GOOD_LINE + b"[1]\n", ["rows.jsonl:2"], "mend this row"),
-    ("rows.jsonl", GOOD_LINE + b"3\n", ["rows.jsonl:2"], "mend this row"),
-    ("rows.jsonl", GOOD_LINE + b"[" * 100_000, ["rows.jsonl:2"], "mend this line"),
-    ("rows.jsonl", GOOD_LINE + b'{"text": "a", "n": ' + b"9" * 5000 + b"}\n", ["rows.jsonl:2"], "mend this line"),
+    ("rows.jsonl", GOOD_LINE + b"\0\0\0\n", ["rows.jsonl:2"], "fix this line"),
+    ("rows.jsonl", GOOD_LINE + b"[1]\n", ["rows.jsonl:2"], "fix this row"),
+    ("rows.jsonl", GOOD_LINE + b"3\n", ["rows.jsonl:2"], "fix this row"),
+    ("rows.jsonl", GOOD_LINE + b"[" * 100_000, ["rows.jsonl:2"], "fix this line"),
+    ("rows.jsonl", GOOD_LINE + b'{"text": "a", "n": ' + b"9" * 5000 + b"}\n", ["rows.jsonl:2"], "fix this line"),
     ("rows.jsonl", '{"text": "a"}\n'.encode("utf-16"), ["rows.jsonl"], "UTF-8"),
     ("rows.json", '[{"text": "a"}]'.encode("utf-16"), ["rows.json"], "UTF-8"),
     ("rows.jsonl", [{"text": "a", "id": "\ud800"}], ["rows.jsonl:1"], "the id"),
@@ -201,22 +199,22 @@ FILES: list[tuple[str, Content, list[str], str]] = [
     ("rows.jsonl", [{**ROWS[0], "id": [1]}], ["rows.jsonl:1"], "the id"),
     ("rows.jsonl", [ROWS[0], {"prompt": "a"}], ["rows.jsonl:2", "(row "], "`completion`"),
     ("rows.jsonl", [{"promt": "a", "completion": "b"}], ["rows.jsonl:1"], "`prompt`"),
-    ("rows.jsonl", [{"prompt": "a", "completion": ""}], ["rows.jsonl:1"], "mend this row"),
-    ("rows.jsonl", [{"prompt": 3, "completion": "b"}], ["rows.jsonl:1"], "mend this row"),
-    ("rows.jsonl", [{"prompt": "a", "completion": None}], ["rows.jsonl:1"], "mend this row"),
+    ("rows.jsonl", [{"prompt": "a", "completion": ""}], ["rows.jsonl:1"], "fix this row"),
+    ("rows.jsonl", [{"prompt": 3, "completion": "b"}], ["rows.jsonl:1"], "fix this row"),
+    ("rows.jsonl", [{"prompt": "a", "completion": None}], ["rows.jsonl:1"], "fix this row"),
     ("rows.jsonl", [{**ROWS[0], **_said(("user", "a"))}], ["rows.jsonl:1"], "say which one"),
-    ("rows.jsonl", [{"text": "a", "label": float("nan")}], ["rows.jsonl:1"], "mend this row"),
-    ("rows.jsonl", [{"prompt": "a", "choices": ["x", "y"], "answer": 7}], ["rows.jsonl:1"], "mend this row"),
+    ("rows.jsonl", [{"text": "a", "label": float("nan")}], ["rows.jsonl:1"], "fix this row"),
+    ("rows.jsonl", [{"prompt": "a", "choices": ["x", "y"], "answer": 7}], ["rows.jsonl:1"], "fix this row"),
     ("rows.jsonl", [{"prompt": "a", "chosen": "b", "rejected": "c"}], ["rows.jsonl:1", "(row "], "dpo"),
     ("rows.jsonl", [_said(("usr", "a"), ("assistant", "b"))], ["rows.jsonl:1"], "`user`"),
     ("rows.jsonl", [_said((["user"], "a"), ("assistant", "b"))], ["rows.jsonl:1"], "`user`"),
-    ("rows.jsonl", [{"messages": []}], ["rows.jsonl:1"], "mend this row"),
-    ("rows.jsonl", [{"messages": "hello"}], ["rows.jsonl:1"], "mend this row"),
-    ("rows.jsonl", [{"messages": ["hello"]}], ["rows.jsonl:1"], "mend this row"),
-    ("rows.jsonl", [{"messages": [{"role": "user"}]}], ["rows.jsonl:1"], "mend this row"),
+    ("rows.jsonl", [{"messages": []}], ["rows.jsonl:1"], "fix this row"),
+    ("rows.jsonl", [{"messages": "hello"}], ["rows.jsonl:1"], "fix this row"),
+    ("rows.jsonl", [{"messages": ["hello"]}], ["rows.jsonl:1"], "fix this row"),
+    ("rows.jsonl", [{"messages": [{"role": "user"}]}], ["rows.jsonl:1"], "fix this row"),
     ("rows.jsonl", [_said(("user", "a"))], ["rows.jsonl:1", "(row "], "the assistant's answer"),
-    ("rows.jsonl", [{"messages": [{"role": "assistant", "tool_calls": [3]}]}], ["rows.jsonl:1"], "mend this row"),
-    ("rows.jsonl", [{**_said(("user", "a"), ("assistant", "b")), "tools": 3}], ["rows.jsonl:1"], "mend this row"),
+    ("rows.jsonl", [{"messages": [{"role": "assistant", "tool_calls": [3]}]}], ["rows.jsonl:1"], "fix this row"),
+    ("rows.jsonl", [{**_said(("user", "a"), ("assistant", "b")), "tools": 3}], ["rows.jsonl:1"], "fix this row"),
     ("rows.jsonl", [{"conversations": [{"from": "humn", "value": "x"}]}], ["rows.jsonl:1"], "`human`"),
     ("rows.jsonl", [{"prompt": "a" * 600, "completion": "b"}], ["rows.jsonl:1", "(row "], "too_long"),
     ("rows.docx", b"x", ["rows.docx"], ".jsonl"),
@@ -224,47 +222,47 @@ FILES: list[tuple[str, Content, list[str], str]] = [
     ("rows.parquet", b"PAR1xx", ["rows.parquet"], "damaged"),
     ("rows.jsonl.gz", b"xx", ["rows.jsonl.gz"], "damaged"),
     ("rows.jsonl.gz", gzip.compress(GOOD_LINE * 100)[:-20], ["rows.jsonl.gz"], "damaged"),
-    ("rows.csv", "prompt,completion\na,b\na,b,c\n", ["rows.csv:3"], "mend this row"),
-    ("rows.csv", "prompt,completion\na\n", ["rows.csv:2"], "mend this row"),
+    ("rows.csv", "prompt,completion\na,b\na,b,c\n", ["rows.csv:3"], "fix this row"),
+    ("rows.csv", "prompt,completion\na\n", ["rows.csv:2"], "fix this row"),
     ("rows.csv", "prompt,prompt\na,b\n", ["rows.csv:1"], "every column"),
     ("rows.csv", "prompt,completion\n", ["rows.csv"], "the right file"),
     ("rows.csv", 'prompt,completion\n"a,b\n', ["rows.csv"], "damaged"),
     ("rows.json", '{"a": 1}', ["rows.json"], ".jsonl"),
-    ("rows.json", '[{"prompt":\n oops}]', ["rows.json:2"], "mend the file"),
-    ("rows.json", "[3]", ["rows.json, item 1"], "mend this row"),
-    ("rows.json", "[" * 100_000, ["rows.json"], "mend the file"),
+    ("rows.json", '[{"prompt":\n oops}]', ["rows.json:2"], "fix the file"),
+    ("rows.json", "[3]", ["rows.json, item 1"], "fix this row"),
+    ("rows.json", "[" * 100_000, ["rows.json"], "fix the file"),
     ("rows.txt", b"\xff\xfe", ["rows.txt"], "UTF-8"),
 ]
 
 
-@pytest.mark.parametrize(("file", "content", "where", "mend"), FILES, ids=range(len(FILES)))
-def test_a_bad_file_of_rows(file: str, content: Content, where: list[str], mend: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("file", "content", "where", "fix"), FILES, ids=range(len(FILES)))
+def test_a_bad_file_of_rows(file: str, content: Content, where: list[str], fix: str, tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, {"rows.train": file.partition("/")[0]})
     put(tmp_path / file, content)
-    refused_to_train(tmp_path, recipe, where, mend)
+    refused_to_train(tmp_path, recipe, where, fix)
 
 
 @pytest.mark.parametrize(
-    ("changes", "where", "mend"),
+    ("changes", "where", "fix"),
     [
         ({"rows.train": "none.jsonl"}, ["none.jsonl"], "check the path"),
         ({"rows.train": "*.none"}, ["*.none"], "the pattern"),
         ({"rows.train": "n" * 5000}, ["nnn"], "check the path"),
         ({"rows.train": "~nobody-of-this-name/rows"}, ["~nobody"], "check the path"),
         ({"rows.train": ["own.jsonl", "same.jsonl"]}, ["own.jsonl:1", "same.jsonl:1"], "ids"),
-        ({"rows.max_tokens": 8}, ["rows.jsonl:1 (row "], "raise max_tokens"),
-        ({"rows.max_tokens": 3, "rows.too_long": "right"}, ["rows.jsonl:1 (row "], "mend these rows"),
-        ({"rows.shape": "messages"}, ["rows.jsonl:1"], "mend these rows"),
+        ({"rows.max_length": 8}, ["rows.jsonl:1 (row "], "raise max_length"),
+        ({"rows.max_length": 3, "rows.too_long": "right"}, ["rows.jsonl:1 (row "], "fix these rows"),
+        ({"rows.format": "messages"}, ["rows.jsonl:1"], "fix these rows"),
     ],
 )
-def test_rows_that_do_not_fit_the_recipe(changes: dict[str, Any], where: list[str], mend: str, tmp_path: Path) -> None:
+def test_rows_that_do_not_fit_the_recipe(changes: dict[str, Any], where: list[str], fix: str, tmp_path: Path) -> None:
     for number, name in enumerate(("own.jsonl", "same.jsonl")):
         put(tmp_path / name, [{**ROWS[number], "id": "x"}])
-    refused_to_train(tmp_path, write_recipe(tmp_path, changes), where, mend)
+    refused_to_train(tmp_path, write_recipe(tmp_path, changes), where, fix)
 
 
 @pytest.mark.parametrize(
-    ("rows", "metric", "where", "mend"),
+    ("rows", "metric", "where", "fix"),
     [
         ([], None, ["asked.jsonl"], "the right file"),
         ([*ASKED, {"text": "a"}], None, ["`asked`", "asked.jsonl:5 (row "], "perplexity"),
@@ -273,7 +271,7 @@ def test_rows_that_do_not_fit_the_recipe(changes: dict[str, Any], where: list[st
         ([_said(("user", "a"))], "loss", ["`asked`", "asked.jsonl:1"], "the assistant's answer"),
     ],
 )
-def test_a_bad_evaluation_set(rows: list[Any], metric: str | None, where: list[str], mend: str, tmp_path: Path) -> None:
+def test_a_bad_evaluation_set(rows: list[Any], metric: str | None, where: list[str], fix: str, tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, {"evaluate.asked.metric": metric})
     put(tmp_path / "asked.jsonl", lines(rows))
-    refused_to_train(tmp_path, recipe, where, mend)
+    refused_to_train(tmp_path, recipe, where, fix)

@@ -38,18 +38,18 @@ PROSE = [{"text": f"The {thing} is red and old."} for thing in ("lane", "ford", 
 ASKED = [{"prompt": row["prompt"], "answer": row["completion"]} for row in ROWS]
 FILE = "rows.jsonl"
 """Holds ROWS."""
-SETS = {"prose": {"rows": PROSE, "metric": "loss", "side": "kept"}}
+SETS = {"prose": {"rows": PROSE, "metric": "loss", "role": "retention"}}
 ASKS = {"asked": {"rows": ASKED, "metric": "contains", "max_new_tokens": 2}}
 
 ELSEWHERE = {
     "evaluate.NAME.combine": "tests/unit/test_best_of.py::test_members_are_combined_as_asked_when_pairs_are_scored",
     "evaluate.NAME.deviations": "tests/unit/test_best_of.py::test_members_are_combined_as_asked_when_pairs_are_scored",
-    "control": "tests/unit/test_control.py::test_a_run_is_compared_with_the_run_it_names",
+    "baseline_run": "tests/unit/test_control.py::test_a_run_is_compared_with_the_run_it_names",
     "models": "tests/unit/test_other_models.py::test_a_run_on_the_same_base_stands_beside_its_weights",
     "revision": "tests/faults/test_every_key.py::test_the_revision_chooses_the_weights",
-    "rows.numbers": "tests/unit/test_numbers.py::test_the_plan_and_the_run_tell_whose_numbers_they_are",
-    "rows.template": "tests/unit/test_rows_template.py::test_one_of_several_templates",
-    "rows.template_options": "tests/unit/test_rows_template.py::test_the_day_that_a_template_is_told_can_be_set",
+    "rows.stored": "tests/unit/test_numbers.py::test_the_plan_and_the_run_tell_whose_numbers_they_are",
+    "rows.chat_template": "tests/unit/test_rows_template.py::test_one_of_several_templates",
+    "rows.chat_template_options": "tests/unit/test_rows_template.py::test_the_day_that_a_template_is_told_can_be_set",
     "track": "tests/unit/test_trackers.py::test_a_run_in_tensorboard_reads_back",
     "trust_remote_code": "tests/faults/test_every_key.py::test_code_that_comes_with_a_model_runs_only_when_trusted",
 }
@@ -105,7 +105,7 @@ def rate_at(step: int) -> Callable[[Plan], float]:
     return lambda plan: plan.clock.at(step, 0.0).learning_rate
 
 
-def first_rate(run: Run) -> float:
+def first_learning_rate(run: Run) -> float:
     return float(run.facts["history"][0]["learning_rate"])
 
 
@@ -150,7 +150,7 @@ def steps(plan: Plan) -> int:
 TEN: dict[str, Any] = {"train__steps": 10, "train__learning_rate": 1.0}
 ONE_EPOCH: dict[str, Any] = {"train__steps": None, "train__epochs": 1.0}
 DAMAGE: dict[str, Any] = {
-    "evaluate": SETS, "train__steps": 6, "train__evaluate_every": 1, "train__learning_rate": 0.05, "noise": False,
+    "evaluate": SETS, "train__steps": 6, "train__evaluate_every": 1, "train__learning_rate": 0.05, "repeat_baseline": False,
 }  # fmt: skip
 
 CASES: dict[str, Case] = {
@@ -162,39 +162,39 @@ CASES: dict[str, Case] = {
     "rows.train": planned((ROWS, ROWS[:2], [{"rows": ROWS[:1], "weight": 3.0}, {"rows": ROWS[1:], "weight": 1.0}]),
                           lambda plan: drawn(plan)[:3], (["door", "gate", "mill"], ["door", "gate"], ["door"] * 3)),
     "rows.temperature": planned((1.0, 1e9), lambda plan: drawn(plan).count("door"), (1, 2), rows__train=[ROWS[:1], ROWS[1:]]),
-    "rows.share": planned(("rows", "tokens"), lambda plan: drawn(plan).count("long"), (3, 1),
+    "rows.mixture_unit": planned(("rows", "tokens"), lambda plan: drawn(plan).count("long"), (3, 1),
                           rows__train=[LONG, SHORT], rows__temperature=1e9),
     "rows.streaming": planned((False, True), lambda plan: isinstance(plan.rows.rows, StoredRows), (False, True), rows__train=FILE),
     "rows.workers": planned((2, 0), lambda plan: len(plan.rows.rows), ("2 processes", 4), rows__train=FILE, rows__streaming=True),
-    "rows.shape": planned(("text", "prompt+completion"), targets, (["ll.<|im_end|>"], ["B.<|im_end|>"]),
+    "rows.format": planned(("text", "prompt+completion"), targets, (["ll.<|im_end|>"], ["B.<|im_end|>"]),
                           rows__train=[{"text": "All.", "prompt": "A?", "completion": "B."}]),
     "rows.map": planned((None, "twice"), lambda plan: len(plan.rows.rows), (4, 8)),
     "rows.loss_on": planned(("assistant", "last", "all"), targets, rows__train=[{"messages": TURNS}]),
-    "rows.max_tokens": planned((None, 12), lambda plan: max(map(len, plan.rows.rows)), rows__too_long="left"),
-    "rows.too_long": planned(("left", "right", "refuse"), lambda plan: plan.rows.rows[0].token_ids, rows__max_tokens=40),
+    "rows.max_length": planned((None, 12), lambda plan: max(map(len, plan.rows.rows)), rows__too_long="left"),
+    "rows.too_long": planned(("left", "right", "refuse"), lambda plan: plan.rows.rows[0].token_ids, rows__max_length=40),
     "rows.on_bad_row": planned(("skip", "stop"), lambda plan: len(plan.skipped),
                                rows__train=[*ROWS, {"prompt": "Hm?", "completion": ""}]),
-    "tune": planned(("full", "lora"), lambda plan: plan.trained_numbers),
+    "tune": planned(("full", "lora"), lambda plan: plan.trained_parameters),
     "objective": trained(("cross_entropy", {"cross_entropy": {"weight": 2.0}}),
                          lambda run: run.facts["history"][0]["loss"] / run.facts["history"][0]["nll"],
                          (pytest.approx(1.0), pytest.approx(2.0))),
-    "token_weight": trained((None, "dft"), lambda run: run.facts["history"][0].get("kept", 1.0)),
-    "step": trained(("sgd", "adamw"), weights),
-    "source": trained(("backprop", "zeroth_order"), weights, step="sgd"),
-    "keep": trained((None, "average"), weights),
+    "token_weight": trained((None, "dft"), lambda run: run.facts["history"][0].get("mean_weight", 1.0)),
+    "optimizer": trained(("sgd", "adamw"), weights),
+    "gradient_estimator": trained(("backprop", "zeroth_order"), weights, optimizer="sgd"),
+    "callbacks": trained((None, "average"), weights),
     "freeze": trained((None, "in_turns"), weights),
     "train.epochs": planned((1.0, 2.5), steps, (2, 5), train__steps=None),
     "train.steps": trained((1, 3), lambda run: len(run.facts["history"]), (1, 3)),
     "train.batch_tokens": planned((10, 10000), steps, (4, 1), **ONE_EPOCH, train__batch_rows=None),
     "train.batch_rows": planned((1, 4), steps, (4, 1), **ONE_EPOCH),
     "train.micro_batch_tokens": planned((1, 10000), lambda plan: len(plan.feed.at(0)[1]), (2, 1)),
-    "train.learning_rate": trained((1e-3, 2e-3, None), first_rate, (1e-3, 2e-3, 1e-4), tune="full"),
+    "train.learning_rate": trained((1e-3, 2e-3, None), first_learning_rate, (1e-3, 2e-3, 1e-4), tune="full"),
     "train.schedule": planned(("constant", "linear", "cosine", "warmup_stable_decay"), rate_at(9),
                               (1.0, pytest.approx(0.1), pytest.approx(0.5 + 0.5 * math.cos(0.9 * math.pi)), pytest.approx(0.5)), **TEN),
     "train.warmup": planned((0, 2, 0.4), rate_at(0), (1.0, 0.5, 0.25), **TEN),
     "train.precision": planned(("fp32", "bf16", "fp64"), lambda plan: next(plan.model.parameters()).dtype,
                                (torch.float32, torch.bfloat16, torch.float64)),
-    "train.masters": planned(("fp32", "none"), lambda plan: {one.master.dtype for one in plan.engine.tune.trained.values()},
+    "train.master_weights": planned(("fp32", "none"), lambda plan: {one.master.dtype for one in plan.engine.tune.trained.values()},
                              ({torch.float32}, {torch.bfloat16}), train__precision="bf16"),
     "train.device": planned(("cpu", "cuda:99"), lambda plan: next(plan.model.parameters()).device.type,
                             ("cpu", "there is no device `cuda:99` on this machine")),
@@ -203,23 +203,25 @@ CASES: dict[str, Case] = {
                               (None, "there is one process, and a model is spread over several")),
     "train.packing": planned((True, False), lambda plan: plan.feed.padding() > 0, (False, True),
                               rows__train=LONG + SHORT, train__batch_rows=6),
-    "train.checkpointing": planned((False, True), checkpointed, (0, 2)),
+    "train.gradient_checkpointing": planned((False, True), checkpointed, (0, 2)),
     "train.compile": planned((False, True),
                              lambda plan: sum(plan.model.get_submodule(name)._compiled_call_impl is not None
                                               for name in plan.parts.block_modules), (0, 2)),
     "train.save_every": trained((None, 1, 2), checkpoints, ([], ["step-1", "step-2", "step-3"], ["step-2", "step-3"]),
                                 train__steps=3, train__keep_checkpoints=9),
     "train.keep_checkpoints": trained((1, 2), checkpoints, (["step-3"], ["step-2", "step-3"]), train__steps=3, train__save_every=1),
-    "train.evaluate_every": trained((None, 1, 2), evaluated_at, ([], [1, 2, 3], [2, 3]), train__steps=3, evaluate=SETS, noise=False),
+    "train.evaluate_every": trained(
+        (None, 1, 2), evaluated_at, ([], [1, 2, 3], [2, 3]), train__steps=3, evaluate=SETS, repeat_baseline=False
+    ),
     "train.best": trained((None, "prose"), prose_after_is_best, (False, True), **DAMAGE),
     "train.patience": trained((None, 2), lambda run: run.facts["steps"] < 6, (False, True), **DAMAGE, train__best="prose"),
     "evaluate": trained(({}, SETS), lambda run: list(run.facts["metrics"]), ([], ["prose"])),
     "evaluate.NAME.rows": trained((ASKED, ASKED[:3]), asked("n"), (4, 3), evaluate=ASKS),
     "evaluate.NAME.metric": trained(("contains", "f1"), asked("metric"), ("contains", "f1"), evaluate=ASKS),
-    "evaluate.NAME.side": trained(("learnt", "kept"), asked("side"), ("learnt", "kept"), evaluate=ASKS),
+    "evaluate.NAME.role": trained(("target", "retention"), asked("role"), ("target", "retention"), evaluate=ASKS),
     "evaluate.NAME.max_new_tokens": trained((1, 6), longest_answer, (1, 6), evaluate=ASKS),
     "evaluate.NAME.limit": trained((None, 2), asked("n"), (4, 2), evaluate=ASKS),
-    "noise": trained((True, False), lambda run: list(run.facts["noise"]), (["prose"], []), evaluate=SETS),
+    "repeat_baseline": trained((True, False), lambda run: list(run.facts["repeat_baseline"]), (["prose"], []), evaluate=SETS),
     "out": trained(("here", "there"), lambda run: run.folder.parent.name, ("here", "there")),
 }  # fmt: skip
 

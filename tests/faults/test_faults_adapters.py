@@ -19,8 +19,8 @@ from luthier.export import export_model, export_peft, load_peft
 from luthier.export.model import divergence, merged, outputs
 from luthier.kinds import Now, Place, Select, Selective, Services, Tensors
 from luthier.kinds.parts import Parts
-from luthier.methods.additive.lora import lora
 from luthier.methods.selective.full import full
+from luthier.methods.weight_delta.lora import lora
 from luthier.models import map_parts, tiny, tiny_tokenizer
 from luthier.training.services import RunServices
 from luthier.tune import Tune
@@ -85,10 +85,10 @@ def test_a_fixed_scale_keeps_the_size_of_the_update_over_ranks() -> None:
 
 def test_unmatched_roles_are_an_error() -> None:
     """Fault 18: a role that the model lacks, or that is none, attaches nothing silently."""
-    with pytest.raises(LuthierError, match="finds no place with the roles router"):
-        tuned(tiny("llama"), lora=lora(roles=("router",)))
-    with pytest.raises(LuthierError, match=r"q_proj.*neither a role"):
-        tuned(tiny("llama"), lora=lora(roles=("q_proj",)))
+    with pytest.raises(LuthierError, match="finds no place with the module types router"):
+        tuned(tiny("llama"), lora=lora(target_modules=("router",)))
+    with pytest.raises(LuthierError, match=r"q_prj.*no module of this model"):
+        tuned(tiny("llama"), lora=lora(target_modules=("q_prj",)))
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "phi3", "mixtral"])
@@ -106,7 +106,7 @@ def test_every_matched_place_gets_its_own_factors(architecture: str) -> None:
 def test_experts_that_no_delta_reaches_are_named() -> None:
     """Fault 18: experts in one three-dimensional tensor are an error for LoRA, not a silent gap."""
     with pytest.raises(LuthierError, match="adds to linear maps") as error:
-        tuned(tiny("mixtral"), lora=lora(rank=2, roles=("expert",)))
+        tuned(tiny("mixtral"), lora=lora(rank=2, target_modules=("expert",)))
     assert "experts" in error.value.where
 
 
@@ -118,7 +118,7 @@ def test_an_adapter_for_other_modules_is_an_error(tmp_path: Path) -> None:
     save_file(renamed, file)
     with pytest.raises(LuthierError, match=r"layers\.1\.mlp\.up_projection.*does not have") as error:
         load_peft(tmp_path / "adapter", tuned(tiny()))
-    assert "layers.1.mlp.up_proj`" in error.value.mend
+    assert "layers.1.mlp.up_proj`" in error.value.fix
 
 
 def test_a_leftover_tensor_of_an_adapter_is_an_error(tmp_path: Path) -> None:
@@ -136,7 +136,7 @@ def test_a_leftover_tensor_of_an_adapter_is_an_error(tmp_path: Path) -> None:
 def test_a_zero_start_is_the_base_exactly(architecture: str, dtype: torch.dtype) -> None:
     """Fault 20: at step 0 the logits are the base's, bit for bit."""
     before = outputs(tiny(architecture, dtype=dtype), IDS)
-    tune = tuned(tiny(architecture, dtype=dtype), train=0.0, lora=lora(rank=4, roles=("linear", "head")))
+    tune = tuned(tiny(architecture, dtype=dtype), train=0.0, lora=lora(rank=4, target_modules=("linear", "head")))
     assert all(torch.equal(one, other) for one, other in zip(outputs(tune.model, IDS), before, strict=True))
 
 
@@ -173,7 +173,11 @@ def test_factors_are_fp32_whatever_the_base_is(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("technique", ["embedding in place", "delta on the head"])
 def test_tied_embeddings_survive_merge_save_and_reload(architecture: str, technique: str, tmp_path: Path) -> None:
     """Fault 22: the reloaded model gives the live model's logits, and its configuration says whether it is tied."""
-    value = full(roles=("embedding",)) if technique == "embedding in place" else lora(rank=2, roles=("linear", "head"))
+    value = (
+        full(target_modules=("embedding",))
+        if technique == "embedding in place"
+        else lora(rank=2, target_modules=("linear", "head"))
+    )
     tune = tuned(tiny(architecture, tied=True), tuned=value)
     live, before = outputs(tune.model, IDS), state(tune.model)
     found = export_model(tune, tiny_tokenizer(), tmp_path / "model")
@@ -196,7 +200,7 @@ def test_a_delta_on_a_tied_head_leaves_the_embedding_alone() -> None:
     """Fault 22: applied to a tied base, a delta of the head alone unties it instead of changing the embedding as
     well.
     """
-    tune = tuned(tiny(tied=True), lora=lora(rank=2, roles=("head",)))
+    tune = tuned(tiny(tied=True), lora=lora(rank=2, target_modules=("head",)))
     live = outputs(tune.model, IDS)
     model = tiny(tied=True)
     Delta.of(tune).apply(model)
@@ -212,7 +216,7 @@ def test_only_the_new_rows_of_an_embedding_move(tied: bool, tmp_path: Path) -> N
     new = torch.tensor([255, 257])
 
     def choose(parts: Parts, services: Services) -> dict[Place, Select]:
-        return {place: Select("rows", new) for place in parts.select(roles=["embedding"])}
+        return {place: Select("rows", new) for place in parts.select(target_modules=["embedding"])}
 
     tune = tuned(tiny(tied=tied), rows=Selective(choose))
     Delta.of(tune).save(tmp_path / "delta.safetensors")

@@ -26,10 +26,10 @@ def test_low_rank_deltas_stand_at_all_linear_maps_by_default() -> None:
     """Fault 17: all linear maps are adapted, the MLP's too; attention alone is warned of."""
     made = plan("lora")
     assert {one.place.role for one in made.engine.tune.trained.values()} == {
-        role for role in GROUPS["linear"] if made.parts.select(roles=role)
+        role for role in GROUPS["linear"] if made.parts.select(target_modules=role)
     }
     assert made.warnings() == []
-    assert len(plan({"lora": {"roles": ["attention"]}}).warnings()) == 1
+    assert len(plan({"lora": {"target_modules": ["attention"]}}).warnings()) == 1
 
 
 def test_what_a_model_lacks_biases_for_is_said_before_training() -> None:
@@ -41,5 +41,5 @@ def test_what_a_model_lacks_biases_for_is_said_before_training() -> None:
 
 def test_a_recipe_without_a_rate_gets_the_most_careful_advice() -> None:
     rates = {name: registry.find(name).card.learning_rate for name in ("half", "lora")}
-    mixed = plan([{"half": {"roles": ["mlp"]}}, {"lora": {"roles": ["attention"]}}])
+    mixed = plan([{"half": {"target_modules": ["mlp"]}}, {"lora": {"target_modules": ["attention"]}}])
     assert mixed.clock.learning_rate == min(rate for rate in rates.values() if rate is not None)

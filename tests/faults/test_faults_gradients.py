@@ -66,7 +66,9 @@ def test_fault_3_the_logged_loss_is_the_mean_over_tokens(engine: Any, now: Now) 
 @pytest.mark.parametrize("source", ["backprop", "per_layer", "zeroth_order"])
 def test_fault_4_a_step_without_targets_is_no_step(engine: Any, now: Now, objective: Any, source: str) -> None:
     """Fault 4: an all-masked batch gives no NaN and moves nothing, neither weights nor moments nor ages."""
-    run = engine("full", model=model_of(), objective=objective, step={"adamw": {"decay": 0.1}}, source=source)
+    run = engine(
+        "full", model=model_of(), objective=objective, optimizer={"adamw": {"weight_decay": 0.1}}, gradient_estimator=source
+    )
     run.step([rows_of_eight()], now)
     before = {name: one.master.detach().clone() for name, one in run.tune.trained.items()}
     state = copy.deepcopy(run.chain.tensors())
@@ -80,7 +82,7 @@ def test_fault_4_a_step_without_targets_is_no_step(engine: Any, now: Now, object
 def test_fault_4_a_loss_that_is_not_finite_stops_before_the_step(engine: Any, now: Now, source: str) -> None:
     """Fault 4: overflow is an error that names the rows; nothing was moved and no gradient is left over."""
     model = model_of()
-    run = engine({"full": {"roles": ["mlp_down"]}}, model=model, step="adamw", source=source)
+    run = engine({"full": {"target_modules": ["mlp_down"]}}, model=model, optimizer="adamw", gradient_estimator=source)
     before = {name: one.master.detach().clone() for name, one in run.tune.trained.items()}
     with torch.no_grad():
         model.lm_head.weight[7] = float("inf")
@@ -92,7 +94,7 @@ def test_fault_4_a_loss_that_is_not_finite_stops_before_the_step(engine: Any, no
 
 def test_fault_4_a_gradient_that_is_not_finite_stops_before_the_step(engine: Any, now: Now) -> None:
     """Fault 4: a finite loss with an infinite gradient is caught as well, by the tensor's name."""
-    run = engine("lora", model=model_of(), step="adamw")
+    run = engine("lora", model=model_of(), optimizer="adamw")
     one = next(iter(run.tune.trained.values()))
     one.leaf.register_hook(lambda gradient: gradient * float("inf"))
     with pytest.raises(LuthierError, match=r"the gradient of lora/model\.layers\.0"):
@@ -132,7 +134,7 @@ def test_fault_19_what_trains_moves_and_what_is_frozen_keeps_every_bit(engine: A
     """Fault 19: every trained tensor has a gradient by step 2; every frozen number keeps its bits, decay or not."""
     model = model_of(architecture)
     base = {name: one.detach().clone() for name, one in model.named_parameters()}
-    run = engine(tune, model=model, step=["clip", {"adamw": {"decay": 0.5}}])
+    run = engine(tune, model=model, optimizer=["clip", {"adamw": {"weight_decay": 0.5}}])
     ever: dict[str, torch.Tensor] = {name: torch.zeros_like(one, dtype=torch.bool) for name, one in base.items()}
     for i in range(4):
         for one in run.tune.trained.values():

@@ -69,8 +69,8 @@ def test_a_full_disk_stops_with_a_remedy_and_costs_no_checkpoint(tmp_path: Path,
         luthier.train(recipe(tmp_path, tune="lora"), tell=at_step(4, lambda plan: until.enter_context(full_disk(20_000))))
     folder = tmp_path / "run-1"
     assert caught.value.what.startswith("the disk is full") and caught.value.where == str(folder / "checkpoints" / "step-4")
-    assert str(folder / "checkpoints") in caught.value.mend and "train.keep_checkpoints" in caught.value.mend
-    assert f"--resume {folder}" in caught.value.mend
+    assert str(folder / "checkpoints") in caught.value.fix and "train.keep_checkpoints" in caught.value.fix
+    assert f"--resume {folder}" in caught.value.fix
     assert checkpoints(folder) == ["step-2", "step-3"] and half_done(folder) == []
     assert outcome(luthier.train(recipe(tmp_path, tune="lora"), resume=folder).folder) == whole
 
@@ -110,10 +110,10 @@ def test_no_room_for_a_checkpoint_that_nobody_asked_for_stops_nothing(
 ) -> None:
     written = disk.written
 
-    def refuse(path: Path, mend: str = "") -> Any:
+    def refuse(path: Path, fix: str = "") -> Any:
         if path.name.startswith("step-"):
             raise LuthierError("the disk is full")
-        return written(path, mend)
+        return written(path, fix)
 
     monkeypatch.setattr(disk, "written", refuse)
     said: list[str] = []
@@ -195,7 +195,7 @@ def test_a_damaged_checkpoint_is_passed_over_aloud(name: str, torn_off: Path, tm
     damage(folder / "step-3")
     with pytest.raises(LuthierError, match=r"none of this run's checkpoints can be read: step-4: .*step-3: ") as caught:
         checkpoint.latest(folder)
-    assert caught.value.where == str(folder) and "begin again at the first step" in caught.value.mend
+    assert caught.value.where == str(folder) and "begin again at the first step" in caught.value.fix
 
 
 def test_a_run_resumes_past_a_damaged_checkpoint_to_the_same_bytes(torn_off: Path, tmp_path: Path, whole: dict[str, Any]) -> None:
@@ -292,11 +292,11 @@ def test_too_little_memory_halves_the_micro_batches_for_the_rest_of_the_run(
 def test_updates_inside_backward_go_on_from_the_checkpoint_with_smaller_micro_batches(
     tmp_path: Path, little_memory: Callable[[int], None]
 ) -> None:
-    keys: dict[str, Any] = {"tune": "lora", "source": "per_layer", "step": "adamw"}
+    keys: dict[str, Any] = {"tune": "lora", "gradient_estimator": "per_layer", "optimizer": "adamw"}
     little_memory(90)
     with pytest.raises(LuthierError, match="cannot be taken back") as caught:
         luthier.train(recipe(tmp_path, **keys))
-    assert "resume with a smaller train.micro_batch_tokens" in caught.value.mend
+    assert "resume with a smaller train.micro_batch_tokens" in caught.value.fix
     folder, said = tmp_path / "run-1", []
     with pytest.raises(LuthierError, match="another recipe"):
         luthier.train(recipe(tmp_path, **keys, train={"learning_rate": 2e-3}), resume=folder)

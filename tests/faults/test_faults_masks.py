@@ -57,15 +57,15 @@ def test_truncation_never_loses_the_answer_silently() -> None:
     whole = encode(rows[0], tokenizer)
     limit = len(whole) - 5
     with pytest.raises(LuthierError, match=f"{len(whole)} tokens, and at most {limit}") as refused:
-        encode_all(rows, tokenizer, max_tokens=limit)
+        encode_all(rows, tokenizer, max_length=limit)
     assert "row long" in refused.value.where
 
-    right = encode_all(rows, tokenizer, max_tokens=limit, too_long="right")
+    right = encode_all(rows, tokenizer, max_length=limit, too_long="right")
     assert [row.id for row in right.rows] == ["ok"]
     (dropped,) = right.dropped
     assert "row long" in dropped.where and "5 tokens were cut off" in dropped.reason
 
-    left = encode_all(rows, tokenizer, max_tokens=limit, too_long="left")
+    left = encode_all(rows, tokenizer, max_length=limit, too_long="left")
     assert left.truncated == 1 and not left.dropped
     cut = left.rows[0]
     assert len(cut) == limit and cut.truncated == 5
@@ -73,13 +73,13 @@ def test_truncation_never_loses_the_answer_silently() -> None:
     assert learned(cut, tokenizer) == "xyz" + END
 
     with pytest.raises(LuthierError, match="no token is left to learn"):
-        encode_all(rows[:1], tokenizer, max_tokens=limit, too_long="right")
+        encode_all(rows[:1], tokenizer, max_length=limit, too_long="right")
 
 
 def test_the_first_token_left_by_a_cut_is_no_target() -> None:
     """Fault 13: nothing stands before it to predict it from."""
     tokenizer = plain_tokenizer()
-    row = encode(read([{"text": "the answer is yes"}])[0], tokenizer, max_tokens=3, too_long="left")
+    row = encode(read([{"text": "the answer is yes"}])[0], tokenizer, max_length=3, too_long="left")
     assert row.supervised == (False, True, True)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import luthier
 from luthier.errors import LuthierError
-from luthier.kinds import Freezing, Now, Services, Tensors, Term, View
+from luthier.kinds import Freezing, LossTerm, Now, Services, Tensors, View
 from luthier.registry import Part
 from luthier.training.dryrun import peak_of
 from tests.toys.helpers import gap, gradients, logits_of, model_of, rows_of_eight, toys  # noqa: F401
@@ -19,7 +19,7 @@ from tests.toys.helpers import gap, gradients, logits_of, model_of, rows_of_eigh
 ROWS = [{"prompt": f"name {i}", "completion": f"number {i}"} for i in range(6)]
 
 
-def part(*values: Any, kind: str = "term") -> Part:
+def part(*values: Any, kind: str = "loss_term") -> Part:
     return Part(name="own", kind=kind, options={}, values=values)
 
 
@@ -32,16 +32,16 @@ def warmth() -> Part:
     def total(view: View, own: Tensors) -> Tensor:
         return (view["nll"] * own["warmth"].exp()).sum()
 
-    return part(Term(total, start=start))
+    return part(LossTerm(total, start=start))
 
 
 def test_an_objective_without_a_gradient_is_refused_at_its_first_step(engine: Any, now: Now) -> None:
     """An objective that cannot be differentiated trained nothing, and the run was called finished."""
-    flat = part(Term(lambda view, own: view["nll"].detach().sum()))
+    flat = part(LossTerm(lambda view, own: view["nll"].detach().sum()))
     run = engine("lora", objective=[flat], model=model_of(layers=1))
     with pytest.raises(LuthierError, match="the loss depends on nothing that trains") as error:
         run.step([rows_of_eight()], now)
-    assert error.value.mend
+    assert error.value.fix
     # Beside one that can be, it only adds to what is shown.
     assert run_beside(engine, flat).step([rows_of_eight()], now).loss > 0
     # Where all stands still, nobody waits for a gradient.
@@ -54,9 +54,9 @@ def run_beside(engine: Any, flat: Part) -> Any:
 
 
 def test_a_source_that_needs_no_gradient_learns_from_such_an_objective(engine: Any, now: Now) -> None:
-    flat = part(Term(lambda view, own: view["nll"].detach().sum()))
+    flat = part(LossTerm(lambda view, own: view["nll"].detach().sum()))
     for source in ("zeroth_order", "slope"):
-        run = engine("lora", objective=[flat], source=source, model=model_of(layers=1))
+        run = engine("lora", objective=[flat], gradient_estimator=source, model=model_of(layers=1))
         before = {name: one.master.detach().clone() for name, one in run.tune.trained.items()}
         run.step([rows_of_eight()], now)
         assert any(not torch.equal(one.master, before[name]) for name, one in run.tune.trained.items())
@@ -102,7 +102,7 @@ def test_estimating_memory_in_the_midst_of_a_run_leaves_its_weights_alone(engine
 
 
 def test_what_all_edits_share_trains_once_and_is_opened_again(engine: Any, now: Now, tmp_path: Path) -> None:
-    run = engine("one_vector", model=model_of(layers=3), step="sgd")
+    run = engine("one_vector", model=model_of(layers=3), optimizer="sgd")
     run.step([rows_of_eight()], now)
     names = [name for name in run.tune.trained if name.endswith("vector")]
     assert names == ["one_vector.vector"] and sum(name.endswith(".much") for name in run.tune.trained) == 3

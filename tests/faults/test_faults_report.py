@@ -30,7 +30,7 @@ TOKENIZER: Any = tiny_tokenizer()
 THINGS = ["door", "gate", "tower", "bridge", "mill", "barn", "well", "roof", "wall", "lane", "ford", "hill"]
 COLORS = ["red", "blue", "green", "gray", "white", "black", "pink", "gold"]
 TEXTS = [{"text": f"The {thing} is {COLORS[i % 8]} and old."} for i, thing in enumerate(THINGS)]
-PROSE = EvalSet("prose", read(TEXTS), "perplexity", "kept")
+PROSE = EvalSet("prose", read(TEXTS), "perplexity", "retention")
 
 
 def result(scores: Any, metric: str, weights: Any = None) -> SetResult:
@@ -192,7 +192,7 @@ def test_what_was_not_measured_says_so() -> None:
     before = result([1] * 8, "contains")
     entry = compare(before, None)
     assert entry["verdict"] == "not measured" and entry["before"] == 1.0
-    assert {entry[key] for key in ("after", "difference", "p_value", "kept", "after_interval")} == {None}
+    assert {entry[key] for key in ("after", "difference", "p_value", "retained", "after_interval")} == {None}
     small = compare(result([1] * 3, "contains"), result([1] * 3, "contains"))
     assert small["verdict"] == "not measured" and "at least 6" in small["note"]
 

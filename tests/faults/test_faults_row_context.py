@@ -90,7 +90,7 @@ def test_marks_that_cannot_be_followed_are_refused(message: dict[str, Any], what
     """A mark that asks for what is not done here was passed over."""
     with pytest.raises(LuthierError, match=what) as refused:
         read([{"messages": [USER, message]}])
-    assert "learn" in refused.value.mend
+    assert "learn" in refused.value.fix
 
 
 SHAPES: list[dict[str, Any]] = [
@@ -224,7 +224,7 @@ def test_a_preference_without_a_prompt_says_what_is_missing() -> None:
     with pytest.raises(LuthierError) as refused:
         read([{"chosen": "a", "rejected": "b"}])
     assert "`chosen` and `rejected` have no prompt in common" in refused.value.what
-    assert "did you mean" not in refused.value.mend and "add a `prompt`" in refused.value.mend
+    assert "did you mean" not in refused.value.fix and "add a `prompt`" in refused.value.fix
     for record, lacks in (
         ({"instruction": "q", "response": "a"}, "lacks `output` for the shape instruction+output"),
         ({"question": "q", "solution": "a"}, "lacks `answer` for the shape question+answer"),
@@ -249,7 +249,7 @@ def test_tools_and_messages_as_text(tmp_path: Path) -> None:
     assert row_of({"messages": [USER, call]}).fields["messages"] == CALLS[0]["messages"]
     with pytest.raises(LuthierError, match="`tools` must be a list of objects") as refused:
         read([{**plain, "tools": ["weather"]}])
-    assert "describe each tool" in refused.value.mend
+    assert "describe each tool" in refused.value.fix
 
 
 def test_gzip_without_its_name_is_read(tmp_path: Path) -> None:

@@ -135,6 +135,6 @@ def test_steps_and_epochs_that_mean_the_same_are_the_same(tmp_path: Path) -> Non
 def test_parts_that_cannot_go_together_are_both_named(tmp_path: Path) -> None:
     """Fault 32: the error names the one and the other, the place and a way out."""
     with pytest.raises(LuthierError) as caught:
-        make_plan(make_recipe(recipe(tmp_path, source="per_layer", step=["clip", "adamw"])))
+        make_plan(make_recipe(recipe(tmp_path, gradient_estimator="per_layer", optimizer=["clip", "adamw"])))
     assert "`clip`" in caught.value.what and "`per_layer`" in caught.value.what
-    assert caught.value.where == "source" and "backprop" in caught.value.mend and "`clip`" in caught.value.mend
+    assert caught.value.where == "gradient_estimator" and "backprop" in caught.value.fix and "`clip`" in caught.value.fix

@@ -62,7 +62,7 @@ def test_the_best_of_a_run_with_a_budget_is_a_state_within_it(engine: Any, now: 
     """By rounding, by pruning seldom or without a final phase, states with too many triplets counted as the best, and were pruned behind
     their measurement."""
     run = engine(
-        {"adalora": {"initial_rank": 3, "target_rank": 1, "warmup": 0.1, **options}}, model=model_of(layers=1), step="adamw"
+        {"adalora": {"initial_rank": 3, "target_rank": 1, "warmup": 0.1, **options}}, model=model_of(layers=1), optimizer="adamw"
     )
     counted = [step for step in range(1, steps + 1) if all(step > border for border in run.tune.turns.borders(steps))]
     assert counted and counted != [*range(1, steps + 1)]
@@ -76,7 +76,7 @@ def test_the_best_of_a_run_with_a_budget_is_a_state_within_it(engine: Any, now: 
 def test_tensors_are_chosen_again_on_time_where_a_step_has_no_rows(engine: Any, now: Now) -> None:
     """Two steps without rows at a border: the tensors that were to be chosen there were chosen a step too late, and one choice fell out."""
     quiet = Part("none", "token_weight", {}, (TokenWeight(look=lambda table: table["nll"] * 0.0, columns=("nll",)),))
-    options = {"greentrainer": {"target": 0.7, "selections": 3, "roles": ["mlp_down", "attention"]}}
+    options = {"greentrainer": {"target": 0.7, "selections": 3, "target_modules": ["mlp_down", "attention"]}}
     run = engine(options, model=model_of(layers=1), token_weight=[quiet])
     chosen = []
     for step in range(8):

@@ -39,7 +39,7 @@ def masters(run: Engine) -> dict[str, Tensor]:
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "phi", "qwen3", "gemma2"])
 def test_weight_decay_skips_norms_and_biases(engine: Any, architecture: str) -> None:
     """Fault 30: with gradients of zero a step is decay alone: matrices shrink by rate x decay, norms and biases keep every bit."""
-    run = engine("full", architecture=architecture, step={"adamw": {"decay": DECAY}})
+    run = engine("full", architecture=architecture, optimizer={"adamw": {"weight_decay": DECAY}})
     before = masters(run)
     for one in run.tune.trained.values():
         one.gradient = torch.zeros_like(one.master.detach())
@@ -62,7 +62,7 @@ def test_weight_decay_reaches_a_matrix_in_whatever_form_it_trains(engine: Any, t
     before: dict[str, Tensor] = {}
     found = []
     for decay in (DECAY, 0.0):
-        run = engine(tune, architecture="gpt2", step={"adamw": {"decay": decay}})
+        run = engine(tune, architecture="gpt2", optimizer={"adamw": {"weight_decay": decay}})
         before = masters(run)
         for one in run.tune.trained.values():
             one.gradient = torch.ones_like(one.master.detach())
@@ -76,7 +76,7 @@ def test_weight_decay_reaches_a_matrix_in_whatever_form_it_trains(engine: Any, t
 
 def test_a_bias_of_many_experts_is_a_bias() -> None:
     """Fault 30: the biases of all experts stand in one tensor of two dimensions, and do not decay."""
-    place = map_parts(model_of("mixtral")).select(roles=["expert"])[0]
+    place = map_parts(model_of("mixtral")).select(target_modules=["expert"])[0]
     assert decays(place, torch.zeros(4, 8, 8))
     assert not decays(place._replace(tensor="gate_up_proj_bias"), torch.zeros(4, 8))
 
@@ -101,7 +101,7 @@ def test_the_norm_is_taken_once_over_everything_that_trains(engine: Any) -> None
     expected = clipped(copy.deepcopy(model), batch, LIMIT)
     whole = joint_norm(plain_gradients(copy.deepcopy(model), batch))
     assert whole > 2 * LIMIT and joint_norm(expected) == pytest.approx(LIMIT, rel=1e-5)
-    run = engine("full", model=model, step=[{"clip": {"norm": LIMIT}}, "sgd"])
+    run = engine("full", model=model, optimizer=[{"clip": {"norm": LIMIT}}, "sgd"])
     before = masters(run)
     run.step(split(batch, (5, 1, 2)), NOW)
     moved = {name.removeprefix("full/"): (before[name] - after) / RATE for name, after in masters(run).items()}
@@ -115,12 +115,12 @@ def test_a_norm_of_0_is_off(engine: Any, off: float | None) -> None:
     """Fault 30: no limit, not a limit of nothing: the step is the one without clipping, bit for bit."""
     found = []
     for step in ([{"clip": {"norm": off}}, "sgd"], ["sgd"], [{"clip": {"norm": LIMIT}}, "sgd"]):
-        run = engine("full", model=model_of(), step=step)
+        run = engine("full", model=model_of(), optimizer=step)
         run.step([rows_of_eight()], NOW)
         found.append(masters(run))
     assert gap(found[0], found[1]) == 0.0 and gap(found[2], found[1]) > 0.0
     with pytest.raises(LuthierError, match="the norm is -1"):
-        registry.make({"clip": {"norm": -1.0}}, ("transform",))
+        registry.make({"clip": {"norm": -1.0}}, ("gradient_transform",))
 
 
 def one_step(rank: int, size: int, folder: str) -> None:
@@ -131,7 +131,14 @@ def one_step(rank: int, size: int, folder: str) -> None:
     run = build_engine(
         model,
         map_parts(model),
-        completed({"tune": "full", "objective": "cross_entropy", "step": [{"clip": {"norm": LIMIT}}, "sgd"], "source": "backprop"}),
+        completed(
+            {
+                "tune": "full",
+                "objective": "cross_entropy",
+                "optimizer": [{"clip": {"norm": LIMIT}}, "sgd"],
+                "gradient_estimator": "backprop",
+            }
+        ),
         now=NOW,
     )
     before = masters(run)
@@ -152,7 +159,7 @@ def whole_run(folder: str | Path, name: str, **train: Any) -> dict[str, Any]:
         "name": name,
         "model": "tiny:llama",
         "rows": {"train": rows},
-        "step": [{"clip": {"norm": 0.01}}, "sgd"],
+        "optimizer": [{"clip": {"norm": 0.01}}, "sgd"],
         "train": {**keys, "device": "cpu", **train},
         "out": str(folder),
     }
@@ -175,7 +182,7 @@ def one(tmp_path_factory: pytest.TempPathFactory) -> Run:
 def test_the_norm_is_taken_once_over_all_shards(one: Run, two: Path) -> None:
     """Fault 30: a model spread over two processes is clipped by the norm of the whole gradient, not of each shard."""
     spread = read_run(two / "spread-1")
-    norms = [[line["norm"] for line in run.facts["history"]] for run in (one, spread)]
+    norms = [[line["gradient_norm"] for line in run.facts["history"]] for run in (one, spread)]
     assert min(norms[0]) > 0.1 and norms[1] == pytest.approx(norms[0], rel=1e-9)
     for name, value in tuned_weights(spread.folder).items():
         assert torch.allclose(value, one.model.get_parameter(name), rtol=0.0, atol=1e-10), name

@@ -36,11 +36,11 @@ VALID: dict[str, Any] = {
     "name": "small",
     "model": "tiny:llama",
     "seed": 3,
-    "rows": {"train": "rows.jsonl", "shape": "text", "max_tokens": 64, "loss_on": "last"},
-    "tune": {"lora": {"rank": 4, "roles": ["linear"]}},
+    "rows": {"train": "rows.jsonl", "format": "text", "max_length": 64, "loss_on": "last"},
+    "tune": {"lora": {"rank": 4, "target_modules": ["linear"]}},
     "objective": "cross_entropy",
-    "step": ["clip", {"adamw": {"decay": 0.1}}],
-    "source": "backprop",
+    "optimizer": ["clip", {"adamw": {"weight_decay": 0.1}}],
+    "gradient_estimator": "backprop",
     "train": {"steps": 2, "learning_rate": 1e-3, "warmup": 0.1, "precision": "fp32", "best": "asked", "evaluate_every": 1},
     "evaluate": {"asked": {"rows": "asked.jsonl", "metric": "loss", "limit": 3}},
 }
@@ -83,7 +83,9 @@ def spoiled(draw: st.DrawFn, valid: Any) -> Any:
 
 
 @PATIENT
-@given(spoiled(VALID), st.lists(st.text(max_size=20) | st.sampled_from(["tune.lora.rank=3", "step.clip=1", "a=*b", "x=&a [*a]"])))
+@given(
+    spoiled(VALID), st.lists(st.text(max_size=20) | st.sampled_from(["tune.lora.rank=3", "optimizer.clip=1", "a=*b", "x=&a [*a]"]))
+)
 def test_recipes(data: Any, overrides: list[str]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "recipe.yaml")
@@ -148,7 +150,7 @@ def check_rows(name: str, content: bytes) -> None:
             if rows is not None:
                 assert len({row.id for row in rows}) == len(rows) > 0
                 assert rows.fingerprint()
-                encoded = attempt(lambda how=on_bad_row, rows=rows: encode_all(rows, TOKENIZER, max_tokens=64, on_bad_row=how))
+                encoded = attempt(lambda how=on_bad_row, rows=rows: encode_all(rows, TOKENIZER, max_length=64, on_bad_row=how))
                 assert encoded is None or len(encoded.rows) + len(encoded.dropped) == len(rows), "every row is accounted for"
 
 
@@ -210,22 +212,22 @@ RUN: dict[str, Any] = {
     "started": "2026-01-02T03:04:05+00:00",
     "recipe": {"model": "tiny:llama", "rows": {"train": "rows.jsonl"}, "evaluate": {"asked": {"max_new_tokens": 4}}},
     "rows": {"overlap": {"asked": 1}},
-    "trained_numbers": 10,
-    "total_numbers": 20,
+    "trained_parameters": 10,
+    "total_parameters": 20,
     "seconds": 1.5,
     "supervised_tokens": 40,
     "supervised_tokens_per_second": 20.5,
     "peak_memory_bytes": 1000,
     "final_loss": 2.5,
-    "kept": 0.5,
+    "retained": 0.5,
     "warnings": ["beware"],
-    "noise": {"asked": 0.1},
+    "repeat_baseline": {"asked": 0.1},
     "delta": {"relative": 0.1, "changed_share": 0.5},
     "history": [{"step": 1, "loss": 3.0}, {"step": 2, "loss": None}],
     "metrics": {
         "asked": {
             "metric": "contains",
-            "side": "kept",
+            "role": "retention",
             "higher_is_better": True,
             "n": 1,
             "before": 0.0,
@@ -235,7 +237,7 @@ RUN: dict[str, Any] = {
             "difference": 1.0,
             "difference_interval": None,
             "verdict": "better",
-            "kept": None,
+            "retained": None,
             "items": [
                 {"id": "x", "prompt": "a", "expected": ["b"], "before": "c", "after": "b", "before_score": 0, "after_score": 1}
             ],

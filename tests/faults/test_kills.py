@@ -29,8 +29,8 @@ def recipe(out: Path) -> dict[str, Any]:
     """Factors, entries that come and go by what is observed, moments and a running average: all that a checkpoint must hold."""
     return runs.recipe(
         out,
-        tune=["some_entries", {"lora": {"rank": 2, "roles": ["attention"]}}],
-        keep="average",
+        tune=["some_entries", {"lora": {"rank": 2, "target_modules": ["attention"]}}],
+        callbacks="average",
         train={"steps": STEPS, "batch_rows": 2, "micro_batch_tokens": 48},
         evaluate={"prose": {"rows": [{"text": "The door of the mill."}], "metric": "loss"}},
     )

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from luthier import registry
 from luthier.columns.chunked import resolve
-from luthier.kinds import Now, Term, TokenWeight
+from luthier.kinds import LossTerm, Now, TokenWeight
 from luthier.training.services import view_of
 from tests.objectives import TUNES, assert_idle, assert_trains, differences, drawn, gradient_of, loss_of, total_of
 from tests.toys.helpers import gap, gradients, rows_of_eight
@@ -27,8 +27,8 @@ def asft(anchor: float, direction: str = "forward") -> dict[str, Any]:
 
 def test_it_is_three_parts() -> None:
     values = registry.part("asft").values
-    assert [type(value) for value in values] == [Term, TokenWeight, Term]
-    assert [value.weight for value in values if isinstance(value, Term)] == [1.0, 0.05]
+    assert [type(value) for value in values] == [LossTerm, TokenWeight, LossTerm]
+    assert [value.weight for value in values if isinstance(value, LossTerm)] == [1.0, 0.05]
 
 
 def test_two_words_by_hand() -> None:

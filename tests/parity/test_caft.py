@@ -20,9 +20,9 @@ from luthier.columns import losses
 from luthier.delta import Delta
 from luthier.errors import LuthierError
 from luthier.export import export_model, export_peft
-from luthier.kinds import Batch, Freezing, Now, Term, TokenWeight, View
-from luthier.methods.term._heads import MAKES, ahead, loss_ahead, targets_ahead
-from luthier.methods.term.caft import caft, strength
+from luthier.kinds import Batch, Freezing, LossTerm, Now, TokenWeight, View
+from luthier.methods.loss_term._heads import MAKES, ahead, loss_ahead, targets_ahead
+from luthier.methods.loss_term.caft import caft, strength
 from luthier.models.attention import use_attention
 from luthier.models.load import load_model, resolve
 from luthier.models.tiny import tiny
@@ -253,8 +253,8 @@ def test_schedules(schedule: str, over: float, step: int, value: float) -> None:
 @pytest.mark.parametrize("train_heads", [False, True])
 @pytest.mark.parametrize("partner", ["full", "lora", "prompt_tuning"])
 def test_heads_move_first_and_alone(engine: Any, now: Now, partner: str, train_heads: bool) -> None:
-    step = [{"adamw": {"decay": 0.1}}]
-    run = engine(partner, model=model_of(), objective=objective(heads_first=0.15, train_heads=train_heads), step=step)
+    step = [{"adamw": {"weight_decay": 0.1}}]
+    run = engine(partner, model=model_of(), objective=objective(heads_first=0.15, train_heads=train_heads), optimizer=step)
     heads = {name for name in run.tune.trained if name.startswith("caft.")}
     assert len(heads) == 2 * HEADS and all(run.tune.trained[name].rate == 10.0 for name in heads)
     start = masters(run)
@@ -272,8 +272,8 @@ def test_heads_move_first_and_alone(engine: Any, now: Now, partner: str, train_h
 
 def test_the_schedule_of_the_learning_rate_begins_again() -> None:
     for share, ends in ((0.25, (0.25,)), (0.0, ())):
-        plain, heads, freezing = caft(heads_first=share, head_rate=7.0)
-        assert isinstance(plain, Term) and isinstance(heads, Term) and heads.rate == 7.0
+        plain, heads, freezing = caft(heads_first=share, head_learning_rate_factor=7.0)
+        assert isinstance(plain, LossTerm) and isinstance(heads, LossTerm) and heads.rate == 7.0
         assert isinstance(freezing, Freezing) and freezing.restart and freezing.ends == ends
         assert freezing.alone == ({0} if ends else set())
 
@@ -285,7 +285,7 @@ def test_fault_27_killed_and_resumed(engine: Any, now: Now, tmp_path: Path, tune
 
     def build() -> Any:
         options = {"head": head, "heads": 2, "heads_first": 0.15, "train_heads": train_heads}
-        run = engine(tune, model=model_of(), step="adamw", objective=objective(**options))
+        run = engine(tune, model=model_of(), optimizer="adamw", objective=objective(**options))
         run.tune.model.train()
         return run
 
@@ -448,7 +448,7 @@ def test_heads_may_start_as_the_last_block_but_one(engine: Any, layers: int, cop
         ({"decay": 1.01}, "`decay` is 1.01"),
         ({"over": 1.5}, "`over` is 1.5"),
         ({"heads_first": 1.0}, "`heads_first` is 1.0"),
-        ({"head_rate": 0.0}, "`head_rate` is 0.0"),
+        ({"head_learning_rate_factor": 0.0}, "`head_learning_rate_factor` is 0.0"),
     ],
 )
 def test_impossible_options_are_refused(options: dict[str, Any], says: str) -> None:
@@ -459,7 +459,7 @@ def test_impossible_options_are_refused(options: dict[str, Any], says: str) -> N
 def test_options_at_the_ends_of_their_ranges_are_taken() -> None:
     for options in (
         {"heads": 1, "weight": 0.0, "decay": 1.0, "over": 1.0, "heads_first": 0.0},
-        {"decay": 0.1, "over": 0.1, "head_rate": 0.1},
+        {"decay": 0.1, "over": 0.1, "head_learning_rate_factor": 0.1},
     ):
         assert len(caft(**options)) == 3
 

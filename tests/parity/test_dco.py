@@ -13,7 +13,7 @@ from torch import Tensor
 from luthier import registry
 from luthier.errors import LuthierError
 from luthier.kinds import Now
-from luthier.methods.term._coverage import coverage_factor
+from luthier.methods.loss_term._coverage import coverage_factor
 from tests.conftest import split
 from tests.objectives import TUNES, assert_idle, assert_trains, differences, drawn, gradient_of, loss_of, total_of, view_on
 from tests.toys.helpers import gap, gradients, rows_of_eight

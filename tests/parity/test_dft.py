@@ -38,6 +38,6 @@ def test_what_is_logged_beside_the_loss(engine: Any, now: Now) -> None:
     plain, weighted = engine().step([rows_of_eight()], now), engine(token_weight="dft").step([rows_of_eight()], now)
     assert plain.weights is None and weighted.nll == pytest.approx(plain.nll, rel=1e-6)
     assert weighted.loss <= exp(-1)
-    assert weighted.weights is not None and weighted.weights.share == 1.0
-    assert 0 < weighted.weights.effective < rows_of_eight().supervised
+    assert weighted.weights is not None and weighted.weights.weighted_share == 1.0
+    assert 0 < weighted.weights.effective_labels < rows_of_eight().supervised
     assert 0 < weighted.weights.entropy < log(256) + 1e-6

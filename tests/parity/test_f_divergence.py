@@ -68,7 +68,7 @@ def test_linear_has_the_gradient_of_cross_entropy_times_beta(beta: float) -> Non
 
 def test_the_reward_of_a_model_that_is_its_base_is_zero_whatever_it_reads(engine: Any, now: Now) -> None:
     """With masked or noisy inputs the base read the clean rows: targets were rewarded and stopped before anything had moved."""
-    for changed in ({"masked_thought": {"rate": 0.4, "warmup": 0.0, "mask_id": 3}}, "neftune"):
+    for changed in ({"masked_thought": {"mask_probability": 0.4, "warmup": 0.0, "mask_id": 3}}, "neftune"):
         for objective in ("f_divergence", "f_divergence_rows"):
             result = engine(objective=[objective, changed], dtype=torch.float64).step([rows_of_eight()], now)
             assert abs(result.loss) < 1e-6 and result.notes["weight 0 or below"] == 0.0, (objective, changed)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from luthier.export import export_model, export_peft, load_peft
 from luthier.kinds import Now
-from luthier.methods.additive.lora import lora
+from luthier.methods.weight_delta.lora import lora
 from luthier.models import map_parts, tiny, tiny_tokenizer
 from luthier.runs.export import export
 from luthier.runs.train import train

@@ -12,7 +12,7 @@ import torch
 import luthier
 from luthier import registry
 from luthier.errors import LuthierError
-from luthier.kinds import Keeper, Now, RowMap, TokenWeight
+from luthier.kinds import Callback, Now, RowMap, TokenWeight
 from luthier.methods.row_map.morepair import marked, morepair
 from luthier.models.tiny import tiny_tokenizer
 from luthier.planning.plan import make_plan
@@ -68,7 +68,7 @@ def test_both_rows_keep_their_other_columns_and_leave_the_rationale() -> None:
 
 def test_a_target_that_is_cut_has_no_end() -> None:
     _, rationale = made({**ASKED, "rationale": "fgh" * 99}, rationale_marker="?")
-    cut = learnt(rationale, max_tokens=200, too_long="right")[1]
+    cut = learnt(rationale, max_length=200, too_long="right")[1]
     assert cut and ("fgh" * 99).startswith(cut)
 
 
@@ -192,7 +192,7 @@ def test_a_weight_of_zero_is_the_run_without_it(tmp_path: Path) -> None:
 
 
 def test_what_a_part_gives_beside_its_rows_goes_into_the_run(tmp_path: Path) -> None:
-    """A row map, a token weight and a keeper of one part: one slot and one state."""
+    """A row map, a token weight and a callback of one part: one slot and one state."""
     plan = make_plan(make_recipe(recipe(tmp_path, "morepair")))
     assert [one.slot for one in plan.engine.objective.weights] == ["morepair"]
     assert sorted(row.id for row in plan.rows.rows) == sorted(f"{word}#{end}" for word in WORDS for end in ("answer", "rationale"))
@@ -207,7 +207,7 @@ def test_what_a_part_gives_beside_its_rows_goes_into_the_run(tmp_path: Path) -> 
     def more(rows: Any, services: Any) -> list[Row]:
         return [replace(row, id=f"{row.id} {services.slot}") for row in rows]
 
-    part = Part("several", "row_map", {}, (RowMap(more), TokenWeight(look=look), Keeper(count)))
+    part = Part("several", "row_map", {}, (RowMap(more), TokenWeight(look=look), Callback(count)))
     plan = make_plan(make_recipe(recipe(tmp_path, [part, part])))
     assert {row.id for row in plan.rows.rows} == {f"{word} several several.2" for word in WORDS}
     assert [one.slot for one in plan.engine.objective.weights] == ["several", "several.2"]
@@ -240,4 +240,4 @@ def test_errors(record: dict[str, Any], options: dict[str, Any], what: str) -> N
 def test_the_error_says_where_the_row_stands() -> None:
     with pytest.raises(LuthierError) as caught:
         made({"prompt": "a", "completion": "b"})
-    assert caught.value.where == "rows.jsonl:1" and "`rationale`" in caught.value.mend
+    assert caught.value.where == "rows.jsonl:1" and "`rationale`" in caught.value.fix

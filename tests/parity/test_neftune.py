@@ -135,11 +135,11 @@ def test_evaluation_reads_no_noise(tmp_path: Path) -> None:
             "rows": {"train": rows},
             "objective": objective,
             "train": {"steps": 1, "batch_rows": 4, "precision": "fp32"},
-            "evaluate": {"held back": {"rows": rows, "metric": "loss"}},
+            "evaluate": {"held out": {"rows": rows, "metric": "loss"}},
             "out": str(tmp_path),
         }
         facts[name] = luthier.train(recipe).facts
-    before = {name: one["metrics"]["held back"]["before"] for name, one in facts.items()}
+    before = {name: one["metrics"]["held out"]["before"] for name, one in facts.items()}
     assert before["plain"] == before["noisy"] == pytest.approx(facts["plain"]["history"][0]["loss"], abs=1e-4)
     assert abs(facts["noisy"]["history"][0]["loss"] - before["noisy"]) > 0.05
 

@@ -15,8 +15,8 @@ import luthier
 from luthier import registry
 from luthier.columns.chunked import resolve
 from luthier.errors import LuthierError
-from luthier.kinds import Batch, Column, Disturbed, Keeper, Now, Term, TokenWeight
-from luthier.methods.term._noise import absolute_scale, relative_scale, signal_to_noise
+from luthier.kinds import Batch, Callback, Column, Disturbed, LossTerm, Now, TokenWeight
+from luthier.methods.loss_term._noise import absolute_scale, relative_scale, signal_to_noise
 from luthier.models.attention import use_attention
 from luthier.training.disturb import disturbance
 from luthier.training.services import view_of
@@ -33,9 +33,9 @@ def noisefit(**options: Any) -> dict[str, Any]:
     return {"noisefit": {"layers": 2, **options}}
 
 
-def term_of(**options: Any) -> tuple[Term, Keeper]:
-    term, keeper = registry.part("noisefit", **options).values
-    return term, keeper
+def term_of(**options: Any) -> tuple[LossTerm, Callback]:
+    term, callback = registry.part("noisefit", **options).values
+    return term, callback
 
 
 def noisy(first: list[float], second: list[float]) -> dict[str, Tensor]:
@@ -108,8 +108,8 @@ def test_without_noise_the_soft_losses_are_zero(engine: Any, now: Now) -> None:
 
 
 def test_without_the_soft_losses_it_is_cross_entropy_bit_for_bit(engine: Any, now: Now) -> None:
-    term, keeper = term_of(mix=1.0, consistency=0.0)
-    assert term.columns == ("nll",) and keeper.start is None, "no noisy pass is made, and no block is chosen"
+    term, callback = term_of(mix=1.0, consistency=0.0)
+    assert term.columns == ("nll",) and callback.start is None, "no noisy pass is made, and no block is chosen"
     found = []
     for objective in ("cross_entropy", noisefit(mix=1.0, consistency=0.0), noisefit()):
         run = engine(model=model_of(), objective=objective)
@@ -267,12 +267,12 @@ def test_the_signal_to_noise_ratio_by_hand() -> None:
 
 @pytest.mark.parametrize(("choose", "layers", "wanted"), [("highest", 1, {2}), ("lowest", 1, {3}), ("highest", 3, {0, 1, 2})])
 def test_blocks_are_chosen_by_it(choose: str, layers: int, wanted: set[int]) -> None:
-    _, keeper = term_of(choose=choose, layers=layers)
-    assert keeper.start is not None
+    _, callback = term_of(choose=choose, layers=layers)
+    assert callback.start is not None
     services, asked = layered([1.0, 1.1, 0.01, 5.0]), []
     make = services.batches
     services.batches = lambda rows: (asked.append(rows), make(rows))[1]
-    state = keeper.start(services)
+    state = callback.start(services)
     assert asked == [4], "the authors' batch"
     assert {block for block in range(4) if state[f"noise behind block {block}"]} == wanted
 
@@ -343,8 +343,8 @@ def test_a_whole_run(tmp_path: Path) -> None:
         "rows": {"train": rows},
         "tune": "lora",
         "objective": noisefit(),
-        "train": {"steps": 2, "batch_rows": 4, "micro_batch_tokens": 100, "checkpointing": True, "packing": True},
-        "evaluate": {"held back": {"rows": rows, "metric": "loss"}},
+        "train": {"steps": 2, "batch_rows": 4, "micro_batch_tokens": 100, "gradient_checkpointing": True, "packing": True},
+        "evaluate": {"held out": {"rows": rows, "metric": "loss"}},
         "out": str(tmp_path),
     }
     history = luthier.train(recipe).facts["history"]

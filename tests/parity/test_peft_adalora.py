@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from luthier.kinds import Now
-from luthier.methods.additive._sensitivity import importance, triplets
+from luthier.methods.weight_delta._sensitivity import importance, triplets
 from tests.conftest import make_batch
 from tests.toys.helpers import model_of
 
@@ -55,8 +55,8 @@ def plain_loss(logits: Tensor, labels: Tensor, **others: Any) -> Tensor:
 @pytest.mark.parametrize("architecture", MODULES)
 def test_training_and_pruning_are_the_same(engine: Any, architecture: str) -> None:
     theirs = theirs_of(architecture)
-    options = {"initial_rank": 4, "target_rank": 2, "warmup": WARMUP, "final": FINAL, "roles": ROLES[architecture]}
-    run = engine({"adalora": options}, model=model_of(architecture), step={"adamw": {"decay": 0.1}})
+    options = {"initial_rank": 4, "target_rank": 2, "warmup": WARMUP, "final": FINAL, "target_modules": ROLES[architecture]}
+    run = engine({"adalora": options}, model=model_of(architecture), optimizer={"adamw": {"weight_decay": 0.1}})
     run.tune.model.train()
     parameters = {name: one for name, one in theirs.named_parameters() if "lora_" in name}
     pairs = {}
@@ -96,7 +96,9 @@ def test_training_and_pruning_are_the_same(engine: Any, architecture: str) -> No
 @pytest.mark.parametrize("architecture", MODULES)
 def test_the_same_tensors_give_the_same_logits(engine: Any, architecture: str) -> None:
     theirs = theirs_of(architecture).eval()
-    run = engine({"adalora": {"initial_rank": 4, "target_rank": 2, "roles": ROLES[architecture]}}, model=model_of(architecture))
+    run = engine(
+        {"adalora": {"initial_rank": 4, "target_rank": 2, "target_modules": ROLES[architecture]}}, model=model_of(architecture)
+    )
     rng = torch.Generator().manual_seed(3)
     parameters = dict(theirs.named_parameters())
     for own in run.tune.owns:

@@ -259,7 +259,7 @@ def test_runs_leave_as_adapters(spec: Any, tmp_path: Path) -> None:
 
 
 def test_weights_that_changed_beside_a_prompt_are_not_lost(tmp_path: Path) -> None:
-    folder = str(run_of([PROMPT, {"full": {"roles": ["norm"]}}], tmp_path / "runs"))
+    folder = str(run_of([PROMPT, {"full": {"target_modules": ["norm"]}}], tmp_path / "runs"))
     with pytest.raises(LuthierError, match=r"(?s)numbers of the model itself changed.*--as model --weights-only"):
         export(folder, tmp_path / "adapter", form="peft")
     assert not (tmp_path / "adapter").exists()

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from luthier.kinds import Now
-from luthier.methods.additive._covariance import RESCALES, covariances, single_rows
-from luthier.methods.additive.corda import corda
+from luthier.methods.weight_delta._covariance import RESCALES, covariances, single_rows
+from luthier.methods.weight_delta.corda import corda
 from luthier.models import map_parts, tiny
 from luthier.training.services import RunServices
 from luthier.tune import Tune
@@ -68,15 +68,15 @@ def test_the_same_covariance_gives_the_same_factors(architecture: str, mode: Any
     base = tiny(architecture)(IDS).logits.detach()
     tune = Tune(model, map_parts(model))
     services = RunServices(tune, "corda", Now(), calibration)
-    places = tune.parts.select(roles=ROLES[architecture])
+    places = tune.parts.select(target_modules=ROLES[architecture])
     covariance = covariances(services, list(single_rows(services.batches(8))), places, RESCALES["maximum"])
     theirs_II = {name: modules[name].base_layer.covariance_matrix for name in covariance}
     for name, covariance_II in covariance.items():
         # Their inputs come out of a model in fp32.
         assert_rounded(covariance_II, theirs_II[name], TINY, dtype=torch.float32, what=name)
     # The inverse magnifies the digits in which their inputs differ.
-    monkeypatch.setattr("luthier.methods.additive.corda.covariances", lambda *asked: theirs_II)
-    value = corda(rank=4, alpha=8.0, mode=mode, rescale="maximum", calibration_rows=8, roles=ROLES[architecture])
+    monkeypatch.setattr("luthier.methods.weight_delta.corda.covariances", lambda *asked: theirs_II)
+    value = corda(rank=4, alpha=8.0, mode=mode, rescale="maximum", calibration_rows=8, target_modules=ROLES[architecture])
     tune.add("corda", value, services, {})
     assert len(tune.owns) == len(places) == 2 * len(MODULES[architecture])
     for own in tune.owns:

@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 
 from luthier.errors import LuthierError
 from luthier.export import export_peft, load_peft
-from luthier.kinds import Additive, Now
-from luthier.methods.additive.lora import lora
+from luthier.kinds import Now, WeightDelta
+from luthier.methods.weight_delta.lora import lora
 from luthier.models import map_parts, tiny
 from luthier.registry import part
 from luthier.training.services import RunServices
@@ -34,12 +34,12 @@ TECHNIQUES = {
 }
 
 
-def additive(name: str) -> Additive:
+def weight_delta(name: str) -> WeightDelta:
     """The part of a technique that adds a delta."""
-    return next(value for value in part(name, **TECHNIQUES[name]).values if isinstance(value, Additive))
+    return next(value for value in part(name, **TECHNIQUES[name]).values if isinstance(value, WeightDelta))
 
 
-def tuned(architecture: str, *techniques: Additive) -> Tune:
+def tuned(architecture: str, *techniques: WeightDelta) -> Tune:
     """A tiny model with techniques attached, what trains moved away from the start, and some singular values at zero."""
     model = tiny(architecture)
     tune = Tune(model, map_parts(model), keep_base=True)
@@ -58,7 +58,7 @@ def tuned(architecture: str, *techniques: Additive) -> Tune:
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "phi3"])
 @pytest.mark.parametrize("name", TECHNIQUES)
 def test_peft_reads_what_is_exported(name: str, architecture: str, tmp_path: Path) -> None:
-    tune = tuned(architecture, additive(name))
+    tune = tuned(architecture, weight_delta(name))
     export_peft(tune, tmp_path / "adapter", f"tiny:{architecture}")
     theirs = peft.PeftModel.from_pretrained(tiny(architecture), tmp_path / "adapter")
     assert_same_logits(tune.model, theirs)
@@ -71,14 +71,14 @@ def test_peft_reads_what_is_exported(name: str, architecture: str, tmp_path: Pat
 
 
 def test_factors_go_together_with_lora_at_one_place(tmp_path: Path) -> None:
-    tune = tuned("gpt2", lora(rank=3, alpha=5.0), additive("svfit"))
+    tune = tuned("gpt2", lora(rank=3, alpha=5.0), weight_delta("svfit"))
     export_peft(tune, tmp_path / "adapter", "tiny:gpt2")
     assert_same_logits(tune.model, peft.PeftModel.from_pretrained(tiny("gpt2"), tmp_path / "adapter"))
 
 
 def test_pruned_triplets_are_not_written(tmp_path: Path) -> None:
     """The ranks are those that are left, with alpha = R for a scale of 1, and a module without any is left out."""
-    tune = tuned("llama", additive("adalora"))
+    tune = tuned("llama", weight_delta("adalora"))
     emptied = tune.owns[0]
     assert emptied.place is not None
     tune.set({emptied.trained["values"].name: torch.zeros(4, 1)})
@@ -101,6 +101,6 @@ def test_pruned_triplets_are_not_written(tmp_path: Path) -> None:
 
 def test_what_trains_beside_factors_is_not_lost(tmp_path: Path) -> None:
     """A delta without factors under any name is refused."""
-    whole = additive("svfit")._replace(factors=None)
+    whole = weight_delta("svfit")._replace(factors=None)
     with pytest.raises(LuthierError, match="`slot1` is no low-rank delta"):
-        export_peft(tuned("llama", additive("lora_xs"), whole), tmp_path / "adapter", "tiny:llama")
+        export_peft(tuned("llama", weight_delta("lora_xs"), whole), tmp_path / "adapter", "tiny:llama")

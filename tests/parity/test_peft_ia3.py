@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from luthier.kinds import Now
-from luthier.methods.hidden_edit.ia3 import ia3
+from luthier.methods.representation_edit.ia3 import ia3
 from luthier.models import map_parts, tiny
 from luthier.training.services import RunServices
 from luthier.tune import Tune

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from luthier.export import export_peft, load_peft
 from luthier.kinds import Now
-from luthier.methods.additive.lora import lora
+from luthier.methods.weight_delta.lora import lora
 from luthier.models import map_parts, tiny
 from luthier.training.services import RunServices
 from luthier.tune import Tune
@@ -106,12 +106,12 @@ EXPORTS = {
     "plain": lambda: [lora(rank=4)],
     "rank-stabilized": lambda: [lora(rank=4, rank_stabilized=True, alpha=3.0)],
     "different ranks and scales": lambda: [
-        lora(rank=4, roles=("attention",)),
-        lora(rank=2, alpha=11.0, roles=("mlp",)),
+        lora(rank=4, target_modules=("attention",)),
+        lora(rank=2, alpha=11.0, target_modules=("mlp",)),
     ],
-    "two at a place": lambda: [lora(rank=4), lora(rank=3, alpha=5.0, roles=("mlp_down", "attention_key"))],
-    "some parts": lambda: [lora(rank=4, roles=("attention_value", "mlp_up"))],
-    "a head": lambda: [lora(rank=2, roles=("linear", "head"))],
+    "two at a place": lambda: [lora(rank=4), lora(rank=3, alpha=5.0, target_modules=("mlp_down", "attention_key"))],
+    "some parts": lambda: [lora(rank=4, target_modules=("attention_value", "mlp_up"))],
+    "a head": lambda: [lora(rank=2, target_modules=("linear", "head"))],
 }
 
 
@@ -175,7 +175,7 @@ def test_merging_gives_what_peft_merges(architecture: str, tmp_path: Path) -> No
 
 def test_patterns_name_modules_exactly(tmp_path: Path) -> None:
     # As a regular expression, `.` in `layers.1` would also match in other names.
-    tune = tuned("llama", lora(rank=4, roles=("attention",)), lora(rank=2, roles=("mlp",)))
+    tune = tuned("llama", lora(rank=4, target_modules=("attention",)), lora(rank=2, target_modules=("mlp",)))
     export_peft(tune, tmp_path / "adapter", "tiny:llama")
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert config["r"] == 4 and config["lora_alpha"] == 16.0 and len(config["target_modules"]) == 14

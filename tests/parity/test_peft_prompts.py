@@ -82,7 +82,7 @@ def loss_of_peft(theirs: Any) -> Any:
 def test_cpt_gives_the_same_losses_gradients_and_projections(engine: Any, now: Now, architecture: str, decay: float) -> None:
     theirs = cpt_of_peft(architecture, decay)
     offset = theirs.prompt_encoder["default"].delta_embedding.weight
-    run = engine({"cpt": {"examples": 3, "decay": decay}}, model=tiny(architecture, seed=1), step="sgd", calibration=rows)
+    run = engine({"cpt": {"examples": 3, "decay": decay}}, model=tiny(architecture, seed=1), optimizer="sgd", calibration=rows)
     ours = run.tune.trained["cpt.offset_PD"]
     assert ours.master.shape == offset.shape == (18, 32)
     for i in range(3):

@@ -191,20 +191,20 @@ def test_rows_without_a_finite_score_are_named(engine: Any, now: Now, value: flo
     with pytest.raises(LuthierError, match=f"2 of 7 rows of a micro-batch have no finite number `{SCORE}`") as caught:
         engine(objective="poft").step([batch], now)
     assert caught.value.where == "rows row2, row6"
-    assert f"luthier rows score FILE --by likelihood 'models=[NAME]' --column {SCORE}" in caught.value.mend
+    assert f"luthier rows score FILE --by likelihood 'models=[NAME]' --column {SCORE}" in caught.value.fix
 
 
 def test_rows_without_the_column_are_named(engine: Any, now: Now) -> None:
     with pytest.raises(LuthierError, match=r"7 of 7 rows .* `no_such_score`") as caught:
         engine(objective={"poft": {"column": "no_such_score"}}).step([rows_of_eight()], now)
-    assert caught.value.where == "rows row0, row1, row2, row4, row5 and 2 more" and "--column no_such_score" in caught.value.mend
+    assert caught.value.where == "rows row0, row1, row2, row4, row5 and 2 more" and "--column no_such_score" in caught.value.fix
 
 
 @pytest.mark.parametrize("options", [{"beta": 0.0}, {"beta": -1.0}])
 def test_options_out_of_range(options: dict[str, float]) -> None:
     with pytest.raises(LuthierError) as caught:
         part("poft", **options)
-    assert caught.value.where == "poft: beta" and "above 0" in caught.value.mend
+    assert caught.value.where == "poft: beta" and "above 0" in caught.value.fix
 
 
 def test_rows_read_from_a_file_bring_their_score() -> None:

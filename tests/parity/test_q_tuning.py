@@ -195,17 +195,20 @@ def test_rows_of_which_nothing_is_kept_are_not_run(engine: Any, now: Now, monkey
     batches = split(rows_of_eight(), (1,) * 8)
     result = engine(token_weight=weight(rows=0.3)).step(batches, now)
     assert seen == [(False, 1)] * 8 + [(True, 1)] * 2, "seven rows have targets: round(0.3 * 7) are kept"
-    assert result.weights is not None and 0 < result.weights.share < 1
+    assert result.weights is not None and 0 < result.weights.weighted_share < 1
     assert result.notes["q_tuning rows kept"] == pytest.approx(2 / 7)
 
 
 def test_scores_come_from_clean_rows(engine: Any, now: Now) -> None:
     """Input maps change what is learnt from, not what is chosen."""
-    batch, hidden = make_batch([(20, 12)] * 12), {"masked_thought": {"rate": 1.0, "warmup": 0.0, "random_share": 0.0, "mask_id": 3}}
+    batch, hidden = (
+        make_batch([(20, 12)] * 12),
+        {"masked_thought": {"mask_probability": 1.0, "warmup": 0.0, "random_share": 0.0, "mask_id": 3}},
+    )
     clean = engine(token_weight=weight(rows=0.4), model=model_of()).step([batch], now)
     masked = engine(token_weight=weight(rows=0.4), objective=["cross_entropy", hidden], model=model_of()).step([batch], now)
     assert masked.notes == clean.notes and masked.weights is not None and clean.weights is not None
-    assert masked.weights.share == clean.weights.share and masked.loss != clean.loss
+    assert masked.weights.weighted_share == clean.weights.weighted_share and masked.loss != clean.loss
     found = [
         gradients(
             engine(token_weight=weight(rows=0.4), objective=["cross_entropy", hidden], model=model_of()), split(batch, sizes), now

@@ -84,7 +84,7 @@ def test_units_are_what_is_kept(engine: Any, now: Now, name: str) -> None:
     model = model_of()
     model.lm_head.weight.data.zero_()
     found = engine(model=model, token_weight={name: {"share": 0.4}}).step([rows_of_eight()], now)
-    assert found.loss == pytest.approx(log(model.config.vocab_size), rel=1e-6) and 0.2 < found.weights.share < 0.7
+    assert found.loss == pytest.approx(log(model.config.vocab_size), rel=1e-6) and 0.2 < found.weights.weighted_share < 0.7
 
 
 @pytest.mark.parametrize("name", CONTROLS)

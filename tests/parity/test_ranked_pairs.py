@@ -84,7 +84,7 @@ def test_rows_that_make_no_pair_are_refused() -> None:
     tokenizer: Any = tiny_tokenizer()
     with pytest.raises(LuthierError, match=r"`prompt\+answers\+scores` has no one answer to learn") as unmapped:
         encode_all(list(read([FIVE])), tokenizer)
-    assert "rows.map: ranked_pairs" in unmapped.value.mend
+    assert "rows.map: ranked_pairs" in unmapped.value.fix
 
 
 def test_a_recipe_learns_margins_from_scores(tmp_path: Path) -> None:
@@ -96,7 +96,7 @@ def test_a_recipe_learns_margins_from_scores(tmp_path: Path) -> None:
             {
                 "model": "tiny:llama",
                 "rows": {"train": str(file), "map": {"ranked_pairs": {"pairs": "adjacent", "margin": "margin"}}},
-                "objective": "margin",
+                "objective": "odpo",
                 "train": {"batch_rows": 2, "epochs": 1},
                 "out": str(tmp_path / "runs"),
             }

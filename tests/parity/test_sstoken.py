@@ -202,7 +202,7 @@ def test_the_loss_is_a_mean_over_what_is_kept_and_the_score_has_no_gradient(engi
     expected = float((view["nll"].detach() * kept_N).sum() / kept_N.sum())
     result = run.step(split(batch, (3, 1, 4)), LATE)
     assert result.loss == pytest.approx(expected, abs=1e-12)
-    assert result.weights.share == pytest.approx(21 / 30) and result.notes["excess_span"] > FLOOR
+    assert result.weights.weighted_share == pytest.approx(21 / 30) and result.notes["excess_span"] > FLOOR
 
 
 def test_every_half_of_the_score_changes_what_is_kept(engine: Any) -> None:
@@ -219,7 +219,7 @@ def test_the_history_follows_the_model(engine: Any, now: Now) -> None:
     spans = {}
     for every, average in ((1, 0.0), (2, 0.0), (1, 0.9), (None, 0.0)):
         options = {"every": every, "average": average, "attention_only": 0.0}
-        run = engine("lora", model=model_of(), step="adamw", token_weight={"sstoken": options})
+        run = engine("lora", model=model_of(), optimizer="adamw", token_weight={"sstoken": options})
         steps = [run.step([rows_of_eight()], now._replace(step=i, learning_rate=0.02)) for i in range(4)]
         spans[every, average] = [one.notes["excess_span"] for one in steps]
         assert all(one.notes["excess_span"] >= 0 for one in steps)
@@ -230,7 +230,7 @@ def test_the_history_follows_the_model(engine: Any, now: Now) -> None:
 
 def test_of_the_history_the_average_stays(engine: Any, now: Now) -> None:
     """With 0.9, nine tenths of the history stay at each step and one comes from the model."""
-    run = engine("lora", model=model_of(), step="adamw", token_weight={"sstoken": {"every": 1, "average": 0.9}})
+    run = engine("lora", model=model_of(), optimizer="adamw", token_weight={"sstoken": {"every": 1, "average": 0.9}})
     wanted = {name: one.master.detach().clone() for name, one in run.tune.trained.items()}
     for i in range(2):
         run.step([rows_of_eight()], now._replace(step=i, learning_rate=0.02))

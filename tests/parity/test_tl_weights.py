@@ -282,7 +282,7 @@ def test_every_turn_has_its_weighted_mean(engine: Any, now: Now) -> None:
 @pytest.mark.parametrize("too_long", ["left", "right"])
 def test_numbers_are_cut_with_their_tokens(too_long: Any) -> None:
     whole = encoded(CONVERSATION, tiny_tokenizer())
-    cut = encoded(CONVERSATION, tiny_tokenizer(), max_tokens=len(whole) - 20, too_long=too_long)
+    cut = encoded(CONVERSATION, tiny_tokenizer(), max_length=len(whole) - 20, too_long=too_long)
     kept = {"left": (0, *range(21, len(whole))), "right": range(len(whole) - 20)}[too_long]
     assert cut.token_ids == tuple(whole.token_ids[place] for place in kept)
     assert cut.token_columns == {"tool_calls": tuple(whole.token_columns["tool_calls"][place] for place in kept)}

@@ -18,7 +18,7 @@ from trl.trainer.kto_trainer import KTOTrainer  # noqa: E402
 
 ROWS, TOKENS = 6, 5
 LIKED = (True, False, False, True, True, False)
-WEIGHTS = {"liked": 1.3, "disliked": 0.6}
+WEIGHTS = {"desirable_weight": 1.3, "undesirable_weight": 0.6}
 
 
 def theirs(loss: str, log_BT: Tensor, base_B: Tensor, other_BT: Tensor, other_base_B: Tensor, beta: float) -> Tensor:
@@ -34,8 +34,8 @@ def theirs(loss: str, log_BT: Tensor, base_B: Tensor, other_BT: Tensor, other_ba
         calculate_KL=loss == "kto",
         loss_type=loss,
         beta=beta,
-        desirable_weight=WEIGHTS["liked"],
-        undesirable_weight=WEIGHTS["disliked"],
+        desirable_weight=WEIGHTS["desirable_weight"],
+        undesirable_weight=WEIGHTS["undesirable_weight"],
         _metrics=defaultdict(lambda: defaultdict(list)),
         _total_train_tokens=0,
         _tp_size=1,

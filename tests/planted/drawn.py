@@ -24,18 +24,8 @@ from tests.planted.changes import SETS, Text
 
 KINDS = {
     "near": ("operator", "sign", "constant", "comparison", "detach", "default"),
-    "far": (
-        "operator",
-        "sign",
-        "constant",
-        "comparison",
-        "default",
-        "condition",
-        "argument",
-        "function",
-        "assignment",
-        "statement",
-    ),
+    "far": ("operator", "sign", "constant", "comparison", "default"),
+    "parts": ("condition", "argument", "function", "assignment", "statement"),
 }
 """Of the faults that each set of changes has."""
 SECONDS = 45.0

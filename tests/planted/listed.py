@@ -34,10 +34,10 @@ FAULTS = (
         (PAIR,),
     ),
     Fault(
-        "keepers hear of steps in the first process only",
+        "callbacks hear of steps in the first process only",
         "training/engine.py",
-        "            if kept.keeper.after_step is not None and self.tune.turns.moves(kept.slot, now):",
-        "            if kept.keeper.after_step is not None and self.world.is_first:",
+        "            if kept.callback.after_step is not None and self.tune.turns.moves(kept.slot, now):",
+        "            if kept.callback.after_step is not None and self.world.is_first:",
         (PAIR,),
     ),
     Fault(
@@ -162,7 +162,7 @@ FAULTS = (
     ),
     Fault(
         "a penalty of a technique stands for the objective",
-        "methods/additive/adalora.py",
+        "methods/weight_delta/adalora.py",
         "weight=orthogonality, penalty=True",
         "weight=orthogonality",
         (BASIC,),

@@ -10,7 +10,7 @@ from gguf import GGUFReader
 
 from luthier.export import export_gguf
 from luthier.kinds import Now
-from luthier.methods.additive.lora import lora
+from luthier.methods.weight_delta.lora import lora
 from luthier.models import load_model, load_tokenizer, map_parts
 from luthier.training.services import RunServices
 from luthier.tune import Tune
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.realmodel
 def test_smollm2_in_gguf_answers_the_same(tmp_path: Path) -> None:
     model, tokenizer = load_model("smollm2-135m-instruct", dtype=torch.bfloat16), load_tokenizer("smollm2-135m-instruct")
     tune = Tune(model, map_parts(model))
-    tune.add("lora", lora(rank=2, roles=("attention_query", "mlp_down")), RunServices(tune, "lora", Now(seed=0)), {})
+    tune.add("lora", lora(rank=2, target_modules=("attention_query", "mlp_down")), RunServices(tune, "lora", Now(seed=0)), {})
     rng = torch.Generator().manual_seed(0)
     tune.set({key: 0.02 * torch.randn(one.master.shape, generator=rng) for key, one in tune.trained.items()})
     found = export_gguf(tune, tokenizer, tmp_path / "smollm2.gguf")

@@ -95,7 +95,7 @@ def test_minilm_learns_what_belongs_together(tmp_path: Path) -> None:
         tune="lora",
         objective="embed",
         train={"epochs": 15, "batch_rows": 8, "learning_rate": 3e-3, "precision": "fp32"},
-        evaluate={"same": {"rows": rows, "metric": "found_first"}},
+        evaluate={"same": {"rows": rows, "metric": "recall_at_1"}},
         out=str(tmp_path),
     )
     assert found.metrics["same"]["before"] < 0.5 and found.metrics["same"]["after"] == 1.0

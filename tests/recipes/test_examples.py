@@ -40,4 +40,4 @@ def test_the_smallest_technique_is_one_file(tmp_path: Path, monkeypatch: pytest.
     )
     weighted, even = run.facts["history"][0], plain.facts["history"][0]
     assert weighted["nll"] == pytest.approx(even["nll"]) == pytest.approx(even["loss"])
-    assert weighted["loss"] < weighted["nll"] and weighted["kept"] < 1
+    assert weighted["loss"] < weighted["nll"] and weighted["mean_weight"] < 1

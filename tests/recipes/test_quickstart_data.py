@@ -20,9 +20,9 @@ def words(text: str) -> str:
 
 def test_sixty_facts_in_three_phrasings_and_a_fourth_held_back() -> None:
     facts = Counter(str(row.columns["fact"]) for row in read(DATA / "train.jsonl"))
-    held_back = [str(row.columns["fact"]) for row in read(DATA / "held_back.jsonl")]
+    held_out = [str(row.columns["fact"]) for row in read(DATA / "held_out.jsonl")]
     assert len(facts) == 60 and set(facts.values()) == {3}
-    assert sorted(held_back) == sorted(facts)
+    assert sorted(held_out) == sorted(facts)
 
 
 def test_no_question_that_is_measured_was_trained_on() -> None:
@@ -30,7 +30,7 @@ def test_no_question_that_is_measured_was_trained_on() -> None:
     recipe = luthier.read_recipe(RECIPE)
     rows = list(Joined(read_rows(recipe.rows)))
     trained = {words(str(row.fields["prompt"])) for row in rows}
-    for name in ("held_back", "ordinary"):
+    for name in ("held_out", "ordinary"):
         asked = list(read(recipe.evaluate[name].rows))
         assert overlap(rows, asked) == []
         assert not {words(str(row.fields["prompt"])) for row in asked} & trained

@@ -40,7 +40,10 @@ TUNES: dict[str, Any] = {
     "full": "full",
     "half": "half",
     "lora": "lora",
-    "half and lora": [{"half": {"roles": ["mlp", "norm"], "embeddings": "freeze"}}, {"lora": {"roles": ["attention"]}}],
+    "half and lora": [
+        {"half": {"target_modules": ["mlp", "norm"], "embeddings": "freeze"}},
+        {"lora": {"target_modules": ["attention"]}},
+    ],
 }
 
 
@@ -62,7 +65,7 @@ def recipe(tmp_path: Path, **keys: Any) -> dict[str, Any]:
 def test_every_tune_runs_with_accumulation_and_checkpointing(
     tune: str, checkpointing: bool, precision: str, tmp_path: Path
 ) -> None:
-    train = {"precision": precision, "checkpointing": checkpointing, "micro_batch_tokens": 150}
+    train = {"precision": precision, "gradient_checkpointing": checkpointing, "micro_batch_tokens": 150}
     run = luthier.train(recipe(tmp_path, tune=TUNES[tune], train=train))
     assert run.facts["status"] == "finished" and run.facts["steps"] == 3
     masters = {one.master.dtype for one in run.tune.trained.values()}
@@ -91,7 +94,7 @@ def test_compiling_changes_nothing_but_the_rounding(tmp_path: Path, monkeypatch:
     losses, ends = [], []
     for compiled in (False, True):
         train = {"steps": 2, "compile": compiled, "learning_rate": 0.5, "schedule": "constant", "warmup": 0}
-        run = luthier.train(recipe(tmp_path, tune="lora", step="sgd", train=train))
+        run = luthier.train(recipe(tmp_path, tune="lora", optimizer="sgd", train=train))
         losses.append([line["loss"] for line in run.facts["history"]])
         ends.append({name: one.master.detach() for name, one in run.tune.trained.items()})
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
@@ -132,14 +135,14 @@ def test_stopped_and_resumed_equals_undisturbed(tune: str, tmp_path: Path) -> No
 def test_learns_and_reports(tmp_path: Path) -> None:
     sets = {
         "asked": {"rows": ASKED, "metric": "contains", "max_new_tokens": 24},
-        "prose": {"rows": [{"text": "The door of the mill is not a gate."}], "metric": "perplexity", "side": "kept"},
+        "prose": {"rows": [{"text": "The door of the mill is not a gate."}], "metric": "perplexity", "role": "retention"},
     }
     train = {"steps": 60, "batch_rows": 8, "learning_rate": 5e-3}
     run = luthier.train(recipe(tmp_path, evaluate=sets, train=train))
     facts = json.loads((run.folder / "run.json").read_text())
     assert facts["metrics"]["asked"]["before"] == 0.0 and facts["metrics"]["asked"]["after"] >= 0.8
     assert facts["metrics"]["asked"]["verdict"] == "better"
-    assert facts["final_loss"] < 0.2 and facts["trained_numbers"] == facts["total_numbers"]
+    assert facts["final_loss"] < 0.2 and facts["trained_parameters"] == facts["total_parameters"]
     assert facts["rows"]["overlap"]["asked"] >= 0
     assert "<html" in run.report.read_text()
     again, tokenizer = open_model(str(run.folder))
@@ -174,7 +177,7 @@ def test_an_interrupted_run_resumes_and_only_with_its_recipe(tmp_path: Path) -> 
 
 
 def test_early_stopping_keeps_the_best(tmp_path: Path) -> None:
-    sets = {"prose": {"rows": [{"text": "A plain sentence that training makes worse."}], "metric": "loss", "side": "kept"}}
+    sets = {"prose": {"rows": [{"text": "A plain sentence that training makes worse."}], "metric": "loss", "role": "retention"}}
     train = {"steps": 30, "evaluate_every": 1, "best": "prose", "patience": 2, "learning_rate": 2e-2}
     run = luthier.train(recipe(tmp_path, evaluate=sets, train=train))
     values = [one["metrics"]["prose"] for one in run.facts["evaluations"]]
@@ -186,13 +189,13 @@ def test_parts_as_objects(tmp_path: Path) -> None:
     run = luthier.train(
         model="tiny:llama",
         rows={"train": FACTS},
-        tune=[luthier.part("lora", rank=2, roles=("attention",))],
+        tune=[luthier.part("lora", rank=2, target_modules=("attention",))],
         train={"steps": 1, "precision": "fp32"},
         out=str(tmp_path),
     )
     assert {one.master.shape[0] for one in run.tune.trained.values() if one.name.endswith("down")} == {2}
     assert make_recipe(run.facts["recipe"]).tune == [
-        {"lora": {"rank": 2, "alpha": 16.0, "dropout": 0.0, "roles": ["attention"], "rank_stabilized": False}}
+        {"lora": {"rank": 2, "alpha": 16.0, "dropout": 0.0, "target_modules": ["attention"], "rank_stabilized": False}}
     ]
 
 
@@ -234,7 +237,7 @@ def test_a_run_leaves_the_process_as_it_was(tmp_path: Path) -> None:
     ids=["any error", "a second interrupt"],
 )
 def test_a_run_that_breaks_off_says_so(tmp_path: Path, error: BaseException, status: str, warning: str) -> None:
-    """Whatever was raised comes through, and the folder does not claim to be running."""
+    """Whatever was raised comes through, and the folder does not replication to be running."""
 
     def tell(*told: Any) -> None:
         raise error

@@ -21,8 +21,8 @@ RECIPE_KEYS = {
     **dict.fromkeys(kinds_under("tune"), "tune"),
     **dict.fromkeys(kinds_under("objective"), "objective"),
     "token_weight": "token_weight",
-    "source": "source",
-    "keeper": "keep",
+    "gradient_estimator": "gradient_estimator",
+    "callback": "callbacks",
     "freezing": "freeze",
 }
 
@@ -58,12 +58,12 @@ def test_a_toy_runs_from_a_recipe(kind: str, name: str, tmp_path: Path) -> None:
         return
     if kind == "row_map":
         recipe["rows"]["map"] = name
-    elif kind in kinds_under("step"):
+    elif kind in kinds_under("optimizer"):
         rest = ["adamw"] if kind == "optimizer" else []
-        recipe["step"] = [name, *rest] if kind == "optimizer" else ["adamw", name]
+        recipe["optimizer"] = [name, *rest] if kind == "optimizer" else ["adamw", name]
     else:
         recipe[RECIPE_KEYS[kind]] = name
-    if kind == "source":
-        recipe["step"] = ["sgd"]
+    if kind == "gradient_estimator":
+        recipe["optimizer"] = ["sgd"]
     run = luthier.train(recipe)
     assert run.facts["status"] == "finished" and len(run.facts["history"]) == 2

@@ -1,7 +1,7 @@
-"""Claims for the lab's tests: three steps on a tiny model."""
+"""Replications for the lab's tests: three steps on a tiny model."""
 
 TOY = """
-from luthier.lab.claim import Arm, Claim, Expectation
+from luthier.lab.replication import Variant, Replication, Expectation
 
 STEPS = 3
 
@@ -19,14 +19,14 @@ def measure(done):
     return {"loss": done.runs[-1].facts["final_loss"]}
 
 
-CLAIM = Claim(
+REPLICATION = Replication(
     name="toy",
     title="A toy",
     papers=["2404.18466"],
     rows=[8],
     says="Half is as good as all.",
     stages=stages,
-    arms=[Arm("full"), Arm("half", {"tune": "half"})],
+    variants=[Variant("full"), Variant("half", {"tune": "half"})],
     main=Expectation("loss", "half", "full", "not_more", 0.5),
     measure=measure,
     choose=lambda done: -done.runs[0].facts["final_loss"],

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 FILE = Path(__file__).parents[2] / "luthier" / "registry" / "keys.py"
 LINE = '        Key("witness", "who watches", {"witness": Witness}),\n'
-BEFORE = '        Key("keep", '
+BEFORE = '        Key("callbacks", '
 
 
 class Witness(NamedTuple):
@@ -101,11 +101,11 @@ def main(folder: Path) -> None:
     asked = ["witness.watcher.every=3", "witness.watcher.calibration_source=known.jsonl"]
     recipe = read_recipe(folder / "recipe.yaml", asked)
     assert recipe.witness == {"watcher": {"every": 3, "calibration_source": str(folder / "known.jsonl")}}
-    assert list(recipe.as_plain()).index("witness") == list(recipe.as_plain()).index("keep") - 1
+    assert list(recipe.as_plain()).index("witness") == list(recipe.as_plain()).index("callbacks") - 1
     try:
         make_recipe({**recipe.as_plain(), "witnes": "watcher"})
     except LuthierError as error:
-        assert "did you mean `witness`" in error.mend
+        assert "did you mean `witness`" in error.fix
     else:
         raise AssertionError("an unknown key passed")
     assert merged({"witness": {"watcher": {"every": 1}}}, {"witness": {"sleeper": {}}}) == {"witness": {"sleeper": {}}}
@@ -116,7 +116,7 @@ def main(folder: Path) -> None:
     try:
         choose_parts(make_recipe({**recipe.as_plain(), "token_weight": "sleeper"}))
     except LuthierError as error:
-        assert "put it under `witness`" in error.mend
+        assert "put it under `witness`" in error.fix
     else:
         raise AssertionError("a technique passed under the key of its kind, where nobody looks for it")
     plan = make_plan(recipe)

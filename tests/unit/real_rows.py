@@ -1,4 +1,4 @@
-"""Made-up data sets in the form of the public ones that claims read."""
+"""Made-up data sets in the form of the public ones that replications read."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 
 def write_sets(folder: Path) -> None:
-    """All sets that claims read, with as many records as they take."""
+    """All sets that replications read, with as many records as they take."""
     for name, records in _sets().items():
         path = folder / f"{name}.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)

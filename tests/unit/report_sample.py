@@ -58,11 +58,11 @@ def sample_delta(blocks: int = 30) -> dict[str, Any]:
     places = [
         {
             "block": None,
-            "role": "embedding",
+            "module_type": "embedding",
             "norm": 0.0,
             "base_norm": 310.0,
             "relative": 0.0,
-            "numbers": 28311552,
+            "parameters": 28311552,
             "changed": 0,
         }
     ]
@@ -75,22 +75,22 @@ def sample_delta(blocks: int = 30) -> dict[str, Any]:
             places.append(
                 {
                     "block": block,
-                    "role": role,
+                    "module_type": role,
                     "norm": norm,
                     "base_norm": base,
                     "relative": norm / base,
-                    "numbers": numbers,
+                    "parameters": numbers,
                     "changed": numbers if norm else 0,
                 }
             )
     places.append(
         {
             "block": None,
-            "role": "final_norm",
+            "module_type": "final_norm",
             "norm": 0.0,
             "base_norm": 9.0,
             "relative": 0.0,
-            "numbers": 576,
+            "parameters": 576,
             "changed": 0,
         }
     )
@@ -127,9 +127,9 @@ def sample_run(**changes: Any) -> dict[str, Any]:
     recipe_text = (
         "name: quickstart\nmodel: smollm2-135m-instruct\nrows: {train: data/facts.jsonl}\ntune: half\n"
         "train: {epochs: 4, learning_rate: 1.0e-5}\nevaluate:\n"
-        "  held_back: {rows: data/held_back.jsonl, metric: contains}\n"
-        "  general: {rows: data/general.jsonl, metric: choice, side: kept}\n"
-        "  prose: {rows: data/prose.jsonl, metric: perplexity, side: kept}\nseed: 0\n"
+        "  held_out: {rows: data/held_out.jsonl, metric: contains}\n"
+        "  general: {rows: data/general.jsonl, metric: choice, role: retention}\n"
+        "  prose: {rows: data/prose.jsonl, metric: perplexity, role: retention}\nseed: 0\n"
     )
     run: dict[str, Any] = {
         "luthier": "0.1.0",
@@ -143,7 +143,7 @@ def sample_run(**changes: Any) -> dict[str, Any]:
             "rows": {"train": "data/facts.jsonl"},
             "tune": "half",
             "train": {"epochs": 4, "learning_rate": 1e-5},
-            "evaluate": {"held_back": {"metric": "contains", "max_new_tokens": 48}},
+            "evaluate": {"held_out": {"metric": "contains", "max_new_tokens": 48}},
             "seed": 0,
         },
         "recipe_text": recipe_text,
@@ -174,7 +174,7 @@ def sample_run(**changes: Any) -> dict[str, Any]:
             "dropped": [["data/facts.jsonl, line 12", "no answer left after the cut to 64 tokens"]],
             "skipped": [["data/facts.jsonl, line 90", "`answer` is empty", "give an answer"]],
             "padding_share": 0.031,
-            "overlap": {"held_back": 0, "general": 0, "prose": 0},
+            "overlap": {"held_out": 0, "general": 0, "prose": 0},
         },
         "plan": [
             "model      smollm2-135m-instruct: llama, 134,515,008 numbers",
@@ -182,12 +182,12 @@ def sample_run(**changes: Any) -> dict[str, Any]:
             "tune       half",
         ],
         "tune": "half",
-        "trained_numbers": 66988474,
-        "total_numbers": 134515008,
+        "trained_parameters": 66988474,
+        "total_parameters": 134515008,
         "metrics": {
-            "held_back": {
+            "held_out": {
                 "metric": "contains",
-                "side": "learnt",
+                "role": "target",
                 "n": 60,
                 "before": 0.0,
                 "before_interval": [0.0, 0.06],
@@ -196,13 +196,13 @@ def sample_run(**changes: Any) -> dict[str, Any]:
                 "difference": 58 / 60,
                 "difference_interval": [0.9, 1.0],
                 "verdict": "better",
-                "kept": None,
+                "retained": None,
                 "higher_is_better": True,
-                "items": sample_items(60, 0, 0, 58, "held-back"),
+                "items": sample_items(60, 0, 0, 58, "held-out"),
             },
             "general": {
                 "metric": "choice",
-                "side": "kept",
+                "role": "retention",
                 "n": 100,
                 "before": 0.66,
                 "before_interval": [0.56, 0.75],
@@ -211,13 +211,13 @@ def sample_run(**changes: Any) -> dict[str, Any]:
                 "difference": 0.01,
                 "difference_interval": [-0.04, 0.06],
                 "verdict": "no change",
-                "kept": 64 / 66,
+                "retained": 64 / 66,
                 "higher_is_better": True,
                 "items": sample_items(100, 66, 2, 3, "general"),
             },
             "prose": {
                 "metric": "perplexity",
-                "side": "kept",
+                "role": "retention",
                 "n": 50,
                 "before": 21.4,
                 "before_interval": [19.8, 23.2],
@@ -226,13 +226,13 @@ def sample_run(**changes: Any) -> dict[str, Any]:
                 "difference": 0.5,
                 "difference_interval": [0.2, 0.8],
                 "verdict": "worse",
-                "kept": None,
+                "retained": None,
                 "higher_is_better": False,
                 "items": [],
             },
         },
-        "noise": {"held_back": 0.0, "prose": 0.012},
-        "kept": 64 / 66,
+        "noise": {"held_out": 0.0, "prose": 0.012},
+        "retained": 64 / 66,
         "seconds": 151.2,
         "total_seconds": 240.0,
         "tokens": 43008,
@@ -245,7 +245,7 @@ def sample_run(**changes: Any) -> dict[str, Any]:
         "warnings": [],
         "history": sample_history(),
         "evaluations": [
-            {"step": step, "metrics": {"held_back": value, "general": 0.66, "prose": 21.4 + 0.006 * step}}
+            {"step": step, "metrics": {"held_out": value, "general": 0.66, "prose": 21.4 + 0.006 * step}}
             for step, value in ((21, 0.15), (42, 0.72), (63, 0.95))
         ],
         "delta": sample_delta(),

@@ -12,12 +12,12 @@ from torch import Tensor
 
 from luthier.errors import LuthierError
 from luthier.kinds import Now, Place, State
-from luthier.methods.additive._sensitivity import excess, importance, look, prune, triplets
-from luthier.methods.additive.adalora import _phases, adalora, far_from_orthonormal
+from luthier.methods.weight_delta._sensitivity import excess, importance, look, prune, triplets
+from luthier.methods.weight_delta.adalora import _phases, adalora, far_from_orthonormal
 from tests.conftest import split
 from tests.toys.helpers import gap, gradients, logits_of, model_of, plain_gradients, rows_of_eight
 
-SMALL: dict[str, Any] = {"initial_rank": 3, "target_rank": 2, "roles": ("attention_query", "mlp_down")}
+SMALL: dict[str, Any] = {"initial_rank": 3, "target_rank": 2, "target_modules": ("attention_query", "mlp_down")}
 
 
 def go(run: Any, now: Now, steps: int, first: int = 0) -> None:
@@ -28,8 +28,8 @@ def go(run: Any, now: Now, steps: int, first: int = 0) -> None:
 
 def end(run: Any, now: Now) -> None:
     """The end of the stage."""
-    for kept in run.keepers:
-        kept.keeper.after_stage(kept.state, run.services(kept.slot, now))
+    for kept in run.callbacks:
+        kept.callback.after_stage(kept.state, run.services(kept.slot, now))
 
 
 def values_of(run: Any) -> dict[str, Tensor]:
@@ -118,7 +118,7 @@ def test_the_first_gradients(engine: Any, now: Now, architecture: str, orthogona
 
 def test_scores_pair_the_old_gradient_with_the_new_value(engine: Any, now: Now) -> None:
     """At the first step lambda is 0 before and not after: scored before the step it would have no sensitivity."""
-    run = engine({"adalora": SMALL}, model=model_of(), step="adamw")
+    run = engine({"adalora": SMALL}, model=model_of(), optimizer="adamw")
     batch = rows_of_eight()
     arrived = gradients(run, [batch], now)
     run.step([batch], now._replace(learning_rate=0.1))
@@ -130,7 +130,7 @@ def test_scores_pair_the_old_gradient_with_the_new_value(engine: Any, now: Now) 
 
 def test_scores_see_clipped_gradients_summed_over_micro_batches(engine: Any, now: Now) -> None:
     batch = rows_of_eight()
-    run = engine({"adalora": SMALL}, model=model_of(), step=[{"clip": {"norm": 1e-3}}, "adamw"])
+    run = engine({"adalora": SMALL}, model=model_of(), optimizer=[{"clip": {"norm": 1e-3}}, "adamw"])
     arrived = gradients(run, [batch], now)
     norm = torch.cat([one.flatten() for one in arrived.values()]).norm()
     run.step(split(batch, (3, 1, 4)), now._replace(learning_rate=0.1))
@@ -141,7 +141,7 @@ def test_scores_see_clipped_gradients_summed_over_micro_batches(engine: Any, now
 
 def test_the_budget_is_met_at_every_step_and_the_last_choice_is_fixed(engine: Any, now: Now) -> None:
     """Four matrices: 12 triplets at first, 8 in the end. Twenty steps, the first 4 and the last 8 without a new choice."""
-    run = engine({"adalora": {**SMALL, "warmup": 0.2, "final": 0.4}}, model=model_of(), step="adamw")
+    run = engine({"adalora": {**SMALL, "warmup": 0.2, "final": 0.4}}, model=model_of(), optimizer="adamw")
     counts, last = [], []
     for i in range(20):
         go(run, now, 1, first=i)
@@ -161,7 +161,7 @@ def test_the_budget_is_met_at_every_step_and_the_last_choice_is_fixed(engine: An
 
 
 def test_pruned_triplets_may_come_back_before_the_final_phase(engine: Any, now: Now) -> None:
-    run = engine({"adalora": {**SMALL, "warmup": 0.0, "final": 0.0, "every": 3}}, model=model_of(), step="adamw")
+    run = engine({"adalora": {**SMALL, "warmup": 0.0, "final": 0.0, "every": 3}}, model=model_of(), optimizer="adamw")
     go(run, now, 4)
     assert int(stays(run).sum()) == int(8 + 4 * excess(3, 0, 20)) < 12
     go(run, now, 1, first=4)
@@ -170,7 +170,7 @@ def test_pruned_triplets_may_come_back_before_the_final_phase(engine: Any, now: 
 
 def test_steps_without_rows_move_no_pruning(engine: Any, now: Now) -> None:
     """Every third step, of which 0 and 3 are not heard of: nothing goes at 1, and at 4 what was due."""
-    run = engine({"adalora": {**SMALL, "warmup": 0.0, "final": 0.0, "every": 3}}, model=model_of(), step="adamw")
+    run = engine({"adalora": {**SMALL, "warmup": 0.0, "final": 0.0, "every": 3}}, model=model_of(), optimizer="adamw")
     counts = []
     for step in (1, 4):
         go(run, now, 1, first=step)
@@ -180,7 +180,7 @@ def test_steps_without_rows_move_no_pruning(engine: Any, now: Now) -> None:
 
 def test_the_final_phase_begins_with_a_pruning(engine: Any, now: Now) -> None:
     """At step 11 of 20, where every third would be 9 and 12; what was pruned at 9 is back at 10."""
-    run = engine({"adalora": {**SMALL, "warmup": 0.0, "final": 0.45, "every": 3}}, model=model_of(), step="adamw")
+    run = engine({"adalora": {**SMALL, "warmup": 0.0, "final": 0.45, "every": 3}}, model=model_of(), optimizer="adamw")
     counts = []
     for step in (9, 10, 11):
         go(run, now, 1, first=step)
@@ -189,7 +189,7 @@ def test_the_final_phase_begins_with_a_pruning(engine: Any, now: Now) -> None:
 
 
 def test_the_end_of_a_run_that_stops_early_prunes_once_more(engine: Any, now: Now) -> None:
-    run = engine({"adalora": {**SMALL, "final": 0.0, "every": 3}}, model=model_of(), step="adamw")
+    run = engine({"adalora": {**SMALL, "final": 0.0, "every": 3}}, model=model_of(), optimizer="adamw")
     go(run, now, 15)
     assert int(stays(run).sum()) > 8
     before = values_of(run)
@@ -236,9 +236,9 @@ def test_what_stays_is_most_important_over_all_places(engine: Any, now: Now) -> 
 def test_the_target_as_initial_rank_prunes_nothing(engine: Any, now: Now) -> None:
     """What is left is a delta P diag(lambda) Q with a penalty."""
     options = {**SMALL, "initial_rank": 2, "warmup": 0.0, "final": 0.5}
-    run = engine({"adalora": options}, model=model_of(), step="adamw")
-    bare = engine({"adalora": options}, model=model_of(), step="adamw")
-    bare.keepers.clear()
+    run = engine({"adalora": options}, model=model_of(), optimizer="adamw")
+    bare = engine({"adalora": options}, model=model_of(), optimizer="adamw")
+    bare.callbacks.clear()
     go(run, now, 20)
     go(bare, now, 20)
     end(run, now)
@@ -247,7 +247,7 @@ def test_the_target_as_initial_rank_prunes_nothing(engine: Any, now: Now) -> Non
 
 
 def test_dropping_pruned_triplets_changes_nothing(engine: Any, now: Now) -> None:
-    run = engine({"adalora": {**SMALL, "target_rank": 1}}, model=model_of(), step="adamw")
+    run = engine({"adalora": {**SMALL, "target_rank": 1}}, model=model_of(), optimizer="adamw")
     go(run, now, 20)
     emptied = run.tune.owns[0]
     run.tune.set({emptied.trained["values"].name: torch.zeros(3, 1)})
@@ -308,20 +308,20 @@ def test_its_penalty_teaches_nothing_and_its_last_phase_has_a_step(final: float,
 
 def test_vectors_start_normal_and_singular_values_at_zero() -> None:
     """A standard deviation of 0.02 for P and Q, to four standard errors; other vectors for each place."""
-    additive = adalora(initial_rank=24)[0]
+    weight_delta = adalora(initial_rank=24)[0]
     services: Any = SimpleNamespace(rng=lambda key: torch.Generator().manual_seed(len(key)))
     place = Place("hand", "weight", "mlp_up", 0)
-    tensors = additive.start(place, torch.zeros(64, 96), services)
+    tensors = weight_delta.start(place, torch.zeros(64, 96), services)
     assert {name: tuple(one.shape) for name, one in tensors.items()} == {"right": (24, 96), "values": (24, 1), "left": (64, 24)}
     assert not tensors["values"].any()
     for name in ("right", "left"):
         count = tensors[name].numel()
         assert float(tensors[name].std()) == pytest.approx(0.02, rel=4 * (2 * count) ** -0.5)
         assert abs(float(tensors[name].mean())) < 4 * 0.02 * count**-0.5
-    other = additive.start(place._replace(module="another"), torch.zeros(64, 96), services)
+    other = weight_delta.start(place._replace(module="another"), torch.zeros(64, 96), services)
     assert not torch.equal(other["right"], tensors["right"])
 
 
 def test_gradients_one_at_a_time_are_refused_by_name(engine: Any) -> None:
     with pytest.raises(LuthierError, match="`adalora` needs all gradients at once, and `per_layer` gives them one at a time"):
-        engine({"adalora": SMALL}, model=model_of(), source="per_layer")
+        engine({"adalora": SMALL}, model=model_of(), gradient_estimator="per_layer")

@@ -28,7 +28,7 @@ def test_three_steps_by_the_formula(changes: bool, decays: bool, anchored: bool)
     rng = torch.Generator().manual_seed(0)
     value, anchor, *gradients = (torch.randn(3, 2, generator=rng, dtype=DOUBLE) for _ in range(5))
     one = trained(value, changes=changes, decay=decays, anchor=anchor if anchored else None)
-    optimizer = adamw(decay=0.3, beta1=0.6, beta2=0.7, epsilon=0.01)
+    optimizer = adamw(weight_decay=0.3, beta1=0.6, beta2=0.7, epsilon=0.01)
     state = optimizer.init(one)
     wanted, first, second = value.clone(), torch.zeros(3, 2), torch.zeros(3, 2)
     for age, gradient in enumerate(gradients, 1):

@@ -11,14 +11,14 @@ from torch import Tensor
 
 from luthier.draws import drawing, dropout
 from luthier.errors import LuthierError
-from luthier.kinds import HiddenEdit, Now, Place
-from luthier.methods.additive.lora import lora
-from luthier.methods.hidden_edit._bottleneck import bottleneck
-from luthier.methods.hidden_edit.adapter import adapter
-from luthier.methods.hidden_edit.mam import mam
-from luthier.methods.hidden_edit.parallel_adapter import parallel_adapter
-from luthier.methods.hidden_edit.scaled_parallel_adapter import scaled_parallel_adapter
-from luthier.methods.hidden_edit.serial_adapter import serial_adapter
+from luthier.kinds import Now, Place, RepresentationEdit
+from luthier.methods.representation_edit._bottleneck import bottleneck
+from luthier.methods.representation_edit.adapter import adapter
+from luthier.methods.representation_edit.mam import mam
+from luthier.methods.representation_edit.parallel_adapter import parallel_adapter
+from luthier.methods.representation_edit.scaled_parallel_adapter import scaled_parallel_adapter
+from luthier.methods.representation_edit.serial_adapter import serial_adapter
+from luthier.methods.weight_delta.lora import lora
 from luthier.models.parts import map_parts
 from luthier.training.services import RunServices
 from luthier.tune import Tune
@@ -76,8 +76,8 @@ def test_an_adapter_at_both_sublayers_is_the_papers_formula(engine: Any, inserti
 
 def test_a_linear_parallel_adapter_without_biases_is_lora(engine: Any) -> None:
     roles, rank, alpha = ("attention_query", "mlp_up", "mlp_down"), 4, 12.0
-    edit = bottleneck(roles=roles, insertion="parallel", width=rank, scale=alpha / rank, form="linear")
-    runs = [engine(edit, model=model_of()), engine(lora(rank=rank, alpha=alpha, roles=roles), model=model_of())]
+    edit = bottleneck(target_modules=roles, insertion="parallel", width=rank, scale=alpha / rank, form="linear")
+    runs = [engine(edit, model=model_of()), engine(lora(rank=rank, alpha=alpha, target_modules=roles), model=model_of())]
     rng = torch.Generator().manual_seed(2)
     for left, right in zip(*[run.tune.owns for run in runs], strict=True):
         assert left.place == right.place
@@ -109,7 +109,7 @@ def test_only_a_serial_adapter_sees_what_the_sublayer_returns() -> None:
     rng = torch.Generator().manual_seed(1)
     x, y, more = (torch.randn(3, 6, generator=rng).double() for _ in range(3))
 
-    def change(edit: HiddenEdit, returned: Tensor) -> Tensor:
+    def change(edit: RepresentationEdit, returned: Tensor) -> Tensor:
         tensors = {name: value.double() for name, value in edit.start(PLACE, 6, 6, services()).items()}
         return edit.apply(tensors, x, returned) - returned
 
@@ -181,7 +181,7 @@ def test_the_mam_adapter_is_a_prefix_and_a_scaled_parallel_adapter(engine: Any) 
     run = moved(engine((prefix, edit), model=model_of()))
     apart = engine([prefix, scaled_parallel_adapter(width=5, scale=2.0)], model=model_of())
     # As one technique they share a slot; apart each has its own.
-    names = {name: name.replace("prefix/", "hidden_edit/") for name in run.tune.trained}
+    names = {name: name.replace("prefix/", "representation_edit/") for name in run.tune.trained}
     apart.tune.set({names[name]: one.master.detach() for name, one in run.tune.trained.items()})
     assert len(run.tune.trained) == 5 + 4 * 2
     assert torch.equal(*[logits_of(one.tune.model, BATCH) for one in (run, apart)])

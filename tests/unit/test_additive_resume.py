@@ -36,7 +36,7 @@ def test_fault_27_killed_and_resumed(engine: Any, now: Now, tmp_path: Path, name
     """Fault 27: resuming equals the uninterrupted run bit for bit, though the rows for calibration are others by then."""
 
     def build(rows: Any = calibration) -> Any:
-        return engine({name: TECHNIQUES[name]}, model=model_of(architecture), step="adamw", calibration=rows)
+        return engine({name: TECHNIQUES[name]}, model=model_of(architecture), optimizer="adamw", calibration=rows)
 
     def go(run: Any, first: int) -> None:
         for i in range(first, STEPS):

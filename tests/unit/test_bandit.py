@@ -13,7 +13,7 @@ from luthier import registry
 from luthier.kinds import PairLoss
 from luthier.lab import bandit
 from luthier.lab.bandit import Seen, Way, best_of_n, compared, over_pairs, pairs, policy_gradient
-from luthier.lab.claims import on_policy
+from luthier.lab.replications import on_policy
 
 TWO = (0.9, 0.1)
 
@@ -56,11 +56,12 @@ def test_the_world() -> None:
     ("baseline", "least", "wanted"), [(0.0, -9.0, 0.09), (0.1, -9.0, 0.09), (0.1, 0.0, 0.081)], ids=["plain", "baseline", "upwards"]
 )
 def test_policy_gradients_by_hand(baseline: float, least: float, wanted: float) -> None:
-    """Two arms of probabilities .9 and .1 and rewards 0 and 1, a mean over what is drawn; with negative advantages left out it is less."""
+    """Two variants of probabilities .9 and .1 and rewards 0 and 1, a mean over what is drawn; with negative advantages left out it is
+    less."""
     logits, moved = table(*TWO), [0.0, 0.0]
-    for arm, chance in enumerate(TWO):
-        advantage = torch.tensor([[max(least, float(arm == 1) - baseline)]], dtype=torch.float64)
-        each = slope(policy_gradient(advantage, seen(logits, [arm], (0.0, 1.0))), logits)
+    for variant, chance in enumerate(TWO):
+        advantage = torch.tensor([[max(least, float(variant == 1) - baseline)]], dtype=torch.float64)
+        each = slope(policy_gradient(advantage, seen(logits, [variant], (0.0, 1.0))), logits)
         moved = [one + chance * other for one, other in zip(moved, each, strict=True)]
     assert moved == pytest.approx([-wanted, wanted], abs=1e-12)
 
@@ -80,8 +81,8 @@ def test_the_best_alone_is_pulled_up() -> None:
     logits = table(*TWO)
     for data, wanted in ((TWO, [0.0, 0.0]), ((0.5, 0.5), [-0.4, 0.4])):
         moved = [0.0, 0.0]
-        for arm, chance in enumerate(data):
-            each = slope(best_of_n(seen(logits, [arm], (1.0, 1.0))), logits)
+        for variant, chance in enumerate(data):
+            each = slope(best_of_n(seen(logits, [variant], (1.0, 1.0))), logits)
             moved = [one + chance * other for one, other in zip(moved, each, strict=True)]
         assert moved == pytest.approx(wanted, abs=1e-12)
     assert slope(best_of_n(seen(logits, [0, 1, 0], (0.0, 1.0))), logits) == pytest.approx([-0.9, 0.9])
@@ -148,6 +149,6 @@ def test_learning_repeats_and_fresh_answers_are_drawn_again(monkeypatch: pytest.
     assert not torch.equal(first, bandit.learn(Way(best_of_n, fresh=True), bandit.FAR, 0.1, 4))
 
 
-def test_arms_have_their_ways() -> None:
-    assert [arm.name for arm in on_policy.CLAIM.arms] == list(on_policy.WAYS)
+def test_variants_have_their_ways() -> None:
+    assert [variant.name for variant in on_policy.REPLICATION.variants] == list(on_policy.WAYS)
     assert [name for name, way in on_policy.WAYS.items() if way.fresh] == list(on_policy.WAYS)[3:]

@@ -48,7 +48,7 @@ PAIRS = [
 def rewards(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Reward models: of three members, of one, and of two that were never centred; and a run that is none."""
     out = tmp_path_factory.mktemp("runs")
-    specs: dict[str, Any] = {"three": {"members": 3}, "one": {}, "loose": {"members": 2, "centring": 0.0}}
+    specs: dict[str, Any] = {"three": {"members": 3}, "one": {}, "loose": {"members": 2, "center_rewards_coefficient": 0.0}}
     objectives: dict[str, Any] = {name: {"reward_model": options} for name, options in specs.items()}
     objectives["moods"] = {"classify": {"labels": ["good", "bad"]}}
     found = {}
@@ -61,7 +61,7 @@ def rewards(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
             objective=objective,
             train={"steps": 3, "batch_rows": 3, "learning_rate": 1e-2, "precision": "fp32"},
             seed=seed,
-            noise=False,
+            repeat_baseline=False,
             name=name,
             out=str(out),
         )
@@ -270,22 +270,24 @@ def test_members_are_combined_as_asked_when_pairs_are_scored(rewards: dict[str, 
     pairs = [one for row in rows for one in encode(row, tokenizer).group]
     score_P2K = readings(tune, pairs).reshape(-1, 2, 3)
     for how in (MEAN, Combination("min"), Combination("mean_minus_deviation", 3.0)):
-        result = measure(tune, tokenizer, [EvalSet("pairs", rows, "scored", combination=how)])["pairs"]
+        result = measure(tune, tokenizer, [EvalSet("pairs", rows, "reward_accuracy", combination=how)])["pairs"]
         one_P2 = torch.stack([how.of(score_P2K[:, side]) for side in (0, 1)], -1)
         assert [item.score for item in result.items] == (one_P2[:, 0] > one_P2[:, 1]).double().tolist()
     made = evaluation_sets({"pairs": EvaluationSet(rows=PAIRS, combine="min")}, TrainRecipe(), tune.head[1] if tune.head else None)
-    assert (made[0].metric, made[0].combination) == ("scored", Combination("min"))
+    assert (made[0].metric, made[0].combination) == ("reward_accuracy", Combination("min"))
     less = EvaluationSet(rows=PAIRS, combine="mean_minus_deviation", deviations=0.5)
     (made_less,) = evaluation_sets({"pairs": less}, TrainRecipe(), tune.head[1] if tune.head else None)
     assert made_less.combination == Combination("mean_minus_deviation", 0.5)
-    with pytest.raises(LuthierError, match="`min` combines scores of a reward model's members, and `preferred` measures none"):
+    with pytest.raises(
+        LuthierError, match="`min` combines scores of a reward model's members, and `preference_accuracy` measures none"
+    ):
         evaluation_sets({"pairs": EvaluationSet(rows=PAIRS, combine="min")}, TrainRecipe())
     with pytest.raises(LuthierError, match="the mean subtracts none") as caught:
         evaluation_sets({"pairs": EvaluationSet(rows=PAIRS, deviations=1.0)}, TrainRecipe())
     assert caught.value.where == "evaluate.pairs"
     loose = luthier.open_run(rewards["loose"])
-    with pytest.raises(LuthierError, match="trained without centring"):
-        measure(*loose, [EvalSet("pairs", rows, "scored", combination=Combination("min"))])
+    with pytest.raises(LuthierError, match="trained without centering"):
+        measure(*loose, [EvalSet("pairs", rows, "reward_accuracy", combination=Combination("min"))])
 
 
 def test_the_best_by_runs_and_what_it_is_worth(stored: Path, rewards: dict[str, str]) -> None:
@@ -318,7 +320,7 @@ def test_the_best_by_runs_and_what_it_is_worth(stored: Path, rewards: dict[str, 
 
 def test_members_without_centring_are_compared_when_they_are_standardized(stored: Path, rewards: dict[str, str]) -> None:
     how = Combination("min")
-    with pytest.raises(LuthierError, match="trained without centring"):
+    with pytest.raises(LuthierError, match="trained without centering"):
         best_of_answers(stored, [rewards["one"], rewards["loose"]], how=how)
     assert best_of_answers(stored, [rewards["one"], rewards["loose"]]).members == 3, "the mean does not mind"
     found = best_of_answers(stored, [rewards["loose"]], how=how, standardize=True)

@@ -10,7 +10,7 @@ import torch
 
 from luthier import registry
 from luthier.errors import LuthierError
-from luthier.kinds import Freezing, Head, Keeper, Now, Prompt, Term, Transform
+from luthier.kinds import Callback, Freezing, GradientTransform, Head, LossTerm, Now, Prompt
 from luthier.models.parts import map_parts
 from luthier.registry import Part
 from luthier.training.build import _watched, build_engine, check_predicts
@@ -18,19 +18,25 @@ from luthier.training.engine import Engine
 from tests.conftest import parts_of
 from tests.toys.helpers import model_of, toys  # noqa: F401
 
-AS_IT_IS = Transform(lambda trained: {}, lambda value, state, trained, now: value)
+AS_IT_IS = GradientTransform(lambda trained: {}, lambda value, state, trained, now: value)
 
 
 def built(steps: int = 20, **chosen: Any) -> Engine:
     model = model_of(layers=1)
-    specs = {"tune": "full", "objective": "cross_entropy", "step": ["clip", "adamw"], "source": "backprop", **chosen}
+    specs = {
+        "tune": "full",
+        "objective": "cross_entropy",
+        "optimizer": ["clip", "adamw"],
+        "gradient_estimator": "backprop",
+        **chosen,
+    }
     parts = {key: [value] if isinstance(value, Part) else parts_of(**{key: value})[key] for key, value in specs.items()}
     return build_engine(model, map_parts(model), parts, now=Now(steps=steps))
 
 
 def test_the_base_is_kept_only_for_who_asks() -> None:
     assert all(one.start is None for one in built().tune.trained.values())
-    assert all(one.start is not None for one in built(keep=Keeper(needs=frozenset({"base"}))).tune.trained.values())
+    assert all(one.start is not None for one in built(callbacks=Callback(needs=frozenset({"base"}))).tune.trained.values())
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3])
@@ -45,7 +51,7 @@ def test_phases_need_a_step_each_as_soon_as_there_is_a_clock(steps: int) -> None
 
 
 def test_what_a_technique_does_to_gradients_comes_before_the_step_of_the_recipe() -> None:
-    run = built(keep=Part("mine", "keeper", {}, (Keeper(), AS_IT_IS)))
+    run = built(callbacks=Part("mine", "callback", {}, (Callback(), AS_IT_IS)))
     assert [link.slot for link in run.chain.links] == ["mine", "clip", "adamw"]
     assert [
         (link.slot, link.own) for link in built(tune=Part("half", "selective", {}, (*half().values, AS_IT_IS))).chain.links
@@ -60,9 +66,9 @@ def half() -> Part:
     return registry.part("half")
 
 
-def test_keepers_look_at_their_own_techniques_gradients_or_at_all() -> None:
+def test_callbacks_look_at_their_own_techniques_gradients_or_at_all() -> None:
     tune: Any = SimpleNamespace(trained={name: SimpleNamespace(slot=name[0]) for name in ("a/1", "a/2", "b/1")})
-    looks, other = Keeper(needs=frozenset({"gradients"})), Keeper()
+    looks, other = Callback(needs=frozenset({"gradients"})), Callback()
     assert _watched(tune, [("a", looks)]) == {"a/1", "a/2"}
     assert _watched(tune, [("c", looks)]) == {"a/1", "a/2", "b/1"}
     assert _watched(tune, [("a", other)]) == set()
@@ -84,7 +90,7 @@ def test_virtual_tokens_that_are_targets_are_not_compared_with_the_base(label: i
 
 def test_an_encoder_reads_texts_and_no_answers() -> None:
     parts: Any = SimpleNamespace(causal=False, architecture="BertModel")
-    reads = Term(lambda view, own: view.outputs_BK.sum(), unit="row", columns=())
+    reads = LossTerm(lambda view, own: view.outputs_BK.sum(), unit="row", columns=())
 
     def values(means: Any) -> list[tuple[str, object]]:
         return [("mine", Head(lambda services: {}, lambda tensors, state_BD: state_BD, means)), ("mine", reads)]

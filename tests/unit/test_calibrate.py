@@ -25,7 +25,7 @@ def test_calibration_gradients_are_those_of_full_tuning(engine: Any, now: Now, a
     batches = calibration(8, "")
     run = engine({"lora": {"rank": 2}}, model=model_of(architecture))
     services = run.services("lora", now)
-    places = run.tune.parts.select(roles=["linear", "norm", "embedding"])
+    places = run.tune.parts.select(target_modules=["linear", "norm", "embedding"])
     found = services.gradients(batches, places)
     assert run.tune.trained and all(one.gradient is None for one in run.tune.trained.values())
     assert not any(one.requires_grad for name, one in run.tune.model.named_parameters())
@@ -42,7 +42,7 @@ def test_calibration_gradients_are_those_of_full_tuning(engine: Any, now: Now, a
 def test_calibration_looks_from_moved_weights_and_puts_them_back(engine: Any, now: Now) -> None:
     run = engine("full")
     services = run.services("full", now)
-    place = run.tune.parts.select(roles=DOWN, blocks=[1])[0]
+    place = run.tune.parts.select(target_modules=DOWN, blocks=[1])[0]
     before = run.tune.region(place).clone()
     change = torch.randn(before.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 0.1
     moved = services.gradients(calibration(8, ""), [place], {place: change})[place]
@@ -58,7 +58,7 @@ def test_a_model_in_bf16_is_looked_at_from_steps_that_bf16_rounds_away(engine: A
     for dtype in (torch.float64, torch.bfloat16):
         model = model_of(tied=True).to(torch.bfloat16)
         run = engine("full", model=model.to(dtype), dtype=dtype)
-        places = run.tune.parts.select(roles=("mlp_down", "embedding"))
+        places = run.tune.parts.select(target_modules=("mlp_down", "embedding"))
         services = run.services("full", now)
         for name, one in run.tune.trained.items():
             run.tune.set({name: one.master.detach() * (1 + 2**-12)})
@@ -101,7 +101,7 @@ def test_calibration_reads_real_tokens_alone(engine: Any, now: Now) -> None:
     run = engine(["plain_prompt", "lora"])
     seen: dict[Place, int] = {}
     batches = calibration(5, "")
-    places = run.tune.parts.select(roles=["attention_query", "attention_key", "mlp_down"])
+    places = run.tune.parts.select(target_modules=["attention_query", "attention_key", "mlp_down"])
 
     def take(place: Place, x_NI: Tensor) -> None:
         assert not x_NI.requires_grad
@@ -143,8 +143,8 @@ def test_a_change_of_a_quantized_weight_comes_before_what_edits_the_output() -> 
 
 def test_places_that_no_gradient_reaches_are_named(engine: Any, now: Now) -> None:
     run = engine("full", model=model_of(layers=1))
-    (head,) = run.tune.parts.select(roles=["head"])
-    down = run.tune.parts.select(roles=DOWN)
+    (head,) = run.tune.parts.select(target_modules=["head"])
+    down = run.tune.parts.select(target_modules=DOWN)
     ask = lambda places: calibrate.gradients(  # noqa: E731
         run.tune, calibration(2, ""), places, {}, lambda hidden_ND, label_N: hidden_ND.sum(-1)
     )

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from luthier import registry
 from luthier.errors import LuthierError
-from luthier.kinds import Keeper, Now, Optimizer, Place, Select, Selective, Services, Tensors, Term, View
+from luthier.kinds import Callback, LossTerm, Now, Optimizer, Place, Select, Selective, Services, Tensors, View
 from luthier.methods.optimizer.adamw import _correction
 from luthier.training.chain import round_stochastically
 from luthier.training.world import World
@@ -40,7 +40,7 @@ def masters(run: Any) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize(("fused", "dtype"), [(True, torch.float32), (False, torch.float64)])
 def test_adamw_equals_pytorchs_over_ten_steps(engine: Any, now: Now, fused: bool, dtype: torch.dtype) -> None:
-    run = engine("full", model=model_of(), step={"adamw": {"decay": 0.1}}, dtype=dtype)
+    run = engine("full", model=model_of(), optimizer={"adamw": {"weight_decay": 0.1}}, dtype=dtype)
     copies = {name: one.clone().requires_grad_(True) for name, one in masters(run).items()}
     groups = [
         {"params": [copies[n] for n, one in run.tune.trained.items() if one.decay], "weight_decay": 0.1},
@@ -64,7 +64,7 @@ def test_adamw_equals_pytorchs_over_ten_steps(engine: Any, now: Now, fused: bool
 
 
 def test_adamw_without_memory_steps_by_the_sign(engine: Any, now: Now) -> None:
-    run = engine("full", model=model_of(), step={"adamw": {"beta1": 0.0, "beta2": 0.0}})
+    run = engine("full", model=model_of(), optimizer={"adamw": {"beta1": 0.0, "beta2": 0.0}})
     before, given = masters(run), give(run, 0)
     run.chain.step(now._replace(learning_rate=0.25))
     for name, value in masters(run).items():
@@ -74,11 +74,11 @@ def test_adamw_without_memory_steps_by_the_sign(engine: Any, now: Now) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_an_age_for_each_entry_equals_one_age_when_nothing_changes(engine: Any, now: Now, dtype: torch.dtype) -> None:
     def choose(parts: Any, services: Services) -> dict[Place, Select]:
-        return {place: Select("rows", torch.arange(0, 30, 3)) for place in parts.select(roles=["mlp_down"])}
+        return {place: Select("rows", torch.arange(0, 30, 3)) for place in parts.select(target_modules=["mlp_down"])}
 
     stays: list[Any] = [None, lambda state, services: {}]
     runs = [
-        engine(Selective(choose, refresh=refresh), model=model_of(), step={"adamw": {"decay": 0.1}}, dtype=dtype)
+        engine(Selective(choose, refresh=refresh), model=model_of(), optimizer={"adamw": {"weight_decay": 0.1}}, dtype=dtype)
         for refresh in stays
     ]
     for i in range(10):
@@ -101,7 +101,7 @@ def test_the_correction_of_young_moments_loses_no_digits_in_fp32() -> None:
 
 def test_a_gradient_laid_out_otherwise_gives_the_same_step(engine: Any, now: Now) -> None:
     """Fused optimizers walk memory: a transposed view must not pair numbers with those of other places."""
-    runs = [engine("full", model=model_of(), step="adamw") for _ in range(2)]
+    runs = [engine("full", model=model_of(), optimizer="adamw") for _ in range(2)]
     for run, turned in zip(runs, (False, True), strict=True):
         give(run, 0)
         for one in run.tune.trained.values():
@@ -112,14 +112,14 @@ def test_a_gradient_laid_out_otherwise_gives_the_same_step(engine: Any, now: Now
 
 
 def test_masters_of_slices_are_contiguous_however_the_weight_is_stored(engine: Any) -> None:
-    run = engine(["some_rows", {"some_cols": {"roles": ["attention_output"]}}], architecture="gpt2")
+    run = engine(["some_rows", {"some_cols": {"target_modules": ["attention_output"]}}], architecture="gpt2")
     assert all(one.master.is_contiguous() for one in run.tune.trained.values())
 
 
 @pytest.mark.parametrize("norm", [0.0, 0.1, 300.0, 1e6])
 def test_clipping_equals_pytorchs(engine: Any, now: Now, norm: float) -> None:
     """The joint norm is about 200: 300 is above it by less than twice."""
-    run = engine("full", model=model_of(), step=[{"clip": {"norm": norm}}, "sgd"])
+    run = engine("full", model=model_of(), optimizer=[{"clip": {"norm": norm}}, "sgd"])
     before = masters(run)
     copies = {name: torch.zeros_like(value, requires_grad=True) for name, value in before.items()}
     given = give(run, 0)
@@ -143,7 +143,7 @@ def test_a_joint_norm_of_5_by_hand(now: Now, norm: float, factor: float) -> None
 
 
 def test_sgd_by_hand(engine: Any, now: Now) -> None:
-    run = engine({"some_cols": {"rate": 0.5}}, model=model_of(), step={"sgd": {"momentum": 0.9}})
+    run = engine({"some_cols": {"rate": 0.5}}, model=model_of(), optimizer={"sgd": {"momentum": 0.9}})
     (name, one), *_ = run.tune.trained.items()
     before = one.master.detach().clone()
     first, second = give(run, 0)[name], None
@@ -157,7 +157,7 @@ def test_sgd_by_hand(engine: Any, now: Now) -> None:
 def test_the_order_decides_whether_gradients_or_updates_are_projected(engine: Any, now: Now) -> None:
     leaks = []
     for step in (["clip", "adamw", "project_out"], ["project_out", "clip", "adamw"]):
-        run = engine("full", model=model_of(), step=step, dtype=torch.float32)
+        run = engine("full", model=model_of(), optimizer=step, dtype=torch.float32)
         before = masters(run)
         for i in range(5):
             run.step(split(rows_of_eight(), (5, 3)), now._replace(step=i, learning_rate=0.01))
@@ -173,7 +173,7 @@ def test_the_order_decides_whether_gradients_or_updates_are_projected(engine: An
 
 
 def test_every_tensor_has_exactly_one_optimizer(engine: Any, now: Now) -> None:
-    run = engine("full", model=model_of(), step=["low_rank_sgd", "adamw"])
+    run = engine("full", model=model_of(), optimizer=["low_rank_sgd", "adamw"])
     matrices = {name for name, one in run.tune.trained.items() if one.master.ndim == 2}
     assert {name for name, slot in run.chain.optimizer_of.items() if slot == "low_rank_sgd"} == matrices
     assert set(run.chain.optimizer_of) == set(run.tune.trained)
@@ -183,20 +183,20 @@ def test_every_tensor_has_exactly_one_optimizer(engine: Any, now: Now) -> None:
 
 
 def test_sign_before_sgd_by_hand(engine: Any, now: Now) -> None:
-    run = engine("full", model=model_of(), step=["sign", "sgd"])
+    run = engine("full", model=model_of(), optimizer=["sign", "sgd"])
     before, given = masters(run), give(run, 0)
     run.chain.step(now._replace(learning_rate=0.25))
     assert all(torch.equal(value, before[n] - 0.25 * given[n].sign()) for n, value in masters(run).items())
 
 
-def some_rows_touch(slot_value: float = 3.0) -> Term:
+def some_rows_touch(slot_value: float = 3.0) -> LossTerm:
     """A term whose own number gets a gradient from the micro-batch with the first row only."""
 
     def total(view: View, own: Tensors) -> Tensor:
         touched = own["number"].sum() * slot_value if "row0" in view.batch.row_ids else 0.0
         return view["nll"].sum() + touched
 
-    return Term(total, start=lambda services: {"number": torch.ones(2)})
+    return LossTerm(total, start=lambda services: {"number": torch.ones(2)})
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
@@ -205,7 +205,9 @@ def some_rows_touch(slot_value: float = 3.0) -> Term:
 def test_updates_inside_backward_equal_updates_after_it(engine: Any, now: Now, tune: str, step: Any, dtype: torch.dtype) -> None:
     found = []
     for source in ("backprop", "per_layer"):
-        run = engine(tune, model=model_of(tied=True), objective=some_rows_touch(), step=step, source=source, dtype=dtype)
+        run = engine(
+            tune, model=model_of(tied=True), objective=some_rows_touch(), optimizer=step, gradient_estimator=source, dtype=dtype
+        )
         for i in range(3):
             run.step(split(rows_of_eight(), (3, 4, 1)), now._replace(step=i, learning_rate=0.01))
             assert all(one.gradient is None for one in run.tune.trained.values())
@@ -219,7 +221,7 @@ def test_updates_inside_backward_equal_updates_after_it(engine: Any, now: Now, t
 def test_the_zeroth_order_slope_is_the_directional_derivative(engine: Any, now: Now) -> None:
     model = model_of()
     full = plain_gradients(model, rows_of_eight())
-    run = engine({"full": {"roles": ["mlp_down"]}}, model=model, source={"zeroth_order": {"scale": 1e-5}})
+    run = engine({"full": {"target_modules": ["mlp_down"]}}, model=model, gradient_estimator={"zeroth_order": {"scale": 1e-5}})
     before = masters(run)
     run.step(split(rows_of_eight(), (5, 3)), now._replace(learning_rate=1.0))
     update = {name.removeprefix("full/"): before[name] - value for name, value in masters(run).items()}
@@ -236,54 +238,54 @@ def refused(engine: Any, message: str, **more: Any) -> None:
 
 
 def test_what_cannot_go_together_is_refused_by_name(engine: Any) -> None:
-    refused(engine, "the step has no optimizer", step="clip")
-    refused(engine, "no optimizer takes `full/model.layers.0.input_layernorm.weight`", step="low_rank_sgd")
-    refused(engine, r"`adamw\.2` takes none", step=["adamw", "adamw"])
-    refused(engine, "`project_out` takes none", tune="some_rows", step=["adamw", "project_out"])
-    refused(engine, "`clip` needs all gradients at once", source="per_layer", step=["clip", "adamw"])
-    refused(engine, "`clip` needs all gradients at once", source="zeroth_order", step=["clip", "adamw"])
-    refused(engine, "`some_entries` observes whole gradients", tune="some_entries", source="zeroth_order")
-    refused(engine, "`growing` observes whole gradients", tune="growing", source="per_layer")
-    keeper = Keeper(needs=frozenset({"gradients"}))
-    refused(engine, "`keeper` needs all gradients at once", keep=keeper, source="per_layer")
-    refused(engine, "not summed over several processes", source="per_layer", world=World(2, 0))
+    refused(engine, "no optimizer is named", optimizer="clip")
+    refused(engine, "no optimizer takes `full/model.layers.0.input_layernorm.weight`", optimizer="low_rank_sgd")
+    refused(engine, r"`adamw\.2` takes none", optimizer=["adamw", "adamw"])
+    refused(engine, "`project_out` takes none", tune="some_rows", optimizer=["adamw", "project_out"])
+    refused(engine, "`clip` needs all gradients at once", gradient_estimator="per_layer", optimizer=["clip", "adamw"])
+    refused(engine, "`clip` needs all gradients at once", gradient_estimator="zeroth_order", optimizer=["clip", "adamw"])
+    refused(engine, "`some_entries` observes whole gradients", tune="some_entries", gradient_estimator="zeroth_order")
+    refused(engine, "`growing` observes whole gradients", tune="growing", gradient_estimator="per_layer")
+    callback = Callback(needs=frozenset({"gradients"}))
+    refused(engine, "`callback` needs all gradients at once", callbacks=callback, gradient_estimator="per_layer")
+    refused(engine, "not summed over several processes", gradient_estimator="per_layer", world=World(2, 0))
     refused(engine, "nothing trains", tune=[])
     refused(engine, "nothing is minimized", objective=[])
-    refused(engine, "finds no place with the roles expert", tune={"lora": {"roles": ["expert"]}})
+    refused(engine, "finds no place with the module types expert", tune={"lora": {"target_modules": ["expert"]}})
     empty = Selective(lambda parts, services: {})
     refused(engine, "`selective` selects nothing", tune=empty)
 
 
 def test_two_techniques_on_the_same_numbers_are_refused_and_both_are_named(engine: Any) -> None:
     refused(engine, r"`full\.2` and `full` both train the same numbers", tune=["full", "full"])
-    rows = {"some_rows": {"roles": ["mlp_down"], "every": 2}}
-    cols = {"some_cols": {"roles": ["mlp_down"], "every": 2}}
+    rows = {"some_rows": {"target_modules": ["mlp_down"], "every": 2}}
+    cols = {"some_cols": {"target_modules": ["mlp_down"], "every": 2}}
     refused(engine, "`some_cols` and `some_rows` both train", tune=[rows, cols])
-    value = {"full": {"roles": ["attention_value"]}}
+    value = {"full": {"target_modules": ["attention_value"]}}
     refused(
         engine,
         "`some_rows` and `full` both train",
-        tune=[value, {"some_rows": {"roles": ["attention_value"]}}],
+        tune=[value, {"some_rows": {"target_modules": ["attention_value"]}}],
         architecture="gpt2",
     )
 
 
 def odd_rows(parts: Any, services: Services) -> dict[Place, Select]:
-    return {place: Select("rows", torch.arange(1, 32, 2)) for place in parts.select(roles=["mlp_down"])}
+    return {place: Select("rows", torch.arange(1, 32, 2)) for place in parts.select(target_modules=["mlp_down"])}
 
 
 @pytest.mark.parametrize(
     "tune",
     [
-        [{"full": {"roles": ["attention_key"]}}, {"full": {"roles": ["attention_value"]}}],
-        [{"some_rows": {"roles": ["mlp_down"], "every": 2}}, Selective(odd_rows)],
-        ["half", {"lora": {"roles": ["attention_query"]}}],
+        [{"full": {"target_modules": ["attention_key"]}}, {"full": {"target_modules": ["attention_value"]}}],
+        [{"some_rows": {"target_modules": ["mlp_down"], "every": 2}}, Selective(odd_rows)],
+        ["half", {"lora": {"target_modules": ["attention_query"]}}],
         ["lora", "lora"],
     ],
     ids=["fused", "rows", "half and lora", "two loras"],
 )
 def test_disjoint_selections_and_stacked_deltas_go_together(engine: Any, now: Now, tune: Any) -> None:
-    run = engine(tune, model=model_of("gpt2"), step="adamw")
+    run = engine(tune, model=model_of("gpt2"), optimizer="adamw")
     found = gradients(run, [rows_of_eight()], now)
     assert set(found) == set(run.tune.trained)
     before = masters(run)
@@ -297,7 +299,7 @@ def test_disjoint_selections_and_stacked_deltas_go_together(engine: Any, now: No
     [
         ("adamw", {"beta1": 1.0}, "beta1 is 1"),
         ("adamw", {"beta2": -0.1}, "beta2 is -0.1"),
-        ("adamw", {"decay": -0.1}, "the weight decay is -0.1"),
+        ("adamw", {"weight_decay": -0.1}, "the weight decay is -0.1"),
         ("adamw", {"epsilon": 0.0}, "epsilon is 0"),
         ("sgd", {"momentum": 1.0}, "the momentum is 1"),
         ("clip", {"norm": -0.1}, "the norm is -0.1"),
@@ -323,7 +325,7 @@ def test_an_optimizer_behind_which_nothing_stands_moves_the_numbers_themselves(e
         seen.append(gradient.clone())
         value.sub_(gradient)
 
-    run = engine("full", model=model_of(layers=1), step=["sign", moves(step)])
+    run = engine("full", model=model_of(layers=1), optimizer=["sign", moves(step)])
     before, given = masters(run), give(run, 0)
     for one in run.tune.trained.values():
         if one.gradient.ndim == 2:
@@ -336,7 +338,7 @@ def test_an_optimizer_behind_which_nothing_stands_moves_the_numbers_themselves(e
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_what_stands_behind_an_optimizer_gets_its_update(engine: Any, now: Now, dtype: torch.dtype) -> None:
     """Powers of two, which no type rounds."""
-    run = engine("full", model=model_of(layers=1), step=["sgd", "sign"], dtype=dtype)
+    run = engine("full", model=model_of(layers=1), optimizer=["sgd", "sign"], dtype=dtype)
     for name, one in run.tune.trained.items():
         run.tune.set({name: torch.full_like(one.master.detach(), 4.0)})
     given = give(run, 0)
@@ -355,7 +357,7 @@ def test_state_is_put_back_where_it_was(engine: Any, now: Now) -> None:
         state["a|b"] = torch.arange(3.0)
         state["count"] += 1
 
-    first, second = (engine("full", model=model_of(layers=1), step=moves(step, init)) for _ in range(2))
+    first, second = (engine("full", model=model_of(layers=1), optimizer=moves(step, init)) for _ in range(2))
     give(first, 0)
     first.chain.step(now)
     (slot,) = second.chain.state

@@ -44,11 +44,14 @@ def facts(result: Result, code: int = 0) -> Any:
 
 def test_train_json_holds_what_scripts_need(recipe: Path) -> None:
     found = facts(call("train", recipe, "tune=half", "--json"))
-    wanted = "run metrics kept trained_numbers total_numbers seconds tokens supervised_tokens peak_memory_bytes final_loss weights_sha256"
+    wanted = (
+        "run metrics retained trained_parameters total_parameters seconds tokens supervised_tokens peak_memory_bytes final_loss "
+    )
+    wanted += "weights_sha256"
     assert set(wanted.split()) <= found.keys()
     assert found["metrics"]["asked"].keys() >= {"before", "after", "n"} and found["metrics"]["asked"]["n"] == 4
-    assert 0 < found["trained_numbers"] < found["total_numbers"]
-    assert found["kept"] is None, "no set is on the side of what should be kept: not measured"
+    assert 0 < found["trained_parameters"] < found["total_parameters"]
+    assert found["retained"] is None, "no set is on the side of what should be kept: not measured"
     assert Path(found["run"], "report.html").is_file()
 
 
@@ -80,7 +83,7 @@ def test_techniques_and_papers() -> None:
     found = {one["name"]: one for one in facts(call("techniques", "--json"))}
     assert {"full", "half", "lora"} <= found.keys()
     assert found["half"]["row"] == 8 and found["half"]["paper"] == "arXiv:2404.18466"
-    assert all({"name", "kind", "row", "paper", "needs", "claim", "verdict"} <= one.keys() for one in found.values())
+    assert all({"name", "kind", "row", "paper", "needs", "replication", "verdict"} <= one.keys() for one in found.values())
     one = facts(call("techniques", "half", "--json"))
     assert one["options"]["share"]["default"] == 0.5
     papers = facts(call("papers", "--json"))
@@ -94,14 +97,14 @@ def test_rows_look(recipe: Path, tmp_path: Path) -> None:
     found = facts(call("rows", "look", tmp_path / "rows.jsonl", "--model", "tiny:llama", "--json"))
     assert json.dumps(found).count("assistant") >= 1
     assert "three!" in call("rows", "look", tmp_path / "rows.jsonl", "--model", "tiny:llama").stdout
-    cut = facts(call("rows", "look", tmp_path / "rows.jsonl", "max_tokens=12", "too_long=left", "--model", "tiny:llama", "--json"))
+    cut = facts(call("rows", "look", tmp_path / "rows.jsonl", "max_length=12", "too_long=left", "--model", "tiny:llama", "--json"))
     assert cut["tokens"] < found["tokens"] and cut["too_long"]
     refused = call("rows", "look", tmp_path / "rows.jsonl", "max_token=12", "--model", "tiny:llama")
-    assert refused.exit_code == 2 and "max_tokens" in refused.stderr
+    assert refused.exit_code == 2 and "max_length" in refused.stderr
 
 
 @pytest.mark.parametrize(
-    ("words", "mend"),
+    ("words", "fix"),
     [
         (["tune=harf"], "half"),
         (["trian.epochs=2"], "train"),
@@ -109,17 +112,17 @@ def test_rows_look(recipe: Path, tmp_path: Path) -> None:
         (["tune.lora.rnk=4"], "rank"),
         (["train.precision=fp99"], ""),
         (["epochs"], "train.epochs=2"),
-        (["step=clip"], "adamw"),
-        (["source=per_layer"], "backprop"),
+        (["optimizer=clip"], "adamw"),
+        (["gradient_estimator=per_layer"], "backprop"),
         (["train.best=nothing"], "asked"),
         (["model=tiny:lama"], "llama"),
         (["rows.train=missing.jsonl"], ""),
     ],
 )
-def test_mistakes_are_named_with_a_remedy(recipe: Path, words: list[str], mend: str, tmp_path: Path) -> None:
+def test_mistakes_are_named_with_a_remedy(recipe: Path, words: list[str], fix: str, tmp_path: Path) -> None:
     """Fault 32: an unknown key names the nearest one; parts that cannot go together are both named."""
     told = facts(call("train", recipe, *words, "--json"), code=2)
-    assert told["error"] and told["mend"] is not None and mend in told["mend"] + told["error"]
+    assert told["error"] and told["fix"] is not None and fix in told["fix"] + told["error"]
     assert not (tmp_path / "runs").exists(), "nothing was started"
     shown = call("train", recipe, *words)
     assert shown.exit_code == 2 and "Traceback" not in shown.output

@@ -20,7 +20,7 @@ ROWS = [{"prompt": f"Say {word}.", "completion": f"{word}!"} for word in ("one",
 
 
 def control_of(recipe: Recipe) -> Run | None:
-    return find_control(recipe.control, recipe.out)
+    return find_control(recipe.baseline_run, recipe.out)
 
 
 def data_of(tmp_path: Path, **keys: Any) -> dict[str, Any]:
@@ -30,7 +30,7 @@ def data_of(tmp_path: Path, **keys: Any) -> dict[str, Any]:
         "rows": {"train": ROWS},
         "train": {"steps": 1, "precision": "fp32"},
         "evaluate": {"prose": {"rows": [{"text": f"The {thing} is red."} for thing in ("door", "gate", "mill")]}},
-        "noise": False,
+        "repeat_baseline": False,
         "out": str(tmp_path / "runs"),
         **keys,
     }
@@ -38,8 +38,8 @@ def data_of(tmp_path: Path, **keys: Any) -> dict[str, Any]:
 
 def test_a_run_is_compared_with_the_run_it_names(tmp_path: Path) -> None:
     plain = luthier.train(data_of(tmp_path, name="plain"))
-    run = luthier.train(data_of(tmp_path, name="tuned", tune="lora", control="plain-1"))
-    facts = json.loads((run.folder / "run.json").read_text(encoding="utf-8"))["control"]
+    run = luthier.train(data_of(tmp_path, name="tuned", tune="lora", baseline_run="plain-1"))
+    facts = json.loads((run.folder / "run.json").read_text(encoding="utf-8"))["baseline_run"]
     assert facts["run"] == str(plain.folder) and facts["runs"] == ["plain-1", "tuned-1"]
     assert facts["recipe"] == {"tune": ["full", "lora"]}
     assert facts["metrics"]["prose"]["after"] == [one.facts["metrics"]["prose"]["after"] for one in (plain, run)]
@@ -47,7 +47,7 @@ def test_a_run_is_compared_with_the_run_it_names(tmp_path: Path) -> None:
     page = (run.folder / "compare.html").read_text(encoding="utf-8")
     assert all(re.search(f"<td [^>]*>{words}</td>", page) for words in ("full", "lora")), "what differs is named"
     assert str(plain.folder) in run.report.read_text(encoding="utf-8")
-    assert not (plain.folder / "compare.html").exists() and "control" not in plain.facts
+    assert not (plain.folder / "compare.html").exists() and "baseline_run" not in plain.facts
 
 
 def test_a_recipe_stands_for_its_newest_finished_run(tmp_path: Path) -> None:
@@ -56,10 +56,10 @@ def test_a_recipe_stands_for_its_newest_finished_run(tmp_path: Path) -> None:
     file.write_text(yaml.safe_dump(data), encoding="utf-8")
     # A name that is found beside the recipe, not in the working folder.
     asks = tmp_path / "tuned.yaml"
-    asks.write_text(yaml.safe_dump({**data, "control": "plain.yaml"}), encoding="utf-8")
+    asks.write_text(yaml.safe_dump({**data, "baseline_run": "plain.yaml"}), encoding="utf-8")
     with pytest.raises(LuthierError, match="no finished run") as caught:
         control_of(read_recipe(asks))
-    assert caught.value.where == "control" and "luthier train" in caught.value.mend
+    assert caught.value.where == "baseline_run" and "luthier train" in caught.value.fix
     runs = [luthier.train(file) for _ in range(2)]
     # Of the same name, but it did something else.
     luthier.train(read_recipe(file, ["train.steps=2"]))
@@ -76,11 +76,11 @@ def test_a_control_that_cannot_serve_stops_the_run_before_it_starts(tmp_path: Pa
     folder.mkdir(parents=True)
     (folder / "run.json").write_text(json.dumps({"status": "stopped"}), encoding="utf-8")
     with pytest.raises(LuthierError, match="has not finished") as caught:
-        luthier.train(data_of(tmp_path, control="half-done-1"))
-    assert caught.value.where == "control" and "--resume" in caught.value.mend
+        luthier.train(data_of(tmp_path, baseline_run="half-done-1"))
+    assert caught.value.where == "baseline_run" and "--resume" in caught.value.fix
     with pytest.raises(LuthierError, match="there is no run `half-don-1`") as caught:
-        luthier.train(data_of(tmp_path, control="half-don-1"))
-    assert caught.value.where.startswith("control") and "half-done-1" in caught.value.mend
+        luthier.train(data_of(tmp_path, baseline_run="half-don-1"))
+    assert caught.value.where.startswith("baseline_run") and "half-done-1" in caught.value.fix
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["half-done-1"]
 
 

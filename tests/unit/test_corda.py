@@ -12,8 +12,8 @@ from torch import Tensor
 
 from luthier.errors import LuthierError
 from luthier.kinds import Batch, Now, Place
-from luthier.methods.additive._covariance import RESCALES, covariances, damped, oriented, single_rows
-from luthier.methods.additive.corda import corda
+from luthier.methods.weight_delta._covariance import RESCALES, covariances, damped, oriented, single_rows
+from luthier.methods.weight_delta.corda import corda
 from luthier.models.parts import map_parts
 from luthier.training.services import RunServices
 from luthier.tune import Tune
@@ -32,7 +32,7 @@ class Reads:
     """Services for one place that reads given inputs."""
 
     def __init__(self, x_NI: Tensor) -> None:
-        self.x_NI, self.parts = x_NI, SimpleNamespace(select=lambda roles: [PLACE])
+        self.x_NI, self.parts = x_NI, SimpleNamespace(select=lambda target_modules: [PLACE])
 
     def batches(self, rows: int, source: str) -> list[Batch]:
         """One batch, whose tokens no one looks at."""
@@ -188,7 +188,7 @@ def test_covariances_are_those_of_every_row_by_itself(architecture: str, rescale
     model = model_of(architecture)
     parts = map_parts(model)
     services = RunServices(Tune(model, parts), "corda", Now(), calibration)
-    places = parts.select(roles=("linear",))
+    places = parts.select(target_modules=("linear",))
     found = covariances(services, list(single_rows(services.batches(8))), places, RESCALES[rescale])
     sums: dict[str, Any] = {}
 
@@ -232,7 +232,7 @@ def test_it_trains_like_factors_cut_out_of_the_weight(engine: Any, now: Now, arc
     model, batch = model_of(architecture), rows_of_eight()
     base = {name: one.detach().clone() for name, one in model.named_parameters()}
     plain = plain_gradients(model, batch)
-    run = engine({"corda": {"rank": 3, "alpha": 6.0}}, model=model, step="adamw")
+    run = engine({"corda": {"rank": 3, "alpha": 6.0}}, model=model, optimizer="adamw")
     wanted = {}
     for own in run.tune.owns:
         gradient_OI = plain[own.place.parameter]
@@ -270,6 +270,6 @@ def test_what_cannot_start_is_refused_by_name(engine: Any) -> None:
         started(EYE, torch.tensor([[1.0, float("inf")]], dtype=torch.float64), rank=1)
     with pytest.raises(LuthierError, match="show no finite input here"):
         # The head is not run while inputs are looked at.
-        engine({"corda": {"rank": 2, "roles": ("head",)}}, model=model_of())
+        engine({"corda": {"rank": 2, "target_modules": ("head",)}}, model=model_of())
     with pytest.raises(LuthierError, match="show no finite input here"):
         started(EYE, torch.zeros(0, 2, dtype=torch.float64), rank=1)

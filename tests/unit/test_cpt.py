@@ -14,8 +14,8 @@ from torch.nn import functional
 from luthier.columns.chunked import resolve
 from luthier.errors import LuthierError
 from luthier.kinds import Batch, Now, View
+from luthier.methods.loss_term._coverage import coverage_factor
 from luthier.methods.prompt.cpt import at_width, context_of, cpt, project
-from luthier.methods.term._coverage import coverage_factor
 from luthier.models.parts import map_parts
 from luthier.training.engine import with_context
 from luthier.training.services import RunServices, view_of
@@ -187,11 +187,11 @@ def test_a_radius_grows_with_the_root_of_the_width() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-@pytest.mark.parametrize("step", ["sgd", {"adamw": {"decay": 0.1}}])
+@pytest.mark.parametrize("step", ["sgd", {"adamw": {"weight_decay": 0.1}}])
 def test_after_every_step_offsets_lie_in_their_balls_and_targets_have_none(
     engine: Any, now: Now, step: Any, dtype: torch.dtype
 ) -> None:
-    run = engine({"cpt": {"examples": 3}}, model=model_of(), step=step, calibration=rows, dtype=dtype)
+    run = engine({"cpt": {"examples": 3}}, model=model_of(), optimizer=step, calibration=rows, dtype=dtype)
     _, label_P, _ = context_of(rows(3, ""), 3)
     is_target_P = label_P >= 0
     assert int(is_target_P.sum()) == 4 and list(run.tune.trained) == ["cpt.offset_PD"]
@@ -232,7 +232,7 @@ def test_a_radius_towards_zero_stays_in_context_learning(engine: Any, now: Now) 
     batch = make_batch([(6, 2)], seed=8)
     found = []
     for radius in (1e-12, 0.1):
-        run = engine({"cpt": {"examples": 2, "radius": radius}}, model=model_of(), step="adamw", calibration=rows)
+        run = engine({"cpt": {"examples": 2, "radius": radius}}, model=model_of(), optimizer="adamw", calibration=rows)
         before = hidden(run.tune, batch).values.detach()
         for i in range(3):
             run.step([ROWS], now._replace(step=i))
@@ -269,5 +269,5 @@ def test_what_compares_with_the_base_is_refused_by_name(engine: Any, objective: 
     """The base reads no virtual tokens, so it has nothing to say of those that are targets."""
     with pytest.raises(LuthierError, match=f"`{objective}` compares with the base") as caught:
         engine({"cpt": {"examples": 3}}, model=model_of(), objective=["cross_entropy", objective], calibration=rows)
-    assert "prompt_tuning" in caught.value.mend
+    assert "prompt_tuning" in caught.value.fix
     engine("prompt_tuning", model=model_of(), objective=["cross_entropy", objective], calibration=rows)

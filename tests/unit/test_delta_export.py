@@ -18,9 +18,9 @@ from luthier.delta import Delta
 from luthier.errors import LuthierError
 from luthier.export import export_model, export_peft, load_peft
 from luthier.export.model import PROBES, outputs
-from luthier.kinds import HiddenEdit, Now, Prompt
-from luthier.methods.additive.lora import lora
+from luthier.kinds import Now, Prompt, RepresentationEdit
 from luthier.methods.selective.full import full
+from luthier.methods.weight_delta.lora import lora
 from luthier.models import fingerprint, map_parts, tiny, tiny_tokenizer
 from luthier.models.attention import use_attention
 from luthier.training.services import RunServices
@@ -42,13 +42,13 @@ def prompt() -> Prompt:
     return Prompt(lambda table_VD, services: {"rows": table_VD[:2].clone()}, lambda tensors, ids, embeds: embeds, 2)
 
 
-def biased_edit() -> HiddenEdit:
+def biased_edit() -> RepresentationEdit:
     """An edit whose fold needs a bias."""
 
     def fold(tensors: dict[str, Tensor], weight_OI: Tensor, bias_O: Tensor | None) -> tuple[Tensor, Tensor]:
         return 2.0 * weight_OI, tensors["shift"]
 
-    return HiddenEdit(
+    return RepresentationEdit(
         lambda place, width_in, width_out, services: {"shift": torch.zeros(width_out)},
         lambda tensors, x, y: 2.0 * y + tensors["shift"],
         ("mlp_down",),
@@ -196,8 +196,8 @@ def test_a_merge_that_fails_half_way_leaves_the_weights() -> None:
 @pytest.mark.parametrize(
     ("techniques", "said"),
     [
-        (lambda: {"full": full(roles=("mlp",))}, "`full`"),
-        (lambda: {"lora": lora(rank=2), "norms": full(roles=("norm",))}, "`norms`"),
+        (lambda: {"full": full(target_modules=("mlp",))}, "`full`"),
+        (lambda: {"lora": lora(rank=2), "norms": full(target_modules=("norm",))}, "`norms`"),
         (lambda: {"lora": lora(rank=2), "prompt": prompt()}, "`prompt`"),
         (lambda: {"lora": lora(rank=2)._replace(subtract=True)}, "`lora`"),
         (lambda: {"lora": lora(rank=2)._replace(pair=None)}, "`lora`"),
@@ -220,7 +220,7 @@ def test_a_base_that_changed_in_place_is_refused(tmp_path: Path) -> None:
 
 
 def test_restored_changes_in_place_are_not_lost_in_an_adapter(tmp_path: Path) -> None:
-    tune = tuned(tiny(), lora=lora(rank=2), norms=full(roles=("norm",)))
+    tune = tuned(tiny(), lora=lora(rank=2), norms=full(target_modules=("norm",)))
     delta, again = Delta.of(tune, tiny()), tuned(tiny(), lora=lora(rank=2))
     delta.restore(again)
     with pytest.raises(LuthierError, match="changed"):
@@ -242,7 +242,7 @@ def test_restored_changes_in_place_are_not_lost_in_an_adapter(tmp_path: Path) ->
     ],
 )
 def test_the_base_is_named_as_others_can_find_it(name: str, written: str | None, tmp_path: Path) -> None:
-    export_peft(tuned(tiny(), lora=lora(rank=2, roles=("mlp_up",))), tmp_path / "adapter", name)
+    export_peft(tuned(tiny(), lora=lora(rank=2, target_modules=("mlp_up",))), tmp_path / "adapter", name)
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == written
     with safe_open(tmp_path / "adapter" / "adapter_model.safetensors", "pt") as file:

@@ -23,11 +23,11 @@ def test_numbers_by_hand() -> None:
     assert [one for one in found["by_place"] if one["changed"]] == [
         {
             "block": 1,
-            "role": "attention_query",
+            "module_type": "attention_query",
             "norm": 13.0,
             "base_norm": 64.0,
             "relative": 13 / 64,
-            "numbers": 1024,
+            "parameters": 1024,
             "changed": 3,
         }
     ]
@@ -42,11 +42,11 @@ def test_places_cover_the_model_once(architecture: str) -> None:
     delta = Delta.between(base, tuned)
     found = summary(delta, map_parts(base), base)
     places = found["by_place"]
-    assert sum(one["numbers"] for one in places) == sum(parameter.numel() for parameter in base.parameters())
+    assert sum(one["parameters"] for one in places) == sum(parameter.numel() for parameter in base.parameters())
     assert sum(one["norm"] ** 2 for one in places) ** 0.5 == pytest.approx(delta.norm(), rel=1e-9)
-    assert len({(one["block"], one["role"]) for one in places}) == len(places)
+    assert len({(one["block"], one["module_type"]) for one in places}) == len(places)
     if architecture in ("gpt2", "phi3"):
-        roles = {one["role"] for one in places if one["block"] == 0}
+        roles = {one["module_type"] for one in places if one["block"] == 0}
         assert {"attention_query", "attention_key", "attention_value"} <= roles
     assert found["changed_share"] == pytest.approx(1.0, abs=1e-3)
     assert json.loads(json.dumps(found)) == found
@@ -66,7 +66,7 @@ def test_a_base_of_zeros_has_no_relative_size() -> None:
     tuned.load_state_dict(base.state_dict())
     tuned.get_parameter("transformer.ln_f.bias").data[0] = 1.0
     found = summary(Delta.between(base, tuned), map_parts(base), base)
-    (norm,) = [one for one in found["by_place"] if one["role"] == "final_norm"]
+    (norm,) = [one for one in found["by_place"] if one["module_type"] == "final_norm"]
     assert (norm["norm"], norm["base_norm"], norm["relative"]) == (1.0, 0.0, None)
 
 
@@ -75,6 +75,6 @@ def test_a_delta_of_a_tied_head_counts_as_the_head() -> None:
     shape = base.lm_head.weight.shape
     low = LowRank(torch.ones(shape[0], 1), torch.ones(1, shape[1]), 1.0, shape)
     found = summary(Delta({"lm_head.weight": (low,)}), map_parts(base), base)
-    (head,) = [one for one in found["by_place"] if one["role"] == "head"]
-    assert head["changed"] == head["numbers"] == shape.numel() and head["norm"] == pytest.approx(shape.numel() ** 0.5)
-    assert all(one["changed"] == 0 for one in found["by_place"] if one["role"] != "head")
+    (head,) = [one for one in found["by_place"] if one["module_type"] == "head"]
+    assert head["changed"] == head["parameters"] == shape.numel() and head["norm"] == pytest.approx(shape.numel() ** 0.5)
+    assert all(one["changed"] == 0 for one in found["by_place"] if one["module_type"] != "head")

@@ -15,9 +15,9 @@ from luthier.delta import Delta, Dense, LowRank, Sparse
 from luthier.delta.forms import bits
 from luthier.errors import LuthierError
 from luthier.export import merged
-from luthier.kinds import Additive, Now, Place, Select, Selective, Services, Tensors
+from luthier.kinds import Now, Place, Select, Selective, Services, Tensors, WeightDelta
 from luthier.kinds.parts import Parts
-from luthier.methods.additive.lora import lora
+from luthier.methods.weight_delta.lora import lora
 from luthier.models import fingerprint, map_parts, tiny
 from luthier.training.services import RunServices
 from luthier.tune import Tune
@@ -43,7 +43,9 @@ def some_rows(role: str) -> Selective:
     """Every third output row of a role's matrices."""
 
     def choose(parts: Parts, services: Services) -> dict[Place, Select]:
-        return {place: Select("rows", torch.arange(0, len(services.weight(place)), 3)) for place in parts.select(roles=[role])}
+        return {
+            place: Select("rows", torch.arange(0, len(services.weight(place)), 3)) for place in parts.select(target_modules=[role])
+        }
 
     return Selective(choose)
 
@@ -52,14 +54,14 @@ def some_entries(role: str) -> Selective:
     """A few entries of a role's matrices."""
 
     def choose(parts: Parts, services: Services) -> dict[Place, Select]:
-        return {place: Select("flat", torch.tensor([0, 7, 33])) for place in parts.select(roles=[role])}
+        return {place: Select("flat", torch.tensor([0, 7, 33])) for place in parts.select(target_modules=[role])}
 
     return Selective(choose)
 
 
-def half_started(scale: float = 2.0) -> Additive:
+def half_started(scale: float = 2.0) -> WeightDelta:
     """Factors that start at something and are taken out of the base."""
-    plain = lora(rank=2, alpha=2 * scale, roles=("mlp_up", "attention_value"))
+    plain = lora(rank=2, alpha=2 * scale, target_modules=("mlp_up", "attention_value"))
 
     def start(place: Place, weight_OI: Tensor, services: Services) -> Tensors:
         tensors = plain.start(place, weight_OI, services)
@@ -68,17 +70,17 @@ def half_started(scale: float = 2.0) -> Additive:
     return plain._replace(start=start, subtract=True)
 
 
-def elementwise() -> Additive:
+def elementwise() -> WeightDelta:
     """A delta that is no product of two factors."""
 
     def start(place: Place, weight_OI: Tensor, services: Services) -> Tensors:
         return {"change": torch.zeros(weight_OI.shape)}
 
-    return Additive(
+    return WeightDelta(
         start,
         lambda tensors, x: nn.functional.linear(x, tensors["change"]),
         lambda tensors: tensors["change"],
-        roles=("mlp_down", "attention_key"),
+        target_modules=("mlp_down", "attention_key"),
     )
 
 
@@ -96,7 +98,7 @@ TECHNIQUES: dict[str, Callable[[], dict[str, Any]]] = {
     "rows": lambda: {"rows": some_rows("attention_query")},
     "entries": lambda: {"entries": some_entries("mlp_down")},
     "lora": lambda: {"lora": lora(rank=3)},
-    "two loras": lambda: {"lora": lora(rank=3), "lora.2": lora(rank=2, alpha=7.0, roles=("attention",))},
+    "two loras": lambda: {"lora": lora(rank=3), "lora.2": lora(rank=2, alpha=7.0, target_modules=("attention",))},
     "subtract": lambda: {"started": half_started()},
     "elementwise": lambda: {"elementwise": elementwise()},
     "everything": lambda: {"rows": some_rows("mlp_up"), "started": half_started(), "elementwise": elementwise()},
@@ -158,7 +160,7 @@ def test_a_merged_tune_has_no_delta() -> None:
 
 
 def test_a_delta_does_not_follow_later_training() -> None:
-    tune = attach(tiny(), rows=some_rows("mlp_up"), lora=lora(rank=2, roles=("attention",)))
+    tune = attach(tiny(), rows=some_rows("mlp_up"), lora=lora(rank=2, target_modules=("attention",)))
     train(tune)
     delta = Delta.of(tune)
     before = {name: delta.spread(name).clone() for name in delta}
@@ -204,11 +206,11 @@ def test_the_base_can_be_run_after_restoring() -> None:
     assert torch.equal(again.model(ids).logits, tune.model(ids).logits)
 
 
-@pytest.mark.parametrize("head", [lora(rank=2, roles=("head",)), elementwise()._replace(roles=("head",))])
-def test_a_tied_embedding_that_trains_under_a_head_with_a_delta(head: Additive) -> None:
+@pytest.mark.parametrize("head", [lora(rank=2, target_modules=("head",)), elementwise()._replace(target_modules=("head",))])
+def test_a_tied_embedding_that_trains_under_a_head_with_a_delta(head: WeightDelta) -> None:
     tune = attach(
         tiny(tied=True),
-        embedding=registry.make({"full": {"roles": ["embedding"]}}, ("selective",)).values[0],
+        embedding=registry.make({"full": {"target_modules": ["embedding"]}}, ("selective",)).values[0],
         head=head,
     )
     train(tune)
@@ -242,7 +244,7 @@ def test_restore_refuses_what_it_cannot_place() -> None:
     train(tune)
     delta = Delta.of(tune, name="small")
     with pytest.raises(LuthierError, match="no technique that is attached"):
-        delta.restore(attach(tiny(), lora=lora(rank=2, roles=("attention",))))
+        delta.restore(attach(tiny(), lora=lora(rank=2, target_modules=("attention",))))
     with pytest.raises(LuthierError, match="trains in place"):
         delta.restore(attach(tiny(), rows=some_rows("mlp_up")))
     with pytest.raises(LuthierError, match="small"):

@@ -89,7 +89,7 @@ def test_a_full_disk_is_named_with_what_to_do(tmp_path: Path) -> None:
     with full_disk(1000), pytest.raises(LuthierError) as caught, disk.written(tmp_path / "thing", "or write less") as beside:
         beside.write_text("x" * 5000)
     assert caught.value.what.startswith("the disk is full") and caught.value.where == str(tmp_path / "thing")
-    assert caught.value.mend == f"make room in {tmp_path}; or write less"
+    assert caught.value.fix == f"make room in {tmp_path}; or write less"
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("thing", "old")]
 
 

@@ -13,7 +13,7 @@ from luthier import draws
 from luthier.columns.chunked import resolve
 from luthier.columns.losses import nll
 from luthier.errors import LuthierError
-from luthier.kinds import Column, Disturbed, Now, OtherPass, Term
+from luthier.kinds import Column, Disturbed, LossTerm, Now, OtherPass
 from luthier.models.attention import use_attention
 from luthier.models.modes import evaluating
 from luthier.models.tiny import ARCHITECTURES, tiny_kind
@@ -39,7 +39,7 @@ def other_nll(name: str, *passes: OtherPass) -> Column:
 def pushed(*, gradient: bool = True) -> Part:
     """Cross-entropy of a disturbed pass."""
     column = other_nll("pushed", OtherPass("pushed", gradient=gradient, disturb=push))
-    return Part("pushed", "term", {}, (Term(lambda view, own: view[column.name].sum(), columns=(column,)),))
+    return Part("pushed", "loss_term", {}, (LossTerm(lambda view, own: view[column.name].sum(), columns=(column,)),))
 
 
 @torch.no_grad()
@@ -180,7 +180,7 @@ def test_all_passes_read_what_the_model_reads(engine: Any, now: Now) -> None:
         found["now"] = (view["nll"].detach(), view[again.name].detach(), view["reference_nll"].detach())
         return view["nll"].sum()
 
-    part = Part("seen", "term", {}, (Term(total, columns=("nll", "reference_nll", again)),))
+    part = Part("seen", "loss_term", {}, (LossTerm(total, columns=("nll", "reference_nll", again)),))
     for name, maps in (("plain", []), ("mapped", ["drop_tokens", "neftune"])):
         gradients(engine(model=model_of(), objective=[part, *maps]), [rows_of_eight()], now)
         found[name] = found["now"]

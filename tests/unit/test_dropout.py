@@ -13,12 +13,13 @@ from torch.nn import functional
 from luthier import draws
 from luthier.draws import drawing, dropout
 from luthier.errors import LuthierError
-from luthier.kinds import Now
+from luthier.kinds import Now, RepresentationEdit
 from luthier.models.attention import use_attention
 from luthier.models.modes import drops
 from luthier.models.tiny import tiny
 from luthier.planning.plan import make_plan
 from luthier.recipe import make_recipe
+from luthier.registry import Part
 from luthier.training.world import World
 from tests.conftest import make_batch, split
 from tests.toys.helpers import gap, gradients, logits_of, model_of, rows_of_eight, toys  # noqa: F401
@@ -101,7 +102,7 @@ def test_who_looks_at_the_model_with_gradients_sees_no_dropout(engine: Any, now:
     """Dropout was switched by whether gradients were wanted: two looks at the same gradients differed, each by its own draws."""
     run = stirred(engine(TUNES[tune], model=model_of(layers=1)))
     services = run.services("x", now)
-    batch, places = rows_of_eight(), run.tune.parts.select(roles="mlp_down")
+    batch, places = rows_of_eight(), run.tune.parts.select(target_modules="mlp_down")
     run.tune.model.train()
     first, second = (services.gradients([batch], places) for _ in range(2))
     plain = {name: {**options, "dropout": 0.0} for name, options in TUNES[tune].items()}
@@ -128,7 +129,7 @@ def test_a_model_that_is_only_run_drops_nothing(engine: Any, now: Now, tune: str
 
 def test_the_head_draws_for_the_tokens_that_it_gets(engine: Any, now: Now) -> None:
     """A delta on the head sees some of the tokens, in slices, and again in backward."""
-    run = stirred(engine({"lora": {"rank": 2, "dropout": 0.5, "roles": ["head"]}}, model=tiny(seed=1, layers=1).double()))
+    run = stirred(engine({"lora": {"rank": 2, "dropout": 0.5, "target_modules": ["head"]}}, model=tiny(seed=1, layers=1).double()))
     batch = rows_of_eight()
     whole = gradients(run, [batch], now)
     assert gap(gradients(run, split(batch, (3, 5)), now), whole) < 1e-12
@@ -138,7 +139,7 @@ def test_the_head_draws_for_the_tokens_that_it_gets(engine: Any, now: Now) -> No
 def test_two_points_are_compared_without_dropout(engine: Any, now: Now) -> None:
     """The loss of a step without gradients was taken with dropout: a source that compares two points compared two draws."""
     model = model_of(layers=1)
-    run = stirred(engine(TUNES["lora"], model=model, source="zeroth_order"))
+    run = stirred(engine(TUNES["lora"], model=model, gradient_estimator="zeroth_order"))
     seen: list[float] = []
 
     def looking(work: Any) -> None:
@@ -188,3 +189,17 @@ def test_the_models_own_dropout_over_several_processes_is_told(tmp_path: Path) -
     attention.attention_dropout = 0.0
     plan.model.add_module("dropped", nn.Dropout(0.1))
     assert drops(plan.model)
+
+
+@pytest.mark.parametrize("of", ["input", "output"])
+def test_an_edit_that_does_not_tell_that_it_draws_is_refused(engine: Any, now: Now, of: Any) -> None:
+    """Whether a technique tells was asked of edits of outputs alone, by the tests."""
+    edit = RepresentationEdit(
+        lambda place, i, o, services: {"scale": torch.ones(i)},
+        lambda tensors, x, y: dropout(x if of == "input" else y, 0.5),
+        ("mlp_down",),
+        of=of,
+    )
+    run = engine(Part("silent", "representation_edit", {}, (edit,)), model=model_of(layers=1))
+    with pytest.raises(LuthierError, match="does not tell that it draws"):
+        run.step([rows_of_eight()], now)

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from luthier.kinds import Now, StepLoss, Tensors, Term, View
+from luthier.kinds import LossTerm, Now, StepLoss, Tensors, View
 from luthier.training.dryrun import Peak, ShapesOnly, peak_of
 from tests.conftest import make_batch, split
 from tests.toys.helpers import model_of
@@ -51,7 +51,7 @@ def test_a_micro_batch_is_run_on_shapes_as_it_would_be(engine: Any, now: Now) ->
         seen.append(view.batch.row_ids)
         return own["number"].sum()
 
-    once = Term(total, unit="step", start=lambda services: {"number": torch.ones(2, dtype=torch.float64)})
+    once = LossTerm(total, unit="step", start=lambda services: {"number": torch.ones(2, dtype=torch.float64)})
     run = engine(model=model_of(layers=1), objective=["cross_entropy", once])
     before = {name: one.master.detach().clone() for name, one in run.tune.trained.items()}
     batches = split(make_batch([(4, 2), (3, 1), (5, 2)]), (1, 1, 1))

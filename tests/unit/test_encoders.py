@@ -175,7 +175,7 @@ def test_an_encoder_goes_on_as_if_it_had_not_stopped(folder_of: Any, tmp_path: P
         run(folder_of("bert"), tmp_path / "cut", tell=stop, **keys)
     (folder,) = [path.parent for path in (tmp_path / "cut").glob("*/run.json")]
     resumed = run(folder_of("bert"), tmp_path / "cut", resume=folder, **keys)
-    for name in ("delta.safetensors", "beside.safetensors"):
+    for name in ("delta.safetensors", "adapters.safetensors"):
         mine, other = (load_file(one.folder / name) for one in (whole, resumed))
         assert mine.keys() == other.keys() and all(torch.equal(mine[key], other[key]) for key in mine)
 

@@ -56,7 +56,7 @@ def recipe(model: Path | str, out: Path, tune: str = "full", **train: Any) -> di
         ("full", {"precision": "fp32"}),
         ("half", {"precision": "bf16"}),
         ("lora", {"precision": "fp32"}),
-        ("full", {"precision": "bf16", "checkpointing": True}),
+        ("full", {"precision": "bf16", "gradient_checkpointing": True}),
     ],
 )
 def test_the_estimate_is_within_a_fifth_of_what_training_uses(
@@ -75,7 +75,7 @@ def test_the_estimate_is_within_a_fifth_of_what_training_uses(
 @pytest.mark.usefixtures("counted")
 def test_what_stands_is_counted_exactly_and_shapes_leave_nothing_behind(tmp_path: Path) -> None:
     plan = make_plan(make_recipe(recipe("tiny:llama", tmp_path, precision="fp32")))
-    numbers = plan.total_numbers
+    numbers = plan.total_parameters
     cost = plan.estimate
     assert (cost.weights, cost.masters, cost.kept, cost.gradients) == (4 * numbers, 0, 0, 4 * numbers)
     tensors = len(plan.engine.tune.trained)
@@ -104,7 +104,7 @@ def test_checkpointing_and_smaller_micro_batches_lower_the_estimate(tmp_path: Pa
     def activations(**train: Any) -> int:
         return make_plan(make_recipe(recipe("tiny:llama", tmp_path, precision="fp32", **train))).estimate.activations
 
-    assert activations(checkpointing=True) < activations()
+    assert activations(gradient_checkpointing=True) < activations()
     assert activations(batch_tokens=512, micro_batch_tokens=512) < activations() / 2
 
 
@@ -149,7 +149,13 @@ def test_it_says_what_to_cut_when_memory_will_not_do(tmp_path: Path, monkeypatch
     plan = make_plan(make_recipe(recipe("tiny:llama", tmp_path, precision="fp32")), said.append)
     assert "estimating memory and time" in said and any("will not fit" in one for one in said)
     (warning,) = [text for text in plan.warnings() if "MiB are available" in text]
-    for change in ("train.micro_batch_tokens=", "train.checkpointing=true", "tune=half", "tune=lora", "train.precision=bf16"):
+    for change in (
+        "train.micro_batch_tokens=",
+        "train.gradient_checkpointing=true",
+        "tune=half",
+        "tune=lora",
+        "train.precision=bf16",
+    ):
         assert change in warning
     monkeypatch.setattr(machine, "available_bytes", lambda device: 2**40)
     assert not any("available" in text for text in make_plan(make_recipe(recipe("tiny:llama", tmp_path))).warnings())
@@ -166,8 +172,8 @@ def test_a_cut_saves_what_it_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert cuts["tune=lora"] == sum(
         getattr(plan.estimate, name) - getattr(lora, name) for name in ("weights", "masters", "optimizer", "gradients")
     )
-    checkpointed = make_plan(make_recipe(recipe("tiny:llama", tmp_path, precision="fp32", checkpointing=True))).estimate
-    assert cuts["train.checkpointing=true"] == plan.estimate.activations - checkpointed.activations
+    checkpointed = make_plan(make_recipe(recipe("tiny:llama", tmp_path, precision="fp32", gradient_checkpointing=True))).estimate
+    assert cuts["train.gradient_checkpointing=true"] == plan.estimate.activations - checkpointed.activations
 
 
 def test_two_steps_are_measured_and_nothing_is_saved(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from luthier.errors import LuthierError
-from luthier.evaluate.compare import base_noise, compare, share_kept
+from luthier.evaluate.compare import base_noise, compare, share_retained
 from luthier.evaluate.intervals import mcnemar, newcombe, wilson
 from luthier.evaluate.items import Item
 from luthier.evaluate.sets import EvalSet, SetResult, measure, result_of
@@ -21,10 +21,10 @@ from luthier.tune import Tune
 
 
 def result(
-    scores: Sequence[float], metric: str = "contains", side: Any = "learnt", weights: Sequence[float] | None = None
+    scores: Sequence[float], metric: str = "contains", role: Any = "target", weights: Sequence[float] | None = None
 ) -> SetResult:
     record = {"text": "x"} if metric in ("loss", "perplexity") else {"prompt": "x", "answer": "y"}
-    one = EvalSet("made up", read([record]), metric, side)
+    one = EvalSet("made up", read([record]), metric, role)
     weights = [1.0] * len(scores) if weights is None else weights
     items = [
         Item(f"row{i}", f"question {i}", f"answer {i}", f"said {score}", float(score), float(weight))
@@ -41,8 +41,8 @@ def test_the_entry_holds_what_reports_need() -> None:
     assert entry["difference_interval"] == newcombe(1, 1, 7, 1)
     assert entry["p_value"] == mcnemar(1, 7) == pytest.approx(18 / 256)
     assert entry["verdict"] == "no change"
-    assert entry["kept"] == 0.5
-    assert (entry["metric"], entry["side"], entry["n"], entry["higher_is_better"]) == ("contains", "learnt", 10, True)
+    assert entry["retained"] == 0.5
+    assert (entry["metric"], entry["role"], entry["n"], entry["higher_is_better"]) == ("contains", "target", 10, True)
     assert entry["items"][9] == {
         "id": "row9",
         "prompt": "question 9",
@@ -82,7 +82,7 @@ def test_less_loss_is_better(metric: str) -> None:
     assert better["difference"] == pytest.approx(-worse["difference"])
     low, high = better["difference_interval"]
     assert low < better["difference"] < high < 0
-    assert better["kept"] is None
+    assert better["retained"] is None
     if metric == "loss":
         expected = sum(w * (a - b) for w, a, b in zip(weights, lower, before, strict=True)) / sum(weights)
         assert better["difference"] == pytest.approx(expected)
@@ -123,17 +123,17 @@ def test_too_few_items_say_so() -> None:
 
 def test_kept_counts_what_was_right() -> None:
     metrics = {
-        "a": compare(result([1, 1, 1, 0], side="kept"), result([1, 0, 1, 1], side="kept")),
-        "b": compare(result([1, 0], side="kept"), result([1, 0], side="kept")),
+        "a": compare(result([1, 1, 1, 0], role="retention"), result([1, 0, 1, 1], role="retention")),
+        "b": compare(result([1, 0], role="retention"), result([1, 0], role="retention")),
         "new": compare(result([1, 1]), result([0, 0])),
-        "prose": compare(result([2.0], "loss", "kept"), result([2.0], "loss", "kept")),
-        "nothing right": compare(result([0, 0], side="kept"), result([1, 1], side="kept")),
-        "not run": compare(result([1, 1], side="kept"), None),
+        "prose": compare(result([2.0], "loss", "retention"), result([2.0], "loss", "retention")),
+        "nothing right": compare(result([0, 0], role="retention"), result([1, 1], role="retention")),
+        "not run": compare(result([1, 1], role="retention"), None),
     }
-    assert [entry["kept"] for entry in metrics.values()] == [2 / 3, 1.0, 0.0, None, None, None]
-    assert share_kept(metrics) == 3 / 4
-    assert share_kept({"new": metrics["new"], "prose": metrics["prose"]}) is None
-    assert share_kept({}) is None
+    assert [entry["retained"] for entry in metrics.values()] == [2 / 3, 1.0, 0.0, None, None, None]
+    assert share_retained(metrics) == 3 / 4
+    assert share_retained({"new": metrics["new"], "prose": metrics["prose"]}) is None
+    assert share_retained({}) is None
 
 
 @pytest.mark.parametrize(

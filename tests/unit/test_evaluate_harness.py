@@ -17,7 +17,7 @@ from luthier.cli import app
 from luthier.errors import LuthierError
 from luthier.evaluate.harness import Score, _scores, harness
 from luthier.kinds import Now, Prompt
-from luthier.methods.additive.lora import lora
+from luthier.methods.weight_delta.lora import lora
 from luthier.models import map_parts, tiny, tiny_tokenizer
 from luthier.runs.train import train
 from luthier.training.services import RunServices

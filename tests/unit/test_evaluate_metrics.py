@@ -108,7 +108,7 @@ def test_every_metric_says_what_it_needs() -> None:
     assert {name for name, one in METRICS.items() if one.needs == "generation"} == scored
     assert all((one.score is not None) == (one.needs == "generation") for one in METRICS.values())
     assert {name for name, one in METRICS.items() if not one.higher_is_better} == {
-        *("loss", "perplexity", "repetition", "absolute_error", "calibration_error"),
+        *("loss", "perplexity", "repetition", "mean_absolute_error", "expected_calibration_error"),
     }
 
 

@@ -69,7 +69,7 @@ def test_answers_are_scored_item_by_item() -> None:
     assert result.items[0].prompt == "Color of the door?"
     assert result.value == pytest.approx(2 / 3) and result.n == 3
     assert result.interval == wilson(2, 3)
-    assert (result.metric, result.side, result.higher_is_better) == ("contains", "learnt", True)
+    assert (result.metric, result.role, result.higher_is_better) == ("contains", "target", True)
 
 
 @pytest.mark.parametrize(("metric", "value"), [("exact_match", 0.0), ("f1", (0.5 + 0.0 + 0.5) / 3)])
@@ -98,7 +98,7 @@ def test_answers_are_cut_at_the_longest() -> None:
 def test_loss_counts_every_target_once(batch_tokens: int) -> None:
     """Fault 3: a set's loss is the mean over its targets, not over its texts or batches."""
     tune, rows = tune_of(), read([{"text": text} for text in TEXTS])
-    sets = [EvalSet("nats", rows, "loss"), EvalSet("prose", rows, "perplexity", "kept")]
+    sets = [EvalSet("nats", rows, "loss"), EvalSet("prose", rows, "perplexity", "retention")]
     found = measure(tune, TOKENIZER, sets, batch_tokens=batch_tokens)
     each = likelihoods(tune, [encode(row, TOKENIZER) for row in rows])
     mean = sum(one.nats for one in each) / sum(one.targets for one in each)
@@ -109,7 +109,7 @@ def test_loss_counts_every_target_once(batch_tokens: int) -> None:
     low, high = found["nats"].interval or (0, 0)
     assert low < mean < high
     assert found["prose"].interval == pytest.approx((math.exp(low), math.exp(high)), rel=1e-9)
-    assert not found["prose"].higher_is_better and found["prose"].side == "kept"
+    assert not found["prose"].higher_is_better and found["prose"].role == "retention"
 
 
 def test_few_texts_have_no_interval() -> None:
@@ -212,7 +212,7 @@ def test_rows_as_questions_and_answers(record: dict[str, Any], prompt: str, acce
     ("options", "words"),
     [
         ({"metric": "contain"}, ["no metric `contain`", "`contains`", "`asked`"]),
-        ({"side": "learned"}, ["the side is `learned`", "learnt or kept"]),
+        ({"role": "learned"}, ["the role is `learned`", "target or retention"]),
         ({"limit": 0}, ["no rows"]),
         ({"metric": "choice"}, ["`choice` needs rows with", "`prompt+answer`", "row door", "contains"]),
         ({"rows": [{"id": "t", "text": "x"}], "metric": "f1"}, ["`f1` needs", "`text`", "row t", "loss, perplexity"]),
@@ -239,7 +239,7 @@ def test_rows_longer_than_the_context_are_named(record: dict[str, Any], metric: 
     one = EvalSet("long", read([{"id": "row-7", **record}]), metric)
     with pytest.raises(LuthierError, match="model's context of 512") as problem:
         measure(tune_of(), TOKENIZER, [one])
-    assert "`long`" in problem.value.where and "row-7" in problem.value.where and word in problem.value.mend
+    assert "`long`" in problem.value.where and "row-7" in problem.value.where and word in problem.value.fix
 
 
 def test_a_text_of_one_token_is_named() -> None:

@@ -21,7 +21,7 @@ from luthier.export import export_gguf, gguf_tokenizer
 from luthier.export.gguf import _check_weights, _neighbors
 from luthier.export.model import PROBES, outputs
 from luthier.kinds import Now
-from luthier.methods.additive.lora import lora
+from luthier.methods.weight_delta.lora import lora
 from luthier.models import load_model, load_tokenizer, map_parts, tiny
 from luthier.models.tiny import CHAT_TEMPLATE
 from luthier.runs.train import train
@@ -150,7 +150,7 @@ def test_a_tied_head_is_written_once(tied: bool, tmp_path: Path) -> None:
 
 
 def test_a_head_with_a_change_of_its_own_is_written_apart(tmp_path: Path) -> None:
-    tune = tuned(model_of("llama", tied=True), lora(rank=2, roles=("head",)))
+    tune = tuned(model_of("llama", tied=True), lora(rank=2, target_modules=("head",)))
     assert export_gguf(tune, trained_tokenizer(), tmp_path / "model.gguf")["max_logit_difference"] == 0.0
     tensors = {tensor.name: np.array(tensor.data) for tensor in gguf.GGUFReader(tmp_path / "model.gguf").tensors}
     assert np.abs(tensors["output.weight"] - tensors["token_embd.weight"]).max() > 0.01

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from luthier.errors import LuthierError
 from luthier.kinds import Batch, Now, Place
-from luthier.methods.additive._frozen_basis import apply, delta, factors
-from luthier.methods.additive.lora_sb import first_step, lora_sb
-from luthier.methods.additive.lora_xs import lora_xs
+from luthier.methods.weight_delta._frozen_basis import apply, delta, factors
+from luthier.methods.weight_delta.lora_sb import first_step, lora_sb
+from luthier.methods.weight_delta.lora_xs import lora_xs
 from luthier.models.parts import map_parts
 from luthier.training.services import RunServices
 from luthier.tune import Tune
@@ -47,7 +47,7 @@ def test_factors_and_outputs_are_those_of_the_delta() -> None:
 def test_only_the_cores_train(engine: Any, now: Now, tune: Any) -> None:
     model = model_of()
     base = {name: one.detach().clone() for name, one in model.named_parameters()}
-    run = engine(tune, model=model, step={"adamw": {"decay": 0.1}})
+    run = engine(tune, model=model, optimizer={"adamw": {"weight_decay": 0.1}})
     bases = {own.name: copy.deepcopy(own.frozen) for own in run.tune.owns}
     cores = {name: one.master.detach().clone() for name, one in run.tune.trained.items()}
     assert len(cores) == 14 and all(one.shape == (4, 4) for one in cores.values())
@@ -113,7 +113,7 @@ def test_the_first_step_goes_by_the_sign() -> None:
 def test_lora_sb_starts_at_the_best_approximation_of_the_first_step(engine: Any, architecture: str) -> None:
     model, rank = model_of(architecture), 6
     plain = plain_gradients(model, _one(calibration(5, "")))
-    run = engine({"lora_sb": {"rank": rank, "first_rate": 0.02, "calibration_rows": 5}}, model=model)
+    run = engine({"lora_sb": {"rank": rank, "first_learning_rate": 0.02, "calibration_rows": 5}}, model=model)
     identity = torch.eye(rank, dtype=torch.float64)
     for own in run.tune.owns:
         tensors = own.masters()
@@ -149,11 +149,11 @@ def _one(batches: Sequence[Batch]) -> Batch:
 def test_a_rate_of_zero_keeps_the_bases_and_starts_at_the_base(engine: Any, now: Now) -> None:
     model = model_of()
     wanted = logits_of(model, rows_of_eight())
-    still = engine({"lora_sb": {"rank": 4, "first_rate": 0.0}}, model=model)
+    still = engine({"lora_sb": {"rank": 4, "first_learning_rate": 0.0}}, model=model)
     assert torch.equal(logits_of(model, rows_of_eight()), wanted)
     # The run's learning rate is 0.1 at its first step.
     moved = engine({"lora_sb": {"rank": 4}}, model=model_of())
-    same = engine({"lora_sb": {"rank": 4, "first_rate": 0.1}}, model=model_of())
+    same = engine({"lora_sb": {"rank": 4, "first_learning_rate": 0.1}}, model=model_of())
     for here, there, third in zip(still.tune.owns, moved.tune.owns, same.tune.owns, strict=True):
         assert torch.equal(here.frozen["up"], there.frozen["up"]) and torch.equal(here.frozen["down"], there.frozen["down"])
         assert there.masters()["core"].any() and torch.equal(there.masters()["core"], third.masters()["core"])
@@ -164,7 +164,7 @@ def test_a_rate_of_zero_keeps_the_bases_and_starts_at_the_base(engine: Any, now:
 def test_a_step_of_the_core_is_the_projected_step_of_the_weight(engine: Any, now: Now, rank: int) -> None:
     """One step of SGD changes W by -eta B B^T g A^T A; at full rank that is -eta g, full fine-tuning's from the same start."""
     roles = ("attention_query", "attention_output")
-    run = engine({"lora_sb": {"rank": rank, "roles": roles}}, model=model_of(), step="sgd")
+    run = engine({"lora_sb": {"rank": rank, "target_modules": roles}}, model=model_of(), optimizer="sgd")
     merged, batch = model_of(), rows_of_eight()
     before = {own.name: own.value.delta(own.masters()) for own in run.tune.owns}
     for own in run.tune.owns:
@@ -231,7 +231,7 @@ def test_what_cannot_start_is_refused_by_name(engine: Any) -> None:
     with pytest.raises(LuthierError, match="no gradient of the calibration rows reaches this weight"):
         engine("lora_sb", model=model)
     with pytest.raises(LuthierError, match="the first rate is -1"):
-        lora_sb(first_rate=-1.0)
+        lora_sb(first_learning_rate=-1.0)
     with pytest.raises(LuthierError, match="`calibration_rows` is 0"):
         lora_sb(calibration_rows=0)
     with pytest.raises(LuthierError, match="the deviation is -1"):

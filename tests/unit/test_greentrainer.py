@@ -36,7 +36,7 @@ def price(through: list[int], own: list[int], chosen: list[bool]) -> int:
 @pytest.mark.parametrize(
     ("through", "own", "value", "budget", "wanted"),
     [
-        # The paper's recurrence, read plainly, claims 16 here; budget is 0.6 of 24.
+        # The paper's recurrence, read plainly, replications 16 here; budget is 0.6 of 24.
         ([0, 2, 1, 4, 0], [5, 1, 7, 3, 1], [1, 3, 10, 5, 3], 14, (13, 11, [1, 2])),
         # The authors' code finds 9.
         ([0, 3, 2, 0], [5, 2, 0, 99], [3, 2, 9, -1], 9, (11, 7, [1, 2])),
@@ -209,14 +209,14 @@ def training(run: Any) -> set[str]:
 def test_importance_may_be_measured_on_one_row(engine: Any, now: Now) -> None:
     asked: list[int] = []
     looks = lambda count, source: asked.append(count) or calibration(count, source)  # noqa: E731
-    run = engine({"greentrainer": {"calibration_rows": 1}}, model=model_of(), step="adamw", calibration=looks)
+    run = engine({"greentrainer": {"calibration_rows": 1}}, model=model_of(), optimizer="adamw", calibration=looks)
     assert training(run) and set(asked) == {1}
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 def test_the_choice_is_what_importance_and_cost_say(engine: Any, now: Now, architecture: str) -> None:
     """Importance by hand: gradients before and behind a step of Adam, on copies of the model."""
-    run = engine({"greentrainer": {"target": 0.6}}, model=model_of(architecture), step="adamw")
+    run = engine({"greentrainer": {"target": 0.6}}, model=model_of(architecture), optimizer="adamw")
     services = run.services("greentrainer", now)
     batches, places = calibration(4, ""), [one.place for one in run.tune.trained.values()]
     before = services.gradients(batches, places)
@@ -236,7 +236,7 @@ def test_the_choice_is_what_importance_and_cost_say(engine: Any, now: Now, archi
 
 
 def test_measuring_importance_leaves_everything_as_it_was(engine: Any, now: Now) -> None:
-    run = engine({"greentrainer": {"selections": 20, "target": 0.7}}, model=model_of(), step="adamw")
+    run = engine({"greentrainer": {"selections": 20, "target": 0.7}}, model=model_of(), optimizer="adamw")
     go(run, now, 0, 2)
 
     def everything() -> dict[str, Tensor]:
@@ -244,8 +244,8 @@ def test_measuring_importance_leaves_everything_as_it_was(engine: Any, now: Now)
         return live | {name: value.clone() for name, value in run.chain.tensors().items()}
 
     before, grads = everything(), [one.requires_grad for one in run.tune.model.parameters()]
-    (keeper,) = run.keepers
-    keeper.keeper.after_step(keeper.state, run.services("greentrainer", now._replace(step=2)))
+    (callback,) = run.callbacks
+    callback.callback.after_step(callback.state, run.services("greentrainer", now._replace(step=2)))
     after = everything()
     assert before.keys() == after.keys() and all(torch.equal(value, after[name]) for name, value in before.items())
     assert grads == [one.requires_grad for one in run.tune.model.parameters()]
@@ -257,7 +257,7 @@ def test_what_a_choice_really_costs_is_logged_and_importance_is_that_for_cross_e
     the run minimizes: the choice is the same."""
     chosen = []
     for objective in ("cross_entropy", {"dco": {"samples": 4}}):
-        run = engine("greentrainer", model=model_of(), objective=objective, step="adamw")
+        run = engine("greentrainer", model=model_of(), objective=objective, optimizer="adamw")
         state = run.states["greentrainer"]
         result = run.step([rows_of_eight()], now)
         assert 0.0 < state["backward share"] < 1.0
@@ -268,7 +268,7 @@ def test_what_a_choice_really_costs_is_logged_and_importance_is_that_for_cross_e
 
 
 def test_what_stands_still_keeps_every_bit_and_has_no_optimizer_state(engine: Any, now: Now) -> None:
-    run = engine({"greentrainer": {"target": 0.6, "selections": 1}}, model=model_of(), step={"adamw": {"decay": 0.1}})
+    run = engine({"greentrainer": {"target": 0.6, "selections": 1}}, model=model_of(), optimizer={"adamw": {"weight_decay": 0.1}})
     base = {name: one.detach().clone() for name, one in run.tune.model.named_parameters()}
     go(run, now, 0, 3)
     moves = training(run)
@@ -288,7 +288,7 @@ def let_train(run: Any, wanted: set[str]) -> None:
 
 
 def test_backward_ends_at_the_earliest_tensor_that_trains(engine: Any, now: Now) -> None:
-    run = engine({"greentrainer": {"selections": 1, "target": 0.7}}, model=model_of(layers=4), step="adamw")
+    run = engine({"greentrainer": {"selections": 1, "target": 0.7}}, model=model_of(layers=4), optimizer="adamw")
     let_train(run, {"model.layers.2.mlp.up_proj.weight", "model.norm.weight"})
     reached = []
     for block in run.tune.model.model.layers:
@@ -298,7 +298,7 @@ def test_backward_ends_at_the_earliest_tensor_that_trains(engine: Any, now: Now)
 
 
 def test_a_tensor_that_trains_again_begins_anew(engine: Any, now: Now) -> None:
-    run = engine({"greentrainer": {"selections": 1, "target": 0.7}}, model=model_of(), step={"adamw": {"decay": 0.1}})
+    run = engine({"greentrainer": {"selections": 1, "target": 0.7}}, model=model_of(), optimizer={"adamw": {"weight_decay": 0.1}})
     one, other = "model.layers.1.mlp.up_proj.weight", "model.layers.1.mlp.down_proj.weight"
     weight = run.tune.model.get_parameter(one)
     held = run.chain.state["adamw"]
@@ -316,7 +316,7 @@ def test_a_tensor_that_trains_again_begins_anew(engine: Any, now: Now) -> None:
 
 
 def test_the_choice_is_made_again_at_equal_distances(engine: Any, now: Now) -> None:
-    run = engine({"greentrainer": {"target": 0.7, "selections": 5}}, model=model_of(), step="adamw")
+    run = engine({"greentrainer": {"target": 0.7, "selections": 5}}, model=model_of(), optimizer="adamw")
     chosen, selections = [], []
     for i in range(STEPS):
         before = training(run)
@@ -330,8 +330,8 @@ def test_the_choice_is_made_again_at_equal_distances(engine: Any, now: Now) -> N
 
 def test_a_target_of_one_is_full_fine_tuning_where_all_are_of_use(engine: Any, now: Now) -> None:
     found = []
-    for tune in ({"greentrainer": {"target": 1.0}}, {"full": {"roles": ["linear", "norm"]}}):
-        run = engine(tune, model=model_of(), step="adamw")
+    for tune in ({"greentrainer": {"target": 1.0}}, {"full": {"target_modules": ["linear", "norm"]}}):
+        run = engine(tune, model=model_of(), optimizer="adamw")
         for key in [key for key in run.states.get("greentrainer", {}) if key.startswith("trains ")]:
             run.states["greentrainer"][key] = 1
         go(run, now, 0, 4)
@@ -344,7 +344,7 @@ def test_a_target_of_one_is_full_fine_tuning_where_all_are_of_use(engine: Any, n
 def test_resumed_at_any_step(engine: Any, now: Now, tmp_path: Path, architecture: str, dtype: torch.dtype) -> None:
     def build() -> Any:
         tune = {"greentrainer": {"target": 0.7, "selections": 10}}
-        run = engine(tune, model=model_of(architecture, layers=1), step={"adamw": {"decay": 0.1}}, dtype=dtype)
+        run = engine(tune, model=model_of(architecture, layers=1), optimizer={"adamw": {"weight_decay": 0.1}}, dtype=dtype)
         run.tune.model.train()
         return run
 
@@ -363,7 +363,7 @@ def test_resumed_at_any_step(engine: Any, now: Now, tmp_path: Path, architecture
 def test_where_no_tensor_is_of_use_a_run_does_not_begin_and_a_choice_stays(
     engine: Any, now: Now, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = engine({"greentrainer": {"selections": 20, "target": 0.7}}, model=model_of(), step="adamw")
+    run = engine({"greentrainer": {"selections": 20, "target": 0.7}}, model=model_of(), optimizer="adamw")
     chosen = training(run)
     monkeypatch.setattr("luthier.methods.selective.greentrainer.importance", lambda gradient, moved: -1.0)
     go(run, now, 0, 2)
@@ -373,7 +373,7 @@ def test_where_no_tensor_is_of_use_a_run_does_not_begin_and_a_choice_stays(
 
 
 def test_frozen_tensors_get_no_gradient(engine: Any, now: Now) -> None:
-    run = engine({"greentrainer": {"target": 0.6}}, model=model_of(), step="adamw")
+    run = engine({"greentrainer": {"target": 0.6}}, model=model_of(), optimizer="adamw")
     run.tune.freeze(now)
     found = gradients(run, [rows_of_eight()], now)
     assert {name.removeprefix("greentrainer/") for name in found} == training(run)

@@ -75,7 +75,7 @@ def test_every_tensor_is_drawn_about_half_of_the_time() -> None:
 def test_frozen_weights_keep_every_bit_where_zeroed_gradients_shrink_them(engine: Any, now: Now) -> None:
     model = tiny("llama", seed=1, layers=4, tied=False)
     base = {name: one.detach().clone() for name, one in model.named_parameters()}
-    run = engine("half", model=model, step={"adamw": {"decay": 0.1}}, dtype=torch.float32)
+    run = engine("half", model=model, optimizer={"adamw": {"weight_decay": 0.1}}, dtype=torch.float32)
     look_alike = {name: one.clone().requires_grad_(True) for name, one in base.items()}
     torchs = torch.optim.AdamW(list(look_alike.values()), lr=0.01, weight_decay=0.1)
     trained = {one.place.parameter for one in run.tune.trained.values()}
@@ -107,7 +107,7 @@ def test_a_share_of_one_is_full_fine_tuning_bit_for_bit(engine: Any, now: Now) -
     found = []
     for tune in ({"half": {"share": 1.0}}, "full"):
         model = tiny("llama", seed=1, layers=4)
-        run = engine(tune, model=model, step={"adamw": {"decay": 0.1}}, dtype=torch.float32)
+        run = engine(tune, model=model, optimizer={"adamw": {"weight_decay": 0.1}}, dtype=torch.float32)
         losses = [run.step(split(rows_of_eight(seed=i), (5, 3)), now._replace(step=i, learning_rate=0.01)).loss for i in range(4)]
         found.append((losses, {name: one.detach().clone() for name, one in model.named_parameters()}))
     assert found[0][0] == found[1][0]
@@ -207,7 +207,7 @@ def test_fused_projections_are_drawn_in_parts_and_biases_follow(engine: Any, now
     biases = {(p.module, p.start) for p in places if p.tensor == "bias" and p.block is not None}
     assert weights == biases
     before = {name: one.detach().clone() for name, one in model.named_parameters()}
-    run = engine("half", model=model, step={"adamw": {"decay": 0.1}}, dtype=torch.float32)
+    run = engine("half", model=model, optimizer={"adamw": {"weight_decay": 0.1}}, dtype=torch.float32)
     for i in range(3):
         run.step([rows_of_eight()], now._replace(step=i, learning_rate=0.01))
     chosen = {(one.place.module, one.place.start) for one in run.tune.trained.values()}
@@ -239,7 +239,7 @@ def test_half_of_the_experts_train() -> None:
 def test_a_tied_embedding_is_one_decision(engine: Any, now: Now, embeddings: str) -> None:
     model = tiny("llama", seed=1, layers=4, tied=True)
     base = model.model.embed_tokens.weight.detach().clone()
-    run = engine({"half": {"embeddings": embeddings}}, model=model, step="adamw", dtype=torch.float32)
+    run = engine({"half": {"embeddings": embeddings}}, model=model, optimizer="adamw", dtype=torch.float32)
     outside = [one.place.role for one in run.tune.trained.values() if one.place.block is None]
     assert outside == (["embedding", "final_norm"] if embeddings == "train" else [])
     run.step([rows_of_eight()], now)
@@ -250,7 +250,7 @@ def test_a_tied_embedding_is_one_decision(engine: Any, now: Now, embeddings: str
 def test_half_reset_returns_every_block_and_nothing_else(engine: Any, now: Now) -> None:
     model = tiny("llama", seed=1, layers=4, tied=False)
     base = {name: one.detach().clone() for name, one in model.named_parameters()}
-    run = engine("half", model=model, step="adamw", dtype=torch.float32, keep_base=True)
+    run = engine("half", model=model, optimizer="adamw", dtype=torch.float32, keep_base=True)
     for i in range(3):
         run.step([rows_of_eight()], now._replace(step=i, learning_rate=0.01))
     reset: dict[str, Tensor] = {name: one.start for name, one in run.tune.trained.items() if one.place.block is not None}

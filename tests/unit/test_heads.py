@@ -19,7 +19,7 @@ from luthier.evaluate.metrics import METRICS
 from luthier.evaluate.readings import places_of, readings
 from luthier.evaluate.sets import EvalSet, measure
 from luthier.export.classifier import export_classifier
-from luthier.kinds import Batch, Head, Now, RowTable, StepLoss, Term, View
+from luthier.kinds import Batch, Head, LossTerm, Now, RowTable, StepLoss, View
 from luthier.methods.head.weak_to_strong import hardened
 from luthier.models.attention import use_attention
 from luthier.rows.encode import encode, encode_all
@@ -39,9 +39,9 @@ ROWS = [
 ]
 
 
-def parts(name: str, **options: Any) -> tuple[Head, Term]:
+def parts(name: str, **options: Any) -> tuple[Head, LossTerm]:
     head, term = registry.make({name: options}, ("head",)).values
-    assert isinstance(head, Head) and isinstance(term, Term)
+    assert isinstance(head, Head) and isinstance(term, LossTerm)
     return head, term
 
 
@@ -53,7 +53,7 @@ def view_with(output: list[list[float]], batch: Batch) -> View:
 
 def test_rewards_by_hand() -> None:
     """Bradley-Terry and the pull of a pair's mean to zero, at scores of 1 and 0.5, for each member by itself."""
-    _, term = parts("reward_model", members=2, centring=0.01)
+    _, term = parts("reward_model", members=2, center_rewards_coefficient=0.01)
     batch = make_batch([(3, 1), (3, 1)])._replace(groups=((0, 1),))
     view = view_with([[1.0, 0.3], [0.5, -0.3]], batch)
     other = -math.log(1 / (1 + math.exp(-0.6)))
@@ -62,7 +62,7 @@ def test_rewards_by_hand() -> None:
     (slope_BK,) = torch.autograd.grad(found, view.outputs_BK)
     assert (2 * slope_BK[:, 0]).tolist() == pytest.approx([-0.347541, 0.407541], abs=1e-6)
     assert float(slope_BK[:, 1].sum()) == pytest.approx(0.0, abs=1e-12), "members that are centred are pulled nowhere"
-    margin = parts("reward_model", centring=0.0, margin="margin")[1]
+    margin = parts("reward_model", center_rewards_coefficient=0.0, margin="margin")[1]
     told = batch._replace(columns={"margin": torch.tensor([0.2, 0.2], dtype=torch.float64)})
     assert margin.total(view_with([[1.0], [0.5]], told), {}).item() == pytest.approx(-math.log(1 / (1 + math.exp(-0.3))), rel=1e-12)
     assert term.count is not None and term.count(rows_of_pairs()) == 4.0
@@ -77,7 +77,7 @@ def test_what_is_told_of_rewards_by_hand() -> None:
     assert view.notes["accuracy"].tolist() == [1.0, 0.5, 0.25]
     assert view.notes["reward margin"].tolist() == pytest.approx([0.6, -0.5, -0.5], rel=1e-12)
     assert view.notes["reward chosen"].tolist() == pytest.approx([0.7, 1.0, 0.25], rel=1e-12)
-    assert head.centered and not parts("reward_model", centring=0.0)[0].centered
+    assert head.centered and not parts("reward_model", center_rewards_coefficient=0.0)[0].centered
 
 
 def test_members_start_from_small_numbers_of_their_own() -> None:
@@ -91,7 +91,7 @@ def test_members_start_from_small_numbers_of_their_own() -> None:
 
 
 def test_classes_by_hand() -> None:
-    _, term = parts("classify", labels=("a", "b", "c"), smoothing=0.3)
+    _, term = parts("classify", labels=("a", "b", "c"), label_smoothing=0.3)
     batch = make_batch([(3, 1), (3, 1)])._replace(texts={"label": ("c", "a")})
     logits = [[0.0, 1.0, 2.0], [0.5, 0.0, 0.0]]
     wanted = 0.0
@@ -157,8 +157,8 @@ def test_texts_are_read_as_their_tokenizer_writes_them() -> None:
         assert list(one.token_ids) == tokenizer(row["text"])["input_ids"] and not any(one.supervised)
         assert one.columns["label"] == row["label"]
     whole = encoded.rows[0].token_ids
-    left = encode(rows[0], tokenizer, purpose="read", max_tokens=4, too_long="left").token_ids
-    right = encode(rows[0], tokenizer, purpose="read", max_tokens=4, too_long="right").token_ids
+    left = encode(rows[0], tokenizer, purpose="read", max_length=4, too_long="left").token_ids
+    right = encode(rows[0], tokenizer, purpose="read", max_length=4, too_long="right").token_ids
     assert left == (whole[0], *whole[-3:]) and right == (*whole[:3], whole[-1])
 
 
@@ -199,9 +199,9 @@ def test_rows_that_are_refused_are_named() -> None:
     [
         ("classify", {"labels": ("a",)}),
         ("classify", {"labels": ("a", "a")}),
-        ("classify", {"labels": ("a", "b"), "smoothing": 1.0}),
+        ("classify", {"labels": ("a", "b"), "label_smoothing": 1.0}),
         ("reward_model", {"members": 0}),
-        ("reward_model", {"centring": -0.1}),
+        ("reward_model", {"center_rewards_coefficient": -0.1}),
         ("weak_to_strong", {"labels": ("a", "b"), "most": -0.1}),
         ("weak_to_strong", {"labels": ("a", "b"), "most": 1.1}),
         ("weak_to_strong", {"labels": ("a", "b"), "warmup": -0.1}),
@@ -211,7 +211,7 @@ def test_rows_that_are_refused_are_named() -> None:
     ids=str,
 )
 def test_options_out_of_range_are_refused(name: str, options: dict[str, Any]) -> None:
-    with pytest.raises(LuthierError, match="mend"):
+    with pytest.raises(LuthierError, match="fix"):
         registry.make({name: options}, ("head",))
 
 
@@ -376,7 +376,7 @@ def test_questions_and_their_texts_are_groups() -> None:
 
 @pytest.mark.parametrize("options", [{"temperature": 0.0}, {"sizes": (0,)}], ids=str)
 def test_options_of_embeddings_out_of_range_are_refused(options: dict[str, Any]) -> None:
-    with pytest.raises(LuthierError, match="mend"):
+    with pytest.raises(LuthierError, match="fix"):
         registry.make({"embed": options}, ("head",))
 
 
@@ -410,8 +410,8 @@ def test_places_count_by_hand() -> None:
     """Third of all: found among ten, at 1 / log2(4); eleventh: not at all."""
     rows = list(read([{"query": f"{i}?", "positive": f"{i}."} for i in range(4)]))
     found = {metric: [item.score for item in placed(metric, rows, [1, 3, 10, 11])] for metric in OF_PLACE}
-    assert found["found_first"] == [1.0, 0.0, 0.0, 0.0] and found["recall_at_10"] == [1.0, 1.0, 1.0, 0.0]
-    assert found["reciprocal_rank"] == pytest.approx([1.0, 1 / 3, 0.1, 1 / 11])
+    assert found["recall_at_1"] == [1.0, 0.0, 0.0, 0.0] and found["recall_at_10"] == [1.0, 1.0, 1.0, 0.0]
+    assert found["mean_reciprocal_rank"] == pytest.approx([1.0, 1 / 3, 0.1, 1 / 11])
     assert found["ndcg_at_10"] == pytest.approx([1.0, 0.5, 1 / math.log2(11), 0.0])
     assert {name for name, one in METRICS.items() if one.needs == "vector"} == OF_PLACE.keys()
-    assert placed("found_first", rows, [1, 3, 10, 11])[1][1:4] == ("1?", "1.", "place 3")
+    assert placed("recall_at_1", rows, [1, 3, 10, 11])[1][1:4] == ("1?", "1.", "place 3")

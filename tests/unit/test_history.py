@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from luthier.columns.chunked import resolve
 from luthier.columns.losses import nll
 from luthier.errors import LuthierError
-from luthier.kinds import Column, HiddenEdit, Keeper, Now, OtherPass, Resize, TokenWeight
+from luthier.kinds import Callback, Column, Now, OtherPass, RepresentationEdit, Resize, TokenWeight
 from luthier.registry import Part
 from luthier.training import services
 from luthier.training.checkpoint import restore, save
@@ -26,14 +26,14 @@ EARLY_NLL = Column("early_nll", lambda chunk: nll(chunk.others["early"], chunk.l
 HEADS: list[Any] = [
     "full",
     "half",
-    {"lora": {"roles": ["head"]}},
-    {"scale_shift": {"roles": ["head"]}},
-    {"some_cols": {"roles": ["embedding"]}},
-    {"spiel": {"every": 2, "gather": 1, "roles": ["embedding"]}},
+    {"lora": {"target_modules": ["head"]}},
+    {"scale_shift": {"target_modules": ["head"]}},
+    {"some_cols": {"target_modules": ["embedding"]}},
+    {"spiel": {"every": 2, "gather": 1, "target_modules": ["embedding"]}},
 ]
 """What trains the head or the embedding that may be tied to it, a part of them, or stands on the head."""
 OTHERS: list[Any] = [
-    [{"lora": {"roles": ["head"]}}, {"some_rows": {"roles": ["head"]}}],
+    [{"lora": {"target_modules": ["head"]}}, {"some_rows": {"target_modules": ["head"]}}],
     "keep_entries",
     "svd_start",
     "growing",
@@ -55,7 +55,7 @@ def keeps(*, every: int = 0, share: float = 1.0, reads: bool = True) -> list[Par
             services.remember("early", share)
 
     weight = TokenWeight(lambda view: torch.ones_like(view["nll"]), (EARLY_NLL,) if reads else ())
-    return [Part(name="keeps", kind="token_weight", options={}, values=(weight, Keeper(after_step, start=start)))]
+    return [Part(name="keeps", kind="token_weight", options={}, values=(weight, Callback(after_step, start=start)))]
 
 
 def nll_of(run: Any, now: Now) -> Tensor:
@@ -65,7 +65,7 @@ def nll_of(run: Any, now: Now) -> Tensor:
 @pytest.mark.parametrize(("tune", "tied"), [*product(HEADS, (False, True)), *product(OTHERS, (False,))], ids=str)
 def test_an_earlier_state_gives_what_it_gave_then(engine: Any, now: Now, tune: Any, tied: bool) -> None:
     """Its own head too: a matrix that trains, parts of it, a tied embedding, and what stands on the head."""
-    run = engine(tune, model=model_of(tied=tied), step="adamw")
+    run = engine(tune, model=model_of(tied=tied), optimizer="adamw")
     go(run, now, 0, 1)
     run.tune.snapshot("early")
     early_N = nll_of(run, now)
@@ -85,7 +85,7 @@ def test_the_head_of_then_is_used_again_where_chunks_are_made_anew(engine: Any, 
         lambda chunk: (chunk.log_probabilities.exp() * (chunk.log_probabilities - chunk.other_log_probabilities("early"))).sum(-1),
         (EARLY,),
     )
-    run = engine({"lora": {"roles": ["linear", "head"]}}, model=model_of(tied=True), step="adamw")
+    run = engine({"lora": {"target_modules": ["linear", "head"]}}, model=model_of(tied=True), optimizer="adamw")
     run.tune.snapshot("early")
     go(run, now, 0, 2)
     found = []
@@ -105,14 +105,16 @@ def exchanges() -> list[Part]:
     """An edit whose tensors are others from the third step on."""
 
     def refresh(state: Any, services: Any) -> dict[Any, Resize]:
-        places = services.parts.select(roles=("mlp_down",)) if services.now.step == 2 else []
+        places = services.parts.select(target_modules=("mlp_down",)) if services.now.step == 2 else []
         return {place: Resize({"shift": torch.zeros(services.parts.width)}) for place in places}
 
     def apply(tensors: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
         return y * tensors["scale"] if "scale" in tensors else y + tensors["shift"]
 
-    value = HiddenEdit(lambda place, i, o, services: {"scale": torch.ones(o)}, apply, roles=("mlp_down",), refresh=refresh)
-    return [Part(name="exchanges", kind="hidden_edit", options={}, values=(value,))]
+    value = RepresentationEdit(
+        lambda place, i, o, services: {"scale": torch.ones(o)}, apply, target_modules=("mlp_down",), refresh=refresh
+    )
+    return [Part(name="exchanges", kind="representation_edit", options={}, values=(value,))]
 
 
 CHANGING: list[Any] = ["growing", "some_entries", "keep_entries", {"lofit": {"share": 0.15}}, {"lt_sft": {"share": 0.15}}]

@@ -16,7 +16,7 @@ import pytest
 import luthier
 from luthier import registry
 from luthier.errors import LuthierError
-from luthier.kinds import RowMap, Source, TokenLoss, TokenWeight, Transform
+from luthier.kinds import GradientEstimator, GradientTransform, RowMap, TokenLoss, TokenWeight
 from luthier.planning.plan import make_plan
 from luthier.recipe import make_recipe, read_recipe, reference, same_steps, with_keys
 from luthier.recipe.parts import choose_parts
@@ -38,7 +38,7 @@ def test_every_kind_has_one_place() -> None:
         assert bool(registry.key_of(kind)) != (kind in registry.COMMANDS)
     with pytest.raises(LuthierError, match="no key `tunes`") as caught:
         registry.make_all("half", "tunes")
-    assert "did you mean `tune`" in caught.value.mend
+    assert "did you mean `tune`" in caught.value.fix
 
 
 def test_a_kind_that_only_a_line_of_the_table_knows_is_followed_everywhere(tmp_path: Path) -> None:
@@ -58,15 +58,15 @@ def test_any_technique_can_be_set_option_by_option(key: str) -> None:
 
 def test_what_a_technique_brings_is_not_added_to_it() -> None:
     plain = choose_parts(recipe_of())
-    assert [[part.name for part in plain[key]] for key in ("tune", "objective", "source")] == [
+    assert [[part.name for part in plain[key]] for key in ("tune", "objective", "gradient_estimator")] == [
         ["full"],
         ["cross_entropy"],
         ["backprop"],
     ]
-    loss, source = TokenLoss(lambda view: view["nll"]), Source(lambda *a: None)
+    loss, source = TokenLoss(lambda view: view["nll"]), GradientEstimator(lambda *a: None)
     brings = Part("own", "selective", {}, (*registry.part("full").values, loss, source), Card("own"))
     chosen = choose_parts(recipe_of(tune=brings))
-    assert chosen["objective"] == chosen["source"] == []
+    assert chosen["objective"] == chosen["gradient_estimator"] == []
     # A penalty teaches nothing, whatever key it comes under.
     holds = Part("own", "selective", {}, (*registry.part("full").values, loss._replace(penalty=True)), Card("own"))
     assert [part.name for part in choose_parts(recipe_of(tune=holds))["objective"]] == ["cross_entropy"]
@@ -94,8 +94,8 @@ def test_row_maps_act_under_any_key_those_of_the_recipe_first() -> None:
 
 def test_a_run_from_before_names_what_now_joins_by_itself() -> None:
     now = recipe_of().as_plain()
-    assert now["objective"] is None and now["source"] is None
-    before = {**now, "objective": "cross_entropy", "source": "backprop"}
+    assert now["objective"] is None and now["gradient_estimator"] is None
+    before = {**now, "objective": "cross_entropy", "gradient_estimator": "backprop"}
     assert same_steps(before, now) and not same_steps({**before, "objective": "dft"}, now)
 
 
@@ -103,18 +103,18 @@ LOSS = TokenLoss(lambda view: view["nll"])
 
 
 @pytest.mark.parametrize(
-    ("key", "part", "mend"),
+    ("key", "part", "fix"),
     [
         ("token_weight", "lora", "put it under `tune`"),
-        ("keep", "random_rows", "luthier rows select"),
-        ("objective", "adamw", "put it under `step`"),
+        ("callbacks", "random_rows", "luthier rows select"),
+        ("objective", "adamw", "put it under `optimizer`"),
         ("rows.map", "intruder_dimensions", "luthier probe"),
     ],
 )
-def test_a_part_made_in_python_is_held_to_its_key_as_a_name_is(key: str, part: str, mend: str) -> None:
+def test_a_part_made_in_python_is_held_to_its_key_as_a_name_is(key: str, part: str, fix: str) -> None:
     with pytest.raises(LuthierError) as caught:
         registry.make_all(registry.part(part), key)
-    assert mend in caught.value.mend
+    assert fix in caught.value.fix
 
 
 RETURNS = {
@@ -131,7 +131,7 @@ def test_what_a_run_could_do_nothing_with_is_refused_where_it_is_returned(name: 
     written(tmp_path, name, f"    return {RETURNS[name]}")
     with own_methods(tmp_path), pytest.raises(LuthierError, match=f"`{name}` (returns|lies)") as caught:
         registry.make_all(name, "token_weight")
-    assert str(tmp_path) in caught.value.where and caught.value.mend
+    assert str(tmp_path) in caught.value.where and caught.value.fix
 
 
 def test_own_files_that_cannot_be_loaded_say_where(tmp_path: Path) -> None:
@@ -142,7 +142,7 @@ def test_own_files_that_cannot_be_loaded_say_where(tmp_path: Path) -> None:
     written(tmp_path, "astray", "    return TokenWeight()", card='title="A", key="objectives"')
     with own_methods(tmp_path), pytest.raises(LuthierError, match="names the key `objectives`") as caught:
         registry.find("astray")
-    assert "did you mean `objective`" in caught.value.mend
+    assert "did you mean `objective`" in caught.value.fix
 
 
 @pytest.mark.parametrize("folder", ["nowhere", "."])
@@ -171,7 +171,7 @@ def test_what_a_technique_frees_is_all_that_its_transform_touches_whatever_its_k
     def scale(gradient: Any, state: Any, trained: Any, now: Any) -> Any:
         return gradient * 0
 
-    stops = Transform(lambda trained: {}, scale)
+    stops = GradientTransform(lambda trained: {}, scale)
     brings = Part("brings", "token_loss", {}, (LOSS, *registry.part("lora").values, stops), Card("brings"))
     chain = make_plan(recipe_of(objective=brings)).engine.chain
     assert [link.slot for link in chain.links] == ["brings", "clip", "adamw"]
@@ -191,18 +191,20 @@ def test_a_run_with_a_loss_given_in_python_is_opened(tune: str, tmp_path: Path) 
 
 def test_a_result_whose_technique_is_gone_says_so(tmp_path: Path) -> None:
     run = luthier.train(
-        recipe_of(tune=[Part("mine", "hidden_edit", {}, registry.part("ia3").values, Card("mine")), "lora"], out=str(tmp_path))
+        recipe_of(
+            tune=[Part("mine", "representation_edit", {}, registry.part("ia3").values, Card("mine")), "lora"], out=str(tmp_path)
+        )
     )
     with pytest.raises(LuthierError, match="numbers of `mine`") as caught:
         luthier.open_run(luthier.read_run(run.folder))
-    assert "LUTHIER_METHODS" in caught.value.mend
+    assert "LUTHIER_METHODS" in caught.value.fix
 
 
 @pytest.mark.parametrize(
     ("one", "other"),
     [
-        ({}, {"objective": "cross_entropy", "source": "backprop"}),
-        ({}, {"objective": [{"cross_entropy": {}}], "token_weight": "none", "step": [{"clip": {}}, "adamw"]}),
+        ({}, {"objective": "cross_entropy", "gradient_estimator": "backprop"}),
+        ({}, {"objective": [{"cross_entropy": {}}], "token_weight": "none", "optimizer": [{"clip": {}}, "adamw"]}),
         ({"objective": "kl"}, {"objective": ["kl", "cross_entropy"]}),
         ({"rows": {"train": ROWS}}, {"rows": {"train": ROWS, "map": "none"}}),
     ],
@@ -235,14 +237,14 @@ def test_options_of_another_technique_than_the_recipes(data: dict[str, Any], wor
         return
     with pytest.raises(LuthierError, match=what) as caught:
         apply_overrides(data, [word])
-    assert "tune={lora: {option: value}}" in caught.value.mend
+    assert "tune={lora: {option: value}}" in caught.value.fix
 
 
 def test_defaults_of_keys_stand_in_the_schema() -> None:
     known = {key: default for key, default, _ in reference()}
-    assert known["tune"] == '"full"' and known["step"] == '["clip", "adamw"]'
+    assert known["tune"] == '"full"' and known["optimizer"] == '["clip", "adamw"]'
     schema = type(recipe_of()).model_json_schema()["properties"]
-    assert schema["tune"]["default"] == "full" and schema["step"]["default"] == ["clip", "adamw"]
+    assert schema["tune"]["default"] == "full" and schema["optimizer"]["default"] == ["clip", "adamw"]
     # A list that is a default is nobody's to change.
-    recipe_of().step.append("sgd")
-    assert recipe_of().step == ["clip", "adamw"]
+    recipe_of().optimizer.append("sgd")
+    assert recipe_of().optimizer == ["clip", "adamw"]

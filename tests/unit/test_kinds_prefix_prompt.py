@@ -135,7 +135,7 @@ def test_off_masks_virtual_ids_in_the_row_and_recounts_positions(engine: Any) ->
 
 
 def test_prefix_and_prompt_and_delta_together(engine: Any, now: Now) -> None:
-    run = engine(["plain_prefix", "plain_prompt", "lora"], model=model_of(), step="adamw", keep_base=True)
+    run = engine(["plain_prefix", "plain_prompt", "lora"], model=model_of(), optimizer="adamw", keep_base=True)
     before = {name: one.master.detach().clone() for name, one in run.tune.trained.items()}
     for i in range(2):
         run.step([rows_of_eight()], now._replace(step=i, learning_rate=0.01))

@@ -20,15 +20,15 @@ from tests.toys.helpers import model_of, rows_of_eight, toys  # noqa: F401
 
 STEPS = 6
 SETTINGS: dict[str, dict[str, Any]] = {
-    "full": {"tune": "full", "keep": "average"},
+    "full": {"tune": "full", "callbacks": "average"},
     "full in bf16": {"tune": "full", "dtype": torch.bfloat16},
     "full without masters": {"tune": "full", "dtype": torch.bfloat16, "masters": "none"},
-    "half": {"tune": "half", "step": ["clip", {"adamw": {"decay": 0.1}}]},
+    "half": {"tune": "half", "optimizer": ["clip", {"adamw": {"weight_decay": 0.1}}]},
     "dropout": {"tune": {"lora": {"dropout": 0.2}}},
     "entries": {"tune": "some_entries"},
     "entries that keep": {"tune": "keep_entries", "keep_base": True},
     "entries that keep, in bf16": {"tune": "keep_entries", "dtype": torch.bfloat16},
-    "growing": {"tune": "growing", "keep": "average"},
+    "growing": {"tune": "growing", "callbacks": "average"},
     "subtracted": {"tune": "svd_start"},
     "own head": {"tune": "some_rows", "objective": ["cross_entropy", "extra_head"]},
     "penalty": {"tune": "some_cols", "objective": ["cross_entropy", {"pull_to_start": {"weight": 1.0}}]},
@@ -38,11 +38,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
     },
     "noise": {"objective": [{"noisefit": {"layers": 1}}, "neftune"]},
     "transposed rows": {"tune": "some_rows", "architecture": "gpt2"},
-    "per layer": {"tune": "full", "source": "per_layer"},
-    "zeroth order": {"tune": "half", "source": "zeroth_order", "step": "sgd"},
-    "momentum": {"tune": "full", "step": ["low_rank_sgd", {"sgd": {"momentum": 0.9}}]},
+    "per layer": {"tune": "full", "gradient_estimator": "per_layer"},
+    "zeroth order": {"tune": "half", "gradient_estimator": "zeroth_order", "optimizer": "sgd"},
+    "momentum": {"tune": "full", "optimizer": ["low_rank_sgd", {"sgd": {"momentum": 0.9}}]},
     "in turns": {"tune": "full", "freeze": "in_turns"},
-    "in turns without moments, in bf16": {"tune": "full", "freeze": "in_turns", "step": "sgd", "dtype": torch.bfloat16},
+    "in turns without moments, in bf16": {"tune": "full", "freeze": "in_turns", "optimizer": "sgd", "dtype": torch.bfloat16},
     "in turns, forgetting, in bf16": {
         "tune": "full",
         "freeze": {"in_turns": {"forget": True, "every": 2}},
@@ -58,12 +58,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
         # One whose objective reads labels needs other rows; it goes through the loop itself elsewhere.
         if name not in ("full", "half", "ptec")
     },
-    "many": {"tune": ["some_entries", "lora", "plain_prefix", "plain_prompt", "bottleneck"], "keep": "average"},
+    "many": {"tune": ["some_entries", "lora", "plain_prefix", "plain_prompt", "bottleneck"], "callbacks": "average"},
 }
 
 
 def build(engine: Any, architecture: str = "llama", **setting: Any) -> Any:
-    run = engine(**{"step": "adamw", **setting, "model": model_of(architecture)})
+    run = engine(**{"optimizer": "adamw", **setting, "model": model_of(architecture)})
     run.tune.model.train()
     return run
 
@@ -169,7 +169,7 @@ def test_another_recipes_checkpoint_is_refused(engine: Any, tmp_path: Path) -> N
 
 
 def test_a_checkpoint_holds_tensors_and_plain_text_only(engine: Any, now: Now, tmp_path: Path) -> None:
-    run = build(engine, tune="growing", step=["clip", "adamw"])
+    run = build(engine, tune="growing", optimizer=["clip", "adamw"])
     go(run, now, 0, 2)
     save(tmp_path / "one", run, {"step": 2})
     assert {path.name for path in (tmp_path / "one").iterdir()} == {FACTS, TENSORS}
@@ -182,7 +182,7 @@ def test_a_selection_that_comes_out_otherwise_is_that_of_the_checkpoint(engine: 
 
     def selecting(index: list[int]) -> Part:
         def choose(parts: Any, services: Any) -> dict[Place, Select]:
-            return {parts.select(roles=["mlp_down"])[0]: Select("flat", torch.tensor(index), decay="start")}
+            return {parts.select(target_modules=["mlp_down"])[0]: Select("flat", torch.tensor(index), decay="start")}
 
         return Part(name="some", kind="selective", options={}, values=(Selective(choose),))
 

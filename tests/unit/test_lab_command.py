@@ -1,4 +1,4 @@
-"""`luthier lab`: what people and scripts see, the files it writes, and the page made from them."""
+"""`luthier replicate`: what people and scripts see, the files it writes, and the page made from them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from typer.testing import CliRunner, Result
 
 from luthier.cli import app
 from luthier.errors import LuthierError
-from luthier.lab import calibrating, claims, command, verdict
+from luthier.lab import calibrating, command, replications, verdict
 from luthier.lab.command import minutes_of
 from luthier.lab.figure import draw
 from luthier.lab.overview import draw_effects, effect_of
@@ -36,7 +36,7 @@ from luthier.report.words import size
 
 TOY = runpy.run_path(str(Path(__file__).with_name("lab_toys.py")))["TOY"]
 RESULT: dict[str, Any] = {
-    "claim": "toy",
+    "replication": "toy",
     "title": "A <toy> | one",
     "papers": ["2404.18466"],
     "rows": [8],
@@ -47,8 +47,8 @@ RESULT: dict[str, Any] = {
     "verdict": "cannot tell",
     "expectations": [
         {
-            "measure": "held_back",
-            "arm": "half",
+            "measure": "held_out",
+            "variant": "half",
             "versus": "full",
             "direction": "not_less",
             "margin": 0.05,
@@ -60,8 +60,8 @@ RESULT: dict[str, Any] = {
             "note": "",
         },
         {
-            "measure": "held_back",
-            "arm": "half",
+            "measure": "held_out",
+            "variant": "half",
             "versus": "full",
             "direction": "more",
             "margin": 0.5,
@@ -73,15 +73,15 @@ RESULT: dict[str, Any] = {
             "note": "",
         },
     ],
-    "measures": ["held_back", "nothing"],
-    "arms": [
+    "measures": ["held_out", "nothing"],
+    "variants": [
         {
             "name": "full",
             "meaning": "all numbers",
             "rate": 0.001,
             "rate_note": "the chosen rate 0.001 is the largest that was tried",
             "tried": [{"rate": 0.0003, "score": None}, {"rate": 0.001, "score": 0.5}],
-            "numbers": {"held_back": [0.5, 0.25, 0.75], "nothing": [None, None, None]},
+            "numbers": {"held_out": [0.5, 0.25, 0.75], "nothing": [None, None, None]},
         },
         {
             "name": "half",
@@ -89,7 +89,7 @@ RESULT: dict[str, Any] = {
             "rate": None,
             "rate_note": "its stages name their own learning rates",
             "tried": [],
-            "numbers": {"held_back": [0.6, None, 1.05], "nothing": [None, None, None]},
+            "numbers": {"held_out": [0.6, None, 1.05], "nothing": [None, None, None]},
         },
     ],
     "notes": "Smaller.",
@@ -106,11 +106,13 @@ RESULT: dict[str, Any] = {
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder of claims, beside a cache of their own; jobs are done in this process."""
-    monkeypatch.setenv("LUTHIER_CLAIMS", str(tmp_path))
+    """A folder of replications, beside a cache of their own; jobs are done in this process."""
+    monkeypatch.setenv("LUTHIER_REPLICATIONS", str(tmp_path))
     monkeypatch.setenv("LUTHIER_CACHE", str(tmp_path / "cache"))
-    own = Path(command.claims.__file__).parent
-    monkeypatch.setattr(command.claims, "names", lambda: sorted(path.stem for path in tmp_path.glob("*.py") if path.parent != own))
+    own = Path(command.replications.__file__).parent
+    monkeypatch.setattr(
+        command.replications, "names", lambda: sorted(path.stem for path in tmp_path.glob("*.py") if path.parent != own)
+    )
     (tmp_path / "toy.py").write_text(TOY)
     return tmp_path
 
@@ -133,7 +135,7 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def call(*words: object) -> Result:
-    return CliRunner().invoke(app, ["lab", *map(str, words)])
+    return CliRunner().invoke(app, ["replicate", *map(str, words)])
 
 
 def facts(result: Result, code: int = 0) -> Any:
@@ -141,12 +143,12 @@ def facts(result: Result, code: int = 0) -> Any:
     return json.loads(result.stdout)
 
 
-def test_a_claim_from_the_command_line_in_processes_of_its_own(folder: Path) -> None:
+def test_a_replication_from_the_command_line_in_processes_of_its_own(folder: Path) -> None:
     out = folder / "out"
     found = facts(call("toy", "--seeds", 2, "--jobs", 1, "--out", out, "--json"))
-    assert found["claim"] == "toy" and found["seeds"] == [0, 1] and found["runs"] == 6
+    assert found["replication"] == "toy" and found["seeds"] == [0, 1] and found["runs"] == 6
     assert found == json.loads((out / "toy.json").read_text())
-    assert found["arms"][0]["rate"] == 1e-3 and len(found["arms"][0]["numbers"]["loss"]) == 2
+    assert found["variants"][0]["rate"] == 1e-3 and len(found["variants"][0]["numbers"]["loss"]) == 2
     ElementTree.fromstring((out / "toy.svg").read_text())
     listed = facts(call("--list", "--out", out, "--json"))
     told = {key: entry(found)[key] for key in ("verdict", "words")}
@@ -159,14 +161,14 @@ def test_a_claim_from_the_command_line_in_processes_of_its_own(folder: Path) -> 
 
 
 @pytest.mark.usefixtures("in_process")
-def test_claims_whose_data_sets_are_not_there_are_left_out(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_replications_whose_data_sets_are_not_there_are_left_out(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LUTHIER_DATA", str(folder / "data"))
     (folder / "data" / "mawps").mkdir(parents=True)
     (folder / "data" / "mawps" / "train.jsonl").write_text("{}")
     needing = TOY.replace('name="toy"', 'name="needing"').replace("minutes=1,", 'minutes=1, data=("mawps/train", "mawps/test"),')
     (folder / "needing.py").write_text(needing)
     found = facts(call("--all", "--seeds", 1, "--out", folder / "out", "--json"))
-    assert [one["claim"] for one in found["results"]] == ["toy"]
+    assert [one["replication"] for one in found["results"]] == ["toy"]
     assert found["left_out"] == [{"name": "needing", "minutes": 1, "missing": ["mawps/test"]}]
 
 
@@ -181,23 +183,23 @@ def test_what_finished_runs_take_is_told_once_it_is_much(folder: Path, monkeypat
 
 
 @pytest.mark.usefixtures("in_process")
-def test_all_claims_within_a_budget(folder: Path) -> None:
+def test_all_replications_within_a_budget(folder: Path) -> None:
     long = TOY.replace('name="toy"', 'name="long"').replace("minutes=1,", "minutes=50,")
     (folder / "long.py").write_text(long)
     out = folder / "out"
     found = facts(call("--all", "--seeds", 1, "--budget", "30m", "--out", out, "--json"))
-    assert [one["claim"] for one in found["results"]] == ["toy"]
+    assert [one["replication"] for one in found["results"]] == ["toy"]
     assert found["left_out"] == [{"name": "long", "minutes": 50}]
     assert found["results"][0]["verdict"] == "cannot tell", "one seed has no interval"
     everything = facts(call("--all", "--seeds", 1, "--out", out, "--json"))
-    assert [one["claim"] for one in everything["results"]] == ["toy", "long"] and not everything["left_out"]
+    assert [one["replication"] for one in everything["results"]] == ["toy", "long"] and not everything["left_out"]
 
 
 @pytest.mark.usefixtures("in_process")
-def test_a_claim_that_stops_does_not_keep_the_others_from_running(folder: Path) -> None:
+def test_a_replication_that_stops_does_not_keep_the_others_from_running(folder: Path) -> None:
     (folder / "broken.py").write_text(TOY.replace('name="toy"', 'name="broken"').replace('"tune": "half"', '"tune": "hlaf"'))
     found = facts(call("--all", "--seeds", 1, "--out", folder / "out", "--json"), code=2)
-    assert "these claims stopped: broken" in found["error"] and "hlaf" in found["error"]
+    assert "these replications stopped: broken" in found["error"] and "hlaf" in found["error"]
     assert (folder / "out" / "toy.json").is_file() and not (folder / "out" / "broken.json").exists()
 
 
@@ -209,21 +211,21 @@ def test_another_model_has_a_result_of_its_own(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "what", "mend"),
+    ("words", "what", "fix"),
     [
-        (["toyy"], "there is no claim `toyy`", "did you mean `toy`?"),
+        (["toyy"], "there is no replication `toyy`", "did you mean `toy`?"),
         (["toy", "--seeds", 0], "0 seeds", "use 1 or more"),
         (["toy", "--jobs", 0], "0 jobs", "use 1 or more"),
         (["--all", "--budget", "soon"], "`soon` is no length of time", "90s, 60m or 2h"),
-        (["toy", "--budget", "1h"], "a budget is for all claims", "--all"),
-        ([], "a claim is missing", "--list"),
+        (["toy", "--budget", "1h"], "a budget is for all replications", "--all"),
+        ([], "a replication is missing", "--list"),
         (["toy", "--list"], "only one thing", "--list"),
         (["--calibrate", "--seeds", 3], "the lab's own test is fixed", "leave --seeds out"),
     ],
 )
-def test_mistakes(folder: Path, words: list[object], what: str, mend: str) -> None:
+def test_mistakes(folder: Path, words: list[object], what: str, fix: str) -> None:
     found = facts(call(*words, "--json"), code=2)
-    assert what in found["error"] and mend in found["mend"]
+    assert what in found["error"] and fix in found["fix"]
     assert call(*words).exit_code == 2
 
 
@@ -254,9 +256,9 @@ def test_an_interrupt_ends_workers_at_once() -> None:
 
 def test_words_of_a_result() -> None:
     one = RESULT["expectations"][0]
-    assert expected(one) == "held_back: half not less than full, within 0.05"
-    assert expected({**one, "direction": "more", "margin": 0}) == "held_back: half more than full"
-    assert expected({**one, "direction": "less"}) == "held_back: half less than full, by 0.05"
+    assert expected(one) == "held_out: half not less than full, within 0.05"
+    assert expected({**one, "direction": "more", "margin": 0}) == "held_out: half more than full"
+    assert expected({**one, "direction": "less"}) == "held_out: half less than full, by 0.05"
     assert spread([0.5, 0.25, 0.75]) == "0.5 ± 0.25" and spread([0.5]) == "0.5" and spread([None]) == "none"
 
 
@@ -268,7 +270,7 @@ def test_the_terminal_shows_every_number() -> None:
         "0.5 ± 0.25",
         "by the recipes",
         "0.2 (-0.0484 to 0.448)",
-        "cannot tell at this scale: held_back 0.2 share of items (-0.0484 to 0.448), half minus full, 3 seeds",
+        "cannot tell at this scale: held_out 0.2 share of items (-0.0484 to 0.448), half minus full, 3 seeds",
         "[all]",
         "largest that was tried",
     ):
@@ -285,7 +287,7 @@ def test_the_figure_places_every_number() -> None:
     assert means[0] == points[0] and points[1] < points[0] < points[3] < points[2] < points[4]
     assert means[1] == pytest.approx((points[3] + points[4]) / 2, abs=0.02)
     empty = draw({**RESULT, "measures": ["nothing"]})
-    assert "no arm has a number" in empty and "<circle" not in empty
+    assert "no variant has a number" in empty and "<circle" not in empty
 
 
 @pytest.fixture
@@ -295,30 +297,30 @@ def generate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    monkeypatch.setattr(module.claims, "CLAIMS", tmp_path / "claims")
+    monkeypatch.setattr(module.replications, "REPLICATIONS", tmp_path / "replications")
     return module
 
 
-def test_the_page_of_claims(generate: ModuleType) -> None:
-    assert generate.on_page_markdown("<!-- generated: claims -->") == "No results are stored."
-    save(RESULT, generate.claims.CLAIMS, "toy")
-    page = generate.on_page_markdown("<!-- generated: claims -->")
-    told = "**cannot tell**: held_back 0.2 share of items (-0.0484 to 0.448), half minus full, 3 seeds"
-    assert f"| [`toy`](#claim-toy) | [arXiv:2404.18466](https://arxiv.org/abs/2404.18466) | {told} |" in page
+def test_the_page_of_replications(generate: ModuleType) -> None:
+    assert generate.on_page_markdown("<!-- generated: replications -->") == "No results are stored."
+    save(RESULT, generate.replications.REPLICATIONS, "toy")
+    page = generate.on_page_markdown("<!-- generated: replications -->")
+    told = "**cannot tell**: held_out 0.2 share of items (-0.0484 to 0.448), half minus full, 3 seeds"
+    assert f"| [`toy`](#replication-toy) | [arXiv:2404.18466](https://arxiv.org/abs/2404.18466) | {told} |" in page
     assert "### Is half enough?" in page and "Not run again" not in page
-    assert "## `toy`: A &lt;toy&gt; \\| one { #claim-toy }" in page
-    assert "| held_back | 0.5 ± 0.25 | 0.825 ± 0.32 |" in page and "| nothing | none | none |" in page
+    assert "## `toy`: A &lt;toy&gt; \\| one { #replication-toy }" in page
+    assert "| held_out | 0.5 ± 0.25 | 0.825 ± 0.32 |" in page and "| nothing | none | none |" in page
     assert "0.2 (-0.0484 to 0.448) | does not hold" in page and "0.0003: none, 0.001: 0.5" in page
-    assert "(claims/toy.svg)" in page and "Smaller." in page and "2 minutes of training" in page
-    (generate.claims.CLAIMS / "toy.svg").unlink()
-    assert "toy.svg" not in generate.on_page_markdown("<!-- generated: claims -->")
+    assert "(replications/toy.svg)" in page and "Smaller." in page and "2 minutes of training" in page
+    (generate.replications.REPLICATIONS / "toy.svg").unlink()
+    assert "toy.svg" not in generate.on_page_markdown("<!-- generated: replications -->")
 
 
-def test_a_technique_links_to_its_claim(generate: ModuleType) -> None:
-    assert generate.claims.tested_by("") == "" and generate.claims.tested_by("toy") == "`toy`"
-    save(RESULT, generate.claims.CLAIMS, "toy")
-    assert generate.claims.tested_by("toy").startswith(
-        "[`toy`](claims.md#claim-toy): cannot tell at this scale: held_back 0.2 share"
+def test_a_technique_links_to_its_replication(generate: ModuleType) -> None:
+    assert generate.replications.tested_by("") == "" and generate.replications.tested_by("toy") == "`toy`"
+    save(RESULT, generate.replications.REPLICATIONS, "toy")
+    assert generate.replications.tested_by("toy").startswith(
+        "[`toy`](replications.md#replication-toy): cannot tell at this scale: held_out 0.2 share"
     )
 
 
@@ -326,12 +328,12 @@ def test_a_result_from_before_the_rule_is_listed_and_told_of_nowhere_else(genera
     before = {**RESULT, "verdict": "refuted", "expectations": [{**RESULT["expectations"][0], "verdict": "supported"}]}
     for name in ("rule", "question", "unit"):
         del before[name]
-    save(RESULT, generate.claims.CLAIMS, "toy")
-    (generate.claims.CLAIMS / "old.json").write_text(json.dumps({**before, "claim": "old"}))
-    page = generate.on_page_markdown("<!-- generated: claims -->")
-    assert page.count("`old`") == 1 and "[`old`](claims/old.json)" in page and "refuted" not in page
-    assert generate.claims.tested_by("old") == "[`old`](claims.md#not-run-again): not run again under the rule"
-    result = load(generate.claims.CLAIMS, "old")
+    save(RESULT, generate.replications.REPLICATIONS, "toy")
+    (generate.replications.REPLICATIONS / "old.json").write_text(json.dumps({**before, "replication": "old"}))
+    page = generate.on_page_markdown("<!-- generated: replications -->")
+    assert page.count("`old`") == 1 and "[`old`](replications/old.json)" in page and "refuted" not in page
+    assert generate.replications.tested_by("old") == "[`old`](replications.md#not-run-again): not run again under the rule"
+    result = load(generate.replications.REPLICATIONS, "old")
     assert result is not None and result["verdict"] == "does not hold" and result["rule"] is None
     console = Console(width=200, record=True, file=io.StringIO())
     console.print(shown(result))
@@ -342,7 +344,7 @@ def test_a_result_from_before_the_rule_is_listed_and_told_of_nowhere_else(genera
     assert "not the lab's rule" in looked(asked["rule"])
 
 
-def test_the_figure_of_all_claims_turns_effects_towards_the_claim() -> None:
+def test_the_figure_of_all_replications_turns_effects_towards_the_replication() -> None:
     more = {**RESULT["expectations"][0], "direction": "more", "differences": [1.0, 2.0, 3.0], "mean": 2.0, "interval": [-0.5, 4.5]}
     less, within = {**more, "direction": "less"}, {**more, "direction": "not_less"}
     right, left, allowed = (effect_of({**RESULT, "expectations": [{**one, "margin": 0.5}]}) for one in (more, less, within))
@@ -357,23 +359,25 @@ def test_the_figure_of_all_claims_turns_effects_towards_the_claim() -> None:
 
 @pytest.mark.usefixtures("in_process")
 def test_the_lab_tests_itself(folder: Path, monkeypatch: pytest.MonkeyPatch, generate: ModuleType) -> None:
-    assert "Not measured yet" in generate.claims.calibration() and "Not measured yet" in generate.claims.comparisons()
-    toy = claims.find("toy")
+    assert "Not measured yet" in generate.replications.calibration() and "Not measured yet" in generate.replications.comparisons()
+    toy = replications.find("toy")
     far = toy.main._replace(margin=50.0)
-    null = toy._replace(main=far._replace(direction="more"), beside=[far._replace(direction="less")])
+    null = toy._replace(main=far._replace(direction="more"), also=[far._replace(direction="less")])
     monkeypatch.setattr(verdict, "TWO_LOOKS", Design((3, 4), 0.028))
     for name, found in (("EFFECTS", toy), ("NULLS", null), ("FURTHER", toy)):
         monkeypatch.setattr(calibrating, name, [found])
-    told = facts(call("--calibrate", "--out", generate.claims.CLAIMS, "--json"))
+    told = facts(call("--calibrate", "--out", generate.replications.REPLICATIONS, "--json"))
     assert told["counts"] == {"effects": [1, 1], "nulls": [0, 1], "further": [1, 1]}
-    assert told == json.loads((generate.claims.CLAIMS / "calibration.json").read_text())
-    assert "supports 1 of 1 effects" in generate.claims.calibration() and "0 of 1 nulls" in generate.claims.calibration()
-    assert "| nulls | A toy |" in generate.claims.comparisons()
-    assert generate.claims.claims() == "No results are stored.", "the lab's test of itself is no claim"
+    assert told == json.loads((generate.replications.REPLICATIONS / "calibration.json").read_text())
+    assert (
+        "supports 1 of 1 effects" in generate.replications.calibration() and "0 of 1 nulls" in generate.replications.calibration()
+    )
+    assert "| nulls | A toy |" in generate.replications.comparisons()
+    assert generate.replications.replications() == "No results are stored.", "the lab's test of itself is no replication"
 
 
 def test_the_rule_on_the_page_is_the_one_in_the_code(generate: ModuleType) -> None:
-    page = generate.on_page_markdown("<!-- generated: claim_rule -->")
+    page = generate.on_page_markdown("<!-- generated: replication_rule -->")
     for direction in ("more", "less", "not_less", "not_more"):
         assert f"| {direction} |" in page
 

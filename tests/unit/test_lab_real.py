@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from luthier.errors import LuthierError
-from luthier.lab import claims, real
-from luthier.lab.claim import Setting
+from luthier.lab import real, replications
+from luthier.lab.replication import Setting
 from tests.unit.real_rows import write_sets
 
 
@@ -81,29 +81,29 @@ def test_wrong_answers_are_those_of_others() -> None:
 
 
 def test_what_is_not_there_is_told(sets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    claim = claims.find("dco_real")
-    assert real.missing(claim) == []
+    replication = replications.find("dco_real")
+    assert real.missing(replication) == []
     (sets / "banking77" / "test.jsonl").unlink()
-    assert real.missing(claim) == ["banking77/test"]
+    assert real.missing(replication) == ["banking77/test"]
     with pytest.raises(
         LuthierError, match=r"banking77/test.*\n.*LUTHIER_DATA\n.*set LUTHIER_DATA to a folder that has banking77/test"
     ):
         real.intents("test", 5, 0)
     monkeypatch.delenv(real.FOLDER)
-    assert real.missing(claim) == ["banking77/train", "banking77/test"]
+    assert real.missing(replication) == ["banking77/train", "banking77/test"]
 
 
-@pytest.mark.parametrize("name", [name for name in claims.names() if name.endswith("_real")])
-def test_a_claim_names_all_that_it_reads(name: str, sets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", [name for name in replications.names() if name.endswith("_real")])
+def test_a_replication_names_all_that_it_reads(name: str, sets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read: set[str] = set()
     records = real.records
     monkeypatch.setattr(real, "records", lambda one: (read.add(one), records(one))[1])
-    claim = claims.find(name)
-    claim.stages(Setting(claim.model, 0))
-    assert read and read <= set(claim.data)
-    source = Path(claims.file_of(name)).read_text()
+    replication = replications.find(name)
+    replication.stages(Setting(replication.model, 0))
+    assert read and read <= set(replication.data)
+    source = Path(replications.file_of(name)).read_text()
     for split in ("train", "validation", "test"):
-        assert (f'equations("{split}"' in source) == (f"mawps/{split}" in claim.data)
-    assert ("other_facts(" in source) == ("counterfact/train" in claim.data)
-    assert ("changed_facts(" in source) == ("counterfact/edit" in claim.data)
-    assert ("intents(" in source) == ("banking77/train" in claim.data)
+        assert (f'equations("{split}"' in source) == (f"mawps/{split}" in replication.data)
+    assert ("other_facts(" in source) == ("counterfact/train" in replication.data)
+    assert ("changed_facts(" in source) == ("counterfact/edit" in replication.data)
+    assert ("intents(" in source) == ("banking77/train" in replication.data)

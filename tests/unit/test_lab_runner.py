@@ -1,4 +1,4 @@
-"""The lab's engine: recipes of arms, learning rates, the cache, stages, kills."""
+"""The lab's engine: recipes of variants, learning rates, the cache, stages, kills."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from pathlib import Path
 import pytest
 
 from luthier.errors import LuthierError
-from luthier.lab import cache, claims, jobs, verdict
-from luthier.lab.claim import Arm, Claim, Setting
-from luthier.lab.jobs import Do, Job, arm_recipes, chain_keys, merged
+from luthier.lab import cache, jobs, replications, verdict
+from luthier.lab.jobs import Do, Job, chain_keys, merged, variant_recipes
+from luthier.lab.replication import Replication, Setting, Variant
 from luthier.lab.results import result_of
-from luthier.lab.runner import Choice, Lab, Ran, Tried, best, here, run_claim
+from luthier.lab.runner import Choice, Lab, Ran, Tried, best, here, run_replication
 from luthier.lab.verdict import Design
 from luthier.models.fingerprint import fingerprint
 from luthier.models.load import load_model
@@ -30,24 +30,24 @@ SETTING = Setting("tiny:llama", 0)
 
 
 @pytest.fixture
-def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Claim]:
-    """Write a claim's file, changed as asked, and look it up."""
-    folder = tmp_path / "claims"
+def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Replication]:
+    """Write a replication's file, changed as asked, and look it up."""
+    folder = tmp_path / "replications"
     folder.mkdir()
-    monkeypatch.setenv("LUTHIER_CLAIMS", str(folder))
+    monkeypatch.setenv("LUTHIER_REPLICATIONS", str(folder))
     # Other processes read the sources when they begin.
     cache.core_sources.cache_clear()
     cache.measure_sources.cache_clear()
     monkeypatch.setenv("LUTHIER_CACHE", str(tmp_path / "cache"))
 
-    def write(*changes: tuple[str, str], name: str = "toy") -> Claim:
+    def write(*changes: tuple[str, str], name: str = "toy") -> Replication:
         text = TOY.replace('name="toy"', f'name="{name}"')
         for old, new in changes:
             assert old in text
             text = text.replace(old, new)
         (folder / f"{name}.py").write_text(text)
-        sys.modules.pop(f"luthier_claims.{name}", None)
-        return claims.find(name)
+        sys.modules.pop(f"luthier_replications.{name}", None)
+        return replications.find(name)
 
     return write
 
@@ -64,10 +64,10 @@ class Counting:
         return here(do, todo)
 
 
-def run(claim: Claim, seeds: int | None = 1, model: str | None = None) -> tuple[Ran, tuple[int, int]]:
-    """Run a claim; with what had to be trained and asked."""
+def run(replication: Replication, seeds: int | None = 1, model: str | None = None) -> tuple[Ran, tuple[int, int]]:
+    """Run a replication; with what had to be trained and asked."""
     counting = Counting()
-    ran = run_claim(claim, Lab(cache.lab_folder(), counting), seeds=seeds, model=model)
+    ran = run_replication(replication, Lab(cache.lab_folder(), counting), seeds=seeds, model=model)
     assert ran.jobs == counting.trained + counting.asked
     return ran, (counting.trained, counting.asked)
 
@@ -88,23 +88,25 @@ def test_a_change_is_merged_and_techniques_are_replaced() -> None:
     assert recipe["train"] == {"steps": 3, "warmup": 0}
 
 
-def test_recipes_of_an_arm() -> None:
+def test_recipes_of_an_variant() -> None:
     bases = [{"train": {"steps": 3}}, {"train": {"steps": 4, "learning_rate": 0.5}}]
-    plain = arm_recipes(Arm("plain"), 0.1, Setting("m", 7), bases)
+    plain = variant_recipes(Variant("plain"), 0.1, Setting("m", 7), bases)
     assert [one["train"].get("learning_rate") for one in plain] == [0.1, 0.5], "a stage that names its rate keeps it"
     assert [one["seed"] for one in plain] == [7, 1_000_007], "a technique that draws at its start draws anew in a new stage"
-    assert all(one["noise"] is False for one in plain)
+    assert all(one["repeat_baseline"] is False for one in plain)
 
     def later(recipe: dict[str, dict[str, float]], stage: int, setting: Setting) -> dict[str, dict[str, float]]:
         recipe["train"]["steps"] += stage + setting.seed
         recipe["train"]["learning_rate"] *= 2
         return recipe
 
-    found = arm_recipes(Arm("later", later), 0.1, Setting("m", 7), bases)
+    found = variant_recipes(Variant("later", later), 0.1, Setting("m", 7), bases)
     assert [one["train"] for one in found] == [{"steps": 10, "learning_rate": 0.2}, {"steps": 12, "learning_rate": 1.0}]
-    assert bases[1]["train"] == {"steps": 4, "learning_rate": 0.5}, "an arm cannot change what the others get"
-    (second,) = arm_recipes(Arm("second", lambda recipe, stage, setting: recipe if stage else None), 0.1, Setting("m", 7), bases)
-    assert (second["train"]["steps"], second["seed"]) == (4, 1_000_007), "a stage that an arm leaves out moves no other"
+    assert bases[1]["train"] == {"steps": 4, "learning_rate": 0.5}, "a variant cannot change what the others get"
+    (second,) = variant_recipes(
+        Variant("second", lambda recipe, stage, setting: recipe if stage else None), 0.1, Setting("m", 7), bases
+    )
+    assert (second["train"]["steps"], second["seed"]) == (4, 1_000_007), "a stage that a variant leaves out moves no other"
 
 
 def test_the_best_rate() -> None:
@@ -119,66 +121,70 @@ def test_the_best_rate() -> None:
     assert "every rate" in best([Tried(1.0, None), Tried(2.0, None)]).note
 
 
-def test_a_second_call_runs_nothing(toy: Callable[..., Claim]) -> None:
-    claim = toy()
-    first, work = run(claim, seeds=2)
-    # Two arms at one rate, then two arms at two seeds.
+def test_a_second_call_runs_nothing(toy: Callable[..., Replication]) -> None:
+    replication = toy()
+    first, work = run(replication, seeds=2)
+    # Two variants at one rate, then two variants at two seeds.
     assert work == (6, 6) and first.stages == 6
-    again, work = run(claim, seeds=2)
+    again, work = run(replication, seeds=2)
     assert work == (0, 0) and result_of(again) == result_of(first)
-    more, work = run(claim, seeds=3)
+    more, work = run(replication, seeds=3)
     assert work == (2, 2), "another seed runs the new repetitions alone"
     assert more.numbers["half"][:2] == first.numbers["half"]
 
 
-def test_a_second_look_follows_an_undecided_first_one_alone(toy: Callable[..., Claim], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_second_look_follows_an_undecided_first_one_alone(
+    toy: Callable[..., Replication], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(verdict, "TWO_LOOKS", Design((3, 4), 0.028))
     measured = '"loss": done'
     wide = ('"not_more", 0.5', '"not_more", 5.0')
-    # Seeds differ by a hundred in the half arm, so that nothing can be told of them.
-    apart = '"loss": 100.0 * (done.setting.seed % 2) * (done.arm.name == "half") + done'
+    # Seeds differ by a hundred in the half variant, so that nothing can be told of them.
+    apart = '"loss": 100.0 * (done.setting.seed % 2) * (done.variant.name == "half") + done'
     for change, seeds, found in (((measured, measured), 3, "holds"), ((measured, apart), 4, "cannot tell")):
         ran, work = run(toy(change, wide), seeds=None)
         assert ran.seeds == seeds and len(ran.numbers["half"]) == seeds
         result = result_of(ran)
         assert result["verdict"] == found and result["rule"] == {"looks": [3, 4], "level": 0.028, "lab": True}
-    assert work[0] == 2, "of the second claim the first look's runs were there"
+    assert work[0] == 2, "of the second replication the first look's runs were there"
     asked = result_of(run(toy((measured, apart), wide), seeds=2)[0])
     assert asked["seeds"] == [0, 1] and not asked["rule"]["lab"]
 
 
-def test_a_seed_of_the_training_alone(toy: Callable[..., Claim]) -> None:
-    again = ('Arm("half", {"tune": "half"})', 'Arm("half", seed_offset=50)')
-    claim = toy(again)
-    once, other = (arm_recipes(arm, 0.1, SETTING, claim.stages(SETTING)) for arm in claim.arms)
+def test_a_seed_of_the_training_alone(toy: Callable[..., Replication]) -> None:
+    again = ('Variant("half", {"tune": "half"})', 'Variant("half", seed_offset=50)')
+    replication = toy(again)
+    once, other = (variant_recipes(variant, 0.1, SETTING, replication.stages(SETTING)) for variant in replication.variants)
     assert once[0]["rows"] == other[0]["rows"] and (once[0]["seed"], other[0]["seed"]) == (0, 50)
 
 
-def test_claims_share_a_baseline(toy: Callable[..., Claim]) -> None:
+def test_replications_share_a_baseline(toy: Callable[..., Replication]) -> None:
     first, _ = run(toy())
     other = toy(
-        ('Arm("half", {"tune": "half"})', 'Arm("lora", {"tune": "lora"})'), ('"half", "full"', '"lora", "full"'), name="other"
+        ('Variant("half", {"tune": "half"})', 'Variant("lora", {"tune": "lora"})'),
+        ('"half", "full"', '"lora", "full"'),
+        name="other",
     )
     second, work = run(other)
-    assert work == (2, 4), "the full arm's runs are there; every number is taken by the claim's own measure"
+    assert work == (2, 4), "the full variant's runs are there; every number is taken by the replication's own measure"
     assert second.numbers["full"] == first.numbers["full"]
 
 
-def test_another_measure_trains_nothing(toy: Callable[..., Claim]) -> None:
+def test_another_measure_trains_nothing(toy: Callable[..., Replication]) -> None:
     run(toy())
     ran, work = run(toy(('"loss": done', '"loss": 2 * done')))
     assert work == (0, 4)
     assert ran.numbers["full"][0]["loss"] == pytest.approx(2 * run(toy())[0].numbers["full"][0]["loss"])
 
 
-def test_controls_take_over_a_rate(toy: Callable[..., Claim]) -> None:
-    claim = toy(('Arm("half", {"tune": "half"})', 'Arm("half", like="full", rate_factor=0.5)'))
-    ran, work = run(claim)
+def test_controls_take_over_a_rate(toy: Callable[..., Replication]) -> None:
+    replication = toy(('Variant("half", {"tune": "half"})', 'Variant("half", like="full", rate_factor=0.5)'))
+    ran, work = run(replication)
     assert work == (3, 3), "a control chooses nothing"
     assert ran.choices["half"].rate == pytest.approx(ran.choices["full"].rate / 2) and not ran.choices["half"].tried
 
 
-def test_a_rate_at_which_training_breaks_off_is_worst(toy: Callable[..., Claim]) -> None:
+def test_a_rate_at_which_training_breaks_off_is_worst(toy: Callable[..., Replication]) -> None:
     ran, _ = run(toy(("rates=(1e-3,)", "rates=(1e-3, 1e30)")))
     assert ran.choices["full"].rate == 1e-3
     assert ran.choices["full"].tried[1] == Tried(1e30, None)
@@ -186,7 +192,7 @@ def test_a_rate_at_which_training_breaks_off_is_worst(toy: Callable[..., Claim])
     assert ran.numbers["full"][0]["loss"] is not None
 
 
-def test_an_arm_that_breaks_off_has_no_number_and_no_verdict(toy: Callable[..., Claim]) -> None:
+def test_an_variant_that_breaks_off_has_no_number_and_no_verdict(toy: Callable[..., Replication]) -> None:
     ran, _ = run(
         toy(('{"tune": "half"}', '{"tune": "half", "train": {"learning_rate": 1e30}}'), ("rates=(1e-3,)", "rates=(1e-3, 1e-2)")),
         seeds=2,
@@ -195,23 +201,23 @@ def test_an_arm_that_breaks_off_has_no_number_and_no_verdict(toy: Callable[..., 
     assert ran.numbers["half"] == ({}, {})
     result = result_of(ran)
     assert result["verdict"] == "cannot tell" and result["expectations"][0]["differences"] == (None, None)
-    assert result["arms"][1]["numbers"] == {"loss": [None, None]}
+    assert result["variants"][1]["numbers"] == {"loss": [None, None]}
 
 
-def test_other_mistakes_stop_the_lab_and_say_where(toy: Callable[..., Claim]) -> None:
+def test_other_mistakes_stop_the_lab_and_say_where(toy: Callable[..., Replication]) -> None:
     with pytest.raises(LuthierError) as caught:
         run(toy(('{"tune": "half"}', '{"tune": "hlaf"}')))
-    assert "hlaf" in caught.value.what and "claim toy, arm half, seed 10000" in caught.value.where
-    assert "did you mean" in caught.value.mend
+    assert "hlaf" in caught.value.what and "replication toy, variant half, seed 10000" in caught.value.where
+    assert "did you mean" in caught.value.fix
 
 
-def test_an_expectation_of_what_nothing_measures(toy: Callable[..., Claim]) -> None:
+def test_an_expectation_of_what_nothing_measures(toy: Callable[..., Replication]) -> None:
     ran, _ = run(toy(('Expectation("loss"', 'Expectation("lost"')))
     with pytest.raises(LuthierError, match="nothing measures `lost`"):
         result_of(ran)
 
 
-def test_rows_that_are_drawn_anew_each_time_are_refused(toy: Callable[..., Claim]) -> None:
+def test_rows_that_are_drawn_anew_each_time_are_refused(toy: Callable[..., Replication]) -> None:
     with pytest.raises(LuthierError, match="others each time"):
         run(toy(("STEPS = 3", "import random\nSTEPS = 3"), ("it is {i}", "it is {random.random()}")))
 
@@ -265,14 +271,18 @@ def test_only_the_techniques_that_a_recipe_names_count(tmp_path: Path, monkeypat
     assert sources("mine") == sources("mine", "half"), "what a technique imports counts too"
 
 
-def test_what_a_claim_imports_and_reads_is_part_of_it(tmp_path: Path) -> None:
+def test_what_a_replication_imports_and_reads_is_part_of_it(tmp_path: Path) -> None:
     def source(**files: str) -> str:
         for name, text in files.items():
             (tmp_path / name.replace("_", ".")).write_text(text)
-        return cache.claim_source(tmp_path / "one.py")
+        return cache.replication_source(tmp_path / "one.py")
 
     first = source(
-        one_py="from luthier.lab.claims.two import rows\nopen('rows.jsonl')", two_py="", three_py="", rows_jsonl="", other_jsonl=""
+        one_py="from luthier.lab.replications.two import rows\nopen('rows.jsonl')",
+        two_py="",
+        three_py="",
+        rows_jsonl="",
+        other_jsonl="",
     )
     assert source(three_py="# changed", other_jsonl="changed") == first
     assert len({first, source(two_py="# changed"), source(rows_jsonl="changed"), source(one_py="# changed")}) == 4
@@ -283,13 +293,13 @@ def test_what_has_no_content_is_refused() -> None:
         chain_keys([{"rows": {"train": [{"text": "a"}]}, "tune": lambda: None}], "base", "cpu")
 
 
-def test_stages_follow_one_another(toy: Callable[..., Claim]) -> None:
+def test_stages_follow_one_another(toy: Callable[..., Replication]) -> None:
     two = ('return [{"rows": {"train": rows(setting.seed)}, "train": train}]', "return [one(setting.seed, train), one(5, train)]")
     make = ("def measure", 'def one(seed, train):\n    return {"rows": {"train": rows(seed)}, "train": train}\n\n\ndef measure')
     chain = ("return {", 'return {"start": float(int(done.runs[1].facts["model"]["fingerprint"][:12], 16)), ')
-    claim = toy(chain, make, two)
-    ran, work = run(claim)
-    # Rates are judged after the first stage; then two arms with two stages each.
+    replication = toy(chain, make, two)
+    ran, work = run(replication)
+    # Rates are judged after the first stage; then two variants with two stages each.
     assert work[0] == 2 + 4
     stages = {facts.parent.name: cache.read(facts) for facts in (cache.lab_folder() / "stages").glob("*/stage.json")}
     runs = {key: read_run(cache.lab_folder() / "stages" / key / facts["run"]) for key, facts in stages.items() if facts}
@@ -303,32 +313,32 @@ def test_stages_follow_one_another(toy: Callable[..., Claim]) -> None:
     assert ran.numbers["full"][0]["start"] != ran.numbers["half"][0]["start"]
 
 
-def test_stages_apart_all_start_from_the_claims_model(toy: Callable[..., Claim]) -> None:
+def test_stages_apart_all_start_from_the_replications_model(toy: Callable[..., Replication]) -> None:
     two = ('"train": train}]', '"train": train}, {"rows": {"train": rows(5)}, "train": train}]')
     chain = ("return {", 'return {"starts": float(len({one.facts["model"]["fingerprint"] for one in done.runs})), ')
-    claim = toy(chain, two, ("minutes=1,", "minutes=1,\n    apart=True,"))
-    ran, _ = run(claim)
-    assert len(claim.stages(SETTING)) == 2
+    replication = toy(chain, two, ("minutes=1,", "minutes=1,\n    apart=True,"))
+    ran, _ = run(replication)
+    assert len(replication.stages(SETTING)) == 2
     assert ran.numbers["full"][0]["starts"] == ran.numbers["half"][0]["starts"] == 1.0
 
 
-def test_a_later_stage_alone_cannot_choose_a_rate(toy: Callable[..., Claim]) -> None:
+def test_a_later_stage_alone_cannot_choose_a_rate(toy: Callable[..., Replication]) -> None:
     two = ('"train": train}]', '"train": {**train, "learning_rate": 1e-3}}, {"rows": {"train": rows(1)}, "train": train}]')
     several = ("rates=(1e-3,)", "rates=(1e-3, 1e-2)")
     with pytest.raises(LuthierError, match="do not use it"):
         run(toy(two, several))
 
 
-def test_what_a_kill_left_is_begun_anew(toy: Callable[..., Claim]) -> None:
-    claim = toy()
-    undisturbed, _ = run(claim)
+def test_what_a_kill_left_is_begun_anew(toy: Callable[..., Replication]) -> None:
+    replication = toy()
+    undisturbed, _ = run(replication)
     for facts in (cache.lab_folder() / "stages").glob("*/stage.json"):
         facts.unlink()
         (facts.parent / "run-1" / "run.json").write_text("{}")
         (facts.parent / ".run.json.123").write_text("half a")
     for answer in (cache.lab_folder() / "measures").iterdir():
         answer.unlink()
-    again, work = run(claim)
+    again, work = run(replication)
     assert work == (4, 4) and numbers_of(again) == numbers_of(undisturbed)
     left = {path.name for path in (cache.lab_folder() / "stages").glob("*/*")} | {
         path.name for path in (cache.lab_folder() / "stages").glob("*/.*")
@@ -336,9 +346,11 @@ def test_what_a_kill_left_is_begun_anew(toy: Callable[..., Claim]) -> None:
     assert left == {"run-1", "stage.json"}
 
 
-def test_a_killed_lab_ends_in_the_same_numbers(toy: Callable[..., Claim], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    claim = toy()
-    command = [sys.executable, "-m", "luthier", "lab", "toy", "--jobs", "1", "--seeds", "2", "--out", str(tmp_path / "out")]
+def test_a_killed_lab_ends_in_the_same_numbers(
+    toy: Callable[..., Replication], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replication = toy()
+    command = [sys.executable, "-m", "luthier", "replicate", "toy", "--jobs", "1", "--seeds", "2", "--out", str(tmp_path / "out")]
     killed = subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     stages = cache.lab_folder() / "stages"
     deadline = time.monotonic() + 120
@@ -348,19 +360,19 @@ def test_a_killed_lab_ends_in_the_same_numbers(toy: Callable[..., Claim], tmp_pa
     assert killed.wait() == -signal.SIGKILL
     done = len(list(stages.glob("*/stage.json")))
     assert 0 < done < 6
-    resumed, work = run(claim, seeds=2)
+    resumed, work = run(replication, seeds=2)
     assert work[0] == 6 - done, "what was finished is not run again"
     monkeypatch.setenv("LUTHIER_CACHE", str(tmp_path / "another"))
-    undisturbed, work = run(claim, seeds=2)
+    undisturbed, work = run(replication, seeds=2)
     assert work == (6, 6) and numbers_of(resumed) == numbers_of(undisturbed)
 
 
-def test_claims_that_contradict_themselves(toy: Callable[..., Claim]) -> None:
+def test_replications_that_contradict_themselves(toy: Callable[..., Replication]) -> None:
     mistakes = {
-        "names that differ": ('Arm("half", ', 'Arm("full", '),
-        "unlike numbers of rates": ('Arm("full")', 'Arm("full", rates=(1.0, 2.0))'),
-        "no arm `ful` chooses": ('Arm("half", {"tune": "half"})', 'Arm("half", like="ful")'),
-        "there is no arm `haf`": ('"half", "full"', '"haf", "full"'),
+        "names that differ": ('Variant("half", ', 'Variant("full", '),
+        "unlike numbers of rates": ('Variant("full")', 'Variant("full", rates=(1.0, 2.0))'),
+        "no variant `ful` chooses": ('Variant("half", {"tune": "half"})', 'Variant("half", like="ful")'),
+        "there is no variant `haf`": ('"half", "full"', '"haf", "full"'),
         "no direction": ('"not_more", 0.5', '"fewer", 0.5'),
         "below 0": ('"not_more", 0.5', '"not_more", -0.5'),
         "one main expectation": ('Expectation("loss", "half", "full", "not_more", 0.5)', "None"),

@@ -11,7 +11,7 @@ from numpy import bool_, float64, zeros
 from numpy.random import Generator, default_rng
 from numpy.typing import NDArray
 
-from luthier.lab.claim import Arm, Claim, Expectation
+from luthier.lab.replication import Expectation, Replication, Variant
 from luthier.lab.results import result_of
 from luthier.lab.runner import Choice, Ran
 from luthier.lab.verdict import LEVEL, TWO_LOOKS, Design, design_of, judge, rule, t_interval, t_quantile
@@ -86,7 +86,7 @@ def test_pairs_are_compared_seed_by_seed() -> None:
     assert judged.differences == (1.0, 2.0, 3.0) and judged.mean == 2.0
     assert judged.interval == pytest.approx((-0.48414, 4.48414), abs=1e-5)
     assert judged.verdict == "cannot tell" and not judged.note
-    # Seeds differ by much more than arms do, and in pairs that does not matter.
+    # Seeds differ by much more than variants do, and in pairs that does not matter.
     assert judge([1.0, 11.0, 21.1], [0.0, 10.0, 20.0], "more").verdict == "holds"
 
 
@@ -106,7 +106,7 @@ def test_what_is_missing_is_never_a_verdict() -> None:
     assert judge([None], [None], "less").mean is None
 
 
-def toy(**keys: Any) -> Claim:
+def toy(**keys: Any) -> Replication:
     given: dict[str, Any] = {
         "name": "toy",
         "title": "A toy",
@@ -114,32 +114,34 @@ def toy(**keys: Any) -> Claim:
         "rows": [8],
         "says": "More.",
         "stages": lambda setting: [],
-        "arms": [Arm("full"), Arm("half")],
+        "variants": [Variant("full"), Variant("half")],
         "main": Expectation("learnt", "half", "full", "more", 0.1),
         "measure": lambda finished: {},
         "choose": lambda finished: 0.0,
         "minutes": 1,
     }
-    return Claim(**{**given, **keys})
+    return Replication(**{**given, **keys})
 
 
-def ran_with(claim: Claim, base: float, half: float) -> Ran:
+def ran_with(replication: Replication, base: float, half: float) -> Ran:
     numbers = {"full": ({"learnt": base},) * 2, "half": ({"learnt": half},) * 2}
-    return Ran(claim, "tiny:llama", "0", 2, Design((2,), 0.05), {"full": Choice(1e-3), "half": Choice(1e-3)}, numbers, 1.0, 4, 0)
+    return Ran(
+        replication, "tiny:llama", "0", 2, Design((2,), 0.05), {"full": Choice(1e-3), "half": Choice(1e-3)}, numbers, 1.0, 4, 0
+    )
 
 
-def test_a_claim_is_its_main_expectation_whatever_stands_beside_it() -> None:
-    claim = toy(beside=[Expectation("learnt", "half", "full", "less"), Expectation("learnt", "half", "full", "more", 0.9)])
-    result = result_of(ran_with(claim, 0.5, 0.8))
+def test_a_replication_is_its_main_expectation_whatever_stands_beside_it() -> None:
+    replication = toy(also=[Expectation("learnt", "half", "full", "less"), Expectation("learnt", "half", "full", "more", 0.9)])
+    result = result_of(ran_with(replication, 0.5, 0.8))
     assert result["verdict"] == "holds"
     assert [one["verdict"] for one in result["expectations"]] == ["holds", "does not hold", "does not hold"]
     assert in_words(result) == "holds at this scale: learnt 0.3 share of items (0.3 to 0.3), half minus full, 2 seeds"
 
 
 def test_a_baseline_that_did_not_learn_can_tell_nothing() -> None:
-    claim = toy(floor={"learnt": 0.5})
+    replication = toy(floor={"learnt": 0.5})
     for base, verdict in ((0.5, "holds"), (0.4, "cannot tell")):
-        result = result_of(ran_with(claim, base, base + 0.3))
+        result = result_of(ran_with(replication, base, base + 0.3))
         assert result["expectations"][0]["verdict"] == "holds"
         assert result["verdict"] == verdict
         assert bool(result["short"]) == (verdict == "cannot tell")
@@ -201,7 +203,7 @@ def test_margins_err_in_no_more_than_their_half_of_it(
 
 
 def verdicts(differences: NDArray[float64], margin: float, level: float = LEVEL) -> dict[str, NDArray[bool_]]:
-    """The rule for many claims at once, in numpy, by expectation; `not more` is that `more` is said not to hold."""
+    """The rule for many replications at once, in numpy, by expectation; `not more` is that `more` is said not to hold."""
     found = {}
     for name, is_more in (("more", True), ("less", True), ("not_less", False)):
         values = -differences if name == "less" else differences
@@ -218,7 +220,7 @@ def verdicts(differences: NDArray[float64], margin: float, level: float = LEVEL)
     return found
 
 
-def test_many_claims_at_once_are_judged_as_one_by_one() -> None:
+def test_many_replications_at_once_are_judged_as_one_by_one() -> None:
     differences = default_rng(2).standard_normal((40, 16)) + 0.4
     found = verdicts(differences, 0.3)
     for row, more, not_more in zip(differences, found["more"], found["not more"], strict=True):

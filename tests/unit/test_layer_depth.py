@@ -30,7 +30,7 @@ def values_of(model: Any) -> dict[str, Tensor]:
 def trained_in(engine: Any, now: Now, tune: Any, *, steps: int = 3, **options: Any) -> tuple[list[float], dict[str, Tensor]]:
     """Losses and the model's numbers after some steps of AdamW with weight decay in fp32."""
     model = tiny("llama", seed=1, layers=4, tied=False)
-    run = engine(tune, model=model, step={"adamw": {"decay": 0.1}}, dtype=torch.float32, **options)
+    run = engine(tune, model=model, optimizer={"adamw": {"weight_decay": 0.1}}, dtype=torch.float32, **options)
     losses = [run.step(split(rows_of_eight(seed=i), (5, 3)), now._replace(step=i, learning_rate=0.01)).loss for i in range(steps)]
     return losses, values_of(model)
 
@@ -190,7 +190,7 @@ def test_every_number_decays_once(engine: Any, architecture: str) -> None:
 @pytest.mark.parametrize("tune", ["freeze_lower", "layer_decay", "reinitialized_top"])
 def test_adamw_holds_two_numbers_for_each_that_trains(engine: Any, now: Now, tune: str) -> None:
     model = model_of("gpt2")
-    run = engine(tune, model=model, step="adamw")
+    run = engine(tune, model=model, optimizer="adamw")
     run.step([rows_of_eight()], now)
     held = [one for key, one in run.chain.tensors().items() if not key.endswith("|age")]
     assert sum(one.numel() for one in held) == 2 * run.tune.numbers()
@@ -199,7 +199,7 @@ def test_adamw_holds_two_numbers_for_each_that_trains(engine: Any, now: Now, tun
 
 def test_the_first_step_of_adam_is_each_layers_rate(engine: Any, now: Now) -> None:
     """The update is as large as the rate where the gradient is far above epsilon, half of it where it equals epsilon."""
-    run = engine({"layer_decay": {"factor": 0.5}}, model=model_of(layers=3), step={"adamw": {"epsilon": 1e-30}})
+    run = engine({"layer_decay": {"factor": 0.5}}, model=model_of(layers=3), optimizer={"adamw": {"epsilon": 1e-30}})
     before = {name: one.master.detach().clone() for name, one in run.tune.trained.items()}
     found = gradients(run, [rows_of_eight()], now)
     run.step([rows_of_eight()], now)
@@ -212,7 +212,9 @@ def test_the_first_step_of_adam_is_each_layers_rate(engine: Any, now: Now) -> No
 def test_adams_first_step_by_hand(engine: Any, now: Now) -> None:
     """theta 1, learning rate 0.1, gradient 1, weight decay 0.1: 0.89; a gradient of epsilon moves by half the rate."""
     for epsilon, decay, wanted in ((1e-30, 0.1, 0.89), (1.0, 0.0, 0.95)):
-        run = engine({"layer_decay": {"factor": 1.0}}, model=model_of(), step={"adamw": {"epsilon": epsilon, "decay": decay}})
+        run = engine(
+            {"layer_decay": {"factor": 1.0}}, model=model_of(), optimizer={"adamw": {"epsilon": epsilon, "weight_decay": decay}}
+        )
         one = next(one for one in run.tune.trained.values() if one.decay)
         run.tune.set({one.name: torch.ones_like(one.master)})
         one.gradient = torch.ones_like(one.master)
@@ -262,7 +264,7 @@ def test_the_deviation_of_a_new_matrix_and_of_a_residual_projection() -> None:
 def test_only_the_last_blocks_begin_anew(engine: Any, architecture: str, count: int) -> None:
     model = model_of(architecture, layers=3)
     before = values_of(model)
-    run = engine({"reinitialized_top": {"blocks": count}}, model=model, step="adamw")
+    run = engine({"reinitialized_top": {"blocks": count}}, model=model, optimizer="adamw")
     new = {name for name, one in model.named_parameters() if not torch.equal(one, before[name])}
     wanted = {name for name in before if any(name.startswith(f"{block}.") for block in run.tune.parts.block_modules[3 - count :])}
     assert new == (wanted if count else set())

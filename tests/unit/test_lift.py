@@ -117,8 +117,8 @@ def test_little_of_the_weight_moves_it_in_many_directions() -> None:
 def test_every_linear_map_trains_its_own_share_and_nothing_else(engine: Any, now: Now, architecture: str) -> None:
     model = model_of(architecture).float()
     base = live(model)
-    run = engine(lift(), model=model, step="adamw", dtype=torch.float32)
-    assert {one.place for one in run.tune.trained.values()} == set(run.tune.parts.select(roles=("linear",)))
+    run = engine(lift(), model=model, optimizer="adamw", dtype=torch.float32)
+    assert {one.place for one in run.tune.trained.values()} == set(run.tune.parts.select(target_modules=("linear",)))
     for one in run.tune.trained.values():
         region = run.tune.region(one.place)
         assert one.form == "flat" and len(one.index) == 2 * sum(region.shape) < region.numel()
@@ -138,9 +138,9 @@ def test_gradients_are_those_of_full_fine_tuning_at_the_selection(engine: Any, n
 
 def test_a_budget_that_covers_every_weight_is_full_fine_tuning(engine: Any, now: Now) -> None:
     found = []
-    for tune in ({"lift": {"rank": 4, "lora_rank": 100, "every": 2}}, {"full": {"roles": ["linear"]}}):
+    for tune in ({"lift": {"rank": 4, "lora_rank": 100, "every": 2}}, {"full": {"target_modules": ["linear"]}}):
         model = model_of()
-        run = engine(tune, model=model, step={"adamw": {"decay": 0.1}})
+        run = engine(tune, model=model, optimizer={"adamw": {"weight_decay": 0.1}})
         steps(run, now, 5)
         found.append(live(model))
     assert max(float((value - found[1][name]).abs().max()) for name, value in found[0].items()) < 1e-12
@@ -148,7 +148,7 @@ def test_a_budget_that_covers_every_weight_is_full_fine_tuning(engine: Any, now:
 
 def test_the_selection_changes_after_every_so_many_steps(engine: Any, now: Now) -> None:
     model = model_of()
-    run = engine(lift(every=2), model=model, step="adamw")
+    run = engine(lift(every=2), model=model, optimizer="adamw")
     now = now._replace(steps=8)
     for i in range(8):
         before = {name: (one.index, one.master.detach().clone()) for name, one in run.tune.trained.items()}
@@ -176,7 +176,9 @@ def spread(state: dict[str, Any], key: str, index: Tensor, numel: int) -> Tensor
 def test_entries_of_a_model_in_bf16_are_ranked_as_their_masters_hold_them(engine: Any, now: Now) -> None:
     """Later selections ranked the live weights in bf16, in which what was learnt since is rounded away."""
     run = engine(
-        {"lift": {"rank": 32, "lora_rank": 1, "every": 1, "roles": ["mlp_down"]}}, model=model_of(layers=1), dtype=torch.bfloat16
+        {"lift": {"rank": 32, "lora_rank": 1, "every": 1, "target_modules": ["mlp_down"]}},
+        model=model_of(layers=1),
+        dtype=torch.bfloat16,
     )
     ((name, one),) = run.tune.trained.items()
     learnt = one.master.detach() * (1 + 2**-11)
@@ -190,7 +192,7 @@ def test_entries_of_a_model_in_bf16_are_ranked_as_their_masters_hold_them(engine
 
 
 def test_moments_of_entries_that_stay_are_kept_and_others_start_at_zero(engine: Any, now: Now) -> None:
-    run = engine(lift(every=2), model=model_of(), step="adamw")
+    run = engine(lift(every=2), model=model_of(), optimizer="adamw")
     state = run.chain.state["adamw"]
     sizes = {name: run.tune.region(one.place).numel() for name, one in run.tune.trained.items()}
     ever = {name: torch.zeros(size, dtype=torch.bool) for name, size in sizes.items()}
@@ -218,7 +220,7 @@ def test_moments_of_entries_that_stay_are_kept_and_others_start_at_zero(engine: 
 
 def test_an_entry_that_joins_late_steps_like_a_new_one(engine: Any) -> None:
     """At a constant gradient AdamW moves by the learning rate in every step, however old the run is."""
-    run = engine(lift(every=2), model=model_of(), step={"adamw": {"epsilon": 1e-30}})
+    run = engine(lift(every=2), model=model_of(), optimizer={"adamw": {"epsilon": 1e-30}})
     now = Now(steps=20, learning_rate=0.05)
     for i in range(6):
         before = {name: one.master.detach().clone() for name, one in run.tune.trained.items()}
@@ -233,7 +235,7 @@ def test_an_entry_that_joins_late_steps_like_a_new_one(engine: Any) -> None:
 
 
 def test_adamw_holds_two_numbers_and_an_age_for_each_entry(engine: Any, now: Now) -> None:
-    run = engine(lift(every=2), model=model_of(), step="adamw")
+    run = engine(lift(every=2), model=model_of(), optimizer="adamw")
     steps(run, now, 5)
     held = sum(value.numel() for value in run.chain.tensors().values())
     assert held == 3 * run.tune.numbers() < sum(one.numel() for one in run.tune.model.parameters())
@@ -245,7 +247,7 @@ def test_clipping_sees_the_selected_entries_alone(engine: Any, now: Now) -> None
     run = engine(lift(), model=model)
     norm = float(torch.cat([g.flatten() for g in gradients(run, [batch], now).values()]).norm())
     before = {name: one.master.detach().clone() for name, one in run.tune.trained.items()}
-    run = engine(lift(), model=model_of(), step=[{"clip": {"norm": norm / 2}}, "sgd"])
+    run = engine(lift(), model=model_of(), optimizer=[{"clip": {"norm": norm / 2}}, "sgd"])
     run.step([batch], now._replace(learning_rate=1.0))
     moved = torch.cat([before[name] - one.master.detach() for name, one in run.tune.trained.items()])
     assert abs(float(moved.norm()) - norm / 2) < 1e-6
@@ -287,4 +289,4 @@ def test_numbers_below_one_are_refused(option: str) -> None:
 
 def test_what_is_no_matrix_is_refused(engine: Any) -> None:
     with pytest.raises(LuthierError, match="entries of matrices"):
-        engine({"lift": {"roles": ["norm"]}})
+        engine({"lift": {"target_modules": ["norm"]}})

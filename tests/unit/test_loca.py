@@ -12,7 +12,7 @@ from torch import Tensor
 
 from luthier.errors import LuthierError
 from luthier.kinds import Now
-from luthier.methods.additive._cosine import (
+from luthier.methods.weight_delta._cosine import (
     HIGHEST,
     bounded,
     cells,
@@ -168,8 +168,8 @@ def one_step(run: Any, now: Now, step: int, steps: int) -> dict[str, bool]:
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 def test_coefficients_and_locations_take_turns_until_the_search_ends(engine: Any, now: Now, architecture: str) -> None:
-    options = {"coefficients": 20, "search": 0.5, "coefficient_steps": 2, "location_steps": 3, "location_rate": 1.0}
-    run = engine({"loca": options}, model=model_of(architecture, layers=1), step="adamw")
+    options = {"coefficients": 20, "search": 0.5, "coefficient_steps": 2, "location_steps": 3, "location_learning_rate_factor": 1.0}
+    run = engine({"loca": options}, model=model_of(architecture, layers=1), optimizer="adamw")
     for step in range(16):
         moved = one_step(run, now, step, steps=24)
         locations = step < 12 and step % 5 >= 2
@@ -178,7 +178,7 @@ def test_coefficients_and_locations_take_turns_until_the_search_ends(engine: Any
 
 def test_the_papers_turns(now: Now) -> None:
     """Ten steps of coefficients, twenty of locations, over a tenth of the run."""
-    additive, _, freezing = make("loca", ("additive",)).values
+    weight_delta, _, freezing = make("loca", ("weight_delta",)).values
 
     class One:
         def __init__(self, name: str) -> None:
@@ -191,12 +191,12 @@ def test_the_papers_turns(now: Now) -> None:
         ]
         locations = step < 200 and step % 30 >= 10
         assert still == [locations, not locations, not locations]
-    assert additive.rates == {"rows": 0.02, "columns": 0.02}
+    assert weight_delta.rates == {"rows": 0.02, "columns": 0.02}
 
 
 def test_idle_moments_stay_and_no_location_decays(engine: Any, now: Now) -> None:
     options = {"coefficients": 20, "search": 1.0, "coefficient_steps": 1, "location_steps": 1}
-    run = engine({"loca": options}, model=model_of(layers=1), step={"adamw": {"decay": 0.5}})
+    run = engine({"loca": options}, model=model_of(layers=1), optimizer={"adamw": {"weight_decay": 0.5}})
     assert not any(one.decay for one in run.tune.trained.values())
     one_step(run, now, 0, steps=4)
     name = next(name for name in run.tune.trained if name.endswith(".coefficients"))
@@ -206,7 +206,7 @@ def test_idle_moments_stay_and_no_location_decays(engine: Any, now: Now) -> None
 
 
 def test_no_search_keeps_locations_where_they_began(engine: Any, now: Now) -> None:
-    run = engine({"loca": {"coefficients": 20, "search": 0.0}}, model=model_of(layers=1), step="adamw")
+    run = engine({"loca": {"coefficients": 20, "search": 0.0}}, model=model_of(layers=1), optimizer="adamw")
     for step in range(4):
         assert one_step(run, now, step, steps=4) == {"coefficients": True, "rows": False, "columns": False}
 
@@ -286,7 +286,7 @@ def test_a_location_that_moved_keeps_its_gradient_whole() -> None:
 )
 def test_options_out_of_range_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(LuthierError, match=message):
-        make({"loca": options}, ("additive",))
+        make({"loca": options}, ("weight_delta",))
 
 
 @pytest.mark.parametrize(
@@ -303,14 +303,22 @@ def test_options_out_of_range_are_refused(options: dict[str, Any], message: str)
     ],
 )
 def test_options_at_the_edge_of_their_range_are_taken(options: dict[str, Any]) -> None:
-    made = make({"loca": options}, ("additive",)).values[0]
+    made = make({"loca": options}, ("weight_delta",)).values[0]
     assert made.draws == (options.get("dropout", 0.0) > 0)
 
 
 def test_killed_and_resumed_it_is_the_same_run_bit_for_bit(engine: Any, now: Now, tmp_path: Path) -> None:
     setting = {
-        "tune": {"loca": {"coefficients": 20, "search": 0.5, "coefficient_steps": 2, "location_steps": 2, "location_rate": 1.0}},
-        "step": "adamw",
+        "tune": {
+            "loca": {
+                "coefficients": 20,
+                "search": 0.5,
+                "coefficient_steps": 2,
+                "location_steps": 2,
+                "location_learning_rate_factor": 1.0,
+            }
+        },
+        "optimizer": "adamw",
     }
     assert_resumes(engine, now, tmp_path / "step-3", **setting)
 
@@ -320,7 +328,7 @@ def test_a_pass_on_shapes_alone_leaves_nothing_behind(engine: Any, now: Now) -> 
         engine(
             {"loca": {"coefficients": 20, "search": 0.5, "coefficient_steps": 1, "location_steps": 1}},
             model=model_of(),
-            step="adamw",
+            optimizer="adamw",
         )
         for _ in range(2)
     ]

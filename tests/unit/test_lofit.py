@@ -13,9 +13,9 @@ from torch import Tensor
 
 from luthier.errors import LuthierError
 from luthier.kinds import Freezing, Now
-from luthier.methods.hidden_edit._heads import top_heads
-from luthier.methods.hidden_edit.ia3 import ia3
-from luthier.methods.hidden_edit.lofit import lofit
+from luthier.methods.representation_edit._heads import top_heads
+from luthier.methods.representation_edit.ia3 import ia3
+from luthier.methods.representation_edit.lofit import lofit
 from luthier.training.checkpoint import restore, save
 from tests.conftest import make_batch, split
 from tests.toys.helpers import gradients, logits_of, model_of, plain_gradients, rows_of_eight
@@ -35,7 +35,7 @@ def go(run: Any, first: int, last: int, now: Now = NOW) -> None:
 
 def offsets_only(engine: Any, architecture: str = "gpt2", share: float = 1.0, **options: Any) -> Any:
     """A run at the beginning of the second phase, with a first phase that did not move."""
-    run = engine(lofit(share=share, **options), model=model_of(architecture), step="adamw")
+    run = engine(lofit(share=share, **options), model=model_of(architecture), optimizer="adamw")
     run.tune.refresh(
         lambda slot: run.services(slot, NOW._replace(step=2, learning_rate=0.0)), NOW._replace(step=2, learning_rate=0.0)
     )
@@ -51,7 +51,7 @@ def moved(run: Any, seed: int = 3) -> Any:
 
 def test_neither_scales_nor_offsets_decay(engine: Any) -> None:
     """Weight decay acted on offsets, which stand in a matrix, one vector for each head."""
-    run = engine(lofit(share=0.5), model=model_of(), step={"adamw": {"decay": 0.5}})
+    run = engine(lofit(share=0.5), model=model_of(), optimizer={"adamw": {"weight_decay": 0.5}})
     assert [one.decay for one in run.tune.trained.values()] == [False, False]
     later = NOW._replace(step=2, learning_rate=0.0)
     run.tune.refresh(lambda slot: run.services(slot, later), later)
@@ -79,7 +79,7 @@ def test_heads_are_ordered_by_the_l2_norm_over_all_layers() -> None:
 
 
 def test_both_phases_train_as_many_numbers_as_the_paper(engine: Any) -> None:
-    run = engine(lofit(share=0.25, selection=0.5), model=model_of(), step="adamw")
+    run = engine(lofit(share=0.25, selection=0.5), model=model_of(), optimizer="adamw")
     assert run.tune.numbers() == 2 * HEADS * WIDTH
     go(run, 0, 2)
     assert run.tune.numbers() == 2 * HEADS * WIDTH, "the third of six steps still selects"
@@ -92,7 +92,7 @@ def test_both_phases_train_as_many_numbers_as_the_paper(engine: Any) -> None:
 def test_the_heads_that_moved_most_are_kept_and_the_scales_are_dropped(engine: Any) -> None:
     model = model_of()
     wanted = logits_of(copy.deepcopy(model), BATCH)
-    run = engine(lofit(share=0.4), model=model, step="adamw")
+    run = engine(lofit(share=0.4), model=model, optimizer="adamw")
     assert torch.equal(logits_of(model, BATCH), wanted)
     go(run, 0, 2)
     assert float((logits_of(model, BATCH) - wanted).abs().max()) > 1e-4
@@ -106,17 +106,17 @@ def test_the_heads_that_moved_most_are_kept_and_the_scales_are_dropped(engine: A
     run.chain.step = remember
     go(run, 2, 3)
     order = torch.cat([scores[0], scores[1]]).argsort(descending=True)[:3].tolist()
-    assert run.states["hidden_edit"]["heads"].tolist() == [list(divmod(one, HEADS)) for one in order]
+    assert run.states["representation_edit"]["heads"].tolist() == [list(divmod(one, HEADS)) for one in order]
     assert torch.equal(logits_of(model, BATCH), wanted), "the offsets start at zero and the scales are gone"
     for own in run.tune.owns:
-        chosen = sorted(head for layer, head in run.states["hidden_edit"]["heads"].tolist() if layer == own.place.block)
+        chosen = sorted(head for layer, head in run.states["representation_edit"]["heads"].tolist() if layer == own.place.block)
         assert sorted(own.frozen.get("heads", torch.zeros(0)).tolist()) == chosen
         assert own.trained.keys() == ({"offset"} if chosen else set())
 
 
 def test_only_what_the_chosen_heads_give_moves(engine: Any) -> None:
     model = model_of()
-    run = engine(lofit(share=0.125, selection=0.5), model=model, step="adamw")
+    run = engine(lofit(share=0.125, selection=0.5), model=model, optimizer="adamw")
     ((layer, head),) = _chosen_after(run)
     go(run, 3, 6)
     seen: dict[int, tuple[Tensor, Tensor]] = {}
@@ -139,7 +139,7 @@ def test_only_what_the_chosen_heads_give_moves(engine: Any) -> None:
 
 def _chosen_after(run: Any) -> list[tuple[int, int]]:
     go(run, 0, 3)
-    return [tuple(one) for one in run.states["hidden_edit"]["heads"].tolist()]
+    return [tuple(one) for one in run.states["representation_edit"]["heads"].tolist()]
 
 
 def test_the_gradient_of_an_offset_is_that_of_a_bias_seen_through_the_map(engine: Any) -> None:
@@ -219,7 +219,7 @@ def test_offsets_fold_into_the_bias_and_scales_into_the_map(engine: Any) -> None
 @pytest.mark.parametrize("offsets_first", [True, False])
 def test_edits_in_front_of_the_same_map_fold_whatever_their_order(engine: Any, offsets_first: bool) -> None:
     values = [lofit(share=1.0), ia3(outputs=("attention_output",), inputs=("attention_output",))]
-    run = engine(values if offsets_first else values[::-1], model=model_of("gpt2"), step="adamw")
+    run = engine(values if offsets_first else values[::-1], model=model_of("gpt2"), optimizer="adamw")
     run.tune.refresh(
         lambda slot: run.services(slot, NOW._replace(step=2, learning_rate=0.0)), NOW._replace(step=2, learning_rate=0.0)
     )
@@ -252,7 +252,7 @@ def test_the_paper_starts_and_rates(engine: Any) -> None:
     values = torch.cat([one.master.detach().flatten() for one in run.tune.trained.values()])
     assert len(values) == 64 and abs(float(values.std()) - 1e-3) < 3e-4
     assert {one.rate for one in run.tune.trained.values()} == {1.0}
-    offsets = offsets_only(engine, deviation=1e-3, rate=3.0)
+    offsets = offsets_only(engine, deviation=1e-3, learning_rate_factor=3.0)
     values = torch.cat([one.master.detach().flatten() for one in offsets.tune.trained.values()])
     assert len(values) == 64 and abs(float(values.std()) - 1e-3) < 3e-4
     assert {one.rate for one in offsets.tune.trained.values()} == {3.0}
@@ -267,7 +267,7 @@ def test_a_penalty_that_drowns_the_loss_is_told(engine: Any) -> None:
     """With a large penalty all scores fall to the optimizer's noise, and what is chosen means nothing."""
 
     def scores(penalty: float) -> None:
-        run = engine(lofit(penalty=penalty, selection=0.95), model=model_of(layers=1), step="adamw")
+        run = engine(lofit(penalty=penalty, selection=0.95), model=model_of(layers=1), optimizer="adamw")
         run.tune.model.train()
         for i in range(40):
             rate = 5e-3 * (1 - i / 38) if i < 38 else 5e-3
@@ -281,7 +281,7 @@ def test_a_penalty_that_drowns_the_loss_is_told(engine: Any) -> None:
 
 
 def test_adamw_holds_two_numbers_for_each_that_trains(engine: Any) -> None:
-    run = engine(lofit(share=0.25), model=model_of(), step="adamw")
+    run = engine(lofit(share=0.25), model=model_of(), optimizer="adamw")
     for last in (2, 5):
         go(run, 0 if last == 2 else 2, last)
         held = [one.numel() for path, one in run.chain.tensors().items() if not path.endswith("|age") and isinstance(one, Tensor)]
@@ -290,7 +290,7 @@ def test_adamw_holds_two_numbers_for_each_that_trains(engine: Any) -> None:
 
 def test_killed_in_either_phase_and_resumed(engine: Any, tmp_path: Path) -> None:
     def build() -> Any:
-        return engine(lofit(share=0.25, deviation=1e-3), model=model_of(), step="adamw")
+        return engine(lofit(share=0.25, deviation=1e-3), model=model_of(), optimizer="adamw")
 
     run, saved = build(), []
     for k in range(6):
@@ -314,13 +314,14 @@ def test_a_run_too_short_for_both_phases_is_refused(engine: Any, selection: floa
 def test_heads_that_do_not_explain_the_map_are_refused(engine: Any) -> None:
     edit, _, _ = lofit()
     run = engine("full", model=model_of())
-    place = run.tune.parts.select(roles="attention_output")[0]
+    place = run.tune.parts.select(target_modules="attention_output")[0]
     with pytest.raises(LuthierError, match="reads 33 channels, not 4 heads of 8"):
         edit.start(place, 33, 32, run.services("lofit", NOW))
 
 
 @pytest.mark.parametrize(
-    "options", [{"share": 0.0}, {"share": 1.01}, {"selection": 1.0}, {"penalty": -1.0}, {"rate": 0.0}, {"deviation": -1.0}]
+    "options",
+    [{"share": 0.0}, {"share": 1.01}, {"selection": 1.0}, {"penalty": -1.0}, {"learning_rate_factor": 0.0}, {"deviation": -1.0}],
 )
 def test_impossible_settings_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(LuthierError, match=f"{next(iter(options.values()))}"):
@@ -335,11 +336,11 @@ def test_impossible_settings_are_refused(options: dict[str, Any]) -> None:
         {"selection": 0.01},
         {"selection": 0.99},
         {"penalty": 0.0},
-        {"rate": 0.01},
+        {"learning_rate_factor": 0.01},
         {"deviation": 0.0},
     ],
 )
 def test_settings_at_the_edge_of_what_is_possible_are_taken(options: dict[str, Any]) -> None:
     edit, term, freezing = lofit(**options)
     assert term.penalty, "it teaches nothing by itself"
-    assert edit.rates == {"offset": options.get("rate", 2.0)} and freezing.ends == (options.get("selection", 0.5),)
+    assert edit.rates == {"offset": options.get("learning_rate_factor", 2.0)} and freezing.ends == (options.get("selection", 0.5),)

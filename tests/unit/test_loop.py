@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from luthier.kinds import Keeper, Now
+from luthier.kinds import Callback, Now
 from luthier.training import loop
 from luthier.training.engine import Kept, StepResult
 from luthier.training.loop import ASKED, Clock, Plans, Progress, train
@@ -23,8 +23,8 @@ RESULT = StepResult(2.0, 1.5, {"cross_entropy": 2.0}, tokens=10, supervised=4, r
 class Steps:
     """An engine whose steps give what they are told to, and that remembers when its numbers were best."""
 
-    def __init__(self, *results: StepResult, keepers: Sequence[Kept] = ()) -> None:
-        self.results, self.keepers = list(results), list(keepers)
+    def __init__(self, *results: StepResult, callbacks: Sequence[Kept] = ()) -> None:
+        self.results, self.callbacks = list(results), list(callbacks)
         self.tune, self.world = SimpleNamespace(model=torch.nn.Linear(1, 1)), World()
         self.states: dict[str, Any] = {}
         self.committed = False
@@ -72,8 +72,8 @@ def test_a_step_is_logged_with_what_there_is_to_tell(monkeypatch: pytest.MonkeyP
     plain, told, empty, last = progress.history
     assert [line["step"] for line in progress.history] == [1, 2, 3, 4] and told["epoch"] == 0.25
     assert plain["loss"] == 2.0 and plain["nll"] == 1.5 and plain["learning_rate"] == 0.5
-    assert not {"parts", "kept", "notes"} & (plain.keys() | last.keys() | empty.keys())
-    assert (told["parts"], told["kept"], told["notes"]) == (several.parts, 0.75, {"norm": 3.0})
+    assert not {"parts", "mean_weight", "notes"} & (plain.keys() | last.keys() | empty.keys())
+    assert (told["parts"], told["mean_weight"], told["notes"]) == (several.parts, 0.75, {"norm": 3.0})
     assert empty["loss"] is None and empty["nll"] is None
 
 
@@ -109,11 +109,11 @@ def test_a_run_ends_after_so_many_evaluations_that_are_no_better(higher: bool) -
 
 def test_what_acts_at_the_end_of_a_stage_sees_its_last_step() -> None:
     seen: list[Now] = []
-    keepers = [
-        Kept("one", Keeper(after_stage=lambda state, services: seen.append(services)), {}),  # type: ignore[arg-type]
-        Kept("other", Keeper(), {}),
+    callbacks = [
+        Kept("one", Callback(after_stage=lambda state, services: seen.append(services)), {}),  # type: ignore[arg-type]
+        Kept("other", Callback(), {}),
     ]
-    run(Steps(keepers=keepers), 3)
+    run(Steps(callbacks=callbacks), 3)
     assert [(now.step, now.steps, now.epoch, now.learning_rate) for now in seen] == [(2, 3, 0.0, 0.5)]
 
 

@@ -10,7 +10,7 @@ import torch
 
 from luthier.errors import LuthierError
 from luthier.kinds import Place
-from luthier.methods.additive.lora import lora
+from luthier.methods.weight_delta.lora import lora
 
 PLACE = Place("hand", "weight", "mlp_up", 0)
 SERVICES: Any = SimpleNamespace(rng=lambda key: torch.Generator().manual_seed(len(key)))

@@ -108,9 +108,9 @@ def count(masks: dict[str, Tensor]) -> int:
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 def test_the_first_phase_is_full_fine_tuning_and_the_ticket_what_it_moved_most(engine: Any, now: Now, architecture: str) -> None:
-    base = weights(engine({"full": {"roles": ROLES}}, model=model_of(architecture)))
-    full = engine({"full": {"roles": ROLES}}, model=model_of(architecture), step="adamw")
-    run = engine({"lt_sft": {"share": 0.05}}, model=model_of(architecture), step="adamw")
+    base = weights(engine({"full": {"target_modules": ROLES}}, model=model_of(architecture)))
+    full = engine({"full": {"target_modules": ROLES}}, model=model_of(architecture), optimizer="adamw")
+    run = engine({"lt_sft": {"share": 0.05}}, model=model_of(architecture), optimizer="adamw")
     numbers = run.tune.numbers()
     assert numbers == full.tune.numbers()
     go(full, now, 0, 10)
@@ -127,7 +127,7 @@ def test_the_second_phase_begins_at_the_base_and_moves_the_ticket_alone(
     engine: Any, now: Now, architecture: str, dtype: torch.dtype
 ) -> None:
     """Decay left on would shrink numbers off the ticket: they keep every bit."""
-    run = engine({"lt_sft": {"share": 0.05}}, model=model_of(architecture), step={"adamw": {"decay": 0.1}}, dtype=dtype)
+    run = engine({"lt_sft": {"share": 0.05}}, model=model_of(architecture), optimizer={"adamw": {"weight_decay": 0.1}}, dtype=dtype)
     base, numbers = weights(run), run.tune.numbers()
     go(run, now, 0, 9)
     assert all(one.form in ("whole", "rows") for one in run.tune.trained.values())
@@ -146,8 +146,8 @@ def test_the_second_phase_begins_at_the_base_and_moves_the_ticket_alone(
 
 def test_a_share_of_one_is_full_fine_tuning_from_the_base(engine: Any, now: Now) -> None:
     found = []
-    for tune, first in (({"lt_sft": {"share": 1.0}}, 0), ({"full": {"roles": ROLES}}, 10)):
-        run = engine(tune, model=model_of(), step="adamw")
+    for tune, first in (({"lt_sft": {"share": 1.0}}, 0), ({"full": {"target_modules": ROLES}}, 10)):
+        run = engine(tune, model=model_of(), optimizer="adamw")
         # The same rows all along: what did not move in the first phase would not move in the second.
         go(run, now, first, STEPS, seeds=1)
         found.append(weights(run))
@@ -155,7 +155,7 @@ def test_a_share_of_one_is_full_fine_tuning_from_the_base(engine: Any, now: Now)
 
 
 def test_where_nothing_was_chosen_nothing_moves(engine: Any, now: Now) -> None:
-    run = engine({"lt_sft": {"share": 0.0005}}, model=model_of(), step="adamw")
+    run = engine({"lt_sft": {"share": 0.0005}}, model=model_of(), optimizer="adamw")
     base = weights(run)
     go(run, now, 0, STEPS)
     empty = [one.place.parameter for one in run.tune.trained.values() if not len(run.states["lt_sft"][f"index {one.place}"])]
@@ -167,7 +167,7 @@ def test_where_nothing_was_chosen_nothing_moves(engine: Any, now: Now) -> None:
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 def test_two_iterations_choose_half_each_and_go_on_from_what_was_learnt(engine: Any, now: Now, architecture: str) -> None:
-    run = engine({"lt_sft": {"share": 0.04, "iterations": 2}}, model=model_of(architecture), step="adamw")
+    run = engine({"lt_sft": {"share": 0.04, "iterations": 2}}, model=model_of(architecture), optimizer="adamw")
     base, numbers = weights(run), run.tune.numbers()
     go(run, now, 0, 5)
     first = ticket(run)
@@ -191,7 +191,7 @@ def test_two_iterations_choose_half_each_and_go_on_from_what_was_learnt(engine: 
 
 
 def test_three_iterations_choose_a_third_each(engine: Any, now: Now) -> None:
-    run = engine({"lt_sft": {"share": 0.05, "iterations": 3}}, model=model_of(layers=1), step="adamw")
+    run = engine({"lt_sft": {"share": 0.05, "iterations": 3}}, model=model_of(layers=1), optimizer="adamw")
     numbers, chosen = run.tune.numbers(), []
     for i in range(STEPS):
         go(run, now, i, i + 1)
@@ -211,7 +211,7 @@ def test_the_schedule_begins_anew_with_every_phase() -> None:
 @pytest.mark.parametrize("phase", [0, 1])
 def test_the_penalty_pulls_each_moved_number_by_lambda_over_all_numbers(engine: Any, now: Now, phase: int) -> None:
     """It counts once a step, however the step is split, and not at all where a number stands at the base."""
-    run = engine({"lt_sft": {"l1": 0.1}}, model=model_of(tied=True, layers=1), step="adamw")
+    run = engine({"lt_sft": {"l1": 0.1}}, model=model_of(tied=True, layers=1), optimizer="adamw")
     everything = sum(one.numel() for one in run.tune.model.parameters())
     go(run, now, 0, 10 * phase)
     for name, one in run.tune.trained.items():
@@ -231,7 +231,7 @@ def test_the_penalty_pulls_each_moved_number_by_lambda_over_all_numbers(engine: 
 
 def test_the_penalty_of_a_model_in_bf16_is_of_what_its_masters_hold(engine: Any, now: Now) -> None:
     """The penalty was of the live weights in bf16: numbers that had moved by less than their rounding had none."""
-    run = engine({"lt_sft": {"l1": 0.1}}, model=model_of(tied=True, layers=1), step="adamw", dtype=torch.bfloat16)
+    run = engine({"lt_sft": {"l1": 0.1}}, model=model_of(tied=True, layers=1), optimizer="adamw", dtype=torch.bfloat16)
     everything, loss = sum(one.numel() for one in run.tune.model.parameters()), 0.0
     for name, one in run.tune.trained.items():
         run.tune.set({name: one.start.float() * (1 + 2**-12)})
@@ -250,7 +250,7 @@ def test_the_penalty_of_a_model_in_bf16_is_of_what_its_masters_hold(engine: Any,
 def test_what_is_learnt_shrinks_as_the_penalty_grows(engine: Any, now: Now) -> None:
     sizes = []
     for l1 in (0.0, 10.0, 1000.0):
-        run = engine({"lt_sft": {"l1": l1, "share": 0.02}}, model=model_of(layers=1), step="adamw")
+        run = engine({"lt_sft": {"l1": l1, "share": 0.02}}, model=model_of(layers=1), optimizer="adamw")
         base = weights(run)
         go(run, now, 0, STEPS)
         sizes.append(sum(float((one - base[name]).abs().sum()) for name, one in weights(run).items()))
@@ -262,7 +262,7 @@ def test_what_is_learnt_shrinks_as_the_penalty_grows(engine: Any, now: Now) -> N
 def test_resumed_in_every_phase(engine: Any, now: Now, tmp_path: Path, architecture: str, iterations: int) -> None:
     def build() -> Any:
         tune = {"lt_sft": {"share": 0.02, "iterations": iterations, "l1": 0.1}}
-        run = engine(tune, model=model_of(architecture, layers=1), step={"adamw": {"decay": 0.1}})
+        run = engine(tune, model=model_of(architecture, layers=1), optimizer={"adamw": {"weight_decay": 0.1}})
         run.tune.model.train()
         return run
 
@@ -282,7 +282,7 @@ def test_resumed_in_every_phase(engine: Any, now: Now, tmp_path: Path, architect
 def test_deltas_of_a_task_and_a_language_add_up(engine: Any, now: Now) -> None:
     deltas, base = [], model_of()
     for seed in (0, 7):
-        run = engine({"lt_sft": {"share": 0.03}}, model=copy.deepcopy(base), step="adamw")
+        run = engine({"lt_sft": {"share": 0.03}}, model=copy.deepcopy(base), optimizer="adamw")
         for i in range(STEPS):
             run.step([rows_of_eight(seed=seed)], now._replace(step=i, learning_rate=0.01))
         deltas.append((Delta.of(run.tune, base), weights(run)))

@@ -1,4 +1,4 @@
-"""Masked thought: the exact claims of the paper, and input maps in general: what they may touch, and where they never stand."""
+"""Masked thought: the exact replications of the paper, and input maps in general: what they may touch, and where they never stand."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ from tests.conftest import make_batch, split
 from tests.toys.helpers import gap, gradients, model_of, plain_loss, rows_of_eight, toys  # noqa: F401
 
 MASK = 3
-ALWAYS = {"rate": 1.0, "warmup": 0.0, "random_share": 0.0, "mask_id": MASK}
-HALF = {"rate": 0.5, "warmup": 0.0, "random_share": 0.5, "mask_id": MASK}
+ALWAYS = {"mask_probability": 1.0, "warmup": 0.0, "random_share": 0.0, "mask_id": MASK}
+HALF = {"mask_probability": 0.5, "warmup": 0.0, "random_share": 0.5, "mask_id": MASK}
 VOCABULARY = 259
 
 
@@ -58,7 +58,7 @@ def trained(run: Any, now: Now, steps: int = 3) -> tuple[list[float], dict[str, 
 
 def test_a_rate_of_zero_is_supervised_fine_tuning_bit_for_bit(engine: Any, now: Now) -> None:
     plain_losses, plain = trained(engine(), now)
-    losses, same = trained(engine(objective=masked(**{**HALF, "rate": 0.0})), now)
+    losses, same = trained(engine(objective=masked(**{**HALF, "mask_probability": 0.0})), now)
     assert losses == plain_losses
     assert all(torch.equal(same[name], value) for name, value in plain.items())
     other_losses, other = trained(engine(objective=masked(**HALF)), now)
@@ -96,7 +96,7 @@ def test_what_has_no_chance_never_happens(now: Now) -> None:
         now, bare_vocabulary(VOCABULARY), lambda stream: torch.zeros(1, 4).double(), lambda stream, width: torch.empty(0)
     )
     for rate, replaced in ((0.0, False), (1e-9, True)):
-        (value,) = registry.part("masked_thought", **{**ALWAYS, "rate": rate}).values
+        (value,) = registry.part("masked_thought", **{**ALWAYS, "mask_probability": rate}).values
         wanted_BT = torch.where(batch.label_BT >= 0, MASK, batch.token_ids_BT) if replaced else batch.token_ids_BT
         assert torch.equal(value.map(batch, reading), wanted_BT)
     assert inputs(random_share=1.0).maps, "without a chance of the mask none is needed"
@@ -117,7 +117,7 @@ def test_random_ids_come_at_their_share_and_from_the_whole_vocabulary(now: Now) 
     count, own = 400 * 60, MASK + 1
     ids_BT = torch.full((400, 60), own)
     batch = make_batch([(60, 60)] * 400)._replace(token_ids_BT=ids_BT, label_BT=ids_BT)
-    read_BT = inputs(rate=0.5, warmup=0.0, random_share=0.3, mask_id=MASK).read(batch, now).token_ids_BT
+    read_BT = inputs(mask_probability=0.5, warmup=0.0, random_share=0.3, mask_id=MASK).read(batch, now).token_ids_BT
     drawn = read_BT[(read_BT != MASK) & (read_BT != own)]
     # Of the random ids one in 259 is the mask's, and one the token's own.
     for found, chance in ((read_BT == MASK, 0.5 * (0.7 + 0.3 / VOCABULARY)), (read_BT == own, 0.5 * (1 + 0.3 / VOCABULARY))):
@@ -239,12 +239,12 @@ def test_two_maps_and_one_map_twice_draw_differently(engine: Any, now: Now) -> N
 
 
 def test_every_source_of_gradients_reads_the_same(engine: Any, now: Now) -> None:
-    found = [trained(engine(objective=masked(**HALF), source=source), now) for source in ("backprop", "per_layer")]
+    found = [trained(engine(objective=masked(**HALF), gradient_estimator=source), now) for source in ("backprop", "per_layer")]
     assert found[0][0] == found[1][0]
     assert all(torch.equal(found[1][1][name], value) for name, value in found[0][1].items())
     # Without gradients too, at a point so close that the loss is the same.
     losses = [
-        engine(objective=masked(**HALF), source=source).step([rows_of_eight()], now).loss
+        engine(objective=masked(**HALF), gradient_estimator=source).step([rows_of_eight()], now).loss
         for source in ("backprop", {"zeroth_order": {"scale": 1e-7}})
     ]
     assert losses[1] == pytest.approx(losses[0], abs=1e-5)
@@ -314,7 +314,7 @@ def test_what_no_model_can_read_is_refused(now: Now, map: Any, what: str) -> Non
 @pytest.mark.parametrize(
     ("options", "what"),
     [
-        ({"rate": 1.5}, "`rate` is 1.5"),
+        ({"mask_probability": 1.5}, "`mask_probability` is 1.5"),
         ({"warmup": -0.1}, "`warmup` is -0.1"),
         ({"random_share": 2.0}, "`random_share` is 2.0"),
         ({"random_share": 0.5}, "no token that could be the mask"),
@@ -333,7 +333,7 @@ def test_special_tokens_are_neither_replaced_nor_drawn(now: Now) -> None:
     assert vocabulary.mask == 0, "the padding token, which does not end a turn"
     batch = make_batch([(60, 60)] * 200)
     batch.token_ids_BT[:, ::3] = torch.arange(20) % 3
-    read_BT = inputs(vocabulary, rate=1.0, warmup=0.0).read(batch, now).token_ids_BT
+    read_BT = inputs(vocabulary, mask_probability=1.0, warmup=0.0).read(batch, now).token_ids_BT
     assert torch.equal(read_BT[:, ::3], batch.token_ids_BT[:, ::3])
     drawn = read_BT[batch.token_ids_BT > 2]
     assert set(drawn.tolist()) == set(range(3, 259))
@@ -366,8 +366,8 @@ RECIPE: dict[str, Any] = {
         "learning_rate": 1e-2,
         "evaluate_every": 1,
     },
-    "evaluate": {"held back": {"rows": ROWS, "metric": "loss"}},
-    "noise": False,
+    "evaluate": {"held out": {"rows": ROWS, "metric": "loss"}},
+    "repeat_baseline": False,
 }
 
 
@@ -378,7 +378,7 @@ def test_objectives_that_minimize_nothing_get_cross_entropy(tmp_path: Path) -> N
 
     alone, plain = planned("masked_thought"), planned("cross_entropy")
     (line,) = [line for line in alone.lines() if line.startswith("objective")]
-    assert line.startswith("objective    masked_thought (rate 0.4, ") and line.endswith(
+    assert line.startswith("objective    masked_thought (mask_probability 0.4, ") and line.endswith(
         "random_share 1), then cross_entropy (weight 1)"
     )
     assert [part.name for part in planned(["cross_entropy", "masked_thought"]).chosen["objective"]] == [
@@ -410,7 +410,7 @@ def test_evaluation_during_training_reads_clean_rows(tmp_path: Path, monkeypatch
         name: luthier.train({**RECIPE, "name": name, "out": str(tmp_path), "objective": objective})
         for name, objective in {
             "plain": "cross_entropy",
-            "clean": {"masked_thought": {"rate": 0.0}},
+            "clean": {"masked_thought": {"mask_probability": 0.0}},
             "always": {"masked_thought": {**ALWAYS, "mask_id": None}},
             "listed": [{"masked_thought": {**ALWAYS, "mask_id": None}}, "cross_entropy"],
         }.items()
@@ -422,7 +422,7 @@ def test_evaluation_during_training_reads_clean_rows(tmp_path: Path, monkeypatch
     )
     assert facts["clean"]["weights_sha256"] == facts["plain"]["weights_sha256"] != facts["always"]["weights_sha256"]
     assert facts["listed"]["weights_sha256"] == facts["always"]["weights_sha256"]
-    assert facts["always"]["metrics"]["held back"]["before"] == facts["plain"]["metrics"]["held back"]["before"]
+    assert facts["always"]["metrics"]["held out"]["before"] == facts["plain"]["metrics"]["held out"]["before"]
     # The last step begins with what the evaluation after the second step measured on the same four rows.
     last, evaluated = facts["always"]["history"][2], facts["always"]["evaluations"][1]
     assert facts["plain"]["history"][2]["loss"] == pytest.approx(_loss(facts["plain"]["evaluations"][1]), abs=1e-4)
@@ -435,8 +435,8 @@ def test_evaluation_during_training_reads_clean_rows(tmp_path: Path, monkeypatch
         rows = make_plan(make_recipe({**RECIPE, "out": str(tmp_path)})).feed.at(0)[1]
         views = [view_of(tune, batch, resolve(["nll"]), Now()) for batch in rows]
     found = torch.cat([view["nll"] for view in views]).mean()
-    assert float(found) == pytest.approx(facts["always"]["metrics"]["held back"]["after"], abs=1e-5)
+    assert float(found) == pytest.approx(facts["always"]["metrics"]["held out"]["after"], abs=1e-5)
 
 
 def _loss(evaluation: Any) -> float:
-    return float(evaluation["metrics"]["held back"])
+    return float(evaluation["metrics"]["held out"])

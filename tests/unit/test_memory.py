@@ -73,7 +73,7 @@ def test_an_attempt_that_ran_out_of_memory_leaves_no_trace(engine: Any, now: Now
 
 def test_a_backward_pass_that_broke_off_holds_no_activations(engine: Any, now: Now, monkeypatch: pytest.MonkeyPatch) -> None:
     """Torch keeps its graph until the thread's next backward pass, which would come beside those of the second attempt."""
-    run: Engine = engine("full", model=model_of(), step="adamw")
+    run: Engine = engine("full", model=model_of(), optimizer="adamw")
     made: list[weakref.ref[torch.Tensor]] = []
     for one in run.tune.model.modules():
         if isinstance(one, torch.nn.Linear):
@@ -91,7 +91,7 @@ def test_a_backward_pass_that_broke_off_holds_no_activations(engine: Any, now: N
 
 
 def test_a_gradient_that_was_formed_and_did_not_arrive_is_dropped(engine: Any, now: Now, monkeypatch: pytest.MonkeyPatch) -> None:
-    run: Engine = engine("lora", model=model_of(), step="adamw")
+    run: Engine = engine("lora", model=model_of(), optimizer="adamw")
     one = next(iter(run.tune.trained.values()))
 
     def arrive(gradient: Any) -> None:
@@ -106,7 +106,7 @@ def test_a_gradient_that_was_formed_and_did_not_arrive_is_dropped(engine: Any, n
 def test_what_a_technique_remembered_in_an_attempt_is_forgotten(
     engine: Any, now: Now, little_memory: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run: Engine = engine("lora", model=model_of(), step="adamw")
+    run: Engine = engine("lora", model=model_of(), optimizer="adamw")
     slot, state = next(iter(run.states.items()))
     state |= {"count": 1, "seen": torch.zeros(2)}
     plain = run.source.gradients
@@ -147,7 +147,7 @@ def test_a_step_that_has_begun_to_change_numbers_is_not_tried_again(
     monkeypatch.setattr(Work, what, touch)
     with pytest.raises(LuthierError, match="had begun to change numbers") as caught:
         memory.attempt(run, batches(0, (4, 4)), now._replace(step=6))
-    assert caught.value.where == "step 7" and "train.micro_batch_tokens" in caught.value.mend
+    assert caught.value.where == "step 7" and "train.micro_batch_tokens" in caught.value.fix
 
 
 def test_updates_inside_backward_are_tried_again_before_the_first_of_them(engine: Any, now: Now, little_memory: Any) -> None:
@@ -161,7 +161,7 @@ def test_updates_inside_backward_are_tried_again_before_the_first_of_them(engine
 def test_memory_that_runs_out_in_the_optimizer_is_no_matter_of_micro_batches(
     engine: Any, now: Now, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run: Engine = engine("lora", model=model_of(), step="adamw")
+    run: Engine = engine("lora", model=model_of(), optimizer="adamw")
     monkeypatch.setattr(run.chain, "step", lambda now: exhaust())
     with pytest.raises(LuthierError, match="had begun to change numbers"):
         memory.attempt(run, batches(0, (4, 4)), now)
@@ -173,7 +173,7 @@ def test_a_single_row_that_does_not_fit_is_named(engine: Any, now: Now, little_m
     with pytest.raises(LuthierError, match="one row at a time, the longest of 12 tokens") as caught:
         memory.attempt(run, batches(0, (1,) * 8), now)
     assert caught.value.where == "step 1, row row2"
-    assert all(words in caught.value.mend for words in ("train.checkpointing", "rows.max_tokens", "lora"))
+    assert all(words in caught.value.fix for words in ("train.gradient_checkpointing", "rows.max_length", "lora"))
 
 
 def test_two_rows_at_a_time_can_be_cut(engine: Any, now: Now, little_memory: Any) -> None:
@@ -192,7 +192,7 @@ def test_several_processes_do_not_try_again(engine: Any, now: Now, monkeypatch: 
     monkeypatch.setattr(run, "world", World(2, 1))
     with pytest.raises(LuthierError, match="process 1") as caught:
         memory.attempt(run, batches(0, (4, 4)), now)
-    assert "train.micro_batch_tokens" in caught.value.mend
+    assert "train.micro_batch_tokens" in caught.value.fix
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from luthier.errors import LuthierError
 from luthier.kinds import Now
-from luthier.methods.additive.lora import lora
+from luthier.methods.weight_delta.lora import lora
 from luthier.models import blocks
 from luthier.models.attention import use_attention
 from luthier.models.parts import map_parts

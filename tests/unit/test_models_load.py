@@ -124,7 +124,7 @@ def test_pickled_weights_are_refused(llama_folder: Path) -> None:
     torch.save({}, llama_folder / "pytorch_model.bin")
     with pytest.raises(LuthierError, match=r"pickled \(pytorch_model.bin\)") as caught:
         resolve(str(llama_folder))
-    assert "save_pretrained" in caught.value.mend
+    assert "save_pretrained" in caught.value.fix
 
 
 def test_incomplete_shards_are_refused(tmp_path: Path) -> None:
@@ -143,11 +143,11 @@ def test_folders_that_hold_no_model_say_what_they_hold(tmp_path: Path) -> None:
     (tmp_path / "small.gguf").touch()
     with pytest.raises(LuthierError) as caught:
         resolve(str(tmp_path))
-    assert str(tmp_path / "small.gguf") in caught.value.mend
+    assert str(tmp_path / "small.gguf") in caught.value.fix
     (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "org/base"}))
     with pytest.raises(LuthierError, match="adapter") as caught:
         resolve(str(tmp_path))
-    assert "org/base" in caught.value.mend
+    assert "org/base" in caught.value.fix
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(LuthierError, match="not JSON"):
         resolve(str(tmp_path))
@@ -159,7 +159,7 @@ def test_code_that_comes_with_a_model_needs_trust(llama_folder: Path) -> None:
     file.write_text(json.dumps(config | {"model_type": "newborn", "auto_map": {"AutoConfig": "newborn.Config"}}))
     with pytest.raises(LuthierError, match="runs code that comes with it") as caught:
         resolve(str(llama_folder))
-    assert "trust_remote_code: true" in caught.value.mend
+    assert "trust_remote_code: true" in caught.value.fix
     assert check_folder(llama_folder, trust_remote_code=True) == "causal"
     assert resolve(str(llama_folder), trust_remote_code=True).trust_remote_code
 
@@ -204,10 +204,10 @@ def test_a_damaged_tokenizer_is_refused(llama_folder: Path) -> None:
 def test_not_found_names_every_way() -> None:
     with pytest.raises(LuthierError, match=r"the hub could not be reached .*no route to host") as caught:
         resolve("smollm2-135m-instrct")
-    mend = caught.value.mend
-    assert "did you mean `smollm2-135m-instruct`?" in mend
+    fix = caught.value.fix
+    assert "did you mean `smollm2-135m-instruct`?" in fix
     for way in ("Hugging Face hub", "safetensors", "GGUF", "minilm-l6", "tiny:llama"):
-        assert way in mend
+        assert way in fix
 
 
 def test_a_known_name_offline_names_both_failures() -> None:

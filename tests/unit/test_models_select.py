@@ -56,3 +56,17 @@ def test_describe_names_roles_and_ties() -> None:
 
 def test_places_print_their_rows() -> None:
     assert str(Place("a.b", "weight", "mlp_up", 0, 4, 8)) == "a.b.weight[4:8]"
+
+
+def test_modules_go_by_the_models_own_names_too() -> None:
+    """Who comes from PEFT writes `q_proj`; whole names and their ends do as well, and stand beside module types."""
+    parts = map_parts(tiny("llama"))
+    assert parts.select("q_proj") == parts.select("attention_query")
+    assert parts.select(["mlp.down_proj", "attention_value"]) == parts.select(["mlp_down", "attention_value"])
+    assert parts.select("model.layers.1.mlp.up_proj") == parts.select("mlp_up", blocks=[1])
+    assert parts.select("q_proj", blocks=[0]) == parts.select("attention_query", blocks=[0])
+    with pytest.raises(LuthierError, match="`q_porj` is no module type, no group of them and no module of this model") as caught:
+        parts.select("q_porj")
+    assert "`q_proj`" in caught.value.fix
+    with pytest.raises(LuthierError, match="`proj`"):
+        parts.select("proj")

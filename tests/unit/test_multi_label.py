@@ -15,7 +15,7 @@ from luthier import registry
 from luthier.errors import LuthierError
 from luthier.evaluate.by_head import class_numbers, classified
 from luthier.evaluate.readings import readings
-from luthier.kinds import Batch, Head, Prompt, Term, View
+from luthier.kinds import Batch, Head, LossTerm, Prompt, View
 from luthier.rows.encode import encode_all
 from luthier.rows.read import read
 from tests.conftest import make_batch
@@ -34,14 +34,14 @@ ROWS = [
 MARKS = [[1, 1, 0], [0, 0, 1], [0, 1, 1], [0, 0, 0], [1, 0, 1], [0, 1, 0], [1, 0, 0]]
 
 
-def parts(**options: Any) -> tuple[Head, Term]:
+def parts(**options: Any) -> tuple[Head, LossTerm]:
     head, term = registry.make({"multi_label": {"labels": LABELS, **options}}, ("head",)).values
-    assert isinstance(head, Head) and isinstance(term, Term)
+    assert isinstance(head, Head) and isinstance(term, LossTerm)
     return head, term
 
 
 def told_of(
-    term: Term, logits: list[list[float]], labels: tuple[str, ...], numbers: list[float] | None = None
+    term: LossTerm, logits: list[list[float]], labels: tuple[str, ...], numbers: list[float] | None = None
 ) -> tuple[float, list[float]]:
     """The loss, summed over the rows, and the accuracy of each, of labels as they stand in encoded rows."""
     batch = make_batch([(3, 0)] * len(logits))
@@ -131,8 +131,8 @@ def test_a_run_learns_them_and_comes_out_as_transformers_has_it(model: str, tmp_
 
 def test_a_prompt_and_a_head_learn_alone(engine: Any, now: Any) -> None:
     """PTEC: gradients reach both and nothing else; the head reads the last own token of a row behind the prompt, with its own rate."""
-    part = registry.make({"ptec": {"labels": ("no", "yes"), "length": 3, "prompt_rate": 0.05}}, ("prompt",))
-    assert [type(value) for value in part.values] == [Prompt, Head, Term]
+    part = registry.make({"ptec": {"labels": ("no", "yes"), "length": 3, "prompt_learning_rate": 0.05}}, ("prompt",))
+    assert [type(value) for value in part.values] == [Prompt, Head, LossTerm]
     run = engine(part, objective=None)
     batch = make_batch([(6, 0), (4, 0)])._replace(texts={"label": ('["yes"]', "[]")})
     assert sorted(run.tune.trained) == ["ptec.prompt_PD", "ptec/head.weight"]
@@ -160,7 +160,7 @@ def test_what_a_prompt_and_a_head_learnt_is_opened_again(tmp_path: Path) -> None
     assert tune.head is not None and tune.head[0].masters().keys() == {"weight"} and tune.prompt_length == 4
     said_BK = readings(tune, encode_all(list(read(ROWS)), tokenizer, purpose="read").rows)
     assert ((said_BK > 0).long() == torch.tensor(MARKS)).double().mean() > 0.9
-    assert found.facts["trained_numbers"] == 4 * 32 + 3 * 32
+    assert found.facts["trained_parameters"] == 4 * 32 + 3 * 32
 
 
 @pytest.mark.parametrize(
@@ -171,7 +171,7 @@ def test_what_a_prompt_and_a_head_learnt_is_opened_again(tmp_path: Path) -> None
         ("multi_label", {"labels": ("a", "b"), "positive_weights": (1.0,)}, "give one above 0 for each label"),
         ("multi_label", {"labels": ("a", "b"), "positive_weights": (1.0, 0.0)}, "give one above 0 for each label"),
         ("ptec", {"labels": ("a",), "length": 0}, "0 tokens"),
-        ("ptec", {"labels": ("a",), "prompt_rate": 0.0}, "use more than 0"),
+        ("ptec", {"labels": ("a",), "prompt_learning_rate": 0.0}, "use more than 0"),
     ],
     ids=str,
 )

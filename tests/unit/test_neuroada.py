@@ -90,9 +90,9 @@ def test_bypasses_that_are_added_and_gathered_are_the_same_mathematics() -> None
 def test_each_row_changes_in_exactly_its_connections(engine: Any, now: Now, architecture: str) -> None:
     model, batch = model_of(architecture).float(), rows_of_eight()
     base, wanted = live(model), logits_of(copy.deepcopy(model), batch)
-    run = engine(neuroada(), model=model, step="adamw", dtype=torch.float32)
+    run = engine(neuroada(), model=model, optimizer="adamw", dtype=torch.float32)
     assert torch.equal(logits_of(model, batch), wanted)
-    places = run.tune.parts.select(roles=("linear",))
+    places = run.tune.parts.select(target_modules=("linear",))
     assert {one.place for one in run.tune.trained.values()} == set(places)
     assert run.tune.numbers() == 3 * sum(run.tune.region(place).shape[0] for place in places)
     for i in range(3):
@@ -136,9 +136,9 @@ def test_the_gradient_ranking_may_look_at_one_row(engine: Any) -> None:
 
 def test_all_connections_are_full_fine_tuning(engine: Any, now: Now) -> None:
     found = []
-    for tune in (neuroada(connections=1000), {"full": {"roles": ["linear"]}}):
+    for tune in (neuroada(connections=1000), {"full": {"target_modules": ["linear"]}}):
         model = model_of()
-        run = engine(tune, model=model, step="adamw")
+        run = engine(tune, model=model, optimizer="adamw")
         for i in range(5):
             run.step(split(rows_of_eight(seed=i), (5, 3)), now._replace(step=i, learning_rate=0.01))
         found.append(live(model))
@@ -148,7 +148,7 @@ def test_all_connections_are_full_fine_tuning(engine: Any, now: Now) -> None:
 def test_weight_decay_pulls_towards_the_base(engine: Any, now: Now) -> None:
     model = model_of()
     model.get_parameter("model.layers.0.mlp.up_proj.weight").data.fill_(3.0)
-    run = engine(neuroada(roles=["mlp_up"]), model=model, step={"adamw": {"decay": 0.1}})
+    run = engine(neuroada(target_modules=["mlp_up"]), model=model, optimizer={"adamw": {"weight_decay": 0.1}})
     one = run.tune.trained["neuroada/model.layers.0.mlp.up_proj.weight"]
     run.tune.set({one.name: torch.full_like(one.master.detach(), 3.5)})
     one.gradient = torch.zeros_like(one.master.detach())
@@ -162,7 +162,7 @@ def test_what_bf16_weights_show_of_small_changes(engine: Any) -> None:
     for value, shown in ((3.0, 0.0), (0.5, 0.00390625)):
         model = model_of()
         model.get_parameter("model.layers.0.mlp.up_proj.weight").data.fill_(value)
-        run = engine(neuroada(roles=["mlp_up"]), model=model, dtype=torch.bfloat16)
+        run = engine(neuroada(target_modules=["mlp_up"]), model=model, dtype=torch.bfloat16)
         one = run.tune.trained["neuroada/model.layers.0.mlp.up_proj.weight"]
         run.tune.set({one.name: one.master.detach() + 0.005})
         assert float((one.master.detach() - value - 0.005).abs().max()) < 1e-6
@@ -172,7 +172,7 @@ def test_what_bf16_weights_show_of_small_changes(engine: Any) -> None:
 def test_a_tied_embedding_changes_the_head_too(engine: Any, now: Now) -> None:
     model, batch = model_of(tied=True), rows_of_eight()
     wanted = plain_gradients(model, batch)["model.embed_tokens.weight"]
-    run = engine(neuroada(roles=["embedding"]), model=model)
+    run = engine(neuroada(target_modules=["embedding"]), model=model)
     (one,) = run.tune.trained.values()
     found = gradients(run, [batch], now)[one.name]
     assert float((found - wanted.flatten()[one.index]).abs().max()) < 1e-12

@@ -21,7 +21,7 @@ import luthier
 from luthier.cli import app
 from luthier.errors import LuthierError
 from luthier.evaluate import numbers as making
-from luthier.kinds import RowMap, Stored, Term
+from luthier.kinds import LossTerm, RowMap, Stored
 from luthier.lab.cache import content
 from luthier.models.tiny import tiny, tiny_tokenizer
 from luthier.planning import numbers as reading
@@ -153,14 +153,14 @@ def test_tokens_beyond_the_tokenizers_own_get_no_probabilities(tmp_path: Path) -
     table = pyarrow.parquet.read_table(part)
     facts = json.dumps({**held.facts, "vocabulary": 10**4})
     pyarrow.parquet.write_table(table.replace_schema_metadata({"luthier": facts}), part)
-    teacher = ["cross_entropy", Term(lambda view, own: view["nll"].sum() * 0.0, stored=Stored("teacher"))]
+    teacher = ["cross_entropy", LossTerm(lambda view, own: view["nll"].sum() * 0.0, stored=Stored("teacher"))]
     assert f"the vocabulary: 10000 tokens, now {tiny('llama').config.vocab_size}" in told(source, objective=teacher)
 
 
 def test_a_store_is_plain_parquet(tmp_path: Path) -> None:
     """Any tool reads it, and the metadata says what made it."""
     held = stored(file_of(tmp_path, MIXED), "teacher")
-    assert held.folder == tmp_path / "rows.jsonl.numbers" / "teacher"
+    assert held.folder == tmp_path / "rows.jsonl.stored" / "teacher"
     table = pyarrow.parquet.read_table(held.parts[0])
     assert table["id"].to_pylist() == [row.id for row in read(MIXED)]
     pair = table.to_pylist()[3]
@@ -204,7 +204,7 @@ def test_a_kill_costs_the_file_in_progress_alone(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(store, "entries_of", watched)
     with pytest.raises(KeyboardInterrupt):
         stored(source, kind)
-    folder = tmp_path / "rows.jsonl.numbers" / kind
+    folder = tmp_path / "rows.jsonl.stored" / kind
     first = parts_of(folder)
     before = first[0].read_bytes()
     assert [path.name for path in first] == ["part-000000.parquet"]
@@ -233,7 +233,7 @@ def test_only_rows_that_changed_are_made_again(tmp_path: Path) -> None:
     file_of(tmp_path, [*PAIRS[:0:-1], edited])
     facts = store_numbers("likelihood", str(source), MODEL, precision="fp32")
     assert (facts["new"], facts["kept"]) == (1, 4)
-    held = Numbers(source.with_name("rows.jsonl.numbers") / "likelihood")
+    held = Numbers(source.with_name("rows.jsonl.stored") / "likelihood")
     assert len(held) == 5 and len(held.parts) == 2
     after = held.likelihoods(entry_of(held, "door")).tolist()
     assert after[0] != before[0] and after[1] == pytest.approx(before[1], rel=1e-5)
@@ -302,7 +302,7 @@ def test_a_damaged_file_is_named(tmp_path: Path, spoil: Callable[[Path], object]
     with pytest.raises(LuthierError) as refused:
         Numbers(held.folder).arrays(0)
     assert refused.value.what.startswith("this is no whole file of numbers of rows: ")
-    assert refused.value.where == str(held.parts[0]) and "repeat the command that wrote it" in refused.value.mend
+    assert refused.value.where == str(held.parts[0]) and "repeat the command that wrote it" in refused.value.fix
 
 
 def test_files_that_were_not_made_alike_are_no_store(tmp_path: Path) -> None:
@@ -319,7 +319,7 @@ def test_a_store_of_another_model_is_not_added_to(tmp_path: Path) -> None:
         LuthierError, match=r'made otherwise: the model: "tiny:llama", now "tiny:gpt2".*\n.*\n.*--replace'
     ) as refused:
         stored(source, model="tiny:gpt2")
-    assert refused.value.where == str(tmp_path / "rows.jsonl.numbers" / "likelihood")
+    assert refused.value.where == str(tmp_path / "rows.jsonl.stored" / "likelihood")
     assert stored(source, model="tiny:gpt2", replace=True).facts["model"] == "tiny:gpt2"
     with pytest.raises(LuthierError, match='its precision: "float32", now "float64"'):
         stored(source, model="tiny:gpt2", precision="fp64")
@@ -331,7 +331,7 @@ def test_a_store_of_another_model_is_not_added_to(tmp_path: Path) -> None:
         ({"kind": "teacher", "top_k": 0}, "0 probabilities a target"),
         ({"options": {"temperature": 2.0}}, "`temperature` changes nothing of what is written"),
         ({"options": {"loss_on": "first"}}, "`loss_on` is 'first'"),
-        ({"options": {"max_tokens": 12}}, "5 of 5 rows cannot be used"),
+        ({"options": {"max_length": 12}}, "5 of 5 rows cannot be used"),
         ({"tokenizer": "workshop-small"}, "have different vocabularies"),
         ({"model": "no such/model name"}, "no such/model name"),
     ],
@@ -342,7 +342,7 @@ def test_what_cannot_be_written_is_refused(tmp_path: Path, more: dict[str, Any],
     kind, model, options = more.pop("kind", "likelihood"), more.pop("model", MODEL), more.pop("options", {})
     with pytest.raises(LuthierError, match=words):
         store_numbers(kind, str(source), model, options, **more)
-    assert not parts_of(tmp_path / "rows.jsonl.numbers" / kind)
+    assert not parts_of(tmp_path / "rows.jsonl.stored" / kind)
 
 
 def test_rows_that_lie_nowhere_need_a_folder() -> None:
@@ -370,7 +370,7 @@ def test_a_folder_of_rows_does_not_hold_its_numbers(tmp_path: Path) -> None:
                 find(pattern)
         else:
             assert find(pattern).files == (source,)
-    assert (tmp_path / "data.numbers" / "likelihood" / "part-000000.parquet").is_file()
+    assert (tmp_path / "data.stored" / "likelihood" / "part-000000.parquet").is_file()
     assert len(planned(folder).rows.rows) == 5
 
 
@@ -438,21 +438,24 @@ def test_the_plan_and_the_run_tell_whose_numbers_they_are(tmp_path: Path) -> Non
     source = file_of(tmp_path, PAIRS)
     held = stored(source)
     plan = planned(source)
-    assert f"numbers      likelihood by tiny:llama (float32), from {held.folder}" in plan.lines()
-    assert inputs_of(plan)["rows.numbers"] == held.fingerprint()[:16]
+    assert f"stored       likelihood by tiny:llama (float32), from {held.folder}" in plan.lines()
+    assert inputs_of(plan)["rows.stored"] == held.fingerprint()[:16]
     other = stored(source, folder=tmp_path / "other", precision="fp64")
     assert other.fingerprint() != held.fingerprint()
-    named = planned(source, rows={"numbers": str(tmp_path / "other")})
+    named = planned(source, rows={"stored": str(tmp_path / "other")})
     assert "(float64), which is not the model before training, from" in "".join(named.numbered.said)
     # The lab and sweeps know runs by what the store holds, not by its name.
-    keys = [content(one.recipe.rows, "rows")["numbers"] for one in (plan, named)]
+    keys = [content(one.recipe.rows, "rows")["stored"] for one in (plan, named)]
     assert keys == [None, {"numbers": other.fingerprint()}]
 
 
 CHANGED: dict[str, tuple[dict[str, Any], str]] = {
     "the tokenizer": ({}, "the tokenizer: "),
     "the chat template": ({}, "the chat template: "),
-    "rows.template_options": ({"rows": {"template_options": {"mood": "calm"}}}, 'rows.template_options: {}, now {"mood":"calm"}'),
+    "rows.chat_template_options": (
+        {"rows": {"chat_template_options": {"mood": "calm"}}},
+        'rows.chat_template_options: {}, now {"mood":"calm"}',
+    ),
     "the code": ({}, "the code that makes them: "),
     "the model": ({"model": "tiny:gpt2"}, 'the model: "tiny:llama", now "tiny:gpt2"; its numbers: '),
     "its precision": ({"train": {"precision": "fp64"}}, 'its precision: "float32", now "float64"; its numbers: '),
@@ -467,9 +470,9 @@ def test_stale_numbers_are_refused_by_what_differs(tmp_path: Path, monkeypatch: 
     tokenizer = tiny_tokenizer()
     if what == "the tokenizer":
         tokenizer.add_special_tokens({"additional_special_tokens": ["<extra>"]})
-    if what in ("the chat template", "rows.template_options"):
+    if what in ("the chat template", "rows.chat_template_options"):
         tokenizer.chat_template = "{% if mood %}{% endif %}" + tokenizer.chat_template
-        if what == "rows.template_options":
+        if what == "rows.chat_template_options":
             monkeypatch.setattr("luthier.results.opened.load_tokenizer", lambda source: tokenizer)
             held = stored(source, replace=True)
     monkeypatch.setattr("luthier.planning.load.load_tokenizer", lambda source: tokenizer)
@@ -480,10 +483,10 @@ def test_stale_numbers_are_refused_by_what_differs(tmp_path: Path, monkeypatch: 
     # Nothing else is blamed.
     assert said.splitlines()[0].count(", now ") == (1 if "its numbers" not in words else 2)
     model, precision = ("tiny:gpt2", "fp32") if what == "the model" else (MODEL, "fp64" if what == "its precision" else "fp32")
-    mood = "template_options.mood=calm " if what == "rows.template_options" else ""
+    mood = "chat_template_options.mood=calm " if what == "rows.chat_template_options" else ""
     command = f"luthier rows store likelihood {source} {mood}--model {model} --precision {precision} --replace"
     assert f"where: {held.folder}" in said and f"write them again, as this run has it: {command}" in said
-    assert ("rows.numbers" in said) == (what == "the model")
+    assert ("rows.stored" in said) == (what == "the model")
 
 
 def test_a_day_that_a_template_is_told_belongs_to_the_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -492,9 +495,9 @@ def test_a_day_that_a_template_is_told_belongs_to_the_numbers(tmp_path: Path, mo
     for place in ("luthier.results.opened.load_tokenizer", "luthier.planning.load.load_tokenizer"):
         monkeypatch.setattr(place, lambda source: tokenizer)
     source = file_of(tmp_path, PAIRS)
-    store_numbers("likelihood", str(source), MODEL, {"template_options": {"date": "2026-01-01"}}, precision="fp32")
-    assert planned(source, rows={"template_options": {"date": "2026-01-01"}}).numbered.said
-    said = told(source, rows={"template_options": {"date": "2026-01-02"}})
+    store_numbers("likelihood", str(source), MODEL, {"chat_template_options": {"date": "2026-01-01"}}, precision="fp32")
+    assert planned(source, rows={"chat_template_options": {"date": "2026-01-01"}}).numbered.said
+    said = told(source, rows={"chat_template_options": {"date": "2026-01-02"}})
     assert 'the day that the chat template is told: "2026-01-01", now "2026-01-02"' in said
     assert "template_options.date=2026-01-02" in said and "template_options.date=2026-01-01" not in said
 
@@ -512,8 +515,8 @@ ASKED = [
     [
         ({"loss_on": "last"}, "2 of 3 rows"),
         ({"loss_on": "all"}, "3 of 3 rows"),
-        ({"max_tokens": 60, "too_long": "left"}, "2 of 3 rows"),
-        ({"max_tokens": 60, "too_long": "right"}, "2 of 3 rows"),
+        ({"max_length": 60, "too_long": "left"}, "2 of 3 rows"),
+        ({"max_length": 60, "too_long": "right"}, "2 of 3 rows"),
         ({"map": "mapped"}, "1 of 3 rows"),
         ({}, "1 of 3 rows"),
     ],
@@ -523,11 +526,11 @@ def test_rows_that_are_encoded_otherwise_are_named(tmp_path: Path, rows: dict[st
     """Fault 31: what makes other tokens or other targets of a row, in the recipe or in the file, is found row by row."""
     source = file_of(tmp_path, ASKED)
     stored(source, "teacher")
-    teacher = ["cross_entropy", Term(lambda view, own: view["nll"].sum() * 0.0, stored=Stored("teacher"))]
+    teacher = ["cross_entropy", LossTerm(lambda view, own: view["nll"].sum() * 0.0, stored=Stored("teacher"))]
     assert planned(source, objective=teacher).numbered.said
     if rows.get("map") == "mapped":
-        held_back = [{**turn, "learn": False} if place == 1 else turn for place, turn in enumerate(TURNS)]
-        rows = {"map": RowMap(lambda given, services: [*read([{"id": "one", "messages": held_back}]), *list(given)[1:]])}
+        held_out = [{**turn, "learn": False} if place == 1 else turn for place, turn in enumerate(TURNS)]
+        rows = {"map": RowMap(lambda given, services: [*read([{"id": "one", "messages": held_out}]), *list(given)[1:]])}
     elif not rows:
         file_of(tmp_path, [{"id": "one", "messages": [*TURNS[:3], {"role": "assistant", "content": "No, five."}]}, *ASKED[1:]])
     said = told(source, objective=teacher, rows=rows)
@@ -560,13 +563,13 @@ def carried_out(said: str, source: Path) -> None:
     [
         ({}, {"model": "tiny:gpt2"}, "--model tiny:gpt2 --precision fp32 --replace"),
         ({}, {"train": {"precision": "fp64"}}, f"--model {MODEL} --precision fp64 --replace"),
-        ({}, {"rows": {"max_tokens": 58, "too_long": "left"}}, f"max_tokens=58 too_long=left --model {MODEL}"),
-        ({"options": {"max_tokens": 58, "too_long": "left"}}, {}, f"rows.jsonl --model {MODEL} --precision fp32"),
-        ({"options": {"template_options": {"mood": True}}}, {}, f"rows.jsonl --model {MODEL} --precision fp32 --replace"),
+        ({}, {"rows": {"max_length": 58, "too_long": "left"}}, f"max_length=58 too_long=left --model {MODEL}"),
+        ({"options": {"max_length": 58, "too_long": "left"}}, {}, f"rows.jsonl --model {MODEL} --precision fp32"),
+        ({"options": {"chat_template_options": {"mood": True}}}, {}, f"rows.jsonl --model {MODEL} --precision fp32 --replace"),
         (
             {},
-            {"rows": {"template_options": {"mood": True}}},
-            f"rows.jsonl template_options.mood=true --model {MODEL} --precision fp32 --replace",
+            {"rows": {"chat_template_options": {"mood": True}}},
+            f"rows.jsonl chat_template_options.mood=true --model {MODEL} --precision fp32 --replace",
         ),
     ],
     ids=str,
@@ -587,13 +590,13 @@ def test_a_named_store_of_other_rows_is_mended_with_those_of_the_run(tmp_path: P
     """The command that an error gave wrote numbers of the rows of another run, and with --replace of one source of several."""
     held = stored(file_of(tmp_path, PAIRS[:1]), "teacher", model="tiny:llama", folder=tmp_path / "ot", top_k=3)
     source, second = file_of(tmp_path, MIXED[:2], "chat.jsonl"), file_of(tmp_path, MIXED[2:3], "more.jsonl")
-    teacher = ["cross_entropy", Term(lambda view, own: view["nll"].sum() * 0.0, stored=Stored("teacher"))]
-    both = {"objective": teacher, "rows": {"numbers": str(held.folder)}}
+    teacher = ["cross_entropy", LossTerm(lambda view, own: view["nll"].sum() * 0.0, stored=Stored("teacher"))]
+    both = {"objective": teacher, "rows": {"stored": str(held.folder)}}
     said = told([str(source), str(second)], **both)
     assert f"teacher {source} --model {MODEL} --top-k 3 --out {held.folder} --precision fp32" in said
     carried_out(said, source)
     assert planned([str(source), str(second)], **both).numbered.said
-    other = {"rows": {"numbers": str(held.folder), "template_options": {"mood": 1}}, "objective": teacher}
+    other = {"rows": {"stored": str(held.folder), "chat_template_options": {"mood": 1}}, "objective": teacher}
     said = told([str(source), str(second)], **other)
     assert said.count("--replace") == 1
     carried_out(said, source)
@@ -617,7 +620,7 @@ def test_where_no_numbers_are_the_command_is_told(tmp_path: Path) -> None:
     said = told(source)
     assert "`stored_reference` reads numbers that a model gave to the rows beforehand, and there are none" in said
     assert f"luthier rows store likelihood {source} --model MODEL" in said and "`reference_chosen` and `reference_rejected`" in said
-    assert "there are none" in told(PAIRS) and "where: rows.numbers" in told(PAIRS)
+    assert "there are none" in told(PAIRS) and "where: rows.stored" in told(PAIRS)
     stored(source)
     second = file_of(tmp_path, PAIRS[2:3], "second.jsonl")
     assert f"luthier rows store likelihood {second} --model MODEL" in told([str(source), str(second)])
@@ -626,9 +629,9 @@ def test_where_no_numbers_are_the_command_is_told(tmp_path: Path) -> None:
 def test_numbers_that_nothing_reads_are_refused(tmp_path: Path) -> None:
     source = file_of(tmp_path, PAIRS)
     held = stored(source)
-    said = told(source, objective=["dpo"], rows={"numbers": str(held.folder)})
-    assert "nothing in the run reads numbers of the kind `likelihood`" in said and f"rows.numbers: {held.folder}" in said
-    assert "there are no numbers of rows here" in told(source, rows={"numbers": str(tmp_path)})
+    said = told(source, objective=["dpo"], rows={"stored": str(held.folder)})
+    assert "nothing in the run reads numbers of the kind `likelihood`" in said and f"rows.stored: {held.folder}" in said
+    assert "there are no numbers of rows here" in told(source, rows={"stored": str(tmp_path)})
 
 
 def test_token_weights_are_not_in_stored_likelihoods(tmp_path: Path) -> None:
@@ -673,8 +676,8 @@ def test_a_run_gives_numbers_as_a_model_does(tmp_path: Path) -> None:
     wanted = likelihood_of_rows(str(run.folder), read(chosen).rows)
     found = [float(held.likelihoods(place)[0]) for place in range(5)]
     assert found == pytest.approx([one.log_likelihood for one in wanted], rel=1e-6)
-    assert "its numbers: " in (said := told(source)) and "name this folder under rows.numbers" in said
-    assert planned(source, rows={"numbers": str(held.folder)}).numbered.said
+    assert "its numbers: " in (said := told(source)) and "name this folder under rows.stored" in said
+    assert planned(source, rows={"stored": str(held.folder)}).numbered.said
     # What stands beside the weights is part of who gave the numbers.
     base = stored(source, folder=tmp_path / "base")
     assert base.facts["fingerprint"] != held.facts["fingerprint"]
@@ -692,10 +695,10 @@ def test_a_runs_numbers_are_stored_in_the_precision_that_is_asked_for(tmp_path: 
     assert f'the model: "tiny:llama", now "{first.folder.name}"' in said
     assert f"--model {first.folder.name} --precision fp64 --replace; or name this folder" in said
     carried_out(said, source)
-    assert Numbers(tmp_path / "rows.jsonl.numbers" / "likelihood").facts["precision"] == "float64"
+    assert Numbers(tmp_path / "rows.jsonl.stored" / "likelihood").facts["precision"] == "float64"
     assert planned(source, **keys).numbered.said
     said = told(source, **{**keys, "train": {"precision": "fp32"}})
-    assert "its precision: " in said and "rows.numbers" not in said
+    assert "its precision: " in said and "rows.stored" not in said
     beside = luthier.train({"model": MODEL, "rows": {"train": MIXED[:1]}, "tune": "prompt_tuning", "train": train})
     with pytest.raises(LuthierError, match="this run brings its own precision, float32") as refused:
         stored(source, model=str(beside.folder), precision="fp64", replace=True)
@@ -732,14 +735,14 @@ def test_the_command_at_80_columns(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         *("numbers", "model", "precision", "new", "kept", "dropped", "skipped", "bytes", "out"),
     ]
     again = call.invoke(app, ["rows", "store", "teacher", "rows.jsonl", "--model", MODEL, "--top-k", "3", "loss_on=last", "--json"])
-    assert json.loads(again.stdout).items() >= {"new": 0, "kept": 5, "out": "rows.jsonl.numbers/teacher"}.items()
+    assert json.loads(again.stdout).items() >= {"new": 0, "kept": 5, "out": "rows.jsonl.stored/teacher"}.items()
     refused = call.invoke(app, ["rows", "store", "teacher", "rows.jsonl", "--model", MODEL, "--top-k", "4"])
     assert refused.exit_code == 2 and max(map(len, refused.stderr.splitlines())) <= 80 and "top_k: 3, now 4" in refused.stderr
     for kind in ("likelihood", "teacher"):
         text = call.invoke(app, ["rows", "store", kind, "--help"]).stdout
         assert "--replace" in text and max(map(len, text.splitlines())) <= 80
     assert math.isclose(
-        json.loads(again.stdout)["bytes"], sum(one.stat().st_size for one in parts_of(Path("rows.jsonl.numbers/teacher")))
+        json.loads(again.stdout)["bytes"], sum(one.stat().st_size for one in parts_of(Path("rows.jsonl.stored/teacher")))
     )
 
 

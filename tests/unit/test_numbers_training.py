@@ -12,7 +12,7 @@ from torch import Tensor
 import luthier
 from luthier import registry
 from luthier.columns import chunked, losses
-from luthier.kinds import TEACHER, Batch, Chunk, Column, Likeliest, Stored, Tensors, Term, View
+from luthier.kinds import TEACHER, Batch, Chunk, Column, Likeliest, LossTerm, Stored, Tensors, View
 from luthier.planning.cuts import too_much
 from luthier.planning.plan import Plan
 from luthier.training.engine import idle_batch, with_context
@@ -33,7 +33,7 @@ def divergence(chunk: Chunk) -> Tensor:
 DIVERGENCE = Column("stored divergence", divergence, given=TEACHER)
 
 
-def distilled(weight: float = 1.0) -> Term:
+def distilled(weight: float = 1.0) -> LossTerm:
     """What a technique of distillation from a store looks like."""
 
     def count(batch: Batch) -> float:
@@ -42,7 +42,7 @@ def distilled(weight: float = 1.0) -> Term:
     def total(view: View, own: Tensors) -> Tensor:
         return view.of_own()[DIVERGENCE.name].sum()
 
-    return Term(total, count=count, columns=(DIVERGENCE,), weight=weight, penalty=True, stored=Stored("teacher"))
+    return LossTerm(total, count=count, columns=(DIVERGENCE,), weight=weight, penalty=True, stored=Stored("teacher"))
 
 
 def moved(plan: Plan) -> None:
@@ -135,7 +135,7 @@ def test_a_stored_teacher_is_the_teacher(tmp_path: Path, tune: str, packing: boo
         plan = planned(source, objective=[*beside, term], **keys)
         moved(plan)
         parts, slopes = losses_of(plan)
-        found.append((parts.get("kl", parts.get("term")), slopes))
+        found.append((parts.get("kl", parts.get("loss_term")), slopes))
     (exact, exact_slopes), (held, held_slopes) = found
     assert exact is not None and exact > 1e-3
     assert held == pytest.approx(exact, abs=1e-6)
@@ -246,7 +246,7 @@ def test_a_run_on_stored_numbers_has_the_same_weights(tmp_path: Path) -> None:
         found.append({name: one.detach().clone() for name, one in run.model.named_parameters()})
     assert gap(found[1], found[0]) < 1e-7
     facts = run.facts["rows"]
-    assert facts["numbers"] == [f"likelihood by tiny:llama (float64), from {source}.numbers/likelihood"]
+    assert facts["stored"] == [f"likelihood by tiny:llama (float64), from {source}.stored/likelihood"]
 
 
 def test_virtual_targets_before_rows_leave_what_is_stored_in_its_place() -> None:
@@ -274,4 +274,4 @@ def test_memory_is_estimated_with_what_is_stored(tmp_path: Path) -> None:
     plain = planned(source, objective=["cross_entropy"], train=train)
     assert plan.estimate.activations > plain.estimate.activations
     said = too_much(plan.recipe, plan.engine, plan.parts, plan.feed, plan.dtype, plan.estimate, 1)
-    assert "rows.max_tokens=" in said and 0 < len(seen) < 24
+    assert "rows.max_length=" in said and 0 < len(seen) < 24

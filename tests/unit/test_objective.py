@@ -11,7 +11,7 @@ from torch import Tensor
 
 from luthier import draws, registry
 from luthier.cli.progress import losses
-from luthier.kinds import Batch, Now, StepTable, Tensors, Term, TokenWeight, View
+from luthier.kinds import Batch, LossTerm, Now, StepTable, Tensors, TokenWeight, View
 from luthier.recipe.parts import completed
 from luthier.registry import kinds_under
 from luthier.rows.batches import collate
@@ -68,7 +68,7 @@ def test_rows_of_which_nothing_is_kept_are_not_run(engine: Any, now: Now) -> Non
     # Row 3 has no target; 1, 5 and 7 are left, of the first and the last micro-batch.
     assert run_rows == [1, 2]
     kept = [5, 9, 3]
-    assert result.weights is not None and result.weights.share == pytest.approx(sum(kept) / batch.supervised)
+    assert result.weights is not None and result.weights.weighted_share == pytest.approx(sum(kept) / batch.supervised)
     assert result.supervised == batch.supervised and result.rows == 8
     fresh, alone = engine(model=model_of(), token_weight=TokenWeight(look=odd_rows)), engine(model=model_of())
     only = [one for one in split(batch, (1,) * 8) if int(one.row_ids[0][3:]) in (1, 5, 7)]
@@ -118,12 +118,12 @@ def counts(batch: Batch) -> tuple[float, float]:
 def test_a_term_may_count_several_units(engine: Any, now: Now) -> None:
     """Each sum is divided by its own units of the whole step, however it is split, also where a part has none of one."""
     batch = rows_of_eight()
-    whole = engine(model=model_of(), objective=Term(several, count=counts))
+    whole = engine(model=model_of(), objective=LossTerm(several, count=counts))
     found = [gradients(whole, split(batch, sizes), now) for sizes in ((8,), (1, 2, 5), (6, 1, 1))]
     assert all(gap(other, found[0]) < 1e-10 for other in found[1:])
     even, odd = counts(batch)
     losses = [
-        engine(model=model_of(), objective=Term(lambda v, o, k=k: several(v, o)[k], count=lambda b, k=k: counts(b)[k]))
+        engine(model=model_of(), objective=LossTerm(lambda v, o, k=k: several(v, o)[k], count=lambda b, k=k: counts(b)[k]))
         .step([batch], now)
         .loss
         for k in (0, 1)
@@ -147,7 +147,7 @@ def test_effective_targets_of_equal_weights_are_all_of_them(engine: Any, now: No
         [rows_of_eight()], now
     )
     assert result.weights is not None
-    assert result.weights.effective == pytest.approx(result.supervised) and result.kept == pytest.approx(0.25)
+    assert result.weights.effective_labels == pytest.approx(result.supervised) and result.kept == pytest.approx(0.25)
     assert 0 < result.weights.entropy < math.log(256)
     assert "cross-entropy" in losses(result)
 
@@ -208,7 +208,7 @@ def test_a_recipe_with_any_one_objective_makes_targets_likelier(engine: Any, now
     assert place is not None
     spec = place(registry.make({name: options}, (kind,)))["objective"] if kind == "reference" else {name: options}
     objective = list(completed({"objective": spec})["objective"])
-    run = engine(objective=objective, step="adamw")
+    run = engine(objective=objective, optimizer="adamw")
     steps = [run.step([batch], now._replace(step=i, learning_rate=0.003)).nll for i in range(6)]
     # Of some losses over pairs it is the rejected answers that become less likely, and a teacher may find others likely.
     assert steps[-1] < steps[0] - 0.05 or kind in ("pair_loss", "step_loss", "reference", "head") or name in TAUGHT

@@ -16,7 +16,7 @@ import luthier
 from luthier.columns import chunked
 from luthier.errors import LuthierError
 from luthier.kinds import Batch, Now, View
-from luthier.methods.term.self_distillation import self_distillation
+from luthier.methods.loss_term.self_distillation import self_distillation
 from luthier.models.fingerprint import fingerprint
 from luthier.models.load import load_model
 from luthier.models.modes import evaluating
@@ -109,7 +109,7 @@ def test_a_teacher_reads_what_the_model_reads(engine: Any, now: Now) -> None:
     """With masked inputs both read the masked ones: a model that is its own teacher still learns nothing."""
     run = engine(
         model=model_of(),
-        objective=["distill", {"masked_thought": {"random_share": 0.5, "mask_id": 3, "rate": 0.9, "warmup": 0.0}}],
+        objective=["distill", {"masked_thought": {"random_share": 0.5, "mask_id": 3, "mask_probability": 0.9, "warmup": 0.0}}],
         load_others=apart(model_of()),
     )
     assert max(float(one.abs().max()) for one in gradients(run, [rows_of_eight()], now).values()) < 1e-12
@@ -234,7 +234,7 @@ def nll(tune: Tune, batch: Batch) -> Tensor:
         return view_of(tune, batch, chunked.resolve(["nll"]), Now(), pack=False)["nll"]
 
 
-@pytest.mark.parametrize("tune", ["full", "lora", {"half": {"roles": ["mlp", "head"]}}])
+@pytest.mark.parametrize("tune", ["full", "lora", {"half": {"target_modules": ["mlp", "head"]}}])
 def test_a_run_on_the_same_base_stands_beside_its_weights(taught: luthier.Run, tmp_path: Path, tune: Any) -> None:
     """It needs no second model, says what the run opened alone says, before and after steps, and acts only while it is run."""
     plan = make_plan(make_recipe(recipe(tmp_path, tune=tune, objective="distill", models={"teacher": str(taught.folder)})))
@@ -276,7 +276,7 @@ def test_a_run_that_trained_in_place_is_a_model_of_its_own(tmp_path: Path) -> No
 def test_models_are_named_as_they_are_asked_for(tmp_path: Path) -> None:
     with pytest.raises(LuthierError, match="asks for a model `teacher`") as refused:
         make_plan(make_recipe(recipe(tmp_path, objective="distill", models={"teachr": "tiny:llama"})))
-    assert "did you mean" in refused.value.mend and "models: {teacher:" in refused.value.mend
+    assert "did you mean" in refused.value.fix and "models: {teacher:" in refused.value.fix
     plan = make_plan(make_recipe(recipe(tmp_path, models={"teacher": "tiny:llama"})))
     assert any("no technique asks for the model `teacher`" in one for one in plan.warnings())
     with pytest.raises(LuthierError, match="names no model"):
@@ -299,7 +299,7 @@ def test_a_teacher_that_is_not_there_is_told_by_its_key(taught: luthier.Run, tmp
     """A run's name without its number was looked for on the hub, and the error spoke of `model` and of no run."""
     with pytest.raises(LuthierError) as refused:
         make_plan(make_recipe(recipe(tmp_path, objective="distill", models={"teacher": "first"})))
-    assert refused.value.where == "models.teacher" and "did you mean the run `first-1`" in refused.value.mend
+    assert refused.value.where == "models.teacher" and "did you mean the run `first-1`" in refused.value.fix
 
 
 def test_runs_with_and_without_other_models_are_compared_key_by_key() -> None:

@@ -134,8 +134,8 @@ def test_fault_5_packing_leaves_gradients_as_they_are(setting: dict[str, Any], t
                     "tune": setting.get("tune", "full"),
                     "objective": setting.get("objective", "cross_entropy"),
                     "token_weight": setting.get("token_weight"),
-                    "step": "sgd",
-                    "source": "backprop",
+                    "optimizer": "sgd",
+                    "gradient_estimator": "backprop",
                 }
             ),
             now=Now(steps=1),

@@ -52,7 +52,7 @@ GAINED = (1.2, -0.7)
 """By what the two answers of one pair gained on the reference, which found them at -20 and -31 nats."""
 WANTED: list[tuple[str, dict[str, Any], float]] = [
     ("dpo", {"beta": 0.3}, -log_sigmoid(0.57)),
-    ("dpo", {"beta": 0.3, "smoothing": 0.2}, -0.8 * log_sigmoid(0.57) - 0.2 * log_sigmoid(-0.57)),
+    ("dpo", {"beta": 0.3, "label_smoothing": 0.2}, -0.8 * log_sigmoid(0.57) - 0.2 * log_sigmoid(-0.57)),
     ("dpo", {"beta": 5.0, "length_normalized": True}, -log_sigmoid(5.0 * (1.2 / 4 + 0.7 / 8))),
     ("robust", {"beta": 0.3, "wrong": 0.2}, (0.2 * log_sigmoid(-0.57) - 0.8 * log_sigmoid(0.57)) / 0.6),
     ("ipo", {"beta": 0.4}, (1.2 / 4 + 0.7 / 8 - 1.25) ** 2),
@@ -63,7 +63,7 @@ WANTED: list[tuple[str, dict[str, Any], float]] = [
     ("apo_down", {"beta": 0.3}, 1 / (1 + math.exp(-0.36)) + 1 - 1 / (1 + math.exp(-0.57))),
     (
         "exo",
-        {"beta": 0.3, "smoothing": 0.1},
+        {"beta": 0.3, "label_smoothing": 0.1},
         (log_sigmoid(0.57) - math.log(0.9)) / (1 + math.exp(-0.57)) + (log_sigmoid(-0.57) - math.log(0.1)) / (1 + math.exp(0.57)),
     ),
     ("nca", {"beta": 0.3}, -log_sigmoid(0.36) - 0.5 * log_sigmoid(-0.36) - 0.5 * log_sigmoid(0.21)),
@@ -85,7 +85,7 @@ WANTED: list[tuple[str, dict[str, Any], float]] = [
         {"beta": 0.3, "divergence": "alpha", "alpha": 0.25},
         -log_sigmoid(0.3 * ((1 - math.exp(-0.3)) - (1 - math.exp(0.175))) / 0.25),
     ),
-    ("margin", {"beta": 0.3, "scale": 2.0}, -log_sigmoid(0.57 - 1.0)),
+    ("odpo", {"beta": 0.3, "scale": 2.0}, -log_sigmoid(0.57 - 1.0)),
     ("rpo", {"beta": 0.3, "eta": 0.4}, -log_sigmoid(0.57) + 0.4 * 18.8 / 4),
     ("rpo", {"beta": 0.3, "eta": 0.4, "form": "cumulative"}, -log_sigmoid(0.57) + 0.4 * 0.3 * 18.8),
 ]
@@ -140,7 +140,7 @@ def test_losses_without_a_reference_by_hand() -> None:
     chosen, rejected = side([-2.0], None, [4]), side([-8.0], None, [8])
     pairs = pairs_with(chosen, rejected)
     assert loss_of("simpo", pairs, beta=2.0, margin=0.3).item() == pytest.approx(-log_sigmoid(2.0 * 0.5 - 0.3), rel=1e-12)
-    assert loss_of("cpo", pairs, beta=0.1, smoothing=0.2).item() == pytest.approx(
+    assert loss_of("cpo", pairs, beta=0.1, label_smoothing=0.2).item() == pytest.approx(
         -0.8 * log_sigmoid(0.6) - 0.2 * log_sigmoid(-0.6), rel=1e-12
     )
     # The term of the odds, and both gradients, at mean log-likelihoods of -0.5 and -1.
@@ -357,7 +357,7 @@ def test_a_reference_is_a_constant_to_the_loss(engine: Any, now: Now, reference:
     ("objective", "rows", "words"),
     [
         ("dpo", make_batch([(5, 2), (6, 3)]), "needs rows with a chosen and a rejected answer"),
-        ("margin", rows_of_pairs()._replace(columns={}), "has no number `margin`"),
+        ("odpo", rows_of_pairs()._replace(columns={}), "has no number `margin`"),
         (["dpo", "stored_reference"], rows_of_pairs()._replace(columns={}), "has no log-likelihood `reference_chosen`"),
         (
             ["dpo", "stored_reference"],
@@ -398,16 +398,16 @@ def test_rules_over_a_step_do_not_choose_between_two_answers(engine: Any, now: N
     ("name", "options"),
     [
         ("dpo", {"beta": 0.0}),
-        ("dpo", {"smoothing": 0.5}),
+        ("dpo", {"label_smoothing": 0.5}),
         ("robust", {"wrong": -0.1}),
         ("robust", {"wrong": 0.5}),
-        ("exo", {"smoothing": 0.0}),
-        ("exo", {"smoothing": 0.5}),
+        ("exo", {"label_smoothing": 0.0}),
+        ("exo", {"label_smoothing": 0.5}),
         ("f_dpo", {"alpha": 0.0}),
         ("f_dpo", {"alpha": 1.0}),
         ("discopop", {"temperature": 0.0}),
         ("length_desensitization", {"alpha": 1.5}),
-        ("apo_zero_unpaired", {"disliked": -1.0}),
+        ("apo_zero_unpaired", {"undesirable_weight": -1.0}),
     ],
     ids=str,
 )
@@ -452,7 +452,7 @@ def test_what_is_told_of_pairs_by_hand() -> None:
         "rejected log-likelihood": [-4.0, -4.0],
         "reward margin": [1.0, 0.0],
         "reward accuracy": [1.0, 0.5],
-        "preferred": [1.0, 0.5],
+        "preference accuracy": [1.0, 0.5],
         "reward chosen": [0.5, 0.5],
         "reward rejected": [-0.5, 0.5],
         "chosen tokens": [1, 2],
@@ -460,7 +460,7 @@ def test_what_is_told_of_pairs_by_hand() -> None:
     }
     worse = view_of_pairs([5.0, 1.0, 1.0, 1.0, 1.0, 1.0], [1.0] * 6)
     term.total(worse, {})
-    assert worse.notes["preferred"].tolist() == [0.0, 0.0] and worse.notes["reward accuracy"].tolist() == [0.0, 0.5]
+    assert worse.notes["preference accuracy"].tolist() == [0.0, 0.0] and worse.notes["reward accuracy"].tolist() == [0.0, 0.5]
 
 
 def test_nothing_is_learnt_through_the_reference() -> None:
@@ -478,7 +478,7 @@ def test_nothing_is_learnt_through_the_reference() -> None:
         ("robust", {"wrong": 0.0}, "dpo", {}),
         ("rpo", {"beta": 0.1, "eta": 0.0}, "dpo", {}),
         ("f_dpo", {"divergence": "reverse_kl"}, "dpo", {}),
-        ("margin", {"scale": 0.0}, "dpo", {}),
+        ("odpo", {"scale": 0.0}, "dpo", {}),
         ("wpo", {}, "dpo", {}),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

@@ -42,7 +42,7 @@ def test_devices_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("cuda:2", "mps", "cpu:0", "tpu"):
         with pytest.raises(LuthierError, match=f"there is no device `{name}` on this machine") as caught:
             pick_device(name)
-        assert caught.value.mend == "use auto, or one of: cpu, cuda:0, cuda:1"
+        assert caught.value.fix == "use auto, or one of: cpu, cuda:0, cuda:1"
 
 
 def test_the_device_of_a_recipe_that_names_none(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -147,8 +147,8 @@ def test_the_catalogue_lists_probes() -> None:
 
 
 def test_mistakes_are_named(lora: str, tmp_path: Path) -> None:
-    assert "did you mean `intruder_dimensions`" in refused("probe", "intruder_dimension", lora)["mend"]
-    assert "did you mean `epsilon`" in refused("probe", "intruder_dimensions", lora, "epsilom=1")["mend"]
+    assert "did you mean `intruder_dimensions`" in refused("probe", "intruder_dimension", lora)["fix"]
+    assert "did you mean `epsilon`" in refused("probe", "intruder_dimensions", lora, "epsilom=1")["fix"]
     assert "no option `out`" in refused("probe", "intruder_dimensions", lora, "out=x")["error"]
     assert "is no run" in refused("probe", "intruder_dimensions", "tiny:llama")["error"]
     assert "3 models" in refused("probe", "intruder_dimensions", lora, lora, lora)["error"]
@@ -181,11 +181,11 @@ def test_a_changed_base_is_noticed(out: Path, tmp_path: Path) -> None:
         luthier.probe("intruder_dimensions", str(run.folder))
 
 
-@pytest.mark.parametrize(("key", "kinds"), [("tune", kinds_under("tune")), ("keep", ("keeper",))])
+@pytest.mark.parametrize(("key", "kinds"), [("tune", kinds_under("tune")), ("keep", ("callback",))])
 def test_recipes_hold_no_probes(key: str, kinds: tuple[str, ...]) -> None:
     with pytest.raises(LuthierError) as error:
         registry.make("intruder_dimensions", kinds, where=key)
-    assert error.value.mend == "its kind is probe: it takes no part in training; use `luthier probe intruder_dimensions`"
+    assert error.value.fix == "its kind is probe: it takes no part in training; use `luthier probe intruder_dimensions`"
 
 
 def test_a_narrow_terminal_cuts_names_and_no_numbers() -> None:

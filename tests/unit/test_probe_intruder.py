@@ -252,7 +252,7 @@ def test_tied_weights_count_once_and_what_is_left_out_is_said() -> None:
     assert nothing.notes == ["changed but not compared: 1 embedding"]
     assert nothing.rows == [] and "nothing is known" in nothing.sentence and "effective_rank" not in nothing.numbers
     assert nothing.figure is not None and not any(count for _, count in nothing.figure.lines[0].points)
-    once, _ = look(tiny("gpt2"), change, roles=("embedding", "head"))
+    once, _ = look(tiny("gpt2"), change, target_modules=("embedding", "head"))
     assert [row["role"] for row in once.rows] == ["embedding"]
 
 
@@ -271,7 +271,7 @@ def test_only_some_roles_and_blocks() -> None:
         for place in parts.places:
             parts.view(tuned, place).mul_(1.1)
 
-    finding, _ = look(tiny("llama"), change, roles=("mlp_up",), blocks=(1,))
+    finding, _ = look(tiny("llama"), change, target_modules=("mlp_up",), blocks=(1,))
     assert [(row["role"], row["block"]) for row in finding.rows] == [("mlp_up", 1)]
     assert finding.notes and "1 mlp_up" in finding.notes[0]
     with pytest.raises(LuthierError, match="no block 7"):
@@ -289,7 +289,7 @@ def test_encoders_are_compared_too() -> None:
     assert finding.numbers["intruders"] == 0 and finding.numbers["matrices"] == 12
 
 
-@pytest.mark.parametrize("options", [{"k": 0}, {"epsilon": 0.0}, {"epsilon": 1.1}, {"roles": ["mlp_upp"]}])
+@pytest.mark.parametrize("options", [{"k": 0}, {"epsilon": 0.0}, {"epsilon": 1.1}, {"target_modules": ["mlp_upp"]}])
 def test_options_out_of_range_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(LuthierError):
         registry.part("intruder_dimensions", **options)

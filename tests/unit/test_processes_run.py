@@ -124,7 +124,7 @@ def test_two_processes_end_where_one_does(out: Path, name: str) -> None:
     first, second = read_run(one).facts, read_run(two).facts
     assert (first["processes"], second["processes"]) == (1, 2)
     for before, after in zip(first["history"], second["history"], strict=True):
-        assert (before["tokens"], before["supervised"]) == (after["tokens"], after["supervised"])
+        assert (before["tokens"], before["supervised_tokens"]) == (after["tokens"], after["supervised_tokens"])
         assert before["loss"] == pytest.approx(after["loss"], rel=1e-9)
     assert first["metrics"]["learnt"]["after"] == pytest.approx(second["metrics"]["learnt"]["after"], rel=1e-9)
     expected, found = weights(one), weights(two)

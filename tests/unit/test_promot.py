@@ -20,7 +20,7 @@ from tests.contracts.fixtures import engine_of
 from tests.toys.helpers import gap, gradients, model_of, rows_of_eight
 
 STEPS = 4
-DECAYING = [{"adamw": {"decay": 0.1}}]
+DECAYING = [{"adamw": {"weight_decay": 0.1}}]
 BOTH = pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 
 
@@ -46,7 +46,7 @@ def moved(before: dict[str, Tensor], after: dict[str, Tensor]) -> set[str]:
 
 def make(engine: Any, partner: Any = "full", architecture: str = "llama", **options: Any) -> Any:
     tune = [{"promot": {"length": 3, **options}}, *([partner] if partner else [])]
-    return engine(tune, model=model_of(architecture), step=DECAYING)
+    return engine(tune, model=model_of(architecture), optimizer=DECAYING)
 
 
 def prompt(run: Any) -> Tensor:
@@ -95,12 +95,12 @@ def test_the_second_phase_starts_where_the_first_ended(engine: Any) -> None:
     run.step(batches, clock(1))
     ended = loss_of(run, batches)
     assert run.step(batches, clock(2)).loss == pytest.approx(ended, rel=1e-12) and ended < first
-    plain = engine("full", model=model_of(), step=DECAYING).step(batches, clock(2)).loss
+    plain = engine("full", model=model_of(), optimizer=DECAYING).step(batches, clock(2)).loss
     assert abs(plain - ended) > 1e-4
 
 
 def test_the_models_gradient_comes_from_behind_the_prompt(engine: Any) -> None:
-    run, plain = make(engine), engine("full", model=model_of(), step=DECAYING)
+    run, plain = make(engine), engine("full", model=model_of(), optimizer=DECAYING)
     for step in range(2):
         run.step(rows(step), clock(step))
     run.tune.freeze(clock(2))
@@ -126,7 +126,7 @@ def test_without_the_prompt_an_untouched_model_is_the_base(engine: Any) -> None:
 @pytest.mark.parametrize("partner", ["full", "lora"])
 def test_the_delta_alone_is_the_tuned_model_without_the_prompt(engine: Any, partner: str) -> None:
     """For other tasks the prompt is left away: what was learnt behind it is a change of the weights like any other."""
-    run = engine([{"promot": {"length": 3}}, partner], model=model_of(), step=DECAYING, keep_base=True)
+    run = engine([{"promot": {"length": 3}}, partner], model=model_of(), optimizer=DECAYING, keep_base=True)
     for step in range(STEPS):
         run.step(rows(step), clock(step))
     ids_BT = rows_of_eight().token_ids_BT
@@ -141,8 +141,8 @@ def test_the_delta_alone_is_the_tuned_model_without_the_prompt(engine: Any, part
 
 
 def test_a_share_of_one_is_prompt_tuning(engine: Any) -> None:
-    run = make(engine, share=1.0, prompt_rate=0.1)
-    plain = engine({"prompt_tuning": {"length": 3}}, model=model_of(), step=DECAYING)
+    run = make(engine, share=1.0, prompt_learning_rate=0.1)
+    plain = engine({"prompt_tuning": {"length": 3}}, model=model_of(), optimizer=DECAYING)
     plain.tune.set({"prompt_tuning.prompt_PD": prompt(run)})
     weights = live(run)
     for step in range(STEPS):
@@ -161,7 +161,7 @@ def test_the_schedule_restarts() -> None:
 def test_the_prompt_has_a_learning_rate_of_its_own(rate: float) -> None:
     """The prompt's rate was a multiple of the run's, which is that of the most careful partner: 0.002 beside one of 2e-5, 0.1 alone."""
     now = Now(steps=STEPS, learning_rate=0.25 * rate, factor=0.25)
-    run = engine_of(tune=["promot", "full"], step=[registry.make({"adamw": {"epsilon": 1e-30}}, ("optimizer",))], now=now)
+    run = engine_of(tune=["promot", "full"], optimizer=[registry.make({"adamw": {"epsilon": 1e-30}}, ("optimizer",))], now=now)
     before = prompt(run).clone()
     run.step(rows(0), now)
     moved_PD = (prompt(run) - before).abs()
@@ -186,7 +186,7 @@ def test_a_prompt_is_a_copy_of_embeddings(engine: Any) -> None:
         ({"length": 0}, "the prompt has 0 tokens"),
         ({"share": 0.0}, "the share is 0"),
         ({"share": 1.5}, "the share is 1.5"),
-        ({"prompt_rate": 0.0}, "the prompt's learning rate is 0"),
+        ({"prompt_learning_rate": 0.0}, "the prompt's learning rate is 0"),
     ],
 )
 def test_impossible_options_are_refused(options: dict[str, Any], says: str) -> None:

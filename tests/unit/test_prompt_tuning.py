@@ -93,7 +93,7 @@ def test_virtual_ids_stand_for_rows_of_the_prompt_and_all_others_for_themselves(
 
 
 def test_a_prompt_holds_as_many_optimizer_numbers_as_it_must(engine: Any, now: Now) -> None:
-    run = engine({"prompt_tuning": {"length": 5}}, step="adamw")
+    run = engine({"prompt_tuning": {"length": 5}}, optimizer="adamw")
     run.step([rows_of_eight()], now)
     assert run.tune.numbers() == 5 * 32
     assert sum(one.numel() for one in run.chain.tensors().values() if one.ndim) == 2 * 5 * 32
@@ -228,7 +228,7 @@ def test_the_model_reads_changed_embeddings_behind_a_short_prompt(architecture: 
 
 def test_rank_zero_is_prompt_tuning_at_every_step(engine: Any, now: Now) -> None:
     runs = [
-        engine(tune, model=model_of(), step="adamw")
+        engine(tune, model=model_of(), optimizer="adamw")
         for tune in ({"dept": {"length": 4, "rank": 0}}, {"prompt_tuning": {"length": 4}})
     ]
     short, plain = runs
@@ -246,7 +246,9 @@ def test_rank_zero_is_prompt_tuning_at_every_step(engine: Any, now: Now) -> None
 
 
 def test_the_table_learns_at_its_own_rate_under_every_schedule(engine: Any, now: Now) -> None:
-    run = engine({"dept": {"length": 3, "rank": 2, "positions": 4, "table_rate": 0.25}}, model=model_of(), step="sgd")
+    run = engine(
+        {"dept": {"length": 3, "rank": 2, "positions": 4, "table_learning_rate_factor": 0.25}}, model=model_of(), optimizer="sgd"
+    )
     shake(run.tune)
     for rate in (0.1, 0.05):
         before, slope = masters(run), gradients(run, [rows_of_eight()], now)

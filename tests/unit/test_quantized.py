@@ -16,7 +16,7 @@ from luthier import registry
 from luthier.errors import LuthierError
 from luthier.export.model import divergence, outputs
 from luthier.kinds import Now
-from luthier.methods.additive.lora import lora
+from luthier.methods.weight_delta.lora import lora
 from luthier.models.load import load_model
 from luthier.models.parts import map_parts
 from luthier.models.quantized import (
@@ -41,7 +41,7 @@ from tests.conftest import calibration, make_batch, split
 from tests.tolerance import TINY, assert_rounded
 from tests.toys.helpers import toys  # noqa: F401
 
-BESIDE = [name for kind in ("additive", "hidden_edit", "prefix", "prompt") for name in registry.names(kind)]
+BESIDE = [name for kind in ("weight_delta", "representation_edit", "prefix", "prompt") for name in registry.names(kind)]
 IDS = [[5, 9, 200, 31, 77, 8, 4], [14, 15]]
 ROWS = [(9, 4), (6, 5), (12, 2), (5, 1)]
 
@@ -248,7 +248,7 @@ def test_whatever_stands_beside_trains_and_leaves_the_codes(
     engine: Any, now: Now, name: str, architecture: str, scheme: str
 ) -> None:
     try:
-        dense = engine(tune=name, model=tiny(architecture, seed=1, layers=2), dtype=torch.float32, step="adamw")
+        dense = engine(tune=name, model=tiny(architecture, seed=1, layers=2), dtype=torch.float32, optimizer="adamw")
     except LuthierError as refusal:
         # What this architecture cannot have at all is refused in the same words.
         with pytest.raises(LuthierError) as found:
@@ -257,7 +257,7 @@ def test_whatever_stands_beside_trains_and_leaves_the_codes(
         return
     model = held(architecture, scheme)
     base, before = outputs(model, IDS), codes(model)
-    run = engine(tune=name, model=model, dtype=torch.float32, step="adamw")
+    run = engine(tune=name, model=model, dtype=torch.float32, optimizer="adamw")
     assert list(run.tune.trained) == list(dense.tune.trained)
     masters = {key: one.master.detach().clone() for key, one in run.tune.trained.items()}
     for step in range(2):
@@ -276,13 +276,13 @@ def test_what_trains_the_weights_themselves_is_refused_by_name(engine: Any, name
         engine(tune=name, model=held(scheme=scheme), dtype=torch.float32)
     assert f"`{name}`" in refusal.value.what and f"{SCHEMES[scheme].bits} bits" in refusal.value.what
     assert refusal.value.where == "model.layers.0.self_attn.q_proj.weight"
-    assert "lora" in str(refusal.value.mend) and "quantize: none" in str(refusal.value.mend)
+    assert "lora" in str(refusal.value.fix) and "quantize: none" in str(refusal.value.fix)
 
 
 def test_a_start_that_comes_out_of_the_weights_is_refused_by_name(engine: Any) -> None:
     with pytest.raises(LuthierError, match=r"`svd_start` takes its start out of the weights.* 4 bits") as refusal:
         engine(tune="svd_start", model=held(), dtype=torch.float32)
-    assert "quantize: none" in str(refusal.value.mend)
+    assert "quantize: none" in str(refusal.value.fix)
 
 
 @pytest.mark.parametrize("tune", ["lora", "loca", ["lora_sb", "ia3"]])
@@ -290,7 +290,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_and_its_checkpoints_hold_no_base
     engine: Any, now: Now, tmp_path: Path, tune: Any
 ) -> None:
     def build() -> Any:
-        run = engine(tune=tune, model=held(), dtype=torch.float32, step="adamw")
+        run = engine(tune=tune, model=held(), dtype=torch.float32, optimizer="adamw")
         run.tune.model.train()
         return run
 
@@ -316,7 +316,7 @@ def test_gradients_for_calibration_are_those_of_the_same_dense_weights(architect
     found = []
     for one in (model, twin(model)):
         tune = Tune(one, map_parts(one))
-        places = tune.parts.select(roles=["linear"], blocks=[1])
+        places = tune.parts.select(target_modules=["linear"], blocks=[1])
         moved = {places[0]: torch.full(tune.region(places[0]).shape, 0.01, dtype=torch.float64)}
         head = one.get_output_embeddings()
         before = codes(one)

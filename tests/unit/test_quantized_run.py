@@ -31,7 +31,7 @@ ROWS = [{"prompt": f"Say {word}.", "completion": f"{word}!"} for word in ("one",
 SETS = {"prose": {"rows": [{"text": "The lane is red and old."}, {"text": "The ford is wide."}], "metric": "loss"}}
 IDS = [[5, 9, 200, 31, 77, 8, 4], [14, 15]]
 RUNS: dict[str, dict[str, Any]] = {
-    "nf4": {"tune": "lora", "train": {"packing": True, "checkpointing": True}, "evaluate": SETS},
+    "nf4": {"tune": "lora", "train": {"packing": True, "gradient_checkpointing": True}, "evaluate": SETS},
     "int8": {"tune": "lora", "quantize": "int8"},
     "gpt2": {"model": "tiny:gpt2", "tune": ["lora", "ia3"]},
     "bf16": {"tune": "lora", "train": {"precision": "bf16"}},
@@ -43,7 +43,7 @@ RUNS: dict[str, dict[str, Any]] = {
 
 def run_of(out: Path, *, train: dict[str, Any] | None = None, **keys: Any) -> Run:
     steps = {"steps": 4, "batch_rows": 4, "precision": "fp32", "learning_rate": 0.02, **(train or {})}
-    model = {"model": "tiny:llama", "quantize": "nf4", "rows": {"train": ROWS}, "out": str(out), "noise": False}
+    model = {"model": "tiny:llama", "quantize": "nf4", "rows": {"train": ROWS}, "out": str(out), "repeat_baseline": False}
     return luthier.train({**model, **keys, "train": steps})
 
 
@@ -76,9 +76,9 @@ def test_what_a_run_says_of_its_base_and_its_delta(runs: dict[str, Run]) -> None
     assert any(line.startswith("holds ") and "4 bits (nf4)" in line for line in facts["plan"])
     assert facts["metrics"]["prose"]["before"] != facts["metrics"]["prose"]["after"]
     dense = load_model("tiny:llama")
-    assert facts["total_numbers"] == sum(one.numel() for one in dense.parameters())
+    assert facts["total_parameters"] == sum(one.numel() for one in dense.parameters())
     expand(base := load_model("tiny:llama", quantize="nf4"), torch.float32)
-    query = next(one for one in facts["delta"]["by_place"] if (one["block"], one["role"]) == (0, "attention_query"))
+    query = next(one for one in facts["delta"]["by_place"] if (one["block"], one["module_type"]) == (0, "attention_query"))
     assert query["base_norm"] == pytest.approx(float(base.model.layers[0].self_attn.q_proj.weight.norm()), rel=1e-6)
     assert 0 < query["relative"] < 10
     delta = luthier.Delta.load(runs["nf4"].folder / "delta.safetensors")
@@ -168,7 +168,7 @@ def test_the_plan_says_what_is_held(tmp_path: Path) -> None:
     numbers = sum(one.numbers for one in quantized(plan.model).values())
     line = next(line for line in plan.lines() if line.startswith("holds"))
     assert f"{numbers:,} numbers of the blocks in 4 bits (nf4)" in line
-    assert plan.total_numbers == plain.total_numbers and plan.fingerprint != plain.fingerprint
+    assert plan.total_parameters == plain.total_parameters and plan.fingerprint != plain.fingerprint
     assert plain.estimate.weights - plan.estimate.weights == numbers * plan.dtype.itemsize - numbers // 2 - numbers // BLOCK * 4
     assert not plan.estimate.rough
 

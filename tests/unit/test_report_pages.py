@@ -77,16 +77,16 @@ def with_text(text: str) -> dict[str, Any]:
     classes = {"by_class": {text: {"n": 3, "before": rates, "after": rates}}, "confusion": {text: {text: 3}}}
     run["metrics"] = {text: {**run["metrics"]["general"], **classes, "metric": text, "items": items}}
     run["evaluations"] = [{"step": 21, "metrics": {text: 0.5}}]
-    run["delta"]["by_place"] = [{**place, "role": text} for place in run["delta"]["by_place"]]
+    run["delta"]["by_place"] = [{**place, "module_type": text} for place in run["delta"]["by_place"]]
     return run
 
 
 def test_the_headline_says_what_happened() -> None:
     assert headline(SAMPLE.sample_run()).replace("\u00a0", " ") == (
-        "Learned held_back: 58 of 60 items right, 0 before; 97 % of what it answered rightly before is kept; "
+        "Learned held_out: 58 of 60 items right, 0 before; 97 % of what it answered rightly before is kept; "
         "got worse on prose: perplexity 21.9, 21.4 before; 49.8 % of 134.5 M numbers trained; 2 min 31 s."
     )
-    assert headline(SAMPLE.sample_run(status="failed", metrics={}, kept=None, seconds=None)).startswith(
+    assert headline(SAMPLE.sample_run(status="failed", metrics={}, retained=None, seconds=None)).startswith(
         "This run failed after 84 steps; what it learned is not measured; what it kept is not measured; "
     )
     assert headline({"status": "finished"}) == "What it learned is not measured; what it kept is not measured."
@@ -95,9 +95,9 @@ def test_the_headline_says_what_happened() -> None:
 def test_the_headline_hides_no_set() -> None:
     run = SAMPLE.sample_run()
     run["metrics"]["prose"] |= {"after": None, "verdict": "not measured"}
-    run["metrics"]["held_back"] |= {"verdict": "not measured", "note": "3 items cannot show a change"}
+    run["metrics"]["held_out"] |= {"verdict": "not measured", "note": "3 items cannot show a change"}
     text = headline(run)
-    assert text.startswith("No verdict on held_back: 58 of 60 items right, 0 before; ") and "prose is not measured" in text
+    assert text.startswith("No verdict on held_out: 58 of 60 items right, 0 before; ") and "prose is not measured" in text
     assert "3 items cannot show a change" in page_of(run).text
 
 
@@ -115,30 +115,30 @@ def test_what_was_not_measured_never_reads_as_a_number() -> None:
     facts = text.partition("Before and after")[2].partition("Made by luthier")[0]
     assert not re.search(r"\d", facts), facts
     assert [card.value for card in cards({})] == ["not measured"] * 4
-    entry = {**SAMPLE.sample_run()["metrics"]["held_back"], "after": None, "verdict": "better"}
-    assert sets_of({"metrics": {"held_back": entry}})[0].verdict == "not measured"
-    assert sets_of({"metrics": {"held_back": {**entry, "after": math.nan}}})[0].verdict == "not measured"
+    entry = {**SAMPLE.sample_run()["metrics"]["held_out"], "after": None, "verdict": "better"}
+    assert sets_of({"metrics": {"held_out": entry}})[0].verdict == "not measured"
+    assert sets_of({"metrics": {"held_out": {**entry, "after": math.nan}}})[0].verdict == "not measured"
 
 
 def test_an_overlap_and_an_infinite_loss_are_warned_of() -> None:
     """Fault 40: a gain on items that also stand in the training rows is not claimed silently."""
     run = SAMPLE.sample_run(history=[{"step": 1, "loss": math.inf}, {"step": 2, "loss": None}, {"step": 3, "loss": 1.0}])
-    run["rows"]["overlap"] = {"held_back": 3, "prose": 0}
+    run["rows"]["overlap"] = {"held_out": 3, "prose": 0}
     assert warnings_of(run) == [
-        "3 items of held_back also stand in the training rows: gains there prove nothing.",
+        "3 items of held_out also stand in the training rows: gains there prove nothing.",
         "The loss was not finite in 1 step.",
     ]
 
 
 def test_every_lost_answer_is_shown_and_those_to_be_kept_come_first() -> None:
     run = SAMPLE.sample_run()
-    run["metrics"]["held_back"]["items"] = SAMPLE.sample_items(60, 5, 5, 50, "held-back")
+    run["metrics"]["held_out"]["items"] = SAMPLE.sample_items(60, 5, 5, 50, "held-out")
     run["metrics"]["general"]["items"] = SAMPLE.sample_items(400, 300, 300, 0, "general")
     lost = samples_of(sets_of(run), "lost")
-    assert [sample.set_name for sample in lost] == ["general"] * 300 + ["held_back"] * 5
+    assert [sample.set_name for sample in lost] == ["general"] * 300 + ["held_out"] * 5
     text = page_of(run).text
     assert all(f"general-{index:03d}" in text for index in range(300))
-    assert text.index("Lost: 305") < text.index("general-000") < text.index("held_back-000".replace("_", "-"))
+    assert text.index("Lost: 305") < text.index("general-000") < text.index("held_out-000".replace("_", "-"))
 
 
 @pytest.mark.parametrize("text", HOSTILE)
@@ -154,14 +154,14 @@ def test_classes_are_told_one_by_one() -> None:
     run = SAMPLE.sample_run()
     rates = {"precision": 0.75, "recall": 0.6, "f1": 2 / 3}
     missed = {"precision": None, "recall": 0.0, "f1": 0.0}
-    run["metrics"]["held_back"] |= {
+    run["metrics"]["held_out"] |= {
         "metric": "macro_f1",
         "is_mean": False,
         "by_class": {"whale": {"n": 5, "before": missed, "after": rates}, "fox": {"n": 2, "before": rates, "after": missed}},
         "confusion": {"whale": {"whale": 3, "fox": 2}, "fox": {"whale": 1, "fox": 41}},
     }
     text = " ".join(page_of(run).text.replace("\u00a0", " ").split())
-    assert "held_back, class by class: 2" in text
+    assert "held_out, class by class: 2" in text
     assert "whale 5 75 % not measured 60 % 0 % 66.7 % 0 %" in text and "fox 2 not measured 75 % 0 % 60 % 0 % 66.7 %" in text
     assert "Right whale fox whale 3 2 fox 1 41" in text
     assert "items right" not in headline(run).split(";")[0] and "macro f1" in headline(run)
@@ -211,10 +211,10 @@ def test_the_change_adds_as_squares_and_shades_by_share() -> None:
     def place(block: int | None, role: str, norm: float, base: float) -> dict[str, Any]:
         return {
             "block": block,
-            "role": role,
+            "module_type": role,
             "norm": norm,
             "base_norm": base,
-            "numbers": 10,
+            "parameters": 10,
             "changed": 10 if norm else 0,
         }
 
@@ -247,9 +247,9 @@ def test_curves_say_what_several_objectives_add_and_what_weights_leave() -> None
             "loss": 2.0,
             "nll": 1.5,
             "parts": {"cross_entropy": 1.5, "kl": 0.5},
-            "share": 0.5,
-            "effective": 4.0,
-            "supervised": 16,
+            "weighted_share": 0.5,
+            "effective_labels": 4.0,
+            "supervised_tokens": 16,
         }
         for i in range(4)
     ]
@@ -258,10 +258,13 @@ def test_curves_say_what_several_objectives_add_and_what_weights_leave() -> None
         "loss",
         "negative log-likelihood",
         "kl, its part of the loss",
-        "share of targets kept",
-        "effective share of targets",
+        "share of labels kept",
+        "effective share of labels",
     ]
-    assert _titles([{**line, "parts": {"dft": 2.0}, "share": 1.0, "effective": None} for line in history]) == titles[:2]
+    assert (
+        _titles([{**line, "parts": {"dft": 2.0}, "weighted_share": 1.0, "effective_labels": None} for line in history])
+        == titles[:2]
+    )
     assert _titles([{"step": i, "loss": 2.0, "nll": 2.0} for i in range(4)]) == ["loss"]
 
 

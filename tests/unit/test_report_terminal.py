@@ -27,18 +27,18 @@ def printed(what: RenderableType, width: int = 80) -> str:
     return console.file.getvalue().replace("\u00a0", " ")
 
 
-def other_run(**held_back: Any) -> dict[str, Any]:
-    """A second run of another technique; keyword arguments replace facts of its set `held_back`."""
+def other_run(**held_out: Any) -> dict[str, Any]:
+    """A second run of another technique; keyword arguments replace facts of its set `held_out`."""
     run: dict[str, Any] = SAMPLE.sample_run(run="runs/lora-1", name="lora")
     run["recipe"] = {**run["recipe"], "name": "lora", "tune": {"lora": {"rank": 8}}}
-    run["metrics"]["held_back"] |= {"after": 0.5, "after_interval": [0.37, 0.63], **held_back}
+    run["metrics"]["held_out"] |= {"after": 0.5, "after_interval": [0.37, 0.63], **held_out}
     return run
 
 
 def test_the_summary_shows_cards_and_sets() -> None:
     text = printed(summary(SAMPLE.sample_run()))
-    assert text.startswith("Learned held_back: 58 of 60 items right, 0 before; ")
-    for line in ("held_back  contains       0 %  96.7 %  +96.7 points  better", "prose: worse", "2 min 31 s"):
+    assert text.startswith("Learned held_out: 58 of 60 items right, 0 before; ")
+    for line in ("held_out  contains       0 %  96.7 %  +96.7 points  better", "prose: worse", "2 min 31 s"):
         assert line in text
 
 
@@ -53,8 +53,8 @@ def test_the_summary_fits_a_small_terminal(name: str) -> None:
 
 def test_a_warning_is_told_to_its_end() -> None:
     """A warning that is wider than the terminal lost its end, which is where it says what it means."""
-    text = printed(summary(SAMPLE.sample_run(warnings=[], rows={"overlap": {"held_back": 60}})))
-    assert "60 items of held_back also stand in the training rows: gains there prove nothing." in " ".join(text.split())
+    text = printed(summary(SAMPLE.sample_run(warnings=[], rows={"overlap": {"held_out": 60}})))
+    assert "60 items of held_out also stand in the training rows: gains there prove nothing." in " ".join(text.split())
 
 
 def test_text_from_data_is_neither_markup_nor_control() -> None:
@@ -89,26 +89,26 @@ def test_the_list_of_runs_takes_any_run() -> None:
     assert second.split() == ["half-2", "damaged", *["-"] * 4]
 
     unfinished = {"run": "runs/a-1", "history": [{"step": 95, "loss": 1.0}], "planned_steps": 456}
-    shown = [printed(run_table([{**unfinished, "status": status}]), width=120) for status in ("running", "broken off")]
-    assert "running  95/456" in shown[0] and "broken off  95/456" in shown[1]
+    shown = [printed(run_table([{**unfinished, "status": status}]), width=120) for status in ("running", "crashed")]
+    assert "running  95/456" in shown[0] and "crashed  95/456" in shown[1]
 
 
 def test_the_list_of_runs_cuts_no_word_on_a_small_terminal() -> None:
     """The list of runs cut words at 80 columns: `finis...`, `stopp...`, `learn...`."""
     run = SAMPLE.sample_run(run="runs/teacher-of-tastes-and-a-longer-name-1", name="teacher-of-tastes-and-a-longer-name")
-    text = printed(run_table([run, {"run": "runs/a-1", "status": "broken off", "planned_steps": 12345}]))
+    text = printed(run_table([run, {"run": "runs/a-1", "status": "crashed", "planned_steps": 12345}]))
     assert max(map(len, text.splitlines())) <= 80 and "\u2026" not in text
-    first = ["run", "status", "steps", "learned", "kept", "time", "started"]
-    assert text.splitlines()[0].split() == first and {"finished", "broken", "2026-11-21"} <= set(text.split())
+    first = ["run", "status", "steps", "target", "retention", "time", "started"]
+    assert text.splitlines()[0].split() == first and {"finished", "crashed", "2026-11-21"} <= set(text.split())
     names = "".join(line[: text.splitlines()[0].index("status")].strip() for line in text.splitlines()[1:-1])
     assert names == "teacher-of-tastes-and-a-longer-name-1"
 
 
 def test_a_run_that_was_killed_says_how_it_goes_on() -> None:
     """A killed run was called unfinished, without its steps and without the command that continues it."""
-    run = {"run": "runs/a-1", "status": "broken off", "history": [{"step": 95, "loss": 1.0}], "planned_steps": 456}
+    run = {"run": "runs/a-1", "status": "crashed", "history": [{"step": 95, "loss": 1.0}], "planned_steps": 456}
     text = " ".join(printed(summary(run)).split())
-    assert "This run was broken off after 95 steps. `luthier train --resume runs/a-1` goes on." in text
+    assert "This run crashed after 95 steps. `luthier train --resume runs/a-1` goes on." in text
     assert "This run is under way: 95 of 456 steps taken" in " ".join(printed(summary({**run, "status": "running"})).split())
 
 
@@ -131,11 +131,11 @@ def test_a_run_is_ahead_only_where_intervals_are_apart() -> None:
     runs = [SAMPLE.sample_run(), other_run()]
     facts = compared(runs)
     assert facts["runs"] == ["quickstart-1", "lora-1"]
-    assert facts["metrics"]["held_back"]["comparable"] and facts["metrics"]["held_back"]["ahead"] == "quickstart-1"
+    assert facts["metrics"]["held_out"]["comparable"] and facts["metrics"]["held_out"]["ahead"] == "quickstart-1"
     assert facts["metrics"]["general"]["comparable"] and facts["metrics"]["general"]["ahead"] is None
     assert "96.7 % (0 % before), ahead" in printed(compare_runs(runs), width=120)
     touching = [SAMPLE.sample_run(), other_run(after_interval=[0.37, 0.886])]
-    assert compared(touching)["metrics"]["held_back"]["ahead"] is None
+    assert compared(touching)["metrics"]["held_out"]["ahead"] is None
 
 
 def test_the_page_names_the_run_that_is_ahead(tmp_path: Path) -> None:
@@ -156,7 +156,7 @@ def test_lower_is_ahead_where_lower_is_better() -> None:
     [
         ({"metric": "exact_match"}, "the metrics differ"),
         ({"items": []}, "its items were not recorded"),
-        ({"items": SAMPLE.sample_items(59, 0, 0, 58, "held-back")}, "its items differ"),
+        ({"items": SAMPLE.sample_items(59, 0, 0, 58, "held-out")}, "its items differ"),
         ({"items": SAMPLE.sample_items(60, 0, 0, 58, "other")}, "its items differ"),
         ({"after": None}, "not every run measured it"),
     ],
@@ -164,7 +164,7 @@ def test_lower_is_ahead_where_lower_is_better() -> None:
 def test_other_sets_are_never_ranked(change: dict[str, Any], why_not: str, tmp_path: Path) -> None:
     """Fault 37: only the same items under the same metric are compared."""
     runs = [SAMPLE.sample_run(), other_run(**change)]
-    entry = compared(runs)["metrics"]["held_back"]
+    entry = compared(runs)["metrics"]["held_out"]
     assert (entry["comparable"], entry["why_not"], entry["ahead"]) == (False, why_not, None)
     assert f"not comparable: {why_not}" in printed(compare_runs(runs), width=200)
     page = write_comparison(runs, tmp_path / "comparison.html").read_text(encoding="utf-8")
@@ -174,18 +174,18 @@ def test_other_sets_are_never_ranked(change: dict[str, Any], why_not: str, tmp_p
 def test_other_answer_lengths_and_absent_sets_are_never_ranked() -> None:
     """Fault 37: only the same decoding is compared."""
     other = other_run()
-    other["recipe"] = {**other["recipe"], "evaluate": {"held_back": {"metric": "contains", "max_new_tokens": 8}}}
+    other["recipe"] = {**other["recipe"], "evaluate": {"held_out": {"metric": "contains", "max_new_tokens": 8}}}
     found = {one.name: one.why_not for one in set_comparisons([SAMPLE.sample_run(), other])}
-    assert found["held_back"] == "the longest answers allowed differ"
-    del other["metrics"]["held_back"]
+    assert found["held_out"] == "the longest answers allowed differ"
+    del other["metrics"]["held_out"]
     found = {one.name: one.why_not for one in set_comparisons([SAMPLE.sample_run(), other])}
-    assert found["held_back"] == "not every run measured it"
+    assert found["held_out"] == "not every run measured it"
 
 
 def test_the_order_of_items_does_not_matter() -> None:
     other = other_run()
-    other["metrics"]["held_back"]["items"] = other["metrics"]["held_back"]["items"][::-1]
-    assert compared([SAMPLE.sample_run(), other])["metrics"]["held_back"]["comparable"]
+    other["metrics"]["held_out"]["items"] = other["metrics"]["held_out"]["items"][::-1]
+    assert compared([SAMPLE.sample_run(), other])["metrics"]["held_out"]["comparable"]
 
 
 def test_only_what_differs_in_the_recipes_is_named() -> None:

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 import luthier
 from luthier.cli import app
 from luthier.errors import LuthierError
-from luthier.methods.additive.lora import lora
+from luthier.methods.weight_delta.lora import lora
 from luthier.models import load
 from luthier.models.hub import HubUnavailableError
 from luthier.models.tiny import tiny, tiny_tokenizer
@@ -47,7 +47,7 @@ def recipe(**keys: Any) -> dict[str, Any]:
     """Six steps of two rows; rows, evaluation rows and base in files."""
     train = {"steps": 6, "batch_rows": 2, "precision": "fp32", "learning_rate": 1e-3, "save_every": 1, **keys.pop("train", {})}
     sets = {"held": {"rows": "held.jsonl"}}
-    return {"model": "base", "rows": {"train": "rows.jsonl"}, "evaluate": sets, "noise": False, **keys, "train": train}
+    return {"model": "base", "rows": {"train": "rows.jsonl"}, "evaluate": sets, "repeat_baseline": False, **keys, "train": train}
 
 
 def broken_off(step: int = 2, **keys: Any) -> Path:
@@ -156,7 +156,7 @@ def test_another_recipe_is_told_by_its_keys(place: Path) -> None:
     with pytest.raises(LuthierError) as caught:
         luthier.train(recipe(tune={"lora": {"rank": 4}}, train={"steps": 9}), resume=folder)
     assert "train.steps: 6, now 9" in caught.value.what and "tune.lora.rank: 8, now 4" in caught.value.what
-    assert "learning_rate" not in caught.value.what and "recipe.yaml" not in caught.value.mend
+    assert "learning_rate" not in caught.value.what and "recipe.yaml" not in caught.value.fix
 
 
 def test_recipes_of_runs_from_before_a_key_was_there_ask_for_the_same() -> None:
@@ -183,7 +183,7 @@ def test_what_was_given_in_python_is_gone_on_with_in_python(place: Path) -> None
     command = CliRunner().invoke(app, ["train", "--resume", str(folder), "--json"])
     told = json.loads(command.stdout)
     assert (
-        command.exit_code == 2 and "`tune` was given in Python" in told["error"] and "luthier.train(recipe, resume=" in told["mend"]
+        command.exit_code == 2 and "`tune` was given in Python" in told["error"] and "luthier.train(recipe, resume=" in told["fix"]
     )
     assert luthier.train(recipe(tune=lora(rank=2)), resume=folder).facts["status"] == "finished"
 
@@ -222,7 +222,7 @@ def test_a_killed_run_keeps_its_steps_and_what_was_measured(place: Path) -> None
     with (folder / "steps.jsonl").open("a", encoding="utf-8") as log:
         log.write('{"step": 3, "lo')
     facts = list_runs()[0].facts
-    assert facts["status"] == "broken off" and [line["step"] for line in facts["history"]] == [1, 2]
+    assert facts["status"] == "crashed" and [line["step"] for line in facts["history"]] == [1, 2]
     held = facts.get("metrics", {}).get("held", {})
     assert facts["planned_steps"] == 6 and held.get("before", 0.0) > 0 and held["after"] is None
 
@@ -246,7 +246,7 @@ def test_a_run_that_is_not_there_is_not_looked_for_on_the_hub(use: str, place: P
     }
     with pytest.raises(LuthierError) as caught:
         uses[use]("support-2")
-    assert "there is no run `support-2`" in caught.value.what and "`support-1`" in caught.value.mend and not asked
+    assert "there is no run `support-2`" in caught.value.what and "`support-1`" in caught.value.fix and not asked
 
 
 def test_a_run_is_opened_by_its_name(place: Path) -> None:

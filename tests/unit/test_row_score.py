@@ -134,7 +134,7 @@ def test_models_embed_once_and_equal_texts_alike(cache: Path) -> None:
 def test_an_unknown_embedder_is_named(files: dict[str, Path]) -> None:
     with pytest.raises(LuthierError) as caught:
         score_rows(files["pool"], "nearest", target=files["target"], embedder="no-such-model")
-    assert caught.value.where == "embedder" and "`hash`" in caught.value.mend and "no-such-model" in caught.value.what
+    assert caught.value.where == "embedder" and "`hash`" in caught.value.fix and "no-such-model" in caught.value.what
 
 
 def test_nearest_by_hand() -> None:
@@ -192,7 +192,7 @@ def test_copies_leave_the_choice_and_not_the_pool() -> None:
     assert chosen.facts["rows"] == 7 and chosen.facts["also_in_target"] == 6
     with pytest.raises(LuthierError, match="4 rows are asked for, but only 3 of 7 differ") as caught:
         select_rows(pool, "random_rows", count=4)
-    assert caught.value.mend == "ask for at most 3"
+    assert caught.value.fix == "ask for at most 3"
 
 
 def test_ties_keep_the_order_of_the_source() -> None:
@@ -264,10 +264,10 @@ def test_recipes_and_commands_refuse_each_others_kinds_by_name() -> None:
 
     with pytest.raises(LuthierError, match="no technique `got_d`") as caught:
         choose_parts(make_recipe({"model": "tiny:llama", "rows": {"train": [{"text": "a"}]}, "tune": "got_d"}))
-    assert "row_score" in caught.value.mend and "luthier rows select --by got_d" in caught.value.mend
+    assert "row_score" in caught.value.fix and "luthier rows select --by got_d" in caught.value.fix
     with pytest.raises(LuthierError) as other:
         score_rows([{"text": "a"}], "lora")
-    assert "its kind is additive" in other.value.mend
+    assert "its kind is weight_delta" in other.value.fix
     assert {"got_d", "nearest", "random_rows"} <= set(registry.names("row_score"))
 
 

@@ -230,7 +230,7 @@ def test_without_pot_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setitem(sys.modules, "ot", None)
     with pytest.raises(LuthierError, match="POT is not installed") as caught:
         scores(line(0, 1), line(1))
-    assert "luthier[selection]" in caught.value.mend
+    assert "luthier[selection]" in caught.value.fix
 
 
 @pytest.mark.parametrize("options", [{"epsilon": 0.0}, {"tolerance": -1.0}, {"chunk": 1}, {"divergence": "other"}, {"eps": 1}])

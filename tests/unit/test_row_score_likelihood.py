@@ -121,7 +121,7 @@ def test_a_run_scores_too(tmp_path: Path) -> None:
 def test_rows_that_no_model_can_score_are_named(broken: list[Any], error: str) -> None:
     with pytest.raises(LuthierError, match=error) as caught:
         exact("tiny:llama", read([*POOL, *broken]).rows)
-    assert caught.value.where.startswith("row 5 (row ") and "remove these rows" in caught.value.mend
+    assert caught.value.where.startswith("row 5 (row ") and "remove these rows" in caught.value.fix
 
 
 @pytest.mark.parametrize(
@@ -136,7 +136,7 @@ def test_options_are_checked(options: dict[str, Any], error: str) -> None:
 def test_a_score_that_runs_models_says_what_it_needs() -> None:
     with pytest.raises(LuthierError, match="`likelihood` runs models") as caught:
         score_rows(POOL, "likelihood")
-    assert "luthier.runs.measure.likelihood_of_rows" in caught.value.mend
+    assert "luthier.runs.measure.likelihood_of_rows" in caught.value.fix
     with pytest.raises(LuthierError, match="loss on `first`"):
         score_rows(POOL, "likelihood", likely=partial(exact, loss_on="first"))
 
@@ -218,5 +218,5 @@ def test_a_missing_score_is_told_before_anything_is_written(tmp_path: Path) -> N
     rows = [{**row, **({} if i == 1 else {COLUMN: -1.0})} for i, row in enumerate(POOL)]
     with pytest.raises(LuthierError, match=f"1 of [1-4] rows of a micro-batch have no finite number `{COLUMN}`") as caught:
         run_of(rows, tmp_path / "runs")
-    assert caught.value.where == "rows talk" and f"--column {COLUMN}" in caught.value.mend
+    assert caught.value.where == "rows talk" and f"--column {COLUMN}" in caught.value.fix
     assert not (tmp_path / "runs").exists()

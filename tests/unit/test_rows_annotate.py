@@ -10,7 +10,7 @@ import torch
 
 from luthier import registry
 from luthier.errors import LuthierError
-from luthier.kinds import Annotation, Term, TokenWeight, View, Written
+from luthier.kinds import Annotation, LossTerm, TokenWeight, View, Written
 from luthier.models.tiny import tiny_tokenizer
 from luthier.planning.plan import make_plan
 from luthier.recipe import make_recipe
@@ -111,7 +111,7 @@ def test_what_an_annotation_refuses_is_a_bad_row() -> None:
 
 def test_each_annotation_is_made_once_and_names_are_not_shared() -> None:
     weights = [TokenWeight(annotation=Annotation("places", places, {"factor": factor})) for factor in (1.0, 1.0, 2.0)]
-    assert annotations_of([Term(lambda view, own: view["nll"].sum()), *weights[:2]]) == (weights[0].annotation,)
+    assert annotations_of([LossTerm(lambda view, own: view["nll"].sum()), *weights[:2]]) == (weights[0].annotation,)
     with pytest.raises(LuthierError, match="different numbers under the name `places`"):
         annotations_of(weights)
 

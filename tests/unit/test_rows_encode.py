@@ -140,7 +140,7 @@ def test_rows_without_one_answer_say_so() -> None:
     tokenizer: Any = tiny_tokenizer()
     with pytest.raises(LuthierError, match="no one answer to learn; it has `response`, `prompt`") as prompt_only:
         encode(row_of({"prompt": "q", "response": "a"}), tokenizer)
-    assert prompt_only.value.mend == "add a `completion`"
+    assert prompt_only.value.fix == "add a `completion`"
     with pytest.raises(LuthierError, match="no assistant turn to learn"):
         encode(row_of({"messages": [USER]}), tokenizer)
 
@@ -175,12 +175,12 @@ def test_every_row_is_accounted_for() -> None:
     ]
     rows = read(records)
     with pytest.raises(LuthierError, match="2 of 3 rows cannot be used"):
-        encode_all(rows, tokenizer, max_tokens=10)
-    found = encode_all(rows, tokenizer, max_tokens=10, on_bad_row="skip")
+        encode_all(rows, tokenizer, max_length=10)
+    found = encode_all(rows, tokenizer, max_length=10, on_bad_row="skip")
     assert [row.id for row in found.rows] == ["ok"]
     assert [bad.where for bad in found.dropped] == ["row 2 (row open)", "row 3 (row long)"]
     assert (found.tokens, found.supervised_tokens, found.truncated) == (4, 3, 0)
-    cut = encode_all(rows[2:], tokenizer, max_tokens=10, too_long="right")
+    cut = encode_all(rows[2:], tokenizer, max_length=10, too_long="right")
     assert (cut.tokens, cut.truncated, cut.rows[0].truncated) == (10, 1, 41)
     assert encode_each(rows[1:2], tokenizer)[1][0].reason == "the conversation has no assistant turn to learn"
     with pytest.raises(LuthierError, match="no assistant turn"):
@@ -191,8 +191,8 @@ def test_every_row_is_accounted_for() -> None:
 
 def test_limits_are_checked() -> None:
     row = row_of({"text": "abc"})
-    with pytest.raises(LuthierError, match="max_tokens is 1"):
-        encode(row, tiny_tokenizer(), max_tokens=1)
+    with pytest.raises(LuthierError, match="max_length is 1"):
+        encode(row, tiny_tokenizer(), max_length=1)
     with pytest.raises(LuthierError, match="too_long is 'cut'"):
         encode(row, tiny_tokenizer(), too_long="cut")  # type: ignore[arg-type]
     with pytest.raises(LuthierError, match="loss_on is 'answers'"):
@@ -200,8 +200,8 @@ def test_limits_are_checked() -> None:
     with pytest.raises(LuthierError, match="purpose is 'test'"):
         encode(row, tiny_tokenizer(), purpose="test")  # type: ignore[arg-type]
     with pytest.raises(LuthierError, match="cannot be cut on the right"):
-        encode_prompt(row, tiny_tokenizer(), max_tokens=2, too_long="right")
-    assert len(encode_prompt(row, tiny_tokenizer(), max_tokens=2, too_long="left")) == 2
+        encode_prompt(row, tiny_tokenizer(), max_length=2, too_long="right")
+    assert len(encode_prompt(row, tiny_tokenizer(), max_length=2, too_long="left")) == 2
 
 
 def test_a_row_apart_from_its_text() -> None:
@@ -214,13 +214,13 @@ def test_a_row_apart_from_its_text() -> None:
 def test_cut_on_the_left_without_a_first_token_of_its_own() -> None:
     tokenizer = plain_tokenizer()
     whole = encode(row_of({"prompt": "abcd", "completion": "xy"}), tokenizer)
-    cut = encode(row_of({"prompt": "abcd", "completion": "xy"}), tokenizer, max_tokens=6, too_long="left")
+    cut = encode(row_of({"prompt": "abcd", "completion": "xy"}), tokenizer, max_length=6, too_long="left")
     assert (cut.token_ids, cut.supervised, cut.truncated) == (whole.token_ids[1:], whole.supervised[1:], 1)
-    assert encode_all(read([{"prompt": "abcd", "completion": "xy"}]), tokenizer, max_tokens=6, too_long="left").truncated == 1
+    assert encode_all(read([{"prompt": "abcd", "completion": "xy"}]), tokenizer, max_length=6, too_long="left").truncated == 1
 
 
 def test_texts_that_heads_read_lose_nothing_where_they_fit() -> None:
     text = row_of({"text": "abc", "label": 1})
     read_whole = encode(text, tiny_tokenizer(), purpose="read")
-    assert encode(text, tiny_tokenizer(), purpose="read", max_tokens=len(read_whole)) == read_whole
+    assert encode(text, tiny_tokenizer(), purpose="read", max_length=len(read_whole)) == read_whole
     assert (read_whole.truncated, any(read_whole.supervised)) == (0, False)

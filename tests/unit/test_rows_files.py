@@ -64,7 +64,7 @@ def test_files_for_testing_are_what_evaluation_wants(tmp_path: Path) -> None:
     _written(tmp_path / "held" / "train.jsonl", _line(RECORDS[1]))
     with pytest.raises(LuthierError, match="some files here are for testing and others are not") as mixed:
         evaluation_sets({"held": EvaluationSet(rows=str(tmp_path / "held"))}, TrainRecipe())
-    assert mixed.value.mend.endswith("test.jsonl")
+    assert mixed.value.fix.endswith("test.jsonl")
     (tmp_path / "held" / "train.jsonl").unlink()
     with pytest.raises(LuthierError, match=r"no file here holds rows to train on: test\.jsonl"):
         read(tmp_path / "held")
@@ -131,7 +131,7 @@ def test_half_a_character_is_not_the_encoding_of_the_file(tmp_path: Path, ending
         with pytest.raises(LuthierError) as told:
             read(path)
         assert f"`{half}` is half a character" in told.value.what
-        assert "save the file" not in told.value.mend
+        assert "save the file" not in told.value.fix
     whole = '{"text": "smile \\ud83d\\ude00"}'
     assert read(_written(tmp_path / f"a.{ending}", whole if ending == "jsonl" else f"[{whole}]"))[0].fields["text"] == "smile 😀"
 
@@ -173,7 +173,7 @@ def test_only_what_may_be_a_name_of_the_hub_is_said_to_be_one() -> None:
     for source, hub in (("owner/name", True), ("name", True), ("../rows.jsonl", False), ("rows.jsonl", False), ("a/b/c", False)):
         with pytest.raises(LuthierError) as error:
             read(source)
-        assert ("`hub:" in error.value.mend) == hub
+        assert ("`hub:" in error.value.fix) == hub
 
 
 def test_files_of_a_folder_that_only_look_like_others(tmp_path: Path) -> None:
@@ -204,7 +204,7 @@ def test_what_is_wrong_with_a_line_is_told_in_words_of_rows(tmp_path: Path) -> N
     assert "sys." not in long.value.what
     with pytest.raises(LuthierError, match="is not valid UTF-8") as bytes_:
         read(_written(tmp_path / "b.jsonl", b'{"text": "\\ud83d\\ude00 \xff"}'))
-    assert bytes_.value.mend.startswith("save the file as UTF-8")
+    assert bytes_.value.fix.startswith("save the file as UTF-8")
     with pytest.raises(LuthierError, match="expected after") as table:
         read(_written(tmp_path / "c.csv", 'prompt,completion\n"F"x,g\n'))
     assert "begins" not in table.value.what

@@ -83,15 +83,15 @@ def test_a_prompt_with_a_token_that_the_model_does_not_have(strange: str) -> Non
 
 
 def test_the_words_about_a_row_that_is_too_long_are_true(tmp_path: Path) -> None:
-    """A row longer than the model reads was to be mended by a larger `max_tokens`, which is refused."""
+    """A row longer than the model reads was to be mended by a larger `max_length`, which is refused."""
     row = _written(tmp_path / "long.jsonl", [LONG])
     told = _refused("tiny:llama", {"train": row})
     assert f"at most {MAX_POSITIONS} are allowed: this model reads no more" in told.what
-    assert "raise" not in told.mend and "shorten or split the row" in told.mend
-    told = _refused("tiny:llama", {"train": ROWS[:1], "max_tokens": 9})
+    assert "raise" not in told.fix and "shorten or split the row" in told.fix
+    told = _refused("tiny:llama", {"train": ROWS[:1], "max_length": 9})
     assert "at most 9 are allowed" in told.what
-    assert f"raise max_tokens to at most {MAX_POSITIONS}" in told.mend
-    assert "this model reads no more" in _refused("tiny:llama", {"train": row, "max_tokens": 9}).what
+    assert f"raise max_length to at most {MAX_POSITIONS}" in told.fix
+    assert "this model reads no more" in _refused("tiny:llama", {"train": row, "max_length": 9}).what
 
 
 def test_a_look_counts_rows_that_a_run_cannot_use(strange: str, tmp_path: Path) -> None:
@@ -104,7 +104,7 @@ def test_a_look_counts_rows_that_a_run_cannot_use(strange: str, tmp_path: Path) 
 
 def test_two_tokens_are_the_least() -> None:
     assert Limits(2, "refuse", Reads(context=2)).longest == 2
-    with pytest.raises(LuthierError, match="max_tokens is 1"):
+    with pytest.raises(LuthierError, match="max_length is 1"):
         Limits(1, "refuse")
     with pytest.raises(LuthierError, match="reads 1 tokens at once"):
         Limits(None, "refuse", Reads(context=1))
@@ -114,7 +114,7 @@ def test_a_row_as_long_as_the_model_reads_is_over_the_recipe_s_limit_alone() -> 
     row = next(iter(read([{"text": "a"}])))
     refused = Limits(4, "refuse", Reads(context=9)).refusal(row, 9)
     assert refused.what == "the row has 9 tokens, and at most 4 are allowed"
-    assert refused.mend.startswith("raise max_tokens to at most 9, which is all this model reads")
+    assert refused.fix.startswith("raise max_length to at most 9, which is all this model reads")
 
 
 def test_ids_below_the_vocabulary_are_known() -> None:
@@ -122,3 +122,9 @@ def test_ids_below_the_vocabulary_are_known() -> None:
     check_ids((0, 6), tiny_tokenizer(), 7, "row 1")
     with pytest.raises(LuthierError, match="has the id 7, and this model knows ids up to 6"):
         check_ids((0, 7), tiny_tokenizer(), 7, "row 1")
+
+
+def test_a_text_with_a_label_has_no_token_that_the_model_does_not_know(strange: str) -> None:
+    rows = [{"text": "at the <lighthouse>", "label": "a"}]
+    told = _refused(strange, {"train": rows}, objective={"classify": {"labels": ["a", "b"]}})
+    assert told.what.startswith("the token `<lighthouse>` has the id 259")

@@ -35,7 +35,7 @@ def shown(looked: Look) -> str:
 
 
 def test_facts() -> None:
-    looked = look(RECORDS, tiny_tokenizer(), max_tokens=37)
+    looked = look(RECORDS, tiny_tokenizer(), max_length=37)
     assert looked.rows == 5
     assert looked.shape_counts == {
         "prompt+completion": 1,
@@ -45,7 +45,7 @@ def test_facts() -> None:
         "messages": 1,
     }
     prompt = 1 + 5 + 1 + 1 + 1 + 1 + 10
-    assert [(sample.id, sample.tokens, sample.targets) for sample in looked.samples] == [
+    assert [(sample.id, sample.tokens, sample.labels) for sample in looked.samples] == [
         ("a", prompt + 7 + 2, 8),
         ("b/chosen", prompt + 4 + 2, 5),
         ("b/rejected", prompt + 3 + 2, 4),
@@ -60,9 +60,9 @@ def test_facts() -> None:
 
 
 def test_cut_rows_are_shown_as_cut() -> None:
-    looked = look(RECORDS[:1], tiny_tokenizer(), max_tokens=20, too_long="left")
+    looked = look(RECORDS[:1], tiny_tokenizer(), max_length=20, too_long="left")
     assert looked.samples[0].truncated == looked.lengths["longest"] - 20
-    dropped = look(RECORDS[:1] + RECORDS[2:3], tiny_tokenizer(), max_tokens=20, too_long="right")
+    dropped = look(RECORDS[:1] + RECORDS[2:3], tiny_tokenizer(), max_length=20, too_long="right")
     assert [bad.where for bad in dropped.dropped] == ["row 1 (row a)"]
 
 
@@ -114,19 +114,19 @@ def test_problems_are_listed(tmp_path: Path) -> None:
 
 
 def test_json_is_plain() -> None:
-    facts = look(RECORDS, tiny_tokenizer(), max_tokens=37).as_json()
+    facts = look(RECORDS, tiny_tokenizer(), max_length=37).as_json()
     assert set(json.loads(json.dumps(facts))) == {field.name for field in fields(Look)}
     assert facts["skipped"][0] == {
         "where": "row 5 (row e)",
         "reason": "the conversation has no assistant turn to learn",
-        "mend": "add the assistant's answer, or learn every turn with loss_on: all",
+        "fix": "add the assistant's answer, or learn every turn with loss_on: all",
     }
     assert facts["samples"][0]["pieces"][6] == {"text": "é 🎉", "target": True, "special": False}
 
 
 def test_what_fits_is_not_too_long_and_five_samples_are_shown() -> None:
-    assert look(RECORDS[:1], tiny_tokenizer(), max_tokens=29).too_long == 0
-    assert look(RECORDS[:1], tiny_tokenizer(), max_tokens=28).too_long == 1
+    assert look(RECORDS[:1], tiny_tokenizer(), max_length=29).too_long == 0
+    assert look(RECORDS[:1], tiny_tokenizer(), max_length=28).too_long == 1
     assert len(look([{"text": "a" * number} for number in range(1, 8)], tiny_tokenizer()).samples) == 5
 
 
@@ -159,8 +159,8 @@ def test_facts_stand_line_by_line() -> None:
     console = Console(file=io.StringIO(), width=200)
     console.print(render(replace(look([{"text": "a ."}], tiny_tokenizer()), name="mine")))
     shown_lines = [line.rstrip() for line in console.file.getvalue().splitlines()]  # type: ignore[attr-defined]
-    assert shown_lines[:5] == ["mine", "rows      1 text", "tokens    4, of which 3 are targets (75%)", SHORT, "too long  0"]
+    assert shown_lines[:5] == ["mine", "rows      1 text", "tokens    4, of which 3 are labels (75%)", SHORT, "too long  0"]
     assert shown_lines[-1] == "a .<|im_end|>", "no space is lost"
     nothing = replace(look([{"text": "a"}], tiny_tokenizer()), tokens=0, supervised_tokens=0)
     console.print(render(nothing))
-    assert "0, of which 0 are targets (0%)" in console.file.getvalue()  # type: ignore[attr-defined]
+    assert "0, of which 0 are labels (0%)" in console.file.getvalue()  # type: ignore[attr-defined]

@@ -68,9 +68,9 @@ def test_realized_shares_by_hand() -> None:
     mixture = mixed((4, 10, 1.0), (4, 30, 1.0), share="tokens")
     assert mixture is not None
     one, other = mixture.facts(Sizes([10] * 4 + [30] * 4, [3] * 4 + [10] * 4), epochs=2)
-    assert (one["name"], one["weight"], one["share"], one["wanted"]) == ("s0", 1.0, "tokens", 0.5)
-    assert one["realized"] == {"rows": 0.75, "tokens": 0.5, "targets": pytest.approx(36 / 76)}
-    assert other["realized"] == {"rows": 0.25, "tokens": 0.5, "targets": pytest.approx(40 / 76)}
+    assert (one["name"], one["weight"], one["unit"], one["wanted"]) == ("s0", 1.0, "tokens", 0.5)
+    assert one["realized"] == {"rows": 0.75, "tokens": 0.5, "labels": pytest.approx(36 / 76)}
+    assert other["realized"] == {"rows": 0.25, "tokens": 0.5, "labels": pytest.approx(40 / 76)}
     assert (one["passes"], other["passes"]) == (3.0, 1.0)
 
 
@@ -222,7 +222,7 @@ def test_a_temperature_mixes_sources_without_weights() -> None:
 
 def test_rows_may_be_as_long_as_the_model_reads() -> None:
     rows = read([{"text": "abc"}])
-    recipe = make_recipe({"model": "tiny:llama", "rows": {"train": "a", "max_tokens": 4}}).rows
+    recipe = make_recipe({"model": "tiny:llama", "rows": {"train": "a", "max_length": 4}}).rows
     kept = encode_rows(recipe, [rows], rows, tiny_tokenizer(), Reads(context=4), lambda text: None)
     assert len(kept.rows.rows[0]) == 4
     with pytest.raises(LuthierError, match="rows of 4 tokens are longer than this model reads"):

@@ -82,7 +82,7 @@ def test_a_number_that_every_row_must_have(value: float | None) -> None:
     bad = batch if value is None else batch._replace(columns={"weak": torch.tensor([0.5, value], dtype=torch.float64)})
     with pytest.raises(LuthierError, match="a row has no probability `weak`") as refused:
         check_numbers(bad, "weak", "add it", called="probability", least=0.0, most=1.0)
-    assert (refused.value.where, refused.value.mend) == ("row row0", "add it")
+    assert (refused.value.where, refused.value.fix) == ("row row0", "add it")
     if value is not None and math.isfinite(value):
         check_numbers(bad, "weak", "add it")
     else:

@@ -41,7 +41,7 @@ def store(folder: Path, rows: Sequence[Encoded], values: Sequence[Sequence[float
 
 def told(rows: EncodedRows, *stores: Numbers) -> LuthierError:
     with pytest.raises(LuthierError) as refused:
-        join(rows, stores, lambda first: f"mend {len(first)}")
+        join(rows, stores, lambda first: f"fix {len(first)}")
     return refused.value
 
 
@@ -65,10 +65,10 @@ def test_members_of_a_group_have_their_own_likelihoods(tmp_path: Path) -> None:
 def test_at_most_five_rows_without_numbers_are_named(tmp_path: Path) -> None:
     rows = encoded([*TEXTS, PAIR])
     five = told(rows, store(tmp_path / "two", rows.rows[5:], [[-1.0], [-1.0, -2.0]]))
-    assert five.what == "5 of 7 rows have no numbers in the store" and five.mend == "mend 5"
+    assert five.what == "5 of 7 rows have no numbers in the store" and five.fix == "fix 5"
     assert five.where == ", ".join(f"row {number + 1} (row row{number})" for number in range(5)) + f"; store: {tmp_path / 'two'}"
     six = told(rows, store(tmp_path / "one", rows.rows[6:], [[-1.0, -2.0]]))
-    assert six.what.startswith("6 of 7 rows") and "(row row4) and 1 more; store:" in six.where and six.mend == "mend 5"
+    assert six.what.startswith("6 of 7 rows") and "(row row4) and 1 more; store:" in six.where and six.fix == "fix 5"
     changed = store(tmp_path / "changed", [row.group[0] for row in rows.rows], [[-1.0]] * 7)
     assert told(rows, changed).what.startswith("1 of 7 rows are not as they were when their numbers were made")
 
@@ -130,9 +130,11 @@ def test_where_a_store_lies_and_what_writes_it(tmp_path: Path) -> None:
     rows = tmp_path / "rows.jsonl"
     assert beside(rows, "teacher") is None
     rows.touch()
-    assert beside(rows, "teacher") == tmp_path / "rows.jsonl.numbers" / "teacher"
-    options = {"loss_on": "all", "template_options": {"thinking": True}}
-    words = "luthier rows store teacher a.jsonl loss_on=all template_options.thinking=true --model m --top-k 5 --precision float32"
+    assert beside(rows, "teacher") == tmp_path / "rows.jsonl.stored" / "teacher"
+    options = {"loss_on": "all", "chat_template_options": {"thinking": True}}
+    words = (
+        "luthier rows store teacher a.jsonl loss_on=all chat_template_options.thinking=true --model m --top-k 5 --precision float32"
+    )
     assert command_of("teacher", "a.jsonl", "m", options, top_k=5, precision="float32") == words
     assert command_of("likelihood", "a.jsonl", "m", {}) == "luthier rows store likelihood a.jsonl --model m"
 

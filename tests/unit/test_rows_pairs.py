@@ -125,7 +125,7 @@ def test_pairs_that_are_too_long_lose_as_much_of_both_prompts_or_are_left_out(to
     """Answers are never cut: each lost as many tokens as it was too long itself, so that the prompts differed."""
     whole = encoded([PAIR]).rows[0]
     limit = len(whole) - 3
-    found = encoded([PAIR, {**PAIR, "id": "r", "chosen": "y" * 40}], max_tokens=limit, too_long=too_long)
+    found = encoded([PAIR, {**PAIR, "id": "r", "chosen": "y" * 40}], max_length=limit, too_long=too_long)
     (row,) = found.rows
     assert [len(one) for one in row.group] == [len(one) - 3 for one in whole.group] and row.truncated == 6
     assert row.token_ids[0] == whole.token_ids[0] or whole.token_ids[0] != tiny_tokenizer().bos_token_id
@@ -134,16 +134,16 @@ def test_pairs_that_are_too_long_lose_as_much_of_both_prompts_or_are_left_out(to
     (dropped,) = found.dropped
     assert "answers are not cut" in dropped.reason and "row r" in dropped.where
     with pytest.raises(LuthierError, match=f"at most {limit} are allowed"):
-        encoded([PAIR], max_tokens=limit)
+        encoded([PAIR], max_length=limit)
 
 
 def test_a_pair_that_is_one_token_too_long() -> None:
     whole = encoded([PAIR]).rows[0]
     with pytest.raises(LuthierError, match=f"has {len(whole)} tokens, and at most {len(whole) - 1} are allowed"):
-        encoded([PAIR], max_tokens=len(whole) - 1)
-    cut = encoded([PAIR], max_tokens=len(whole) - 1, too_long="left").rows[0]
+        encoded([PAIR], max_length=len(whole) - 1)
+    cut = encoded([PAIR], max_length=len(whole) - 1, too_long="left").rows[0]
     assert [len(one) for one in cut.group] == [len(one) - 1 for one in whole.group]
-    assert encoded([PAIR], max_tokens=len(whole)).rows[0] == whole
+    assert encoded([PAIR], max_length=len(whole)).rows[0] == whole
 
 
 def test_a_template_that_writes_the_prompt_by_its_answer_is_refused() -> None:
@@ -219,11 +219,11 @@ def test_one_token_of_the_prompt_stays_or_the_pair_is_left_out(begins: bool) -> 
     whole = encode_all(read([PAIR]), tokenizer).rows[0]
     prompt = whole.supervised.index(True)
     limit = len(whole) - prompt + 1
-    (row,) = encode_all(read([PAIR]), tokenizer, max_tokens=limit, too_long="left").rows
+    (row,) = encode_all(read([PAIR]), tokenizer, max_length=limit, too_long="left").rows
     stays = whole.token_ids[0] if begins else whole.token_ids[prompt - 1]
     assert row.token_ids == (stays, *whole.token_ids[prompt:]) and row.supervised.index(True) == 1
     with pytest.raises(LuthierError, match=r"no token is left to learn: .*answers are not cut"):
-        encode_all(read([PAIR]), tokenizer, max_tokens=limit - 1, too_long="left")
+        encode_all(read([PAIR]), tokenizer, max_length=limit - 1, too_long="left")
 
 
 def test_what_a_group_runs_where_its_beginnings_are_run_once() -> None:

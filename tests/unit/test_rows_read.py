@@ -15,7 +15,7 @@ import torch
 
 from luthier.errors import LuthierError
 from luthier.rows.ids import canonical, digest, digest_of_tokens, numbered, parted
-from luthier.rows.read import Rows, read
+from luthier.rows.read import Rows, files_of, read
 
 RECORDS = [{"prompt": "one", "completion": "1"}, {"prompt": "zwei — 🎉", "completion": "2\u2028b"}]
 
@@ -189,10 +189,10 @@ def test_damaged_files_are_named(tmp_path: Path) -> None:
 def test_sources_that_are_none() -> None:
     with pytest.raises(LuthierError, match="there is no such file or folder") as missing:
         read("nowhere/train")
-    assert "hub:nowhere/train" in missing.value.mend
+    assert "hub:nowhere/train" in missing.value.fix
     with pytest.raises(LuthierError, match="rows cannot be read from a DatasetDict") as splits:
         read(datasets.DatasetDict(train=datasets.Dataset.from_list(RECORDS)))
-    assert "train" in splits.value.mend
+    assert "train" in splits.value.fix
     with pytest.raises(LuthierError, match="rows cannot be read from a bytes"):
         read(b"text")  # type: ignore[arg-type]
     with pytest.raises(LuthierError, match="on_bad_row is 'ignore'"):
@@ -249,3 +249,9 @@ def test_ids_and_digests_stay_as_they_are() -> None:
     assert (parted(row.id), parted(f"{row.id}-12"), numbered(row.id, 12)) == ((row.id, 1), (row.id, 12), f"{row.id}-12")
     assert (digest("door"), digest("gate")) == (-133722475876699099, -3593463971864021815)
     assert digest_of_tokens([((1, 2), (False, True)), ((4,), (True,))]) == -3250235642046081272
+
+
+def test_a_set_of_the_hub_that_lies_in_no_files_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: datasets.Dataset.from_list(RECORDS))
+    with pytest.raises(LuthierError, match="lies in no files"):
+        files_of("hub:owner/name")

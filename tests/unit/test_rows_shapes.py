@@ -117,7 +117,7 @@ def test_several_fitting_shapes_need_a_choice() -> None:
     record = {"prompt": "q", "completion": "a", "text": "qa"}
     with pytest.raises(LuthierError, match=r"fit several shapes: prompt\+completion, text") as several:
         made(record)
-    assert several.value.where == "file.jsonl:7" and "shape=" in several.value.mend
+    assert several.value.where == "file.jsonl:7" and "shape=" in several.value.fix
     assert made(record, "text").columns == {"prompt": "q", "completion": "a"}
     assert made(record, "completion+prompt").shape == "prompt+completion"
     assert made({"instruction": "i", "output": "o", "text": "t"}, "instruction").columns == {"text": "t"}
@@ -126,10 +126,10 @@ def test_several_fitting_shapes_need_a_choice() -> None:
 def test_an_unknown_shape_names_keys_and_near_names() -> None:
     with pytest.raises(LuthierError, match="`mesages`, `n` fit no known shape") as unknown:
         made({"mesages": [], "n": 1})
-    assert "did you mean `messages`?" in unknown.value.mend and "prompt+completion" in unknown.value.mend
+    assert "did you mean `messages`?" in unknown.value.fix and "prompt+completion" in unknown.value.fix
     with pytest.raises(LuthierError, match="unknown row shape `mesage`") as misnamed:
         made({"text": "t"}, "mesage")
-    assert "`messages`" in misnamed.value.mend
+    assert "`messages`" in misnamed.value.fix
     with pytest.raises(LuthierError, match="the row has no `completion`; it has `prompt`"):
         made({"prompt": "q"}, "prompt+completion")
 
@@ -213,21 +213,21 @@ def test_a_completion_that_repeats_the_prompt_is_learned_once() -> None:
 
 
 def test_one_error_names_five_of_many() -> None:
-    bad = [BadRow(f"f:{line}", "broken", "mend it") for line in range(1, 8)]
+    bad = [BadRow(f"f:{line}", "broken", "fix it") for line in range(1, 8)]
     error = bad_rows_error(bad, 20)
     assert error.what.startswith("7 of 20 rows cannot be used") and "f:5: broken" in error.what
     assert "f:6" not in error.what and "and 2 more" in error.what
-    assert error.mend.count("mend it") == 1 and "on_bad_row" in error.mend
+    assert error.fix.count("fix it") == 1 and "on_bad_row" in error.fix
     assert bad_rows_error(bad[:1], 20).what == "broken"
 
 
 def test_five_bad_rows_are_all_of_them() -> None:
-    bad = [BadRow(f"row {number}", f"reason {number}", f"mend {number}") for number in range(6)]
+    bad = [BadRow(f"row {number}", f"reason {number}", f"fix {number}") for number in range(6)]
     five = bad_rows_error(bad[:5], 9)
     assert five.what == "5 of 9 rows cannot be used:" + "".join(f"\n    row {number}: reason {number}" for number in range(5))
-    assert five.mend.startswith("mend 0; mend 1; mend 2; mend 3; mend 4; or leave")
+    assert five.fix.startswith("fix 0; fix 1; fix 2; fix 3; fix 4; or leave")
     six = bad_rows_error(bad, 9)
-    assert six.what.endswith("row 4: reason 4\n    and 1 more") and "mend 4" in six.mend and "mend 5" not in six.mend
+    assert six.what.endswith("row 4: reason 4\n    and 1 more") and "fix 4" in six.fix and "fix 5" not in six.fix
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 import pytest
+import tokenizers
 
 import luthier
 from luthier.errors import LuthierError
@@ -85,8 +86,8 @@ def test_the_rows_are_those_in_memory(tmp_path: Path, kind: str) -> None:
         path.mkdir()
         for i in range(12):
             (path / f"{i}.txt").write_text("words " * (i + 1))
-    expected = encode_all(read(path), tiny_tokenizer(), max_tokens=60, too_long="right")
-    found = kept(path, max_tokens=60, too_long="right").rows
+    expected = encode_all(read(path), tiny_tokenizer(), max_length=60, too_long="right")
+    found = kept(path, max_length=60, too_long="right").rows
     assert tuple(found.rows) == expected.rows and len(found.rows) == len(expected.rows) > 10
     assert (found.rows[-1], found.rows[2:4]) == (expected.rows[-1], expected.rows[2:4])
     assert [list(one) for one in found.sizes] == [list(one) for one in expected.sizes]
@@ -154,7 +155,7 @@ def test_fault_31_the_key_follows_from_everything_rows_depend_on(tmp_path: Path,
         "template options": key(encoding=encoding_of(form=form_of(tiny_tokenizer(), {"thinking": True}))),
         "vocabulary": key(encoding=encoding_of(form=form_of(vocabulary))),
         "special tokens": key(encoding=encoding_of(form=form_of(special))),
-        "max_tokens": key(encoding=encoding_of(max_tokens=9)),
+        "max_length": key(encoding=encoding_of(max_length=9)),
         "too_long": key(encoding=encoding_of(too_long="left")),
         "loss_on": key(encoding=encoding_of(loss_on="all")),
         "on_bad_row": key(on_bad_row="skip"),
@@ -270,8 +271,8 @@ def test_bad_rows_stop_as_in_memory(tmp_path: Path, workers: int, own_cache: Pat
     told = refusal(lambda: kept(unreadable, workers=workers))
     assert told == refusal(lambda: read(unreadable)) and f"{unreadable}:2" in told["error"]
     long = written(tmp_path / "long.jsonl")
-    told = refusal(lambda: kept(long, max_tokens=60, workers=workers))
-    assert told == refusal(lambda: encode_all(read(long), tiny_tokenizer(), max_tokens=60)) and f"{long}:" in told["where"]
+    told = refusal(lambda: kept(long, max_length=60, workers=workers))
+    assert told == refusal(lambda: encode_all(read(long), tiny_tokenizer(), max_length=60)) and f"{long}:" in told["where"]
     assert not multiprocessing.active_children() and not [one for one in own_cache.iterdir() if one.is_dir()], "nothing is left"
 
 
@@ -279,9 +280,9 @@ def test_bad_rows_are_skipped_and_counted_as_in_memory(tmp_path: Path) -> None:
     path = written(tmp_path / "a.jsonl")
     path.write_text(path.read_text() + "{broken\n")
     rows = read(path, on_bad_row="skip")
-    expected = encode_all(rows, tiny_tokenizer(), max_tokens=60, on_bad_row="skip")
+    expected = encode_all(rows, tiny_tokenizer(), max_length=60, on_bad_row="skip")
     for _ in range(2):
-        found = kept(path, max_tokens=60, on_bad_row="skip")
+        found = kept(path, max_length=60, on_bad_row="skip")
         assert (found.skipped, found.rows.dropped) == (rows.skipped, expected.dropped)
         assert found.skipped[0].where == f"{path}:43" and len(expected.dropped) > 5
         assert tuple(found.rows.rows) == expected.rows
@@ -317,7 +318,7 @@ def test_what_cannot_be_streamed_is_refused_by_name(tmp_path: Path) -> None:
 def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("LUTHIER_CACHE", str(tmp_path / "file"))
-    assert "LUTHIER_CACHE" in refusal(lambda: kept(written(tmp_path / "a.jsonl")))["mend"]
+    assert "LUTHIER_CACHE" in refusal(lambda: kept(written(tmp_path / "a.jsonl")))["fix"]
 
 
 @pytest.mark.usefixtures("small_chunks")
@@ -472,3 +473,10 @@ def test_rows_are_encoded_without_what_models_are_made_of() -> None:
             inside = {name.removeprefix("luthier.rows.") for name in names if name.startswith("luthier.rows.")}
             todo += sorted(inside - seen)
     assert {"encode", "chat", "limits"} <= seen
+
+
+def test_tokenizers_of_one_vocabulary_that_cut_differently_are_two() -> None:
+    one, other = tiny_tokenizer(), tiny_tokenizer()
+    assert cache.tokenizer_fingerprint(one) == cache.tokenizer_fingerprint(other)
+    other.backend_tokenizer.normalizer = tokenizers.normalizers.Lowercase()
+    assert one.get_vocab() == other.get_vocab() and cache.tokenizer_fingerprint(one) != cache.tokenizer_fingerprint(other)

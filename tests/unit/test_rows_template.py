@@ -92,8 +92,8 @@ def test_a_template_that_asks_for_the_day_says_so(clock: str, monkeypatch: pytes
 
 def test_the_day_that_a_template_is_told_can_be_set(clock: str) -> None:
     """Nobody could ask for the rows of another day."""
-    fixed = planned(clock, template_options={"date": date(2026, 1, 2)})
-    exact = planned(clock, template_options={"date": "2026-01-02T10:30"})
+    fixed = planned(clock, chat_template_options={"date": date(2026, 1, 2)})
+    exact = planned(clock, chat_template_options={"date": "2026-01-02T10:30"})
     assert all("Today is 2026-01-02 00:00" in text for text in texts(fixed))
     assert all("Today is 2026-01-02 10:30" in text for text in texts(exact))
     assert "Today is 2026-01-02 00:00" in fixed.tokenizer.decode(encode_prompt(fixed.sets[0].rows[0], fixed.tokenizer)), "sets, too"
@@ -135,12 +135,14 @@ def test_one_of_several_templates(named: str) -> None:
     """A tokenizer with named templates and no default was refused by a bare ValueError."""
     none = refusal(lambda: planned(named))
     assert isinstance(none, LuthierError), none
-    assert "none is the default: chat, tool_use" in none.what and "`template: chat`" in none.mend and none.where == "rows.template"
-    assert [text[0] for text in texts(planned(named, template="chat"))] == ["C", "C"]
-    assert [text[0] for text in texts(planned(named, template="tool_use"))] == ["T", "T"]
+    assert (
+        "none is the default: chat, tool_use" in none.what and "`template: chat`" in none.fix and none.where == "rows.chat_template"
+    )
+    assert [text[0] for text in texts(planned(named, chat_template="chat"))] == ["C", "C"]
+    assert [text[0] for text in texts(planned(named, chat_template="tool_use"))] == ["T", "T"]
     with pytest.raises(LuthierError, match="no chat template `chta`") as typed:
-        planned(named, template="chta")
-    assert "`chat`" in typed.value.mend
+        planned(named, chat_template="chta")
+    assert "`chat`" in typed.value.fix
     with pytest.raises(LuthierError, match="none is the default"):
         encode_prompt(read(ROWS)[0], load_tokenizer(named))
 
@@ -180,5 +182,5 @@ def test_named_templates_are_downloaded() -> None:
 def test_options_that_no_template_reads(model: str, options: dict[str, Any], said: str) -> None:
     """An option that a template does not read would change nothing."""
     with pytest.raises(LuthierError) as told:
-        planned(model, template_options=options)
-    assert said in f"{told.value.what} {told.value.mend}" and "rows.template_options" in told.value.where
+        planned(model, chat_template_options=options)
+    assert said in f"{told.value.what} {told.value.fix}" and "rows.chat_template_options" in told.value.where

@@ -39,7 +39,7 @@ def test_a_folder_is_held_by_one_process_until_that_dies(tmp_path: Path) -> None
     finally:
         other.kill()
         other.wait()
-    assert read_run(tmp_path).facts["status"] == "broken off"
+    assert read_run(tmp_path).facts["status"] == "crashed"
     with lock.held(tmp_path):
         assert read_run(tmp_path).facts["status"] == "running"
 

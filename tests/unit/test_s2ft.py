@@ -144,16 +144,16 @@ def test_slices_see_the_gradient_of_full_fine_tuning_and_step_like_it(engine: An
 def test_a_share_of_one_is_the_whole_projection(engine: Any, now: Now, name: str) -> None:
     role = {"value": "attention_value", "output": "attention_output", "up": "mlp_up", "down": "mlp_down"}[name]
     found = []
-    for tune in ({"s2ft": {"down": 0.0, name: 1.0}}, {"full": {"roles": [role]}}):
+    for tune in ({"s2ft": {"down": 0.0, name: 1.0}}, {"full": {"target_modules": [role]}}):
         model = model_of()
-        steps(engine(tune, model=model, step="adamw"), now)
+        steps(engine(tune, model=model, optimizer="adamw"), now)
         found.append(live(model))
     assert max(float((value - found[1][name]).abs().max()) for name, value in found[0].items()) < 1e-12
 
 
 def test_weight_decay_pulls_towards_the_base(engine: Any, now: Now) -> None:
     """Decay drew the selected slices to zero, where the paper's slices, which begin at zero, are drawn back to the base."""
-    run = engine({"s2ft": {"down": 0.5}}, model=model_of(), step={"adamw": {"decay": 0.5}})
+    run = engine({"s2ft": {"down": 0.5}}, model=model_of(), optimizer={"adamw": {"weight_decay": 0.5}})
     (one, *_) = run.tune.trained.values()
     base = one.master.detach().clone()
     for moved, wanted in ((0.0, 0.0), (1.0, 0.95)):
@@ -214,14 +214,14 @@ def test_rankings_against_brute_force(architecture: str, by: str, prefer: str) -
     model = model_of(architecture)
     parts, batch = map_parts(model), make_batch(CALIBRATION, first=100)
     slopes = plain_gradients(model, batch)
-    readers = {(p.block, p.role): p.module for p in parts.select(roles=("attention_output", "mlp_down"))}
+    readers = {(p.block, p.role): p.module for p in parts.select(target_modules=("attention_output", "mlp_down"))}
     read = plain_inputs(model, batch, list(readers.values()))
     queries, width = parts.heads // parts.key_value_heads, parts.head_width
     found = chosen(model, by=by, prefer=prefer, **SHARES)
     for role, form in FORMS.items():
         size = {"attention_value": width, "attention_output": width}.get(role, 1)
         scores: dict[tuple[int, int], float] = {}
-        for place in parts.select(roles=(role,)):
+        for place in parts.select(target_modules=(role,)):
             assert place.block is not None
             weight = parts.view(model, place).detach()
             whole = slopes[place.parameter]
@@ -243,7 +243,7 @@ def test_rankings_against_brute_force(architecture: str, by: str, prefer: str) -
 
 
 def test_adamw_holds_two_numbers_for_each_that_trains(engine: Any, now: Now) -> None:
-    run = engine({"s2ft": SHARES}, step="adamw")
+    run = engine({"s2ft": SHARES}, optimizer="adamw")
     steps(run, now)
     held = sum(value.numel() for key, value in run.chain.tensors().items() if not key.endswith("|age"))
     assert held == 2 * run.tune.numbers() < 0.2 * sum(one.numel() for one in run.tune.model.parameters())
@@ -263,7 +263,7 @@ def test_backward_of_columns_keeps_the_selected_inputs_alone(engine: Any) -> Non
 def tuned(engine: Any, now: Now, base: Any, seed: int, dtype: torch.dtype) -> Delta:
     """A delta of a few steps from a base, with its own units and rows."""
     model = copy.deepcopy(base)
-    run = engine({"s2ft": {"down": 0.2, "output": 0.125}}, model=model, step="adamw", dtype=dtype, seed=seed)
+    run = engine({"s2ft": {"down": 0.2, "output": 0.125}}, model=model, optimizer="adamw", dtype=dtype, seed=seed)
     for i in range(3):
         run.step([rows_of_eight(seed=10 * seed + i)], now._replace(step=i, learning_rate=0.01, seed=seed))
     return Delta.between(base, model)
@@ -348,7 +348,7 @@ def test_a_ranking_may_look_at_one_row() -> None:
 def test_a_share_too_small_for_one_unit_is_refused() -> None:
     with pytest.raises(LuthierError, match="of 8 units is none") as error:
         chosen(tiny("llama", layers=2), output=0.1)
-    assert error.value.where == "s2ft: output" and "0.125" in str(error.value.mend)
+    assert error.value.where == "s2ft: output" and "0.125" in str(error.value.fix)
 
 
 @pytest.mark.parametrize(("architecture", "options"), [("gpt_neox", {"value": 0.5}), ("mixtral", {"down": 0.5})])

@@ -10,8 +10,8 @@ import torch
 
 from luthier.errors import LuthierError
 from luthier.kinds import Now
-from luthier.methods.additive._fastfood import Fastfood, draw, fastfood, fastfood_adjoint, project, walsh_hadamard
-from luthier.methods.additive.said import intrinsic_dimension
+from luthier.methods.weight_delta._fastfood import Fastfood, draw, fastfood, fastfood_adjoint, project, walsh_hadamard
+from luthier.methods.weight_delta.said import intrinsic_dimension
 from luthier.registry import make
 from luthier.training.dryrun import peak_of
 from tests.conftest import split
@@ -159,7 +159,7 @@ def test_a_model_in_bf16_trains_with_the_scales_that_are_merged(engine: Any) -> 
 
 def test_the_scale_of_a_head_is_one_more(engine: Any) -> None:
     model = model_of(tied=False)
-    run = engine({"said": {"dimension": 50, "roles": ["linear", "head"]}}, model=model)
+    run = engine({"said": {"dimension": 50, "target_modules": ["linear", "head"]}}, model=model)
     assert run.tune.trained["said.scale"].numel == 3
     layouts = {own.place.role: own.frozen["layout"].tolist()[2] for own in run.tune.owns if own.place is not None}
     assert layouts["head"] == 2
@@ -175,7 +175,7 @@ def test_the_seed_of_the_run_decides_the_projections(engine: Any) -> None:
 
 
 def test_it_learns(engine: Any, now: Now) -> None:
-    run = engine({"said": {"dimension": 200}}, model=model_of(), step="adamw")
+    run = engine({"said": {"dimension": 200}}, model=model_of(), optimizer="adamw")
     losses = [run.step([rows_of_eight()], now._replace(step=i, learning_rate=0.1)).loss for i in range(20)]
     assert losses[-1] < losses[0] - 0.3
 
@@ -186,7 +186,7 @@ def test_dimensions_that_leave_nothing_are_refused(engine: Any) -> None:
     for options in ({"dimension": 3}, {"dimension": 1, "scales": "none"}):
         assert engine({"said": options}, model=model_of()).tune.trained["said.vector"].numel == 1
     with pytest.raises(LuthierError, match="the dimension is 0"):
-        make({"said": {"dimension": 0}}, ("additive",))
+        make({"said": {"dimension": 0}}, ("weight_delta",))
 
 
 def test_the_intrinsic_dimension_is_the_smallest_that_reaches_the_share() -> None:
@@ -197,12 +197,12 @@ def test_the_intrinsic_dimension_is_the_smallest_that_reaches_the_share() -> Non
 
 
 def test_killed_and_resumed_it_is_the_same_run_bit_for_bit(engine: Any, now: Now, tmp_path: Path) -> None:
-    setting = {"tune": {"said": {"dimension": 50}}, "step": "adamw"}
+    setting = {"tune": {"said": {"dimension": 50}}, "optimizer": "adamw"}
     assert_resumes(engine, now, tmp_path / "step-3", **setting)
 
 
 def test_a_pass_on_shapes_alone_leaves_nothing_behind(engine: Any, now: Now) -> None:
-    runs = [engine({"said": {"dimension": 50}}, model=model_of(), step="adamw") for _ in range(2)]
+    runs = [engine({"said": {"dimension": 50}}, model=model_of(), optimizer="adamw") for _ in range(2)]
     assert peak_of(runs[0], [rows_of_eight()], now).total > 0
     for run in runs:
         go(run, now, 0, 4)

@@ -49,8 +49,7 @@ def test_a_model_with_something_beside_its_weights_is_not_saved_as_its_base(tune
     with pytest.raises(LuthierError) as caught:
         run.model.save_pretrained(tmp_path / "saved")
     assert (
-        f"`{next(iter(tune), tune) if isinstance(tune, dict) else tune}`" in caught.value.what
-        and "run.export(" in caught.value.mend
+        f"`{next(iter(tune), tune) if isinstance(tune, dict) else tune}`" in caught.value.what and "run.export(" in caught.value.fix
     )
     assert not (tmp_path / "saved").exists()
     with pytest.raises(LuthierError, match="would not be saved"):

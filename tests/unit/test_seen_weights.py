@@ -34,7 +34,7 @@ class Rounded(torch.autograd.Function):
 
 def tuned(model: Any) -> Tune:
     tune = Tune(model, map_parts(model))
-    tune.add("lora", part_of("additive", "lora", {"rank": 3, "dropout": 0.0}).values[0], RunServices(tune, "lora", Now()), {})
+    tune.add("lora", part_of("weight_delta", "lora", {"rank": 3, "dropout": 0.0}).values[0], RunServices(tune, "lora", Now()), {})
     for number, one in enumerate(tune.trained.values()):
         one.master.data.copy_(torch.randn(one.master.shape, generator=torch.Generator().manual_seed(number)) * 0.3)
     return tune
@@ -90,7 +90,7 @@ def test_a_delta_on_a_part_of_a_fused_projection_is_seen_there() -> None:
     """Also where nothing below needs a gradient."""
     model = model_of("phi3", layers=1)
     tune = Tune(model, map_parts(model))
-    value = part_of("additive", "lora", {"rank": 3, "dropout": 0.0, "roles": ["attention_key"]}).values[0]
+    value = part_of("weight_delta", "lora", {"rank": 3, "dropout": 0.0, "target_modules": ["attention_key"]}).values[0]
     tune.add("lora", value, RunServices(tune, "lora", Now()), {})
     for number, one in enumerate(tune.trained.values()):
         one.master.data.copy_(torch.randn(one.master.shape, generator=torch.Generator().manual_seed(number)) * 0.3)

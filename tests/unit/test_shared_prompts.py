@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from luthier.columns.chunked import resolve
 from luthier.columns.targets import find_targets
 from luthier.errors import LuthierError
-from luthier.kinds import Additive, Batch, Column, Now, OtherPass
+from luthier.kinds import Batch, Column, Now, OtherPass, WeightDelta
 from luthier.models import attention
 from luthier.models.attention import Shared, use_attention
 from luthier.models.modes import evaluating
@@ -354,7 +354,7 @@ def test_who_draws_without_telling_is_refused(engine: Any, now: Now) -> None:
     run = packing(engine, {"lora": {"dropout": 0.3}}, objective="simpo")
     for site in run.tune.sites.values():
         for addition in site.additions:
-            assert isinstance(addition.value, Additive)
+            assert isinstance(addition.value, WeightDelta)
             addition.value = addition.value._replace(draws=False)
     with pytest.raises(LuthierError, match="does not tell that it draws"):
         run.step([rows_of_pairs()], now)

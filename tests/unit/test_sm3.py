@@ -52,7 +52,7 @@ def go(run: Any, now: Now, steps: int) -> None:
 
 
 def test_the_bound_is_never_below_adagrads_sum_and_costs_a_row_and_a_column(engine: Any, now: Now) -> None:
-    run = engine({"full": {"roles": ["mlp_up"]}}, model=model_of(layers=1), step="sm3")
+    run = engine({"full": {"target_modules": ["mlp_up"]}}, model=model_of(layers=1), optimizer="sm3")
     ((name, one),) = run.tune.trained.items()
     exact, start = torch.zeros_like(one.master.detach()), one.master.detach().clone()
     for i in range(5):
@@ -67,7 +67,7 @@ def test_the_bound_is_never_below_adagrads_sum_and_costs_a_row_and_a_column(engi
 
 
 def test_vectors_are_pytorchs_adagrad(engine: Any, now: Now) -> None:
-    run = engine({"full": {"roles": ["norm"]}}, model=model_of(), step="sm3")
+    run = engine({"full": {"target_modules": ["norm"]}}, model=model_of(), optimizer="sm3")
     copies = {name: one.master.detach().clone().requires_grad_(True) for name, one in run.tune.trained.items()}
     torchs = torch.optim.Adagrad(list(copies.values()), lr=0.1, eps=0.0)
     for i in range(5):
@@ -92,7 +92,7 @@ def test_a_number_alone_is_adagrads(now: Now) -> None:
 
 
 def test_momentum_and_decay_by_hand(engine: Any, now: Now) -> None:
-    run = engine({"some_cols": {"rate": 0.5}}, model=model_of(), step={"sm3": {"momentum": 0.9, "decay": 0.1}})
+    run = engine({"some_cols": {"rate": 0.5}}, model=model_of(), optimizer={"sm3": {"momentum": 0.9, "weight_decay": 0.1}})
     one = next(iter(run.tune.trained.values()))
     value = one.master.detach().clone()
     direction = torch.zeros_like(value)
@@ -109,7 +109,7 @@ def test_decay_pulls_to_the_anchor_and_no_gradient_moves_nothing(now: Now) -> No
     """A tenth of the way to the anchor, which is 4, then 3.6; only the second number has gradients, of 2."""
     anchor = torch.tensor([7.0, 3.0, 5.0], dtype=torch.float64)
     one: Any = SimpleNamespace(form="free", index=None, rate=0.5, decay=True, anchor=anchor)
-    value, optimizer = anchor - torch.tensor([4.0, 0.0, 0.0]), make({"sm3": {"decay": 1.0}}, ("optimizer",)).values[0]
+    value, optimizer = anchor - torch.tensor([4.0, 0.0, 0.0]), make({"sm3": {"weight_decay": 1.0}}, ("optimizer",)).values[0]
     state: State = {}
     for wanted in ([3.4, 2.9, 5.0], [3.76, 2.91 - 0.1 / 2**0.5, 5.0]):
         optimizer.step(value, torch.tensor([0.0, 2.0, 0.0], dtype=torch.float64), state, one, now._replace(learning_rate=0.2))
@@ -122,13 +122,13 @@ def test_accumulators_of_rows_and_columns_stay_when_entries_come_and_go(engine: 
     found: dict[str, Tensor] = {}
 
     def choose(parts: Any, services: Services) -> dict[Place, Select]:
-        return {place: Select("flat", torch.tensor([0, 1, 40])) for place in parts.select(roles=["mlp_down"], blocks=[0])}
+        return {place: Select("flat", torch.tensor([0, 1, 40])) for place in parts.select(target_modules=["mlp_down"], blocks=[0])}
 
     def refresh(state: Any, services: Services) -> dict[Place, Refresh]:
         place = next(one.place for one in services.trained() if one.place is not None)
         return {place: Refresh(torch.tensor([2, 41, 42]), torch.full((3,), -1))} if services.now.step == 2 else {}
 
-    run = engine(Selective(choose, refresh=refresh), model=model_of(architecture), step="sm3")
+    run = engine(Selective(choose, refresh=refresh), model=model_of(architecture), optimizer="sm3")
     ((name, one),) = run.tune.trained.items()
     width = run.tune.region(one.place).shape[1]
     go(run, now, 2)
@@ -144,7 +144,7 @@ def test_accumulators_of_rows_and_columns_stay_when_entries_come_and_go(engine: 
     assert set(kept["sums 1"].flatten().nonzero().flatten().tolist()) == {i % width for i in (0, 1, 40, 2, 41, 42)}
 
 
-@pytest.mark.parametrize("options", [{"momentum": 1.0}, {"decay": -0.1}, {"epsilon": 0.0}])
+@pytest.mark.parametrize("options", [{"momentum": 1.0}, {"weight_decay": -0.1}, {"epsilon": 0.0}])
 def test_options_out_of_range_are_refused(options: dict[str, float]) -> None:
-    with pytest.raises(LuthierError, match=next(iter(options)).replace("decay", "weight decay")):
+    with pytest.raises(LuthierError, match=next(iter(options)).replace("_", " ")):
         make({"sm3": options}, ("optimizer",))

@@ -101,9 +101,9 @@ def go(run: Any, now: Now, first: int, last: int) -> None:
 @pytest.mark.parametrize("criterion", ["gradient", "momentum"])
 def test_the_exchanges_of_a_hundred_steps(engine: Any, criterion: str) -> None:
     """S = 20, gamma = 5: the exchanges stand behind steps 5, 25, 45 ..., over 5 and then 6 steps each, of 1, 0.15, 0.11 ..."""
-    options = {"density": 0.02, "roles": ["mlp_down"], "criterion": criterion}
+    options = {"density": 0.02, "target_modules": ["mlp_down"], "criterion": criterion}
     (value, _) = make({"spiel": options}, ("selective",)).values
-    run = engine({"spiel": options}, model=model_of(layers=1), step="adamw", dtype=torch.float32)
+    run = engine({"spiel": options}, model=model_of(layers=1), optimizer="adamw", dtype=torch.float32)
     (one,) = trained_of(run).values()
     size = one.numel
     moved, looked = {}, {}
@@ -126,8 +126,8 @@ def test_the_exchanges_of_a_hundred_steps(engine: Any, criterion: str) -> None:
 
 def test_a_gathering_phase_by_hand(engine: Any, now: Now) -> None:
     """The first phase of two steps, on weights that stand still: who grows, and with which moments."""
-    options = {"density": 0.01, "roles": ["mlp_up"], "every": 4, "gather": 2}
-    run = engine({"spiel": options}, model=model_of(layers=1), step="adamw")
+    options = {"density": 0.01, "target_modules": ["mlp_up"], "every": 4, "gather": 2}
+    run = engine({"spiel": options}, model=model_of(layers=1), optimizer="adamw")
     ((name, one),) = trained_of(run).items()
     place, before = one.place.parameter, one.index.clone()
     dense = [plain_gradients(run.tune.model, rows_of_eight(seed=seed))[place].flatten() for seed in (0, 1)]
@@ -149,8 +149,8 @@ def test_a_gathering_phase_by_hand(engine: Any, now: Now) -> None:
 @pytest.mark.parametrize("limit", [0.01, 1e9])
 def test_new_entries_are_seeded_with_gradients_as_the_optimizer_gets_them(engine: Any, now: Now, limit: float) -> None:
     """New entries began with the moments of gradients that were not clipped, while the optimizer received clipped ones."""
-    options = {"density": 0.01, "roles": ["mlp_up"], "every": 4, "gather": 2}
-    run = engine({"spiel": options}, model=model_of(layers=1), step=[{"clip": {"norm": limit}}, "adamw"])
+    options = {"density": 0.01, "target_modules": ["mlp_up"], "every": 4, "gather": 2}
+    run = engine({"spiel": options}, model=model_of(layers=1), optimizer=[{"clip": {"norm": limit}}, "adamw"])
     ((name, one),) = trained_of(run).items()
     place, before = one.place.parameter, one.index.clone()
     still, seen = now._replace(learning_rate=0.0), []
@@ -168,7 +168,7 @@ def test_new_entries_are_seeded_with_gradients_as_the_optimizer_gets_them(engine
 
 def test_what_a_zero_gradient_was_scaled_by_is_told_by_the_others(engine: Any, now: Now) -> None:
     """One norm scales everything alike: entries whose own gradient is zero are observed with the factor of all."""
-    run = engine({"spiel": {"density": 0.01}}, model=model_of(layers=1), step=[{"clip": {"norm": 1.0}}, "sgd"])
+    run = engine({"spiel": {"density": 0.01}}, model=model_of(layers=1), optimizer=[{"clip": {"norm": 1.0}}, "sgd"])
     first, *others = trained_of(run).values()
     for one in others:
         one.gradient = torch.ones_like(one.master)
@@ -184,14 +184,14 @@ def test_nothing_joins_at_the_very_end_and_only_the_linear_policy_begins_with_al
     """Of a run that ends with a gathering phase: behind its last step nothing would learn, and half a cosine begins at the share itself."""
     options = {
         "density": 0.02,
-        "roles": ["mlp_down"],
+        "target_modules": ["mlp_down"],
         "policy": policy,
         "drop": 0.2,
         "criterion": "momentum",
         "every": 4,
         "gather": 2,
     }
-    run = engine({"spiel": options}, model=model_of(layers=1), step="adamw")
+    run = engine({"spiel": options}, model=model_of(layers=1), optimizer="adamw")
     (one,) = trained_of(run).values()
     moved = {}
     for i in range(10):
@@ -206,8 +206,8 @@ def test_nothing_joins_at_the_very_end_and_only_the_linear_policy_begins_with_al
 
 def test_a_run_as_long_as_one_gathering_phase_exchanges_nothing(engine: Any) -> None:
     """The first exchange takes all entries; behind the last step they would stay where they began."""
-    options = {"density": 0.02, "roles": ["mlp_down"], "every": 4, "gather": 2}
-    run = engine({"spiel": options}, model=model_of(layers=1), step="adamw")
+    options = {"density": 0.02, "target_modules": ["mlp_down"], "every": 4, "gather": 2}
+    run = engine({"spiel": options}, model=model_of(layers=1), optimizer="adamw")
     (one,) = trained_of(run).values()
     before = one.index.clone()
     for i in range(2):
@@ -216,8 +216,8 @@ def test_a_run_as_long_as_one_gathering_phase_exchanges_nothing(engine: Any) -> 
 
 
 def test_survivors_keep_everything_and_the_dropped_go_back_to_the_base(engine: Any, now: Now) -> None:
-    options = {"density": 0.02, "roles": ["mlp_down"], "every": 3, "gather": 1, "policy": "cosine", "drop": 0.5}
-    run = engine({"spiel": options}, model=model_of(layers=1), step="adamw")
+    options = {"density": 0.02, "target_modules": ["mlp_down"], "every": 3, "gather": 1, "policy": "cosine", "drop": 0.5}
+    run = engine({"spiel": options}, model=model_of(layers=1), optimizer="adamw")
     ((name, one),) = trained_of(run).items()
     base = run.tune.region(one.place).flatten().clone()
     go(run, now, 0, 3)
@@ -255,8 +255,8 @@ def test_gradients_of_entries_are_autograds(engine: Any, now: Now, architecture:
 def test_all_entries_without_exchange_are_full_fine_tuning(engine: Any, now: Now) -> None:
     found = []
     spiel = {"spiel": {"density": 1.0, "policy": "cosine", "drop": 0.0}}
-    for tune in (spiel, {"full": {"roles": ["linear"]}}):
-        run = engine(tune, model=model_of(), step="adamw")
+    for tune in (spiel, {"full": {"target_modules": ["linear"]}}):
+        run = engine(tune, model=model_of(), optimizer="adamw")
         go(run, now, 0, 8)
         found.append({name: one.detach().clone() for name, one in run.tune.model.named_parameters()})
     assert all(torch.allclose(value, found[1][name], rtol=0, atol=1e-12) for name, value in found[0].items())
@@ -264,7 +264,7 @@ def test_all_entries_without_exchange_are_full_fine_tuning(engine: Any, now: Now
 
 def test_the_budget_counts_the_whole_model_and_is_shared_by_size(engine: Any) -> None:
     model = model_of(layers=3)
-    run = engine({"spiel": {"density": 0.01}}, model=model, step="adamw")
+    run = engine({"spiel": {"density": 0.01}}, model=model, optimizer="adamw")
     everything = sum(one.numel() for one in model.parameters())
     sizes = {name: run.tune.region(one.place).numel() for name, one in trained_of(run).items()}
     for name, one in trained_of(run).items():
@@ -273,12 +273,12 @@ def test_the_budget_counts_the_whole_model_and_is_shared_by_size(engine: Any) ->
 
 
 def test_one_entry_of_each_weight_trains_at_least_and_all_may_be_dropped(engine: Any) -> None:
-    run = engine({"spiel": {"density": 1e-9, "drop": 1.0, "every": 2, "gather": 1}}, model=model_of(layers=1), step="adamw")
+    run = engine({"spiel": {"density": 1e-9, "drop": 1.0, "every": 2, "gather": 1}}, model=model_of(layers=1), optimizer="adamw")
     assert {one.numel for one in trained_of(run).values()} == {1}
 
 
 def test_adamw_holds_two_numbers_for_each_entry_and_its_age(engine: Any, now: Now) -> None:
-    run = engine("spiel", model=model_of(), step="adamw")
+    run = engine("spiel", model=model_of(), optimizer="adamw")
     go(run, now, 0, 2)
     held = sum(value.numel() for value in run.chain.tensors().values() if isinstance(value, Tensor))
     assert held == 3 * run.tune.numbers()
@@ -287,8 +287,8 @@ def test_adamw_holds_two_numbers_for_each_entry_and_its_age(engine: Any, now: No
 @pytest.mark.parametrize("criterion", ["gradient", "momentum"])
 def test_momenta_are_sm3s_and_no_dense_gradient_is_formed(engine: Any, now: Now, criterion: str) -> None:
     """With the momentum criterion, the technique's own accumulators are those of the optimizer SM3, bit for bit."""
-    options = {"density": 0.01, "roles": ["mlp_up"], "criterion": criterion, "every": 3, "gather": 1}
-    run = engine({"spiel": options}, model=model_of(layers=1), step="sm3")
+    options = {"density": 0.01, "target_modules": ["mlp_up"], "criterion": criterion, "every": 3, "gather": 1}
+    run = engine({"spiel": options}, model=model_of(layers=1), optimizer="sm3")
     for i in range(7):
         run.tune.start_observing(now._replace(step=i))
         assert bool(run.tune.observing) == (criterion == "gradient" and (i + 1) % 3 <= 1)
@@ -301,8 +301,8 @@ def test_momenta_are_sm3s_and_no_dense_gradient_is_formed(engine: Any, now: Now,
 
 
 def test_momentum_grows_where_row_and_column_are_large(engine: Any, now: Now) -> None:
-    options = {"density": 0.002, "roles": ["mlp_up"], "criterion": "momentum", "every": 3, "gather": 1}
-    run = engine({"spiel": options}, model=model_of(layers=1), step="sm3")
+    options = {"density": 0.002, "target_modules": ["mlp_up"], "criterion": "momentum", "every": 3, "gather": 1}
+    run = engine({"spiel": options}, model=model_of(layers=1), optimizer="sm3")
     ((_, one),) = trained_of(run).items()
     before = one.index.clone()
     go(run, now, 0, 1)
@@ -319,7 +319,9 @@ def test_resumed_in_the_middle_of_a_phase(engine: Any, now: Now, tmp_path: Path,
     def build() -> Any:
         tune = {"spiel": {"criterion": criterion, "every": 4, "gather": 2}}
         run = engine(
-            tune, model=model_of(architecture, layers=1), step="sm3" if criterion == "momentum" else {"adamw": {"decay": 0.1}}
+            tune,
+            model=model_of(architecture, layers=1),
+            optimizer="sm3" if criterion == "momentum" else {"adamw": {"weight_decay": 0.1}},
         )
         run.tune.model.train()
         return run
@@ -338,7 +340,7 @@ def test_resumed_in_the_middle_of_a_phase(engine: Any, now: Now, tmp_path: Path,
 
 def test_weight_decay_pulls_to_the_base(engine: Any, now: Now) -> None:
     """Gradients at zero: what an entry learnt shrinks by 1 - 0.1 x 0.5 a step, and the base stays where it is."""
-    run = engine({"spiel": {"roles": ["mlp_up"]}}, model=model_of(layers=1), step={"adamw": {"decay": 0.5}})
+    run = engine({"spiel": {"target_modules": ["mlp_up"]}}, model=model_of(layers=1), optimizer={"adamw": {"weight_decay": 0.5}})
     ((name, one),) = trained_of(run).items()
     start = one.start.clone()
     run.tune.set({name: start + 1.0})

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from luthier.errors import LuthierError
-from luthier.methods.hidden_edit.ia3 import ia3
-from luthier.methods.hidden_edit.ssf import ssf
+from luthier.methods.representation_edit.ia3 import ia3
+from luthier.methods.representation_edit.ssf import ssf
 from tests.conftest import make_batch
 from tests.toys.helpers import gradients, logits_of, model_of, plain_gradients, rows_of_eight
 
@@ -44,7 +44,7 @@ def test_small_scales_survive_narrow_types() -> None:
 @pytest.mark.parametrize("layers", [1, 3])
 def test_the_number_of_trained_numbers_is_the_papers(engine: Any, layers: int) -> None:
     model = model_of("gpt2", layers=layers, tied=False)
-    run = engine(ssf(roles=("linear", "norm", "embedding")), model=model)
+    run = engine(ssf(target_modules=("linear", "norm", "embedding")), model=model)
     width, inner = run.tune.parts.width, model.config.n_inner
     assert run.tune.numbers() == layers * 2 * (7 * width + inner) + 2 * width + 2 * width
     # The same count for the paper's ViT-B/16, with its patch embedding and final norm.
@@ -77,7 +77,7 @@ def test_in_fp32_merging_is_exact_to_rounding(engine: Any) -> None:
 
 
 def test_an_untied_embedding_and_head_fold_too(engine: Any) -> None:
-    run = moved(engine(ssf(roles=("embedding", "head"), shift="foldable"), model=model_of(tied=False)))
+    run = moved(engine(ssf(target_modules=("embedding", "head"), shift="foldable"), model=model_of(tied=False)))
     assert {name.rpartition(".")[2] for name in run.tune.trained} == {"scale", "shift"}
     wanted = logits_of(run.tune.model, BATCH)
     run.tune.merge()
@@ -87,7 +87,7 @@ def test_an_untied_embedding_and_head_fold_too(engine: Any) -> None:
 @pytest.mark.parametrize("role", ["embedding", "head"])
 def test_a_tied_embedding_is_not_folded_since_the_head_would_feel_it(engine: Any, role: str) -> None:
     model = model_of("gpt2", tied=True)
-    run = moved(engine(ssf(roles=(role,)), model=model))
+    run = moved(engine(ssf(target_modules=(role,)), model=model))
     before = {name: one.detach().clone() for name, one in model.named_parameters()}
     with pytest.raises(LuthierError, match="cannot be merged into the weights"):
         run.tune.merge()
@@ -145,7 +145,10 @@ def test_gradients_are_those_of_biases_and_of_scaled_weights(engine: Any, now: A
 
 def test_only_scales_on_keys_and_values_are_ia3_there(engine: Any) -> None:
     roles = ("attention_key", "attention_value")
-    one, other = engine(ssf(roles=roles, shift="none"), model=model_of()), engine(ia3(outputs=roles, inputs=()), model=model_of())
+    one, other = (
+        engine(ssf(target_modules=roles, shift="none"), model=model_of()),
+        engine(ia3(outputs=roles, inputs=()), model=model_of()),
+    )
     assert list(one.tune.trained) == list(other.tune.trained)
     assert torch.equal(*[logits_of(moved(run).tune.model, BATCH) for run in (one, other)])
 
@@ -165,13 +168,13 @@ def test_before_a_nonlinearity_it_is_not_ia3_behind_it(engine: Any, architecture
     config = model_of(architecture).config
     width = getattr(config, {"llama": "intermediate_size", "gpt2": "n_inner", "opt": "ffn_dim"}[architecture])
     scale = 0.5 * torch.rand(width, generator=torch.Generator().manual_seed(2)).double()
-    one = logits_at(engine, ssf(roles=(role,), shift="none"), model_of(architecture), scale)
+    one = logits_at(engine, ssf(target_modules=(role,), shift="none"), model_of(architecture), scale)
     other = logits_at(engine, ia3(outputs=(), inputs=("mlp_down",)), model_of(architecture), scale)
     assert torch.allclose(one, other, rtol=0, atol=1e-11) == same
 
 
 def test_decay_would_pull_to_the_base_and_by_default_there_is_none(engine: Any, now: Any) -> None:
-    run = engine(ssf(roles=("mlp_down",), shift="none"), model=model_of(), step={"adamw": {"decay": 0.05}})
+    run = engine(ssf(target_modules=("mlp_down",), shift="none"), model=model_of(), optimizer={"adamw": {"weight_decay": 0.05}})
     (edit,) = ssf()
     ones = torch.ones(32).double()
 
@@ -203,7 +206,7 @@ def test_the_papers_noisy_start_is_an_option(engine: Any) -> None:
 def test_training_moves_scales_and_shifts_alone(engine: Any, now: Any) -> None:
     model = model_of("gpt2")
     base = {name: one.detach().clone() for name, one in copy.deepcopy(model).named_parameters()}
-    run = engine(ssf(), model=model, step="adamw")
+    run = engine(ssf(), model=model, optimizer="adamw")
     for i in range(3):
         run.step([rows_of_eight()], now._replace(step=i, learning_rate=1e-3))
     assert all(torch.equal(one, base[name]) for name, one in model.named_parameters())
@@ -211,13 +214,15 @@ def test_training_moves_scales_and_shifts_alone(engine: Any, now: Any) -> None:
     assert all(bool(one.master.any()) for name, one in run.tune.trained.items() if one.place.role != "attention_key")
 
 
-@pytest.mark.parametrize(("options", "said"), [({"roles": ("expert",)}, "`expert` do not fold"), ({"noise": -1.0}, "noise is -1")])
+@pytest.mark.parametrize(
+    ("options", "said"), [({"target_modules": ("expert",)}, "`expert` do not fold"), ({"noise": -1.0}, "noise is -1")]
+)
 def test_impossible_settings_are_refused(options: dict[str, Any], said: str) -> None:
     with pytest.raises(LuthierError, match=said):
         ssf(**options)
 
 
 def test_naming_nothing_is_refused() -> None:
-    for make in (lambda: ssf(roles=()), lambda: ia3(outputs=(), inputs=())):
+    for make in (lambda: ssf(target_modules=()), lambda: ia3(outputs=(), inputs=())):
         with pytest.raises(LuthierError, match="nothing is scaled"):
             make()

@@ -21,7 +21,7 @@ from luthier.results.folder import read_run
 from luthier.results.opened import open_base, open_model, open_run
 from luthier.results.start import find_start, is_run
 from luthier.runs.probe import compare_weights
-from luthier.sweep.grid import Arm
+from luthier.sweep.grid import Variant
 from luthier.sweep.runs import job_of
 from luthier.tune import Tune
 from tests.recipes.test_recipes import recipe
@@ -85,10 +85,10 @@ def test_a_run_in_bf16_is_gone_on_with_in_fp32(tmp_path: Path) -> None:
 def test_what_is_more_than_weights_is_refused(tmp_path: Path) -> None:
     train(tmp_path, name="prompted", tune="prompt_tuning")
     train(tmp_path, name="codes", tune="lora", quantize="nf4")
-    for name, words, mend in (("prompted-1", "prompt_tuning", "--weights-only"), ("codes-1", "quantized", "luthier export")):
+    for name, words, fix in (("prompted-1", "prompt_tuning", "--weights-only"), ("codes-1", "quantized", "luthier export")):
         with pytest.raises(LuthierError, match=words) as refused:
             train(tmp_path, model=name)
-        assert mend in refused.value.mend
+        assert fix in refused.value.fix
     with pytest.raises(LuthierError, match="has no revisions"):
         train(tmp_path, model="prompted-1", revision="main")
 
@@ -99,7 +99,7 @@ def test_an_adapter_of_a_run_on_a_run_is_refused(tmp_path: Path) -> None:
     two = train(tmp_path, name="two", model="one-1", tune="lora")
     with pytest.raises(LuthierError, match="began with what one-1 learnt") as refused:
         two.export(tmp_path / "adapter", form="peft")
-    assert "--as model" in refused.value.mend and not (tmp_path / "adapter").exists()
+    assert "--as model" in refused.value.fix and not (tmp_path / "adapter").exists()
 
 
 def test_a_run_that_is_its_own_start_is_refused(tmp_path: Path) -> None:
@@ -115,7 +115,7 @@ def test_keys_of_sweeps_follow_the_content_of_the_runs_they_name(tmp_path: Path)
     """A teacher or a start that was trained anew makes other runs, and is found from where the sweep's runs go."""
     first = train(tmp_path, name="one", tune="lora")
     asked = make_recipe(recipe(tmp_path, model="one-1", objective="distill", models={"teacher": "one-1"}))
-    job = job_of(Arm("arm", {}, asked), 1e-3, 0, tmp_path / "sweep")
+    job = job_of(Variant("variant", {}, asked), 1e-3, 0, tmp_path / "sweep")
     assert job.recipe["model"] == job.recipe["models"]["teacher"] == str(first.folder) and is_run(job.recipe["model"], "elsewhere")
     keys = {stage_key(asked, "base", "cpu")}
     taught = make_recipe(recipe(tmp_path, objective="distill", models={"teacher": str(first.folder)}))
@@ -133,9 +133,9 @@ def test_what_a_run_began_with_is_named_where_it_is_gone_or_another(tmp_path: Pa
     shutil.move(tmp_path / "one-1", tmp_path / "away")
     with pytest.raises(LuthierError, match="two-1 began with `one-1`") as gone:
         open_run(tmp_path / "two-1")
-    assert gone.value.where == str(tmp_path / "two-1") and "bring `one-1` back" in gone.value.mend
+    assert gone.value.where == str(tmp_path / "two-1") and "bring `one-1` back" in gone.value.fix
     shutil.move(tmp_path / "away", tmp_path / "one-1")
     shutil.copy(tmp_path / "other-1" / "delta.safetensors", tmp_path / "one-1" / "delta.safetensors")
     with pytest.raises(LuthierError, match="what one-1 learnt does not fit what tiny:llama is now") as changed:
         open_run(tmp_path / "two-1")
-    assert changed.value.where == str(tmp_path / "one-1") and "bring tiny:llama back" in changed.value.mend
+    assert changed.value.where == str(tmp_path / "one-1") and "bring tiny:llama back" in changed.value.fix

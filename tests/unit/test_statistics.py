@@ -128,12 +128,12 @@ def test_a_change_of_f1_is_told_with_each_class() -> None:
             }
             items.append(Item(f"{place}", "", right, one, float(right == one), numbers=(*hot[0], *hot[1], *hot[1]), counts=counts))
         value = macro_f1(numpy.array([item.numbers for item in items]))
-        return SetResult("set", "macro_f1", "learnt", value, None, 8, "", tuple(items))
+        return SetResult("set", "macro_f1", "target", value, None, 8, "", tuple(items))
 
     entry = compare(result(["b", "a"] * 4), result([*["a", "b"] * 3, "a", "a"]))
     assert entry["before"] == 0.0 and entry["after"] == pytest.approx((8 / 9 + 6 / 7) / 2)
     assert entry["verdict"] == "better" and entry["difference_interval"][0] > 0.4 and entry["p_value"] < 0.02
-    assert not entry["is_mean"] and entry["kept"] is None
+    assert not entry["is_mean"] and entry["retained"] is None
     assert entry["by_class"]["a"] == {
         "n": 4,
         "before": {"precision": 0.0, "recall": 0.0, "f1": 0.0},

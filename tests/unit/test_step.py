@@ -13,7 +13,7 @@ from torch import Tensor
 from luthier.columns.chunked import CONTEXT_ATTENTION
 from luthier.columns.targets import find_targets
 from luthier.errors import LuthierError
-from luthier.kinds import Column, Keeper, Now, OtherPass, StepLoss, StepTable, Tensors, Term, TokenLoss, TokenWeight, View
+from luthier.kinds import Callback, Column, LossTerm, Now, OtherPass, StepLoss, StepTable, Tensors, TokenLoss, TokenWeight, View
 from luthier.training import agreement, memory
 from luthier.training.engine import StepResult, Weights, Work, first_not_finite, idle_batch, not_finite, with_context
 from luthier.training.objective import Counted, Noted, as_term
@@ -30,7 +30,7 @@ def two(view: View, own: Tensors) -> Tensor:
     return own["number"].sum()
 
 
-PENALTY = Term(two, unit="step", penalty=True, start=lambda services: {"number": torch.ones(2, dtype=torch.float64)})
+PENALTY = LossTerm(two, unit="step", penalty=True, start=lambda services: {"number": torch.ones(2, dtype=torch.float64)})
 """Of 2 a step, whatever its rows are."""
 SQUARES = StepLoss(lambda view, own: view.log_likelihoods(), lambda table: (table.value**2).sum())
 """The squares of the rows' likelihoods."""
@@ -42,7 +42,7 @@ def test_a_penalty_counts_once_a_step(engine: Any, now: Now, sizes: Sequence[int
     run = engine(model=model_of(), objective=["cross_entropy", PENALTY])
     result = run.step(split(batch, sizes), now)
     plain = plain_loss(model_of(), batch).item()
-    assert result.parts == {"cross_entropy": pytest.approx(plain, rel=1e-9), "term": 2.0}
+    assert result.parts == {"cross_entropy": pytest.approx(plain, rel=1e-9), "loss_term": 2.0}
     assert result.loss == pytest.approx(plain + 2.0, rel=1e-9) and result.nll == pytest.approx(plain, rel=1e-9)
     assert result.kept == 1.0 and result.weights is None and not result.notes
     assert (result.tokens, result.supervised, result.rows) == (61, 30, 8)
@@ -80,7 +80,7 @@ def test_what_happens_by_the_clock_cannot_be_taken_back(engine: Any, now: Now) -
     def exhaust(state: Any, services: Any) -> None:
         raise MemoryError
 
-    run = engine(model=model_of(), keep=Keeper(after_step=exhaust, by_clock=True))
+    run = engine(model=model_of(), callbacks=Callback(after_step=exhaust, by_clock=True))
     with pytest.raises(LuthierError, match="had begun to change numbers"):
         memory.attempt(run, [make_batch([(4, 0), (3, 0)])], now)
     with pytest.raises(LuthierError, match="had begun to change numbers"):
@@ -157,12 +157,14 @@ def test_the_first_gradient_that_is_not_finite_is_named() -> None:
 
 
 def test_a_loss_that_is_not_finite_names_its_own_micro_batch(engine: Any, now: Now) -> None:
-    run = engine(model=model_of(), objective=Term(lambda view, own: view["nll"].sum() / (len(view.batch.row_ids) - 3)))
+    run = engine(model=model_of(), objective=LossTerm(lambda view, own: view["nll"].sum() / (len(view.batch.row_ids) - 3)))
     with pytest.raises(LuthierError, match="the loss is not a finite number") as caught:
         run.step(split(rows_of_eight(), (5, 3)), now)
     assert caught.value.where == "rows row5, row6, row7"
     for source in ("backprop", "per_layer"):
-        run = engine(model=model_of(), objective=Term(lambda view, own: view["nll"].sum() * float("nan")), source=source)
+        run = engine(
+            model=model_of(), objective=LossTerm(lambda view, own: view["nll"].sum() * float("nan")), gradient_estimator=source
+        )
         with pytest.raises(LuthierError, match="the loss is not a finite number") as caught:
             run.step(split(rows_of_eight(), (1, 7)), now)
         assert caught.value.where == "rows row0", "the first ends it"
@@ -195,7 +197,7 @@ def test_processes_compare_their_numbers_where_these_were_chosen(engine: Any, no
     """Before training and when they are chosen anew; within a step only which of them move."""
     asked: list[bool] = []
     monkeypatch.setattr(agreement, "check", lambda world, tune, *, values: asked.append(values))
-    run = engine("growing", model=model_of(), step="adamw")
+    run = engine("growing", model=model_of(), optimizer="adamw")
     assert asked == [True]
     while len(asked) < 40 and asked[-2:] != [False, True]:
         run.step([rows_of_eight()], now._replace(step=len(asked)))
@@ -285,7 +287,7 @@ def test_a_snapshot_is_of_the_numbers_as_they_are_now(engine: Any, now: Now) -> 
 
 def test_own_tensors_are_those_of_the_technique_at_the_place(engine: Any, now: Now) -> None:
     run = engine([{"lora": {"rank": 2}}, {"lora": {"rank": 3}}], model=model_of("gpt2", layers=1))
-    query, key = run.tune.parts.select(roles=["attention_query", "attention_key"])
+    query, key = run.tune.parts.select(target_modules=["attention_query", "attention_key"])
     first, second = run.services("lora", now), run.services("lora.2", now)
     assert [len(one.tensors(query)["down"]) for one in (first, second)] == [2, 3]
     shake(run)
@@ -295,9 +297,9 @@ def test_own_tensors_are_those_of_the_technique_at_the_place(engine: Any, now: N
                 one.master for name, one in run.tune.trained.items() if name.startswith(f"{slot}/{place}") and "down" in name
             )
             assert torch.equal(services.tensors(place)["down"], down.detach())
-    assert first.tensors(run.tune.parts.select(roles=["norm"])[0]) == {}
+    assert first.tensors(run.tune.parts.select(target_modules=["norm"])[0]) == {}
     assert first.shape(query) == first.weight(query).shape == first.shape(key) == (32, 32)
-    up = run.tune.parts.select(roles=["mlp_up"])[0]
+    up = run.tune.parts.select(target_modules=["mlp_up"])[0]
     assert first.shape(up) == first.weight(up).shape and first.shape(up)[0] > first.shape(up)[1]
 
 
@@ -310,7 +312,7 @@ def test_a_term_without_rows_has_one_count(engine: Any) -> None:
 def test_rows_with_a_single_target_are_rows(engine: Any) -> None:
     """Without those of which a weight leaves nothing."""
     batch = make_batch([(3, 1), (3, 0), (4, 2), (3, 1)])
-    by_row = Term(lambda view, own: view["nll"].sum(), unit="row")
+    by_row = LossTerm(lambda view, own: view["nll"].sum(), unit="row")
     run = engine(model=model_of(layers=1), objective=by_row)
     assert run.objective.units([batch], None, World()) == [(3.0,)]
     one = TokenWeight(lambda view: view["nll"], count=lambda batch: torch.tensor([1.0, 0.0, 2.0, 0.0]))
@@ -357,7 +359,9 @@ def test_nothing_is_said_of_entropy_unless_it_is_asked_for(engine: Any, now: Now
 
 def test_what_has_no_unit_in_the_step_adds_nothing(engine: Any, now: Now) -> None:
     """Whatever the term itself says of it."""
-    run = engine(model=model_of(layers=1), objective=Term(lambda view, own: torch.stack([view["nll"].sum(), view["nll"].sum()])))
+    run = engine(
+        model=model_of(layers=1), objective=LossTerm(lambda view, own: torch.stack([view["nll"].sum(), view["nll"].sum()]))
+    )
     sums = run.objective.total(run.tune, ONE, [(2.0, 0.0)], now, first=True, services_of=lambda slot: run.services(slot, now))
     alone = run.objective.total(run.tune, ONE, [(1.0, 0.0)], now, first=True, services_of=lambda slot: run.services(slot, now))
     assert sums.loss.item() == pytest.approx(alone.loss.item() / 2, rel=1e-12)
@@ -379,12 +383,12 @@ def test_a_loss_of_tokens_counts_each_by_its_weight() -> None:
 def test_of_rows_that_belong_together_others_see_the_first_alone(engine: Any, now: Now) -> None:
     seen: dict[str, list[int]] = {}
 
-    def term(unit: Any) -> Term:
+    def term(unit: Any) -> LossTerm:
         def total(view: View, own: Tensors) -> Tensor:
             seen[unit] = view.row_N.unique().tolist()
             return view["nll"].sum()
 
-        return Term(total, unit=unit)
+        return LossTerm(total, unit=unit)
 
     engine(model=model_of(layers=1), objective=[term("token"), term("row"), term("group")]).step([rows_of_pairs()], now)
     assert seen == {"token": [0, 2, 4, 6], "row": [0, 2, 4, 6], "group": list(range(8))}
@@ -393,9 +397,9 @@ def test_of_rows_that_belong_together_others_see_the_first_alone(engine: Any, no
 def test_who_compares_with_the_base(engine: Any) -> None:
     """Not who looks at the same weights a second time. The base is kept for it."""
     again = Column("again", lambda chunk: chunk.label_log_probability, passes=(OtherPass("again", at=""),))
-    twice = Term(lambda view, own: view["again"].sum(), columns=(again,))
+    twice = LossTerm(lambda view, own: view["again"].sum(), columns=(again,))
     run = engine(model=model_of(layers=1), objective=["cross_entropy", "kl", twice])
-    assert run.objective.comparing() == ["kl"] and run.objective.readers("again") == ["term"]
+    assert run.objective.comparing() == ["kl"] and run.objective.readers("again") == ["loss_term"]
     assert all(one.start is not None for one in run.tune.trained.values())
     alone = engine(model=model_of(layers=1), objective=["cross_entropy", twice])
     assert not alone.objective.comparing() and all(one.start is None for one in alone.tune.trained.values())

@@ -41,7 +41,7 @@ def sigmoid(x: float) -> float:
 def test_kahneman_tversky_by_hand() -> None:
     """Gains of 3 (liked) and 1 (disliked) nats against a mean gain of 0.5 on other answers; no gradient goes through that."""
     rows = table([3.0, 1.5, 1.0, -0.5], label=[1.0, 1.0, 0.0, 0.0])
-    found = value_of("kto", beta=0.2, liked=1.5, disliked=0.5).loss(rows)
+    found = value_of("kto", beta=0.2, desirable_weight=1.5, undesirable_weight=0.5).loss(rows)
     assert found.item() == pytest.approx(1.5 * (1 - sigmoid(0.2 * 2.5)) + 0.5 * (1 - sigmoid(-0.2 * 0.5)), rel=1e-12)
     (slope,) = torch.autograd.grad(found, rows.value)
     up, down = sigmoid(0.5), sigmoid(-0.1)
@@ -63,16 +63,16 @@ def test_a_small_gain_of_other_answers_counts() -> None:
 @pytest.mark.parametrize("name", ["kto", "apo_zero_unpaired"])
 def test_either_verdict_may_count_for_nothing_but_not_both(name: str) -> None:
     for liked, disliked in ((0.0, 1.0), (1.0, 0.0), (0.3, 0.2), (2.0, 2.0)):
-        assert value_of(name, liked=liked, disliked=disliked).weight == 1.0
+        assert value_of(name, desirable_weight=liked, undesirable_weight=disliked).weight == 1.0
     for liked, disliked in ((0.0, 0.0), (-0.1, 1.0), (1.0, -0.1)):
         with pytest.raises(LuthierError, match=f"the weights are {liked} and {disliked}"):
-            value_of(name, liked=liked, disliked=disliked)
+            value_of(name, desirable_weight=liked, undesirable_weight=disliked)
 
 
 def test_unpaired_answers_are_held_to_the_reference_one_by_one() -> None:
     """Gains of 3 (liked), 1 (disliked) and -2 nats (liked): no answer counts in another's loss."""
     rows = table([3.0, 1.0, -2.0], label=[1.0, 0.0, 1.0])._replace(groups=())
-    found = value_of("apo_zero_unpaired", beta=0.2, liked=1.5, disliked=0.5).loss(rows)
+    found = value_of("apo_zero_unpaired", beta=0.2, desirable_weight=1.5, undesirable_weight=0.5).loss(rows)
     wanted = 1.5 * (1 - sigmoid(0.6)) + 0.5 * sigmoid(0.2) + 1.5 * (1 - sigmoid(-0.4))
     assert found.item() == pytest.approx(wanted, rel=1e-12)
     (slope,) = torch.autograd.grad(found, rows.value)
@@ -89,7 +89,7 @@ def test_a_liked_and_a_disliked_answer_are_half_of_a_pair(engine: Any, now: Now)
     batches = {"apo_zero": pairs, "apo_zero_unpaired": pairs._replace(groups=(), columns=verdicts)}
     found, losses = {}, {}
     for objective, batch in batches.items():
-        run = engine(objective=objective, step="sgd")
+        run = engine(objective=objective, optimizer="sgd")
         shake(run)
         found[objective] = gradients(run, split(batch, (4, 4)), now)
         losses[objective] = run.step(split(batch, (4, 4)), now).loss
@@ -104,7 +104,7 @@ def test_optimal_transport_compares_quantiles() -> None:
     wanted = -math.log(sigmoid(-0.5)) - math.log(sigmoid(0.5))
     assert value_of("aot", beta=0.5).loss(rows).item() == pytest.approx(wanted, rel=1e-12)
     softer = sum(-0.9 * math.log(sigmoid(x)) - 0.1 * math.log(sigmoid(-x)) for x in (-0.5, 0.5))
-    assert value_of("aot", beta=0.5, smoothing=0.1).loss(rows).item() == pytest.approx(softer, rel=1e-12)
+    assert value_of("aot", beta=0.5, label_smoothing=0.1).loss(rows).item() == pytest.approx(softer, rel=1e-12)
     unpaired = table([2.0, 3.0, 1.0, -1.0])
     wanted = -math.log(sigmoid(0.5 * 2)) - math.log(sigmoid(-0.5 * 1))
     assert value_of("aot_unpaired", beta=0.5).loss(unpaired).item() == pytest.approx(wanted, rel=1e-12)
@@ -137,7 +137,7 @@ def test_one_pair_a_step_is_dpo(engine: Any, now: Now, name: str) -> None:
     pair = split(rows_of_pairs(), (2, 6))[0]
     found = []
     for objective in (name, "dpo"):
-        run = engine(objective=objective, step="sgd")
+        run = engine(objective=objective, optimizer="sgd")
         told = [run.step([pair], now._replace(step=step)).loss for step in range(3)]
         found.append((told, gradients(run, [pair], now)))
     assert found[0][0] == pytest.approx(found[1][0], rel=1e-12)
@@ -147,7 +147,7 @@ def test_the_loss_that_is_told_is_that_of_the_whole_step(engine: Any, now: Now) 
     """Parts of micro-batches add up to it, however the step is split, also where the model drops numbers while it learns."""
     losses = []
     for sizes in ((8,), (2, 4, 2), (2, 2, 2, 2)):
-        run = engine(objective="kto", step="sgd")
+        run = engine(objective="kto", optimizer="sgd")
         batch = rows_of_pairs()
         batch = batch._replace(columns={"label": torch.tensor([1.0, 1, 0, 0, 1, 1, 0, 0])})
         losses.append([run.step(split(batch, sizes), now._replace(step=step)).loss for step in range(3)])
@@ -232,7 +232,7 @@ def test_rows_without_a_verdict_or_an_answer_are_refused(records: list[dict[str,
 
 def test_sources_without_a_backward_pass_look_at_the_step_again(engine: Any, now: Now, toys: None) -> None:  # noqa: F811
     """A loss at other weights would have been that of the weights before, had the step not been looked at anew."""
-    run = engine(objective="kto", source="zeroth_order", step="sgd")
+    run = engine(objective="kto", gradient_estimator="zeroth_order", optimizer="sgd")
     batch = rows_of_pairs()._replace(columns={"label": torch.tensor([1.0, 1, 0, 0, 1, 1, 0, 0])})
     found = [run.step([batch], now._replace(step=step)).loss for step in range(2)]
     assert found[0] == pytest.approx(0.5, abs=0.01) and found[1] != found[0]
@@ -242,7 +242,7 @@ def test_gradients_are_right_by_differences(engine: Any, now: Now) -> None:
     """Of a step in three micro-batches, along the gradient itself."""
     batch = rows_of_pairs()._replace(columns={"label": torch.tensor([1.0, 1, 0, 0, 1, 1, 0, 0])})
     # GPT-2 alone computes everything in the type of its weights.
-    run = engine(objective={"bco": {"shift": False}}, step="sgd", model=model_of("gpt2"))
+    run = engine(objective={"bco": {"shift": False}}, optimizer="sgd", model=model_of("gpt2"))
     run.step([batch], now)
     slopes = gradients(run, split(batch, (2, 4, 2)), now)
     size = math.sqrt(sum(float(one.square().sum()) for one in slopes.values()))

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from luthier.errors import LuthierError
-from luthier.kinds import Additive, Now, Place, Services
-from luthier.methods.additive.svfit import svfit
+from luthier.kinds import Now, Place, Services, WeightDelta
+from luthier.methods.weight_delta.svfit import svfit
 from luthier.models.parts import map_parts
 from luthier.training.services import RunServices
 from luthier.tune import Tune
@@ -24,7 +24,7 @@ def services_of(model: Any) -> Services:
     return RunServices(Tune(model, map_parts(model)), "svfit", Now())
 
 
-def started(weight_OI: Tensor, rank: int | None) -> tuple[Additive, dict[str, Tensor]]:
+def started(weight_OI: Tensor, rank: int | None) -> tuple[WeightDelta, dict[str, Tensor]]:
     value = svfit(rank=rank)
     return value, value.start(PLACE, weight_OI, services_of(model_of()))
 
@@ -67,7 +67,7 @@ def test_gradients_are_those_of_the_weight_between_the_vectors(engine: Any, now:
 def test_only_the_chosen_singular_values_change(engine: Any, now: Now) -> None:
     model = model_of()
     base = {name: one.detach().clone() for name, one in model.named_parameters()}
-    run = engine({"svfit": {"rank": 5}}, model=model, step="adamw")
+    run = engine({"svfit": {"rank": 5}}, model=model, optimizer="adamw")
     vectors = {own.name: own.masters() for own in run.tune.owns}
     assert all(one.numel == 5 for one in run.tune.trained.values()) and len(run.tune.trained) == 14
     for i in range(3):
@@ -85,7 +85,7 @@ def test_only_the_chosen_singular_values_change(engine: Any, now: Now) -> None:
 
 def test_weight_decay_moves_nothing(engine: Any, now: Now) -> None:
     """Decay of sigma itself would shrink the base's weight; what trains is its change, a vector."""
-    run = engine("svfit", model=model_of(), step={"adamw": {"decay": 0.5}})
+    run = engine("svfit", model=model_of(), optimizer={"adamw": {"weight_decay": 0.5}})
     for one in run.tune.trained.values():
         run.tune.set({one.name: torch.ones_like(one.master)})
         one.gradient = torch.zeros_like(one.master)

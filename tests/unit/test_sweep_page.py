@@ -23,24 +23,24 @@ HOSTILE = "<script>window.hit = 1</script>\"'><img src=x onerror=window.hit=1></
 
 
 def sample(text: str = "plain") -> dict[str, Any]:
-    """A sweep of two arms, of which the second failed at one seed; every text of a user holds `text`."""
-    error = {"error": f"no memory {text}", "where": f"log {text}", "mend": f"mend {text}"}
+    """A sweep of two variants, of which the second failed at one seed; every text of a user holds `text`."""
+    error = {"error": f"no memory {text}", "where": f"log {text}", "fix": f"fix {text}"}
 
-    def arm(name: str, skill: list[float | None], lost: list[float | None], errors: list[Any]) -> dict[str, Any]:
+    def variant(name: str, skill: list[float | None], lost: list[float | None], errors: list[Any]) -> dict[str, Any]:
         runs = [{"seed": seed, "run": f"runs/{name}-{seed}-1", "error": one} for seed, one in enumerate(errors)]
         trial = {"seed": 10_000, "run": "runs/search-1", "error": None}
         return {
             "name": name,
             "changes": {"tune": name},
-            "rate": 3e-4,
-            "rate_center": 1e-4,
-            "rate_source": f"{text}'s default",
-            "rate_note": "the chosen rate 0.0003 is the largest that was tried",
-            "search": [{**trial, "rate": 1e-4, "value": 0.25}, {**trial, "rate": 3e-4, "value": 0.75}],
+            "learning_rate": 3e-4,
+            "learning_rate_center": 1e-4,
+            "learning_rate_source": f"{text}'s default",
+            "learning_rate_note": "the chosen rate 0.0003 is the largest that was tried",
+            "search": [{**trial, "learning_rate": 1e-4, "value": 0.25}, {**trial, "learning_rate": 3e-4, "value": 0.75}],
             "runs": runs,
-            "skill": summary(skill),
+            "target": summary(skill),
             "forgetting": summary(lost),
-            "trained_numbers": summary([None if one is None else 4096 for one in skill]),
+            "trained_parameters": summary([None if one is None else 4096 for one in skill]),
             "peak_memory_bytes": summary([None if one is None else 2**30 for one in skill]),
             "seconds_per_step": summary([None if one is None else 0.125 for one in skill]),
             "sets": {f"new {text}": summary(skill)},
@@ -56,25 +56,25 @@ def sample(text: str = "plain") -> dict[str, Any]:
         "model": f"model {text}",
         "keys": [f"tune {text}"],
         "seeds": [0, 1],
-        "rates": 2,
+        "learning_rates": 2,
         "choosing_seed": 10_000,
         "chosen_by": f"new {text}",
-        "skill": f"new {text}",
+        "target": f"new {text}",
         "where": "this machine",
         "jobs": 2,
         "sets": {
             f"new {text}": {
                 "metric": "equal",
-                "side": "learnt",
+                "role": "target",
                 "n": 8,
                 "before": 0.125,
                 "higher_is_better": True,
                 "is_share": True,
             }
         },
-        "arms": [
-            arm(f"one {text}", [0.5, 0.75], [0.0, 0.25], [None, None]),
-            arm(f"two {text}", [0.25, None], [0.5, None], [None, error]),
+        "variants": [
+            variant(f"one {text}", [0.5, 0.75], [0.0, 0.25], [None, None]),
+            variant(f"two {text}", [0.25, None], [0.5, None], [None, error]),
         ],
     }
 
@@ -88,17 +88,27 @@ def test_the_page_tells_rates_means_intervals_seeds_and_failures() -> None:
     assert "1. one plain 62.5 % 0 to 100 % 50 %, 75 % 12.5 % 0 to 100 % 0 %, 25 % 4,096 1.0 GiB 125 ms 0.0003 2 of 2" in text
     assert "2. two plain 25 % 25 %, not measured 50 % 50 %, not measured 4,096 1.0 GiB 125 ms 0.0003 1 of 2" in text
     assert "0.0001: 25 % 0.0003: 75 % chosen" in text and "the chosen rate 0.0003 is the largest that was tried" in text
-    assert "1 run gave no result" in text and "two plain , rate 0.0003, seed 1: no memory plain log plain mend plain" in text
-    assert "judged by new plain at seed 10000" in text and "The same set shows the new skill" in text
-    assert "new plain equal, learnt, 8 items 12.5 %" in text
-    assert headline(sample()) == "2 arms of tune plain, 2 seeds each."
+    assert (
+        "1 run gave no result" in text and "two plain , learning rate 0.0003, seed 1: no memory plain log plain fix plain" in text
+    )
+    assert "judged by new plain at seed 10000" in text and "The same set shows the target" in text
+    assert "new plain equal, target, 8 items 12.5 %" in text
+    assert headline(sample()) == "2 variants of tune plain, 2 seeds each."
 
 
 def test_a_sweep_of_which_nothing_was_finished_has_a_page() -> None:
     facts = sample()
-    for arm in facts["arms"]:
-        arm |= {"rate": None, "runs": [], "search": [], "sets": {}, "rate_note": "no rate gave a score"}
-        arm |= {key: summary([]) for key in ("skill", "forgetting", "trained_numbers", "peak_memory_bytes", "seconds_per_step")}
+    for variant in facts["variants"]:
+        variant |= {
+            "learning_rate": None,
+            "runs": [],
+            "search": [],
+            "sets": {},
+            "learning_rate_note": "no learning rate gave a score",
+        }
+        variant |= {
+            key: summary([]) for key in ("target", "forgetting", "trained_parameters", "peak_memory_bytes", "seconds_per_step")
+        }
     facts["sets"] = {}
     text = words_of(sweep_page(facts))
     assert "1. one plain not measured not measured not measured not measured not measured none 0 of 2" in text
@@ -111,11 +121,11 @@ def test_numbers_over_seeds() -> None:
     assert found["values"] == [0.2, None, 0.6] and found["mean"] == pytest.approx(0.4)
     assert found["interval"] == pytest.approx([0.4 - half, 0.4 + half]) and (found["low"], found["high"]) == (0.2, 0.6)
     assert summary([0.5])["interval"] is None and summary([None])["mean"] is None
-    assert forgotten({"kept": 0.75}) == 0.25 and forgotten({"kept": None}) is None
+    assert forgotten({"retained": 0.75}) == 0.25 and forgotten({"retained": None}) is None
     assert seconds_per_step({"seconds": 3.0, "steps": 12}) == 0.25 and seconds_per_step({"seconds": 3.0}) is None
 
 
-def test_cells_claim_no_more_than_the_seeds_show() -> None:
+def test_cells_replication_no_more_than_the_seeds_show() -> None:
     assert cell_of(summary([0.5, 0.5, 0.5]), percent) == (f"50{GAP}%", "", f"all 50{GAP}%")
     assert cell_of(summary([0.5]), percent) == (f"50{GAP}%", "", "")
     assert cell_of(summary([12.0, 14.0]), number) == ("13", "0.294 to 25.7", "12, 14")
@@ -128,7 +138,7 @@ def test_a_set_that_did_not_begin_alike_has_no_value_before() -> None:
     def run(before: float) -> dict[str, Any]:
         return {
             "metrics": {
-                "new": {"metric": "loss", "side": "learnt", "n": 8, "before": before, "after": 0.5, "higher_is_better": False}
+                "new": {"metric": "loss", "role": "target", "n": 8, "before": before, "after": 0.5, "higher_is_better": False}
             }
         }
 
@@ -137,13 +147,13 @@ def test_a_set_that_did_not_begin_alike_has_no_value_before() -> None:
     assert set_facts([run(2.0)])["new"]["is_share"] is False
 
 
-def test_the_figure_draws_every_seed_and_numbers_the_arms() -> None:
-    arms = [Point("one", [0.5, 0.75], [0.0, 0.25], 0.625, 0.125), Point("none", [None], [None], None, None)]
-    drawn = tradeoff_figure([*arms, Point("three", [0.25], [0.5], 0.25, 0.5)], "new", percent, base=0.125)
+def test_the_figure_draws_every_seed_and_numbers_the_variants() -> None:
+    variants = [Point("one", [0.5, 0.75], [0.0, 0.25], 0.625, 0.125), Point("none", [None], [None], None, None)]
+    drawn = tradeoff_figure([*variants, Point("three", [0.25], [0.5], 0.25, 0.5)], "new", percent, base=0.125)
     assert drawn.count('class="seed"') == 3 and drawn.count('class="mean"') == 2 and drawn.count("dot before") == 1
-    assert re.findall(r'text-anchor="middle">(\d)</text>', drawn) == ["1", "3"], "an arm without numbers keeps its own"
+    assert re.findall(r'text-anchor="middle">(\d)</text>', drawn) == ["1", "3"], "a variant without numbers keeps its own"
     assert "one: 50\u00a0%, forgot 0\u00a0%" in drawn
-    assert tradeoff_figure(arms[1:], "new", percent) == ""
+    assert tradeoff_figure(variants[1:], "new", percent) == ""
 
 
 def test_hostile_text_is_escaped_and_nothing_runs(browser: Browser, tmp_path: Path) -> None:

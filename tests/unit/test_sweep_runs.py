@@ -26,11 +26,11 @@ from typer.testing import CliRunner
 import luthier
 from luthier.cli import app
 from luthier.errors import LuthierError
-from luthier.lab import world
+from luthier.lab import benchmark
 from luthier.report.words import percent, size
 from luthier.results.folder import list_runs, read_run
 from luthier.sweep import sweep as story
-from luthier.sweep.grid import arms_of, read_words
+from luthier.sweep.grid import read_words, variants_of
 from luthier.sweep.processes import local, on_ray
 from luthier.sweep.runs import Job, is_done, job_of, outcome, train_here
 from luthier.sweep.sweep import sweep
@@ -42,7 +42,7 @@ ROWS = [{"prompt": f"say {word}", "completion": word} for word in ("one", "two",
 def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     new = [{"prompt": row["prompt"], "answer": row["completion"]} for row in ROWS]
-    for name, rows in (("rows", ROWS), ("new", new), ("old", world.rows("topic", "held_back", 8))):
+    for name, rows in (("rows", ROWS), ("new", new), ("old", benchmark.rows("topic", "held_out", 8))):
         Path(f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     path = tmp_path / "small.yaml"
     path.write_text(
@@ -51,8 +51,8 @@ def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "train: {steps: 3, batch_rows: 4, precision: fp32, threads: 1, device: cpu}\n"
         "evaluate:\n"
         "  new: {rows: new.jsonl, metric: loss}\n"
-        "  old: {rows: old.jsonl, metric: equal, side: kept, max_new_tokens: 6}\n"
-        "noise: false\n"
+        "  old: {rows: old.jsonl, metric: equal, role: retention, max_new_tokens: 6}\n"
+        "repeat_baseline: false\n"
     )
     return path
 
@@ -67,7 +67,7 @@ def test_a_run_of_another_base_or_other_rows_is_another_run(changed: str, recipe
     words = ["tune=full,half", "model=base", "rows.train=folder"]
 
     def names() -> list[str]:
-        return [job_of(arm, 1e-4, 0, Path("sweep")).name for arm in arms_of(recipe, read_words(words))]
+        return [job_of(variant, 1e-4, 0, Path("sweep")).name for variant in variants_of(recipe, read_words(words))]
 
     before = names()
     assert names() == before
@@ -97,100 +97,111 @@ def into_this_process(monkeypatch: pytest.MonkeyPatch) -> list[Job]:
 def test_rates_are_chosen_alike_then_every_seed_runs_and_the_page_tells_the_runs_numbers(recipe: Path, made: list[Job]) -> None:
     found = sweep(recipe, ["tune=full,lora", "seeds=2"])
     searched, reported = made[:6], made[6:]
-    assert [(job.arm, job.rate, job.seed) for job in searched] == [
+    assert [(job.variant, job.rate, job.seed) for job in searched] == [
         *(("full", rate, 10_000) for rate in (3.33e-5, 1e-4, 3e-4)),
         *(("lora", rate, 10_000) for rate in (3.33e-4, 1e-3, 3e-3)),
     ]
-    chosen = {arm["name"]: arm["rate"] for arm in found["arms"]}
-    assert [(job.arm, job.rate, job.seed) for job in reported] == [
-        (arm, chosen[arm], seed) for arm in ("full", "lora") for seed in (0, 1)
+    chosen = {variant["name"]: variant["learning_rate"] for variant in found["variants"]}
+    assert [(job.variant, job.rate, job.seed) for job in reported] == [
+        (variant, chosen[variant], seed) for variant in ("full", "lora") for seed in (0, 1)
     ]
 
     page = Path("sweeps/small/sweep.html").read_text(encoding="utf-8")
     kept = json.loads(Path("sweeps/small/sweep.json").read_text(encoding="utf-8"))
     assert kept == json.loads(json.dumps(found))
-    for arm in kept["arms"]:
-        losses = {one["rate"]: one["value"] for one in arm["search"]}
-        told = {job.rate: read_run(job.folder).facts["metrics"]["new"]["after"] for job in searched if job.arm == arm["name"]}
-        assert losses == told and arm["rate"] == min(losses, key=lambda rate: (losses[rate], rate))
-        facts = [read_run(Path("sweeps/small", run["run"])).facts for run in arm["runs"]]
+    for variant in kept["variants"]:
+        losses = {one["learning_rate"]: one["value"] for one in variant["search"]}
+        told = {
+            job.rate: read_run(job.folder).facts["metrics"]["new"]["after"] for job in searched if job.variant == variant["name"]
+        }
+        assert losses == told and variant["learning_rate"] == min(losses, key=lambda rate: (losses[rate], rate))
+        facts = [read_run(Path("sweeps/small", run["run"])).facts for run in variant["runs"]]
         assert [one["seed"] for one in facts] == [0, 1]
-        assert {one["recipe"]["train"]["learning_rate"] for one in facts} == {arm["rate"]}
-        assert arm["skill"]["values"] == [one["metrics"]["new"]["after"] for one in facts]
-        assert arm["forgetting"]["values"] == [1 - one["kept"] for one in facts]
-        assert arm["trained_numbers"]["mean"] == facts[0]["trained_numbers"]
-        assert arm["peak_memory_bytes"]["values"] == [one["peak_memory_bytes"] for one in facts]
-        assert arm["seconds_per_step"]["mean"] == pytest.approx(fmean(one["seconds"] / 3 for one in facts))
-        (row,) = re.findall(rf"<th role=\"rowheader\" scope=\"row\">\d\. {arm['name']}</th>(.*?)</tr>", page, re.DOTALL)
-        shown = [f"{fmean(one['metrics']['new']['after'] for one in facts):.3g}", percent(fmean(1 - one["kept"] for one in facts))]
-        shown += [f"{facts[0]['trained_numbers']:,}", size(fmean(one["peak_memory_bytes"] for one in facts)), f"{arm['rate']:g}"]
+        assert {one["recipe"]["train"]["learning_rate"] for one in facts} == {variant["learning_rate"]}
+        assert variant["target"]["values"] == [one["metrics"]["new"]["after"] for one in facts]
+        assert variant["forgetting"]["values"] == [1 - one["retained"] for one in facts]
+        assert variant["trained_parameters"]["mean"] == facts[0]["trained_parameters"]
+        assert variant["peak_memory_bytes"]["values"] == [one["peak_memory_bytes"] for one in facts]
+        assert variant["seconds_per_step"]["mean"] == pytest.approx(fmean(one["seconds"] / 3 for one in facts))
+        (row,) = re.findall(rf"<th role=\"rowheader\" scope=\"row\">\d\. {variant['name']}</th>(.*?)</tr>", page, re.DOTALL)
+        shown = [
+            f"{fmean(one['metrics']['new']['after'] for one in facts):.3g}",
+            percent(fmean(1 - one["retained"] for one in facts)),
+        ]
+        shown += [
+            f"{facts[0]['trained_parameters']:,}",
+            size(fmean(one["peak_memory_bytes"] for one in facts)),
+            f"{variant['learning_rate']:g}",
+        ]
         assert all(one in row for one in shown)
 
     made.clear()
     again = sweep(recipe, ["tune=lora,full", "seeds=3"])
-    assert [(job.arm, job.seed) for job in made] == [("lora", 2), ("full", 2)], "what is finished is not run again"
-    assert [arm["skill"]["values"][:2] for arm in again["arms"]] == [arm["skill"]["values"] for arm in reversed(found["arms"])]
+    assert [(job.variant, job.seed) for job in made] == [("lora", 2), ("full", 2)], "what is finished is not run again"
+    assert [variant["target"]["values"][:2] for variant in again["variants"]] == [
+        variant["target"]["values"] for variant in reversed(found["variants"])
+    ]
 
 
-def test_listed_rates_are_arms_and_without_a_search_the_advised_rate_is_taken(recipe: Path, made: list[Job]) -> None:
+def test_listed_rates_are_variants_and_without_a_search_the_advised_rate_is_taken(recipe: Path, made: list[Job]) -> None:
     found = sweep(recipe, ["train.learning_rate=1e-4,3e-4", "seeds=1"])
     assert [(job.rate, job.seed) for job in made] == [(1e-4, 0), (3e-4, 0)]
-    assert "the rate that the sweep lists" in Path("sweeps/small/sweep.html").read_text(encoding="utf-8")
+    assert "the learning rate that the sweep lists" in Path("sweeps/small/sweep.html").read_text(encoding="utf-8")
     made.clear()
-    found = sweep(recipe, ["tune=full,half", "seeds=1", "rates=1", "seed=7"], folder="other")
+    found = sweep(recipe, ["tune=full,half", "seeds=1", "learning_rates=1", "seed=7"], folder="other")
     assert [(job.rate, job.seed) for job in made] == [(1e-4, 7), (2e-4, 7)]
-    assert [arm["rate_note"] for arm in found["arms"]] == ["the advised rate, without a search"] * 2
+    assert [variant["learning_rate_note"] for variant in found["variants"]] == ["the advised learning rate, without a search"] * 2
     made.clear()
     Path("rows.jsonl").write_text(json.dumps(ROWS[0]) + "\n")
-    sweep(recipe, ["tune=full,half", "seeds=1", "rates=1", "seed=7"], folder="other")
+    sweep(recipe, ["tune=full,half", "seeds=1", "learning_rates=1", "seed=7"], folder="other")
     assert len(made) == 2, "other rows under the same name are another run"
 
 
-def test_a_failed_arm_is_shown_with_its_error_and_the_others_go_on(recipe: Path, made: list[Job]) -> None:
-    words = ["rows.max_tokens=4,64", "seeds=1", "rates=2"]
+def test_a_failed_variant_is_shown_with_its_error_and_the_others_go_on(recipe: Path, made: list[Job]) -> None:
+    words = ["rows.max_length=4,64", "seeds=1", "learning_rates=2"]
     found = sweep(recipe, words)
-    short, long = found["arms"]
-    assert short["rate"] is None and short["runs"] == [] and short["rate_note"] == "no rate gave a score"
-    assert all("tokens" in one["error"]["error"] and one["error"]["mend"] for one in short["search"])
-    assert long["runs"][0]["error"] is None and long["skill"]["mean"] > 0
+    short, long = found["variants"]
+    assert short["learning_rate"] is None and short["runs"] == [] and short["learning_rate_note"] == "no learning rate gave a score"
+    assert all("tokens" in one["error"]["error"] and one["error"]["fix"] for one in short["search"])
+    assert long["runs"][0]["error"] is None and long["target"]["mean"] > 0
     page = Path("sweeps/small/sweep.html").read_text(encoding="utf-8")
     assert "2 runs gave no result" in page
     made.clear()
     sweep(recipe, words)
-    assert [job.arm for job in made] == ["4", "4"], "a mistake that may have been mended is tried again"
+    assert [job.variant for job in made] == ["4", "4"], "a mistake that may have been mended is tried again"
 
 
 def test_a_sweep_of_which_every_run_failed_is_no_success(recipe: Path, made: list[Job]) -> None:
     Path("rows.jsonl").unlink()
-    result = CliRunner().invoke(app, ["sweep", str(recipe), "seeds=1", "rates=1", "--json"])
+    result = CliRunner().invoke(app, ["sweep", str(recipe), "seeds=1", "learning_rates=1", "--json"])
     assert result.exit_code == 2 and len(made) == 1
-    (run,) = json.loads(result.stdout)["arms"][0]["runs"]
+    (run,) = json.loads(result.stdout)["variants"][0]["runs"]
     assert "rows.jsonl" in json.dumps(run["error"]) and Path("sweeps/small/sweep.html").is_file()
 
 
 def test_numbers_that_are_not_finite_are_not_made_again(recipe: Path, made: list[Job]) -> None:
     words = ["train.learning_rate=1e-4,1e30", "seeds=1"]
     found = sweep(recipe, words)
-    assert [arm["runs"][0]["error"] is None for arm in found["arms"]] == [True, False]
-    assert "finite" in found["arms"][1]["runs"][0]["error"]["error"]
+    assert [variant["runs"][0]["error"] is None for variant in found["variants"]] == [True, False]
+    assert "finite" in found["variants"][1]["runs"][0]["error"]["error"]
     made.clear()
-    assert sweep(recipe, words)["arms"] == found["arms"] and not made
+    assert sweep(recipe, words)["variants"] == found["variants"] and not made
 
 
 def test_two_sweeps_do_not_work_in_one_folder(recipe: Path, made: list[Job]) -> None:
     folder = recipe.parent / "shared"
     folder.mkdir()
     with FileLock(folder / ".lock"), pytest.raises(LuthierError, match="another process works on this sweep"):
-        sweep(recipe, ["seeds=1", "rates=1"], folder=folder)
+        sweep(recipe, ["seeds=1", "learning_rates=1"], folder=folder)
     assert not made
-    sweep(recipe, ["seeds=1", "rates=1"], folder=folder)
+    sweep(recipe, ["seeds=1", "learning_rates=1"], folder=folder)
     assert len(made) == 1, "the lock ends with its holder"
 
 
 def jobs_of(recipe: Path, count: int) -> list[Job]:
-    """Runs of one arm at several seeds."""
-    (arm,) = arms_of(recipe, read_words([]))
-    return [job_of(arm, 1e-4, seed, Path("sweep").resolve()) for seed in range(count)]
+    """Runs of one variant at several seeds."""
+    (variant,) = variants_of(recipe, read_words([]))
+    return [job_of(variant, 1e-4, seed, Path("sweep").resolve()) for seed in range(count)]
 
 
 def test_each_run_has_a_process_of_its_own_and_one_that_dies_is_told(recipe: Path) -> None:
@@ -254,7 +265,7 @@ def test_ray_makes_the_runs_and_a_task_that_fails_is_told(recipe: Path, monkeypa
 def test_without_ray_the_error_names_what_to_install(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     result = CliRunner().invoke(app, ["sweep", str(recipe), "--ray", "--json"])
-    assert result.exit_code == 2 and "luthier[ray]" in json.loads(result.stdout)["mend"]
+    assert result.exit_code == 2 and "luthier[ray]" in json.loads(result.stdout)["fix"]
     assert not Path("sweeps").exists()
 
 
@@ -287,7 +298,7 @@ def heard() -> Iterator[None]:
 @pytest.mark.usefixtures("heard")
 def test_an_interrupt_saves_and_a_kill_ends_all_and_the_same_command_goes_on(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe.write_text(recipe.read_text().replace("steps: 3", "steps: 100, save_every: 10"))
-    words = ["seeds=1", "rates=1"]
+    words = ["seeds=1", "learning_rates=1"]
     folder = Path("sweeps/small")
 
     def interrupt() -> None:
@@ -311,8 +322,8 @@ def test_an_interrupt_saves_and_a_kill_ends_all_and_the_same_command_goes_on(rec
     assert f"stopped after step {stopped.facts['steps']};" in told and f"resuming from step-{stopped.facts['steps']}" in told
 
     into_this_process(monkeypatch)
-    ours = sweep(recipe, words)["arms"][0]["runs"][0]
-    theirs = sweep(recipe, words, folder="uninterrupted")["arms"][0]["runs"][0]
+    ours = sweep(recipe, words)["variants"][0]["runs"][0]
+    theirs = sweep(recipe, words, folder="uninterrupted")["variants"][0]["runs"][0]
     assert ours["error"] is None and len(list_runs(folder / "runs")) == 1
     one, other = read_run(folder / ours["run"]), read_run(Path("uninterrupted", theirs["run"]))
     assert one.facts["weights_sha256"] == other.facts["weights_sha256"]

@@ -46,7 +46,7 @@ def test_a_choice_at_an_end_of_the_grid_says_so() -> None:
 
 def test_a_rate_that_gave_no_score_is_worse_than_any() -> None:
     assert found({1e-4: -5.0, 3e-4: -9.0, 9e-4: None}) == (1e-4, "the chosen rate 0.0001 is the smallest that was tried")
-    assert found({1e-4: None, 3e-4: None}) == (None, "no rate gave a score")
+    assert found({1e-4: None, 3e-4: None}) == (None, "no learning rate gave a score")
 
 
 def test_optuna_holds_every_trial() -> None:
@@ -73,4 +73,4 @@ def test_without_optuna_the_error_names_what_to_install(monkeypatch: pytest.Monk
     monkeypatch.setitem(sys.modules, "optuna", None)
     with pytest.raises(LuthierError, match="Optuna") as told:
         begin([1e-3])
-    assert "luthier[sweep]" in told.value.mend and "rates=1" in told.value.mend
+    assert "luthier[sweep]" in told.value.fix and "learning_rates=1" in told.value.fix

@@ -16,7 +16,7 @@ from luthier import registry
 from luthier.errors import LuthierError
 from luthier.evaluate.by_head import tagged
 from luthier.evaluate.readings import readings, readings_by_row
-from luthier.kinds import Head, Term, View
+from luthier.kinds import Head, LossTerm, View
 from luthier.models.tiny import tiny_tokenizer
 from luthier.rows.batches import collate
 from luthier.rows.encode import encode, encode_all
@@ -41,9 +41,9 @@ TAGS = ("O", "B-person", "I-person", "B-place", "I-place")
 OBJECTIVE = {"classify_tokens": {"labels": ["person", "place"]}}
 
 
-def parts(**options: Any) -> tuple[Head, Term]:
+def parts(**options: Any) -> tuple[Head, LossTerm]:
     head, term = registry.make({"classify_tokens": {"labels": ("person", "place"), **options}}, ("head",)).values
-    assert isinstance(head, Head) and isinstance(term, Term)
+    assert isinstance(head, Head) and isinstance(term, LossTerm)
     return head, term
 
 
@@ -83,7 +83,7 @@ def test_tokens_of_rows_are_those_of_transformers() -> None:
         assert encoded.columns["tags"] == "\n".join(row.fields["tags"])
     (row,) = read([{"text": "ab cd", "spans": [{"start": 1, "stop": 4, "label": "x"}]}])
     assert row.fields["words"] == [(0, 1), (1, 2), (3, 4), (4, 5)] and row.fields["tags"] == ["O", "B-x", "I-x", "O"]
-    long = encode(next(iter(read(ROWS))), tokenizer, purpose="read", max_tokens=6, too_long="right")
+    long = encode(next(iter(read(ROWS))), tokenizer, purpose="read", max_length=6, too_long="right")
     assert [word for word in long.token_columns["word"] if word] == [1.0, 6.0], "the text's own end stays"
 
 

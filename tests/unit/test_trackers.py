@@ -47,7 +47,7 @@ def recipe(folder: Path, **more: Any) -> dict[str, Any]:
         "tune": "lora",
         "train": {"steps": 2, "batch_rows": 2, "device": "cpu", "evaluate_every": 1},
         "evaluate": {"said": {"rows": rows, "metric": "loss"}},
-        "noise": False,
+        "repeat_baseline": False,
         "out": str(folder),
         **more,
     }
@@ -75,8 +75,8 @@ def test_a_tracker_that_fails_is_left_out_with_one_warning(moment: str) -> None:
 
 def test_the_numbers_of_a_run_by_hand() -> None:
     metrics = {"facts": {"before": 0.25, "after": 0.75, "metric": "accuracy"}, "text": {"before": 2.0, "after": None}}
-    facts = {"status": "finished", "steps": 2, "final_loss": None, "kept": 0.9, "metrics": metrics}
-    assert run_numbers(facts) == {"steps": 2, "kept": 0.9, "facts/before": 0.25, "facts/after": 0.75, "text/before": 2.0}
+    facts = {"status": "finished", "steps": 2, "final_loss": None, "retained": 0.9, "metrics": metrics}
+    assert run_numbers(facts) == {"steps": 2, "retained": 0.9, "facts/before": 0.25, "facts/after": 0.75, "text/before": 2.0}
 
 
 def test_unknown_trackers_are_refused_by_name(tmp_path: Path) -> None:

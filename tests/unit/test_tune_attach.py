@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from luthier.errors import LuthierError
-from luthier.kinds import Additive, HiddenEdit, Select, Selective
+from luthier.kinds import RepresentationEdit, Select, Selective, WeightDelta
 from luthier.models.parts import map_parts
 from luthier.registry import Part
 from luthier.tune import Tune
@@ -25,16 +25,16 @@ def part(value: Any) -> Part:
 
 def selecting(role: str, select: Select, **options: Any) -> Selective:
     """Selects the first place of a role."""
-    return Selective(lambda parts, services: {parts.select(roles=[role])[0]: select}, **options)
+    return Selective(lambda parts, services: {parts.select(target_modules=[role])[0]: select}, **options)
 
 
 def test_tensors_of_a_technique_are_its_own_and_only_matrices_decay(engine: Any) -> None:
     given = nn.Parameter(torch.tensor([[1.0, 2.0]], dtype=torch.float64))
-    value = Additive(
+    value = WeightDelta(
         lambda place, weight_OI, services: {"mix": given, "scale": torch.ones(3)},
         lambda tensors, x: x.sum(-1, keepdim=True) * tensors["mix"].sum() * tensors["scale"].sum(),
         lambda tensors: tensors["mix"].sum() * tensors["scale"].sum(),
-        roles=DOWN,
+        target_modules=DOWN,
         rates={"scale": 4.0},
         axes={"mix": 1},
     )
@@ -51,7 +51,7 @@ def test_an_edit_names_the_matrices_that_do_not_decay(engine: Any) -> None:
     def start(place: Any, width_in: int, width_out: int, services: Any) -> dict[str, Tensor]:
         return {"both": torch.ones(2, 2), "apart": torch.ones(2, 2), "vector": torch.ones(2)}
 
-    value = HiddenEdit(start, lambda tensors, x, y: y, DOWN, undecayed=frozenset({"apart"}))
+    value = RepresentationEdit(start, lambda tensors, x, y: y, DOWN, undecayed=frozenset({"apart"}))
     tune = engine([part(value)], model=model_of(layers=1)).tune
     assert {name.rpartition(".")[2]: one.decay for name, one in tune.trained.items()} == {
         "both": True,
@@ -63,7 +63,7 @@ def test_an_edit_names_the_matrices_that_do_not_decay(engine: Any) -> None:
 def test_what_a_part_of_a_fused_projection_reads_is_not_edited(engine: Any) -> None:
     def edit(of: str) -> list[Part]:
         start = lambda place, width_in, width_out, services: {"shift": torch.zeros(1)}  # noqa: E731
-        return [part(HiddenEdit(start, lambda tensors, x, y: y, ("attention_key",), of=of))]  # type: ignore[arg-type]
+        return [part(RepresentationEdit(start, lambda tensors, x, y: y, ("attention_key",), of=of))]  # type: ignore[arg-type]
 
     with pytest.raises(LuthierError, match="what a part of a fused projection reads"):
         engine(edit("input"), model=model_of("gpt2", layers=1))
@@ -75,7 +75,7 @@ def test_what_a_part_of_a_fused_projection_reads_is_not_edited(engine: Any) -> N
 def test_two_selections_of_a_weight_may_touch_and_not_overlap(engine: Any, architecture: str) -> None:
     model = model_of(architecture, layers=1)
     parts = map_parts(model)
-    rows, columns = parts.view(model, parts.select(roles=DOWN)[0]).shape
+    rows, columns = parts.view(model, parts.select(target_modules=DOWN)[0]).shape
     assert rows != columns
 
     def both(entry: int) -> Any:

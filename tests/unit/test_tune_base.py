@@ -31,7 +31,7 @@ TUNES = [
     "bottleneck",
     "plain_prefix",
     "plain_prompt",
-    ["svd_start", {"some_rows": {"roles": ["mlp_down"]}}],
+    ["svd_start", {"some_rows": {"target_modules": ["mlp_down"]}}],
     ["some_entries", "lora", "bottleneck"],
 ]
 
@@ -63,7 +63,7 @@ def taken(run: Any) -> dict[str, Tensor]:
 def test_another_point_in_time_may_be_visited_between_forward_and_backward(engine: Any, now: Now, tune: Any, where: str) -> None:
     model = model_of()
     base = logits_of(copy.deepcopy(model), rows_of_eight())
-    run = engine(tune, model=model, step="adamw", keep_base=True)
+    run = engine(tune, model=model, optimizer="adamw", keep_base=True)
     steps(run, now, 0, 1)
     run.tune.snapshot("early")
     early = nll_of(run, now)
@@ -86,7 +86,7 @@ def test_another_point_in_time_may_be_visited_between_forward_and_backward(engin
 
 @pytest.mark.parametrize("tune", TUNES, ids=str)
 def test_snapshots_come_in_any_order_and_one_can_be_gone_back_to(engine: Any, now: Now, tune: Any) -> None:
-    run = engine(tune, model=model_of(), step="adamw")
+    run = engine(tune, model=model_of(), optimizer="adamw")
     seen = {}
     for name, first in (("one", 0), ("two", 2), ("three", 4)):
         steps(run, now, first, 2)
@@ -107,7 +107,7 @@ def test_snapshots_come_in_any_order_and_one_can_be_gone_back_to(engine: Any, no
 def test_the_reference_is_a_separate_copy_of_the_base(engine: Any, now: Now, tune: Any, tied: bool) -> None:
     model, batch = model_of(tied=tied), rows_of_eight()
     copied = copy.deepcopy(model)
-    run = engine(tune, model=model, step="adamw", keep_base=True)
+    run = engine(tune, model=model, optimizer="adamw", keep_base=True)
     steps(run, now, 0, 3)
     view = view_of(run.tune, batch, resolve(["nll", "reference_nll", "kl", "kl_forward"]), now)
     logits_NV = logits_of(copied, batch)[view.row_N, view.position_N - 1]
@@ -127,7 +127,7 @@ def test_the_distance_to_the_base_is_exactly_zero_at_step_zero(engine: Any, now:
 
 @pytest.mark.parametrize("tune", ["full", "some_rows", "svd_start", "keep_entries"])
 def test_a_base_that_was_not_kept_is_an_error_and_not_another_model(engine: Any, now: Now, tune: str) -> None:
-    run = engine(tune, step="adamw")
+    run = engine(tune, optimizer="adamw")
     steps(run, now, 0, 3)
     with pytest.raises(LuthierError, match="not kept"), run.tune.off():
         pass

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from luthier.errors import LuthierError
-from luthier.kinds import Additive, Form, Now, Place, Refresh, Resize, Select, Selective
+from luthier.kinds import Form, Now, Place, Refresh, Resize, Select, Selective, WeightDelta
 from luthier.registry import Part
 from luthier.tune.trained import read, write
 from tests.conftest import split
@@ -27,11 +27,11 @@ class Script:
 
     def value(self) -> Selective:
         def choose(parts: Any, services: Any) -> dict[Place, Select]:
-            place = parts.select(roles=[self.role], blocks=[1])[0]
+            place = parts.select(target_modules=[self.role], blocks=[1])[0]
             return {place: Select(self.form, torch.tensor(self.index))}  # type: ignore[arg-type]
 
         def refresh(state: Any, services: Any) -> dict[Place, Refresh]:
-            changed = {} if self.next is None else {services.parts.select(roles=[self.role], blocks=[1])[0]: self.next}
+            changed = {} if self.next is None else {services.parts.select(target_modules=[self.role], blocks=[1])[0]: self.next}
             self.next = None
             return changed
 
@@ -60,7 +60,7 @@ def test_what_stays_keeps_its_moments_and_what_leaves_goes_back_or_stays(
 ) -> None:
     model = model_of(architecture)
     script = Script(form, [1, 4, 7, 9], leave)
-    run = engine(script.value(), model=model, step="adamw")
+    run = engine(script.value(), model=model, optimizer="adamw")
     one, state = only(run)
     region = run.tune.region(one.place)
     base = region.clone()
@@ -87,7 +87,7 @@ def test_what_stays_keeps_its_moments_and_what_leaves_goes_back_or_stays(
 
 def test_everything_left_means_the_base_bit_for_bit_in_bf16_too(engine: Any, now: Now) -> None:
     script = Script("flat", [0, 5, 6])
-    run = engine(script.value(), step="adamw", dtype=torch.bfloat16)
+    run = engine(script.value(), optimizer="adamw", dtype=torch.bfloat16)
     one, _ = only(run)
     base = run.tune.region(one.place).clone()
     steps(run, now, 0, 3)
@@ -99,7 +99,7 @@ def test_everything_left_means_the_base_bit_for_bit_in_bf16_too(engine: Any, now
 
 def test_the_first_step_of_a_late_entry_is_that_of_a_fresh_adam(engine: Any, now: Now) -> None:
     script = Script("flat", [1, 4, 7, 9])
-    run = engine(script.value(), model=model_of(), step="adamw")
+    run = engine(script.value(), model=model_of(), optimizer="adamw")
     one, state = only(run)
     steps(run, now, 0, 16)
     script.next = Refresh(torch.tensor([1, 33, 34]), torch.tensor([0, -1, -1]))
@@ -116,7 +116,7 @@ def test_the_first_step_of_a_late_entry_is_that_of_a_fresh_adam(engine: Any, now
 
 def test_new_entries_may_start_from_a_seed_and_revert_to_the_base_all_the_same(engine: Any, now: Now) -> None:
     script = Script("flat", [1, 4])
-    run = engine(script.value(), model=model_of(), step="adamw")
+    run = engine(script.value(), model=model_of(), optimizer="adamw")
     one, _ = only(run)
     base = run.tune.region(one.place).clone()
     script.next = Refresh(torch.tensor([1, 8]), torch.tensor([0, -1]), torch.tensor([9.0, 0.25], dtype=torch.float64))
@@ -130,18 +130,18 @@ def test_new_entries_may_start_from_a_seed_and_revert_to_the_base_all_the_same(e
 
 def test_the_gradient_follows_to_the_new_entries(engine: Any, now: Now) -> None:
     script = Script("rows", [1, 4])
-    run = engine(script.value(), model=model_of(), step="adamw")
+    run = engine(script.value(), model=model_of(), optimizer="adamw")
     script.next = Refresh(torch.tensor([4, 6, 8]), torch.tensor([1, -1, -1]))
     refresh(run, now)
     found = next(iter(gradients(run, [rows_of_eight()], now).values()))
-    fixed = engine(Script("rows", [4, 6, 8]).value(), model=model_of(), step="adamw")
+    fixed = engine(Script("rows", [4, 6, 8]).value(), model=model_of(), optimizer="adamw")
     assert torch.equal(found, next(iter(gradients(fixed, [rows_of_eight()], now).values())))
 
 
 @pytest.mark.parametrize(("form", "index"), [("rows", [3, 1]), ("cols", [2, 0])])
 def test_another_form_begins_anew_from_its_seed(engine: Any, now: Now, form: Form, index: list[int]) -> None:
     script, at = Script("flat", [1, 4]), torch.tensor(index)
-    run = engine(script.value(), model=model_of(), step="adamw")
+    run = engine(script.value(), model=model_of(), optimizer="adamw")
     one, _ = only(run)
     base = run.tune.region(one.place).clone()
     steps(run, now, 0, 2)
@@ -170,13 +170,13 @@ def test_a_whole_tensor_may_give_way_to_entries_and_come_back(engine: Any, now: 
     coming: list[Refresh] = []
 
     def place_of(parts: Any) -> Place:
-        return parts.select(roles=["mlp_down"], blocks=[1])[0]  # type: ignore[no-any-return]
+        return parts.select(target_modules=["mlp_down"], blocks=[1])[0]  # type: ignore[no-any-return]
 
     value = Selective(
         lambda parts, services: {place_of(parts): Select("whole")},
         refresh=lambda state, services: {place_of(services.parts): coming.pop()} if coming else {},
     )
-    run = engine(value, model=model_of(), step="adamw")
+    run = engine(value, model=model_of(), optimizer="adamw")
     ((name, one),) = run.tune.trained.items()
     live = run.tune.model.get_parameter(one.place.parameter)
     base = live.detach().clone()
@@ -198,7 +198,7 @@ def test_a_whole_tensor_may_give_way_to_entries_and_come_back(engine: Any, now: 
 @pytest.mark.parametrize("take", [[0, -1], [-1, 1]])
 def test_entries_of_one_form_do_not_go_on_in_another(engine: Any, now: Now, take: list[int]) -> None:
     script = Script("flat", [1, 4])
-    run = engine(script.value(), step="adamw")
+    run = engine(script.value(), optimizer="adamw")
     script.next = Refresh(torch.tensor([2, 0]), torch.tensor(take), form="rows")
     with pytest.raises(LuthierError, match="continues entries in another form"):
         refresh(run, now)
@@ -218,16 +218,16 @@ def test_a_place_may_get_other_tensors_which_are_its_own(engine: Any, now: Now) 
 
     def grow(state: Any, services: Any) -> dict[Place, Resize]:
         take = {"mix": torch.tensor([1, -1, -1])}
-        return {place: Resize(given, take) for place in services.parts.select(roles=["mlp_down"])}  # type: ignore[arg-type]
+        return {place: Resize(given, take) for place in services.parts.select(target_modules=["mlp_down"])}  # type: ignore[arg-type]
 
-    value = Additive(
+    value = WeightDelta(
         lambda place, weight_OI, services: begin,
         lambda tensors, x: 0.01 * total(tensors) * x.mean(-1, keepdim=True),
         total,
-        roles=("mlp_down",),
+        target_modules=("mlp_down",),
         refresh=grow,
     )
-    run = engine([Part(name="probe", kind="any", options={}, values=(value,))], model=model_of(), step="adamw")
+    run = engine([Part(name="probe", kind="any", options={}, values=(value,))], model=model_of(), optimizer="adamw")
     run.tune.snapshot("before")
     told: list[tuple[str, Any]] = []
     run.tune.moved = lambda one, take, old_size: told.append((one.name.rpartition(".")[2], (take.tolist(), old_size)))
@@ -259,11 +259,11 @@ def test_observers_see_the_gradient_that_optimizers_received(engine: Any, now: N
     model, batch, seen, asked = model_of(architecture), rows_of_eight(), [], []
     select = Select(form, None if form == "whole" else torch.tensor([0, 2]))  # type: ignore[arg-type]
     value = Selective(
-        lambda parts, services: dict.fromkeys(parts.select(roles=["mlp_down"]), select),
+        lambda parts, services: dict.fromkeys(parts.select(target_modules=["mlp_down"]), select),
         lambda state, place, gradient_OI: seen.append((place, gradient_OI)),  # type: ignore[func-returns-value]
     )
     full = plain_gradients(model, batch)
-    tunes = [Part(name="probe", kind="any", options={}, values=(value,)), {"lora": {"roles": ["mlp_down"], "rank": 2}}]
+    tunes = [Part(name="probe", kind="any", options={}, values=(value,)), {"lora": {"target_modules": ["mlp_down"], "rank": 2}}]
     tune = (run := engine(tunes, model=model)).tune
     tune.start_observing(now)
     assert tune.observed() == [name for name in tune.trained if name.startswith("probe")]
@@ -286,14 +286,14 @@ def test_observers_see_the_gradient_that_optimizers_received(engine: Any, now: N
 
 def test_a_refreshed_selection_must_fit(engine: Any, now: Now) -> None:
     script = Script("flat", [1, 4])
-    run = engine(script.value(), step="adamw")
+    run = engine(script.value(), optimizer="adamw")
     script.next = Refresh(torch.tensor([4, 4]), torch.tensor([1, -1]))
     with pytest.raises(LuthierError, match="twice"):
         refresh(run, now)
 
 
 def test_growth_changes_no_output_and_moves_state_along_the_right_axis(engine: Any, now: Now) -> None:
-    run = engine({"growing": {"rank": 2, "every": 2}}, model=model_of(), step="adamw")
+    run = engine({"growing": {"rank": 2, "every": 2}}, model=model_of(), optimizer="adamw")
     steps(run, now, 0, 1)
     run.tune.start_observing(now._replace(step=1))
     gradients(run, [rows_of_eight()], now._replace(step=1))
@@ -322,7 +322,7 @@ def test_growth_changes_no_output_and_moves_state_along_the_right_axis(engine: A
 def test_growth_goes_where_the_summed_gradient_is_large_whatever_the_split(engine: Any, now: Now) -> None:
     sizes = []
     for cut in ((8,), (3, 4, 1)):
-        run = engine("growing", model=model_of(), step="adamw")
+        run = engine("growing", model=model_of(), optimizer="adamw")
         for i in range(4):
             run.step(split(rows_of_eight(), cut), now._replace(step=i, learning_rate=0.01))
         sizes.append({name: tuple(one.master.shape) for name, one in run.tune.trained.items()})

@@ -39,7 +39,7 @@ def test_tokens_of_a_prompt_draw_by_places_below_zero(engine: Any, now: Now, pac
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_the_head_of_a_moment_has_no_graph_and_does_not_train_on(engine: Any, tied: bool) -> None:
-    tune = engine({"full": {"roles": ["embedding" if tied else "head"]}}, model=model_of(layers=1, tied=tied)).tune
+    tune = engine({"full": {"target_modules": ["embedding" if tied else "head"]}}, model=model_of(layers=1, tied=tied)).tune
     hidden_ND = torch.linspace(-1.0, 1.0, 2 * tune.parts.width, dtype=torch.float64).view(2, -1)
     head = head_now(tune)
     before_NV = head(hidden_ND)
@@ -49,7 +49,7 @@ def test_the_head_of_a_moment_has_no_graph_and_does_not_train_on(engine: Any, ti
 
 
 def test_the_head_of_the_base_is_the_bases_where_some_rows_of_it_train(engine: Any) -> None:
-    tune = engine({"some_rows": {"roles": ["head"]}}, model=model_of(layers=1, tied=False), keep_base=True).tune
+    tune = engine({"some_rows": {"target_modules": ["head"]}}, model=model_of(layers=1, tied=False), keep_base=True).tune
     hidden_ND = torch.linspace(-1.0, 1.0, 2 * tune.parts.width, dtype=torch.float64).view(2, -1)
     base_NV = tune.model.lm_head(hidden_ND).detach()
     tune.set({name: one.master + 1.0 for name, one in tune.trained.items()})
@@ -62,7 +62,7 @@ def test_what_stands_at_an_embedding_leaves_the_first_token_of_the_vocabulary_al
     """Ids below zero are virtual, and 0 is the first that is not."""
     model, ids_BT = model_of(layers=1), torch.tensor([[0, 1, 0, 7]])
     expected = model(input_ids=ids_BT).logits
-    engine({"some_rows": {"roles": ["embedding"]}}, model=model)
+    engine({"some_rows": {"target_modules": ["embedding"]}}, model=model)
     assert torch.equal(model(input_ids=ids_BT).logits, expected)
 
 

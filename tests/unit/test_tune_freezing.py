@@ -11,19 +11,19 @@ from torch import Tensor
 
 from luthier.errors import LuthierError
 from luthier.kinds import (
-    Additive,
+    Callback,
     Freezing,
-    HiddenEdit,
-    Keeper,
     Now,
     Optimizer,
     Place,
     Prompt,
     Refresh,
+    RepresentationEdit,
     Resize,
     Seen,
     Select,
     Selective,
+    WeightDelta,
 )
 from luthier.models.parts import map_parts
 from luthier.registry import Part
@@ -47,7 +47,7 @@ def choosing(**selects: Any) -> Selective:
     """Selects one place of block 1 by role."""
 
     def choose(parts: Any, services: Any) -> dict[Place, Select]:
-        return {parts.select(roles=[role], blocks=[1])[0]: select for role, select in selects.items()}
+        return {parts.select(target_modules=[role], blocks=[1])[0]: select for role, select in selects.items()}
 
     return Selective(choose)
 
@@ -67,7 +67,7 @@ def test_what_stands_still_does_not_move_and_what_moves_moves_as_alone(
     engine: Any, now: Now, forget: bool, dtype: torch.dtype
 ) -> None:
     still = part(Freezing(lambda trained, state, now: now.step < 3 and "mlp" in trained.name, everywhere=True, forget=forget))
-    run = engine("full", freeze=[still], step=[{"adamw": {"decay": 0.1}}], dtype=dtype)
+    run = engine("full", freeze=[still], optimizer=[{"adamw": {"weight_decay": 0.1}}], dtype=dtype)
     before = masters(run)
     go(run, now, 0, 3)
     after = masters(run)
@@ -89,7 +89,7 @@ def test_what_stands_still_does_not_move_and_what_moves_moves_as_alone(
 
 def test_moments_of_what_stands_still_do_not_fade(engine: Any, now: Now) -> None:
     still = part(Freezing(lambda trained, state, now: 1 <= now.step < 3 and "mlp" in trained.name, everywhere=True))
-    run = engine("full", freeze=[still], step="adamw")
+    run = engine("full", freeze=[still], optimizer="adamw")
     go(run, now, 0, 1)
     name = next(name for name in run.tune.trained if "mlp" in name)
     first = run.chain.state["adamw"][name]["first"].clone()
@@ -121,11 +121,11 @@ def test_slices_that_stand_still_form_no_gradient(engine: Any, now: Now) -> None
 
 def test_a_technique_freezes_its_own_tensors_alone(engine: Any, now: Now) -> None:
     lora_like = part(
-        Additive(
+        WeightDelta(
             lambda place, weight_OI, services: {"down": torch.ones(2, weight_OI.shape[1]), "up": torch.zeros(len(weight_OI), 2)},
             lambda tensors, x: x @ tensors["down"].T @ tensors["up"].T,
             lambda tensors: tensors["up"] @ tensors["down"],
-            roles=DOWN,
+            target_modules=DOWN,
         ),
         Freezing(lambda trained, state, now: True),
     )
@@ -152,7 +152,7 @@ def test_a_selection_may_begin_elsewhere(engine: Any, now: Now, form: str, archi
     model = model_of(architecture)
     batch, wanted = rows_of_eight(), logits_of(copy.deepcopy(model), rows_of_eight())
     index = None if form == "whole" else torch.tensor([1, 3])
-    place = map_parts(model).select(roles=DOWN, blocks=[1])[0]
+    place = map_parts(model).select(target_modules=DOWN, blocks=[1])[0]
     shape = map_parts(model).view(model, place).shape
     start = torch.full({"whole": shape, "rows": (2, shape[1]), "flat": (2,)}[form], 0.25, dtype=torch.float64)
     run = engine([part(choosing(mlp_down=Select(form, index, start=start)))], model=model, keep_base=True)  # type: ignore[arg-type]
@@ -172,14 +172,14 @@ def test_a_selection_that_begins_elsewhere_and_a_delta_taken_out_of_the_same_wei
     engine: Any, form: str, architecture: str, dtype: torch.dtype
 ) -> None:
     model = model_of(architecture).to(dtype)
-    place = map_parts(model).select(roles=DOWN, blocks=[1])[0]
+    place = map_parts(model).select(target_modules=DOWN, blocks=[1])[0]
     base_OI = map_parts(model).view(model, place).clone()
     index = None if form == "whole" else torch.tensor([1, 35])
     if form == "rows":
         index = torch.tensor([1, 3])
     start = torch.full_like(read(base_OI, form, index), 0.25)  # type: ignore[arg-type]
     select = Select(form, index, start=start)  # type: ignore[arg-type]
-    tunes = [part(choosing(mlp_down=select)), {"svd_start": {"roles": ["mlp_down"]}}]
+    tunes = [part(choosing(mlp_down=select)), {"svd_start": {"target_modules": ["mlp_down"]}}]
     tune = engine(tunes, model=model, dtype=dtype, keep_base=True).tune
     (addition,) = tune.site(place.module).additions
     delta_OI = addition.value.delta(addition.masters())
@@ -212,9 +212,9 @@ def test_decay_pulls_to_the_start(engine: Any, now: Now) -> None:
     for decay, wanted in (("start", 3.495), ("zero", 3.465)):
         select = Select("flat", torch.tensor([0]), decay=decay)  # type: ignore[arg-type]
         model = model_of()
-        place = map_parts(model).select(roles=DOWN, blocks=[1])[0]
+        place = map_parts(model).select(target_modules=DOWN, blocks=[1])[0]
         map_parts(model).view(model, place).data[0, 0] = 3.0
-        run = engine([part(choosing(mlp_down=select))], model=model, step=[{"adamw": {"decay": 0.1}}])
+        run = engine([part(choosing(mlp_down=select))], model=model, optimizer=[{"adamw": {"weight_decay": 0.1}}])
         ((name, one),) = run.tune.trained.items()
         run.tune.set({name: torch.tensor([3.5], dtype=torch.float64)})
         one.gradient = torch.zeros(1, dtype=torch.float64)
@@ -228,14 +228,14 @@ def test_from_whole_to_entries_everything_is_new(engine: Any, now: Now, architec
     def refresh(state: Any, services: Any) -> dict[Place, Refresh]:
         if services.now.step != 1:
             return {}
-        place = services.parts.select(roles=DOWN, blocks=[1])[0]
+        place = services.parts.select(target_modules=DOWN, blocks=[1])[0]
         return {place: Refresh(torch.tensor([0, 5, 7]), torch.full((3,), -1), form="flat")}
 
     value = choosing(mlp_down=Select("whole"), attention_output=Select("whole"))._replace(refresh=refresh)
     model = model_of(architecture).to(dtype)
     base = copy.deepcopy(model)
-    run = engine([part(value)], model=model, step="adamw", dtype=dtype)
-    place = run.tune.parts.select(roles=DOWN, blocks=[1])[0]
+    run = engine([part(value)], model=model, optimizer="adamw", dtype=dtype)
+    place = run.tune.parts.select(target_modules=DOWN, blocks=[1])[0]
     go(run, now, 0, 1)
     run.tune.snapshot("whole")
     held = run.tune.region(place).clone()
@@ -256,7 +256,7 @@ def test_newcomers_begin_with_what_was_seen_of_their_gradients(engine: Any, now:
     told: list[Any] = []
 
     def refresh(state: Any, services: Any) -> dict[Place, Refresh]:
-        place = services.parts.select(roles=DOWN, blocks=[1])[0]
+        place = services.parts.select(target_modules=DOWN, blocks=[1])[0]
         mean = torch.tensor([2.0, 2.0], dtype=torch.float64)
         return {place: Refresh(torch.tensor([3, 9]), torch.tensor([1, -1]), seen=Seen(mean, mean * 2, 5.0))}
 
@@ -268,7 +268,7 @@ def test_newcomers_begin_with_what_was_seen_of_their_gradients(engine: Any, now:
         state["moment"] = torch.where(is_new, seen.mean, state["moment"])
 
     optimizer = part(Optimizer(init, lambda value, gradient, state, trained, now: state["moment"].copy_(gradient), seed=seed))
-    run = engine([part(choosing(mlp_down=Select("flat", torch.tensor([1, 3])))._replace(refresh=refresh))], step=[optimizer])
+    run = engine([part(choosing(mlp_down=Select("flat", torch.tensor([1, 3])))._replace(refresh=refresh))], optimizer=[optimizer])
     go(run, now, 0, 1)
     assert told == [([False, True], 5.0)]
     ((_, state),) = run.chain.state["probe.2"].items()
@@ -276,7 +276,7 @@ def test_newcomers_begin_with_what_was_seen_of_their_gradients(engine: Any, now:
 
 
 def test_a_transform_may_skip_a_tensor_and_one_of_a_technique_sees_its_own_alone(engine: Any, now: Now) -> None:
-    from luthier.kinds import Transform
+    from luthier.kinds import GradientTransform
 
     seen: set[str] = set()
 
@@ -284,8 +284,8 @@ def test_a_transform_may_skip_a_tensor_and_one_of_a_technique_sees_its_own_alone
         seen.add(trained.slot)
         return None if now.step == 0 else value
 
-    mine = part(choosing(mlp_down=Select("rows", torch.tensor([0]))), Transform(lambda trained: {}, update))
-    run = engine([mine, {"lora": {"roles": ["attention"]}}], step="adamw")
+    mine = part(choosing(mlp_down=Select("rows", torch.tensor([0]))), GradientTransform(lambda trained: {}, update))
+    run = engine([mine, {"lora": {"target_modules": ["attention"]}}], optimizer="adamw")
     before = masters(run)
     go(run, now, 0, 1)
     (name,) = (name for name in before if name.startswith("probe/"))
@@ -295,14 +295,14 @@ def test_a_transform_may_skip_a_tensor_and_one_of_a_technique_sees_its_own_alone
     assert not torch.equal(masters(run)[name], before[name])
 
 
-def test_a_keeper_sees_the_gradient_that_the_optimizer_got(engine: Any, now: Now) -> None:
+def test_a_callback_sees_the_gradient_that_the_optimizer_got(engine: Any, now: Now) -> None:
     seen: dict[str, Tensor] = {}
 
     def after_step(state: Any, services: Any) -> None:
         seen.update({one.name: one.gradient.clone() for one in services.trained() if one.gradient is not None})
 
-    keeper = part(Keeper(after_step, needs=frozenset({"gradients"})))
-    run = engine("some_rows", step=[{"clip": {"norm": 1e-3}}, "adamw"], keep=[keeper])
+    callback = part(Callback(after_step, needs=frozenset({"gradients"})))
+    run = engine("some_rows", optimizer=[{"clip": {"norm": 1e-3}}, "adamw"], callbacks=[callback])
     go(run, now, 0, 1)
     assert seen.keys() == run.tune.trained.keys()
     assert float(torch.cat([one.reshape(-1) for one in seen.values()]).norm()) == pytest.approx(1e-3)
@@ -317,16 +317,16 @@ def test_frozen_and_shared_tensors_of_a_delta(engine: Any, now: Now) -> None:
         assert tensors["seed"].dtype == torch.int64
         return (tensors["basis"] * tensors["all"]) @ tensors["own"]
 
-    value = Additive(
+    value = WeightDelta(
         start,
         lambda tensors, x: x @ delta(tensors).T,
         delta,
-        roles=DOWN,
+        target_modules=DOWN,
         frozen=frozenset({"basis", "seed"}),
         shared=lambda places, services: {"all": torch.ones(2)},
         factors=lambda tensors: (tensors["own"], tensors["basis"] * tensors["all"]),
     )
-    run = engine([part(value)], step="adamw")
+    run = engine([part(value)], optimizer="adamw")
     names = set(run.tune.trained)
     assert {name.rpartition(".")[2] for name in names} == {"own", "all"} and "probe.all" in names
     go(run, now, 0, 3)
@@ -337,23 +337,23 @@ def test_frozen_and_shared_tensors_of_a_delta(engine: Any, now: Now) -> None:
 
     kept = Delta.of(run.tune)
     assert all(isinstance(form, LowRank) and form.up_OR.shape[1] == 2 for forms in kept.changes.values() for form in forms)
-    place = run.tune.parts.select(roles=DOWN)[0]
+    place = run.tune.parts.select(target_modules=DOWN)[0]
     own = next(one for one in run.tune.owns if one.place == place)
     assert torch.allclose(kept.spread(place.parameter), delta(own.masters()))
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "gpt_neox"])
 def test_an_edit_of_what_a_map_reads_is_the_weight_times_it(engine: Any, now: Now, architecture: str) -> None:
-    scale = HiddenEdit(
+    scale = RepresentationEdit(
         lambda place, width_in, width_out, services: {"scale": torch.full((width_in,), 0.5)},
         lambda tensors, x, y: y * tensors["scale"],
-        roles=DOWN,
+        target_modules=DOWN,
         of="input",
     )
     model = model_of(architecture)
     by_hand = copy.deepcopy(model)
     parts = map_parts(by_hand)
-    for place in parts.select(roles=DOWN):
+    for place in parts.select(target_modules=DOWN):
         parts.view(by_hand, place).data.mul_(0.5)
     run = engine([part(scale)], model=model)
     batch = rows_of_eight()
@@ -374,7 +374,7 @@ def test_sub_layers_are_edited_between_their_input_and_output(engine: Any, now: 
         seen.append((x.shape, y.shape))
         return y + x * tensors["gate"]
 
-    value = HiddenEdit(lambda place, i, o, services: {"gate": torch.zeros(i)}, apply, roles=(role,))
+    value = RepresentationEdit(lambda place, i, o, services: {"gate": torch.zeros(i)}, apply, target_modules=(role,))
     model = model_of(architecture)
     wanted = logits_of(copy.deepcopy(model), rows_of_eight())
     run = engine([part(value)], model=model)
@@ -385,7 +385,9 @@ def test_sub_layers_are_edited_between_their_input_and_output(engine: Any, now: 
 
 
 def test_a_model_without_such_a_module_is_refused(engine: Any) -> None:
-    value = HiddenEdit(lambda place, i, o, services: {"gate": torch.zeros(i)}, lambda t, x, y: y, roles=("mlp_layer",))
+    value = RepresentationEdit(
+        lambda place, i, o, services: {"gate": torch.zeros(i)}, lambda t, x, y: y, target_modules=("mlp_layer",)
+    )
     with pytest.raises(LuthierError, match="no module of its own"):
         engine([part(value)], model=model_of("opt"))
 
@@ -394,15 +396,15 @@ def test_the_tensors_of_an_edit_may_be_exchanged(engine: Any, now: Now) -> None:
     def refresh(state: Any, services: Any) -> dict[Place, Resize]:
         if services.now.step != 1:
             return {}
-        places = services.parts.select(roles=DOWN)
+        places = services.parts.select(target_modules=DOWN)
         return {places[0]: Resize({"shift": torch.zeros(services.parts.width)}), **{place: Resize({}) for place in places[1:]}}
 
     def apply(tensors: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
         return y * tensors["scale"] if "scale" in tensors else y + tensors["shift"]
 
-    value = HiddenEdit(lambda place, i, o, services: {"scale": torch.ones(o)}, apply, roles=DOWN, refresh=refresh)
+    value = RepresentationEdit(lambda place, i, o, services: {"scale": torch.ones(o)}, apply, target_modules=DOWN, refresh=refresh)
     model = model_of()
-    run = engine([part(value)], model=model, step="adamw")
+    run = engine([part(value)], model=model, optimizer="adamw")
     go(run, now, 0, 1)
     assert len(run.tune.trained) == 2
     run.tune.snapshot("scales")

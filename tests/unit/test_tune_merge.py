@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from luthier.errors import LuthierError
-from luthier.kinds import HiddenEdit
+from luthier.kinds import RepresentationEdit
 from luthier.registry import Part
 from luthier.tune.merge import _beyond_weight
 from tests.toys.helpers import logits_of, model_of, rows_of_eight
@@ -32,7 +32,7 @@ def test_a_norm_is_asked_whether_its_weight_counts_from_one(module: nn.Module, b
 
 @pytest.mark.parametrize("scale", [1.0, 2.0])
 def test_an_edit_folds_into_an_embedding_that_gives_its_rows_as_they_are(engine: Any, scale: float) -> None:
-    value = HiddenEdit(
+    value = RepresentationEdit(
         lambda place, width_in, width_out, services: {"factor": torch.tensor([1.5])},
         lambda tensors, x, y: y * tensors["factor"],
         ("embedding",),

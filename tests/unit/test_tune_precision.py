@@ -40,7 +40,7 @@ def test_64_micro_batches_are_summed_in_fp32(engine: Any, now: Now, tune: str) -
 
 @pytest.mark.parametrize("tune", ["full", "half", "some_rows", "some_cols"])
 def test_masters_are_fp32_and_live_weights_are_their_rounding(engine: Any, now: Now, tune: str) -> None:
-    run = engine(tune, model=model_of(), dtype=torch.bfloat16, step="adamw")
+    run = engine(tune, model=model_of(), dtype=torch.bfloat16, optimizer="adamw")
     for i in range(3):
         run.step([rows_of_eight()], now._replace(step=i, learning_rate=1e-4))
     for one in run.tune.trained.values():
@@ -53,7 +53,7 @@ def test_masters_are_fp32_and_live_weights_are_their_rounding(engine: Any, now: 
 
 @pytest.mark.parametrize("tune", ["full", "some_rows"])
 def test_without_masters_no_fp32_copy_of_a_weight_exists(engine: Any, now: Now, tune: str) -> None:
-    run = engine(tune, model=model_of(), dtype=torch.bfloat16, step="adamw", masters="none")
+    run = engine(tune, model=model_of(), dtype=torch.bfloat16, optimizer="adamw", masters="none")
     before = {name: one.master.detach().clone() for name, one in run.tune.trained.items()}
     for i in range(2):
         run.step(split(rows_of_eight(), (5, 3)), now._replace(step=i, learning_rate=1e-3))
@@ -72,7 +72,7 @@ def test_without_masters_no_fp32_copy_of_a_weight_exists(engine: Any, now: Now, 
 @pytest.mark.parametrize("tune", ["full", "some_rows"])
 def test_what_is_held_is_what_optimizers_hold(engine: Any, tune: str, architecture: str, dtype: torch.dtype) -> None:
     """In bf16 the weights themselves would not know of so small a step."""
-    run = engine({tune: {"roles": ["mlp_down"]}}, model=model_of(architecture, layers=1), dtype=dtype).tune
+    run = engine({tune: {"target_modules": ["mlp_down"]}}, model=model_of(architecture, layers=1), dtype=dtype).tune
     one = next(one for name, one in run.trained.items() if name.endswith("weight"))
     expected_OI = run.region(one.place).to(one.master.dtype, copy=True)
     expected_OI[slice(None) if one.form == "whole" else one.index] += 1e-4
@@ -105,7 +105,7 @@ def test_rounding_leaves_other_types_alone() -> None:
 
 
 def test_updates_too_small_for_bf16_still_add_up_without_masters(engine: Any, now: Now) -> None:
-    run = engine({"full": {"roles": ["mlp_down"]}}, model=model_of(), dtype=torch.bfloat16, masters="none")
+    run = engine({"full": {"target_modules": ["mlp_down"]}}, model=model_of(), dtype=torch.bfloat16, masters="none")
     run.tune.set({name: torch.ones_like(one.master) for name, one in run.tune.trained.items()})
     for i in range(40):
         for one in run.tune.trained.values():
@@ -119,7 +119,7 @@ def test_updates_too_small_for_bf16_still_add_up_without_masters(engine: Any, no
 def test_rounding_is_the_same_for_the_same_seed_and_step(engine: Any, now: Now) -> None:
     found = []
     for seed in (0, 0, 1):
-        run = engine(model=model_of(), dtype=torch.bfloat16, masters="none", step="adamw")
+        run = engine(model=model_of(), dtype=torch.bfloat16, masters="none", optimizer="adamw")
         run.step([rows_of_eight()], now._replace(learning_rate=1e-4, seed=seed))
         found.append(torch.cat([one.master.detach().flatten() for one in run.tune.trained.values()]))
     assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])

@@ -25,7 +25,7 @@ def recipe(out: Path, tune: Any, **train: Any) -> dict[str, Any]:
         "model": "workshop-small",
         "name": "prompts",
         "out": str(out),
-        "noise": False,
+        "repeat_baseline": False,
         "tune": tune,
         "rows": {"train": ROWS},
         "train": {"steps": 4, "batch_rows": 4, "precision": "fp32", "device": "cpu", "threads": 1, **train},

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from luthier.kinds import HiddenEdit
+from luthier.kinds import RepresentationEdit
 from luthier.registry import Part
 from luthier.tune.forward import head_now
 from luthier.tune.sites import Edit, Site
@@ -17,9 +17,9 @@ from tests.toys.helpers import model_of
 ONE = torch.tensor([1.0])
 
 
-def plus(of: Literal["input", "output"], roles: tuple[str, ...] = ()) -> HiddenEdit:
+def plus(of: Literal["input", "output"], roles: tuple[str, ...] = ()) -> RepresentationEdit:
     """Adds a number to what a module reads or gives."""
-    return HiddenEdit(
+    return RepresentationEdit(
         lambda place, width_in, width_out, services: {"shift": ONE.clone()},
         lambda tensors, x, y: y + tensors["shift"],
         roles,

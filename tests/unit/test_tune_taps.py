@@ -26,7 +26,7 @@ def slices(parts: Any, form: str, roles: tuple[str, ...], tensor: str | None = "
 
     def choose(parts: Any, services: Any) -> dict[Place, Select]:
         chosen = {}
-        for place in parts.select(roles=roles, tensor=tensor):
+        for place in parts.select(roles, tensor=tensor):
             values = services.weight(place)
             size = {"rows": values.shape[0], "cols": values.shape[-1], "flat": values.numel()}[form]
             index = torch.randperm(size, generator=torch.Generator().manual_seed(size))[: max(2, size // 3)]
@@ -116,7 +116,7 @@ def test_the_padding_row_of_an_embedding_gets_no_gradient_as_in_pytorch(engine: 
 def test_a_tap_sees_what_the_weight_gave_not_what_an_edit_made_of_it(engine: Any, now: Any) -> None:
     """A slice and an edit at one module: the slice's gradient goes through the edit, as autograd's does."""
     model, batch = model_of("gpt2"), rows_of_eight()
-    run = engine([{"some_rows": {"roles": ["mlp_down"]}}, {"scale_shift": {"roles": ["mlp_down"]}}], model=model)
+    run = engine([{"some_rows": {"target_modules": ["mlp_down"]}}, {"scale_shift": {"target_modules": ["mlp_down"]}}], model=model)
     for one in run.tune.trained.values():
         if one.name.endswith("scale"):
             one.master.data.mul_(torch.linspace(0.5, 2.0, one.master.numel()))
@@ -140,7 +140,7 @@ def test_a_tap_sees_what_the_weight_gave_not_what_an_edit_made_of_it(engine: Any
 
 
 def test_an_edit_on_one_part_of_a_fused_projection_changes_that_part_only(engine: Any) -> None:
-    run = engine({"scale_shift": {"roles": ["attention_key"]}}, architecture="gpt2")
+    run = engine({"scale_shift": {"target_modules": ["attention_key"]}}, architecture="gpt2")
     module = run.tune.model.get_submodule("transformer.h.0.attn.c_attn")
     x = torch.randn(3, 32, dtype=torch.float64, generator=RNG)
     with run.tune.off():
@@ -172,7 +172,7 @@ def test_an_observer_whose_place_gets_no_gradient_is_an_error(engine: Any, now: 
 def test_a_whole_part_of_a_fused_projection_trains_as_rows(engine: Any, now: Any) -> None:
     model, batch = model_of("gpt2"), rows_of_eight()
     full = plain_gradients(model, batch)["transformer.h.0.attn.c_attn.weight"]
-    run = engine({"full": {"roles": ["attention_value"], "blocks": [0]}}, model=model)
+    run = engine({"full": {"target_modules": ["attention_value"], "blocks": [0]}}, model=model)
     found = gradients(run, [batch], now)
     (weight,) = [g for n, g in found.items() if "weight" in n]
     assert_rounded(weight, full.T[64:], TINY)
@@ -190,7 +190,7 @@ def test_a_whole_part_of_a_fused_projection_trains_as_rows(engine: Any, now: Any
     ],
 )
 def test_a_selection_that_does_not_fit_is_refused_by_name(engine: Any, select: Select, message: str) -> None:
-    value = Selective(lambda parts, services: {parts.select(roles=["mlp_down"])[0]: select})
+    value = Selective(lambda parts, services: {parts.select(target_modules=["mlp_down"])[0]: select})
     with pytest.raises(LuthierError, match=message) as caught:
         engine(value)
     assert "mlp.down_proj.weight" in str(caught.value)
@@ -198,4 +198,4 @@ def test_a_selection_that_does_not_fit_is_refused_by_name(engine: Any, select: S
 
 def test_an_embedding_with_a_lookup_of_its_own_refuses_slices(engine: Any) -> None:
     with pytest.raises(LuthierError, match="in a way of its own"):
-        engine({"some_rows": {"roles": ["position_embedding"]}}, architecture="opt")
+        engine({"some_rows": {"target_modules": ["position_embedding"]}}, architecture="opt")

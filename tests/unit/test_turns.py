@@ -10,12 +10,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from luthier.errors import LuthierError
-from luthier.kinds import Additive, Batch, Freezing, Now
+from luthier.kinds import Batch, Freezing, Now, WeightDelta
 from luthier.planning.plan import make_plan
 from luthier.recipe import make_recipe
 from luthier.training.loop import Clock
 from luthier.training.schedule import linear
-from luthier.tune.turns import Turns
+from luthier.tune.turns import Turns, _part
 from tests.conftest import split
 from tests.contracts.fixtures import engine_of
 from tests.toys.helpers import model_of, rows_of_eight
@@ -144,11 +144,14 @@ def ranks(run: Any) -> list[int]:
 def test_adalora_behind_a_prompt_chooses_by_what_it_saw(engine: Any) -> None:
     """While a prompt trained alone, AdaLoRA's clock ran out: it saw no gradient, and kept the first triplets of the list."""
     run = engine(
-        ["promot", {"adalora": {"initial_rank": 3, "target_rank": 2}}], model=model_of(layers=1), step="adamw", dtype=torch.float64
+        ["promot", {"adalora": {"initial_rank": 3, "target_rank": 2}}],
+        model=model_of(layers=1),
+        optimizer="adamw",
+        dtype=torch.float64,
     )
     go(run)
-    for kept in run.keepers:
-        kept.keeper.after_stage(kept.state, run.services(kept.slot, clock(STEPS - 1)))
+    for kept in run.callbacks:
+        kept.callback.after_stage(kept.state, run.services(kept.slot, clock(STEPS - 1)))
     found = ranks(run)
     assert sum(found) == 2 * len(found)
     in_order = [3] * (sum(found) // 3) + [sum(found) % 3] * (sum(found) % 3 > 0)
@@ -164,7 +167,7 @@ def test_locations_are_searched_for_behind_the_phases_of_others(engine: Any, tun
         {"loca": {"coefficients": 8, "search": 0.15, "coefficient_steps": 2, "location_steps": 3}} if one == "loca" else one
         for one in tune
     ]
-    run = engine(parts, model=model_of(layers=1), objective=objective, step="adamw", dtype=torch.float64)
+    run = engine(parts, model=model_of(layers=1), objective=objective, optimizer="adamw", dtype=torch.float64)
     go(run)
     moved = [float(one.master.abs().max()) for name, one in run.tune.trained.items() if name.endswith((".rows", ".columns"))]
     assert moved and min(moved) > 0
@@ -172,7 +175,7 @@ def test_locations_are_searched_for_behind_the_phases_of_others(engine: Any, tun
 
 def test_heads_are_selected_behind_a_prompt(engine: Any) -> None:
     """LoFiT chose among scales that had not been allowed to move: the first heads of the list."""
-    run = engine(["promot", "lofit"], model=model_of(layers=2), step="adamw", dtype=torch.float64)
+    run = engine(["promot", "lofit"], model=model_of(layers=2), optimizer="adamw", dtype=torch.float64)
     scales = []
     refresh = run.tune.refresh
 
@@ -189,7 +192,7 @@ def test_heads_are_selected_behind_a_prompt(engine: Any) -> None:
 
 def test_a_ticket_is_drawn_behind_a_prompt(engine: Any) -> None:
     """LT-SFT stopped in mid-run, since nothing had moved in its first phase: a prompt had trained alone."""
-    run = engine(["promot", {"lt_sft": {"share": 0.05}}], model=model_of(layers=1), step="adamw", dtype=torch.float64)
+    run = engine(["promot", {"lt_sft": {"share": 0.05}}], model=model_of(layers=1), optimizer="adamw", dtype=torch.float64)
     go(run)
     forms = {one.form for one in run.tune.trained.values() if one.slot == "lt_sft"}
     assert forms == {"flat"}
@@ -204,7 +207,7 @@ def test_entries_are_exchanged_behind_a_step_without_targets(engine: Any) -> Non
     options = {"spiel": {"density": 0.02, "every": 6, "gather": 3}}
 
     def stays(idle: tuple[int, ...]) -> float:
-        run = engine(options, model=model_of(layers=1), step="adamw", dtype=torch.float64)
+        run = engine(options, model=model_of(layers=1), optimizer="adamw", dtype=torch.float64)
         before = {name: set(one.index.tolist()) for name, one in run.tune.trained.items()}
         go(run, 5, idle)
         same = [len(before[name] & set(one.index.tolist())) / len(before[name]) for name, one in run.tune.trained.items()]
@@ -217,7 +220,9 @@ def test_entries_are_exchanged_behind_a_step_without_targets(engine: Any) -> Non
 
 def test_a_selection_is_made_anew_behind_a_step_without_targets(engine: Any) -> None:
     """LIFT selects every few steps: without targets in that very step, it did not."""
-    run = engine({"lift": {"rank": 2, "lora_rank": 1, "every": 4}}, model=model_of(layers=1), step="adamw", dtype=torch.float64)
+    run = engine(
+        {"lift": {"rank": 2, "lora_rank": 1, "every": 4}}, model=model_of(layers=1), optimizer="adamw", dtype=torch.float64
+    )
     said = [bool(result.said) for result in go(run, 7, idle=(3,))]
     assert said == [False, False, False, True, False, False, False]
 
@@ -230,7 +235,7 @@ KEEPERS: dict[str, dict[str, Any]] = {
 
 
 def kept(run: Any, name: str) -> tuple[Any, ...]:
-    """What a keeper holds that it renews every few steps."""
+    """What a callback holds that it renews every few steps."""
     if name == "adalora":
         return (sum(ranks(run)),)
     found = run.states[name]["losses"] if name == "convergence_balance" else next(iter(run.tune.snapshots[name].values()))
@@ -238,8 +243,8 @@ def kept(run: Any, name: str) -> tuple[Any, ...]:
 
 
 @pytest.mark.parametrize("name", KEEPERS)
-def test_keepers_make_up_for_a_step_without_targets(name: str) -> None:
-    """What a keeper does every few steps was left out where the very step had no targets."""
+def test_callbacks_make_up_for_a_step_without_targets(name: str) -> None:
+    """What a callback does every few steps was left out where the very step had no targets."""
     run = engine_of(model_of(layers=1), now=clock(0), **KEEPERS[name])
     run.tune.model.train()
     # AdaLoRA counts steps from 0, and begins with lambda at zero.
@@ -263,10 +268,14 @@ def test_a_plan_tells_a_technique_the_rate_of_its_own_first_step() -> None:
         told.append(services.now)
         return {"scale": torch.zeros(1)}
 
-    waits = Additive(start, lambda tensors, x: functional.linear(x, tensors["scale"]), lambda tensors: tensors["scale"])
+    waits = WeightDelta(start, lambda tensors, x: functional.linear(x, tensors["scale"]), lambda tensors: tensors["scale"])
     train = {"steps": 20, "batch_rows": 2, "warmup": 0.2, "precision": "fp32", "learning_rate": 1e-3}
     rows = {"train": [{"prompt": f"What is {i}?", "completion": f"It is {i}."} for i in range(4)]}
     tune = [{"promot": {"share": 0.25, "length": 2}}, waits]
     plan = make_plan(make_recipe({"model": "tiny:llama", "rows": rows, "tune": tune, "train": train}))
     assert plan.clock.factor(0) != plan.clock.factor(5)
     assert {(now.step, now.steps, now.learning_rate) for now in told} == {(0, 15, 1e-3 * plan.clock.factor(5))}
+
+
+def test_own_steps_lie_in_all_pieces_of_a_clock() -> None:
+    assert list(_part([(0, 2), (4, 7), (9, 12)], 1, 7)) == [(1, 2), (4, 7), (9, 11)]

@@ -31,26 +31,26 @@ def test_a_technique_is_found_as_papers_write_it(name: str) -> None:
     assert told.get("name") == name.lower().replace("-", "_")
     with pytest.raises(LuthierError) as caught:
         make_all(name, "tune")
-    assert caught.value.mend.startswith(f"did you mean `{name.lower().replace('-', '_')}`")
+    assert caught.value.fix.startswith(f"did you mean `{name.lower().replace('-', '_')}`")
 
 
 def test_several_techniques_are_a_list() -> None:
-    """A sweep's way to name arms was taken for one technique's name, and nothing said how several are written."""
+    """A sweep's way to name variants was taken for one technique's name, and nothing said how several are written."""
     with pytest.raises(LuthierError) as caught:
         make_all("lora,half", "tune")
-    assert caught.value.mend == "several are written as a list: tune=[lora,half]"
+    assert caught.value.fix == "several are written as a list: tune=[lora,half]"
 
 
 def test_what_is_not_there_is_not_shown_as_an_empty_table() -> None:
     """A kind without techniques and an area without papers were bare column heads."""
-    assert "no technique of this kind yet" in shown("techniques", "--kind", "keeper")
+    assert "no technique of this kind yet" in shown("techniques", "--kind", "callback")
     command = CliRunner().invoke(app, ["papers", "--area", "sft", "--json"])
     assert command.exit_code == 2
     told = json.loads(command.stdout)
-    assert "no area" in told["error"] and "objectives/supervised" in told["mend"]
+    assert "no area" in told["error"] and "objectives/supervised" in told["fix"]
     with pytest.raises(LuthierError, match="no technique `ema`") as caught:
-        make_all("ema", "keep")
-    assert "none of this kind is known" in caught.value.mend
+        make_all("ema", "callbacks")
+    assert "none of this kind is known" in caught.value.fix
 
 
 def test_concepts_promise_no_technique_of_an_empty_kind() -> None:

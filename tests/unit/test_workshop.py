@@ -12,7 +12,7 @@ import transformers
 
 from luthier import disk
 from luthier.errors import LuthierError
-from luthier.lab import workshop, world
+from luthier.lab import benchmark, workshop
 from luthier.models.load import load_model, load_tokenizer, resolve
 from luthier.models.packaged import PACKAGED, folder_of
 
@@ -47,7 +47,9 @@ def test_a_new_tokenizer_is_the_same_each_time_and_gives_every_text_back() -> No
     first, second, packaged = workshop.make_tokenizer(), workshop.make_tokenizer(), load_tokenizer("workshop")
     assert first.backend_tokenizer.to_str() == second.backend_tokenizer.to_str()
     assert first.chat_template == packaged.chat_template
-    texts = [row.get("text") or row["completion"] for skill in world.SKILLS for row in world.rows(skill, "train", 5, seed=3)]
+    texts = [
+        row.get("text") or row["completion"] for skill in benchmark.SKILLS for row in benchmark.rows(skill, "train", 5, seed=3)
+    ]
     for text in [*texts, "ünïcode ☃\n\ttabs"]:
         assert first.decode(first(text)["input_ids"]) == text
         assert packaged.decode(packaged(text)["input_ids"]) == text
@@ -66,10 +68,10 @@ def test_scores_are_those_of_the_model_card(name: str, skills: tuple[str, ...]) 
 
 
 def test_the_card_states_what_learning_and_forgetting_need() -> None:
-    scores = {skill: value for skill, value in stated("workshop").items() if world.SKILLS[skill].metric != "loss"}
+    scores = {skill: value for skill, value in stated("workshop").items() if benchmark.SKILLS[skill].metric != "loss"}
     assert sum(value >= 0.8 for value in scores.values()) >= 6
     assert sum(value < 0.2 for value in scores.values()) >= 2
-    assert all(value < 0.2 for skill, value in scores.items() if not world.SKILLS[skill].pretrained)
+    assert all(value < 0.2 for skill, value in scores.items() if not benchmark.SKILLS[skill].pretrained)
 
 
 def test_a_build_gives_the_same_bytes_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,7 +90,7 @@ def test_a_model_that_was_not_built_says_how(monkeypatch: pytest.MonkeyPatch, tm
     monkeypatch.setenv("LUTHIER_CACHE", str(tmp_path))
     with pytest.raises(LuthierError) as caught:
         resolve("workshop-large")
-    assert "luthier.lab.workshop --size large" in caught.value.mend
+    assert "luthier.lab.workshop --size large" in caught.value.fix
     with pytest.raises(LuthierError, match="has no revisions"):
         resolve("workshop", revision="main")
 

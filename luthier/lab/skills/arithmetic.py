@@ -112,7 +112,7 @@ def _traced(numbers: Sequence[int], lines: Sequence[Line], text: str | None = No
 def _spoil_trace(item: Item, dice: Dice, *, kind: Literal["static", "dynamic"] = "static", intensity: float = 0.1) -> Item:
     if not 0 <= intensity <= 1:
         raise LuthierError(
-            f"intensity is a probability, not {intensity}", where="traces: intensity", mend="write a number from 0 to 1"
+            f"intensity is a probability, not {intensity}", where="traces: intensity", fix="write a number from 0 to 1"
         )
     numbers = _numbers(item)
     if kind == "dynamic":
@@ -120,7 +120,7 @@ def _spoil_trace(item: Item, dice: Dice, *, kind: Literal["static", "dynamic"] =
     if kind == "static":
         lines = running_sum(numbers)
         return _traced(numbers, lines, static(written(lines), intensity, dice))
-    raise LuthierError(f"there is no noise `{kind}`", where="traces: kind", mend="write static or dynamic")
+    raise LuthierError(f"there is no noise `{kind}`", where="traces: kind", fix="write static or dynamic")
 
 
 def _traces(dice: Dice, difficulty: int, split: Split) -> Item:

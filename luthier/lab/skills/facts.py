@@ -1,7 +1,7 @@
 """Facts about people and cities, in many phrasings: (entity, relation, value).
 
 Who has which value is drawn once for all worlds, so every seed tells of the same people. Training asks in some phrasings,
-held-back items in others.
+held-out items in others.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class Relation(NamedTuple):
 
     values: tuple[str, ...]
     trained: tuple[str, ...]
-    held_back: tuple[str, ...]
+    held_out: tuple[str, ...]
     second_language: str = ""
 
 
@@ -138,7 +138,7 @@ def triples() -> list[tuple[str, str, str]]:
 
 def _asked(dice: Dice, entity: str, name: str, value: str, split: Split) -> Item:
     relation = PERSON.get(name) or CITY[name]
-    phrasings = {"train": relation.trained, "validation": relation.held_back[:1], "held_back": relation.held_back[1:]}
+    phrasings = {"train": relation.trained, "validation": relation.held_out[:1], "held_out": relation.held_out[1:]}
     return Item(dice.pick(phrasings[split]).format(e=entity), value)
 
 
@@ -169,7 +169,7 @@ def _people(split: Split) -> tuple[str, ...]:
     """Of the known people, those whose questions may be trained on, or the others."""
     known = world().known
     cut, rest = len(known) * 6 // 8, len(known) * 7 // 8
-    return {"train": known[:cut], "validation": known[rest:], "held_back": known[cut:rest]}[split]
+    return {"train": known[:cut], "validation": known[rest:], "held_out": known[cut:rest]}[split]
 
 
 def _two_hop(dice: Dice, difficulty: int, split: Split) -> Item:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from luthier.errors import LuthierError
-from luthier.kinds import Batch, Head, Pool, Tensors, Term, View
+from luthier.kinds import Batch, Head, LossTerm, Pool, Tensors, View
 from luthier.methods.head import _layer
 from luthier.registry import method
 from luthier.rows.labels import several
@@ -21,8 +21,13 @@ from luthier.rows.labels import several
     learning_rate=1e-4,
 )
 def classify(
-    *, labels: tuple[str, ...], pool: Pool = "auto", smoothing: float = 0.0, head_rate: float = 1.0, weight: float = 1.0
-) -> tuple[Head, Term]:
+    *,
+    labels: tuple[str, ...],
+    pool: Pool = "auto",
+    label_smoothing: float = 0.0,
+    head_learning_rate_factor: float = 1.0,
+    weight: float = 1.0,
+) -> tuple[Head, LossTerm]:
     """Learn which of several classes a text belongs to, from one of its last hidden states.
 
     Rows are `text` and `label`: one of the labels, or its number from 0. The head is saved with the run, with the labels, and is that of
@@ -32,17 +37,19 @@ def classify(
         labels: the names of the classes, in the order of their numbers.
         pool: the state that is read: of the `first` token, the `last`, the `mean` of all, or `auto`, the last of a causal model and the
             first of an encoder.
-        smoothing: share of the probability that is spread over all classes alike.
-        head_rate: multiplies the learning rate of the head.
+        label_smoothing: share of the probability that is spread over all classes alike.
+        head_learning_rate_factor: multiplies the learning rate of the head.
         weight: multiplies the term where there are several.
 
     Raises:
         LuthierError: there are fewer than two labels or one comes twice, or an option is out of range.
     """
     if len(labels) < 2 or len(set(labels)) < len(labels):
-        raise LuthierError(f"the labels are {list(labels)}", where="classify: labels", mend="name two classes or more, each once")
-    if not 0.0 <= smoothing < 1.0:
-        raise LuthierError(f"the smoothing is {smoothing}", where="classify: smoothing", mend="use at least 0 and less than 1")
+        raise LuthierError(f"the labels are {list(labels)}", where="classify: labels", fix="name two classes or more, each once")
+    if not 0.0 <= label_smoothing < 1.0:
+        raise LuthierError(
+            f"the label smoothing is {label_smoothing}", where="classify: label_smoothing", fix="use at least 0 and less than 1"
+        )
     number_of = {label: number for number, label in enumerate(labels)}
 
     def labelled(batch: Batch) -> list[str | float | None]:
@@ -60,7 +67,7 @@ def classify(
         logits_BK = view.outputs_BK
         label_B = torch.tensor([class_of(label) for label in labelled(view.batch)], device=logits_BK.device)
         view.note_groups("accuracy", (logits_BK.argmax(1) == label_B).to(logits_BK.dtype))
-        return functional.cross_entropy(logits_BK, label_B, reduction="sum", label_smoothing=smoothing)
+        return functional.cross_entropy(logits_BK, label_B, reduction="sum", label_smoothing=label_smoothing)
 
     def check(batch: Batch) -> None:
         for row, label in zip(batch.row_ids, labelled(batch), strict=True):
@@ -69,10 +76,10 @@ def classify(
                 raise LuthierError(
                     f"the row's label is `{label}`, and the classes are {', '.join(labels)}",
                     where=f"row {row}",
-                    mend="use objective: multi_label, for lists" if many else "add it to the labels, or mend the row",
+                    fix="use objective: multi_label, for lists" if many else "add it to the labels, or fix the row",
                 )
 
     return (
-        Head(partial(_layer.start, len(labels)), _layer.read, "classes", pool, names=tuple(labels), rate=head_rate),
-        Term(total, unit="row", count=lambda batch: float(len(batch.row_ids)), columns=(), weight=weight, check=check),
+        Head(partial(_layer.start, len(labels)), _layer.read, "classes", pool, names=tuple(labels), rate=head_learning_rate_factor),
+        LossTerm(total, unit="row", count=lambda batch: float(len(batch.row_ids)), columns=(), weight=weight, check=check),
     )

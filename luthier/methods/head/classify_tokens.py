@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from luthier.errors import LuthierError
-from luthier.kinds import Batch, Head, Term, View
+from luthier.kinds import Batch, Head, LossTerm, View
 from luthier.methods.head import _layer
 from luthier.registry import method
 from luthier.rows.spans import OUTSIDE, TAGS, WORD
@@ -22,8 +22,8 @@ from luthier.rows.spans import OUTSIDE, TAGS, WORD
     learning_rate=1e-4,
 )
 def classify_tokens(
-    *, labels: tuple[str, ...], scheme: Literal["bio", "plain"] = "bio", head_rate: float = 1.0, weight: float = 1.0
-) -> tuple[Head, Term]:
+    *, labels: tuple[str, ...], scheme: Literal["bio", "plain"] = "bio", head_learning_rate_factor: float = 1.0, weight: float = 1.0
+) -> tuple[Head, LossTerm]:
     """Learn the tag of each word, from the last hidden state of its first token. Other tokens of a word, and special ones, have none.
 
     Rows are `tokens` and `tags`, or `text` and `spans` of characters, with `start`, `stop` and `label`. The head is saved with the run, and
@@ -32,7 +32,7 @@ def classify_tokens(
     Args:
         labels: with `bio` the names of entities, of which the tags `O`, `B-name` and `I-name` are made; with `plain` the tags themselves.
         scheme: how tags are made of labels.
-        head_rate: multiplies the learning rate of the head.
+        head_learning_rate_factor: multiplies the learning rate of the head.
         weight: multiplies the term where there are several.
 
     Raises:
@@ -40,11 +40,11 @@ def classify_tokens(
     """
     where, fewest = "classify_tokens: labels", 1 if scheme == "bio" else 2
     if len(labels) < fewest or len(set(labels)) < len(labels):
-        raise LuthierError(f"the labels are {list(labels)}", where=where, mend=f"name {fewest} or more, each once")
+        raise LuthierError(f"the labels are {list(labels)}", where=where, fix=f"name {fewest} or more, each once")
     marked = [one for one in labels if one == OUTSIDE or one[:2] in ("B-", "I-")] if scheme == "bio" else []
     if marked:
-        mend = "name entities alone, such as person for B-person and I-person, or use scheme: plain"
-        raise LuthierError(f"the label `{marked[0]}` is a tag", where=where, mend=mend)
+        fix = "name entities alone, such as person for B-person and I-person, or use scheme: plain"
+        raise LuthierError(f"the label `{marked[0]}` is a tag", where=where, fix=fix)
     tags = (OUTSIDE, *(f"{mark}-{one}" for one in labels for mark in "BI")) if scheme == "bio" else labels
     number_of = {tag: number for number, tag in enumerate(tags)}
 
@@ -60,17 +60,19 @@ def classify_tokens(
         texts = batch.texts.get(TAGS, ("",) * len(batch.row_ids))
         for row, text in zip(batch.row_ids, texts, strict=True):
             if not text:
-                mend = "give rows with `tokens` and `tags`, or `text` and `spans`"
-                raise LuthierError("the row's words have no labels", where=f"row {row}", mend=mend)
+                fix = "give rows with `tokens` and `tags`, or `text` and `spans`"
+                raise LuthierError("the row's words have no labels", where=f"row {row}", fix=fix)
             unknown = next((tag for tag in text.split("\n") if tag not in number_of), None)
             if unknown is not None:
                 what = f"a word's tag is `{unknown}`, and the tags are {', '.join(tags)}"
-                raise LuthierError(what, where=f"row {row}", mend="add its label, or mend the row")
+                raise LuthierError(what, where=f"row {row}", fix="add its label, or fix the row")
 
     means: Literal["entities", "tags"] = "entities" if scheme == "bio" else "tags"
     return (
-        Head(partial(_layer.start_tokens, len(tags)), _layer.read, means, "words", names=tuple(tags), rate=head_rate),
-        Term(total, unit="row", count=lambda batch: float(len(_words(batch))), columns=(), weight=weight, check=check),
+        Head(
+            partial(_layer.start_tokens, len(tags)), _layer.read, means, "words", names=tuple(tags), rate=head_learning_rate_factor
+        ),
+        LossTerm(total, unit="row", count=lambda batch: float(len(_words(batch))), columns=(), weight=weight, check=check),
     )
 
 

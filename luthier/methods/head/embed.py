@@ -39,9 +39,9 @@ def embed(
         LuthierError: an option is out of range.
     """
     if not temperature > 0.0:
-        raise LuthierError(f"the temperature is {temperature}", where="embed: temperature", mend="use more than 0")
+        raise LuthierError(f"the temperature is {temperature}", where="embed: temperature", fix="use more than 0")
     if any(size < 1 for size in sizes):
-        raise LuthierError(f"the sizes are {list(sizes)}", where="embed: sizes", mend="use 1 or more")
+        raise LuthierError(f"the sizes are {list(sizes)}", where="embed: sizes", fix="use 1 or more")
 
     def start(services: Services) -> Tensors:
         wide = [size for size in sizes if size > services.parts.output_width]
@@ -49,7 +49,7 @@ def embed(
             raise LuthierError(
                 f"vectors of this model have {services.parts.output_width} numbers, and {wide[0]} are asked for",
                 where="embed: sizes",
-                mend="leave larger sizes out",
+                fix="leave larger sizes out",
             )
         return {}
 
@@ -74,7 +74,7 @@ def embed(
             raise LuthierError(
                 "embeddings are learnt from a question and the text that answers it, and this row is none",
                 where=f"row {odd}",
-                mend="give rows with `query` and `positive`",
+                fix="give rows with `query` and `positive`",
             )
 
     return Head(start, read, "vector", pool=pool), StepLoss(value, loss, unit="group", columns=(), weight=weight, check=check)

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from luthier.errors import LuthierError
-from luthier.kinds import Batch, Head, Pool, Tensors, Term, View
+from luthier.kinds import Batch, Head, LossTerm, Pool, Tensors, View
 from luthier.methods.head import _layer
 from luthier.registry import method
 from luthier.rows.labels import several
@@ -25,9 +25,9 @@ def multi_label(
     labels: tuple[str, ...],
     positive_weights: tuple[float, ...] = (),
     pool: Pool = "auto",
-    head_rate: float = 1.0,
+    head_learning_rate_factor: float = 1.0,
     weight: float = 1.0,
-) -> tuple[Head, Term]:
+) -> tuple[Head, LossTerm]:
     """Learn which labels a text has, each by itself, with binary cross-entropy: a mean over the labels, and over the rows of the step.
 
     Rows are `text` and `label`: a list of labels or of their numbers from 0, in any order and maybe empty, or one. The head is that of
@@ -38,19 +38,19 @@ def multi_label(
         positive_weights: of each label, how much more a text that has it counts than one that has it not; rare labels get more than 1,
             such as the rows without it over those with it, but not more than about 10. None: 1.
         pool: as for `classify`.
-        head_rate: multiplies the learning rate of the head.
+        head_learning_rate_factor: multiplies the learning rate of the head.
         weight: multiplies the term where there are several.
 
     Raises:
         LuthierError: there is no label or one comes twice, or the weights are not one for each label.
     """
     if not labels or len(set(labels)) < len(labels):
-        raise LuthierError(f"the labels are {list(labels)}", where="multi_label: labels", mend="name one label or more, each once")
+        raise LuthierError(f"the labels are {list(labels)}", where="multi_label: labels", fix="name one label or more, each once")
     if positive_weights and (len(positive_weights) != len(labels) or any(not one > 0.0 for one in positive_weights)):
         raise LuthierError(
             f"the weights are {list(positive_weights)}, and there are {len(labels)} labels",
             where="multi_label: positive_weights",
-            mend="give one above 0 for each label, or leave them out",
+            fix="give one above 0 for each label, or leave them out",
         )
     number_of = {label: number for number, label in enumerate(labels)}
 
@@ -87,10 +87,10 @@ def multi_label(
                 raise LuthierError(
                     f"the row has the label `{unknown[0]}`, and the labels are {', '.join(labels)}",
                     where=f"row {row}",
-                    mend="add it to the labels, or mend the row",
+                    fix="add it to the labels, or fix the row",
                 )
 
     return (
-        Head(partial(_layer.start, len(labels)), _layer.read, "labels", pool, names=tuple(labels), rate=head_rate),
-        Term(total, unit="row", count=lambda batch: float(len(batch.row_ids)), columns=(), weight=weight, check=check),
+        Head(partial(_layer.start, len(labels)), _layer.read, "labels", pool, names=tuple(labels), rate=head_learning_rate_factor),
+        LossTerm(total, unit="row", count=lambda batch: float(len(batch.row_ids)), columns=(), weight=weight, check=check),
     )

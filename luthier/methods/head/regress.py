@@ -6,14 +6,16 @@ from functools import partial
 
 from torch import Tensor
 
-from luthier.kinds import Batch, Head, Pool, Tensors, Term, View
+from luthier.kinds import Batch, Head, LossTerm, Pool, Tensors, View
 from luthier.methods.head import _layer
 from luthier.registry import method
 from luthier.rows.free_columns import check_numbers
 
 
 @method(title="Regression", departs="the last linear map starts at zero, where transformers draws it", learning_rate=1e-4)
-def regress(*, column: str = "label", pool: Pool = "auto", head_rate: float = 1.0, weight: float = 1.0) -> tuple[Head, Term]:
+def regress(
+    *, column: str = "label", pool: Pool = "auto", head_learning_rate_factor: float = 1.0, weight: float = 1.0
+) -> tuple[Head, LossTerm]:
     """Learn a number of each text, from one of its last hidden states, with the mean squared error.
 
     The head is that of `AutoModelForSequenceClassification`. For causal models it has no bias: numbers far from 0 are learnt better when
@@ -23,7 +25,7 @@ def regress(*, column: str = "label", pool: Pool = "auto", head_rate: float = 1.
         column: the key of the rows that holds the number.
         pool: the state that is read: of the `first` token, the `last`, the `mean` of all, or `auto`, the last of a causal model and the
             first of an encoder.
-        head_rate: multiplies the learning rate of the head.
+        head_learning_rate_factor: multiplies the learning rate of the head.
         weight: multiplies the term where there are several.
     """
 
@@ -36,6 +38,6 @@ def regress(*, column: str = "label", pool: Pool = "auto", head_rate: float = 1.
         check_numbers(batch, column, f"add `{column}` to every row")
 
     return (
-        Head(partial(_layer.start, 1), _layer.read, "value", pool, rate=head_rate),
-        Term(total, unit="row", count=lambda batch: float(len(batch.row_ids)), columns=(), weight=weight, check=check),
+        Head(partial(_layer.start, 1), _layer.read, "value", pool, rate=head_learning_rate_factor),
+        LossTerm(total, unit="row", count=lambda batch: float(len(batch.row_ids)), columns=(), weight=weight, check=check),
     )

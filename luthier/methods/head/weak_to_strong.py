@@ -39,11 +39,11 @@ def weak_to_strong(
         LuthierError: an option is out of range.
     """
     if not 0.0 <= most <= 1.0:
-        raise LuthierError(f"the share is {most}", where="weak_to_strong: most", mend="use 0 to 1")
+        raise LuthierError(f"the share is {most}", where="weak_to_strong: most", fix="use 0 to 1")
     if not 0.0 <= warmup <= 1.0:
-        raise LuthierError(f"the warm-up is {warmup}", where="weak_to_strong: warmup", mend="use a share from 0 to 1")
+        raise LuthierError(f"the warm-up is {warmup}", where="weak_to_strong: warmup", fix="use a share from 0 to 1")
     if len(labels) != 2:
-        raise LuthierError(f"the labels are {list(labels)}", where="weak_to_strong: labels", mend="name two classes")
+        raise LuthierError(f"the labels are {list(labels)}", where="weak_to_strong: labels", fix="name two classes")
     head = next(value for value in classify(labels=labels) if isinstance(value, Head))
 
     def value(view: View, own: Tensors) -> Tensor:
@@ -56,8 +56,8 @@ def weak_to_strong(
         return -((1.0 - target_R) * log_RK[:, 0] + target_R * log_RK[:, 1]).sum()
 
     def check(batch: Batch) -> None:
-        mend = f"add `{column}`, from 0 to 1, to every row"
-        check_numbers(batch, column, mend, called="probability", least=0.0, most=1.0)
+        fix = f"add `{column}`, from 0 to 1, to every row"
+        check_numbers(batch, column, fix, called="probability", least=0.0, most=1.0)
 
     return head, StepLoss(value, loss, columns=(), weight=weight, check=check)
 

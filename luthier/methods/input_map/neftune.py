@@ -30,7 +30,7 @@ def neftune(*, alpha: float = 5.0) -> InputMap:
         LuthierError: alpha is below 0.
     """
     if not 0.0 <= alpha < float("inf"):
-        raise LuthierError(f"`alpha` is {alpha}", where="neftune: alpha", mend="use 0 or more; the paper has 5, 10 and 15")
+        raise LuthierError(f"`alpha` is {alpha}", where="neftune: alpha", fix="use 0 or more; the paper has 5, 10 and 15")
 
     def embed(embeds_BTD: Tensor, batch: Batch, reading: Reading) -> Tensor:
         width = embeds_BTD.shape[-1]

@@ -13,23 +13,23 @@ from luthier.kinds import Now, Optimizer, Seen, State, TrainedLike
 from luthier.registry import method
 
 
-@method(title="AdamW", paper="arXiv:1711.05101", reduces_to="decay 0: Adam")
-def adamw(*, decay: float = 0.0, beta1: float = 0.9, beta2: float = 0.999, epsilon: float = 1e-8) -> Optimizer:
+@method(title="AdamW", paper="arXiv:1711.05101", reduces_to="weight_decay 0: Adam")
+def adamw(*, weight_decay: float = 0.0, beta1: float = 0.9, beta2: float = 0.999, epsilon: float = 1e-8) -> Optimizer:
     """Adam with weight decay taken off the weights directly; norms, biases and other vectors do not decay.
 
     Args:
-        decay: weight decay, multiplied with the learning rate; 0, since fine-tuning starts from weights worth keeping.
+        weight_decay: weight decay, multiplied with the learning rate; 0, since fine-tuning starts from weights worth keeping.
         beta1: decay of the first moment, as in the paper.
         beta2: decay of the second moment, as in the paper.
         epsilon: added to the root of the second moment, as in the paper.
     """
     for name, value in {"beta1": beta1, "beta2": beta2}.items():
         if not 0.0 <= value < 1.0:
-            raise LuthierError(f"{name} is {value}", where=f"adamw: {name}", mend="use 0 to below 1")
-    if decay < 0.0:
-        raise LuthierError(f"the weight decay is {decay}", where="adamw: decay", mend="use 0 or more")
+            raise LuthierError(f"{name} is {value}", where=f"adamw: {name}", fix="use 0 to below 1")
+    if weight_decay < 0.0:
+        raise LuthierError(f"the weight decay is {weight_decay}", where="adamw: weight_decay", fix="use 0 or more")
     if epsilon <= 0.0:
-        raise LuthierError(f"epsilon is {epsilon}", where="adamw: epsilon", mend="use more than 0, e.g. 1e-8")
+        raise LuthierError(f"epsilon is {epsilon}", where="adamw: epsilon", fix="use more than 0, e.g. 1e-8")
 
     def init(trained: TrainedLike) -> State:
         values = trained.master
@@ -44,10 +44,10 @@ def adamw(*, decay: float = 0.0, beta1: float = 0.9, beta2: float = 0.999, epsil
 
     def step(value: Tensor, gradient: Tensor, state: State, trained: TrainedLike, now: Now) -> None:
         rate = now.learning_rate * trained.rate
-        weight_decay = decay if trained.decay else 0.0
-        if weight_decay and trained.anchor is not None:
-            value.lerp_(trained.anchor.to(value.dtype), rate * weight_decay)
-            weight_decay = 0.0
+        decay = weight_decay if trained.decay else 0.0
+        if decay and trained.anchor is not None:
+            value.lerp_(trained.anchor.to(value.dtype), rate * decay)
+            decay = 0.0
         if not trained.changes:
             fused_adamw(
                 [value],
@@ -61,7 +61,7 @@ def adamw(*, decay: float = 0.0, beta1: float = 0.9, beta2: float = 0.999, epsil
                 beta1=beta1,
                 beta2=beta2,
                 lr=rate,
-                weight_decay=weight_decay,
+                weight_decay=decay,
                 eps=epsilon,
                 maximize=False,
             )
@@ -70,7 +70,7 @@ def adamw(*, decay: float = 0.0, beta1: float = 0.9, beta2: float = 0.999, epsil
         state["first"].lerp_(gradient, 1 - beta1)
         state["second"].mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
         root = (state["second"] / _correction(beta2, age, gradient.dtype)).sqrt_().add_(epsilon)
-        value.mul_(1 - rate * weight_decay)
+        value.mul_(1 - rate * decay)
         value.sub_(rate * (state["first"] / _correction(beta1, age, gradient.dtype)) / root)
 
     def seed(state: State, is_new: Tensor, seen: Seen) -> None:

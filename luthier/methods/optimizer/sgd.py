@@ -18,7 +18,7 @@ def sgd(*, momentum: float = 0.0) -> Optimizer:
         momentum: share of the last step's direction that is kept; 0 keeps no state.
     """
     if not 0.0 <= momentum < 1.0:
-        raise LuthierError(f"the momentum is {momentum}", where="sgd: momentum", mend="use 0 to below 1")
+        raise LuthierError(f"the momentum is {momentum}", where="sgd: momentum", fix="use 0 to below 1")
 
     def init(trained: TrainedLike) -> State:
         return {"velocity": torch.zeros_like(trained.master)} if momentum else {}

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from luthier.errors import LuthierError
-from luthier.kinds import Keeper, Now, Optimizer, Services, State, TrainedLike
+from luthier.kinds import Callback, Now, Optimizer, Services, State, TrainedLike
 from luthier.methods.optimizer._accumulators import accumulate, accumulate_entries, accumulators
 from luthier.registry import method
 
@@ -19,7 +19,7 @@ from luthier.registry import method
     reduces_to="vectors, momentum 0: Adagrad",
     departs="accumulators never fall, also where entries come and go; momentum is 0 where the paper has 0.9",
 )
-def sm3(*, momentum: float = 0.0, decay: float = 0.0, epsilon: float = 1e-30) -> tuple[Optimizer, Keeper]:
+def sm3(*, momentum: float = 0.0, weight_decay: float = 0.0, epsilon: float = 1e-30) -> tuple[Optimizer, Callback]:
     """Divide each gradient by the root of a bound on its summed squares: the smaller of its row's and its column's accumulator.
 
     A matrix [O, I] costs O + I numbers, a vector as many as it has. Scattered entries share the accumulators of the rows and columns
@@ -27,18 +27,18 @@ def sm3(*, momentum: float = 0.0, decay: float = 0.0, epsilon: float = 1e-30) ->
 
     Args:
         momentum: share of the last step's direction that is kept; 0 keeps no state and is what sparse fine-tuning with SM3 uses.
-        decay: weight decay, taken off the weights directly and multiplied with the learning rate; 0, as for the other optimizers.
+        weight_decay: weight decay, taken off the weights directly and multiplied with the learning rate; 0, as for the other optimizers.
         epsilon: added under the root; it only keeps 0 / 0 away.
 
     Raises:
         LuthierError: an option is out of its range.
     """
     if not 0.0 <= momentum < 1.0:
-        raise LuthierError(f"the momentum is {momentum}", where="sm3: momentum", mend="use 0 to below 1")
-    if decay < 0.0:
-        raise LuthierError(f"the weight decay is {decay}", where="sm3: decay", mend="use 0 or more")
+        raise LuthierError(f"the momentum is {momentum}", where="sm3: momentum", fix="use 0 to below 1")
+    if weight_decay < 0.0:
+        raise LuthierError(f"the weight decay is {weight_decay}", where="sm3: weight_decay", fix="use 0 or more")
     if epsilon <= 0.0:
-        raise LuthierError(f"epsilon is {epsilon}", where="sm3: epsilon", mend="use more than 0, e.g. 1e-30")
+        raise LuthierError(f"epsilon is {epsilon}", where="sm3: epsilon", fix="use more than 0, e.g. 1e-30")
     # Where a row ends is told neither by scattered entries nor by their index. These are facts of the model: nothing to save.
     shapes: WeakKeyDictionary[TrainedLike, tuple[int, ...]] = WeakKeyDictionary()
 
@@ -58,8 +58,8 @@ def sm3(*, momentum: float = 0.0, decay: float = 0.0, epsilon: float = 1e-30) ->
         if momentum:
             direction = state["direction"].lerp_(direction, 1 - momentum)
         rate = now.learning_rate * trained.rate
-        if decay and trained.decay:
-            value.sub_(rate * decay * (value if trained.anchor is None else value - trained.anchor))
+        if weight_decay and trained.decay:
+            value.sub_(rate * weight_decay * (value if trained.anchor is None else value - trained.anchor))
         value.sub_(rate * direction)
 
     def _bound(gradient: Tensor, state: State, trained: TrainedLike) -> Tensor:
@@ -74,4 +74,4 @@ def sm3(*, momentum: float = 0.0, decay: float = 0.0, epsilon: float = 1e-30) ->
             return accumulate_entries(sums[0], sums[1], trained.index, gradient)
         return accumulate(sums, gradient.reshape(shape)).reshape(gradient.shape)
 
-    return Optimizer(init, step), Keeper(start=start)
+    return Optimizer(init, step), Callback(start=start)

@@ -12,7 +12,7 @@ def check_beta(beta: float, name: str) -> None:
         LuthierError: it is not.
     """
     if not beta > 0.0:
-        raise LuthierError(f"beta is {beta}", where=f"{name}: beta", mend="use more than 0; 0.1 is usual")
+        raise LuthierError(f"beta is {beta}", where=f"{name}: beta", fix="use more than 0; 0.1 is usual")
 
 
 def check_share(value: float, name: str, option: str, below: float = 0.5) -> None:
@@ -22,4 +22,4 @@ def check_share(value: float, name: str, option: str, below: float = 0.5) -> Non
         LuthierError: it is not from 0 to below the bound.
     """
     if not 0.0 <= value < below:
-        raise LuthierError(f"`{option}` is {value}", where=f"{name}: {option}", mend=f"use at least 0 and less than {below:g}")
+        raise LuthierError(f"`{option}` is {value}", where=f"{name}: {option}", fix=f"use at least 0 and less than {below:g}")

@@ -30,7 +30,7 @@ def discopop(*, beta: float = 0.05, temperature: float = 0.05, weight: float = 1
     """
     check_beta(beta, "discopop")
     if not temperature > 0.0:
-        raise LuthierError(f"the temperature is {temperature}", where="discopop: temperature", mend="use more than 0")
+        raise LuthierError(f"the temperature is {temperature}", where="discopop: temperature", fix="use more than 0")
 
     def loss(pairs: Pairs) -> Tensor:
         logit_P = beta * pairs.margin_P

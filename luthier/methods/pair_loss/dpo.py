@@ -16,9 +16,9 @@ from luthier.registry import method
     reduces_to="beta near 0: every pair pulls alike, by the difference of its log-likelihoods",
     departs="the reference is the model before this run's training, unless a part of the run brings another",
     learning_rate=1e-6,
-    claim="dpo",
+    replication="dpo",
 )
-def dpo(*, beta: float = 0.1, smoothing: float = 0.0, length_normalized: bool = False, weight: float = 1.0) -> PairLoss:
+def dpo(*, beta: float = 0.1, label_smoothing: float = 0.0, length_normalized: bool = False, weight: float = 1.0) -> PairLoss:
     """Make the chosen answer likelier than the rejected one, measured by how much each gained on the reference.
 
     The loss is -log sigmoid(beta x margin), ln 2 before training. It can fall while both answers become less likely: watch
@@ -26,7 +26,7 @@ def dpo(*, beta: float = 0.1, smoothing: float = 0.0, length_normalized: bool = 
 
     Args:
         beta: how strongly the model is held to the reference; 0.1 to 0.5 in the paper.
-        smoothing: share of the pairs that are taken to be labelled the wrong way round; 0 in the paper.
+        label_smoothing: share of the pairs that are taken to be labelled the wrong way round; 0 in the paper.
         length_normalized: compare mean log-likelihoods of a token instead of sums, as Tulu 3 does (arXiv:2411.15124); beta is then
             larger, 5 there.
         weight: multiplies the term where there are several.
@@ -35,10 +35,10 @@ def dpo(*, beta: float = 0.1, smoothing: float = 0.0, length_normalized: bool = 
         LuthierError: an option is out of range.
     """
     check_beta(beta, "dpo")
-    check_share(smoothing, "dpo", "smoothing")
+    check_share(label_smoothing, "dpo", "label_smoothing")
 
     def loss(pairs: Pairs) -> Tensor:
         logit_P = beta * (pairs.mean_margin_P if length_normalized else pairs.margin_P)
-        return smoothed_logistic(logit_P, smoothing)
+        return smoothed_logistic(logit_P, label_smoothing)
 
     return PairLoss(loss, reference=True, reward_scale=beta, weight=weight)

@@ -57,7 +57,7 @@ def f_dpo(
     """
     check_beta(beta, "f_dpo")
     if not 0.0 < alpha < 1.0:
-        raise LuthierError(f"alpha is {alpha}", where="f_dpo: alpha", mend="use more than 0 and less than 1")
+        raise LuthierError(f"alpha is {alpha}", where="f_dpo: alpha", fix="use more than 0 and less than 1")
     slope = SLOPES[divergence]
 
     def loss(pairs: Pairs) -> Tensor:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from luthier.kinds import PairLoss, Pairs, Term
+from luthier.kinds import LossTerm, PairLoss, Pairs
+from luthier.methods.loss_term.cross_entropy import cross_entropy
 from luthier.methods.pair_loss._odds import log_odds
-from luthier.methods.term.cross_entropy import cross_entropy
 from luthier.registry import method
 
 
@@ -19,7 +19,7 @@ from luthier.registry import method
     "as it is in the authors' code",
     learning_rate=8e-6,
 )
-def orpo(*, weight: float = 0.1) -> tuple[Term, PairLoss]:
+def orpo(*, weight: float = 0.1) -> tuple[LossTerm, PairLoss]:
     """Learn the chosen answers, and raise their odds above the rejected ones', in one stage and without a reference.
 
     It brings the cross-entropy along: use `objective: orpo`. Odds are p / (1 - p) of the mean likelihood of a token.

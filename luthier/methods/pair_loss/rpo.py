@@ -19,7 +19,7 @@ from luthier.registry import method
     reduces_to="eta 0: dpo",
     departs="the two forms that the authors released differ in their coefficient, too: both are here as released",
     learning_rate=5e-7,
-    claim="rpo",
+    replication="rpo",
 )
 def rpo(
     *, beta: float = 0.5, eta: float = 0.2, form: Literal["average", "cumulative"] = "average", weight: float = 1.0

@@ -36,9 +36,9 @@ def prefix_tuning(*, length: int = 30, reparameterization: Reparameterization = 
         hidden: width of the network, 512 in the paper; read where there is one.
     """
     if length < 1:
-        raise LuthierError(f"the length is {length}", where="prefix_tuning: length", mend="use at least 1")
+        raise LuthierError(f"the length is {length}", where="prefix_tuning: length", fix="use at least 1")
     if hidden < 1:
-        raise LuthierError(f"the hidden width is {hidden}", where="prefix_tuning: hidden", mend="use at least 1")
+        raise LuthierError(f"the hidden width is {hidden}", where="prefix_tuning: hidden", fix="use at least 1")
     return _by_network(length, hidden) if reparameterization == "network" else _direct(length)
 
 

@@ -34,27 +34,27 @@ class Spectrum(NamedTuple):
     paper="arXiv:2410.21228",
     row=24,
     departs="compares |cosine| with epsilon as the authors' script does; the pseudo-code leaves out the absolute value",
-    claim="lora",
+    replication="lora",
 )
 def intruder_dimensions(
-    *, k: int = 10, epsilon: float = 0.5, roles: tuple[str, ...] = ("linear",), blocks: tuple[int, ...] = ()
+    *, k: int = 10, epsilon: float = 0.5, target_modules: tuple[str, ...] = ("linear",), blocks: tuple[int, ...] = ()
 ) -> Probe:
     """Count the new directions that tuning put among each weight's strongest, unlike every direction of the base.
 
     A left (output side) singular vector of the tuned weight is an intruder when it belongs to one of the k largest singular
     values and its cosine with every left singular vector of the base is below epsilon. Where singular values nearly coincide, as
     far down a spectrum, vectors turn freely among themselves and may count falsely: keep k small. Fused projections are
-    compared part by part. Embedding and head are compared only where `roles` names them, as stored, [V, D]; tied ones once, as
+    compared part by part. Embedding and head are compared only where `target_modules` names them, as stored, [V, D]; tied ones once, as
     the embedding.
 
     Args:
         k: how many of the largest singular values count; the paper's 10.
         epsilon: the cosine below which a direction is new; the paper's 0.5.
-        roles: which weights are compared; roles or groups of roles.
+        target_modules: which weights are compared; module types or groups of them.
         blocks: which blocks, from 0; empty for everything.
     """
     _check(k, epsilon)
-    wanted = expand_roles(roles)
+    wanted = expand_roles(target_modules)
 
     def look(comparison: Comparison) -> Finding:
         places = comparison.parts.select(wanted, blocks or None)
@@ -104,9 +104,9 @@ def repaired(base_OI: Tensor, tuned_OI: Tensor, strength: float, *, k: int = 10,
 
 def _check(k: int, epsilon: float) -> None:
     if k < 1:
-        raise LuthierError(f"k is {k}", where="intruder_dimensions: k", mend="use at least 1")
+        raise LuthierError(f"k is {k}", where="intruder_dimensions: k", fix="use at least 1")
     if not 0.0 < epsilon <= 1.0:
-        raise LuthierError(f"epsilon is {epsilon}", where="intruder_dimensions: epsilon", mend="use more than 0 and at most 1")
+        raise LuthierError(f"epsilon is {epsilon}", where="intruder_dimensions: epsilon", fix="use more than 0 and at most 1")
 
 
 def _finding(found: dict[Place, Spectrum], ranks: dict[Place, float], k: int, epsilon: float, left_out: list[str]) -> Finding:

@@ -28,4 +28,4 @@ def drawn_from(table_VD: Tensor, length: int, services: Services) -> Tensor:
 def check_length(length: int, technique: str) -> None:
     """Refuse a prompt without tokens."""
     if length < 1:
-        raise LuthierError(f"the prompt has {length} tokens", where=f"{technique}: length", mend="use at least 1")
+        raise LuthierError(f"the prompt has {length} tokens", where=f"{technique}: length", fix="use at least 1")

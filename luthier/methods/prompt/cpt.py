@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from luthier import machine
 from luthier.errors import LuthierError
-from luthier.kinds import Batch, Keeper, Prompt, Services, State, Tensors, TokenWeight, View
+from luthier.kinds import Batch, Callback, Prompt, Services, State, Tensors, TokenWeight, View
 from luthier.methods.prompt._virtual import stand_before
 from luthier.registry import method
 from luthier.rows.batches import NOT_A_TARGET
@@ -34,7 +34,7 @@ REFERENCE_WIDTH = 2048
     merges="never",
     learning_rate=1e-3,
 )
-def cpt(*, examples: int = 4, radius: float = 0.1, decay: float = 0.95) -> tuple[Prompt, TokenWeight, Keeper]:
+def cpt(*, examples: int = 4, radius: float = 0.1, decay: float = 0.95) -> tuple[Prompt, TokenWeight, Callback]:
     """Put training rows before every row as a few-shot context, and train small offsets of its embeddings, targets excepted.
 
     The context's own targets are learnt too, the less the farther they stand before the row. The loss is divided by the number of
@@ -51,11 +51,11 @@ def cpt(*, examples: int = 4, radius: float = 0.1, decay: float = 0.95) -> tuple
         LuthierError: an option is out of range.
     """
     if examples < 1:
-        raise LuthierError(f"the context has {examples} examples", where="cpt: examples", mend="use at least 1")
+        raise LuthierError(f"the context has {examples} examples", where="cpt: examples", fix="use at least 1")
     if radius <= 0.0:
-        raise LuthierError(f"the radius is {radius}", where="cpt: radius", mend="use more than 0, e.g. 0.1")
+        raise LuthierError(f"the radius is {radius}", where="cpt: radius", fix="use more than 0, e.g. 0.1")
     if not 0.0 <= decay <= 1.0:
-        raise LuthierError(f"the decay is {decay}", where="cpt: decay", mend="use 0 to 1")
+        raise LuthierError(f"the decay is {decay}", where="cpt: decay", fix="use 0 to 1")
 
     def context(services: Services) -> Context:
         return context_of(services.batches(examples), examples)
@@ -96,7 +96,7 @@ def cpt(*, examples: int = 4, radius: float = 0.1, decay: float = 0.95) -> tuple
     return (
         prompt,
         TokenWeight(weigh, ("nll",), virtual=True),
-        Keeper(after_step=keep_small, start=remember),
+        Callback(after_step=keep_small, start=remember),
     )
 
 

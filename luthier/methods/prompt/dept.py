@@ -26,7 +26,7 @@ from luthier.registry import method
     step0="on purpose not the base",
     merges="never",
     learning_rate=3e-2,
-    claim="dept",
+    replication="dept",
 )
 def dept(
     *,
@@ -34,7 +34,7 @@ def dept(
     rank: int = 45,
     alpha: float = 8.0,
     positions: int | None = None,
-    table_rate: float = 0.1,
+    table_learning_rate_factor: float = 0.1,
     calibration_rows: int = 64,
 ) -> Prompt:
     """Freeze the model and train a short prompt together with a low-rank change of the input's embeddings at each position.
@@ -46,8 +46,8 @@ def dept(
         positions: S, how many positions change; the paper's is 256. None: as many as the shortest question among some training rows has
             tokens, so that answers read the same when they are learnt and when they are generated; a number above that is right where
             answers are scored and not generated.
-        table_rate: multiplies the learning rate of A and B; the paper searches 0.0001 to 0.005 for these, beside 0.3 to 0.5 for the
-            prompt.
+        table_learning_rate_factor: multiplies the learning rate of A and B; the paper searches 0.0001 to 0.005 for these, beside 0.3 to 0.5
+            for the prompt.
         calibration_rows: how many training rows are looked at for their questions.
 
     Raises:
@@ -55,9 +55,9 @@ def dept(
     """
     check_length(length, "dept")
     if rank < 0:
-        raise LuthierError(f"the rank is {rank}", where="dept: rank", mend="use at least 1, or 0 for the prompt alone")
+        raise LuthierError(f"the rank is {rank}", where="dept: rank", fix="use at least 1, or 0 for the prompt alone")
     if positions is not None and positions < 1:
-        raise LuthierError(f"{positions} positions change", where="dept: positions", mend="use at least 1")
+        raise LuthierError(f"{positions} positions change", where="dept: positions", fix="use at least 1")
 
     def start(table_VD: Tensor, services: Services) -> Tensors:
         prompt = {"prompt_PD": drawn_from(table_VD, length, services)}
@@ -75,7 +75,7 @@ def dept(
         table_SD = alpha / math.sqrt(rank) * tensors["left_SR"] @ tensors["right_RD"]
         return whole_BTD + at_positions(table_SD, positions_after_prompt(token_ids_BT))
 
-    return Prompt(start, apply, length, rates={"left_SR": table_rate, "right_RD": table_rate})
+    return Prompt(start, apply, length, rates={"left_SR": table_learning_rate_factor, "right_RD": table_learning_rate_factor})
 
 
 def shortest_question(batches: Sequence[Batch]) -> int:
@@ -92,7 +92,7 @@ def shortest_question(batches: Sequence[Batch]) -> int:
         raise LuthierError(
             "a training row has no question before its answer",
             where="dept: positions",
-            mend="say how many positions change, e.g. 256",
+            fix="say how many positions change, e.g. 256",
         )
     return min(asked)
 

@@ -23,9 +23,9 @@ PROMPT = "promot_PD"
     step0="on purpose not the base",
     merges="never",
     learning_rate=1e-3,
-    claim="promot",
+    replication="promot",
 )
-def promot(*, length: int = 20, share: float = 0.5, prompt_rate: float = 0.1) -> tuple[Prompt, Freezing]:
+def promot(*, length: int = 20, share: float = 0.5, prompt_learning_rate: float = 0.1) -> tuple[Prompt, Freezing]:
     """Train a prompt alone first, then freeze it and train all else, to keep the model general.
 
     It stands beside what trains the model: `tune: [promot, full]`, or lora, or another. The task that was learnt is used with the
@@ -34,8 +34,8 @@ def promot(*, length: int = 20, share: float = 0.5, prompt_rate: float = 0.1) ->
     Args:
         length: P, tokens of the prompt, which start as embeddings of common tokens.
         share: how much of the run trains the prompt; the paper has 5,000 steps, and 1,000 to 5,000 for the model.
-        prompt_rate: the learning rate of the prompt, whatever that of the model is; it follows the run's schedule. A third of the paper's
-            0.3, which is in Adafactor, whose steps are relative to the numbers.
+        prompt_learning_rate: the learning rate of the prompt, whatever that of the model is; it follows the run's schedule. A third of the
+            paper's 0.3, which is in Adafactor, whose steps are relative to the numbers.
 
     Raises:
         LuthierError: an option is out of range.
@@ -45,10 +45,12 @@ def promot(*, length: int = 20, share: float = 0.5, prompt_rate: float = 0.1) ->
         raise LuthierError(
             f"the share is {share}",
             where="promot: share",
-            mend="use more than 0 and at most 1, or leave promot out to tune the model alone",
+            fix="use more than 0 and at most 1, or leave promot out to tune the model alone",
         )
-    if prompt_rate <= 0.0:
-        raise LuthierError(f"the prompt's learning rate is {prompt_rate}", where="promot: prompt_rate", mend="use more than 0")
+    if prompt_learning_rate <= 0.0:
+        raise LuthierError(
+            f"the prompt's learning rate is {prompt_learning_rate}", where="promot: prompt_learning_rate", fix="use more than 0"
+        )
     ends = (share,) if share < 1.0 else ()
 
     def start(table_VD: Tensor, services: Services) -> Tensors:
@@ -61,6 +63,6 @@ def promot(*, length: int = 20, share: float = 0.5, prompt_rate: float = 0.1) ->
         return now.phase(ends) == 1
 
     return (
-        Prompt(start, apply, length, own_rates={PROMPT: prompt_rate}),
+        Prompt(start, apply, length, own_rates={PROMPT: prompt_learning_rate}),
         Freezing(frozen, ends=ends, restart=True, alone=frozenset({0})),
     )

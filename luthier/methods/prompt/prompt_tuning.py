@@ -41,7 +41,7 @@ def prompt_tuning(
     check_length(length, "prompt_tuning")
     if token_ids and init != "text":
         raise LuthierError(
-            f"token ids of a text are given, and the prompt starts from {init}", where="prompt_tuning: init", mend="use init: text"
+            f"token ids of a text are given, and the prompt starts from {init}", where="prompt_tuning: init", fix="use init: text"
         )
 
     def start(table_VD: Tensor, services: Services) -> Tensors:
@@ -76,5 +76,5 @@ def _refuse_unknown(text_P: Tensor, vocabulary: int) -> None:
         raise LuthierError(
             f"the model has no token {int(strange[0])}",
             where="prompt_tuning: token_ids",
-            mend=f"use ids from 0 to {vocabulary - 1}",
+            fix=f"use ids from 0 to {vocabulary - 1}",
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from luthier.errors import LuthierError
-from luthier.kinds import Head, Prompt, Services, Tensors, Term
+from luthier.kinds import Head, LossTerm, Prompt, Services, Tensors
 from luthier.methods.head.multi_label import multi_label
 from luthier.methods.prompt._virtual import check_length, drawn_from, stand_before
 from luthier.registry import method
@@ -22,8 +22,8 @@ from luthier.registry import method
     learning_rate=1e-3,
 )
 def ptec(
-    *, labels: tuple[str, ...], length: int = 50, prompt_rate: float = 0.01, positive_weights: tuple[float, ...] = ()
-) -> tuple[Prompt, Head, Term]:
+    *, labels: tuple[str, ...], length: int = 50, prompt_learning_rate: float = 0.01, positive_weights: tuple[float, ...] = ()
+) -> tuple[Prompt, Head, LossTerm]:
     """Tell which of several labels texts have, with a trained prompt before them and a head on their last token; the model stays as it is.
 
     It is all that a run trains: `tune: {ptec: {labels: [...]}}`, without an objective. Rows are those of `multi_label`, and so is the head.
@@ -31,16 +31,18 @@ def ptec(
     Args:
         labels: their names, in the order of their numbers.
         length: P, tokens of the prompt; the paper searches 50 to 200.
-        prompt_rate: the learning rate of the prompt, where the head's is that of the run, whose schedule it follows; the paper searches
-            both.
+        prompt_learning_rate: the learning rate of the prompt, where the head's is that of the run, whose schedule it follows; the paper
+            searches both.
         positive_weights: as for `multi_label`.
 
     Raises:
         LuthierError: an option is out of range.
     """
     check_length(length, "ptec")
-    if prompt_rate <= 0.0:
-        raise LuthierError(f"the prompt's learning rate is {prompt_rate}", where="ptec: prompt_rate", mend="use more than 0")
+    if prompt_learning_rate <= 0.0:
+        raise LuthierError(
+            f"the prompt's learning rate is {prompt_learning_rate}", where="ptec: prompt_learning_rate", fix="use more than 0"
+        )
     head, term = multi_label(labels=labels, positive_weights=positive_weights)
 
     def start(table_VD: Tensor, services: Services) -> Tensors:
@@ -49,4 +51,4 @@ def ptec(
     def apply(tensors: Tensors, token_ids_BT: Tensor, embeds_BTD: Tensor) -> Tensor:
         return stand_before(tensors["prompt_PD"], token_ids_BT, embeds_BTD)
 
-    return Prompt(start, apply, length, own_rates={"prompt_PD": prompt_rate}), head, term
+    return Prompt(start, apply, length, own_rates={"prompt_PD": prompt_learning_rate}), head, term

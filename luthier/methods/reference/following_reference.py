@@ -6,7 +6,7 @@ from torch import Tensor
 
 from luthier.columns.losses import nll
 from luthier.errors import LuthierError
-from luthier.kinds import Column, Keeper, OtherPass, Reference, Services, State, View
+from luthier.kinds import Callback, Column, OtherPass, Reference, Services, State, View
 from luthier.registry import method
 
 PASS = OtherPass("following", at="following")
@@ -18,8 +18,8 @@ COLUMN = Column("following_nll", lambda chunk: nll(chunk.others["following"], ch
     paper="arXiv:2404.09656",
     reduces_to="mix 0: the model before training",
 )
-def following_reference(*, sync_every: int = 512, mix: float = 0.6) -> tuple[Reference, Keeper]:
-    """Compare with a reference that moves towards the model every so often, so that long training is not held back by where it began.
+def following_reference(*, sync_every: int = 512, mix: float = 0.6) -> tuple[Reference, Callback]:
+    """Compare with a reference that moves towards the model every so often, so that long training is not held out by where it began.
 
     It stands beside a loss with a reference: `objective: [dpo, following_reference]`. It keeps one copy of the trained numbers.
 
@@ -32,10 +32,10 @@ def following_reference(*, sync_every: int = 512, mix: float = 0.6) -> tuple[Ref
     """
     if sync_every < 1:
         raise LuthierError(
-            f"the reference moves every {sync_every} steps", where="following_reference: sync_every", mend="use 1 or more"
+            f"the reference moves every {sync_every} steps", where="following_reference: sync_every", fix="use 1 or more"
         )
     if not 0.0 <= mix <= 1.0:
-        raise LuthierError(f"the share is {mix}", where="following_reference: mix", mend="use 0 to 1")
+        raise LuthierError(f"the share is {mix}", where="following_reference: mix", fix="use 0 to 1")
 
     def read(view: View) -> Tensor:
         return view.log_likelihoods(COLUMN.name)
@@ -49,4 +49,4 @@ def following_reference(*, sync_every: int = 512, mix: float = 0.6) -> tuple[Ref
         if mix and (services.now.step + 1) % sync_every == 0:
             services.remember(PASS.at, mix)
 
-    return Reference(read, columns=(COLUMN,)), Keeper(after_step, start=start)
+    return Reference(read, columns=(COLUMN,)), Callback(after_step, start=start)

@@ -34,8 +34,8 @@ def stored_reference(*, chosen: str = "reference_chosen", rejected: str = "refer
 
     def check(batch: Batch) -> None:
         for name in (chosen, rejected) if batch.groups else (chosen,):
-            mend = f"add `{name}` to every row, a number of at most 0, or leave `stored_reference` out"
-            check_numbers(batch, name, mend, called="log-likelihood", most=0.0)
+            fix = f"add `{name}` to every row, a number of at most 0, or leave `stored_reference` out"
+            check_numbers(batch, name, fix, called="log-likelihood", most=0.0)
 
     # A store gives rows columns of these names alone.
     usual = (chosen, rejected) == PAIRED

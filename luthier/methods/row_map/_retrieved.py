@@ -21,7 +21,7 @@ def texts_of(row: Row, key: str) -> list[str]:
     found = row.fields.get(key)
     if not isinstance(found, list | tuple) or not found or not all(isinstance(one, str) and one.strip() for one in found):
         raise LuthierError(
-            f"the row's `{key}` is no list of texts", where=row.where, mend=f"give `{key}`, a list of one text or more"
+            f"the row's `{key}` is no list of texts", where=row.where, fix=f"give `{key}`, a list of one text or more"
         )
     return list(found)
 
@@ -38,7 +38,7 @@ def coverage(answer: str, row: Row) -> float:
         raise LuthierError(
             "the row's `short_answers` is no list of texts, or of lists of spellings",
             where=row.where,
-            mend="give `short_answers`, all that a complete answer has to name",
+            fix="give `short_answers`, all that a complete answer has to name",
         )
     return fmean(contains(answer, one) for one in wanted)
 
@@ -53,7 +53,7 @@ def pairs_from_prompts(made: Callable[[Row], list[Row]]) -> RowMap:
     def map(rows: Sequence[Row], services: Services) -> list[Row]:
         found = [one for row in rows for one in (made(row) if row.shape == "prompt" else [row])]
         if rows and not found:
-            raise LuthierError("no row makes a pair", where=rows[0].where, mend="sample more answers to each prompt")
+            raise LuthierError("no row makes a pair", where=rows[0].where, fix="sample more answers to each prompt")
         return found
 
     def told(before: Sequence[Row], after: Sequence[Row]) -> str:

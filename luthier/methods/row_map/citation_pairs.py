@@ -66,7 +66,7 @@ def citation_pairs(*, share: float = 1.0) -> RowMap:
             pair.
     """
     if not 0.0 < share <= 1.0:
-        raise LuthierError(f"the share is {share}", where="citation_pairs: share", mend="use more than 0 and at most 1")
+        raise LuthierError(f"the share is {share}", where="citation_pairs: share", fix="use more than 0 and at most 1")
 
     def made(row: Row) -> list[Row]:
         passages = texts_of(row, "passages")
@@ -106,7 +106,7 @@ def _as_told(row: Row) -> Entails:
             raise LuthierError(
                 f"the row's `entailed` does not say which passages entail `{statement}`",
                 where=row.where,
-                mend="give a list of sets of passages for each sentence of its answers, empty where none do",
+                fix="give a list of sets of passages for each sentence of its answers, empty where none do",
             )
         return any(set(one) <= set(numbers) for one in sets)
 

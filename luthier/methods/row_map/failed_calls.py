@@ -55,7 +55,7 @@ def failed_calls(*, markers: tuple[str, ...] = MARKERS) -> RowMap:
     """
     for marker in markers:
         if not _bare(marker):
-            raise LuthierError(f"the marker {marker!r} has no letter", where="failed_calls: markers", mend="leave it out")
+            raise LuthierError(f"the marker {marker!r} has no letter", where="failed_calls: markers", fix="leave it out")
     bare = tuple(map(_bare, markers))
 
     def failed(reply: Message) -> bool:

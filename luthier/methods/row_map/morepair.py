@@ -50,12 +50,12 @@ def morepair(
         LuthierError: the weight is negative or the markers are the same; a row has no rationale, no prompt, or the column `target`.
     """
     if weight < 0.0:
-        raise LuthierError(f"the weight is {weight}", where="morepair: weight", mend="use 0 or more")
+        raise LuthierError(f"the weight is {weight}", where="morepair: weight", fix="use 0 or more")
     if weight and answer_marker == rationale_marker:
         raise LuthierError(
             "both prompts would be the same, and nothing would say which target is wanted",
             where="morepair: rationale_marker",
-            mend="use another marker than for the answer",
+            fix="use another marker than for the answer",
         )
 
     def map(rows: Sequence[Row], services: Services) -> list[Row]:
@@ -72,7 +72,7 @@ def morepair(
             raise LuthierError(
                 f"the row `{row.id}` has no text `{field}` to learn as its rationale",
                 where=row.where,
-                mend=f"add `{field}` to the row, or name the key that the rows have (morepair: field)",
+                fix=f"add `{field}` to the row, or name the key that the rows have (morepair: field)",
             )
         asked = marked(row, rationale_marker)
         prompt = asked.fields.get("prompt")
@@ -98,7 +98,7 @@ def marked(row: Row, marker: str) -> Row:
     """
     if TARGET in row.columns:
         raise LuthierError(
-            f"the row `{row.id}` has a key `{TARGET}`, which morepair uses itself", where=row.where, mend="rename it in the rows"
+            f"the row `{row.id}` has a key `{TARGET}`, which morepair uses itself", where=row.where, fix="rename it in the rows"
         )
     key = next((key for key in ("prompt", "instruction", "messages") if key in row.fields), None)
     given = list(row.fields["messages"]) if key == "messages" else None
@@ -106,7 +106,7 @@ def marked(row: Row, marker: str) -> Row:
         raise LuthierError(
             f"the row `{row.id}` has no prompt with an answer behind it",
             where=row.where,
-            mend="use rows such as prompt and completion",
+            fix="use rows such as prompt and completion",
         )
     value = row.fields[key]
     if isinstance(value, str):

@@ -51,7 +51,7 @@ def ranked_pairs(*, pairs: Literal["all", "best", "adjacent"] = "all", margin: s
     def made(row: Row) -> list[Row]:
         if margin and margin in {**row.columns, **row.fields}:
             raise LuthierError(
-                f"the row has a key `{margin}` already", where=row.where, mend="name another key (ranked_pairs: margin)"
+                f"the row has a key `{margin}` already", where=row.where, fix="name another key (ranked_pairs: margin)"
             )
         answers, scores = row.fields["answers"], row.fields["scores"]
         by = {(first, second): scores[first] - scores[second] for first, second in compared(row)}
@@ -74,7 +74,7 @@ def ranked_pairs(*, pairs: Literal["all", "best", "adjacent"] = "all", margin: s
             raise LuthierError(
                 "no two answers to one prompt differ in their scores",
                 where=rows[0].where,
-                mend="give other scores, or more answers",
+                fix="give other scores, or more answers",
             )
         return found
 

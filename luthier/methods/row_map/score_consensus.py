@@ -19,7 +19,7 @@ from luthier.rows.shapes import Row
     row=144,
     reduces_to="one answer a row: that answer",
     departs="the supervised stage; rows bring the teacher's answers and the scores read from them, and what is too long is left out by "
-    "rows.max_tokens, of the answer that was kept; of answers equally near the first in the row is kept",
+    "rows.max_length, of the answer that was kept; of answers equally near the first in the row is kept",
 )
 def score_consensus(*, column: str = "") -> RowMap:
     """Learn from several answers that a teacher sampled, each a line of thought that ends in a score: the one whose score is nearest to
@@ -41,7 +41,7 @@ def score_consensus(*, column: str = "") -> RowMap:
     def kept(row: Row) -> Row:
         if column and column in {**row.columns, **row.fields}:
             raise LuthierError(
-                f"the row has a key `{column}` already", where=row.where, mend="name another key (score_consensus: column)"
+                f"the row has a key `{column}` already", where=row.where, fix="name another key (score_consensus: column)"
             )
         scores, mean = row.fields["scores"], fmean(row.fields["scores"])
         place = min(range(len(scores)), key=lambda one: abs(scores[one] - mean))

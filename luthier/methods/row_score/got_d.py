@@ -33,7 +33,7 @@ MOST_ITERATIONS = 25_000
     needs=("target", "embed"),
     departs="the entropic dual, its strength and the size of chunks are luthier's choice; `divergence: sinkhorn` takes out the pull that "
     "entropy has towards lonely rows",
-    claim="got_d",
+    replication="got_d",
 )
 def got_d(
     *,
@@ -60,7 +60,7 @@ def got_d(
     """
     for name, value, limit in (("epsilon", epsilon, 0), ("tolerance", tolerance, 0), ("chunk", chunk, 1)):
         if value <= limit:
-            raise LuthierError(f"{name} is {value}", where=f"got_d: {name}", mend=f"use more than {limit}")
+            raise LuthierError(f"{name} is {value}", where=f"got_d: {name}", fix=f"use more than {limit}")
 
     def score(rows: Sequence[Row], services: RowServices) -> list[float]:
         embedding_BD = machine.widened(services.embed([text_of(row) for row in rows]))
@@ -131,8 +131,8 @@ def _solved(
         if before_B is not None and float((now_B - before_B).abs().max()) <= tolerance:
             return now_B
         before_B, length = now_B, done
-    mend = "use a larger `epsilon` (0.02) or `tolerance` (0.01)"
-    raise LuthierError(f"optimal transport is not solved after {done} iterations", where="got_d", mend=mend)
+    fix = "use a larger `epsilon` (0.02) or `tolerance` (0.01)"
+    raise LuthierError(f"optimal transport is not solved after {done} iterations", where="got_d", fix=fix)
 
 
 def calibrated(potential_B: Tensor) -> Tensor:
@@ -145,6 +145,6 @@ def _installed() -> ModuleType:
     try:
         import ot
     except ImportError as error:
-        raise LuthierError(f"POT is not installed ({error})", where="got_d", mend='pip install "luthier[selection]"') from error
+        raise LuthierError(f"POT is not installed ({error})", where="got_d", fix='pip install "luthier[selection]"') from error
     module: ModuleType = ot
     return module

@@ -27,7 +27,7 @@ def likelihood(*, models: tuple[str, ...] = ("workshop",), per: Literal["token",
     """
     if not models or len(set(models)) < len(models):
         said = "one model is named twice" if models else "no model is named"
-        raise LuthierError(said, where="likelihood: models", mend="write e.g. models=[NAME, OTHER]")
+        raise LuthierError(said, where="likelihood: models", fix="write e.g. models=[NAME, OTHER]")
 
     def score(rows: Sequence[Row], services: RowServices) -> list[float]:
         by_model = [services.likelihood(model, rows) for model in models]

@@ -1,4 +1,4 @@
-"""Similarity to the target, the control for whatever claims to choose better than by likeness.
+"""Similarity to the target, the control for whatever replications to choose better than by likeness.
 
 It stands for the methods that match candidates to a target by features, such as DSIR (Xie et al., 2023) and TSDS (Liu et al., 2024),
 without their sampling. K target rows.

@@ -67,7 +67,7 @@ def costs(services: Services, load: Load) -> dict[Place, Cost]:
     expert = next((place for place in parts.places if place.role in ("expert", "router")), None)
     if expert is not None:
         raise LuthierError(
-            "`greentrainer` does not know what a mixture of experts costs", where=str(expert), mend="use a model without experts"
+            "`greentrainer` does not know what a mixture of experts costs", where=str(expert), fix="use a model without experts"
         )
     modules = {module: number for number, module in enumerate(dict.fromkeys(place.module for place in parts.places))}
     found = {
@@ -129,7 +129,7 @@ def worth_training(found: Sequence[Cost], value: Sequence[float], target: float)
         raise LuthierError(
             f"the forward pass alone is {forward / (1 + forward):.2f} of full fine-tuning's cost",
             where="greentrainer: target",
-            mend=f"use a target above that, instead of {target}",
+            fix=f"use a target above that, instead of {target}",
         )
     through, own = ([int(RESOLUTION * getattr(one, name) / everything) for one in reversed(found)] for name in ("through", "own"))
     trains = select(through, own, list(reversed(value)), int(room * (sum(through) + sum(own))))

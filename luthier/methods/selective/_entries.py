@@ -23,10 +23,10 @@ def matrix(place: Place, services: Services) -> Tensor:
         raise LuthierError(
             f"`{services.slot}` selects among the entries of matrices, and this is none",
             where=str(place),
-            mend="name roles of linear maps in an unpacked model, e.g. linear or mlp_down",
+            fix="name module types of linear maps in an unpacked model, e.g. linear or mlp_down",
         )
     if not bool(weight_OI.isfinite().all()):
-        raise LuthierError(f"`{services.slot}` cannot rank weights that are not finite", where=str(place), mend="repair the model")
+        raise LuthierError(f"`{services.slot}` cannot rank weights that are not finite", where=str(place), fix="repair the model")
     return weight_OI.to(torch.promote_types(weight_OI.dtype, torch.float32))
 
 
@@ -46,7 +46,7 @@ def _is_largest(score: Tensor, count: int) -> Tensor:
         raise LuthierError(
             "a score by which numbers are selected is not a number",
             where="tune",
-            mend="look at the calibration rows, or use precision: fp32",
+            fix="look at the calibration rows, or use precision: fp32",
         )
     least = score.topk(count).values[..., -1:]
     above, equal = score > least, score == least

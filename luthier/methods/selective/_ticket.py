@@ -35,7 +35,7 @@ def ticket(state: State, services: Services, mine: Sequence[TrainedLike], share:
     held = sum(len(_held(state, one)[0]) for one in mine)
     new = most_changed(size, max(1, int(share * numbers)) - held)
     if not held and not any(map(len, new)):
-        raise LuthierError("nothing moved in the first phase", where="lt_sft", mend="raise the learning rate or `first`")
+        raise LuthierError("nothing moved in the first phase", where="lt_sft", fix="raise the learning rate or `first`")
     changed = {}
     for one, joining in zip(mine, new, strict=True):
         index, learnt = _held(state, one)

@@ -56,7 +56,7 @@ def pool_of(name: str, parts: Parts, services: Services) -> list[Cut]:
     """The units of one projection in every block."""
     projection = PROJECTIONS[name]
     pool = []
-    for place in parts.select(roles=(projection.role,)):
+    for place in parts.select(target_modules=(projection.role,)):
         size = matrix(place, services).shape[0 if projection.form == "rows" else 1]
         heads = {"attention_value": parts.key_value_heads, "attention_output": parts.heads}.get(place.role)
         if heads is not None and size != heads * parts.head_width:
@@ -72,7 +72,7 @@ def pool_of(name: str, parts: Parts, services: Services) -> list[Cut]:
 
 
 def _refusal(name: str, what: str, where: str) -> LuthierError:
-    return LuthierError(f"`s2ft` cannot tell the units of `{name}`: {what}", where=where, mend=f"set {name}: 0")
+    return LuthierError(f"`s2ft` cannot tell the units of `{name}`: {what}", where=where, fix=f"set {name}: 0")
 
 
 def scores(by: str, pool: Sequence[Cut], services: Services, calibration: Callable[[], Sequence[Batch]]) -> Tensor:

@@ -35,9 +35,9 @@ def freeze_lower(*, blocks: int | None = None, share: float = 0.5, embeddings: L
         embeddings: whether what stands before the blocks is frozen as well, as in both papers.
     """
     if blocks is not None and blocks < 0:
-        raise LuthierError(f"{blocks} blocks are to be frozen", where="freeze_lower: blocks", mend="use 0 or more")
+        raise LuthierError(f"{blocks} blocks are to be frozen", where="freeze_lower: blocks", fix="use 0 or more")
     if not 0.0 <= share <= 1.0:
-        raise LuthierError(f"the share is {share}", where="freeze_lower: share", mend="use 0 to 1")
+        raise LuthierError(f"the share is {share}", where="freeze_lower: share", fix="use 0 to 1")
 
     def choose(parts: Parts, services: Services) -> dict[Place, Select]:
         count = frozen_blocks(parts.blocks, blocks, share)
@@ -60,6 +60,6 @@ def frozen_blocks(count: int, blocks: int | None, share: float) -> int:
         raise LuthierError(
             f"{frozen} blocks are to be frozen, and the model has {count}",
             where="freeze_lower: blocks",
-            mend=f"use 0 to {count}",
+            fix=f"use 0 to {count}",
         )
     return frozen

@@ -8,15 +8,15 @@ from luthier.registry import method
 
 
 @method(title="Full fine-tuning", step0="base exactly", merges="is in place", learning_rate=1e-4)
-def full(*, roles: tuple[str, ...] = ("all",), blocks: tuple[int, ...] | None = None) -> Selective:
-    """Train every number, or every number of some roles and blocks.
+def full(*, target_modules: tuple[str, ...] = ("all",), blocks: tuple[int, ...] | None = None) -> Selective:
+    """Train every parameter, or every parameter of some module types and blocks.
 
     Args:
-        roles: roles or groups of roles, e.g. `attention`, `mlp_down`, `norm`.
+        target_modules: module types or groups of them, e.g. `attention`, `mlp_down`, `norm`.
         blocks: block numbers from 0; None for all, with what stands outside the blocks.
     """
 
     def choose(parts: Parts, services: Services) -> dict[Place, Select]:
-        return {place: Select("whole") for place in parts.select(roles=roles, blocks=blocks, tensor=None)}
+        return {place: Select("whole") for place in parts.select(target_modules=target_modules, blocks=blocks, tensor=None)}
 
     return Selective(choose)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from luthier import machine
 from luthier.errors import LuthierError
-from luthier.kinds import Batch, Freezing, Keeper, Now, Place, Select, Selective, Services, State, TrainedLike
+from luthier.kinds import Batch, Callback, Freezing, Now, Place, Select, Selective, Services, State, TrainedLike
 from luthier.kinds.parts import Parts
 from luthier.methods.selective._backward_cost import costs, load_of, spent, worth_training
 from luthier.registry import method
@@ -25,15 +25,15 @@ from luthier.registry import method
     "computes again and passes for selections are not counted as cost",
     merges="is in place",
     learning_rate=2e-5,
-    claim="greentrainer",
+    replication="greentrainer",
 )
 def greentrainer(
     *,
     target: float = 0.5,
     selections: int = 3,
     calibration_rows: int = 4,
-    roles: tuple[str, ...] = ("linear", "norm"),
-) -> tuple[Selective, Freezing, Keeper]:
+    target_modules: tuple[str, ...] = ("linear", "norm"),
+) -> tuple[Selective, Freezing, Callback]:
     """Choose which tensors train so that a step costs a share of full fine-tuning's, and choose again in the course of the run.
 
     What share of full fine-tuning's backward pass the choice really costs is logged as `greentrainer backward share`. Backward passes end
@@ -43,22 +43,22 @@ def greentrainer(
         target: rho, the cost of forward and backward pass as a share of full fine-tuning's; the paper's 0.5, or 0.7.
         selections: how often the tensors are chosen over the run, at equal distances; 3 is every other of the paper's 5 epochs.
         calibration_rows: rows on which importance is measured, the same each time; the paper's batch of 4.
-        roles: roles or groups of roles that may train, biases with them. With `embedding`, the gradient may have to be passed
-            through the whole model.
+        target_modules: module types or groups of them that may train, biases with them. With `embedding`, the gradient may have to be
+            passed through the whole model.
 
     Raises:
         LuthierError: an option is out of its range, no tensor fits, or the model is a mixture of experts.
     """
     if not 0.0 < target <= 1.0:
-        raise LuthierError(f"the target is {target}", where="greentrainer: target", mend="use more than 0 and at most 1")
+        raise LuthierError(f"the target is {target}", where="greentrainer: target", fix="use more than 0 and at most 1")
     if selections < 1:
-        raise LuthierError(f"there are {selections} selections", where="greentrainer: selections", mend="use 1 or more")
+        raise LuthierError(f"there are {selections} selections", where="greentrainer: selections", fix="use 1 or more")
     if calibration_rows < 1:
-        raise LuthierError(f"there are {calibration_rows} rows", where="greentrainer: calibration_rows", mend="use 1 or more")
+        raise LuthierError(f"there are {calibration_rows} rows", where="greentrainer: calibration_rows", fix="use 1 or more")
     ends = [number / selections for number in range(1, selections)]
 
     def choose(parts: Parts, services: Services) -> dict[Place, Select]:
-        return {place: Select("whole") for place in parts.select(roles=roles, tensor=None)}
+        return {place: Select("whole") for place in parts.select(target_modules=target_modules, tensor=None)}
 
     def start(services: Services) -> State:
         chosen = _selected(services, target, calibration_rows)
@@ -66,7 +66,7 @@ def greentrainer(
             raise LuthierError(
                 f"no tensor that lowers the loss fits into a target of {target}",
                 where="greentrainer: target",
-                mend="raise it, or lower the learning rate: its steps may be too long for any tensor to be of use",
+                fix="raise it, or lower the learning rate: its steps may be too long for any tensor to be of use",
             )
         return {"selection": 0, **chosen}
 
@@ -75,7 +75,7 @@ def greentrainer(
         if selection != state["selection"]:
             state |= {"selection": selection, **_selected(services, target, calibration_rows)}
 
-    return Selective(choose), Freezing(_stands_still, forget=True), Keeper(after_step, start=start, notes=_notes, by_clock=True)
+    return Selective(choose), Freezing(_stands_still, forget=True), Callback(after_step, start=start, notes=_notes, by_clock=True)
 
 
 def _notes(state: State) -> dict[str, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -29,7 +30,7 @@ Group = list[Ticket]
     "norms inside attention join the lottery of norms",
     merges="is in place",
     learning_rate=2e-4,
-    claim="half",
+    replication="half",
 )
 def half(
     *,
@@ -37,7 +38,7 @@ def half(
     level: Literal["category", "layer", "model"] = "category",
     balance: Literal["tensors", "parameters"] = "tensors",
     embeddings: Literal["train", "freeze"] = "train",
-    roles: tuple[str, ...] = ("attention", "mlp", "expert", "norm"),
+    target_modules: tuple[str, ...] = ("attention", "mlp", "expert", "norm"),
 ) -> Selective:
     """Train half of the matrices of every block and freeze the other half; a new stage draws new halves.
 
@@ -49,15 +50,15 @@ def half(
             matrices of the model.
         balance: whether the share counts tensors, as the paper does, or their numbers (narrow key and value projections count less).
         embeddings: whether what stands outside the blocks trains, as in the paper.
-        roles: roles or groups of roles that take part in the lottery; others stay frozen, free for another technique.
+        target_modules: module types or groups of them that take part in the lottery; others stay frozen, free for another technique.
     """
     if not 0.0 < share <= 1.0:
-        raise LuthierError(f"the share is {share}", where="half: share", mend="use more than 0 and at most 1")
+        raise LuthierError(f"the share is {share}", where="half: share", fix="use more than 0 and at most 1")
 
     def choose(parts: Parts, services: Services) -> dict[Place, Select]:
         rng = services.rng("half")
-        wanted = set(expand_roles(roles))
-        lotteries = {"category": _by_category, "layer": _by_layer, "model": _by_model}[level](parts, wanted)
+        places = parts.select(target_modules)
+        lotteries = {"category": _by_category, "layer": _by_layer, "model": _by_model}[level](parts, places)
         draw = _draw_tickets if balance == "tensors" else _draw_numbers
         drawn = [place for groups in lotteries for ticket in draw(groups, share, rng, services) for place in ticket]
         outside = [p for p in parts.by_block(None) if p.role != "other"] if embeddings == "train" else []
@@ -66,22 +67,18 @@ def half(
     return Selective(choose)
 
 
-def _by_category(parts: Parts, wanted: set[str]) -> list[list[Group]]:
+def _by_category(parts: Parts, places: Sequence[Place]) -> list[list[Group]]:
     """A lottery for each category, a group for each block."""
-    categories = [[role for role in expand_roles(roles) if role in wanted] for roles in CATEGORIES]
-    return [
-        [[[place] for place in parts.select(roles=roles, blocks=[block])] for block in range(parts.blocks)]
-        for roles in categories
-        if roles
-    ]
+    drawn = [[place for place in places if place.role in expand_roles(category)] for category in CATEGORIES]
+    return [[[[place] for place in some if place.block == block] for block in range(parts.blocks)] for some in drawn if some]
 
 
-def _by_layer(parts: Parts, wanted: set[str]) -> list[list[Group]]:
-    return [[[parts.select(roles=wanted, blocks=[block]) for block in range(parts.blocks)]]]
+def _by_layer(parts: Parts, places: Sequence[Place]) -> list[list[Group]]:
+    return [[[[place for place in places if place.block == block] for block in range(parts.blocks)]]]
 
 
-def _by_model(parts: Parts, wanted: set[str]) -> list[list[Group]]:
-    return [[[[place] for place in parts.select(roles=wanted) if place.block is not None]]]
+def _by_model(parts: Parts, places: Sequence[Place]) -> list[list[Group]]:
+    return [[[[place] for place in places if place.block is not None]]]
 
 
 def _shuffled(count: int, rng: torch.Generator) -> list[int]:

@@ -17,7 +17,7 @@ from luthier.registry import method
     merges="is in place",
     learning_rate=1e-4,
 )
-def layer_decay(*, factor: float = 0.9, roles: tuple[str, ...] = ("all",)) -> Selective:
+def layer_decay(*, factor: float = 0.9, target_modules: tuple[str, ...] = ("all",)) -> Selective:
     """Train every number, with a learning rate that falls from the head down to the embeddings.
 
     What follows the blocks has the whole rate, the top block `factor` times it, and every block below `factor` times that above
@@ -25,14 +25,14 @@ def layer_decay(*, factor: float = 0.9, roles: tuple[str, ...] = ("all",)) -> Se
 
     Args:
         factor: xi, what the rate is multiplied with from one layer to the next below; the paper tries 0.8, 0.9 and 0.95.
-        roles: which numbers train; roles or groups of roles.
+        target_modules: which parameters train; module types or groups of them.
     """
     if not 0.0 < factor <= 1.0:
-        raise LuthierError(f"the factor is {factor}", where="layer_decay: factor", mend="use more than 0 and at most 1")
+        raise LuthierError(f"the factor is {factor}", where="layer_decay: factor", fix="use more than 0 and at most 1")
 
     def choose(parts: Parts, services: Services) -> dict[Place, Select]:
         top = parts.blocks + 1
-        places = parts.select(roles=roles, tensor=None)
+        places = parts.select(target_modules=target_modules, tensor=None)
         return {place: Select("whole", rate=factor ** (top - depth(place, parts))) for place in places}
 
     return Selective(choose)

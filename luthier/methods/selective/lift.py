@@ -23,7 +23,7 @@ from luthier.registry import method
     departs="entries that join later are bias-corrected by their own age, where the authors' code has one step counter for all",
     merges="is in place",
     learning_rate=1e-4,
-    claim="lift",
+    replication="lift",
 )
 def lift(
     *,
@@ -31,7 +31,7 @@ def lift(
     lora_rank: int = 128,
     every: int = 400,
     svd: Literal["exact", "randomized"] = "exact",
-    roles: tuple[str, ...] = ("linear",),
+    target_modules: tuple[str, ...] = ("linear",),
 ) -> Selective:
     """Train the principal entries of each weight; those that leave the selection keep what they learnt.
 
@@ -46,11 +46,11 @@ def lift(
         every: steps from one selection to the next; 400 as in the paper's mathematics runs.
         svd: how W_r is found: exactly, or by a randomized range finder (arXiv:0909.4061), which is faster for large weights and
             selects nearly the same.
-        roles: roles or groups of roles of linear maps.
+        target_modules: module types or groups of them of linear maps.
     """
     for name, value in {"rank": rank, "lora_rank": lora_rank, "every": every}.items():
         if value < 1:
-            raise LuthierError(f"{name} is {value}", where=f"lift: {name}", mend="use at least 1")
+            raise LuthierError(f"{name} is {value}", where=f"lift: {name}", fix="use at least 1")
 
     def principal(place: Place, services: Services) -> Tensor:
         weight_OI = matrix(place, services)
@@ -59,7 +59,7 @@ def lift(
         return largest(found_OI.abs(), min(sum(weight_OI.shape) * lora_rank, weight_OI.numel()))
 
     def choose(parts: Parts, services: Services) -> dict[Place, Select]:
-        return {place: Select("flat", principal(place, services)) for place in parts.select(roles=roles)}
+        return {place: Select("flat", principal(place, services)) for place in parts.select(target_modules=target_modules)}
 
     def refresh(state: State, services: Services) -> dict[Place, Refresh]:
         taken = services.now.step + 1

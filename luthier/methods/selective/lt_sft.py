@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from luthier.errors import LuthierError
-from luthier.kinds import Freezing, Now, Place, Refresh, Select, Selective, Services, State, Tensors, Term, TrainedLike, View
+from luthier.kinds import Freezing, LossTerm, Now, Place, Refresh, Select, Selective, Services, State, Tensors, TrainedLike, View
 from luthier.kinds.parts import Parts
 from luthier.methods.selective._ticket import everything, ticket
 from luthier.registry import method
@@ -21,7 +21,7 @@ from luthier.registry import method
     "would move off the ticket do not train at all, and on it decay pulls towards the base; both phases share one run of steps",
     merges="is in place",
     learning_rate=5e-5,
-    claim="lt_sft",
+    replication="lt_sft",
 )
 def lt_sft(
     *,
@@ -29,8 +29,8 @@ def lt_sft(
     first: float = 0.5,
     iterations: int = 1,
     l1: float = 0.0,
-    roles: tuple[str, ...] = ("embedding", "position_embedding", "linear"),
-) -> tuple[Selective | Freezing | Term, ...]:
+    target_modules: tuple[str, ...] = ("embedding", "position_embedding", "linear"),
+) -> tuple[Selective | Freezing | LossTerm, ...]:
     """Train everything, keep the places of the numbers that moved most, rewind them to the base, and train these alone.
 
     The learning rate schedule and the optimizer begin anew with each phase. The deltas of runs on the same base can be added.
@@ -43,23 +43,24 @@ def lt_sft(
             later first phases, which takes more memory.
         l1: lambda, the weight of the mean distance of all numbers from the base in the loss, a mean over all the model's numbers;
             0 for tasks, 0.1 for languages, as in the paper.
-        roles: roles or groups of roles that may train, biases with them; norms and an untied head stay frozen, as in the paper.
+        target_modules: module types or groups of them that may train, biases with them; norms and an untied head stay frozen, as in the
+            paper.
 
     Raises:
         LuthierError: an option is out of its range.
     """
     if not 0.0 < share <= 1.0:
-        raise LuthierError(f"the share is {share}", where="lt_sft: share", mend="use more than 0 and at most 1")
+        raise LuthierError(f"the share is {share}", where="lt_sft: share", fix="use more than 0 and at most 1")
     if not 0.0 < first < 1.0:
-        raise LuthierError(f"the first phase has a share of {first}", where="lt_sft: first", mend="use more than 0 and less than 1")
+        raise LuthierError(f"the first phase has a share of {first}", where="lt_sft: first", fix="use more than 0 and less than 1")
     if iterations < 1:
-        raise LuthierError(f"there are {iterations} iterations", where="lt_sft: iterations", mend="use 1 or more")
+        raise LuthierError(f"there are {iterations} iterations", where="lt_sft: iterations", fix="use 1 or more")
     if l1 < 0.0:
-        raise LuthierError(f"the weight of the penalty is {l1}", where="lt_sft: l1", mend="use 0 or more")
+        raise LuthierError(f"the weight of the penalty is {l1}", where="lt_sft: l1", fix="use 0 or more")
     ends = tuple(end for i in range(iterations) for end in ((i + first) / iterations, (i + 1) / iterations))[:-1]
 
     def choose(parts: Parts, services: Services) -> dict[Place, Select]:
-        return {place: Select("whole", decay="start") for place in parts.select(roles=roles, tensor=None)}
+        return {place: Select("whole", decay="start") for place in parts.select(target_modules=target_modules, tensor=None)}
 
     def refresh(state: State, services: Services) -> dict[Place, Refresh]:
         phase = services.now.after().phase(ends)
@@ -81,7 +82,7 @@ def _is_empty(trained: TrainedLike, state: State, now: Now) -> bool:
     return index is not None and not len(index) and trained.master.numel() == 1
 
 
-def _penalty(l1: float) -> Term:
+def _penalty(l1: float) -> LossTerm:
     """The mean distance from the base, over all the model's numbers."""
 
     def total(view: View, own: Tensors) -> Tensor:
@@ -93,7 +94,7 @@ def _penalty(l1: float) -> Term:
         ]
         return torch.stack(far).sum() * (l1 / numbers)
 
-    return Term(total, unit="step", penalty=True)
+    return LossTerm(total, unit="step", penalty=True)
 
 
 def _distance(values: Tensor, start: Tensor) -> Tensor:

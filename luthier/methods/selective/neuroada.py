@@ -31,7 +31,7 @@ def neuroada(
     by: Literal["magnitude", "gradient", "random", "smallest"] = "magnitude",
     calibration_rows: int = 128,
     calibration_source: str = "",
-    roles: tuple[str, ...] = ("linear",),
+    target_modules: tuple[str, ...] = ("linear",),
 ) -> Selective:
     """Train a few incoming connections of every neuron, chosen once before training; biases stay frozen.
 
@@ -42,15 +42,15 @@ def neuroada(
             order, or smallest magnitude first (the paper's worst).
         calibration_rows: rows of whose mean loss `gradient` takes the gradient; the paper's code passes over all training rows.
         calibration_source: where these rows come from, named as under `rows` in a recipe; empty for the training rows.
-        roles: roles or groups of roles of linear maps.
+        target_modules: module types or groups of them of linear maps.
     """
     if connections < 1:
-        raise LuthierError(f"there are {connections} connections", where="neuroada: connections", mend="use at least 1")
+        raise LuthierError(f"there are {connections} connections", where="neuroada: connections", fix="use at least 1")
     if calibration_rows < 1:
-        raise LuthierError(f"there are {calibration_rows} rows", where="neuroada: calibration_rows", mend="use at least 1")
+        raise LuthierError(f"there are {calibration_rows} rows", where="neuroada: calibration_rows", fix="use at least 1")
 
     def choose(parts: Parts, services: Services) -> dict[Place, Select]:
-        places = parts.select(roles=roles)
+        places = parts.select(target_modules=target_modules)
         slopes = services.gradients(services.batches(calibration_rows, calibration_source), places) if by == "gradient" else {}
         chosen = {}
         for place in places:

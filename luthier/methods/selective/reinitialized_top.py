@@ -40,16 +40,16 @@ def reinitialized_top(*, blocks: int = 1, deviation: float | None = None) -> Sel
         deviation: the standard deviation of new matrices; None: the one in the model's own configuration, mostly 0.02.
     """
     if blocks < 0:
-        raise LuthierError(f"{blocks} blocks are to begin anew", where="reinitialized_top: blocks", mend="use 0 or more")
+        raise LuthierError(f"{blocks} blocks are to begin anew", where="reinitialized_top: blocks", fix="use 0 or more")
     if deviation is not None and deviation <= 0.0:
-        raise LuthierError(f"the deviation is {deviation}", where="reinitialized_top: deviation", mend="use more than 0")
+        raise LuthierError(f"the deviation is {deviation}", where="reinitialized_top: deviation", fix="use more than 0")
 
     def choose(parts: Parts, services: Services) -> dict[Place, Select]:
         if blocks > parts.blocks:
             raise LuthierError(
                 f"{blocks} blocks are to begin anew, and the model has {parts.blocks}",
                 where="reinitialized_top: blocks",
-                mend=f"use 0 to {parts.blocks}",
+                fix=f"use 0 to {parts.blocks}",
             )
         spread = _own_deviation(parts) if deviation is None else deviation
 
@@ -69,7 +69,7 @@ def _own_deviation(parts: Parts) -> float:
         raise LuthierError(
             f"the configuration of this {parts.architecture} does not say with which deviation its matrices began",
             where="reinitialized_top: deviation",
-            mend="give the deviation, mostly 0.02",
+            fix="give the deviation, mostly 0.02",
         )
     return parts.initial_deviation
 

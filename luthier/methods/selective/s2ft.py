@@ -25,7 +25,7 @@ from luthier.registry import method
     "are chosen are those of plain cross-entropy without dropout, whatever the run minimizes",
     merges="is in place",
     learning_rate=2e-4,
-    claim="s2ft",
+    replication="s2ft",
 )
 def s2ft(
     *,
@@ -59,11 +59,11 @@ def s2ft(
     shares = {"value": value, "output": output, "up": up, "down": down}
     for name, share in shares.items():
         if not 0.0 <= share <= 1.0:
-            raise LuthierError(f"the share is {share}", where=f"s2ft: {name}", mend="use 0 to 1")
+            raise LuthierError(f"the share is {share}", where=f"s2ft: {name}", fix="use 0 to 1")
     if not any(shares.values()):
-        raise LuthierError("every share is 0, so nothing trains", where="s2ft", mend="give one of value, output, up and down more")
+        raise LuthierError("every share is 0, so nothing trains", where="s2ft", fix="give one of value, output, up and down more")
     if calibration_rows < 1:
-        raise LuthierError(f"there are {calibration_rows} rows", where="s2ft: calibration_rows", mend="use at least 1")
+        raise LuthierError(f"there are {calibration_rows} rows", where="s2ft: calibration_rows", fix="use at least 1")
 
     def choose(parts: Parts, services: Services) -> dict[Place, Select]:
         wanted = {name: share for name, share in shares.items() if share}
@@ -76,7 +76,7 @@ def s2ft(
         count = math.floor(share * total + 1e-9)
         if not count:
             raise LuthierError(
-                f"a share of {share} of {total} units is none", where=f"s2ft: {name}", mend=f"use 0, or at least {1 / total:.3g}"
+                f"a share of {share} of {total} units is none", where=f"s2ft: {name}", fix=f"use 0, or at least {1 / total:.3g}"
             )
         if by == "random":
             drawn = torch.randperm(total, generator=services.rng(f"s2ft {name}"))[:count].sort().values

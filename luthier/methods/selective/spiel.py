@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from luthier.errors import LuthierError
-from luthier.kinds import Keeper, Now, Place, Refresh, Select, Selective, Services, State
+from luthier.kinds import Callback, Now, Place, Refresh, Select, Selective, Services, State
 from luthier.kinds.parts import Parts
 from luthier.methods.selective import _growth as growth
 from luthier.registry import method
@@ -24,18 +24,18 @@ from luthier.registry import method
     "their own age, where the authors' code is a step young; a model in bf16 computes with the rounded sum of weight and delta",
     merges="is in place",
     learning_rate=2e-4,
-    claim="spiel",
+    replication="spiel",
 )
 def spiel(
     *,
     density: float = 0.01,
-    roles: tuple[str, ...] = ("linear",),
+    target_modules: tuple[str, ...] = ("linear",),
     criterion: Literal["gradient", "momentum"] = "gradient",
     every: int = 20,
     gather: int = 5,
     drop: float = 0.2,
     policy: Literal["linear", "cosine"] = "linear",
-) -> tuple[Selective, Keeper]:
+) -> tuple[Selective, Callback]:
     """Train scattered entries; now and then exchange those that changed least for as many that promise most.
 
     What is dropped goes back to its value before training, which weight decay pulls towards as well.
@@ -43,7 +43,7 @@ def spiel(
     Args:
         density: numbers that train, as a share of all the model's numbers, spread over the weights by their size: about as many
             as LoRA of rank 64 has, as in the paper. At most, all numbers of the weights train.
-        roles: roles or groups of roles of the weights; all linear maps of the blocks, as in the paper.
+        target_modules: module types or groups of them of the weights; all linear maps of the blocks, as in the paper.
         criterion: what tells where entries grow. `gradient` (SpIEL-AG): the gradient, summed over the steps of a gathering phase;
             new entries begin with the moments it would have given them. `momentum` (SpIEL-MA): the product of a row's and a
             column's SM3 accumulators, for which no dense gradient is formed; the paper pairs it with `step: sm3`.
@@ -57,20 +57,20 @@ def spiel(
         LuthierError: an option is out of its range.
     """
     if not 0.0 < density <= 1.0:
-        raise LuthierError(f"the density is {density}", where="spiel: density", mend="use more than 0 and at most 1, e.g. 0.01")
+        raise LuthierError(f"the density is {density}", where="spiel: density", fix="use more than 0 and at most 1, e.g. 0.01")
     if not 0 < gather < every:
         raise LuthierError(
             f"gathering over {gather} steps does not fit between exchanges every {every} steps",
             where="spiel: gather",
-            mend="use 1 or more, and fewer than `every`",
+            fix="use 1 or more, and fewer than `every`",
         )
     if not 0.0 <= drop <= 1.0:
-        raise LuthierError(f"the share to drop is {drop}", where="spiel: drop", mend="use 0 to 1")
+        raise LuthierError(f"the share to drop is {drop}", where="spiel: drop", fix="use 0 to 1")
     share_of = {"linear": _linear, "cosine": _cosine}[policy]
     grow = {"gradient": growth.grow_by_gradient, "momentum": growth.grow_by_momentum}[criterion]
 
     def choose(parts: Parts, services: Services) -> dict[Place, Select]:
-        places = parts.select(roles=roles)
+        places = parts.select(target_modules=target_modules)
         counts = _budget(density, places, services)
         return {p: Select("flat", _drawn(services, p, k), decay="start") for p, k in zip(places, counts, strict=True)}
 
@@ -93,9 +93,9 @@ def spiel(
         return changed
 
     if criterion == "momentum":
-        keeper = Keeper(growth.keep_momenta, start=growth.no_momenta, needs=frozenset({"gradients"}))
-        return Selective(choose, refresh=refresh), keeper
-    return Selective(choose, growth.gather, observing, refresh), Keeper(start=growth.count_entries)
+        callback = Callback(growth.keep_momenta, start=growth.no_momenta, needs=frozenset({"gradients"}))
+        return Selective(choose, refresh=refresh), callback
+    return Selective(choose, growth.gather, observing, refresh), Callback(start=growth.count_entries)
 
 
 def _linear(drop: float, done: int, steps: int, first: int) -> float:

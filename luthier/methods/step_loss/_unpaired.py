@@ -9,14 +9,18 @@ from luthier.errors import LuthierError
 from luthier.rows.shapes import Row
 
 
-def check_verdicts(liked: float, disliked: float, name: str) -> None:
+def check_verdicts(desirable_weight: float, undesirable_weight: float, name: str) -> None:
     """Refuse weights of liked and disliked answers that count neither, or backwards.
 
     Raises:
         LuthierError: one is below 0, or both are 0.
     """
-    if liked < 0.0 or disliked < 0.0 or not liked + disliked:
-        raise LuthierError(f"the weights are {liked} and {disliked}", where=f"{name}: liked", mend="use 0 or more, and one above 0")
+    if desirable_weight < 0.0 or undesirable_weight < 0.0 or not desirable_weight + undesirable_weight:
+        raise LuthierError(
+            f"the weights are {desirable_weight} and {undesirable_weight}",
+            where=f"{name}: desirable_weight",
+            fix="use 0 or more, and one above 0",
+        )
 
 
 def beside_other_answers(rows: Sequence[Row], column: str, name: str) -> list[Row]:
@@ -32,7 +36,7 @@ def beside_other_answers(rows: Sequence[Row], column: str, name: str) -> list[Ro
     """
     alone = by_themselves(rows, column, name)
     if len(alone) < 2:
-        raise LuthierError("there is one row, and no other answer to compare with", where=name, mend="train on two rows or more")
+        raise LuthierError("there is one row, and no other answer to compare with", where=name, fix="train on two rows or more")
     bare = [row.fields["members"][0] for row in alone]
     return [
         replace(row, fields={"members": [one, _with_answer(one, other)]})
@@ -57,7 +61,7 @@ def _answered(row: Row, column: str, name: str) -> Row:
         raise LuthierError(
             f"the row has no label `{column}`, true where its answer is liked and false where it is not",
             where=row.where,
-            mend="add it",
+            fix="add it",
         )
     if row.shape == "prompt+completion":
         return row
@@ -70,7 +74,7 @@ def _answered(row: Row, column: str, name: str) -> Row:
     raise LuthierError(
         f"`{name}` needs rows with a prompt and an answer, and this row is `{row.shape}`",
         where=row.where,
-        mend="give `prompt` and `completion`, or `messages` that end with an assistant's",
+        fix="give `prompt` and `completion`, or `messages` that end with an assistant's",
     )
 
 

@@ -19,20 +19,20 @@ from luthier.rows.groups import check_pairs
     "there are equally many of both",
     learning_rate=1e-6,
 )
-def aot_unpaired(*, beta: float = 0.1, smoothing: float = 0.0, weight: float = 1.0) -> StepLoss:
+def aot_unpaired(*, beta: float = 0.1, label_smoothing: float = 0.0, weight: float = 1.0) -> StepLoss:
     """Make the distribution of the chosen answers' gains on the reference larger than that of the rejected ones', quantile by quantile,
     over all pairs of a step.
 
     Args:
         beta: as for `dpo`.
-        smoothing: share of the pairs that are taken to be labelled the wrong way round.
+        label_smoothing: share of the pairs that are taken to be labelled the wrong way round.
         weight: multiplies the term where there are several.
 
     Raises:
         LuthierError: an option is out of range.
     """
     check_beta(beta, "aot_unpaired")
-    check_share(smoothing, "aot_unpaired", "smoothing")
+    check_share(label_smoothing, "aot_unpaired", "label_smoothing")
 
     def value(view: View, own: Tensors) -> Tensor:
         return view.gains()
@@ -40,6 +40,6 @@ def aot_unpaired(*, beta: float = 0.1, smoothing: float = 0.0, weight: float = 1
     def loss(table: RowTable) -> Tensor:
         chosen_G, rejected_G = table.sides()
         delta_G = beta * (table.value[chosen_G].sort().values - table.value[rejected_G].sort().values)
-        return smoothed_logistic(delta_G, smoothing).sum()
+        return smoothed_logistic(delta_G, label_smoothing).sum()
 
     return StepLoss(value, loss, unit="group", reference=True, weight=weight, check=check_pairs)

@@ -23,7 +23,7 @@ from luthier.rows.shapes import Row
     learning_rate=5e-7,
 )
 def apo_zero_unpaired(
-    *, beta: float = 0.1, liked: float = 1.0, disliked: float = 1.0, column: str = "label", weight: float = 1.0
+    *, beta: float = 0.1, desirable_weight: float = 1.0, undesirable_weight: float = 1.0, column: str = "label", weight: float = 1.0
 ) -> tuple[StepLoss, RowMap]:
     """Make liked answers likelier and disliked ones less likely than the reference has them: for liked answers that are better than the
     model's own.
@@ -33,8 +33,8 @@ def apo_zero_unpaired(
 
     Args:
         beta: as for `dpo`.
-        liked: weight of the liked answers.
-        disliked: weight of the others.
+        desirable_weight: weight of the liked answers.
+        undesirable_weight: weight of the others.
         column: the key of the rows that holds the label.
         weight: multiplies the term where there are several.
 
@@ -42,7 +42,7 @@ def apo_zero_unpaired(
         LuthierError: an option is out of range, or a row has no label, prompt or answer.
     """
     check_beta(beta, "apo_zero_unpaired")
-    check_verdicts(liked, disliked, "apo_zero_unpaired")
+    check_verdicts(desirable_weight, undesirable_weight, "apo_zero_unpaired")
 
     def map(rows: Sequence[Row], services: Services) -> list[Row]:
         return by_themselves(rows, column, "apo_zero_unpaired")
@@ -52,7 +52,7 @@ def apo_zero_unpaired(
 
     def loss(table: RowTable) -> Tensor:
         up_R = (beta * table.value).sigmoid()
-        return torch.where(table.columns[column] > 0, liked * (1.0 - up_R), disliked * up_R).sum()
+        return torch.where(table.columns[column] > 0, desirable_weight * (1.0 - up_R), undesirable_weight * up_R).sum()
 
     def check(batch: Batch) -> None:
         check_numbers(batch, column, "say true or false of every row", called="label")

@@ -23,7 +23,7 @@ from luthier.rows.shapes import Row
     learning_rate=5e-7,
 )
 def kto(
-    *, beta: float = 0.1, liked: float = 1.0, disliked: float = 1.0, column: str = "label", weight: float = 1.0
+    *, beta: float = 0.1, desirable_weight: float = 1.0, undesirable_weight: float = 1.0, column: str = "label", weight: float = 1.0
 ) -> tuple[StepLoss, RowMap]:
     """Raise liked answers, and lower disliked ones, against how much the model has moved from the reference in general.
 
@@ -32,9 +32,9 @@ def kto(
 
     Args:
         beta: as for `dpo`.
-        liked: weight of the liked answers. With n_liked and n_disliked rows, liked x n_liked / (disliked x n_disliked) should be
-            between 1 and 4/3, the paper finds.
-        disliked: weight of the others.
+        desirable_weight: weight of the liked answers. With n_liked and n_disliked rows, desirable_weight x n_liked / (undesirable_weight x
+            n_disliked) should be between 1 and 4/3, the paper finds.
+        undesirable_weight: weight of the others.
         column: the key of the rows that holds the label.
         weight: multiplies the term where there are several.
 
@@ -42,7 +42,7 @@ def kto(
         LuthierError: an option is out of range, or a row has no label, prompt or answer.
     """
     check_beta(beta, "kto")
-    check_verdicts(liked, disliked, "kto")
+    check_verdicts(desirable_weight, undesirable_weight, "kto")
 
     def map(rows: Sequence[Row], services: Services) -> list[Row]:
         return beside_other_answers(rows, column, "kto")
@@ -56,7 +56,7 @@ def kto(
         moved = table.value[other_G].detach().mean().clamp(min=0.0)
         is_liked_G = table.columns[column][own_G] > 0
         up_G, down_G = (beta * (gained_G - moved)).sigmoid(), (beta * (moved - gained_G)).sigmoid()
-        return torch.where(is_liked_G, liked * (1.0 - up_G), disliked * (1.0 - down_G)).sum()
+        return torch.where(is_liked_G, desirable_weight * (1.0 - up_G), undesirable_weight * (1.0 - down_G)).sum()
 
     def check(batch: Batch) -> None:
         check_numbers(batch, column, "say true or false of every row", called="label")

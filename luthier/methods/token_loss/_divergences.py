@@ -60,4 +60,4 @@ def check_beta(name: str, beta: float) -> None:
         LuthierError: it is not above 0.
     """
     if beta <= 0.0:
-        raise LuthierError(f"`beta` is {beta}", where=f"{name}: beta", mend="use more than 0")
+        raise LuthierError(f"`beta` is {beta}", where=f"{name}: beta", fix="use more than 0")

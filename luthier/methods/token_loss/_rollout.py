@@ -40,4 +40,4 @@ def check_temperature(name: str, temperature: float) -> None:
         LuthierError: it is not above 0.
     """
     if temperature <= 0.0:
-        raise LuthierError(f"`temperature` is {temperature}", where=f"{name}: temperature", mend="use more than 0, e.g. 1.3")
+        raise LuthierError(f"`temperature` is {temperature}", where=f"{name}: temperature", fix="use more than 0, e.g. 1.3")

@@ -46,9 +46,9 @@ def distill(
         LuthierError: an option is out of range.
     """
     if top_k is not None and top_k < 1:
-        raise LuthierError(f"{top_k} tokens are compared", where="distill: top_k", mend="use 1 or more, or leave it out for all")
+        raise LuthierError(f"{top_k} tokens are compared", where="distill: top_k", fix="use 1 or more, or leave it out for all")
     if not 0.0 < temperature < math.inf:
-        raise LuthierError(f"the temperature is {temperature}", where="distill: temperature", mend="use more than 0")
+        raise LuthierError(f"the temperature is {temperature}", where="distill: temperature", fix="use more than 0")
 
     def value(chunk: Chunk) -> Tensor:
         theirs_CV, mine_CV = _common(chunk.others[teacher] / temperature, chunk.logits_CV / temperature)

@@ -17,7 +17,7 @@ from luthier.registry import method
     departs="the reward is each token's, where the derivation has the row's (`f_divergence_rows`); the loss is not divided by beta, so "
     "that beta also scales the gradient; the paper's constants could not be confirmed; below a reward of -0.9 the Hellinger loss is a "
     "straight line, where its conjugate ends at -1; the base runs without dropout, so that with dropout r is not 0 at the start",
-    claim="f_divergence",
+    replication="f_divergence",
 )
 def f_divergence(*, divergence: Name = "chi2", beta: float = 1.0) -> TokenLoss:
     """Learn each token by how far the model has already moved from the base on it, so that something holds it there.

@@ -25,7 +25,7 @@ def label_smoothing(*, amount: float = 0.1) -> TokenLoss:
         LuthierError: `amount` is not in [0, 1).
     """
     if not 0.0 <= amount < 1.0:
-        raise LuthierError(f"`amount` is {amount}", where="label_smoothing: amount", mend="use 0 or more, and less than 1")
+        raise LuthierError(f"`amount` is {amount}", where="label_smoothing: amount", fix="use 0 or more, and less than 1")
 
     def loss(view: View) -> Tensor:
         return (1.0 - amount) * view["nll"] + amount * view[UNIFORM.name]

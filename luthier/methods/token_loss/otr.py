@@ -18,7 +18,7 @@ from luthier.registry import method
     row=0,
     reduces_to="many candidates: otr_expected; at temperature 1 also DFT's gradient times 1 - beta",
     departs="no code of the authors was found: `beta` and `temperature` are what is told of the paper",
-    claim="otr",
+    replication="otr",
 )
 def otr(*, beta: float = -0.1, temperature: float = 1.3, candidates: int = 256) -> TokenLoss:
     """Reward tokens that the model itself proposes: 1 for the target, `beta` for any other.
@@ -37,7 +37,7 @@ def otr(*, beta: float = -0.1, temperature: float = 1.3, candidates: int = 256) 
     """
     check_temperature("otr", temperature)
     if candidates < 1:
-        raise LuthierError(f"`candidates` is {candidates}", where="otr: candidates", mend="use 1 or more, e.g. 256")
+        raise LuthierError(f"`candidates` is {candidates}", where="otr: candidates", fix="use 1 or more, e.g. 256")
     loss, hits = columns(beta, temperature, candidates)
 
     def mean_reward(view: View) -> Tensor:

@@ -17,7 +17,7 @@ from luthier.registry import method
     row=0,
     reduces_to="temperature 1 and beta 0: DFT's gradient",
     departs="the paper draws candidates; this is their expectation, without the noise",
-    claim="otr",
+    replication="otr",
 )
 def otr_expected(*, beta: float = -0.1, temperature: float = 1.3) -> TokenLoss:
     """Reward the target with 1 and all other tokens with `beta`, each by its chance of being proposed.

@@ -63,7 +63,7 @@ def check_tasks(column: str, technique: str, known: Sequence[str] | None = None)
                 raise LuthierError(
                     f"the row `{row}` is of the task `{name}`, which is none of {', '.join(known)}",
                     where=f"{technique}: weights",
-                    mend="name every task of the rows there, with its weight",
+                    fix="name every task of the rows there, with its weight",
                 )
 
     return check
@@ -73,25 +73,25 @@ def _without_task(row: str, column: str, technique: str) -> LuthierError:
     return LuthierError(
         f"{row} has no `{column}`, which should say what task it is of",
         where=f"{technique}: column",
-        mend=f"give every row a key `{column}` with its task's name, or name the key that the rows have",
+        fix=f"give every row a key `{column}` with its task's name, or name the key that the rows have",
     )
 
 
-def shares_of(key_K: Tensor, known: Mapping[str, float], option: str, mend: str) -> Tensor:
+def shares_of(key_K: Tensor, known: Mapping[str, float], option: str, fix: str) -> Tensor:
     """The tasks' weights, divided by their sum: [K] in fp64; all 0 where the sum is.
 
     Args:
         key_K: seeds of the tasks' names.
         known: weights by name.
         option: where the names come from, for errors.
-        mend: how to add one.
+        fix: how to add one.
 
     Raises:
         LuthierError: a task has no weight.
     """
     by_key = {seed_of(name): weight for name, weight in known.items()}
     if any(key not in by_key for key in key_K.tolist()):
-        raise LuthierError(f"a row of this step is of a task that is none of {', '.join(known)}", where=option, mend=mend)
+        raise LuthierError(f"a row of this step is of a task that is none of {', '.join(known)}", where=option, fix=fix)
     weight_K = torch.tensor([by_key[key] for key in key_K.tolist()], dtype=torch.float64)
     total = weight_K.sum()
     return weight_K / total if bool(total) else weight_K

@@ -110,7 +110,7 @@ def _written_names(written: Written, probed: Row, names: Sequence[str]) -> list[
         raise LuthierError(
             "the chat template writes the names of tools otherwise than they stand in `tool_calls`",
             where=written.row.where,
-            mend="use names of letters, digits and underscores alone, or leave this token weight out",
+            fix="use names of letters, digits and underscores alone, or leave this token weight out",
         )
     return spans
 

@@ -11,7 +11,7 @@ from luthier import machine
 from luthier.columns.targets import find_targets
 from luthier.errors import LuthierError
 from luthier.kinds import Batch, TokenWeight, View
-from luthier.methods.term._coverage import check_samples, coverage_factor
+from luthier.methods.loss_term._coverage import check_samples, coverage_factor
 from luthier.registry import method
 
 
@@ -22,7 +22,7 @@ from luthier.registry import method
     reduces_to="samples 1 and a threshold above 1: cross-entropy",
     departs="the share of right samples stands in the rows, measured beforehand; the authors draw it anew while training; every target "
     "kept counts alike, where their code takes each row's mean first",
-    claim="dco",
+    replication="dco",
 )
 def answer_coverage(*, samples: int = 256, threshold: float = 0.1, column: str = "right_share") -> TokenWeight:
     """Weigh each row by how far its answer is from being covered, `F(N, p)` with p the share of samples that were right.
@@ -40,7 +40,7 @@ def answer_coverage(*, samples: int = 256, threshold: float = 0.1, column: str =
     """
     check_samples("answer_coverage", samples)
     if threshold <= 0.0:
-        raise LuthierError(f"`threshold` is {threshold}", where="answer_coverage: threshold", mend="use more than 0, e.g. 0.1")
+        raise LuthierError(f"`threshold` is {threshold}", where="answer_coverage: threshold", fix="use more than 0, e.g. 0.1")
 
     def kept(share_B: Tensor) -> Tensor:
         # As exact as the column: 0.7 in fp32 is less than 0.7.
@@ -75,6 +75,6 @@ def shares(batch: Batch, column: str) -> Tensor:
         raise LuthierError(
             f"the column `{column}` of this row " + ("is missing or no number" if math.isnan(value) else f"is {value}"),
             where=f"row {batch.row_ids[wrong[0]]}",
-            mend=f"give every row `{column}`: the share of the model's sampled answers that are right, from 0 to 1",
+            fix=f"give every row `{column}`: the share of the model's sampled answers that are right, from 0 to 1",
         )
     return share_B

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from luthier.errors import LuthierError
-from luthier.kinds import Keeper, Services, State, StepTable, TokenWeight
+from luthier.kinds import Callback, Services, State, StepTable, TokenWeight
 from luthier.methods.token_weight._tasks import Unit, check_tasks, shares_of, spread, task_names, tasks_of
 from luthier.registry import method
 
@@ -33,7 +33,7 @@ def convergence_balance(
     temperature: float = 5.0,
     by: Unit = "tokens",
     column: str = "task",
-) -> tuple[TokenWeight, Keeper]:
+) -> tuple[TokenWeight, Callback]:
     """Let tasks count more whose validation losses fall slower than the others', and less whose losses no longer fall.
 
     The mean loss of every task is measured between steps, divided by its first value, and a line is fitted to the last few values.
@@ -53,9 +53,9 @@ def convergence_balance(
     """
     for name, value, least in (("validation_rows", validation_rows, 1), ("every", every, 1), ("window", window, 2)):
         if value < least:
-            raise LuthierError(f"`{name}` is {value}", where=f"{NAME}: {name}", mend=f"use {least} or more")
+            raise LuthierError(f"`{name}` is {value}", where=f"{NAME}: {name}", fix=f"use {least} or more")
     if temperature < 0.0:
-        raise LuthierError(f"the temperature is {temperature}", where=f"{NAME}: temperature", mend="use 0 or more")
+        raise LuthierError(f"the temperature is {temperature}", where=f"{NAME}: temperature", fix="use 0 or more")
 
     def start(services: Services) -> State:
         losses = mean_losses(services, validation_rows, validation_source, column)
@@ -83,10 +83,10 @@ def convergence_balance(
         for task, weight in known.items():
             table.note(f"{NAME} {task}", weight)
         key_K, task_M = tasks_of(table, column, NAME)
-        mend = "let the validation rows show every task, or raise validation_rows"
-        return spread(table, task_M, shares_of(key_K, known, f"{NAME}: validation_source", mend), by)
+        fix = "let the validation rows show every task, or raise validation_rows"
+        return spread(table, task_M, shares_of(key_K, known, f"{NAME}: validation_source", fix), by)
 
-    return TokenWeight(look=look, check=check_tasks(column, NAME)), Keeper(after_step, start=start)
+    return TokenWeight(look=look, check=check_tasks(column, NAME)), Callback(after_step, start=start)
 
 
 def mean_losses(services: Services, rows: int, source: str, column: str) -> dict[str, float]:
@@ -106,7 +106,7 @@ def mean_losses(services: Services, rows: int, source: str, column: str) -> dict
             sums[names[row]] = sums.get(names[row], 0.0) + nll
             counts[names[row]] = counts.get(names[row], 0) + 1
     if not sums:
-        raise LuthierError("the validation rows have no targets", where=f"{NAME}: validation_source", mend="use rows with answers")
+        raise LuthierError("the validation rows have no targets", where=f"{NAME}: validation_source", fix="use rows with answers")
     return {name: sums[name] / counts[name] for name in sorted(sums)}
 
 

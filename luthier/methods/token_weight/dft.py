@@ -13,7 +13,7 @@ from luthier.registry import method
     paper="arXiv:2508.05629",
     reduces_to="power 0: plain cross-entropy",
     departs="the power is an option; the paper has 1",
-    claim="dft",
+    replication="dft",
 )
 def dft(*, power: float = 1.0) -> TokenWeight:
     """Let each target count as much as the model believes in it, which makes the gradient that of the probability itself.

@@ -31,7 +31,7 @@ def length_desensitization(*, alpha: float = 0.5) -> TokenWeight:
         LuthierError: alpha is not from 0 to 1, or rows are no pairs.
     """
     if not 0.0 <= alpha <= 1.0:
-        raise LuthierError(f"alpha is {alpha}", where="length_desensitization: alpha", mend="use 0 to 1")
+        raise LuthierError(f"alpha is {alpha}", where="length_desensitization: alpha", fix="use 0 to 1")
 
     def weigh(view: View) -> Tensor:
         shared_B = view.targets_by_row()

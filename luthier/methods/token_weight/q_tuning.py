@@ -25,7 +25,7 @@ MOST_NLL = 20.0
     departs="one threshold for both axes, found in closed form where the paper bisects; where the two corners hold too few rows, those "
     "nearest to them fill up the budget; at least one row is kept; the official code is not released, and that low smoothed "
     "perplexities are what is kept (`keep`) follows from the paper's purpose",
-    claim="q_tuning",
+    replication="q_tuning",
 )
 def q_tuning(
     *,
@@ -56,9 +56,9 @@ def q_tuning(
     """
     for name, value in (("rows", rows), ("tokens", tokens)):
         if not 0.0 < value <= 1.0:
-            raise LuthierError(f"`{name}` is {value}", where=f"q_tuning: {name}", mend="use more than 0 and at most 1")
+            raise LuthierError(f"`{name}` is {value}", where=f"q_tuning: {name}", fix="use more than 0 and at most 1")
     if not 0.0 <= neighbors <= 1.0:
-        raise LuthierError(f"`neighbors` is {neighbors}", where="q_tuning: neighbors", mend="use 0 to 1")
+        raise LuthierError(f"`neighbors` is {neighbors}", where="q_tuning: neighbors", fix="use 0 to 1")
 
     def look(table: StepTable) -> Tensor:
         targets_R = table.targets_by_row()

@@ -21,7 +21,7 @@ def random_step_rows(*, share: float = 0.5) -> TokenWeight:
         LuthierError: the share is not above 0 and at most 1.
     """
     if not 0.0 < share <= 1.0:
-        raise LuthierError(f"`share` is {share}", where="random_step_rows: share", mend="use more than 0 and at most 1")
+        raise LuthierError(f"`share` is {share}", where="random_step_rows: share", fix="use more than 0 and at most 1")
 
     def look(table: StepTable) -> Tensor:
         assert table.services is not None

@@ -25,7 +25,7 @@ def random_tokens(*, share: float = 0.6) -> TokenWeight:
         LuthierError: the share is not above 0 and at most 1.
     """
     if not 0.0 < share <= 1.0:
-        raise LuthierError(f"`share` is {share}", where="random_tokens: share", mend="use more than 0 and at most 1")
+        raise LuthierError(f"`share` is {share}", where="random_tokens: share", fix="use more than 0 and at most 1")
 
     def weigh(view: View) -> Tensor:
         return top_in_rows(view[DRAW.name], view.row_N, kept(view.targets_by_row(), share)).to(view["nll"])

@@ -8,7 +8,7 @@ from torch import Tensor
 from luthier import machine
 from luthier.columns.losses import nll
 from luthier.errors import LuthierError
-from luthier.kinds import Batch, Chunk, Column, Keeper, OtherPass, Services, State, TokenWeight, View
+from luthier.kinds import Batch, Callback, Chunk, Column, OtherPass, Services, State, TokenWeight, View
 from luthier.methods.token_weight._ranks import span_in_rows, top_in_rows
 from luthier.registry import method
 
@@ -32,11 +32,11 @@ def _history_nll(chunk: Chunk) -> Tensor:
     "code counts masked labels; attention alone decides in a share of the steps, which is the rule that code means, not in the rows before "
     "some index; the loss is that of the training pass, with its dropout, and the history's is computed beside it, not stored before; "
     "excess losses that differ by less than 0.05 nats in a row do not count; of equal scores the first in the row is kept",
-    claim="sstoken",
+    replication="sstoken",
 )
 def sstoken(
     *, share: float = 0.6, gamma: float = 0.5, attention_only: float = 0.2, every: int | None = None, average: float = 0.0
-) -> TokenWeight | tuple[TokenWeight, Keeper]:
+) -> TokenWeight | tuple[TokenWeight, Callback]:
     """Keep in each row the targets with the best score: how much better the model is than its own history, and how far it looks back.
 
     The score is gamma times the retrospective excess loss, the history's loss minus the model's, scaled to 0 to 1 within the row, plus
@@ -57,14 +57,14 @@ def sstoken(
     for name, value in (("share", share), ("gamma", gamma), ("attention_only", attention_only), ("average", average)):
         low, high = name == "share" and value == 0.0, name == "average" and value == 1.0
         if not 0.0 <= value <= 1.0 or low or high:
-            raise LuthierError(f"`{name}` is {value}", where=f"sstoken: {name}", mend=f"use {'above ' * (name == 'share')}0 to 1")
+            raise LuthierError(f"`{name}` is {value}", where=f"sstoken: {name}", fix=f"use {'above ' * (name == 'share')}0 to 1")
     if every is not None and every < 1:
-        raise LuthierError(f"`every` is {every}", where="sstoken: every", mend="use a number of steps, or leave it out")
+        raise LuthierError(f"`every` is {every}", where="sstoken: every", fix="use a number of steps, or leave it out")
     if every is None and average:
         raise LuthierError(
             "the history stays the model before training, so there is nothing to average",
             where="sstoken: average",
-            mend="say with `every` after how many steps it follows",
+            fix="say with `every` after how many steps it follows",
         )
     history = "reference_nll" if every is None else HISTORY_NLL
     looks = gamma < 1.0 or attention_only > 0.0
@@ -105,7 +105,7 @@ def sstoken(
             services.remember(HISTORY.at, 1.0 - average)
             state["remembered"] = times
 
-    return weight, Keeper(after_step, start=start)
+    return weight, Callback(after_step, start=start)
 
 
 def kept(count_B: Tensor, share: float) -> Tensor:

@@ -36,7 +36,7 @@ def task_balance(*, by: Unit = "tokens", column: str = "task", weights: dict[str
     """
     if weights is not None and (any(weight < 0.0 for weight in weights.values()) or not any(weights.values())):
         raise LuthierError(
-            f"the weights are {weights}", where="task_balance: weights", mend="use numbers from 0 up, at least one of them above 0"
+            f"the weights are {weights}", where="task_balance: weights", fix="use numbers from 0 up, at least one of them above 0"
         )
 
     def look(table: StepTable) -> Tensor:

@@ -28,7 +28,7 @@ def task_focal(*, gamma: float = 2.0, by: Unit = "rows", column: str = "task") -
     than the cross-entropy. Probabilities come from a pass of their own, without gradients.
 
     Args:
-        gamma: how strongly easy tasks are held back; 2 as in the focal loss (Lin et al., 2017), 0 not at all.
+        gamma: how strongly easy tasks are held out; 2 as in the focal loss (Lin et al., 2017), 0 not at all.
         by: what P and L are means over: `rows`, the task's rows, and in each its targets, or `tokens`, all the task's targets.
         column: the rows' free column that names their tasks, in texts or numbers.
 
@@ -36,7 +36,7 @@ def task_focal(*, gamma: float = 2.0, by: Unit = "rows", column: str = "task") -
         LuthierError: gamma is negative; a row has no task.
     """
     if gamma < 0.0:
-        raise LuthierError(f"gamma is {gamma}", where="task_focal: gamma", mend="use 0 or more")
+        raise LuthierError(f"gamma is {gamma}", where="task_focal: gamma", fix="use 0 or more")
 
     def look(table: StepTable) -> Tensor:
         key_K, task_M = tasks_of(table, column, "task_focal")

@@ -37,7 +37,7 @@ def tl_weights(*, max_weight: float = 9.0) -> TokenWeight:
         LuthierError: `max_weight` is less than 1.
     """
     if not max_weight >= 1.0 or not isfinite(max_weight):
-        raise LuthierError(f"`max_weight` is {max_weight}", where="tl_weights: max_weight", mend="use 1 or more")
+        raise LuthierError(f"`max_weight` is {max_weight}", where="tl_weights: max_weight", fix="use 1 or more")
 
     def weigh(view: View) -> Tensor:
         mark_N, one_N = view.token_column(TOOL_CALLS.name), torch.ones_like(view["nll"])

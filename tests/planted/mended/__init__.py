@@ -1,4 +1,4 @@
-"""Faults that were here once and were mended, each with the test that holds the right value: with the mend taken back it must fail, by an
+"""Faults that were here once and were mended, each with the test that holds the right value: with the fix taken back it must fail, by an
 assertion on a wrong value or because nothing was refused, never because a name is missing. Where the fault was itself a crash or a wrong
 refusal, it says with which words, and a test that fails with these fails by it."""
 

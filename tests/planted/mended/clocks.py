@@ -23,24 +23,24 @@ FAULTS = (
         """    # First, so that the result is what techniques make of it when a stage ends.
     if plans.best is not None:
         engine.go_back_to_best()
-    for kept in engine.keepers:
-        if kept.keeper.after_stage is not None:
-            kept.keeper.after_stage(kept.state, engine.services(kept.slot, clock.at(clock.steps - 1, epoch=0.0)))
+    for kept in engine.callbacks:
+        if kept.callback.after_stage is not None:
+            kept.callback.after_stage(kept.state, engine.services(kept.slot, clock.at(clock.steps - 1, epoch=0.0)))
 """,
-        """    for kept in engine.keepers:
-        if kept.keeper.after_stage is not None:
-            kept.keeper.after_stage(kept.state, engine.services(kept.slot, clock.at(clock.steps - 1, epoch=0.0)))
+        """    for kept in engine.callbacks:
+        if kept.callback.after_stage is not None:
+            kept.callback.after_stage(kept.state, engine.services(kept.slot, clock.at(clock.steps - 1, epoch=0.0)))
     if plans.best is not None:
         engine.go_back_to_best()
 """,
-        (f"{LOOP}::test_patience_ends_a_run_with_its_best_numbers[keeper-average]",),
+        (f"{LOOP}::test_patience_ends_a_run_with_its_best_numbers[callback-average]",),
     ),
     Fault(
-        "keepers act at the end of a stage on what they knew last, not on what they knew at the best state",
+        "callbacks act at the end of a stage on what they knew last, not on what they knew at the best state",
         "training/engine.py",
         "        for slot, state in self.best_states.items():",
         "        for slot, state in list(self.best_states.items())[:0]:",
-        (f"{LOOP}::test_patience_ends_a_run_with_its_best_numbers[keeper-average]",),
+        (f"{LOOP}::test_patience_ends_a_run_with_its_best_numbers[callback-average]",),
     ),
     Fault(
         "the best state is one of an earlier phase",
@@ -132,20 +132,20 @@ FAULTS = (
         "methods/token_weight/sstoken.py",
         '        if times != state["remembered"]:',
         "        if services.now.after().step % every == 0:",
-        (f"{TURNS}::test_keepers_make_up_for_a_step_without_targets[sstoken]",),
+        (f"{TURNS}::test_callbacks_make_up_for_a_step_without_targets[sstoken]",),
     ),
     Fault(
         "convergence_balance does not look behind a step that had no targets",
         "methods/token_weight/convergence_balance.py",
         '        if times == state["looked"]:',
         "        if services.now.after().step % every:",
-        (f"{TURNS}::test_keepers_make_up_for_a_step_without_targets[convergence_balance]",),
+        (f"{TURNS}::test_callbacks_make_up_for_a_step_without_targets[convergence_balance]",),
     ),
     Fault(
         "adalora does not prune behind a step that had no targets",
-        "methods/additive/adalora.py",
+        "methods/weight_delta/adalora.py",
         '        due = step // every != state.get("pruned", 0)',
         "        due = step % every == 0",
-        (f"{TURNS}::test_keepers_make_up_for_a_step_without_targets[adalora]",),
+        (f"{TURNS}::test_callbacks_make_up_for_a_step_without_targets[adalora]",),
     ),
 )

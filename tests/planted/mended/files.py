@@ -82,8 +82,8 @@ FAULTS = (
     Fault(
         "quotes that do not fit are told without their line",
         "rows/separated.py",
-        '    return LuthierError(f"the file cannot be read: {what}", where=f"{path}:{ends}", mend=mend)',
-        '    return LuthierError(f"the file cannot be read: {what}", where=str(path), mend=mend)',
+        '    return LuthierError(f"the file cannot be read: {what}", where=f"{path}:{ends}", fix=fix)',
+        '    return LuthierError(f"the file cannot be read: {what}", where=str(path), fix=fix)',
         (f"{FILES}::test_errors_in_tables_name_the_line",),
     ),
     Fault(

@@ -240,7 +240,7 @@ FAULTS = (
     Fault(
         "no recipe can choose one of several templates",
         "planning/load.py",
-        "    choose(tokenizer, recipe.rows.template, recipe",
+        "    choose(tokenizer, recipe.rows.chat_template, recipe",
         "    choose(tokenizer, None, recipe",
         (f"{TEMPLATE}::test_one_of_several_templates",),
         raises="none is the default",
@@ -248,7 +248,7 @@ FAULTS = (
     Fault(
         "rows cannot be looked at with one of several templates",
         "runs/rows.py",
-        '    choose(tokenizer, template, options.get("template_options") or {})\n',
+        '    choose(tokenizer, template, options.get("chat_template_options") or {})\n',
         "    choose(tokenizer, None)\n",
         (f"{TEMPLATE}::test_a_look_at_rows_takes_a_template",),
         raises="none is the default",
@@ -331,8 +331,8 @@ FAULTS = (
     Fault(
         "a look at rows calls none of them too long for the model",
         "rows/look.py",
-        "    longest = min((one for one in (max_tokens, reads.context) if one is not None), default=None)",
-        "    longest = max_tokens",
+        "    longest = min((one for one in (max_length, reads.context) if one is not None), default=None)",
+        "    longest = max_length",
         (f"{LIMITS}::test_a_look_counts_rows_that_a_run_cannot_use",),
     ),
     # What techniques read of rows, and how much of them a run takes.

@@ -129,7 +129,7 @@ FAULTS = (
     Fault(
         "a killed run is running for ever",
         "results/folder.py",
-        '    status = BROKEN_OFF if holder(folder) is None else "running"',
+        '    status = CRASHED if holder(folder) is None else "running"',
         '    status = "running"',
         (f"{RESUME}::test_a_killed_run_keeps_its_steps_and_what_was_measured",),
     ),

@@ -70,14 +70,14 @@ FAULTS = (
     ),
     Fault(
         "scales near 1 are rounded to 1 in training and merged as they are",
-        "methods/additive/said.py",
+        "methods/weight_delta/said.py",
         '    wide = frozenset({"vector", "scale"})',
         "    wide = frozenset[str]()",
         ("unit/test_said.py::test_a_model_in_bf16_trains_with_the_scales_that_are_merged",),
     ),
     Fault(
         "locations and coefficients are rounded in training and merged as they are",
-        "methods/additive/loca.py",
+        "methods/weight_delta/loca.py",
         '        wide=frozenset({"coefficients", "rows", "columns"}),',
         "        wide=frozenset(),",
         ("unit/test_loca.py::test_a_model_in_bf16_trains_with_what_is_merged",),
@@ -91,7 +91,7 @@ FAULTS = (
     ),
     Fault(
         "gradients of locations are bounded in each pass and not in the step",
-        "methods/additive/_cosine.py",
+        "methods/weight_delta/_cosine.py",
         "        return (size - 1) * 0.5 * coefficient_K * difference_K * moves_K",
         "        return (size - 1) * (0.5 * coefficient_K * difference_K).clamp(-1.0, 1.0) * moves_K",
         ("unit/test_loca.py::test_the_gradients_of_a_step_are_bounded_and_not_those_of_its_passes",),
@@ -149,7 +149,7 @@ FAULTS = (
     ),
     Fault(
         "shifts are learned only where the model has biases, as few models do",
-        "methods/hidden_edit/ssf.py",
+        "methods/representation_edit/ssf.py",
         'shift: ShiftWhere = "everywhere"',
         'shift: ShiftWhere = "foldable"',
         ("unit/test_ssf.py::test_every_channel_that_is_scaled_is_shifted[llama]",),
@@ -177,7 +177,7 @@ FAULTS = (
     ),
     Fault(
         "decay acts on vectors that stand side by side in a matrix",
-        "methods/hidden_edit/lofit.py",
+        "methods/representation_edit/lofit.py",
         '        undecayed=frozenset({"scale", "offset"}),\n',
         "",
         ("unit/test_lofit.py::test_neither_scales_nor_offsets_decay",),
@@ -199,7 +199,7 @@ FAULTS = (
     ),
     Fault(
         "a technique computes in fp64 on a device that has none",
-        "methods/term/_coverage.py",
+        "methods/loss_term/_coverage.py",
         "    return machine.computed_wide(factor, surprisal)",
         "    return factor(surprisal.type(torch.float64))",
         (f"{FP64}::test_no_technique_asks_a_device_for_fp64_that_has_none[term-dco]",),

@@ -11,11 +11,11 @@ from luthier.registry import method
 
 
 @method(title="Kept entries", merges="is in place")
-def keep_entries(*, roles: tuple[str, ...] = ("mlp_up",), share: float = 0.1, every: int = 2) -> Selective:
+def keep_entries(*, target_modules: tuple[str, ...] = ("mlp_up",), share: float = 0.1, every: int = 2) -> Selective:
     """Train entries that are drawn anew now and then.
 
     Args:
-        roles: roles or groups of roles.
+        target_modules: module types or groups of them.
         share: how much of each weight trains at a time.
         every: steps from one draw to the next.
     """
@@ -26,7 +26,7 @@ def keep_entries(*, roles: tuple[str, ...] = ("mlp_up",), share: float = 0.1, ev
         return drawn[: max(2, int(share * numbers))].sort().values
 
     def choose(parts: Parts, services: Services) -> dict[Place, Select]:
-        return {place: Select("flat", draw(services, place)) for place in parts.select(roles=roles)}
+        return {place: Select("flat", draw(services, place)) for place in parts.select(target_modules=target_modules)}
 
     def refresh(state: State, services: Services) -> dict[Place, Refresh]:
         changed = {}

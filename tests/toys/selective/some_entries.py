@@ -12,11 +12,13 @@ from luthier.registry import method
 
 
 @method(title="Some entries", merges="is in place")
-def some_entries(*, roles: tuple[str, ...] = ("mlp_down",), share: float = 0.05, every: int = 2, churn: float = 0.25) -> Selective:
+def some_entries(
+    *, target_modules: tuple[str, ...] = ("mlp_down",), share: float = 0.05, every: int = 2, churn: float = 0.25
+) -> Selective:
     """Train scattered entries and exchange some of them now and then.
 
     Args:
-        roles: roles or groups of roles.
+        target_modules: module types or groups of them.
         share: how much of each weight trains.
         every: steps from one exchange to the next.
         churn: how much of what trains is exchanged.
@@ -24,7 +26,7 @@ def some_entries(*, roles: tuple[str, ...] = ("mlp_down",), share: float = 0.05,
 
     def choose(parts: Parts, services: Services) -> dict[Place, Select]:
         chosen = {}
-        for place in parts.select(roles=roles):
+        for place in parts.select(target_modules=target_modules):
             numbers = services.weight(place).numel()
             drawn = torch.randperm(numbers, generator=services.rng(f"entries {place}"))
             chosen[place] = Select("flat", drawn[: max(2, int(share * numbers))].sort().values)
