@@ -13,6 +13,7 @@ from luthier.errors import LuthierError
 
 if TYPE_CHECKING:
     from luthier.delta import Delta
+    from luthier.evaluate.own import metric
     from luthier.recipe import Recipe, read_recipe
     from luthier.registry import method, part
     from luthier.results.folder import Run, read_run
@@ -26,6 +27,7 @@ _HOMES = {
     "train": "luthier.runs.train",
     "part": "luthier.registry",
     "method": "luthier.registry",
+    "metric": "luthier.evaluate.own",
     "Recipe": "luthier.recipe",
     "read_recipe": "luthier.recipe",
     "Run": "luthier.results.folder",
@@ -43,6 +45,7 @@ __all__ = [
     "Run",
     "__version__",
     "method",
+    "metric",
     "open_model",
     "open_run",
     "part",

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from itertools import accumulate
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,6 +26,7 @@ from luthier.training.engine import Engine
 from luthier.tune import Tune
 from tests.costs import Costs
 from tests.processor import describe
+from tests.stub_endpoint import KEY, Stub, serving
 from tests.unit.browser import Browser, find_browser, running
 
 torch.set_num_threads(int(os.environ.get("LUTHIER_TEST_THREADS", "1")))
@@ -184,6 +186,34 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> None:
 def now() -> Now:
     """A clock at the first of 20 steps, with a learning rate of 0.1."""
     return Now(step=0, steps=20, learning_rate=0.1, factor=1.0)
+
+
+@pytest.fixture
+def stub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Stub]:
+    """An endpoint on this machine; what luthier keeps of it goes into the test's own folder, and the user's key is that of tests."""
+    monkeypatch.setenv("LUTHIER_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    with serving(Stub()) as found:
+        yield found
+
+
+@pytest.fixture
+def answering(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Models that evaluation sets are measured on say what they are told: `answering([...], [...])`, a list for each measurement in turn,
+    the last one ever after."""
+    turns: list[list[str]] = []
+
+    def generate(tune: Any, tokenizer: Any, prompts: Sequence[Any], **options: Any) -> list[str]:
+        found = turns.pop(0) if len(turns) > 1 else turns[0]
+        assert len(found) == len(prompts)
+        return found
+
+    def told(*lists: list[str]) -> None:
+        turns[:] = lists
+
+    monkeypatch.setattr("luthier.evaluate.sets.generate", generate)
+    return told
 
 
 @pytest.fixture(scope="module")

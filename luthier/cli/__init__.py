@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import typer
 
-from luthier.cli.knowledge import papers, replicate, techniques
+from luthier.cli.knowledge import metrics, papers, replicate, techniques
 from luthier.cli.results import chat, compare, evaluate, export, probe, runs
 from luthier.cli.rows import (
     rows_answers,
@@ -48,6 +48,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "export": export,
     "replicate": replicate,
     "techniques": techniques,
+    "metrics": metrics,
     "papers": papers,
 }
 ROWS_COMMANDS: dict[str, Callable[..., None]] = {

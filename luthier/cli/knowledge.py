@@ -32,6 +32,22 @@ def techniques(
         speak.show(rows, lambda: table(rows))
 
 
+def metrics(
+    name: Annotated[str | None, typer.Argument(help="Show one metric whole, with its options and an example.")] = None,
+    as_json: Json = False,
+) -> None:
+    """List what evaluation sets can be measured by, or show one metric."""
+    with face(as_json) as speak:
+        from luthier.evaluate.catalogue import as_rows, one_metric, table
+
+        if name is not None:
+            facts, shown = one_metric(name)
+            speak.show(facts, lambda: shown)
+            return
+        rows = as_rows()
+        speak.show(rows, lambda: table(rows))
+
+
 def papers(
     area: Annotated[str | None, typer.Option(help="Only areas that contain this word.")] = None,
     done: Annotated[bool, typer.Option("--done", help="Only papers that have a technique.")] = False,

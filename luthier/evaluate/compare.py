@@ -27,9 +27,9 @@ from luthier.evaluate.intervals import (
     resampled,
     sign_flip,
 )
-from luthier.evaluate.items import Item
-from luthier.evaluate.metrics import METRICS
-from luthier.evaluate.sets import EvalSet, SetResult, by_class, is_binary, measure, numbers_of, statistic_of
+from luthier.evaluate.items import Item, by_class, is_binary, numbers_of
+from luthier.evaluate.sets import EvalSet, SetResult, measure, statistic_of
+from luthier.evaluate.told import entry_of, note_of, on_common
 from luthier.tune import Tune
 
 NOT_MEASURED = "not measured"
@@ -54,7 +54,7 @@ def compare(before: SetResult, after: SetResult | None, *, noise: float | None =
     Returns:
         `metric`, `role`, `n`, `higher_is_better`; `before`, `after` and `difference` with their intervals; `p_value`;
         `verdict`, which is `better`, `worse`, `no change` or `not measured`, and `note` where the reason needs words;
-        `retained`, the share of items right before that still are; `items`.
+        `retained`, the share of items right before that still are; `items`; and what `luthier.evaluate.told` adds.
 
     Raises:
         LuthierError: the two were not measured on the same items, in the same way.
@@ -63,16 +63,22 @@ def compare(before: SetResult, after: SetResult | None, *, noise: float | None =
         "metric": before.metric,
         "role": before.role,
         "higher_is_better": before.higher_is_better,
-        "is_mean": METRICS[before.metric].of_set is None,
+        "is_mean": before.known.of_set is None,
         "n": before.n,
         "before": before.value,
         "before_interval": before.interval,
     }
     if after is None:
         return {**entry, **_NOTHING, "note": "the tuned model was not measured"}
+    both = on_common(before, after)
+    if both is None:
+        return {**entry, **_NOTHING, **entry_of(before, after), "note": "no item has a score both before and after"}
+    before, after = both
+    entry |= {"n": before.n, "before": before.value, "before_interval": before.interval, **entry_of(before, after)}
     _check_pairs(before, after)
     difference = difference_of(before, after)
     verdict, note = verdict_of(difference, before, noise)
+    note = "; ".join(filter(None, (note, note_of(before, after))))
     return {
         **entry,
         **_classes(before, after),
@@ -113,9 +119,15 @@ def _classes(before: SetResult, after: SetResult) -> dict[str, Any]:
         }
     }
     if all(len(item.counts) < 3 and sum(named for _, named, _ in item.counts.values()) == 1 for item in after.items):
-        pairs = Counter((str(item.expected), item.answer) for item in after.items)
+        pairs = Counter((_only(item, 0), _only(item, 1)) for item in after.items)
         found["confusion"] = {right: {said: pairs[right, said] for said in names} for right in names}
     return found
+
+
+def _only(item: Item, place: int) -> str:
+    """The class that is there (0), or is named (1); of several one that none is called, since they stand in no table of two sides."""
+    found = [name for name, some in item.counts.items() if some[place]]
+    return found[0] if len(found) == 1 else ""
 
 
 def _rates(counts: tuple[int, int, int] | None) -> dict[str, float | None]:
@@ -131,7 +143,7 @@ def _rates(counts: tuple[int, int, int] | None) -> dict[str, float | None]:
 def difference_of(before: SetResult, after: SetResult) -> Difference:
     """The paired difference: McNemar's test where items are right or wrong, a sign-flip test where they are graded."""
     value = after.value - before.value
-    of_set = METRICS[before.metric].of_set
+    of_set = before.known.of_set
     if of_set is not None:
         return _of_sets(of_set, before, after)
     pairs = list(zip(before.items, after.items, strict=True))
@@ -232,8 +244,8 @@ def _check_pairs(before: SetResult, after: SetResult) -> None:
 
 
 def _can_be_right(one: SetResult) -> bool:
-    metric = METRICS[one.metric]
-    return metric.higher_is_better and metric.compares
+    # A metric of your own may be right or wrong as well, and need no accepted answer for it.
+    return one.known.higher_is_better and (one.known.compares or ("higher_is_better" in one.told and is_binary(one.items)))
 
 
 def _still_right(before: Sequence[Item], after: Sequence[Item]) -> list[bool]:
@@ -253,4 +265,5 @@ def _pair(old: Item, new: Item) -> dict[str, Any]:
         "after": new.answer,
         "before_score": old.score,
         "after_score": new.score,
+        **({"before_note": old.note, "after_note": new.note} if old.note or new.note else {}),
     }

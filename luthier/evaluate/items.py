@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy
+
+from luthier.evaluate.intervals import Numbers
 from luthier.rows.beside import asked
 from luthier.rows.shapes import Row
 
@@ -29,6 +32,28 @@ class Item(NamedTuple):
     """What the set's value is made of, where that is no mean of scores."""
     counts: Mapping[str, tuple[int, int, int]] = {}
     """Of classes, labels or entities by name: how often it is there, is named, and both."""
+    note: str = ""
+    """What was said of the answer, such as a judge's reasons."""
+
+
+def numbers_of(items: Sequence[Item]) -> Numbers:
+    """What a set's value is made of, [N, M]."""
+    return numpy.array([item.numbers for item in items], numpy.float64)
+
+
+def by_class(items: Sequence[Item]) -> dict[str, tuple[int, int, int]]:
+    """Of each class, label or entity: how often it is there, is named, and both, over all items; the most frequent first."""
+    total: dict[str, tuple[int, int, int]] = {}
+    for item in items:
+        for name, (there, named, both) in item.counts.items():
+            old = total.get(name, (0, 0, 0))
+            total[name] = (old[0] + there, old[1] + named, old[2] + both)
+    return dict(sorted(total.items(), key=lambda one: (-one[1][0], one[0])))
+
+
+def is_binary(items: Sequence[Item]) -> bool:
+    """Whether every item is right or wrong, with nothing between."""
+    return all(item.score in (0.0, 1.0) for item in items)
 
 
 def accepted_answers(row: Row) -> list[str]:

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Literal, NamedTuple
 
+from luthier.evaluate import json_metrics
 from luthier.evaluate.intervals import Numbers
+from luthier.evaluate.judge import judge
+from luthier.evaluate.scoring import Scoring
 from luthier.evaluate.statistics import BINS, auroc, average_precision, calibration_error, entity_f1, macro_f1, micro_f1
 from luthier.rows.answers import (
     RUN,
@@ -22,6 +25,8 @@ from luthier.rows.answers import (
     tool_call,
     type_token_ratio,
 )
+from luthier.rows.json_answers import can_match, json_key_accuracy, json_match
+from luthier.rows.rouge import rouge_1, rouge_2, rouge_l
 
 
 class Metric(NamedTuple):
@@ -40,6 +45,8 @@ class Metric(NamedTuple):
     """Whether an answer can be an accepted one: one that cannot would count every answer as wrong."""
     of_set: Callable[[Numbers], float] | None = None
     """From the items' numbers [N, M] to the value, where that is no mean of their scores."""
+    make: Callable[..., Scoring] | None = None
+    """From options to how answers are scored, where a metric has options."""
 
 
 METRICS: Mapping[str, Metric] = {
@@ -61,6 +68,26 @@ METRICS: Mapping[str, Metric] = {
         tool_call,
         readable=lambda one: call_of(one) is not None,
     ),
+    "json_match": Metric(
+        "generation",
+        True,
+        "share of answers that are JSON and equal an accepted one",
+        json_match,
+        readable=can_match,
+        make=json_metrics.json_match,
+    ),
+    "json_key_accuracy": Metric(
+        "generation",
+        True,
+        "mean share of keys under which an answer, as JSON, holds what is right",
+        json_key_accuracy,
+        readable=can_match,
+        make=json_metrics.json_key_accuracy,
+    ),
+    "rouge_1": Metric("generation", True, "mean ROUGE-1, F1 of words shared with an accepted answer", rouge_1),
+    "rouge_2": Metric("generation", True, "mean ROUGE-2, F1 of pairs of words shared with an accepted answer", rouge_2),
+    "rouge_l": Metric("generation", True, "mean ROUGE-L, F1 of the longest common sequence of words", rouge_l),
+    "judge": Metric("generation", True, "mean score that another language model gives by a rubric", compares=False, make=judge),
     "type_token_ratio": Metric(
         "generation", True, f"mean share of distinct words among an answer's first {WINDOW}", type_token_ratio, compares=False
     ),
@@ -107,3 +134,16 @@ METRICS: Mapping[str, Metric] = {
 }
 """Metrics by name. `choice` and `choice_normalized` are `acc` and `acc_norm` of the LM Evaluation Harness: the
 log-likelihoods of a choice's tokens are summed, and in `choice_normalized` divided by its UTF-8 bytes."""
+
+NEEDED_SHAPES: Mapping[str, str] = {
+    "generation": "a `prompt` and an `answer`",
+    "choice": "a `prompt`, `choices` and an `answer`",
+    "pair": "a `prompt`, a `chosen` and a `rejected` answer",
+    "score": "a `prompt`, a `chosen` and a `rejected` answer",
+    "class": "a `text` and a `label`",
+    "tags": "`tokens` and `tags`, or a `text` and `spans`",
+    "value": "a `text` and a `label`, a number",
+    "vector": "a `query` and a `positive` text",
+    "likelihood": "a `text`, `messages`, or a `prompt` and a `completion`",
+}
+"""By what a metric needs, the rows that it is measured on."""

@@ -6,19 +6,23 @@ import hashlib
 import json
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from typing import Any, Literal, cast, get_args
 
 import numpy
 from transformers import PreTrainedTokenizerBase
 
-from luthier.errors import LuthierError, Say, nearest
+from luthier.errors import LuthierError, Say
 from luthier.evaluate import by_head
+from luthier.evaluate.answered import answered
+from luthier.evaluate.choose import Chosen, choose, metric_of
 from luthier.evaluate.intervals import FEWEST, Interval, Numbers, bootstrap, resampled, wilson
-from luthier.evaluate.items import Item, accepted_answers, prompt_text
+from luthier.evaluate.items import Item, accepted_answers, is_binary, numbers_of, prompt_text
 from luthier.evaluate.likelihood import encode_choices, likelihoods, most_likely
-from luthier.evaluate.metrics import METRICS, Metric
+from luthier.evaluate.metrics import METRICS, NEEDED_SHAPES, Metric
 from luthier.evaluate.readings import check_read, places_of, readings, readings_by_row, row_head_of
+from luthier.evaluate.scoring import ScoringError
 from luthier.generation.generate import BATCH_TOKENS, generate
 from luthier.models.head import head_of
 from luthier.rows.chat import form_of
@@ -30,17 +34,6 @@ from luthier.tune import Tune
 
 Role = Literal["target", "retention"]
 
-NEEDED_SHAPES = {
-    "generation": "a `prompt` and an `answer`",
-    "choice": "a `prompt`, `choices` and an `answer`",
-    "pair": "a `prompt`, a `chosen` and a `rejected` answer",
-    "score": "a `prompt`, a `chosen` and a `rejected` answer",
-    "class": "a `text` and a `label`",
-    "tags": "`tokens` and `tags`, or a `text` and `spans`",
-    "value": "a `text` and a `label`, a number",
-    "vector": "a `query` and a `positive` text",
-    "likelihood": "a `text`, `messages`, or a `prompt` and a `completion`",
-}
 OF_TEXTS = ("class", "value", "vector", "tags")
 """What a head says of texts, for which no token is predicted."""
 _NEEDED_WITHOUT_ANSWER = "a `prompt`, or a `text` to go on from"
@@ -53,7 +46,7 @@ class EvalSet:
     Args:
         name: what reports call it.
         rows: read rows, all of a shape the metric can score.
-        metric: one of `METRICS`; None: what `default_metric` chooses.
+        metric: one of `METRICS`, `{name: options}` or a function of your own; None: what `default_metric` chooses.
         role: `target`: what training should teach; `retention`: what it should leave alone.
         max_new_tokens: the longest answer that is generated.
         limit: use only this many rows, from the start.
@@ -65,7 +58,7 @@ class EvalSet:
 
     name: str
     rows: Sequence[Row]
-    metric: str | None = None
+    metric: str | Mapping[str, Any] | Callable[..., Any] | None = None
     role: Role = "target"
     max_new_tokens: int = 48
     limit: int | None = None
@@ -75,13 +68,11 @@ class EvalSet:
         place = f"evaluation set `{self.name}`"
         if not self.used:
             raise LuthierError("the set has no rows", where=place, fix="add rows, or remove the set")
-        if self.metric is not None and self.metric not in METRICS:
-            raise LuthierError(f"there is no metric `{self.metric}`", where=place, fix=nearest(self.metric, METRICS))
         if self.role not in get_args(Role):
             raise LuthierError(f"the role is `{self.role}`", where=place, fix="write target or retention")
         for row in self.used:
-            _check_shape(row, self.chosen_metric, place)
-        if self.combination is not None and METRICS[self.chosen_metric].needs != "score":
+            _check_shape(row, self.chosen, place)
+        if self.combination is not None and self.known.needs != "score":
             raise LuthierError(
                 f"`{self.combination.how}` combines scores of a reward model's members, and `{self.chosen_metric}` measures none",
                 where=place,
@@ -93,10 +84,20 @@ class EvalSet:
         """The rows within the limit."""
         return self.rows if self.limit is None else self.rows[: self.limit]
 
+    @cached_property
+    def chosen(self) -> Chosen:
+        """The metric, ready to score; one that asks a judge counts what it asked of it."""
+        return choose(default_metric(self.used) if self.metric is None else self.metric, f"evaluation set `{self.name}`")
+
     @property
     def chosen_metric(self) -> str:
         """The metric, by name."""
-        return default_metric(self.used) if self.metric is None else self.metric
+        return self.chosen.name
+
+    @property
+    def known(self) -> Metric:
+        """What is known of the metric."""
+        return self.chosen.metric
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,9 @@ class SetResult:
         interval: 95 % interval of the value; None where there are too few items to tell.
         n: items.
         asked: SHA-256 of the token ids and decoding settings the model was given: equal for equal questions.
-        items: every row, in the set's order.
+        items: every row that has a score, in the set's order.
+        told: what reports tell of the metric beside its name: its `options`, for one of your own whether `higher_is_better`, the `judge`
+            and what it took, and the answers that are `unscored`.
     """
 
     name: str
@@ -122,17 +125,29 @@ class SetResult:
     n: int
     asked: str
     items: tuple[Item, ...]
+    told: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def known(self) -> Metric:
+        """What is known of the metric."""
+        return metric_of(self.metric, higher_is_better=bool(self.told.get("higher_is_better", True)))
 
     @property
     def higher_is_better(self) -> bool:
         """Whether more is better."""
-        return METRICS[self.metric].higher_is_better
+        return self.known.higher_is_better
+
+    @property
+    def chosen_metric(self) -> str:
+        """The metric, by name."""
+        return self.metric
 
     def as_json(self) -> dict[str, Any]:
         """Plain data, from which `from_json` makes an equal result."""
         plain = asdict(self)
         items = [{key: value for key, value in one._asdict().items() if value or key not in _OF_SETS} for one in self.items]
-        return {**plain, "higher_is_better": self.higher_is_better, "items": items}
+        plain |= {"higher_is_better": self.higher_is_better, "items": items}
+        return {key: value for key, value in plain.items() if value or key != "told"}
 
     @staticmethod
     def from_json(plain: Mapping[str, Any]) -> SetResult:
@@ -143,8 +158,8 @@ class SetResult:
         return SetResult(**{**fields, "interval": interval, "items": items})
 
 
-_OF_SETS = ("numbers", "counts")
-"""What items have where their set's value is no mean, and of classes."""
+_OF_SETS = ("numbers", "counts", "note")
+"""What items have where their set's value is no mean, of classes, and where something was said of the answer."""
 
 
 def _of_set(plain: Mapping[str, Any]) -> dict[str, Any]:
@@ -173,6 +188,7 @@ def measure(
     *,
     say: Say = lambda text: None,
     batch_tokens: int = BATCH_TOKENS,
+    unscored: Callable[[LuthierError], None] | None = None,
 ) -> dict[str, SetResult]:
     """Measure a model on sets, by name in their order. Answers are greedy, so the same model gives the same result.
 
@@ -182,6 +198,7 @@ def measure(
         sets: what to measure.
         say: hears of each set.
         batch_tokens: the most tokens of one batch.
+        unscored: hears of a set whose answers could not be scored, which is then left out; None: that is an error as well.
 
     Raises:
         LuthierError: a row is longer than the model's context, or the model gives numbers that are not finite.
@@ -189,10 +206,27 @@ def measure(
     found = {}
     for one in sets:
         say(f"measuring {one.name}: {one.chosen_metric} of {len(one.used)} rows")
-        with _placed(one):
-            items, asked = _MEASURES[METRICS[one.chosen_metric].needs](tune, tokenizer, one, batch_tokens)
-        found[one.name] = result_of(one, items, _hash([one.chosen_metric, asked]))
+        try:
+            with _placed(one):
+                items, asked, told = _measured(tune, tokenizer, one, batch_tokens, say)
+        except LuthierError as problem:
+            if unscored is None or not isinstance(problem.__cause__, ScoringError):
+                raise
+            unscored(problem)
+            continue
+        found[one.name] = replace(result_of(one, items, _hash(one.chosen.asked(asked))), told=told)
     return found
+
+
+def _measured(
+    tune: Tune, tokenizer: PreTrainedTokenizerBase, one: EvalSet, batch_tokens: int, say: Say
+) -> tuple[list[Item], Any, dict[str, Any]]:
+    """A set's items, what the model was asked, and what reports tell beside them."""
+    if one.known.needs != "generation":
+        return *_MEASURES[one.known.needs](tune, tokenizer, one, batch_tokens), {}
+    answers, asked = _answered(tune, tokenizer, one, batch_tokens)
+    items, told = answered(one.chosen, answers, one.used, say)
+    return items, asked, told
 
 
 def check(tune: Tune, tokenizer: PreTrainedTokenizerBase, sets: Sequence[EvalSet], known: Collection[str] = ()) -> list[str]:
@@ -213,7 +247,7 @@ def check(tune: Tune, tokenizer: PreTrainedTokenizerBase, sets: Sequence[EvalSet
     said: list[str] = []
     for one in sets:
         with _placed(one):
-            needs = METRICS[one.chosen_metric].needs
+            needs = one.known.needs
             if needs not in OF_TEXTS:
                 head_of(tune.model, tune.parts)
             notes, first = counted(_ASKED[needs](tune, tokenizer, one))
@@ -232,10 +266,10 @@ def _placed(one: EvalSet) -> Iterator[None]:
         raise LuthierError(problem.what, where=where, fix=problem.fix) from problem
 
 
-def result_of(one: EvalSet, items: Sequence[Item], asked: str) -> SetResult:
+def result_of(one: EvalSet | SetResult, items: Sequence[Item], asked: str) -> SetResult:
     """Sum a set's items up."""
     metric, statistic = one.chosen_metric, statistic_of(one.chosen_metric)
-    of_set = METRICS[metric].of_set
+    of_set = one.known.of_set
     if of_set is not None:
         numbers_NM = numbers_of(items)
         several = len(items) >= FEWEST
@@ -245,7 +279,7 @@ def result_of(one: EvalSet, items: Sequence[Item], asked: str) -> SetResult:
     weight_N = numpy.array([item.weight for item in items])
     value = float(statistic(numpy.average(score_N, weights=weight_N)))
     interval = None
-    if is_binary(items) and METRICS[metric].higher_is_better:
+    if is_binary(items) and one.known.higher_is_better:
         interval = wilson(int(score_N.sum()), len(items))
     elif len(items) >= FEWEST:
         interval = bootstrap(score_N[None], weight_N, lambda mean_MS: statistic(mean_MS[0]))
@@ -257,38 +291,10 @@ def statistic_of(metric: str) -> Callable[[Numbers], Numbers]:
     return cast(Callable[[Numbers], Numbers], numpy.exp) if metric == "perplexity" else lambda mean: mean
 
 
-def numbers_of(items: Sequence[Item]) -> Numbers:
-    """What a set's value is made of, [N, M]."""
-    return numpy.array([item.numbers for item in items], numpy.float64)
-
-
-def by_class(items: Sequence[Item]) -> dict[str, tuple[int, int, int]]:
-    """Of each class, label or entity: how often it is there, is named, and both, over all items; the most frequent first."""
-    total: dict[str, tuple[int, int, int]] = {}
-    for item in items:
-        for name, (there, named, both) in item.counts.items():
-            old = total.get(name, (0, 0, 0))
-            total[name] = (old[0] + there, old[1] + named, old[2] + both)
-    return dict(sorted(total.items(), key=lambda one: (-one[1][0], one[0])))
-
-
-def is_binary(items: Sequence[Item]) -> bool:
-    """Whether every item is right or wrong, with nothing between."""
-    return all(item.score in (0.0, 1.0) for item in items)
-
-
-def _generated(tune: Tune, tokenizer: PreTrainedTokenizerBase, one: EvalSet, batch_tokens: int) -> tuple[list[Item], Any]:
-    metric = METRICS[one.chosen_metric]
-    score = metric.score
-    assert score is not None
+def _answered(tune: Tune, tokenizer: PreTrainedTokenizerBase, one: EvalSet, batch_tokens: int) -> tuple[list[str], Any]:
     prompts = [row.token_ids for row in _prompts(tune, tokenizer, one)]
     answers = generate(tune, tokenizer, prompts, max_new_tokens=one.max_new_tokens, batch_tokens=batch_tokens)
-    items = []
-    for row, answer in zip(one.used, answers, strict=True):
-        accepted = accepted_answers(row)
-        shown = accepted[0] if len(accepted) == 1 else accepted
-        items.append(Item(row.id, prompt_text(row), shown if metric.compares else "", answer, score(answer, accepted)))
-    return items, [prompts, one.max_new_tokens]
+    return answers, [prompts, one.max_new_tokens]
 
 
 def _chosen(tune: Tune, tokenizer: PreTrainedTokenizerBase, one: EvalSet, batch_tokens: int) -> tuple[list[Item], Any]:
@@ -330,7 +336,7 @@ def _scored(tune: Tune, tokenizer: PreTrainedTokenizerBase, one: EvalSet, batch_
 def _tagged(tune: Tune, tokenizer: PreTrainedTokenizerBase, one: EvalSet, batch_tokens: int) -> tuple[list[Item], Any]:
     head, rows = row_head_of(tune), _read(tune, tokenizer, one)
     found = readings_by_row(tune, rows, batch_tokens=batch_tokens)
-    entities = METRICS[one.chosen_metric].of_set is not None
+    entities = one.known.of_set is not None
     return by_head.tagged(head, one.used, rows, found, entities=entities), _ids(rows)
 
 
@@ -412,7 +418,6 @@ _ASKED: Mapping[str, Callable[[Tune, PreTrainedTokenizerBase, EvalSet], list[Enc
     "likelihood": _texts,
 }
 _MEASURES: Mapping[str, Callable[[Tune, PreTrainedTokenizerBase, EvalSet, int], tuple[list[Item], Any]]] = {
-    "generation": _generated,
     "choice": _chosen,
     "pair": _preferred,
     "score": _scored,
@@ -424,9 +429,9 @@ _MEASURES: Mapping[str, Callable[[Tune, PreTrainedTokenizerBase, EvalSet, int], 
 }
 
 
-def _check_shape(row: Row, metric: str, place: str) -> None:
+def _check_shape(row: Row, chosen: Chosen, place: str) -> None:
     place = f"{place}, {row.where} (row {row.id})"
-    known = METRICS[metric]
+    metric, known = chosen.name, chosen.metric
     if not _fits(row, known):
         needed = NEEDED_SHAPES[known.needs] if known.compares else _NEEDED_WITHOUT_ANSWER
         fitting = ", ".join(name for name, one in METRICS.items() if _fits(row, one))
@@ -442,7 +447,7 @@ def _check_shape(row: Row, metric: str, place: str) -> None:
                 where=place,
                 fix="give the answer as text (a call as JSON, with the metric tool_call), or measure the loss",
             )
-        unreadable = next((one for one in accepted_answers(row) if not known.readable(one)), None)
+        unreadable = next((one for one in accepted_answers(row) if not chosen.scoring.readable(one)), None)
         if unreadable is not None:
             raise LuthierError(
                 f"no answer could ever equal `{unreadable}`: `{metric}` measures the {known.meaning}",

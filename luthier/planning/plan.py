@@ -151,6 +151,7 @@ class Plan:
             + ", ".join(f"{rate:.2g}" for rate in rates)
             + " at 0, 25, 50, 75, 100 %",
             f"evaluates    {', '.join(recipe.evaluate) or 'nothing'}, before and after",
+            *(f"sends        {one.chosen.scoring.sends} ({one.name})" for one in self.sets if one.chosen.scoring.sends),
             *([f"baseline run {self.control.folder}"] if self.control is not None else []),
             f"memory       about {self.estimate.total_bytes / 2**20:,.0f} MiB at the peak ({self.estimate.described()})",
             f"time         about {_minutes(self.estimate.seconds)} of training, from the speed of this machine's matrix products",

@@ -55,6 +55,13 @@ def _source_of_rows(value: Any) -> Any:
     return value
 
 
+def _metric(value: Any) -> Any:
+    """Refuse at its key what names no metric; which there are is told where it is looked up."""
+    if value is not None and not isinstance(value, str | Mapping) and not callable(value):
+        raise ValueError("a metric is its name, {name: {option: value}}, or a function in Python")
+    return value
+
+
 class SourceRecipe(Strict):
     """One of several sources of rows."""
 
@@ -187,7 +194,9 @@ class EvaluationSet(Strict):
     """One set that is measured before and after."""
 
     rows: Any = Field(description="a file, or rows in Python")
-    metric: str | None = Field(None, description="none: chosen by the rows' format")
+    metric: Any = Field(
+        None, description="a metric, `{metric: {option: value}}`, or a function in Python; none: chosen by the rows' format"
+    )
     role: Literal["target", "retention"] = Field("target", description="what training should teach, or should leave alone")
     max_new_tokens: int = Field(48, ge=1, description="longest answer generated")
     limit: int | None = Field(None, ge=1, description="most rows used, from the start")
@@ -197,6 +206,7 @@ class EvaluationSet(Strict):
     )
 
     _check_rows = field_validator("rows", mode="before")(_source_of_rows)
+    _check_metric = field_validator("metric", mode="before")(_metric)
 
 
 class Recipe(Strict):

@@ -3,6 +3,7 @@
 from luthier.registry.cards import Card, Part, Technique, method, slots, slots_of, values_of
 from luthier.registry.keys import COMMANDS, KEYS, KINDS, Key, fields_under, key_of, kind_of, kinds_under
 from luthier.registry.techniques import (
+    METRIC,
     NOTHING,
     add_folder,
     cards,
@@ -14,6 +15,7 @@ from luthier.registry.techniques import (
     names,
     option_error,
     options_model,
+    own_files,
     part,
     remove_folder,
 )
@@ -22,6 +24,7 @@ __all__ = [
     "COMMANDS",
     "KEYS",
     "KINDS",
+    "METRIC",
     "NOTHING",
     "Card",
     "Key",
@@ -42,6 +45,7 @@ __all__ = [
     "names",
     "option_error",
     "options_model",
+    "own_files",
     "part",
     "remove_folder",
     "slots",

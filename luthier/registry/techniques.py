@@ -28,6 +28,8 @@ from luthier.registry.keys import COMMANDS, KEYS, KINDS, key_of, kind_of, kinds_
 
 NOTHING = "none"
 """What a recipe's key for techniques holds where none is used."""
+METRIC = "metric"
+"""The folder of metrics of your own, beside those of kinds of techniques; `luthier.evaluate.own` reads it."""
 
 
 _added: list[Path] = []
@@ -61,7 +63,7 @@ def _named(paths: str) -> tuple[Path, ...]:
     """
     found = tuple(Path(path) for path in paths.split(os.pathsep) if path)
     for path in found:
-        if not any((path / kind).is_dir() for kind in KINDS):
+        if not any((path / kind).is_dir() for kind in (*KINDS, METRIC)):
             what = "holds no folder of a kind" if path.is_dir() else "does not exist"
             fix = "name the folder above `token_weight/`, `weight_delta/` and the like"
             raise LuthierError(f"this folder of techniques {what}", where=f"LUTHIER_METHODS: {path}", fix=fix)
@@ -76,6 +78,11 @@ def _files(kind: str) -> dict[str, Path]:
             if not path.stem.startswith("_"):
                 files.setdefault(path.stem, path)
     return files
+
+
+def own_files(folder: str) -> dict[str, Path]:
+    """What lies in a folder of this name beside your own techniques, name to file."""
+    return _files(folder)
 
 
 def names(kind: str) -> list[str]:
@@ -332,8 +339,15 @@ def _check_values(technique: Technique, values: tuple[Any, ...]) -> None:
         )
 
 
-def option_error(error: pydantic.ValidationError, name: str, where: str, factory: Callable[..., Any] | None = None) -> LuthierError:
-    """The first mistake pydantic found, as one sentence with its place and the nearest known name."""
+def option_error(
+    error: pydantic.ValidationError,
+    name: str,
+    where: str,
+    factory: Callable[..., Any] | None = None,
+    *,
+    see: str = "luthier techniques",
+) -> LuthierError:
+    """The first mistake pydantic found, as one sentence with its place and the nearest known name; `see` is a command that tells more."""
     first = error.errors()[0]
     key = ".".join(str(piece) for piece in first["loc"])
     place = f"{where}: {name}" if where else name
@@ -344,4 +358,4 @@ def option_error(error: pydantic.ValidationError, name: str, where: str, factory
     if first["type"] == "missing":
         return LuthierError(f"`{name}` needs the option `{key}`", where=place, fix=f"write {name}: {{{key}: ...}}")
     what, fix = explain(first)
-    return LuthierError(f"the option `{key}` is {what}", where=place, fix=f"{fix}; see `luthier techniques {name}`")
+    return LuthierError(f"the option `{key}` is {what}", where=place, fix=f"{fix}; see `{see} {name}`")

@@ -52,6 +52,8 @@ class Sample(NamedTuple):
     before_score: float
     after_score: float
     change: Change
+    notes: tuple[str, str] = ("", "")
+    """What was said of the answers before and after, such as a judge's reasons."""
 
 
 class ClassFacts(NamedTuple):
@@ -153,15 +155,19 @@ def _set_facts(name: str, entry: Facts, noise: float | None) -> SetFacts:
     higher = bool(entry.get("higher_is_better", True))
     values = [entry.get("before"), entry.get("after")]
     is_share = are_shares(values, higher)
-    items = entry.get("items") or () if is_share else ()
+    # A judge or a metric of your own may grade answers without an accepted one; where nothing is right or wrong, what changed is shown.
+    graded = higher and bool(entry.get("judge") or entry.get("own"))
+    items = [one for one in entry.get("items") or () if measured(one.get("before_score")) and measured(one.get("after_score"))]
+    binary = all(one[key] in (0, 1) for one in items for key in ("before_score", "after_score"))
     samples = tuple(
         _sample(name, item)
-        for item in items
+        for item in (items if is_share or graded else ())
         # Without an expected answer nothing is right or wrong: there the answer alone was measured.
-        if item.get("expected") and measured(item.get("before_score")) and measured(item.get("after_score"))
+        if (binary or item["before_score"] != item["after_score"] if graded else item.get("expected"))
     )
     scores = [(sample.before_score, sample.after_score) for sample in samples]
     countable = bool(scores) and entry.get("is_mean", True) and all(score in (0, 1) for pair in scores for score in pair)
+    countable = countable and (binary or not graded)
     return SetFacts(
         name=name,
         metric=str(entry.get("metric") or "metric"),
@@ -205,6 +211,7 @@ def _sample(set_name: str, item: Facts) -> Sample:
         before,
         after,
         change,
+        (_text(item.get("before_note")), _text(item.get("after_note"))),
     )
 
 

@@ -128,6 +128,11 @@ def words_of(text: str) -> tuple[str, ...]:
     return tuple(_WORD.findall(_THOUSANDS.sub("", _folded(text))))
 
 
+def runs_of_letters(text: str) -> list[str]:
+    """The runs of letters and digits in a text, in lower case; of a script that sets no spaces, each sign."""
+    return re.findall(rf"[{_UNSPACED}]|[^\W_{_UNSPACED}]+", _folded(text))
+
+
 def _folded(text: str) -> str:
     plain = unicodedata.normalize("NFKC", text).replace("\u2212", "-")
     return plain.casefold()
@@ -142,12 +147,22 @@ def last_number_of(text: str) -> Decimal | None:
 def call_of(text: str) -> dict[str, Any] | None:
     """A tool call as data; None where the text is none."""
     try:
-        call = json.loads(text, object_pairs_hook=_distinct, parse_constant=_refuse)
+        call = strict_json(text)
     # Also a number of thousands of digits, or brackets a thousand deep.
     except (ValueError, RecursionError):
         return None
     whole = isinstance(call, dict) and set(call) == {"name", "arguments"}
     return call if whole and isinstance(call["name"], str) and isinstance(call["arguments"], dict) else None
+
+
+def strict_json(text: str) -> Any:
+    """A text's JSON, in which no key comes twice and every number is one.
+
+    Raises:
+        ValueError: the text is no such JSON, or holds a number of thousands of digits.
+        RecursionError: brackets stand a thousand deep.
+    """
+    return json.loads(text, object_pairs_hook=_distinct, parse_constant=_refuse)
 
 
 def _distinct(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:

@@ -40,6 +40,11 @@ def inputs_of(plan: Plan) -> dict[str, str]:
         **{f"models.{name}": _short(identity) for name, identity in (plan.others.identities if plan.others else {}).items()},
         **_named_rows(plan),
         **_own_techniques(plan),
+        **{
+            f"evaluate.{one.name}.metric: the code of {one.chosen.name}": one.chosen.code[:DIGITS]
+            for one in plan.sets
+            if one.chosen.code
+        },
     }
 
 

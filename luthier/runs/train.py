@@ -153,7 +153,7 @@ def _train_in(folder: Path, plan: Plan, resumes: bool, say: Say, tell: Tell, com
             plan.clock,
             Plans(recipe.train.save_every, recipe.train.evaluate_every, recipe.train.patience, recipe.train.best),
             progress,
-            evaluate=mid_run(plan, sets, lambda found: trackers.log(progress.step, found)) if sets else None,
+            evaluate=mid_run(plan, sets, lambda found: trackers.log(progress.step, found), progress.notes) if sets else None,
             save=lambda at: save_checkpoint(plan, folder, at, say),
             tell=lambda at, result: _step_done(plan, folder, at, result, tell, trackers),
             say=say,
@@ -164,7 +164,7 @@ def _train_in(folder: Path, plan: Plan, resumes: bool, say: Say, tell: Tell, com
             facts["status"] = "stopped"
             say(f"stopped after step {progress.step}; `luthier train --resume {folder}` goes on")
         else:
-            after = measured(plan, sets, say) if sets else {}
+            after = measured(plan, sets, say, facts["warnings"]) if sets else {}
             facts |= what_changed(plan, before, after)
             facts["delta"] = keep_what_changed(plan, folder, say)
             facts |= {"status": "finished", "total_seconds": time.perf_counter() - began}
@@ -290,10 +290,18 @@ def measure_base(plan: Plan, say: Say) -> Before:
     return Before(results, tune.run(lambda: base_noise(tune, plan.tokenizer, sets, results, say=say)))
 
 
-def measured(plan: Plan, sets: list[EvalSet], say: Say = _nothing) -> dict[str, SetResult]:
-    """The evaluation sets on the model as it is."""
+def measured(plan: Plan, sets: list[EvalSet], say: Say = _nothing, notes: list[str] | None = None) -> dict[str, SetResult]:
+    """The evaluation sets on the model as it is. Sets whose answers cannot be scored are left out and noted, where there are notes: a
+    judge that is away must not cost the weights."""
+
+    def unscored(problem: LuthierError) -> None:
+        assert notes is not None
+        notes.append(f"{problem.where} was not measured: {problem.what}")
+        say(notes[-1])
+
+    hears = None if notes is None else unscored
     with torch.no_grad():
-        return plan.engine.tune.run(lambda: measure(plan.engine.tune, plan.tokenizer, sets, say=say))
+        return plan.engine.tune.run(lambda: measure(plan.engine.tune, plan.tokenizer, sets, say=say, unscored=hears))
 
 
 def tracked(trackers: Trackers, facts: Mapping[str, Any]) -> dict[str, Any]:
@@ -316,12 +324,12 @@ def _step_done(plan: Plan, folder: Path, progress: Progress, result: StepResult,
 
 
 def mid_run(
-    plan: Plan, sets: list[EvalSet], tell: Callable[[Mapping[str, float]], None]
+    plan: Plan, sets: list[EvalSet], tell: Callable[[Mapping[str, float]], None], notes: list[str]
 ) -> Callable[[], Mapping[str, tuple[float, bool]]]:
     """Measure the sets in the middle of a run, and tell the values."""
 
     def evaluate() -> dict[str, tuple[float, bool]]:
-        found = {name: (one.value, one.higher_is_better) for name, one in measured(plan, sets).items()}
+        found = {name: (one.value, one.higher_is_better) for name, one in measured(plan, sets, notes=notes).items()}
         tell({name: value for name, (value, _) in found.items()})
         # Rounding must not make one process stop early and the others go on.
         return plan.engine.world.from_first(found)

@@ -205,6 +205,9 @@ def _judge(engine: Engine, progress: Progress, plans: Plans, values: Mapping[str
     engine.tune.model.train()
     if plans.best is None or not counts:
         return
+    if plans.best not in values:
+        # Its answers could not be scored this time, which a note tells.
+        return
     value, higher = values[plans.best]
     if progress.best is None or (value > progress.best if higher else value < progress.best):
         progress.best, progress.since_best = value, 0

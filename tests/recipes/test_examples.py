@@ -10,6 +10,7 @@ import pytest
 
 import luthier
 from luthier import registry
+from luthier.errors import LuthierError
 
 EXAMPLES = Path(__file__).parent.parent.parent / "examples"
 
@@ -41,3 +42,14 @@ def test_the_smallest_technique_is_one_file(tmp_path: Path, monkeypatch: pytest.
     weighted, even = run.facts["history"][0], plain.facts["history"][0]
     assert weighted["nll"] == pytest.approx(even["nll"]) == pytest.approx(even["loss"])
     assert weighted["loss"] < weighted["nll"] and weighted["mean_weight"] < 1
+
+
+def test_a_metric_of_your_own_is_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LUTHIER_METHODS", str(EXAMPLES / "my-methods"))
+    run = luthier.train(luthier.read_recipe(EXAMPLES / "own_metric.yaml", [f"out={tmp_path}"]))
+    polite, german = run.facts["metrics"]["polite"], run.facts["metrics"]["polite_in_german"]
+    assert (polite["metric"], polite["before"], polite["after"], polite["verdict"]) == ("politeness", 0.0, 1.0, "better")
+    assert german["after"] == 0.0 and german["options"] == {"words": ["bitte", "danke"]}
+    monkeypatch.delenv("LUTHIER_METHODS")
+    with pytest.raises(LuthierError, match="no metric `politeness`"):
+        luthier.train(luthier.read_recipe(EXAMPLES / "own_metric.yaml", [f"out={tmp_path}"]))
