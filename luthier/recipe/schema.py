@@ -225,7 +225,7 @@ class Recipe(Strict):
     _techniques("", vars())
     train: TrainRecipe = Field(default_factory=TrainRecipe)
     evaluate: Mapping[str, EvaluationSet] = Field(default_factory=dict, description="sets measured before and after")
-    repeat_baseline: bool = Field(True, description="measure the base twice: what repeating alone changes")
+    repeat_baseline: bool = Field(True, description="measure the base, or a part of it, again: what repeating alone changes")
     track: list[str] | str | None = Field(None, description="also show the run in tensorboard, trackio or wandb")
     out: str = Field("runs", min_length=1, description="folder that holds the run folders")
     baseline_run: str | None = Field(None, description="a run to compare this one with, or a recipe: its newest finished run")

@@ -287,6 +287,7 @@ def measure_base(plan: Plan, say: Say) -> Before:
         results = measured(plan, sets, say)
     if not plan.recipe.repeat_baseline:
         return Before(results, {})
+    say("measuring some of it again, to know what repeating alone changes")
     return Before(results, tune.run(lambda: base_noise(tune, plan.tokenizer, sets, results, say=say)))
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
 from luthier.errors import LuthierError
+from luthier.evaluate import compare as comparing
 from luthier.evaluate.compare import base_noise, compare, share_retained
 from luthier.evaluate.intervals import mcnemar, newcombe, wilson
 from luthier.evaluate.items import Item
@@ -165,3 +167,34 @@ def test_noise_is_what_other_batches_change() -> None:
     assert found[torch.float64]["prose"] < 1e-12
     assert found[torch.bfloat16]["prose"] < 1e-2
     assert {noise["asked"] for noise in found.values()} == {0.0}
+
+
+def test_a_tenth_of_the_answers_is_asked_for_again_and_all_where_one_differs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The base was measured twice from end to end, which took as long as training did."""
+    tokenizer: Any = tiny_tokenizer()
+    model = tiny("llama")
+    tune = Tune(model, map_parts(model))
+    records = [{"id": str(i), "prompt": f"x{i}", "answer": "y"} for i in range(90)]
+    sets = [
+        EvalSet("asked", read(records), "contains", max_new_tokens=2),
+        EvalSet("few", read(records[:6]), "contains", max_new_tokens=2),
+        EvalSet("prose", read([{"text": "a b"}] * 3), "loss"),
+    ]
+    before = measure(tune, tokenizer, sets)
+    asked: list[tuple[str, int]] = []
+
+    def watched(tune: Any, tokenizer: Any, sets: Any, **options: Any) -> dict[str, SetResult]:
+        asked.extend((one.name, len(one.used)) for one in sets)
+        return measure(tune, tokenizer, sets, **options)
+
+    monkeypatch.setattr(comparing, "measure", watched)
+    assert base_noise(tune, tokenizer, sets, before) == {"asked": 0.0, "few": 0.0, "prose": pytest.approx(0.0, abs=1e-6)}
+    assert asked == [("asked", 9), ("few", 6), ("prose", 3)]
+    first = before["asked"].items[8]
+    for changed in (first._replace(answer="another"), first._replace(score=1.0 - first.score)):
+        asked.clear()
+        items = (*before["asked"].items[:8], changed, *before["asked"].items[9:])
+        value = sum(item.score for item in items) / 90
+        found = base_noise(tune, tokenizer, sets, {**before, "asked": replace(before["asked"], items=items, value=value)})
+        assert asked == [("asked", 9), ("asked", 90), ("few", 6), ("prose", 3)]
+        assert found["asked"] == pytest.approx(abs(changed.score - first.score) / 90)

@@ -227,7 +227,11 @@ def test_a_run_tells_who_judged_and_what_it_took(tmp_path: Path, stub: Stub, ans
     run = luthier.train(data)
     entry = run.facts["metrics"]["held"]
     assert len(stub.bodies) == 16 and entry["judge"]["before"]["requests"] == entry["judge"]["after"]["requests"] == 8
-    assert entry["judge"]["after"]["tokens_so_far"] == 240 and entry["verdict"] == "better" and run.facts["repeat_baseline"] == {"held": 0.0}
+    assert (
+        entry["judge"]["after"]["tokens_so_far"] == 240
+        and entry["verdict"] == "better"
+        and run.facts["repeat_baseline"] == {"held": 0.0}
+    )
     page = (run.folder / "report.html").read_text(encoding="utf-8")
     assert "judged by wise, 240 tokens, 0.00024 paid" in page
     kept = [file for file in [*tmp_path.rglob("*")] if file.is_file() and file.suffix != ".safetensors"]
