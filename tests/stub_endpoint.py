@@ -87,7 +87,7 @@ def serving(stub: Stub) -> Iterator[Stub]:
         protocol_version = "HTTP/1.1"
 
         def do_POST(self) -> None:
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])).decode("utf-8"))
             reply = stub.reply(self.path, body, self.headers.get("Authorization"))
             sent = reply.body if isinstance(reply.body, str | bytes) else json.dumps(reply.body)
             sent = sent.encode() if isinstance(sent, str) else sent

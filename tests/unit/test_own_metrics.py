@@ -363,5 +363,7 @@ def test_the_page_counts_what_is_right_or_wrong(answering: Say) -> None:
     answering(["yes", "no", "half", "half", "half", "half"], ["no", "yes", "half", "half", "half", "half"])
     metric = one_set(lambda answer, row: graded[answer], rows)
     both = [measure(tune(), tiny_tokenizer(), [metric])["held"] for _ in range(2)]
-    (shown,) = sets_of({"metrics": {"held": compare(*both)}})
+    entry = compare(*both)
+    assert entry["kept"] is None, "where there are grades, 1 is one of them"
+    (shown,) = sets_of({"metrics": {"held": entry}})
     assert shown.right is None and [one.change for one in shown.samples] == ["lost", "learned"] and shown.is_share
