@@ -14,6 +14,7 @@ from luthier.cli.face import (
     Out,
     face,
     listed,
+    out,
 )
 
 RowSource = Annotated[str, typer.Argument(help="The rows to choose from: a file, a folder, or `hub:name`.", metavar="SOURCE")]
@@ -21,6 +22,12 @@ ScoreOptions = Annotated[list[str] | None, typer.Argument(help="Options of the s
 By = Annotated[str, typer.Option(help="A row score: see `luthier techniques --kind row_score`.")]
 Target = Annotated[str | None, typer.Option(help="Rows of the task the choice is for; none of those that will measure it.")]
 Embedder = Annotated[str, typer.Option(help="What makes embeddings: a model's name, or `hash`, which needs none.")]
+RowColumns = Annotated[
+    str | None,
+    typer.Option(
+        "--columns", help="By key of a row, the column that holds it: `prompt=question,completion=reply`.", metavar="KEY=COLUMN,..."
+    ),
+]
 RowShape = Annotated[str | None, typer.Option("--format", help="The rows' format, where it cannot be recognized.")]
 LossOn = Annotated[str, typer.Option(help="Where models read the rows, which turns count: assistant, last or all.")]
 AnswersKey = Annotated[str, typer.Option("--column", help="The key of the rows that holds their answers.")]
@@ -49,14 +56,16 @@ def rows_look(
     ] = None,
     model: Annotated[str, typer.Option(help="Whose tokenizer and chat template to use.")] = "smollm2-135m-instruct",
     shape: Annotated[str | None, typer.Option("--format", help="The rows' format, where it cannot be recognized.")] = None,
+    columns: RowColumns = None,
     loss_on: Annotated[str, typer.Option(help="assistant, last or all.")] = "assistant",
     template: Annotated[str | None, typer.Option("--chat-template", help="One of the tokenizer's chat templates, by name.")] = None,
     rows: Annotated[int, typer.Option("--rows", "-n", help="Rows shown.")] = 5,
     as_json: Json = False,
 ) -> None:
-    """Show format, counts, lengths, and some rows as the model sees them, with what is learned in color."""
+    """Show format, counts, lengths, and some rows as the model sees them, with what is learned in color or in brackets."""
     with face(as_json, quiet=as_json) as speak:
         from luthier.recipe import apply_overrides
+        from luthier.rows.columns import parse_columns
         from luthier.rows.look import render
         from luthier.runs.rows import look_at_rows
 
@@ -65,12 +74,13 @@ def rows_look(
             model,
             apply_overrides({}, options or []),
             shape=shape,
+            columns=parse_columns(columns),
             loss_on=loss_on,
             template=template,
             rows=rows,
             say=speak.say,
         )
-        speak.show(looked.as_json(), lambda: render(looked))
+        speak.show(looked.as_json(), lambda: render(looked, marked=out.color_system is None or out.no_color))
 
 
 def rows_benchmark(
@@ -102,12 +112,14 @@ def rows_score(
     embedder: Embedder = "minilm-l6",
     loss_on: LossOn = "assistant",
     shape: RowShape = None,
+    columns: RowColumns = None,
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
     """Give every row a number: the higher, the sooner it should be chosen. Written in the order of the rows."""
     with face(as_json, quiet=as_json) as speak:
         from luthier.recipe import apply_overrides
+        from luthier.rows.columns import parse_columns
         from luthier.rows.select import score_rows
         from luthier.runs.measure import likelihood_of_rows
 
@@ -118,6 +130,7 @@ def rows_score(
             embedder=embedder,
             likely=partial(likelihood_of_rows, loss_on=loss_on, say=speak.say),
             shape=shape,
+            columns=parse_columns(columns),
             seed=seed,
             column=column,
             out=out,
@@ -138,12 +151,14 @@ def rows_select(
     embedder: Embedder = "minilm-l6",
     loss_on: LossOn = "assistant",
     shape: RowShape = None,
+    columns: RowColumns = None,
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
     """Write the rows with the highest scores, unchanged and the best first. Rows that are equal are taken once."""
     with face(as_json, quiet=as_json) as speak:
         from luthier.recipe import apply_overrides
+        from luthier.rows.columns import parse_columns
         from luthier.rows.select import select_rows
         from luthier.runs.measure import likelihood_of_rows
 
@@ -157,6 +172,7 @@ def rows_select(
             embedder=embedder,
             likely=partial(likelihood_of_rows, loss_on=loss_on, say=speak.say),
             shape=shape,
+            columns=parse_columns(columns),
             seed=seed,
             out=out,
             say=speak.say,
@@ -175,12 +191,14 @@ def rows_answers(
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer.", min=1)] = 128,
     column: AnswersKey = "answers",
     shape: RowShape = None,
+    columns: RowColumns = None,
     seed: Seed = 0,
     folder: Out = "runs",
     as_json: Json = False,
 ) -> None:
     """Let a model answer each row several times, and write the rows with their answers. A call that was stopped goes on where it was."""
     with face(as_json, quiet=as_json) as speak:
+        from luthier.rows.columns import parse_columns
         from luthier.runs.answers import write_answers
 
         facts = write_answers(
@@ -193,6 +211,7 @@ def rows_answers(
             max_new_tokens=max_new_tokens,
             seed=seed,
             shape=shape,
+            columns=parse_columns(columns),
             column=column,
             folder=folder,
             say=speak.say,
@@ -220,12 +239,14 @@ def rows_best_of(
     ] = False,
     column: AnswersKey = "answers",
     shape: RowShape = None,
+    columns: RowColumns = None,
     folder: Out = "runs",
     as_json: Json = False,
 ) -> None:
     """Pick the best of n answers by a reward, for growing n, and see whether what is picked gets better or only seems to."""
     with face(as_json, quiet=as_json) as speak:
         from luthier.report.terminal import best_of
+        from luthier.rows.columns import parse_columns
         from luthier.runs.answers import best_of_answers
         from luthier.training.readout import combination
 
@@ -236,6 +257,7 @@ def rows_best_of(
             how=combination(combine, deviations, "--combine"),
             standardize=standardize,
             shape=shape,
+            columns=parse_columns(columns),
             column=column,
             folder=folder,
             say=speak.say,
@@ -249,12 +271,13 @@ def store_likelihood(
     options: StoreOptions = None,
     tokenizer: Writer = "",
     folder: StoreOut = None,
+    columns: RowColumns = None,
     precision: Precision = "auto",
     replace: Replace = False,
     as_json: Json = False,
 ) -> None:
     """Have a model say how likely it finds each row's answers, for `objective: [dpo, stored_reference]` and the like."""
-    _store("likelihood", source, model, options, tokenizer, folder, precision, replace, as_json)
+    _store("likelihood", source, model, options, columns, tokenizer, folder, precision, replace, as_json)
 
 
 def store_teacher(
@@ -264,12 +287,13 @@ def store_teacher(
     top_k: Annotated[int, typer.Option(help="How many of a target's probabilities, the largest first.")] = 64,
     tokenizer: Writer = "",
     folder: StoreOut = None,
+    columns: RowColumns = None,
     precision: Precision = "auto",
     replace: Replace = False,
     as_json: Json = False,
 ) -> None:
     """Have a model say what it expects at each target: its largest probabilities, whose they are, and how much is left."""
-    _store("teacher", source, model, options, tokenizer, folder, precision, replace, as_json, top_k=top_k)
+    _store("teacher", source, model, options, columns, tokenizer, folder, precision, replace, as_json, top_k=top_k)
 
 
 def _store(
@@ -277,6 +301,7 @@ def _store(
     source: str,
     model: str,
     options: list[str] | None,
+    columns: str | None,
     tokenizer: str,
     folder: Path | None,
     precision: str,
@@ -286,13 +311,16 @@ def _store(
 ) -> None:
     with face(as_json, quiet=as_json) as speak:
         from luthier.recipe import apply_overrides
+        from luthier.rows.columns import parse_columns
         from luthier.runs.store import store_numbers
+
+        named = parse_columns(columns)
 
         facts = store_numbers(
             kind,
             source,
             model,
-            apply_overrides({}, options or []),
+            {**apply_overrides({}, options or []), **({"columns": named} if named else {})},
             tokenizer=tokenizer,
             folder=folder,
             precision=precision,

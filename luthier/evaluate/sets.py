@@ -51,6 +51,7 @@ class EvalSet:
         max_new_tokens: the longest answer that is generated.
         limit: use only this many rows, from the start.
         combination: how the scores of a reward model's members become one; None: their mean.
+        encoding: how rows become tokens where that is said, as for `luthier.rows.encode.encode`: none but answers is measured else.
 
     Raises:
         LuthierError: there are no rows, the metric is not known, a row is not of the shape it needs, or there are no scores to combine.
@@ -63,6 +64,7 @@ class EvalSet:
     max_new_tokens: int = 48
     limit: int | None = None
     combination: Combination | None = None
+    encoding: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         place = f"evaluation set `{self.name}`"
@@ -354,7 +356,7 @@ def _ids(rows: Sequence[Encoded]) -> list[tuple[int, ...]]:
 def _read(tune: Tune, tokenizer: PreTrainedTokenizerBase, one: EvalSet) -> list[Encoded]:
     row_head_of(tune)
     form = form_of(tokenizer)
-    encoded = [encode(row, tokenizer, purpose="read", form=form).group for row in one.used]
+    encoded = [encode(row, tokenizer, purpose="read", form=form, **one.encoding).group for row in one.used]
     for row, group in zip(one.used, encoded, strict=True):
         for ids in group:
             check_read(tune, tokenizer, row, ids.token_ids)
@@ -389,7 +391,7 @@ def _choices(tune: Tune, tokenizer: PreTrainedTokenizerBase, one: EvalSet) -> li
 
 def _pairs(tune: Tune, tokenizer: PreTrainedTokenizerBase, one: EvalSet) -> list[Encoded]:
     form = form_of(tokenizer)
-    encoded = [encode(row, tokenizer, form=form).group for row in one.used]
+    encoded = [encode(row, tokenizer, form=form, **one.encoding).group for row in one.used]
     for row, pair in zip(one.used, encoded, strict=True):
         for answer in pair:
             _check_target(row, answer)
@@ -399,7 +401,7 @@ def _pairs(tune: Tune, tokenizer: PreTrainedTokenizerBase, one: EvalSet) -> list
 
 def _texts(tune: Tune, tokenizer: PreTrainedTokenizerBase, one: EvalSet) -> list[Encoded]:
     form = form_of(tokenizer)
-    encoded = [encode(row, tokenizer, form=form) for row in one.used]
+    encoded = [encode(row, tokenizer, form=form, **one.encoding) for row in one.used]
     for row, ids in zip(one.used, encoded, strict=True):
         _check_target(row, ids)
         check_read(tune, tokenizer, row, ids.token_ids)
@@ -432,9 +434,9 @@ _MEASURES: Mapping[str, Callable[[Tune, PreTrainedTokenizerBase, EvalSet, int], 
 def _check_shape(row: Row, chosen: Chosen, place: str) -> None:
     place = f"{place}, {row.where} (row {row.id})"
     metric, known = chosen.name, chosen.metric
-    if not _fits(row, known):
+    if not fits(row, known):
         needed = NEEDED_SHAPES[known.needs] if known.compares else _NEEDED_WITHOUT_ANSWER
-        fitting = ", ".join(name for name, one in METRICS.items() if _fits(row, one))
+        fitting = ", ".join(name for name, one in METRICS.items() if fits(row, one))
         raise LuthierError(
             f"`{metric}` needs rows with {needed}, and this row is `{row.shape}`",
             where=place,
@@ -467,7 +469,8 @@ _SHAPES = {
 }
 
 
-def _fits(row: Row, metric: Metric) -> bool:
+def fits(row: Row, metric: Metric) -> bool:
+    """Whether a metric can measure a row."""
     answered = bool(accepted_answers(row))
     if metric.needs in _SHAPES:
         return row.shape == _SHAPES[metric.needs] and (metric.needs != "value" or isinstance(row.fields["label"], int | float))

@@ -63,7 +63,10 @@ def with_world(recipe: Recipe, *, skills: Sequence[str] | None = None, count: in
         LuthierError: there is no such skill, or the files cannot be written.
     """
     sets = benchmark.sets(skills, count=count, role="retention")
-    added = {BENCHMARK + name: EvaluationSet(**{**one, "rows": str(stored(name, one["rows"]))}) for name, one in sets.items()}
+    added = {
+        BENCHMARK + name: EvaluationSet(**{**one, "rows": str(stored(name, one["rows"])), "columns": {}})
+        for name, one in sets.items()
+    }
     return recipe.model_copy(update={"evaluate": {**recipe.evaluate, **added}})
 
 

@@ -67,7 +67,7 @@ def attach(
         first=clock.first,
         vocabulary=vocabulary_of(loaded.tokenizer, loaded.parts.vocabulary),
         masters=train.master_weights,
-        keep_base=bool(recipe.evaluate) and _starts_elsewhere(chosen),
+        keep_base=bool(recipe.measured()) and _starts_elsewhere(chosen),
         load_others=others.load,
         world=world,
         root=loaded.root,

@@ -14,10 +14,12 @@ from luthier.kinds import RowMap, Stored, TokenWeight
 from luthier.planning.load import Loaded
 from luthier.recipe import RowsRecipe
 from luthier.recipe.parts import Chosen
+from luthier.recipe.schema import plain
 from luthier.registry import values_of
 from luthier.rows.encode import Encoded, EncodedRows
 from luthier.rows.numbered import bare, join
 from luthier.rows.numbers import MADE_WITH, OPTIONS, Numbers, beside, command_of, differences, parts_of, written_by
+from luthier.rows.saved import place_of
 from luthier.training.precision import TYPES
 
 
@@ -171,7 +173,7 @@ def _command(
             store.kind,
             source,
             model,
-            _options(recipe),
+            _options(recipe, source),
             top_k=facts.get("top_k"),
             tokenizer=writer,
             folder=None if beside(source, store.kind) == place else place,
@@ -188,7 +190,7 @@ def _places(store: Numbers, stores: Sequence[Numbers], recipe: RowsRecipe, rows:
     sources = [str(one.rows) for one in recipe.sources() if isinstance(one.rows, str | Path)]
     own = {one.folder: source for source in sources for one in stores if beside(source, store.kind) == one.folder}
     if rows:
-        sources = [one for one in sources if any(row.where.startswith(one) for row in rows)] or sources
+        sources = [one for one in sources if any(row.where.startswith(str(place_of(one))) for row in rows)] or sources
         return [(source, next((at for at, one in own.items() if one == source), store.folder)) for source in sources]
     if store.folder in own:
         return [(own[store.folder], store.folder)]
@@ -196,10 +198,11 @@ def _places(store: Numbers, stores: Sequence[Numbers], recipe: RowsRecipe, rows:
     return [(one, store.folder) for one in ([wrote] if len(stores) > 1 and wrote in sources else sources or [wrote])]
 
 
-def _options(recipe: RowsRecipe) -> dict[str, Any]:
-    """How the run reads and writes rows, as far as it says so."""
+def _options(recipe: RowsRecipe, source: str) -> dict[str, Any]:
+    """How the run reads and writes the rows of a source, as far as it says so."""
     fields = type(recipe).model_fields
-    found = {name: getattr(recipe, name) for name in OPTIONS}
+    own = next((one.columns for one in recipe.sources() if str(one.rows) == source), None)
+    found = {name: plain(getattr(recipe, name)) for name in OPTIONS} | {"columns": own or None}
     return {name: value for name, value in found.items() if value != fields[name].get_default(call_default_factory=True)}
 
 

@@ -22,6 +22,7 @@ from luthier.models.quantized import count, described
 from luthier.planning.attach import attach
 from luthier.planning.cuts import too_much
 from luthier.planning.estimate import Estimate, estimate
+from luthier.planning.held_out import LOOKS, held_out_set
 from luthier.planning.load import load
 from luthier.planning.models import OtherModels
 from luthier.planning.numbers import Numbered
@@ -94,7 +95,7 @@ class Plan:
     cache: Sequence[str] = ()
     """When streaming, whether each source's encoded rows were in the cache."""
     mapped: Sequence[str] = ()
-    """What row maps did."""
+    """What was made of the rows that were read, by the recipe and by row maps."""
     files: Sequence[str] = ()
     """What the training rows are read from."""
     left_out: Sequence[LeftOut] = ()
@@ -150,7 +151,7 @@ class Plan:
             f"learning rate {clock.learning_rate:g} ({self.rate_from}), {recipe.train.schedule}, warm-up {clock.warmup} steps: "
             + ", ".join(f"{rate:.2g}" for rate in rates)
             + " at 0, 25, 50, 75, 100 %",
-            f"evaluates    {', '.join(recipe.evaluate) or 'nothing'}, before and after",
+            f"evaluates    {', '.join(one.name for one in self.sets) or 'nothing'}, before and after{self._between()}",
             *(f"sends        {one.chosen.scoring.sends} ({one.name})" for one in self.sets if one.chosen.scoring.sends),
             *([f"baseline run {self.control.folder}"] if self.control is not None else []),
             f"memory       about {self.estimate.total_bytes / 2**20:,.0f} MiB at the peak ({self.estimate.described()})",
@@ -225,6 +226,19 @@ class Plan:
         sizes = self.rows.sizes
         once = sum(sizes.tokens) - sum(self.feed.run(sizes)) if self.feed.packed else 0
         return f"; {once:,} tokens that rows of a group begin with alike are not run again" if once else ""
+
+    @property
+    def between(self) -> tuple[int | None, list[EvalSet]]:
+        """After how many steps sets are measured during training, and which: held-out rows also where the recipe does not say when."""
+        every = self.recipe.train.evaluate_every
+        if every is not None or self.recipe.rows.validate is None:
+            return every, self.sets
+        return -(-self.clock.steps // LOOKS), self.sets[:1]
+
+    def _between(self) -> str:
+        every, sets = self.between
+        names = ", ".join(one.name for one in sets)
+        return f"; {names} every {'step' if every == 1 else f'{every:,} steps'}" if every is not None and sets else ""
 
     def _template(self) -> list[str]:
         name, day = self.recipe.rows.chat_template, date_of(self.tokenizer)
@@ -342,7 +356,8 @@ def make_plan(recipe: Recipe, say: Say = lambda text: None, *, today: date | Non
     if recipe.train.threads is not None:
         torch.set_num_threads(recipe.train.threads)
     head = next((value for _, value in values_of(chosen) if isinstance(value, Head)), None)
-    sets = evaluation_sets(recipe.evaluate, recipe.train, head)
+    validated = recipe.rows.validate is not None
+    sets = evaluation_sets(recipe.evaluate, recipe.train, head, recipe.rows.columns, validated=validated)
     schedule = find_schedule(recipe.train.schedule)
     control = find_control(recipe.baseline_run, recipe.out)
     world = World.current()
@@ -352,6 +367,7 @@ def make_plan(recipe: Recipe, say: Say = lambda text: None, *, today: date | Non
     check_predicts(values_of(chosen), loaded.parts)
     rows = read(recipe.rows, recipe.seed, sources, chosen, loaded, say)
     others = OtherModels(recipe.models, recipe.out, loaded, say)
+    sets = [*([held_out_set(rows.held, recipe.rows, loaded.reads, head)] if rows.held is not None else []), *sets]
     engine, feed, clock, rate_from, padded = attach(recipe, schedule, chosen, loaded, rows, others, world)
     noted = check(engine.tune, loaded.tokenizer, sets, rows.encoded.notes)
     say("estimating memory and time")

@@ -17,9 +17,11 @@ from luthier.kinds.parts import Reads
 from luthier.models.attention import replace_sdpa
 from luthier.recipe import RowsRecipe, TrainRecipe
 from luthier.rows.batches import collate, plan_epoch
+from luthier.rows.columns import fitting
 from luthier.rows.encode import EncodedRows
 from luthier.rows.gather import encode_rows
 from luthier.rows.mixture import Mixture
+from luthier.rows.read import records
 from luthier.rows.sources import Joined, read_rows
 from luthier.training.feed import Feed
 from luthier.training.packing import obstacle
@@ -90,7 +92,10 @@ def make_calibration(
             order = torch.randperm(len(rows.rows), generator=draws.generator(seed, "calibration"))
             chosen = [rows.rows[i] for i in order[:count].tolist()]
         else:
-            other = RowsRecipe(train=source, loss_on=recipe.loss_on, max_length=recipe.max_length, too_long=recipe.too_long)
+            columns = fitting((record for _, record in records(source)), recipe.columns)
+            other = RowsRecipe(
+                train=source, columns=columns, loss_on=recipe.loss_on, max_length=recipe.max_length, too_long=recipe.too_long
+            )
             sources = read_rows(other)
             chosen = list(encode_rows(other, sources, Joined(sources), tokenizer, reads, lambda text: None).rows.rows[:count])
         # Of rows that belong together the first teaches, as it does where nothing compares them.

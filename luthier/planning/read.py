@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from luthier.errors import LuthierError, Say
 from luthier.kinds import Head, Now, RowMap
+from luthier.planning.held_out import HeldOut, hold_out, usable
 from luthier.planning.load import Loaded
 from luthier.planning.numbers import Numbered, with_numbers
 from luthier.recipe import RowsRecipe
 from luthier.recipe.parts import Chosen
 from luthier.registry import slots_of, values_of
 from luthier.rows.annotate import annotations_of
+from luthier.rows.blocks import splitter_of
+from luthier.rows.chat import form_of
 from luthier.rows.encode import EncodedRows, Purpose
 from luthier.rows.files import LeftOut
 from luthier.rows.gather import encode_rows, mixture_of
+from luthier.rows.limits import Limits
 from luthier.rows.mixture import Mixture
 from luthier.rows.shapes import BadRow
-from luthier.rows.sources import Joined, Sources, files_of
+from luthier.rows.sources import Joined, Sources, files_of, in_blocks
 from luthier.training.services import RunServices
 from luthier.tune import Tune
 
@@ -36,13 +41,15 @@ class TrainingRows(NamedTuple):
     cache: Sequence[str]
     """When streaming, whether each source's encoded rows were in the cache."""
     mapped: Sequence[str]
-    """What row maps did."""
+    """What was made of what was read, by the recipe and by row maps."""
     files: Sequence[str]
     """What was read."""
     left_out: Sequence[LeftOut]
     """What stands beside it and was not."""
     numbered: Numbered
     """What models gave to the rows beforehand."""
+    held: HeldOut | None = None
+    """What is measured and not learned."""
 
 
 def check_maps(recipe: RowsRecipe, chosen: Chosen) -> None:
@@ -73,19 +80,37 @@ def read(recipe: RowsRecipe, seed: int, sources: Sources, chosen: Chosen, loaded
     Raises:
         LuthierError: a row cannot be encoded, or nothing is left of them.
     """
+    longest = Limits(recipe.max_length, recipe.too_long, loaded.reads).longest
+    splitter = splitter_of(recipe.blocks, loaded.tokenizer, form_of(loaded.tokenizer).first_ids, longest)
+    sources, told = (sources, []) if splitter is None else in_blocks(sources, splitter)
+    sources, held = hold_out(recipe, seed, sources, splitter)
     raw: Iterable[Any] = Joined(sources)
-    mapped: list[str] = []
+    mapped = [*columns_told(recipe), *told]
     for slot, value in _maps(chosen):
-        before = list(raw)
-        raw = after = value.map(before, RunServices(Tune(loaded.model, loaded.parts), slot, Now(seed=seed)))
+        before, services = list(raw), RunServices(Tune(loaded.model, loaded.parts), slot, Now(seed=seed))
+        raw = after = value.map(before, services)
+        held = held._replace(mapped=value.map(list(held.mapped), services)) if held is not None else None
         mapped += [f"{slot}: {value.told(before, after)}"] if value.told is not None else []
     annotations = annotations_of(value for _, value in values_of(chosen))
     purpose: Purpose = "read" if any(isinstance(value, Head) for _, value in values_of(chosen)) else "train"
     rows, places, skipped, cache = encode_rows(recipe, sources, raw, loaded.tokenizer, loaded.reads, say, annotations, purpose)
+    held = usable(held, recipe, loaded, purpose) if held is not None else None
+    mapped += [f"held out: {held.said}"] if held is not None else []
     mixture = mixture_of(recipe, seed, sources, rows, places)
     numbered = with_numbers(recipe, chosen, loaded, rows)
     names = [one.name for one in sources]
-    return TrainingRows(names, raw, numbered.rows, mixture, skipped, cache, mapped, *files_of(sources), numbered=numbered)
+    return TrainingRows(names, raw, numbered.rows, mixture, skipped, cache, mapped, *files_of(sources), numbered, held)
+
+
+def columns_told(recipe: RowsRecipe) -> list[str]:
+    """What columns stand for, source by source where they differ."""
+    said = [", ".join(f"{key} = {column}" for key, column in (one.columns or {}).items()) for one in recipe.sources()]
+    if len(set(said)) == 1:
+        return [f"columns: {said[0]}"] if said[0] else []
+    names = [
+        str(one.rows) if isinstance(one.rows, str | Path) else f"source {n}" for n, one in enumerate(recipe.sources(), start=1)
+    ]
+    return [f"columns of {name}: {text or 'their own names'}" for name, text in zip(names, said, strict=True)]
 
 
 def _maps(chosen: Chosen) -> list[tuple[str, RowMap]]:

@@ -1,10 +1,21 @@
 """The recipe: what a run is asked to do, and how it is read."""
 
 from luthier.recipe.reading import apply_overrides, differences, flat, make_recipe, read_recipe, reference, same_steps, with_keys
-from luthier.recipe.schema import GIVEN_IN_PYTHON, EvaluationSet, Recipe, RowsRecipe, SourceRecipe, TrainRecipe
+from luthier.recipe.schema import (
+    GIVEN_IN_PYTHON,
+    VALIDATION,
+    BlocksRecipe,
+    EvaluationSet,
+    Recipe,
+    RowsRecipe,
+    SourceRecipe,
+    TrainRecipe,
+)
 
 __all__ = [
     "GIVEN_IN_PYTHON",
+    "VALIDATION",
+    "BlocksRecipe",
     "EvaluationSet",
     "Recipe",
     "RowsRecipe",

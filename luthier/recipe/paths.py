@@ -20,14 +20,18 @@ def with_paths(data: dict[str, Any], folder: Path) -> dict[str, Any]:
             return [found(one) for one in value]
         if isinstance(value, dict) and "rows" in value:
             return {**value, "rows": found(value["rows"])}
-        if isinstance(value, str) and not value.startswith("hub:") and not _is_there(Path(value)) and _is_there(folder / value):
+        if not isinstance(value, str) or value.startswith("hub:") or _is_there(Path(value)):
+            return value
+        if _is_there(folder / value):
             return str(folder / value)
-        return value
+        # One split of a data set that lies there.
+        before, colon, split = value.rpartition(":")
+        return f"{folder / before}:{split}" if colon and not _is_there(Path(before)) and _is_there(folder / before) else value
 
     data = dict(data)
     rows = data.get("rows")
     if isinstance(rows, dict):
-        data["rows"] = {**rows, **{key: found(rows[key]) for key in ("train", "stored") if key in rows}}
+        data["rows"] = {**rows, **{key: found(rows[key]) for key in ("train", "validate", "stored") if key in rows}}
     sets = data.get("evaluate")
     if isinstance(sets, dict):
         data["evaluate"] = {

@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pydantic
 import yaml
@@ -14,7 +14,7 @@ import yaml
 from luthier.errors import LuthierError, explain, nearest
 from luthier.recipe.parts import spelled_out
 from luthier.recipe.paths import with_paths
-from luthier.recipe.schema import EvaluationSet, Recipe, Strict, issubclass_safe, plain
+from luthier.recipe.schema import EvaluationSet, Recipe, Strict, plain, section_of
 from luthier.recipe.yaml_text import parse, read_yaml
 from luthier.registry import KEYS, NOTHING
 
@@ -62,8 +62,14 @@ def _steps(plain: Mapping[str, Any]) -> dict[str, Any]:
     # Runs from before there were trackers, quantized bases, other models or named templates say nothing of them, and a tracker changes
     # no step.
     rows = {"chat_template": None, "chat_template_options": {}, "stored": None, **(plain.get("rows") or {})}
+    if isinstance(rows.get("train"), Sequence) and not isinstance(rows["train"], str):
+        rows["train"] = [_set_keys(one) if isinstance(one, Mapping) else one for one in rows["train"]]
     found = {"quantize": "none", "models": {}, **plain, "rows": rows, "train": train, "track": None}
     return {key: value for key, value in found.items() if key != "techniques"} | _numbered(plain.get("techniques") or {})
+
+
+def _set_keys(source: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in source.items() if value is not None}
 
 
 def _numbered(techniques: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
@@ -187,7 +193,7 @@ def _known_keys(path: Sequence[str]) -> list[str]:
         if field is None:
             schema = EvaluationSet
             continue
-        schema = field.annotation if isinstance(field.annotation, type) and issubclass_safe(field.annotation) else EvaluationSet
+        schema = section_of(field.annotation) or EvaluationSet
     return list(schema.model_fields)
 
 
@@ -197,15 +203,17 @@ def reference() -> list[tuple[str, str, str]]:
 
     def walk(section: type[Strict], before: str) -> None:
         for name, field in section.model_fields.items():
-            annotation = field.annotation
-            if isinstance(annotation, type) and issubclass_safe(annotation):
-                walk(annotation, f"{before}{name}.")
+            inner = section_of(field.annotation)
+            if inner is not None and not get_args(field.annotation):
+                walk(inner, f"{before}{name}.")
                 continue
             default = field.get_default(call_default_factory=True)
             shown = "required" if field.is_required() else json.dumps(plain(default))
             lines.append((f"{before}{name}", shown, field.description or ""))
             if name == "evaluate":
                 walk(EvaluationSet, "evaluate.NAME.")
+            elif inner is not None:
+                walk(inner, f"{before}{name}.")
 
     walk(Recipe, "")
     return lines

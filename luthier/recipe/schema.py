@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import date, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin
 
 import pydantic
 import yaml
@@ -22,6 +23,10 @@ from luthier.registry import fields_under
 
 GIVEN_IN_PYTHON = "given in Python>"
 """How plain data ends that stands for a value no file can hold."""
+
+
+VALIDATION = "validation"
+"""The evaluation set of rows that are held out of the training rows."""
 
 
 class Strict(BaseModel):
@@ -62,13 +67,31 @@ def _metric(value: Any) -> Any:
     return value
 
 
+def _named_columns(value: Mapping[str, str] | None) -> Mapping[str, str] | None:
+    """Refuse keys and columns without a name."""
+    if value and not all(name.strip() for pair in value.items() for name in pair):
+        raise ValueError("a key and a column, such as {prompt: question}")
+    return value
+
+
+def _amount_or_rows(value: Any) -> Any:
+    """Refuse what is neither a share, a number of rows, nor rows."""
+    if value is None or not isinstance(value, int | float):
+        return value if value is None else _source_of_rows(value)
+    if isinstance(value, bool) or (value < 1 if isinstance(value, int) else not 0 < value < 1):
+        raise ValueError("a share above 0 and below 1, such as 0.1, a whole number of rows, or rows as under rows.train")
+    return value
+
+
 class SourceRecipe(Strict):
     """One of several sources of rows."""
 
     rows: Any = Field(description="a file, a folder, `hub:name`, or rows in Python")
     weight: float | None = Field(None, gt=0, description="what its share is proportional to; none: 1 where another has one")
+    columns: Mapping[str, str] | None = Field(None, description="by key, this source's own columns, instead of rows.columns")
 
     _check_rows = field_validator("rows", mode="before")(_source_of_rows)
+    _check_columns = field_validator("columns", mode="after")(_named_columns)
 
 
 def _weighted(value: Any) -> Any:
@@ -95,6 +118,14 @@ def _source(value: Any, where: str) -> SourceRecipe:
         raise LuthierError(f"`{first['loc'][0]}` is {what}", where=where, fix=fix) from None
 
 
+class BlocksRecipe(Strict):
+    """How documents are split."""
+
+    tokens: int | None = Field(None, ge=4, description="most tokens of a block; none: of a row")
+    overlap: int = Field(0, ge=0, description="tokens of the block before that a block begins with, which are read and no labels")
+    at: Literal["paragraph", "sentence", "token"] = Field("paragraph", description="the largest part of a text that stays whole")
+
+
 def _told_date(options: Mapping[str, Any]) -> dict[str, Any]:
     """Options of a chat template, with dates as text, which is what templates take and recipes keep."""
     told = {str(key): value.isoformat() if isinstance(value, date) else value for key, value in options.items()}
@@ -106,14 +137,27 @@ def _told_date(options: Mapping[str, Any]) -> dict[str, Any]:
     return told
 
 
+# A method of pydantic's first version, which warns of its own going, has the name of a key.
+warnings.filterwarnings("ignore", 'Field name "validate" in "RowsRecipe" shadows', UserWarning)
+
+
 class RowsRecipe(Strict):
     """What to train on."""
 
-    train: Any = Field(description="a file, a folder, `hub:name`, a list of these or of `{rows, weight}`, or rows in Python")
+    train: Any = Field(
+        description="a file, a folder, `hub:name`, a list of these or of `{rows, weight, columns}`, or rows in Python"
+    )
+    validate: Any = Field(
+        None, description="held out and measured as `validation`: a share of the rows, a number of them, or rows of their own"
+    )
+    validate_by: str | None = Field(None, min_length=1, description="a column whose rows of one value are held out together")
     temperature: float = Field(1.0, gt=0, description="T: without weights, a source's share is proportional to size^(1/T)")
     mixture_unit: Literal["rows", "tokens"] = Field("rows", description="what shares of sources count")
     streaming: bool = Field(False, description="keep encoded rows in a file instead of in memory")
     workers: int = Field(0, ge=0, description="processes that encode rows when streaming; 0: the run's own")
+    columns: Mapping[str, str] | None = Field(
+        None, description="by key of a row, the column that holds it, such as {prompt: question, completion: reply}"
+    )
     format: str | None = Field(None, description="the rows' format, where it cannot be recognized")
     chat_template: str | None = Field(
         None, min_length=1, description="one of the tokenizer's chat templates, by name; none: its default"
@@ -121,6 +165,7 @@ class RowsRecipe(Strict):
     chat_template_options: Mapping[str, Any] = Field(
         default_factory=dict, description="variables of the chat template; `date: YYYY-MM-DD` is also what its clock says"
     )
+    blocks: BlocksRecipe | None = Field(None, description="split rows of `text` into blocks; none: they are left whole")
     _techniques("rows", vars())
     loss_on: Literal["assistant", "last", "all"] = Field("assistant", description="which turns are labels, the tokens with loss")
     max_length: int | None = Field(None, ge=2, description="longest row; none: the model's context")
@@ -135,6 +180,8 @@ class RowsRecipe(Strict):
     def _check_options(cls, value: Any) -> Any:
         return _told_date(value) if isinstance(value, Mapping) else value
 
+    _check_columns = field_validator("columns", mode="after")(_named_columns)
+    _check_validate = field_validator("validate", mode="before")(_amount_or_rows)
     _check_train = field_validator("train", mode="before")(_source_of_rows)
     _check_weights = field_validator("train", mode="after")(_weighted)
 
@@ -145,6 +192,12 @@ class RowsRecipe(Strict):
                 "the sources have weights, and a temperature makes others",
                 where="rows.temperature",
                 fix="leave out one of the two",
+            )
+        if self.validate_by is not None and not isinstance(self.validate, int | float):
+            raise LuthierError(
+                "no rows are drawn that could stay together",
+                where="rows.validate_by",
+                fix="leave it out, or hold out a share of the rows: rows.validate: 0.1",
             )
         if self.workers and not self.streaming:
             raise LuthierError(
@@ -157,11 +210,12 @@ class RowsRecipe(Strict):
         return [self.stored] if isinstance(self.stored, str) else list(self.stored or ())
 
     def sources(self) -> list[SourceRecipe]:
-        """The sources one by one."""
+        """The sources one by one, each with the columns that it is read with."""
         several = isinstance(self.train, list) and self.train and not isinstance(self.train[0], Mapping)
-        return [
+        found = [
             one if isinstance(one, SourceRecipe) else SourceRecipe(rows=one) for one in (self.train if several else [self.train])
         ]
+        return [one.model_copy(update={"columns": self.columns}) if one.columns is None else one for one in found]
 
 
 class TrainRecipe(Strict):
@@ -194,6 +248,9 @@ class EvaluationSet(Strict):
     """One set that is measured before and after."""
 
     rows: Any = Field(description="a file, or rows in Python")
+    columns: Mapping[str, str] | None = Field(
+        None, description="by key, the set's own columns; none: those of rows.columns, where the set has all of them"
+    )
     metric: Any = Field(
         None, description="a metric, `{metric: {option: value}}`, or a function in Python; none: chosen by the rows' format"
     )
@@ -205,6 +262,7 @@ class EvaluationSet(Strict):
         None, ge=0, allow_inf_nan=False, description="with mean_minus_deviation: how many deviations are subtracted; none: 1"
     )
 
+    _check_columns = field_validator("columns", mode="after")(_named_columns)
     _check_rows = field_validator("rows", mode="before")(_source_of_rows)
     _check_metric = field_validator("metric", mode="before")(_metric)
 
@@ -252,6 +310,21 @@ class Recipe(Strict):
             )
         return self
 
+    @model_validator(mode="after")
+    def _check_validation(self) -> Recipe:
+        if self.rows.validate is not None and VALIDATION in self.evaluate:
+            raise LuthierError(
+                f"rows.validate makes an evaluation set `{VALIDATION}`, and there is another of this name",
+                where=f"evaluate.{VALIDATION}",
+                fix="give it another name, or leave rows.validate out",
+            )
+        return self
+
+    def measured(self) -> dict[str, EvaluationSet]:
+        """The sets that a run measures, by name: that of held-out rows first, then those under `evaluate`."""
+        own = {} if self.rows.validate is None else {VALIDATION: EvaluationSet(rows=VALIDATION)}
+        return {**own, **self.evaluate}
+
     def as_plain(self) -> dict[str, Any]:
         """The recipe as plain data; parts given in Python appear by name and options."""
         found: dict[str, Any] = plain(self)
@@ -287,6 +360,9 @@ def plain(value: Any) -> Any:
     return f"<{type(value).__name__} {GIVEN_IN_PYTHON}"
 
 
-def issubclass_safe(annotation: type) -> bool:
-    """Whether an annotation is one of the recipe's own sections."""
-    return isinstance(annotation, type) and issubclass(annotation, Strict)
+def section_of(annotation: Any) -> type[Strict] | None:
+    """Which of the recipe's own sections an annotation is, maybe one that can be left out; None where it is none."""
+    # Before Python 3.11 `list[str]` counts as a type, and as none that could be a subclass.
+    plain_kinds = [kind for kind in (annotation, *get_args(annotation)) if isinstance(kind, type) and get_origin(kind) is None]
+    kinds = [kind for kind in plain_kinds if issubclass(kind, Strict)]
+    return kinds[0] if len(kinds) == 1 else None

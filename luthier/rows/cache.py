@@ -13,6 +13,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
+from dataclasses import asdict
 from importlib import import_module
 from itertools import accumulate
 from pathlib import Path
@@ -41,13 +42,16 @@ from luthier.rows.template import asks_clock
 _CODE = (
     "annotate",
     "beside",
+    "blocks",
     "borders",
     "cache",
     "chat",
     "chunks",
+    "columns",
     "encode",
     "files",
     "groups",
+    "held_out",
     "ids",
     "labels",
     "lazy",
@@ -55,12 +59,14 @@ _CODE = (
     "messages",
     "preferences",
     "read",
+    "saved",
     "separated",
     "shapes",
     "sources",
     "spans",
     "stored",
     "template",
+    "texts",
     "unwritten",
 )
 """Modules of this folder that read and encode rows."""
@@ -127,6 +133,9 @@ def inputs_of(source: Streamed, encoding: Encoding, on_bad_row: OnBadRow) -> dic
         "source": str(source.source),
         "files": [_stamp(file) for file in files_of(source.source)],
         "shape": source.shape,
+        "columns": dict(source.columns or {}),
+        "blocks": None if source.splitter is None else [source.splitter.tokens, source.splitter.overlap, source.splitter.at],
+        "without": None if source.without is None else asdict(source.without),
         "on_bad_row": on_bad_row,
         "loss_on": encoding.loss_on,
         "purpose": encoding.purpose,

@@ -31,6 +31,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from luthier.errors import LuthierError
 from luthier.rows.beside import asked, disliked
+from luthier.rows.blocks import BLOCK, Block
 from luthier.rows.messages import Message, arguments_of, with_written_arguments, without_mark
 from luthier.rows.shapes import Row, unread
 from luthier.rows.template import CLOCK, DATE, Choice, asks_clock, choice_of, templates_of, text_of, told
@@ -110,12 +111,14 @@ class Rendered:
         targets: the characters it learns to write, in order, apart from each other.
         plain: whether the text was written without a chat template, so that the tokenizer may add its own first token.
         notes: what about this row deserves a warning.
+        block: of a part of a document, its tokens, which the whole was cut into.
     """
 
     text: str
     targets: tuple[Span, ...]
     plain: bool
     notes: tuple[str, ...] = ()
+    block: Block | None = None
 
 
 def form_of(tokenizer: PreTrainedTokenizerBase, options: Mapping[str, Any] | None = None) -> Form:
@@ -266,6 +269,8 @@ def _dialogue(row: Row, form: Form, messages: Sequence[Message], given: int) -> 
 def _document(row: Row, form: Form) -> Rendered:
     eos = str(form.tokenizer.eos_token or "")
     text = row.fields["text"]
+    if BLOCK in row.fields:
+        return Rendered(text, ((0, len(text)),), plain=True, notes=_document_notes(row, form), block=row.fields[BLOCK])
     text += "" if eos and text.endswith(eos) else eos
     notes = (*([] if eos else [ENDLESS]), *_document_notes(row, form))
     return Rendered(text, ((0, len(text)),), plain=True, notes=notes)

@@ -397,7 +397,7 @@ def _limited(
     limits: Limits,
     columns_of: Callable[[Sequence[int]], dict[str, tuple[float, ...]]] = lambda ids: {},
 ) -> Encoded:
-    ids, supervised = _tokenized(rendered, form)
+    ids, supervised = rendered.block.encoded(form.first_ids) if rendered.block else _tokenized(rendered, form)
     surplus = max(0, len(ids) - limits.longest) if limits.longest is not None else 0
     if surplus and limits.too_long == "refuse":
         raise limits.refusal(row, len(ids))

@@ -12,11 +12,14 @@ from pathlib import Path
 from typing import BinaryIO, Literal, NamedTuple, cast
 
 from luthier.errors import LuthierError
+from luthier.rows.saved import DICT, split_of
 
 Purpose = Literal["train", "evaluate"]
 
-FORMATS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt", ".parquet", ".arrow")
+FORMATS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt", ".md", ".parquet", ".arrow")
 """By the endings of names; all but the last two also gzipped."""
+TEXTS = (".txt", ".md")
+"""Of these a file is one document."""
 _MAGIC = {b"PAR1": ".parquet", b"ARROW1": ".arrow"}
 _GZIP = b"\x1f\x8b"
 _PACKED = {b"\x28\xb5\x2f\xfd": "Zstandard", b"\xfd7zXZ": "xz", b"BZh": "bzip2", b"PK\x03\x04": "zip"}
@@ -47,7 +50,7 @@ _ABOUT_ROWS = frozenset(
 STORED = ".stored"
 """How folders end that hold what models said of rows, in Parquet files of their own."""
 _STATE = "state.json"
-_DESCRIBE = frozenset({"dataset_info.json", "dataset_infos.json", "dataset_dict.json", _STATE})
+_DESCRIBE = frozenset({"dataset_info.json", "dataset_infos.json", DICT, _STATE})
 """What `save_to_disk` and data sets of the hub keep beside their rows."""
 
 
@@ -72,22 +75,28 @@ class Found(NamedTuple):
 def find(source: str | Path, purpose: Purpose = "train") -> Found:
     """The files that a path, a folder or a pattern means.
 
-    Of a folder, or of what a pattern finds, files whose names say that they are for testing are left out, unless the given path says so
-    itself; so are texts beside rows, and what only describes a data set.
+    Of a saved `DatasetDict` these are the files of one split: see `luthier.rows.saved`. Of any other folder, or of what a pattern finds,
+    files whose names say that they are for testing are left out, unless the given path says so itself; so are texts beside rows, and what
+    only describes a data set.
 
     Args:
         source: the path.
         purpose: what the rows are for; a folder to evaluate on must not mix rows for testing with others.
 
     Raises:
-        LuthierError: there is no such file, the folder holds nothing to read, or not what `state.json` promises.
+        LuthierError: there is no such file or split, the folder holds nothing to read, or not what `state.json` promises.
     """
     try:
         path = Path(source).expanduser()
-        path.exists()
+        split = split_of(source, training=purpose == "train")
     # Too long for a file's name, or the home of a user that is not there.
     except (OSError, RuntimeError) as problem:
         raise LuthierError(f"this is no path: {problem}", where=str(source), fix="check the path") from None
+    if split is not None:
+        found = find(split.path, purpose)
+        others = [LeftOut(str(split.folder / name), f"it is another split, {split.folder}:{name}") for name in split.others]
+        left_out = (LeftOut(str(split.folder / DICT), _no_rows(split.folder / DICT, ())), *found.left_out, *others)
+        return found._replace(name=path.name, left_out=left_out)
     if path.is_dir():
         files = [file for file in sorted(path.rglob("*")) if file.is_file() and not _hidden(file.relative_to(path))]
         usable = [file for file in files if format_of(file) is not None]
@@ -201,10 +210,10 @@ def _no_rows(file: Path, files: Iterable[Path]) -> str:
         return "it describes a data set"
     if format_of(file) == ".arrow" and not _is_listed(file):
         return f"{_STATE} does not name it"
-    if format_of(file) == ".txt":
+    if format_of(file) in TEXTS:
         if _words(file.name.split(".")[0]) & _ABOUT_ROWS:
             return "it is about the rows"
-        if any(other.parent == file.parent and format_of(other) != ".txt" and not _describes(other) for other in files):
+        if any(other.parent == file.parent and format_of(other) not in TEXTS and not _describes(other) for other in files):
             return "it is a text beside rows"
     return ""
 

@@ -50,13 +50,15 @@ class Limits:
     def refusal(self, row: Row, tokens: int) -> LuthierError:
         """What to say of a row that is too long: of the model's own limit, if it is over that."""
         context = self.reads.context
+        blocks = ", or split it into blocks with rows.blocks: {}" if row.shape == "text" else ""
         if context is not None and tokens > context:
             what = f"the row has {tokens} tokens, and at most {context} are allowed: this model reads no more"
-            fix = "shorten or split the row"
+            fix = "split it into blocks with rows.blocks: {}" if blocks else "shorten or split the row"
+            blocks = ""
         else:
             what = f"the row has {tokens} tokens, and at most {self.longest} are allowed"
             fix = "raise max_length" + (f" to at most {context}, which is all this model reads" if context is not None else "")
-        return LuthierError(what, where=row.where, fix=f"{fix}, or cut long rows with too_long")
+        return LuthierError(what, where=row.where, fix=f"{fix}, or cut long rows with too_long{blocks}")
 
 
 def check_ids(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase, vocabulary: int | None, where: str) -> None:

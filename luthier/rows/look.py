@@ -16,17 +16,21 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from luthier.kinds.parts import Reads
-from luthier.rows.chat import LossOn
+from luthier.recipe import BlocksRecipe
+from luthier.rows.blocks import splitter_of
+from luthier.rows.chat import LossOn, form_of
+from luthier.rows.columns import Columns
 from luthier.rows.encode import Encoded, EncodedRows, encode_each, told
 from luthier.rows.files import LeftOut
 from luthier.rows.groups import sides
 from luthier.rows.limits import ANYTHING, TooLong
 from luthier.rows.read import Rows, read
-from luthier.rows.shapes import BadRow
+from luthier.rows.shapes import BadRow, ignored
 
 _QUANTILES = {"shortest": 0.0, "median": 0.5, "90%": 0.9, "99%": 0.99, "longest": 1.0}
 _SHOWN_CHARACTERS = 1200
 _SHOWN_REASONS = 5
+_OPEN, _CLOSE = "[[", "]]"
 # A terminal obeys control characters, so those of the data are shown, not sent; line breaks and tabs do no harm.
 _VISIBLE = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
 _STYLES = {
@@ -56,6 +60,7 @@ class Sample:
     labels: int
     truncated: int
     pieces: tuple[Piece, ...]
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -65,6 +70,7 @@ class Look:
     Args:
         name: the set.
         rows: usable rows; a preference counts once.
+        blocks: how documents were split, in words; empty where they were not.
         shape_counts: how many rows have each shape.
         tokens: all tokens, after truncation.
         supervised_tokens: the labels among them.
@@ -76,11 +82,13 @@ class Look:
         left_out: files beside those read that could be read, and why they were not.
         notes: warnings, and how many rows each concerns.
         first_noted: the first row that each concerns, by its place and id.
+        ignored_columns: columns that the model does not read, and how many rows have each.
         samples: the first rows, rendered.
     """
 
     name: str
     rows: int
+    blocks: str
     shape_counts: Mapping[str, int]
     tokens: int
     supervised_tokens: int
@@ -92,6 +100,7 @@ class Look:
     left_out: tuple[LeftOut, ...]
     notes: Mapping[str, int]
     first_noted: Mapping[str, str]
+    ignored_columns: Mapping[str, int]
     samples: tuple[Sample, ...]
 
     def as_json(self) -> dict[str, Any]:
@@ -110,6 +119,8 @@ def look(
     n: int = 5,
     *,
     shape: str | None = None,
+    columns: Columns | None = None,
+    blocks: BlocksRecipe | None = None,
     loss_on: LossOn = "assistant",
     max_length: int | None = None,
     too_long: TooLong = "refuse",
@@ -124,7 +135,8 @@ def look(
         source: anything `read` takes.
         tokenizer: the model's tokenizer.
         n: how many samples to render.
-        shape: as for `read`.
+        shape, columns: as for `read`.
+        blocks: how documents are split; None: they are left whole.
         loss_on: as for `encode`.
         max_length: as for `encode`.
         too_long: as for `encode`; a refused row counts as skipped here.
@@ -134,14 +146,16 @@ def look(
     Raises:
         LuthierError: the source cannot be opened, or no row in it can be read.
     """
-    rows = source if isinstance(source, Rows) else read(source, shape=shape, on_bad_row="skip")
+    rows = source if isinstance(source, Rows) else read(source, shape=shape, on_bad_row="skip", columns=columns)
+    # Their lengths are of interest whether or not the model reads so much.
+    longest = min((one for one in (max_length, reads.context) if one is not None), default=None)
+    splitter = splitter_of(blocks, tokenizer, form_of(tokenizer, template_options).first_ids, longest)
+    rows = rows if splitter is None else replace(rows, rows=tuple(splitter.rows(rows)))
     answered = [part for row in rows if row.shape != "prompt" for part in sides(row)]
     questions = [row for row in rows if row.shape == "prompt"]
     whole, bad = encode_each(
         answered, tokenizer, loss_on=loss_on, template_options=template_options, reads=Reads(vocabulary=reads.vocabulary)
     )
-    # Their lengths are of interest whether or not the model reads so much.
-    longest = min((one for one in (max_length, reads.context) if one is not None), default=None)
     long = {row.id for row in whole.rows if longest is not None and len(row) > longest}
     cut, refused = encode_each(
         [row for row in answered if row.id in long],
@@ -159,6 +173,7 @@ def look(
     return Look(
         name=rows.name,
         rows=len(rows),
+        blocks="" if splitter is None else splitter.told(rows),
         shape_counts=rows.shape_counts,
         tokens=kept.tokens,
         supervised_tokens=kept.supervised_tokens,
@@ -170,32 +185,44 @@ def look(
         left_out=rows.left_out,
         notes=dict(Counter(whole.notes) + Counter(asked.notes)),
         first_noted={**asked.first_noted, **whole.first_noted},
+        ignored_columns=dict(Counter(key for row in rows for key in ignored(row)).most_common()),
         samples=tuple(_sample(row, tokenizer) for row in shown),
     )
 
 
-def render(looked: Look) -> RenderableType:
+def render(looked: Look, *, marked: bool = False) -> RenderableType:
     """What a terminal shows: the facts, the problems, and the samples with their labels in bold green.
 
     Special tokens are set off by color, line breaks are marked, and control characters of the data are spelled out.
+
+    Args:
+        looked: what was found.
+        marked: put labels in brackets, for who sees no colors.
     """
     share = looked.supervised_tokens / looked.tokens if looked.tokens else 0.0
     facts = {
         "rows": ", ".join(f"{count} {shape}" for shape, count in looked.shape_counts.items()),
+        "blocks": looked.blocks,
         "tokens": f"{looked.tokens}, of which {looked.supervised_tokens} are labels ({share:.0%})",
         "lengths": ", ".join(f"{name} {tokens}" for name, tokens in looked.lengths.items()),
         "too long": str(looked.too_long),
         "skipped": _reasons(looked.skipped),
         "dropped": _reasons(looked.dropped),
+        "not read": ", ".join(f"`{name}` of {count} rows" for name, count in looked.ignored_columns.items()),
         "ignored files": "\n".join(looked.ignored_files),
         "left out": "\n".join(f"{one.file}: {one.why}" for one in looked.left_out),
         "notes": "\n".join(told(looked.notes, looked.first_noted)),
+        "learned": (f"what stands between {_OPEN} and {_CLOSE}" if marked else "what is bold green") if looked.samples else "",
     }
     table = Table.grid(padding=(0, 2))
     for name, fact in facts.items():
         if fact:
             table.add_row(Text(name, style="bold"), Text(_visible(fact)))
-    return Group(Text(_visible(looked.name), style="bold underline"), table, *map(_rendered, looked.samples))
+    return Group(
+        Text(_visible(looked.name), style="bold underline"),
+        table,
+        *(_rendered(sample, looked, marked) for sample in looked.samples),
+    )
 
 
 def _quantiles(lengths: Sequence[int]) -> dict[str, int]:
@@ -215,15 +242,21 @@ def _sample(row: Encoded, tokenizer: PreTrainedTokenizerBase) -> Sample:
         longer = str(tokenizer.decode(list(row.token_ids[:end]), clean_up_tokenization_spaces=False))
         pieces.append(Piece(longer[len(text) :], *kind))
         text = longer
-    return Sample(row.id, row.where, len(row), sum(row.supervised), row.truncated, tuple(pieces))
+    return Sample(row.id, row.where, len(row), sum(row.supervised), row.truncated, tuple(pieces), row.notes)
 
 
-def _rendered(sample: Sample) -> Text:
+def _rendered(sample: Sample, looked: Look, marked: bool) -> Text:
     cut = f", {sample.truncated} cut off" if sample.truncated else ""
     heading = f"\n{sample.where}, row {sample.id}: {sample.tokens} tokens, {sample.labels} labels{cut}\n"
     text = Text(_visible(heading), style="bold")
-    for piece in sample.pieces:
-        text.append(_shortened(_visible(piece.text)).replace("\n", "↵\n"), style=_STYLES[piece.target, piece.special])
+    # What is so in every row is said once, above.
+    for note in (note for note in sample.notes if looked.notes.get(note, 0) < looked.rows):
+        text.append(f"note: {_visible(note)}\n", style="yellow")
+    for is_label, pieces in groupby(sample.pieces, lambda piece: piece.target):
+        text.append(_OPEN if marked and is_label else "")
+        for piece in pieces:
+            text.append(_shortened(_visible(piece.text)).replace("\n", "↵\n"), style=_STYLES[piece.target, piece.special])
+        text.append(_CLOSE if marked and is_label else "")
     return text
 
 

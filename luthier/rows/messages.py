@@ -6,6 +6,7 @@
 | `weight` (OpenAI, Mistral), `loss`, `loss_scale` (ms-swift) | read as `learn` |
 | `train`, `training` (axolotl), `trainable`, `loss_mask` (verl) | read as `learn` |
 | `masked` (torchtune) | read as `learn`, turned round |
+| a turn `from: function_call` (LLaMA-Factory) | an assistant's turn with the calls that its value holds |
 | `arguments` of a call, as JSON text (OpenAI) | the object that the text writes |
 | all others | given to the chat template as they are |
 """
@@ -29,7 +30,9 @@ SHAREGPT_ROLES = {
     "assistant": "assistant",
     "tool": "tool",
     "observation": "tool",
+    "function_call": "assistant",
 }
+_CALLS = "function_call"
 _LEARN = "learn"
 _MARKS = (_LEARN, "weight", "loss", "loss_scale", "loss_mask", "train", "training", "trainable", "masked")
 _INVERTED = "masked"
@@ -182,7 +185,21 @@ def _of_turn(turn: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     if speaker not in SHAREGPT_ROLES:
         raise LuthierError(f"`{key}` is from the unknown role {speaker!r}", fix=nearest(speaker, SHAREGPT_ROLES))
     others = {name: part for name, part in turn.items() if name not in ("from", "value")}
+    if speaker == _CALLS:
+        return {**others, "role": "assistant", "content": "", "tool_calls": _called(turn["value"], key)}
     return {**others, "role": SHAREGPT_ROLES[speaker], "content": turn["value"]}
+
+
+def _called(value: Any, key: str) -> list[dict[str, Any]]:
+    """The calls that a turn of LLaMA-Factory holds as JSON: one, or a list of them."""
+    try:
+        given = json.loads(value) if isinstance(value, str) else value
+    except (ValueError, RecursionError) as problem:
+        raise LuthierError(f"`{key}` is a call, but not JSON: {problem}") from None
+    calls = given if isinstance(given, list) else [given]
+    if not calls or not all(isinstance(call, Mapping) and isinstance(call.get("name"), str) for call in calls):
+        raise LuthierError(f"`{key}` is a call without a `name`", fix='write {"name": ..., "arguments": {...}}, or a list of these')
+    return [{"type": "function", "function": dict(call)} for call in calls]
 
 
 def _message(value: Any, key: str) -> Message:

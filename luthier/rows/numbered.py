@@ -20,7 +20,7 @@ from luthier.rows.numbers import LIKELIHOOD, Numbers
 from luthier.rows.stored import StoredRows
 
 PAIRED = ("reference_chosen", "reference_rejected")
-_NUMBERED = re.compile(r"[0-9a-f]{12}-\d+")
+_NUMBERED = re.compile(r"[0-9a-f]{12}(#\d+)?-\d+")
 """A derived id with the number that tells it from others of the same content."""
 _NAMED = 5
 """Rows that an error names one by one."""

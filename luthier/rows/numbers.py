@@ -30,6 +30,7 @@ from luthier.kinds import TEACHER
 from luthier.rows.cache import tokenizer_fingerprint
 from luthier.rows.files import STORED
 from luthier.rows.ids import canonical, digest
+from luthier.rows.saved import place_of
 from luthier.rows.template import choice_of, date_of
 
 LIKELIHOOD = "log_likelihood"
@@ -53,7 +54,17 @@ MADE_WITH = {
     "code": "the code that makes them",
 }
 """Facts that must be the same where the numbers are read, and what errors call them."""
-OPTIONS = ("format", "chat_template", "chat_template_options", "loss_on", "max_length", "too_long", "on_bad_row")
+OPTIONS = (
+    "columns",
+    "blocks",
+    "format",
+    "chat_template",
+    "chat_template_options",
+    "loss_on",
+    "max_length",
+    "too_long",
+    "on_bad_row",
+)
 """The keys under `rows` of a recipe that say how rows are read and written."""
 MADE_BY = {"model": "the model", "fingerprint": "its numbers", "precision": "its precision", "top_k": "top_k"}
 """Facts that must be the same, too, where more rows are added."""
@@ -90,7 +101,7 @@ def written_by(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
 
 def beside(source: str | Path, kind: str) -> Path | None:
     """Where a store of some kind lies that belongs to rows; None where these are no file or folder."""
-    path = Path(source).expanduser()
+    path = place_of(source)
     return path.with_name(path.name + STORED) / kind if path.exists() and path.name else None
 
 

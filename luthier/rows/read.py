@@ -20,7 +20,8 @@ import pyarrow
 import pyarrow.parquet
 
 from luthier.errors import LuthierError
-from luthier.rows.files import Found, LeftOut, Purpose, find, format_of, formats_known, opened
+from luthier.rows.columns import Columns, fitting, mapped
+from luthier.rows.files import TEXTS, Found, LeftOut, Purpose, find, format_of, formats_known, opened
 from luthier.rows.ids import Digests, Ids, Places, canonical, half_character
 from luthier.rows.separated import separated
 from luthier.rows.shapes import BadRow, Row, bad_rows_error, named_shape, row_of
@@ -82,12 +83,13 @@ def read(
     on_bad_row: OnBadRow = "stop",
     name: str | None = None,
     purpose: Purpose = "train",
+    columns: Columns | None = None,
 ) -> Rows:
     """Read and check rows.
 
     Args:
         source: a path to `.jsonl`, `.ndjson`, `.json` (a list, or an object with the list under `data`), `.csv`,
-            `.tsv`, `.parquet`, `.arrow` or `.txt` (one document), each also gzipped (`.jsonl.gz`) except Parquet and
+            `.tsv`, `.parquet`, `.arrow`, `.txt` or `.md` (one document), each also gzipped (`.jsonl.gz`) except Parquet and
             Arrow; a folder, also one that `save_to_disk` wrote, or a pattern such as `data/*.jsonl`, read in the order
             of the names; `hub:NAME`, `hub:NAME:SPLIT` or `hub:OWNER/NAME/CONFIG:SPLIT` (split `train` when not given);
             a `datasets.Dataset`; or any Python iterable of mappings. Rows are returned as they are.
@@ -97,9 +99,10 @@ def read(
         name: what reports call the rows; the file, folder or data set's name when not given.
         purpose: `"train"` leaves files of a folder or pattern out whose names say that they are for testing;
             `"evaluate"` refuses a folder that mixes them with others.
+        columns: by key of a row, the column that holds it: see `luthier.rows.columns`.
 
     Raises:
-        LuthierError: the source cannot be opened, a record is unusable, or nothing usable is left.
+        LuthierError: the source cannot be opened, a column is not there, a record is unusable, or nothing usable is left.
     """
     if on_bad_row not in ("stop", "skip"):
         raise LuthierError(f"on_bad_row is {on_bad_row!r}", fix='write "stop" or "skip"')
@@ -107,7 +110,7 @@ def read(
         return source
     if shape is not None:
         named_shape(shape)
-    records, found = _opened(source, purpose)
+    records, found = _opened(source, purpose, columns)
     name = name or found.name
     rows: list[Row] = []
     bad: list[BadRow] = []
@@ -124,15 +127,42 @@ def read(
     return Rows(name, tuple(rows), tuple(bad), found.ignored, tuple(map(str, found.files)), found.left_out)
 
 
-def stream(source: str | Path, *, shape: str | None = None) -> Iterator[Row | BadRow]:
+def stream(source: str | Path, *, shape: str | None = None, columns: Columns | None = None) -> Iterator[Row | BadRow]:
     """Read and check rows one after the other, keeping only digests of their ids; the arguments are those of `read`.
 
     Raises:
-        LuthierError: the source cannot be opened.
+        LuthierError: the source cannot be opened, or a column is not there.
     """
     if shape is not None:
         named_shape(shape)
-    return _checked(_opened(source)[0], Ids(Digests()), shape)
+    return _checked(_opened(source, columns=columns)[0], Ids(Digests()), shape)
+
+
+def read_as(
+    source: str | Path | Rows | Iterable[Mapping[str, Any]],
+    own: Columns | None,
+    others: Columns | None,
+    *,
+    purpose: Purpose = "train",
+    shape: str | None = None,
+) -> Rows:
+    """Read rows beside others, such as those that are measured: with columns of their own, else with those of the others where they have
+    all of them, else as they stand.
+
+    Raises:
+        LuthierError: as `read`.
+    """
+    if own is not None or not others or isinstance(source, Rows):
+        return read(source, columns=own, purpose=purpose, shape=shape)
+    source = source if isinstance(source, str | Path) else list(source)
+    fits = fitting((record for _, record in records(source)), others)
+    try:
+        return read(source, columns=fits, purpose=purpose, shape=shape)
+    except LuthierError as problem:
+        if fits:
+            raise
+        hint = "rows.columns does not count here, since these rows lack some of its columns: name theirs under `columns`"
+        raise LuthierError(problem.what, where=problem.where, fix="; ".join([problem.fix, hint])) from None
 
 
 def records(source: str | Path | Iterable[Mapping[str, Any]]) -> Iterator[Read]:
@@ -141,7 +171,7 @@ def records(source: str | Path | Iterable[Mapping[str, Any]]) -> Iterator[Read]:
     Raises:
         LuthierError: the source cannot be opened.
     """
-    return _opened(source)[0]
+    return _as_it_stands(source)[0]
 
 
 def name_of(source: str | Path) -> str:
@@ -177,12 +207,22 @@ def _checked(records: Iterable[Read], ids: Ids, shape: str | None) -> Iterator[R
             yield row
 
 
-def _opened(source: str | Path | Iterable[Mapping[str, Any]], purpose: Purpose = "train") -> tuple[Iterator[Read], Found]:
+def _opened(
+    source: str | Path | Iterable[Mapping[str, Any]], purpose: Purpose = "train", columns: Columns | None = None
+) -> tuple[Iterator[Read], Found]:
+    records, found = _as_it_stands(source, purpose, columns)
+    place = str(source) if isinstance(source, str | Path) else found.name
+    return (mapped(records, columns, place) if columns else records), found
+
+
+def _as_it_stands(
+    source: str | Path | Iterable[Mapping[str, Any]], purpose: Purpose = "train", columns: Columns | None = None
+) -> tuple[Iterator[Read], Found]:
     if isinstance(source, str) and source.startswith("hub:"):
         return _enumerated(map(without_nulls, _from_hub(source)), source), Found((), source.removeprefix("hub:"))
     if isinstance(source, str | Path):
         found = find(source, purpose)
-        return _from_files(found.files), found
+        return _from_files(found.files, columns or {}), found
     if isinstance(source, Mapping):
         keys = ", ".join(map(str, source))
         raise LuthierError(f"rows cannot be read from a {type(source).__name__}", fix=f"give one of its values: {keys}")
@@ -208,13 +248,13 @@ def _from_hub(source: str) -> Any:
         ) from problem
 
 
-def _from_files(files: Sequence[Path]) -> Iterator[Read]:
+def _from_files(files: Sequence[Path], columns: Columns) -> Iterator[Read]:
     for file in files:
         kind = format_of(file)
         if kind is None:
             raise LuthierError(f"`{file.suffix}` files cannot be read", where=str(file), fix=formats_known())
         try:
-            yield from _READERS[kind](file)
+            yield from separated(file, _DELIMITERS[kind], columns) if kind in _DELIMITERS else _READERS[kind](file)
         except (OSError, EOFError, zlib.error, pyarrow.ArrowException) as problem:
             raise LuthierError(
                 f"the file cannot be read: {problem}",
@@ -366,13 +406,12 @@ def _object(value: Any, where: str) -> Mapping[str, Any] | BadRow:
     return value
 
 
+_DELIMITERS = {".csv": ",", ".tsv": "\t"}
 _READERS: dict[str, Callable[[Path], Iterator[Read]]] = {
     ".jsonl": _json_lines,
     ".ndjson": _json_lines,
     ".json": _json,
-    ".csv": lambda path: separated(path, ","),
-    ".tsv": lambda path: separated(path, "\t"),
-    ".txt": _document,
+    **dict.fromkeys(TEXTS, _document),
     ".parquet": _parquet,
     ".arrow": _arrow,
 }

@@ -15,10 +15,11 @@ from torch import Tensor
 from luthier import disk, draws, registry
 from luthier.errors import LuthierError, Say, silent
 from luthier.kinds import RowLikelihood
+from luthier.rows.columns import Columns
 from luthier.rows.embed import DEFAULT, Embed
 from luthier.rows.embed import embedder as make_embedder
 from luthier.rows.ids import canonical
-from luthier.rows.read import Rows, read, records
+from luthier.rows.read import Rows, read, read_as, records
 from luthier.rows.shapes import Row, text_keys
 from luthier.rows.texts import text_of
 
@@ -97,6 +98,7 @@ def score_rows(
     embedder: str = DEFAULT,
     likely: Likely | None = None,
     shape: str | None = None,
+    columns: Columns | None = None,
     seed: int = 0,
     column: str | None = None,
     out: Path | None = None,
@@ -111,6 +113,7 @@ def score_rows(
         embedder: what makes embeddings, where the score asks for them: see `luthier.rows.embed`.
         likely: runs models, where the score asks for them: `luthier.runs.measure.likelihood_of_rows`.
         shape: the pool's shape, where it cannot be recognized.
+        columns: by key, the pool's columns, which are also the target's where it has all of them.
         seed: of all draws.
         column: a key that the scores get in the records of the pool; None: they stand alone.
         out: a file for the records, or for one `{id, score}` a line, in the order of the pool.
@@ -126,7 +129,8 @@ def score_rows(
     check_out(out)
     if column is not None and not isinstance(source, str | Path | Rows):
         source = list(source)
-    rows, wanted = read(source, shape=shape), read(target) if target is not None else ()
+    rows = read(source, shape=shape, columns=columns)
+    wanted = read_as(target, None, columns) if target is not None else ()
     found = records_without(column, source) if column is not None else []
     say(f"{rows.name}: scoring {len(rows)} rows by {part.name}")
     embed = make_embedder(embedder, device="cuda" if torch.cuda.is_available() else "cpu", say=say)
@@ -164,6 +168,7 @@ def select_rows(
     share: float | None = None,
     out: Path | None = None,
     shape: str | None = None,
+    columns: Columns | None = None,
     seed: int = 0,
     **more: Any,
 ) -> Selection:
@@ -179,6 +184,7 @@ def select_rows(
         share: how many of them, from above 0 to 1, rounded.
         out: a file for the chosen records, one a line.
         shape: the pool's shape, where it cannot be recognized.
+        columns: as for `score_rows`; the records keep their own.
         seed: of all draws.
         more: `target`, `embedder`, `likely` and `say`, as for `score_rows`.
 
@@ -187,9 +193,9 @@ def select_rows(
     """
     check_out(out)
     source = source if isinstance(source, str | Path) else list(source)
-    rows = read(source, shape=shape)
+    rows = read(source, shape=shape, columns=columns)
     wanted = how_many(len(rows), count, share)
-    scored = score_rows(rows, by, seed=seed, **more)
+    scored = score_rows(rows, by, columns=columns, seed=seed, **more)
     picked, again = _best(scored, wanted)
     chosen = tuple(rows[place] for place in picked)
     scores = tuple(scored.scores[place] for place in picked)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from luthier.errors import LuthierError
+from luthier.rows.columns import Columns, keys_of
 from luthier.rows.files import opened
 from luthier.rows.shapes import BadRow, text_keys
 
@@ -22,7 +23,7 @@ _NUMBER = re.compile(r"-?(0|[1-9][0-9]*)([.][0-9]+)?([eE][+-]?[0-9]+)?")
 _WINDOWS = "\r\n"
 
 
-def separated(path: Path, delimiter: str) -> Iterator[tuple[str, Mapping[str, Any] | BadRow]]:
+def separated(path: Path, delimiter: str, columns: Columns) -> Iterator[tuple[str, Mapping[str, Any] | BadRow]]:
     """The rows of a table with a header, each with its line; a row of several lines with its last.
 
     Free columns become numbers where every value of the column is a finite one; text of a shape never does. Spaces around the names of
@@ -32,6 +33,7 @@ def separated(path: Path, delimiter: str) -> Iterator[tuple[str, Mapping[str, An
     Args:
         path: the file, which may be gzipped.
         delimiter: what stands between values; for a comma, semicolons or tabs where the header has no comma.
+        columns: the keys that columns stand for, which decide whether they are text.
 
     Raises:
         LuthierError: quotes that do not end, or a header that does not name every column once.
@@ -43,7 +45,7 @@ def separated(path: Path, delimiter: str) -> Iterator[tuple[str, Mapping[str, An
             continue
         if not header:
             header = list(record)
-            whole = number = set(header) - set(text_keys())
+            whole = number = {name for name in header if text_keys().isdisjoint(keys_of(name, columns))}
         whole = {key for key in whole if _WHOLE.fullmatch(record[key])}
         number = {key for key in number if key in whole or _is_number(record[key])}
     makers: dict[str, Callable[[str], float | int | str]] = {**dict.fromkeys(number, float), **dict.fromkeys(whole, int)}

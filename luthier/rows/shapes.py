@@ -32,7 +32,7 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, is_dataclass
 from typing import Any, NamedTuple
 
 from luthier.errors import LuthierError, nearest
@@ -145,6 +145,12 @@ def text_keys() -> frozenset[str]:
 def unread(row: Row) -> list[str]:
     """The keys of a row that hold text or more, and are no part of what a model reads of it."""
     return beside.unread(_OWN.get(row.shape, frozenset()), row.fields, row.columns)
+
+
+def ignored(row: Row) -> list[str]:
+    """The keys of a row that are no part of what a model reads: free columns, which techniques can read, and all else."""
+    own = _OWN.get(row.shape, frozenset()) | ({"words"} if row.shape == "text+tags" else set())
+    return [key for key, value in {**row.columns, **row.fields}.items() if key not in own and not is_dataclass(value)]
 
 
 def bad_rows_error(bad: Sequence[BadRow], total: int) -> LuthierError:

@@ -10,8 +10,11 @@ from pathlib import Path
 
 from luthier.errors import LuthierError
 from luthier.recipe import RowsRecipe
+from luthier.rows.blocks import BLOCK, KEY, Splitter
+from luthier.rows.columns import Columns
 from luthier.rows.encode import EncodedRows
 from luthier.rows.files import LeftOut, find
+from luthier.rows.held_out import Split
 from luthier.rows.ids import numbered, parted, same_id
 from luthier.rows.read import Rows, name_of, read, stream
 from luthier.rows.shapes import BadRow, Row
@@ -24,16 +27,23 @@ class Streamed(Iterable[Row]):
     Args:
         name: what reports call it.
         source: a path, a pattern or `hub:NAME`.
-        shape: as for `luthier.rows.read.read`.
+        shape, columns: as for `luthier.rows.read.read`.
+        without: rows that are held out.
+        splitter: what cuts documents into blocks.
     """
 
     name: str
     source: str | Path
     shape: str | None = None
+    columns: Columns | None = None
+    without: Split | None = None
+    splitter: Splitter | None = None
 
     def records(self) -> Iterator[Row | BadRow]:
         """The rows, and the records that are none."""
-        return stream(self.source, shape=self.shape)
+        found = stream(self.source, shape=self.shape, columns=self.columns)
+        found = found if self.splitter is None else self.splitter.rows(found)
+        return (one for one in found if self.without is None or isinstance(one, BadRow) or not self.without.takes(one))
 
     def __iter__(self) -> Iterator[Row]:
         return (one for one in self.records() if isinstance(one, Row))
@@ -63,7 +73,7 @@ def read_rows(recipe: RowsRecipe) -> Sources:
 
 
 def _read(recipe: RowsRecipe) -> list[Rows]:
-    return apart(read(one.rows, shape=recipe.format, on_bad_row=recipe.on_bad_row) for one in recipe.sources())
+    return apart(read(one.rows, shape=recipe.format, on_bad_row=recipe.on_bad_row, columns=one.columns) for one in recipe.sources())
 
 
 def apart(sources: Iterable[Rows]) -> list[Rows]:
@@ -100,8 +110,27 @@ def _streamed(recipe: RowsRecipe) -> list[Streamed]:
             raise LuthierError(
                 "rows given in Python are in memory already", where="rows.streaming", fix="give files, or leave streaming off"
             )
-        sources.append(Streamed(name_of(one.rows), one.rows, recipe.format))
+        sources.append(Streamed(name_of(one.rows), one.rows, recipe.format, one.columns))
     return sources
+
+
+def in_blocks(sources: Sources, splitter: Splitter) -> tuple[Sources, list[str]]:
+    """Sources whose documents are cut into blocks, and what to say of it.
+
+    Raises:
+        LuthierError: the rows are in memory, and none is a document.
+    """
+    if any(isinstance(one, Streamed) for one in sources):
+        return [replace(one, splitter=splitter) for one in sources if isinstance(one, Streamed)], [splitter.told()]
+    cut = [replace(one, rows=tuple(splitter.rows(one))) for one in sources if isinstance(one, Rows)]
+    if not any(BLOCK in row.fields for one in cut for row in one):
+        shapes = dict.fromkeys(row.shape for one in cut for row in one)
+        raise LuthierError(
+            f"no row is a document that could be split: they are {', '.join(f'`{shape}`' for shape in shapes)}",
+            where=KEY,
+            fix="leave it out, or give rows of `text`",
+        )
+    return cut, [splitter.told(row for one in cut for row in one)]
 
 
 def files_of(sources: Sources) -> tuple[list[str], list[LeftOut]]:

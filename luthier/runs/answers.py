@@ -22,6 +22,7 @@ from luthier.generation.generate import generate
 from luthier.results.opened import open_model, open_run
 from luthier.results.start import is_run
 from luthier.rows.chat import form_of
+from luthier.rows.columns import Columns
 from luthier.rows.encode import encode
 from luthier.rows.read import Rows, read
 from luthier.rows.select import check_out, records_without, write_lines
@@ -46,6 +47,7 @@ def write_answers(
     max_new_tokens: int = 128,
     seed: int = 0,
     shape: str | None = None,
+    columns: Columns | None = None,
     column: str = ANSWERS,
     folder: str = "runs",
     say: Say = silent,
@@ -64,6 +66,7 @@ def write_answers(
         temperature, top_p, max_new_tokens: as for `luthier.generation.generate.generate`.
         seed: of all draws.
         shape: the rows' shape, where it cannot be recognized.
+        columns: by key of a row, the column that holds it.
         column: the key that holds the answers.
         folder: holds the run folders.
         say: hears what is being done.
@@ -78,7 +81,7 @@ def write_answers(
         raise LuthierError(f"at a temperature of 0 all {count} answers are the same", where="temperature", fix="use more than 0")
     check_out(out)
     records = records_without(column, source, known=(ANSWERS,))
-    rows = read(source, shape=shape)
+    rows = read(source, shape=shape, columns=columns)
     tune, tokenizer = open_model(model, out=folder, say=say)
     form = form_of(tokenizer)
     prompts = [encode(row, tokenizer, purpose="prompt", form=form).token_ids for row in rows]
@@ -174,6 +177,7 @@ def best_of_answers(
     standardize: bool = False,
     sizes: Sequence[int] | None = None,
     shape: str | None = None,
+    columns: Columns | None = None,
     column: str = ANSWERS,
     folder: str = "runs",
     say: Say = silent,
@@ -190,6 +194,7 @@ def best_of_answers(
             without centering.
         sizes: n; None: 1, 2, 4 ... and as many as every row has.
         shape: the rows' shape, where it cannot be recognized.
+        columns: by key of a row, the column that holds it.
         column: the key that holds the answers.
         folder: holds the run folders.
         say: hears what is being done.
@@ -199,7 +204,7 @@ def best_of_answers(
     """
     if not reward:
         raise LuthierError("nothing scores the answers", where="reward", fix="name a run of objective: reward_model")
-    rows = read(source, shape=shape)
+    rows = read(source, shape=shape, columns=columns)
     answers = [_listed(row, column, str) for row in rows]
     scored = [_scores(name, rows, answers, folder, say) for name in reward]
     score_RMK = [torch.cat(some, -1) for some in zip(*(one.score_RMK for one in scored), strict=True)]

@@ -16,7 +16,7 @@ from luthier.results.folder import Run
 from luthier.rows import fingerprint
 from luthier.rows.cache import tokenizer_fingerprint
 from luthier.rows.ids import canonical
-from luthier.rows.read import read
+from luthier.rows.read import read_as
 
 PACKAGE = Path(__file__).resolve().parents[1]
 DIGITS = 16
@@ -78,7 +78,7 @@ def _named_rows(plan: Plan) -> dict[str, str]:
     for key, _, part in registry.slots_of(plan.chosen):
         for option in SOURCES:
             if part.options.get(option):
-                rows = list(read(part.options[option]))
+                rows = list(read_as(part.options[option], None, plan.recipe.rows.columns))
                 found[f"{key}.{part.name}.{option}"] = f"{len(rows):,} rows ({fingerprint.of_rows(rows)[:DIGITS]})"
     return found
 

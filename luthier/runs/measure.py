@@ -29,7 +29,9 @@ def evaluate(model: str, recipe: Recipe, *, say: Say = silent, weights_only: boo
     if not is_run(model, recipe.out):
         choose(tokenizer, recipe.rows.chat_template, recipe.rows.chat_template_options)
     head = tune.head[1] if tune.head is not None else None
-    return measure(tune, tokenizer, evaluation_sets(recipe.evaluate, recipe.train, head), say=say)
+    validated = recipe.rows.validate is not None
+    sets = evaluation_sets(recipe.evaluate, recipe.train, head, recipe.rows.columns, validated=validated)
+    return measure(tune, tokenizer, sets, say=say)
 
 
 def evaluate_harness(

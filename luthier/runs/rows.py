@@ -7,12 +7,14 @@ from typing import Any, cast, get_args
 
 from luthier.errors import LuthierError, Say, nearest, silent
 from luthier.models.load import load_tokenizer, source_reads
+from luthier.recipe import make_recipe
 from luthier.results.start import source_of
 from luthier.rows.chat import LossOn
+from luthier.rows.columns import Columns
 from luthier.rows.look import Look, look
 from luthier.rows.template import choose
 
-_OPTIONS = ("max_length", "too_long", "chat_template_options")
+_OPTIONS = ("max_length", "too_long", "chat_template_options", "blocks")
 
 
 def look_at_rows(
@@ -21,6 +23,7 @@ def look_at_rows(
     options: Mapping[str, Any] = {},
     *,
     shape: str | None = None,
+    columns: Columns | None = None,
     loss_on: str = "assistant",
     template: str | None = None,
     rows: int = 5,
@@ -32,8 +35,8 @@ def look_at_rows(
     Args:
         source: the rows.
         model: whose tokenizer and template write them.
-        options: `max_length`, `too_long` and `template_options`, as under `rows` in a recipe.
-        shape, loss_on, template: the same.
+        options: `max_length`, `too_long`, `template_options` and `blocks`, as under `rows` in a recipe.
+        shape, columns, loss_on, template: the same.
         rows: how many are shown.
         out: where runs are looked for.
         say: hears what is being done.
@@ -49,7 +52,11 @@ def look_at_rows(
     tokenizer = load_tokenizer(found)
     choose(tokenizer, template, options.get("chat_template_options") or {})
     limits = {key: value for key, value in options.items() if key != "chat_template_options"}
-    return look(source, tokenizer, n=rows, shape=shape, loss_on=turns, reads=source_reads(found), **limits)
+    if "blocks" in options:
+        limits["blocks"] = make_recipe(
+            {"model": model, "rows": {"train": source, "blocks": options["blocks"]}}, where="command line"
+        ).rows.blocks
+    return look(source, tokenizer, n=rows, shape=shape, columns=columns, loss_on=turns, reads=source_reads(found), **limits)
 
 
 def turns_of(loss_on: str) -> LossOn:

@@ -147,13 +147,14 @@ def _train_in(folder: Path, plan: Plan, resumes: bool, say: Say, tell: Tell, com
             progress = continue_from(plan, folder, say, cut_anew=cut_anew)
         machine.reset_peak(plan.device)
         say(f"training: {plan.clock.steps} steps")
+        every, between = plan.between
         progress = run_loop(
             plan.engine,
             plan.feed,
             plan.clock,
-            Plans(recipe.train.save_every, recipe.train.evaluate_every, recipe.train.patience, recipe.train.best),
+            Plans(recipe.train.save_every, every, recipe.train.patience, recipe.train.best),
             progress,
-            evaluate=mid_run(plan, sets, lambda found: trackers.log(progress.step, found), progress.notes) if sets else None,
+            evaluate=mid_run(plan, between, lambda found: trackers.log(progress.step, found), progress.notes) if between else None,
             save=lambda at: save_checkpoint(plan, folder, at, say),
             tell=lambda at, result: _step_done(plan, folder, at, result, tell, trackers),
             say=say,

@@ -121,17 +121,18 @@ def variants_of(path: Path, asked: Asked) -> list[Variant]:
 
 
 def choosing_set(recipe: Recipe, named: str | None) -> str:
-    """The evaluation set by which learning rates are chosen: the named one, else the first that is marked as a target.
+    """The evaluation set by which learning rates are chosen: the named one, else rows that are held out, else the first that is marked
+    as a target.
 
     Raises:
         LuthierError: there is no such set.
     """
     if named is not None:
-        if named not in recipe.evaluate:
-            fix = nearest(named, recipe.evaluate) or "name one of the recipe's"
+        if named not in recipe.measured():
+            fix = nearest(named, recipe.measured()) or "name one of the recipe's"
             raise LuthierError(f"there is no evaluation set `{named}`", where=f"{WHERE}: choose_by", fix=fix)
         return named
-    targets = _targets(recipe.evaluate)
+    targets = _targets(recipe.measured())
     if not targets:
         raise LuthierError(
             "a sweep needs an evaluation set that shows what was learned",
@@ -143,7 +144,7 @@ def choosing_set(recipe: Recipe, named: str | None) -> str:
 
 def target_set(recipe: Recipe, chosen_by: str) -> str:
     """The evaluation set that the page shows: the first target that did not choose the learning rates, else that one."""
-    return next((name for name in _targets(recipe.evaluate) if name != chosen_by), chosen_by)
+    return next((name for name in _targets(recipe.measured()) if name != chosen_by), chosen_by)
 
 
 def _targets(sets: Mapping[str, EvaluationSet]) -> list[str]:

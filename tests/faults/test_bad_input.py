@@ -218,7 +218,7 @@ FILES: list[tuple[str, Content, list[str], str]] = [
     ("rows.jsonl", [{"conversations": [{"from": "humn", "value": "x"}]}], ["rows.jsonl:1"], "`human`"),
     ("rows.jsonl", [{"prompt": "a" * 600, "completion": "b"}], ["rows.jsonl:1", "(row "], "too_long"),
     ("rows.docx", b"x", ["rows.docx"], ".jsonl"),
-    ("folder/readme.md", b"x", ["folder"], ".jsonl"),
+    ("folder/readme.rst", b"x", ["folder"], ".jsonl"),
     ("rows.parquet", b"PAR1xx", ["rows.parquet"], "damaged"),
     ("rows.jsonl.gz", b"xx", ["rows.jsonl.gz"], "damaged"),
     ("rows.jsonl.gz", gzip.compress(GOOD_LINE * 100)[:-20], ["rows.jsonl.gz"], "damaged"),

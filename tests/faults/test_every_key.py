@@ -35,6 +35,7 @@ TURNS = [
     {"role": "assistant", "content": "No."},
 ]
 PROSE = [{"text": f"The {thing} is red and old."} for thing in ("lane", "ford", "hill", "barn", "roof", "wall")]
+STORY: dict[str, Any] = {"rows__train": [{"text": "Ab. Cd.\n\nEf."}]}
 ASKED = [{"prompt": row["prompt"], "answer": row["completion"]} for row in ROWS]
 FILE = "rows.jsonl"
 """Holds ROWS."""
@@ -161,13 +162,25 @@ CASES: dict[str, Case] = {
     "seed": trained((0, 1), weights, tune="lora"),
     "rows.train": planned((ROWS, ROWS[:2], [{"rows": ROWS[:1], "weight": 3.0}, {"rows": ROWS[1:], "weight": 1.0}]),
                           lambda plan: drawn(plan)[:3], (["door", "gate", "mill"], ["door", "gate"], ["door"] * 3)),
+    "rows.validate": planned((None, 0.5, 2, ROWS[:1]), lambda plan: (len(plan.rows.rows), [len(one.rows) for one in plan.sets]),
+                             ((4, []), (1, [3]), (2, [2]), (4, [1]))),
+    "rows.validate_by": planned((None, "half"), lambda plan: len(plan.rows.rows), (3, 2), rows__validate=1,
+                                rows__train=[{**row, "id": row["id"], "half": n // 2} for n, row in enumerate(ROWS)]),
     "rows.temperature": planned((1.0, 1e9), lambda plan: drawn(plan).count("door"), (1, 2), rows__train=[ROWS[:1], ROWS[1:]]),
     "rows.mixture_unit": planned(("rows", "tokens"), lambda plan: drawn(plan).count("long"), (3, 1),
                           rows__train=[LONG, SHORT], rows__temperature=1e9),
     "rows.streaming": planned((False, True), lambda plan: isinstance(plan.rows.rows, StoredRows), (False, True), rows__train=FILE),
     "rows.workers": planned((2, 0), lambda plan: len(plan.rows.rows), ("2 processes", 4), rows__train=FILE, rows__streaming=True),
+    "rows.columns": planned(({"completion": "reply"}, {"completion": "other"}), targets, (["B.<|im_end|>"], ["C.<|im_end|>"]),
+                            rows__train=[{"prompt": "A?", "reply": "B.", "other": "C."}]),
     "rows.format": planned(("text", "prompt+completion"), targets, (["ll.<|im_end|>"], ["B.<|im_end|>"]),
                           rows__train=[{"text": "All.", "prompt": "A?", "completion": "B."}]),
+    "rows.blocks": planned((None, {}), lambda plan: len(plan.rows.rows), ("the row has 13 tokens, and at most 12 are allowed", 2), **STORY,
+                           rows__max_length=12),
+    "rows.blocks.tokens": planned((None, 8), lambda plan: len(plan.rows.rows), (1, 3), **STORY),
+    "rows.blocks.overlap": planned((0, 3), lambda plan: sum(map(len, plan.rows.rows)), (13, 19), **STORY, rows__blocks={"tokens": 8}),
+    "rows.blocks.at": planned(("paragraph", "token"), lambda plan: [row.fields["text"] for row in plan.raw],
+                              (["Ab. ", "Cd.\n\n", "Ef."], ["Ab. Cd.\n", "\nEf."]), **STORY, rows__blocks={"tokens": 8}),
     "rows.map": planned((None, "twice"), lambda plan: len(plan.rows.rows), (4, 8)),
     "rows.loss_on": planned(("assistant", "last", "all"), targets, rows__train=[{"messages": TURNS}]),
     "rows.max_length": planned((None, 12), lambda plan: max(map(len, plan.rows.rows)), rows__too_long="left"),
@@ -217,6 +230,8 @@ CASES: dict[str, Case] = {
     "train.patience": trained((None, 2), lambda run: run.facts["steps"] < 6, (False, True), **DAMAGE, train__best="prose"),
     "evaluate": trained(({}, SETS), lambda run: list(run.facts["metrics"]), ([], ["prose"])),
     "evaluate.NAME.rows": trained((ASKED, ASKED[:3]), asked("n"), (4, 3), evaluate=ASKS),
+    "evaluate.NAME.columns": trained(({}, {"answer": "prompt", "prompt": "answer"}), lambda run: asked("items")(run)[0]["expected"],
+                                     ("Door!", "What does the door say?"), evaluate=ASKS),
     "evaluate.NAME.metric": trained(("contains", "f1"), asked("metric"), ("contains", "f1"), evaluate=ASKS),
     "evaluate.NAME.role": trained(("target", "retention"), asked("role"), ("target", "retention"), evaluate=ASKS),
     "evaluate.NAME.max_new_tokens": trained((1, 6), longest_answer, (1, 6), evaluate=ASKS),

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 from rich.console import Console
 from rich.text import Text
+from typer.testing import CliRunner
 
+from luthier.cli import app
 from luthier.models.tiny import tiny_tokenizer
 from luthier.rows.chat import PLAIN
 from luthier.rows.look import Look, Piece, _quantiles, _reasons, _shortened, _visible, look, render
@@ -164,3 +168,56 @@ def test_facts_stand_line_by_line() -> None:
     nothing = replace(look([{"text": "a"}], tiny_tokenizer()), tokens=0, supervised_tokens=0)
     console.print(render(nothing))
     assert "0, of which 0 are labels (0%)" in console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def plain(looked: Look) -> str:
+    console = Console(file=io.StringIO(), width=200)
+    console.print(render(looked, marked=True))
+    return console.file.getvalue()  # type: ignore[attr-defined, no-any-return]
+
+
+def test_labels_are_in_brackets_without_color() -> None:
+    """Neighbors are in one pair of brackets, special tokens among them or not."""
+    output = plain(look(RECORDS[:1], tiny_tokenizer()))
+    assert "assistant↵\n[[é 🎉<|im_end|>]]↵\n" in output and "learned   what stands between [[ and ]]" in output
+    assert "[[" not in shown(look(RECORDS[:1], tiny_tokenizer())) and "what is bold green" in shown(
+        look(RECORDS[:1], tiny_tokenizer())
+    )
+    turns = [{"role": role, "content": role[0]} for role in ("user", "assistant", "user", "assistant")]
+    last = plain(look([{"messages": turns}], tiny_tokenizer(), loss_on="last"))
+    assert last.count("[[") == 2 and "[[a<|im_end|>]]" in last and last.rindex("[[") > last.rindex("user")
+
+
+def test_the_command_marks_where_it_cannot_color(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(RECORDS[0]) + "\n", encoding="utf-8")
+    for color, no_color, marks in ((None, False, True), ("standard", False, False), ("standard", True, True)):
+        console = Console(file=io.StringIO(), width=200, force_terminal=color is not None, color_system=color, no_color=no_color)
+        monkeypatch.setattr("luthier.cli.rows.out", console)
+        monkeypatch.setattr("luthier.cli.face.out", console)
+        assert CliRunner().invoke(app, ["rows", "look", str(path), "--model", "tiny:llama"]).exit_code == 0
+        assert ("[[" in console.file.getvalue()) == marks  # type: ignore[attr-defined]
+
+
+def test_what_the_model_does_not_read_is_named() -> None:
+    """Columns that only techniques read, and turns that the chat template leaves out."""
+    deaf = tiny_tokenizer()
+    heard = "{% for message in messages if message['role'] != 'system' %}"
+    deaf.chat_template = str(deaf.chat_template).replace("{% for message in messages %}", heard)
+    said = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    rows: list[dict[str, Any]] = [
+        {"id": "quiet", "messages": said, "topic": "birds", "score": 2, "about": {"n": 1}},
+        {"id": "loud", "messages": [{"role": "system", "content": "Be kind."}, *said], "topic": "fish"},
+    ]
+    looked = look(rows, deaf)
+    assert looked.ignored_columns == {"topic": 2, "score": 1, "about": 1}
+    output = plain(looked)
+    note = "the chat template does not write `content` of system turns"
+    assert "not read  `topic` of 2 rows, `score` of 1 rows, `about` of 1 rows" in output
+    assert re.search(rf"row 2, row loud: .*\nnote: {re.escape(note)}\n<", output)
+    assert output.count(note) == 2 and output.count("note: ") == 1, "once above, and once where it is"
+    assert plain(look(rows[1:], deaf)).count(note) == 1, "what is so in every row is said once"
+    labelled = look([{"text": "a", "label": "b", "n": 1}], tiny_tokenizer())
+    assert labelled.ignored_columns == {"n": 1}
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
+    assert look([{"messages": said, "tools": tools, "system": "x"}], tiny_tokenizer()).ignored_columns == {}

@@ -158,16 +158,16 @@ def test_folders_patterns_and_documents(tmp_path: Path) -> None:
     _written(tmp_path / "b.txt", "second\n")
     _written(tmp_path / "deep" / "c.jsonl", _lines(RECORDS))
     _written(tmp_path / "a.txt", "first")
-    _written(tmp_path / "README.md", "about")
+    _written(tmp_path / "README.rst", "about")
     _written(tmp_path / ".hidden.jsonl", "{")
     rows = read(tmp_path)
     assert [row.fields.get("text") for row in rows] == ["first", "second\n", None, None]
-    assert rows.ignored_files == (str(tmp_path / "README.md"),)
+    assert rows.ignored_files == (str(tmp_path / "README.rst"),)
     assert len(read(str(tmp_path / "*.txt"))) == 2
     with pytest.raises(LuthierError, match="no file fits this pattern"):
         read(str(tmp_path / "*.csv"))
-    with pytest.raises(LuthierError, match=r"`\.md` files cannot be read"):
-        read(tmp_path / "README.md")
+    with pytest.raises(LuthierError, match=r"`\.rst` files cannot be read"):
+        read(tmp_path / "README.rst")
     with pytest.raises(LuthierError, match="holds no file that can be read"):
         (tmp_path / "empty").mkdir()
         read(tmp_path / "empty")
