@@ -120,7 +120,7 @@ def test_right_or_wrong_is_tested_as_such(answering: Say) -> None:
     entry = compare(before, after)
     assert before.interval == wilson(2, 6) and entry["after"] == pytest.approx(5 / 6)
     # One lost and four gained: 2 (C(5, 0) + C(5, 1)) / 2^5.
-    assert entry["p_value"] == pytest.approx(12 / 32) and entry["kept"] == 0.5
+    assert entry["p_value"] == pytest.approx(12 / 32) and entry["retained"] == 0.5
     assert "judge" not in entry and "unscored" not in entry and "options" not in entry
 
 
@@ -133,7 +133,7 @@ def test_lower_may_be_better(answering: Say) -> None:
     before, after = measured(words), measured(words)
     entry = compare(before, after)
     assert (entry["before"], entry["after"], entry["verdict"]) == (7, 1, "better")
-    assert entry["higher_is_better"] is False and entry["kept"] is None
+    assert entry["higher_is_better"] is False and entry["retained"] is None
     again = SetResult.from_json(json.loads(json.dumps(before.as_json())))
     assert again == before and not again.higher_is_better and compare(again, after) == entry
 
@@ -364,6 +364,6 @@ def test_the_page_counts_what_is_right_or_wrong(answering: Say) -> None:
     metric = one_set(lambda answer, row: graded[answer], rows)
     both = [measure(tune(), tiny_tokenizer(), [metric])["held"] for _ in range(2)]
     entry = compare(*both)
-    assert entry["kept"] is None, "where there are grades, 1 is one of them"
+    assert entry["retained"] is None, "where there are grades, 1 is one of them"
     (shown,) = sets_of({"metrics": {"held": entry}})
     assert shown.right is None and [one.change for one in shown.samples] == ["lost", "learned"] and shown.is_share
