@@ -51,7 +51,7 @@ class EvalSet:
         max_new_tokens: the longest answer that is generated.
         limit: use only this many rows, from the start.
         combination: how the scores of a reward model's members become one; None: their mean.
-        encoding: how rows become tokens where that is said, as for `luthier.rows.encode.encode`: none but answers is measured else.
+        encoding: options of `luthier.rows.encode.encode` for rows whose likelihood is measured; none: all answers, uncut.
 
     Raises:
         LuthierError: there are no rows, the metric is not known, a row is not of the shape it needs, or there are no scores to combine.

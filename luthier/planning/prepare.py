@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,11 +18,12 @@ from luthier.kinds.parts import Reads
 from luthier.models.attention import replace_sdpa
 from luthier.recipe import RowsRecipe, TrainRecipe
 from luthier.rows.batches import collate, plan_epoch
+from luthier.rows.chat import form_of
 from luthier.rows.columns import fitting
 from luthier.rows.encode import EncodedRows
-from luthier.rows.gather import encode_rows
+from luthier.rows.gather import encode_rows, splitter_for
 from luthier.rows.mixture import Mixture
-from luthier.rows.read import records
+from luthier.rows.read import Rows, records
 from luthier.rows.sources import Joined, read_rows
 from luthier.training.feed import Feed
 from luthier.training.packing import obstacle
@@ -96,7 +98,9 @@ def make_calibration(
             other = RowsRecipe(
                 train=source, columns=columns, loss_on=recipe.loss_on, max_length=recipe.max_length, too_long=recipe.too_long
             )
-            sources = read_rows(other)
+            sources, splitter = read_rows(other), splitter_for(recipe, form_of(tokenizer), reads)
+            if splitter is not None:
+                sources = [replace(one, rows=tuple(splitter.rows(one))) for one in sources if isinstance(one, Rows)]
             chosen = list(encode_rows(other, sources, Joined(sources), tokenizer, reads, lambda text: None).rows.rows[:count])
         # Of rows that belong together the first teaches, as it does where nothing compares them.
         chosen = [row.group[0] for row in chosen]

@@ -15,12 +15,10 @@ from luthier.recipe import RowsRecipe
 from luthier.recipe.parts import Chosen
 from luthier.registry import slots_of, values_of
 from luthier.rows.annotate import annotations_of
-from luthier.rows.blocks import splitter_of
 from luthier.rows.chat import form_of
 from luthier.rows.encode import EncodedRows, Purpose
 from luthier.rows.files import LeftOut
-from luthier.rows.gather import encode_rows, mixture_of
-from luthier.rows.limits import Limits
+from luthier.rows.gather import encode_rows, mixture_of, splitter_for
 from luthier.rows.mixture import Mixture
 from luthier.rows.shapes import BadRow
 from luthier.rows.sources import Joined, Sources, files_of, in_blocks
@@ -80,8 +78,7 @@ def read(recipe: RowsRecipe, seed: int, sources: Sources, chosen: Chosen, loaded
     Raises:
         LuthierError: a row cannot be encoded, or nothing is left of them.
     """
-    longest = Limits(recipe.max_length, recipe.too_long, loaded.reads).longest
-    splitter = splitter_of(recipe.blocks, loaded.tokenizer, form_of(loaded.tokenizer).first_ids, longest)
+    splitter = splitter_for(recipe, form_of(loaded.tokenizer), loaded.reads)
     sources, told = (sources, []) if splitter is None else in_blocks(sources, splitter)
     sources, held = hold_out(recipe, seed, sources, splitter)
     raw: Iterable[Any] = Joined(sources)

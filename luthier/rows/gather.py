@@ -12,10 +12,12 @@ from luthier.kinds import Annotation
 from luthier.kinds.parts import Reads
 from luthier.recipe import RowsRecipe
 from luthier.rows.annotate import check_streamed
+from luthier.rows.blocks import Splitter, splitter_of
 from luthier.rows.cache import Kept, keep
-from luthier.rows.chat import form_of
+from luthier.rows.chat import Form, form_of
 from luthier.rows.chunks import Encoding
 from luthier.rows.encode import EncodedRows, Purpose, encode_all
+from luthier.rows.limits import Limits
 from luthier.rows.mixture import Mixture, Source, make_mixture
 from luthier.rows.read import Rows
 from luthier.rows.sources import Sources, Streamed, distinct, places_of
@@ -70,6 +72,16 @@ def encode_rows(
         reads=reads,
     )
     return Kept(rows, (), tuple(bad for one in sources if isinstance(one, Rows) for bad in one.skipped), ())
+
+
+def splitter_for(recipe: RowsRecipe, form: Form, reads: Reads) -> Splitter | None:
+    """What cuts documents into blocks as a recipe says, each no longer than a row may be; None where it leaves them whole.
+
+    Raises:
+        LuthierError: as `luthier.rows.blocks.splitter_of`.
+    """
+    longest = Limits(recipe.max_length, recipe.too_long, reads).longest
+    return splitter_of(recipe.blocks, form.tokenizer, form.first_ids, longest)
 
 
 def mixture_of(

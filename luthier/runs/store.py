@@ -23,11 +23,10 @@ from luthier.recipe import RowsRecipe, make_recipe
 from luthier.results.folder import read_run
 from luthier.results.opened import open_model
 from luthier.results.start import BESIDE, find_start, is_run, load_start, recipe_of, source_of
-from luthier.rows.blocks import splitter_of
 from luthier.rows.chat import Form, form_of
 from luthier.rows.chunks import Records, cut
 from luthier.rows.encode import Encoded, encode_each
-from luthier.rows.limits import Limits
+from luthier.rows.gather import splitter_for
 from luthier.rows.numbers import (
     MADE_BY,
     MADE_WITH,
@@ -221,8 +220,7 @@ def _filled(folder: Path, facts: Mapping[str, Any], recipe: RowsRecipe, tune: Tu
     held = _held(folder, facts)
     number = 1 + max((int(part.stem.removeprefix("part-")) for part in parts_of(folder)), default=-1)
     counts, wide = Counts(), 8 * (facts["top_k"] or 1)
-    longest = Limits(recipe.max_length, recipe.too_long, reads_of(tune.model.config)).longest
-    splitter = splitter_of(recipe.blocks, form.tokenizer, form.first_ids, longest)
+    splitter = splitter_for(recipe, form, reads_of(tune.model.config))
     records = stream(recipe.train, shape=recipe.format, columns=recipe.columns)
     for chunk in cut(records if splitter is None else splitter.rows(records)):
         rows, here = _encoded(chunk, recipe, tune, form, counts)

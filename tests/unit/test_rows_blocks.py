@@ -17,9 +17,11 @@ from typer.testing import CliRunner
 from luthier.cli import app
 from luthier.errors import LuthierError
 from luthier.evaluate.sets import measure
+from luthier.kinds.parts import Reads
 from luthier.models.tiny import tiny_tokenizer
 from luthier.planning.numbers import _options
 from luthier.planning.plan import Plan, make_plan
+from luthier.planning.prepare import make_calibration
 from luthier.recipe import BlocksRecipe, make_recipe
 from luthier.rows.blocks import BLOCK, Splitter, _paragraphs, _sentences, splitter_of
 from luthier.rows.chat import form_of
@@ -347,3 +349,16 @@ def test_without_an_end_none_is_learned() -> None:
     assert (
         encode(whole[0], TOKENIZERS["bytes"]).token_ids == encode(_document("It is over.<|im_end|>"), TOKENIZERS["bytes"]).token_ids
     )
+
+
+def test_rows_that_techniques_calibrate_on_are_split_and_named_alike(tmp_path: Path) -> None:
+    """A document that they name was refused for its length, and a table for its columns."""
+    (tmp_path / "other.jsonl").write_text(json.dumps({"body": "word " * 200}) + "\n")
+    (tmp_path / "plain.jsonl").write_text(json.dumps({"text": "plain"}) + "\n")
+    recipe = make_recipe({"model": "m", "rows": {"train": "a", "columns": {"text": "body"}, "blocks": {"tokens": 64}}}).rows
+    calibration = make_calibration(
+        recipe, 64, 0, encode_all([_document("a")], tiny_tokenizer()), tiny_tokenizer(), Reads(context=512)
+    )
+    (batch,) = calibration(1, str(tmp_path / "other.jsonl"))
+    assert 32 < batch.token_ids_BT.shape[1] <= 64
+    assert len(calibration(1, str(tmp_path / "plain.jsonl"))) == 1
