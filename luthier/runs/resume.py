@@ -150,6 +150,9 @@ def continue_from(plan: Plan, folder: Path, say: Say, *, cut_anew: bool) -> Prog
         facts = checkpoint.restore(newest, plan.engine)
         progress = Progress.resumed(facts["progress"])
         say(f"resuming from {newest.name}")
+        if world.is_first:
+            # Where the kill came between a checkpoint and the deletion of an older one.
+            checkpoint.prune(folder / CHECKPOINTS, plan.recipe.train.keep_checkpoints)
     if cut_anew:
         progress.micro_batch_tokens = plan.feed.micro_batch_tokens
         progress.notes.append(

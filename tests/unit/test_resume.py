@@ -257,3 +257,22 @@ def test_a_run_is_opened_by_its_name(place: Path) -> None:
     with pytest.raises(LuthierError, match="there is no run `run-7`"):
         luthier.open_run("run-7")
     assert look_at_rows("rows.jsonl", "run-1").rows
+
+
+def test_a_checkpoint_that_a_kill_kept_from_being_deleted_goes_when_the_run_goes_on(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed after the last checkpoint was written and before an older one was deleted, a run kept one more than was asked for."""
+
+    def broken(*_: Any, **__: Any) -> None:
+        raise ZeroDivisionError
+
+    with monkeypatch.context() as patched, pytest.raises(ZeroDivisionError):
+        patched.setattr(luthier.Delta, "save", broken)
+        luthier.train(recipe())
+    folder = list_runs()[-1].folder
+    checkpoints = folder / "checkpoints"
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["step-5", "step-6"]
+    shutil.copytree(checkpoints / "step-5", checkpoints / "step-4")
+    luthier.train(make_recipe(recipe()), resume=folder)
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["step-5", "step-6"]
