@@ -18,7 +18,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from generated import replications, rooms
+from generated import foreign, replications, rooms, translations
 from generated.tables import cell, code, paper, table
 
 from luthier import registry
@@ -380,4 +380,8 @@ _OF_REPLICATIONS = (
     replications.calibration,
     replications.comparisons,
 )
-WRITERS: dict[str, Callable[[], str]] = {writer.__name__: writer for writer in (*_ALL, *_OF_REPLICATIONS)} | {"rooms": rooms.page}
+WRITERS: dict[str, Callable[[], str]] = {writer.__name__: writer for writer in (*_ALL, *_OF_REPLICATIONS)} | {
+    "rooms": rooms.page,
+    "other_tools": foreign.page,
+    "translations": translations.page,
+}

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import typer
 
+from luthier.cli.convert import convert
 from luthier.cli.knowledge import metrics, papers, replicate, techniques
 from luthier.cli.results import chat, compare, evaluate, export, probe, runs
 from luthier.cli.rows import (
@@ -39,6 +40,7 @@ rows_app.add_typer(store_app, name="store")
 COMMANDS: dict[str, Callable[..., None]] = {
     "train": train,
     "plan": plan,
+    "convert": convert,
     "sweep": sweep,
     "eval": evaluate,
     "chat": chat,

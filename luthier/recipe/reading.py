@@ -17,6 +17,7 @@ from luthier.recipe.paths import with_paths
 from luthier.recipe.schema import EvaluationSet, Recipe, Strict, plain, section_of
 from luthier.recipe.yaml_text import parse, read_yaml
 from luthier.registry import KEYS, NOTHING
+from luthier.registry.foreign import hint
 
 
 def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -122,18 +123,18 @@ def apply_overrides(data: dict[str, Any], overrides: Sequence[str]) -> dict[str,
                     fix="set all of it as YAML: " + ".".join(path[: depth + 1]) + "=...",
                 )
             here = here[step]
-        here[last] = _number(parsed)
+        here[last] = with_numbers(parsed)
     return data
 
 
-def _number(value: Any) -> Any:
+def with_numbers(value: Any) -> Any:
     """YAML 1.1 reads 2e-4 as text; people mean a number."""
     if isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value):
         return float(value)
     if isinstance(value, dict):
-        return {key: _number(one) for key, one in value.items()}
+        return {key: with_numbers(one) for key, one in value.items()}
     if isinstance(value, list):
-        return [_number(one) for one in value]
+        return [with_numbers(one) for one in value]
     return value
 
 
@@ -143,7 +144,7 @@ def make_recipe(data: Mapping[str, Any], *, where: str = "recipe", folder: Path 
     Raises:
         LuthierError: an unknown key, with the nearest name, or a wrong type.
     """
-    data = {key: value if key == "name" else _number(value) for key, value in data.items()}
+    data = {key: value if key == "name" else with_numbers(value) for key, value in data.items()}
     if folder is not None:
         data = with_paths(data, folder)
     try:
@@ -171,19 +172,38 @@ def with_keys(recipe: Recipe, keys: Mapping[str, Any]) -> Recipe:
     return make_recipe(merged(recipe, keys))
 
 
+WHOLE_FILE = 4
+"""Keys of other tools in one recipe from which on it is taken for a file of theirs."""
+
+
 def _explain(error: pydantic.ValidationError, where: str) -> LuthierError:
-    first = error.errors()[0]
+    every = error.errors()
+    # What another tool calls otherwise explains why its counterpart is missing.
+    strange = [one for one in every if one["type"] == "extra_forbidden" and _told(one["loc"])]
+    first = strange[0] if strange else every[0]
     path = [str(piece) for piece in first["loc"]]
     place = f"{where}: {'.'.join(path)}"
     if first["type"] == "extra_forbidden":
-        known = _known_keys(path[:-1])
-        return LuthierError(f"there is no key `{path[-1]}` here", where=place, fix=nearest(path[-1], known))
+        fix = _told(first["loc"]) or nearest(path[-1], _known_keys(path[:-1]))
+        if len(strange) >= WHOLE_FILE:
+            fix += " All of it at once: `luthier convert FILE`"
+        return LuthierError(f"there is no key `{path[-1]}` here", where=place, fix=fix)
     if first["type"] == "missing":
         return LuthierError(f"the key `{path[-1]}` is missing", where=place, fix=f"add `{path[-1]}: ...`")
     what, fix = explain(first)
     key = ".".join(["evaluate", "NAME", *path[2:]] if path[:1] == ["evaluate"] and len(path) > 2 else path)
     meaning = {known: meaning for known, _, meaning in reference()}.get(key)
     return LuthierError(f"`{path[-1]}` is {what}", where=place, fix=f"{fix} ({meaning})" if meaning else fix)
+
+
+def _told(place: Sequence[int | str]) -> str:
+    """What another tool's key, an earlier name, or a key that stands elsewhere is here; empty for any other."""
+    *path, key = map(str, place)
+    section = "evaluate.NAME" if path[:1] == ["evaluate"] else ".".join(path)
+    every = dict.fromkeys(name for known, _, _ in reference() for name in (known, known.partition(".")[0]))
+    elsewhere = [known for known in every if known.rpartition(".")[2] == key]
+    top = " at the top of the recipe" if elsewhere == [key] else ""
+    return hint(key, section, _known_keys(path)) or (f"write `{elsewhere[0]}`{top}" if len(elsewhere) == 1 else "")
 
 
 def _known_keys(path: Sequence[str]) -> list[str]:

@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validat
 from luthier.errors import LuthierError, explain, nearest, refuse_truth
 from luthier.kinds import Combine
 from luthier.registry import fields_under
+from luthier.registry.foreign import find, hint
 
 GIVEN_IN_PYTHON = "given in Python>"
 """How plain data ends that stands for a value no file can hold."""
@@ -55,9 +56,22 @@ def _source_of_rows(value: Any) -> Any:
     several = value if isinstance(value, list | tuple) and value else [value]
     for one in several:
         nothing = isinstance(one, str | list | tuple) and not one
+        strange = _of_other_tools(one)
+        if strange:
+            fix = "write the source itself: a file, a folder, a pattern, `hub:NAME`"
+            fix = fix if strange == "path" else hint(strange, "rows")
+            raise LuthierError(f"a source of rows has no key `{strange}`", where="rows.train", fix=fix)
         if nothing or isinstance(one, bytes) or not isinstance(one, str | Path | Iterable):
             raise ValueError("rows are read from a file, a folder, `hub:name`, or a list of these")
     return value
+
+
+def _of_other_tools(one: Any) -> str:
+    """The first key by which other tools describe a source, where a mapping does so; empty where it is a row."""
+    if not isinstance(one, Mapping) or not {"path", "rows"} & set(one):
+        return ""
+    strange = [str(key) for key in one if key not in SourceRecipe.model_fields]
+    return strange[0] if strange and all(map(find, strange)) else ""
 
 
 def _metric(value: Any) -> Any:
@@ -108,7 +122,7 @@ def _source(value: Any, where: str) -> SourceRecipe:
     data = value if isinstance(value, Mapping) else {"rows": value}
     for key in data:
         if key not in SourceRecipe.model_fields:
-            fix = nearest(str(key), SourceRecipe.model_fields)
+            fix = hint(str(key), "", SourceRecipe.model_fields) or nearest(str(key), SourceRecipe.model_fields)
             raise LuthierError(f"there is no key `{key}` here", where=where, fix=fix)
     try:
         return SourceRecipe.model_validate(data)

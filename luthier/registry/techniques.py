@@ -24,6 +24,7 @@ import pydantic
 
 from luthier.errors import LuthierError, explain, nearest, refuse_truth
 from luthier.registry.cards import Card, Part, Technique
+from luthier.registry.foreign import hint
 from luthier.registry.keys import COMMANDS, KEYS, KINDS, key_of, kind_of, kinds_under
 
 NOTHING = "none"
@@ -353,7 +354,7 @@ def option_error(
     place = f"{where}: {name}" if where else name
     if first["type"] == "extra_forbidden":
         known = list(inspect.signature(factory).parameters) if factory else []
-        fix = nearest(key, known) if known else f"`{name}` has no options"
+        fix = hint(key, name, known) or (nearest(key, known) if known else f"`{name}` has no options")
         return LuthierError(f"`{name}` has no option `{key}`", where=place, fix=fix)
     if first["type"] == "missing":
         return LuthierError(f"`{name}` needs the option `{key}`", where=place, fix=f"write {name}: {{{key}: ...}}")

@@ -8,6 +8,7 @@ from typing import Any, cast, get_args
 from luthier.errors import LuthierError, Say, nearest, silent
 from luthier.models.load import load_tokenizer, source_reads
 from luthier.recipe import make_recipe
+from luthier.registry.foreign import hint
 from luthier.results.start import source_of
 from luthier.rows.chat import LossOn
 from luthier.rows.columns import Columns
@@ -46,7 +47,8 @@ def look_at_rows(
     """
     for key in options:
         if key not in _OPTIONS:
-            raise LuthierError(f"`{key}` changes nothing of what is shown", where="command line", fix=nearest(key, _OPTIONS))
+            fix = hint(key, "rows", _OPTIONS) or nearest(key, _OPTIONS)
+            raise LuthierError(f"`{key}` changes nothing of what is shown", where="command line", fix=fix)
     turns = turns_of(loss_on)
     found = source_of(model, out, say)
     tokenizer = load_tokenizer(found)

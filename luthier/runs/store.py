@@ -20,6 +20,7 @@ from luthier.models.fingerprint import fingerprint
 from luthier.models.load import load_tokenizer
 from luthier.models.parts import map_parts
 from luthier.recipe import RowsRecipe, make_recipe
+from luthier.registry.foreign import hint
 from luthier.results.folder import read_run
 from luthier.results.opened import open_model
 from luthier.results.start import BESIDE, find_start, is_run, load_start, recipe_of, source_of
@@ -155,7 +156,8 @@ def store_numbers(
 def _rows_recipe(source: str, model: str, options: Mapping[str, Any]) -> RowsRecipe:
     for key in options:
         if key not in OPTIONS:
-            raise LuthierError(f"`{key}` changes nothing of what is written", where="command line", fix=nearest(key, OPTIONS))
+            fix = hint(key, "rows", OPTIONS) or nearest(key, OPTIONS)
+            raise LuthierError(f"`{key}` changes nothing of what is written", where="command line", fix=fix)
     return make_recipe({"model": model, "rows": {"train": source, **options}}, where="command line").rows
 
 
