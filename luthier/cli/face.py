@@ -85,7 +85,7 @@ def face(as_json: bool, quiet: bool = False) -> Iterator[Face]:
         else:
             text = escape(error.what)
             text += f"\n[dim]where[/dim]  {escape(error.where)}" if error.where else ""
-            text += f"\n[dim]fix[/dim]   {escape(error.fix)}" if error.fix else ""
+            text += f"\n[dim]fix[/dim]    {escape(error.fix)}" if error.fix else ""
             err.print(Panel(text, title="error", title_align="left", border_style="red"))
         raise typer.Exit(2) from None
 
