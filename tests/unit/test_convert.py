@@ -23,7 +23,6 @@ from luthier.errors import LuthierError
 from luthier.planning.plan import make_plan
 from luthier.recipe import make_recipe, read_recipe
 from luthier.recipe.parts import choose_parts
-from tests.unit.being_built import without_unbuilt
 from tests.unit.convert_inputs import CASES, SHELF
 
 
@@ -55,7 +54,7 @@ def test_a_file_means_this_recipe(name: str) -> None:
 def test_the_recipe_is_accepted_and_its_text_says_the_same(name: str) -> None:
     made = converted(CASES[name].file)
     assert yaml.safe_load(made.text) == made.recipe
-    choose_parts(make_recipe(without_unbuilt(made.recipe)))
+    choose_parts(make_recipe(made.recipe))
     comments = " ".join(line.partition("# ")[2] for line in made.text.splitlines())
     assert all(" ".join(remark.split()) in comments for remark in made.remarks.values())
     for key, value, why in made.left:
@@ -83,7 +82,7 @@ def test_a_converted_recipe_runs_on_rows(tmp_path: Path) -> None:
         learning_rate: 1e-3
         """
     )
-    plan = make_plan(make_recipe({**without_unbuilt(made.recipe), "out": str(tmp_path)}))
+    plan = make_plan(make_recipe({**made.recipe, "out": str(tmp_path)}))
     # Six rows, three a step, twice.
     assert plan.clock.steps == 4
     assert plan.trained_parameters == sum(2 * (rows + columns) for rows, columns in shapes(plan))
@@ -363,7 +362,7 @@ def test_every_loss_of_trl_is_a_technique() -> None:
 
     for name in PAIRS:
         made = converted(f"{{model_name_or_path: x, dataset_name: a/b, loss_type: [{name}], beta: 0.3}}", "trl-dpo")
-        choose_parts(make_recipe(without_unbuilt(made.recipe)))
+        choose_parts(make_recipe(made.recipe))
 
 
 def test_what_a_comment_holds_stays_in_it() -> None:
@@ -378,7 +377,7 @@ def test_what_a_comment_holds_stays_in_it() -> None:
     assert (
         made.text.isascii() and "\x1b" not in made.text and not any(line.startswith("tune: h") for line in made.text.splitlines())
     )
-    assert made.recipe["tune"] == "full" and make_recipe(without_unbuilt(made.recipe)).name
+    assert made.recipe["tune"] == "full" and make_recipe(made.recipe).name
     # A value of the recipe itself keeps all that it is, in one line.
     paths = {"base_model": evil, "datasets": [{"path": f"./{evil}"}, {"path": "./plain"}]}
     made = converted(yaml.safe_dump({"num_epochs": 1, **paths}))

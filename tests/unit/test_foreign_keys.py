@@ -22,7 +22,6 @@ from luthier.errors import LuthierError
 from luthier.recipe import SourceRecipe, make_recipe, read_recipe, reference
 from luthier.recipe.parts import choose_parts
 from luthier.registry.foreign import NONE, find, foreign, hint, renamed
-from tests.unit.being_built import BEING_BUILT
 
 GLOSSARY = (Path(__file__).parents[2] / "docs" / "glossary.md").read_text(encoding="utf-8")
 BASE = {"model": "tiny:llama", "rows": {"train": "rows.jsonl"}}
@@ -36,7 +35,7 @@ def table_of(heading: str) -> list[tuple[str, ...]]:
 
 
 def recipe_keys() -> set[str]:
-    keys = {key for key, _, _ in reference()} | BEING_BUILT
+    keys = {key for key, _, _ in reference()}
     sections = {".".join(key.split(".")[:size]) for key in keys for size in range(1, key.count(".") + 1)}
     return keys | sections
 
