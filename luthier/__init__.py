@@ -10,6 +10,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from luthier.errors import LuthierError
+from luthier.threads import let_wait
+
+let_wait()
 
 if TYPE_CHECKING:
     from luthier.delta import Delta

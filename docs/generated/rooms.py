@@ -11,7 +11,7 @@ from generated.tables import cell, code, table
 from luthier.report.svg import Element, add, figure, markup
 
 PACKAGE = Path(__file__).parents[2] / "luthier"
-GROUND = frozenset({"errors", "disk", "draws", "machine"})
+GROUND = frozenset({"errors", "disk", "draws", "machine", "threads"})
 """The only modules that stand in no room."""
 WIDTH, BOX, TALL, GAP = 720, 108, 34, 26
 STYLE = """

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from typing import Annotated
 
 import typer
 
+from luthier import __version__
 from luthier.cli.convert import convert
-from luthier.cli.knowledge import metrics, papers, replicate, techniques
+from luthier.cli.face import out
+from luthier.cli.knowledge import keys, metrics, papers, replicate, techniques
 from luthier.cli.results import chat, compare, evaluate, export, probe, runs
 from luthier.cli.rows import (
     rows_answers,
@@ -49,6 +52,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "probe": probe,
     "export": export,
     "replicate": replicate,
+    "keys": keys,
     "techniques": techniques,
     "metrics": metrics,
     "papers": papers,
@@ -68,6 +72,21 @@ for _name, _command in ROWS_COMMANDS.items():
     rows_app.command(name=_name)(_command)
 for _name, _command in STORE_COMMANDS.items():
     store_app.command(name=_name)(_command)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        out.print(f"luthier {__version__}", highlight=False)
+        raise typer.Exit
+
+
+@app.callback()
+def luthier(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and end.")
+    ] = False,
+) -> None:
+    """What every command takes."""
 
 
 def main() -> None:

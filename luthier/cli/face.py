@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.panel import Panel
 
+from luthier.cli import complete
 from luthier.errors import LuthierError
 
 INTERRUPTED = 130
@@ -25,13 +26,17 @@ err = Console(stderr=True, emoji=False)
 RecipeFile = Annotated[Path, typer.Argument(help="A recipe (YAML).", metavar="RECIPE")]
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(help="Keys of the recipe to set, e.g. `tune=lora train.epochs=2`.", metavar="KEY=VALUE"),
+    typer.Argument(
+        help="Keys of the recipe to set, e.g. `tune=lora train.epochs=2`.", metavar="KEY=VALUE", autocompletion=complete.overrides
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on standard output, for scripts.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, only the result.")]
 Out = Annotated[str, typer.Option(help="The folder that holds the run folders.")]
 Benchmark = Annotated[bool, typer.Option("--benchmark", help="Also measure the synthetic benchmark's skills, as retention sets.")]
-Skills = Annotated[str, typer.Option(help="With --benchmark: only these skills, with commas between.")]
+Skills = Annotated[
+    str, typer.Option(help="With --benchmark: only these skills, with commas between.", autocompletion=complete.skill_names)
+]
 WeightsOnly = Annotated[
     bool, typer.Option("--weights-only", help="Of a run, the tuned weights without prompts, prefixes and edits beside them.")
 ]

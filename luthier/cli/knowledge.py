@@ -2,34 +2,86 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.markup import escape
+from rich.table import Table
 
+from luthier.cli.complete import key_names, technique_names
 from luthier.cli.face import (
     INTERRUPTED,
     Json,
     Quiet,
     face,
+    out,
 )
+from luthier.errors import LuthierError, nearest
 
 
 def techniques(
+    name: Annotated[
+        str | None, typer.Argument(help="Show one technique whole, with its options.", autocompletion=technique_names)
+    ] = None,
     kind: Annotated[str | None, typer.Option(help="Only this kind.")] = None,
-    name: Annotated[str | None, typer.Argument(help="Show one technique whole, with its options.")] = None,
+    search: Annotated[str, typer.Option(help="Only those that speak of all these words.", metavar="WORDS")] = "",
+    like: Annotated[
+        str, typer.Option(help="Those most like this one, the nearest first.", metavar="NAME", autocompletion=technique_names)
+    ] = "",
     as_json: Json = False,
 ) -> None:
-    """List every technique with its card, or show one."""
+    """List the techniques by what they are for, or show one with its options."""
     with face(as_json) as speak:
-        from luthier.registry.catalogue import as_rows, one_technique, table
+        from luthier.registry import catalogue, listing
 
         if name is not None:
-            facts, text = one_technique(name)
+            from luthier.cli.belonging import claim
+
+            facts, text = catalogue.one_technique(name, claim)
             speak.show(facts, lambda: text)
             return
-        rows = as_rows(kind)
-        speak.show(rows, lambda: table(rows))
+        found = listing.lines(kind)
+        if like:
+            found = listing.like(found, like)
+        if search:
+            found = listing.search(found, search)
+        if as_json:
+            cards = {card["name"]: card for card in catalogue.as_rows(kind)}
+            speak.show([cards[line.name] for line in found], str)
+            return
+        whole = not (kind or like or search)
+        speak.show(None, lambda: catalogue.table(found, out.width, start=whole, ordered=bool(like)))
+
+
+def keys(
+    name: Annotated[
+        str | None, typer.Argument(help="Only this key, or those that begin so: `train`.", autocompletion=key_names)
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """List the keys of a recipe with their defaults and meanings."""
+    with face(as_json) as speak:
+        from luthier.recipe import reference
+
+        listed = reference()
+        found = [line for line in listed if name is None or line[0] == name or line[0].startswith(name)]
+        if not found:
+            fix = nearest(str(name), [key for key, _, _ in listed]) or "see `luthier keys`"
+            raise LuthierError(f"no key of a recipe begins with `{name}`", where="luthier keys", fix=fix)
+        facts = [dict(zip(("key", "default", "meaning"), line, strict=True)) for line in found]
+        speak.show(facts, lambda: key_table(facts))
+
+
+def key_table(found: Sequence[Mapping[str, str]]) -> Table:
+    """Keys in three columns: only meanings take more lines where room is short."""
+    made = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
+    for column in ("key", "default", "meaning"):
+        made.add_column(column, no_wrap=column == "key", overflow="fold")
+    for one in found:
+        made.add_row(*(escape(one[column]) for column in ("key", "default", "meaning")))
+    return made
 
 
 def metrics(
@@ -50,15 +102,16 @@ def metrics(
 
 def papers(
     area: Annotated[str | None, typer.Option(help="Only areas that contain this word.")] = None,
-    done: Annotated[bool, typer.Option("--done", help="Only papers that have a technique.")] = False,
+    done: Annotated[bool, typer.Option("--done", help="Only papers that have a technique or a replication.")] = False,
     as_json: Json = False,
 ) -> None:
-    """List the 270 papers and what stands for each."""
+    """List the 270 papers, with the techniques, replications and recipes that belong to each."""
     with face(as_json) as speak:
+        from luthier.cli.belonging import recipes_by_technique, replications_by_paper
         from luthier.registry.catalogue import paper_rows, paper_table
 
-        rows = paper_rows(area, done)
-        speak.show(rows, lambda: paper_table(rows))
+        rows = paper_rows(area, done, replications_by_paper(), recipes_by_technique())
+        speak.show(rows, lambda: paper_table(rows, out.width))
 
 
 def replicate(

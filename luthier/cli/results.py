@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
+from luthier.cli.complete import run_names
 from luthier.cli.face import (
     Items,
     Json,
@@ -17,14 +18,16 @@ from luthier.cli.face import (
     Quiet,
     Skills,
     WeightsOnly,
+    err,
     face,
     out,
 )
+from luthier.cli.talk import converse
 from luthier.errors import LuthierError
 
 
 def evaluate(
-    model: Annotated[str, typer.Argument(help="A model's name or folder, or a run's folder.")],
+    model: Annotated[str, typer.Argument(help="A model's name or folder, or a run's folder.", autocompletion=run_names)],
     recipe: Annotated[Path | None, typer.Argument(help="A recipe (YAML).", metavar="RECIPE")] = None,
     overrides: Overrides = None,
     tasks: Annotated[str, typer.Option("--harness", help="Instead of a recipe: tasks of lm-eval, with commas between.")] = "",
@@ -80,43 +83,49 @@ def evaluate(
 
 
 def chat(
-    model: Annotated[str, typer.Argument(help="A model's name or folder, or a run's folder.")],
+    model: Annotated[str, typer.Argument(help="A model's name or folder, or a run's folder.", autocompletion=run_names)],
     prompt: Annotated[str | None, typer.Option(help="Ask one question and stop.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 128,
+    system: Annotated[str, typer.Option(help="The text of a system turn before the conversation.", metavar="TEXT")] = "",
     temperature: Annotated[float, typer.Option(help="0: always the most likely token.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Draw among the most likely tokens of together this probability.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Of the draws, with a temperature above 0.")] = 0,
     base: Annotated[bool, typer.Option("--base", help="Show the base's answer beside it (for a run).")] = False,
     weights_only: WeightsOnly = False,
     as_json: Json = False,
 ) -> None:
-    """Talk to a model or a run."""
+    """Talk to a model or a run. In a conversation, /reset, /system TEXT and /quit are commands."""
     with face(as_json, quiet=as_json) as speak:
         from luthier.runs.chat import Chat
 
-        talk = Chat(model, say=speak.say, max_new_tokens=max_new_tokens, temperature=temperature, weights_only=weights_only)
+        talk = Chat(
+            model,
+            say=speak.say,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            seed=seed,
+            weights_only=weights_only,
+            system=system,
+        )
+        warning = talk.warning()
         if prompt is not None or as_json:
             if prompt is None:
                 raise LuthierError("a question is missing", where="luthier chat --json", fix="give --prompt")
             answer = talk.ask(prompt)
             facts: dict[str, Any] = {"model": model, "prompt": prompt, "answer": answer}
+            facts |= {"warning": warning} if warning else {}
+            if warning and not as_json:
+                err.print(f"[yellow]warning: {escape(warning)}[/yellow]", highlight=False)
             if base:
                 facts["base"] = talk.ask_base(prompt)
             speak.show(facts, lambda: escape(answer) + (f"\n[dim]base: {escape(facts['base'])}[/dim]" if base else ""))
             return
-        out.print("[dim]An empty line ends the conversation.[/dim]")
-        while True:
-            try:
-                asked = input("> ").strip()
-            except (EOFError, KeyboardInterrupt):
-                break
-            if not asked:
-                break
-            if base:
-                out.print(f"[dim]base: {escape(talk.ask_base(asked))}[/dim]")
-            out.print(escape(talk.say_turn(asked)))
+        converse(talk, input, out.print, base=base)
 
 
 def runs(
-    name: Annotated[str | None, typer.Argument(help="Show one run's summary.")] = None,
+    name: Annotated[str | None, typer.Argument(help="Show one run's summary.", autocompletion=run_names)] = None,
     folder: Out = "runs",
     as_json: Json = False,
 ) -> None:
@@ -134,8 +143,8 @@ def runs(
 
 
 def compare(
-    first: Annotated[str, typer.Argument(help="A run's name or folder.")],
-    others: Annotated[list[str], typer.Argument(help="More runs.")],
+    first: Annotated[str, typer.Argument(help="A run's name or folder.", autocompletion=run_names)],
+    others: Annotated[list[str], typer.Argument(help="More runs.", autocompletion=run_names)],
     page: Annotated[Path | None, typer.Option(help="Also write the comparison as an HTML page.")] = None,
     folder: Out = "runs",
     as_json: Json = False,
@@ -187,7 +196,7 @@ def probe(
 
 
 def export(
-    run: Annotated[str, typer.Argument(help="A run's name or folder.")],
+    run: Annotated[str, typer.Argument(help="A run's name or folder.", autocompletion=run_names)],
     target: Annotated[Path, typer.Argument(help="The folder, or the GGUF file, to write; it must not exist.")],
     form: Annotated[
         str, typer.Option("--as", help="`model`: a plain Hugging Face folder; `gguf`: one file; `peft`: an adapter.")

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
+from luthier.cli.complete import skill_names
 from luthier.cli.face import (
     Json,
     Out,
@@ -84,7 +85,7 @@ def rows_look(
 
 
 def rows_benchmark(
-    skill: Annotated[str, typer.Argument(help="A skill of the synthetic benchmark.")],
+    skill: Annotated[str, typer.Argument(help="A skill of the synthetic benchmark.", autocompletion=skill_names)],
     target: Annotated[Path, typer.Option("--out", help="The JSONL file to write; it must not exist.")],
     count: Annotated[int, typer.Option("--count", "-n", help="Rows.", min=1)] = 100,
     split: Annotated[str, typer.Option(help="train: prompts with completions; validation, held_out: with answers.")] = "train",

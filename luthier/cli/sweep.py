@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from luthier.cli.complete import overrides
 from luthier.cli.face import INTERRUPTED, Json, Quiet, RecipeFile, face
 
 Words = Annotated[
@@ -15,6 +16,7 @@ Words = Annotated[
     typer.Argument(
         help="Keys of the recipe, several values with commas: `tune=full,lora`; and `seeds=3 learning_rates=3 jobs=1 choose_by=SET`.",
         metavar="KEY=VALUE,VALUE",
+        autocompletion=overrides,
     ),
 ]
 

@@ -10,6 +10,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
+from luthier.cli.complete import run_names
 from luthier.cli.face import (
     INTERRUPTED,
     Benchmark,
@@ -31,7 +32,9 @@ if TYPE_CHECKING:
 def train(
     recipe: Annotated[Path | None, typer.Argument(help="A recipe (YAML).", metavar="RECIPE")] = None,
     overrides: Overrides = None,
-    resume: Annotated[str | None, typer.Option(help="Continue this run, by name or folder; ends in the same weights.")] = None,
+    resume: Annotated[
+        str | None, typer.Option(help="Continue this run, by name or folder; ends in the same weights.", autocompletion=run_names)
+    ] = None,
     benchmark: Benchmark = False,
     skills: Skills = "",
     count: Items = None,
@@ -44,12 +47,7 @@ def train(
     interrupt stops at once.
     """
     with face(as_json, quiet) as speak:
-        from luthier.cli.progress import Bar
         from luthier.recipe import read_recipe
-        from luthier.report.terminal import summary
-        from luthier.results.folder import read_run
-        from luthier.runs.resume import recipe_file
-        from luthier.runs.train import train as run_training
 
         words = list(overrides or [])
         if resume is not None and recipe is not None and "=" in str(recipe) and not recipe.is_file():
@@ -58,10 +56,19 @@ def train(
         if recipe is None:
             if resume is None:
                 raise LuthierError("a recipe is missing", where="luthier train", fix="give a recipe, or --resume RUN")
+            from luthier.results.folder import read_run
+            from luthier.runs.resume import recipe_file
+
             recipe = recipe_file(read_run(resume))
+        # A mistake in a recipe is told before torch is loaded.
         read = _measuring_benchmark(read_recipe(recipe, words), benchmark, skills, count)
         command = _command(recipe, words, benchmark, skills, count)
-        with Bar(err, quiet=speak.quiet) as bar:
+
+        from luthier.cli.progress import shown
+        from luthier.report.terminal import summary
+        from luthier.runs.train import train as run_training
+
+        with shown(err, quiet=speak.quiet) as bar:
             run = run_training(read, resume=resume, say=bar.say, tell=bar.step, command=command)
         speak.show(run.as_json(), lambda: summary(run.facts))
         if run.facts["status"] == "stopped":
@@ -82,10 +89,13 @@ def plan(
 ) -> None:
     """Show a run in order, with what trains, steps, memory and time. Trains nothing that is kept."""
     with face(as_json, quiet) as speak:
-        from luthier.planning.plan import LABEL, make_plan, measure_plan
         from luthier.recipe import read_recipe
 
-        made = make_plan(_measuring_benchmark(read_recipe(recipe, overrides or []), benchmark, skills, count), speak.say)
+        read = _measuring_benchmark(read_recipe(recipe, overrides or []), benchmark, skills, count)
+
+        from luthier.planning.plan import LABEL, make_plan, measure_plan
+
+        made = make_plan(read, speak.say)
         facts, lines = made.as_json(), made.lines()
         if measure:
             measured = measure_plan(made)

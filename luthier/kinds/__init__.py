@@ -8,6 +8,9 @@ L layers, R rank, H heads, P prompt or prefix length, I and O a linear's input a
 
 A value holds no state: what a technique must remember is in the `state` it is handed, a flat dictionary that the run owns,
 saves in checkpoints and shares among the values one technique returns. Every function can read the clock (`Now`).
+
+The modules import torch where they compute, and else for types alone: the recipe's keys follow from the kinds, and a mistake in a
+recipe is told before torch is loaded.
 """
 
 from __future__ import annotations

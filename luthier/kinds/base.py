@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeAlias
 
-import torch
-from torch import Tensor
-
-from luthier import machine
 from luthier.kinds.parts import Parts, Place
 
 if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
     from luthier.kinds.columns import View
 
 
 State = dict[str, Any]
 """Tensors, numbers and strings a technique remembers; flat, so that a checkpoint can hold it."""
 
-Tensors = dict[str, Tensor]
+Tensors: TypeAlias = "dict[str, Tensor]"
 """A technique's own trained tensors, by name."""
 
 Form = Literal["whole", "rows", "cols", "flat", "factor", "free"]
@@ -137,6 +136,10 @@ class Batch(NamedTuple):
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""
+        import torch
+
+        from luthier import machine
+
         widest = None if machine.has_fp64(device) else torch.float32
         return Batch(
             self.token_ids_BT.to(device),
@@ -153,6 +156,8 @@ class Batch(NamedTuple):
 
 def sides_of(groups: Sequence[Sequence[int]], device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
     """Places of the first and of the second row of each group of two, [P] each: of a pair, the chosen and the rejected answer."""
+    import torch
+
     first_P, second_P = torch.tensor(groups, dtype=torch.int64, device=device).reshape(-1, 2).t()
     return first_P, second_P
 

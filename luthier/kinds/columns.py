@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import cached_property
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-import torch
-from torch import Tensor
-
-from luthier import machine
 from luthier.kinds.base import Batch, Now, Services, State
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Disturbed(NamedTuple):
@@ -148,6 +147,8 @@ def at_targets(batch: Batch, name: str, row_N: Tensor, position_N: Tensor) -> Te
         raise RuntimeError(
             f"the rows carry no `{name}` for each token: TokenWeight(..., annotation=Annotation(...)), or LossTerm(..., stored=Stored(...))"
         )
+    import torch
+
     return torch.zeros((0, 1) if name in TEACHER[:2] else 0, device=row_N.device)
 
 
@@ -172,6 +173,8 @@ class View:
         services: Services | None = None,
         state: State | None = None,
     ) -> None:
+        import torch
+
         self.batch, self.columns, self.hidden_BTD = batch, dict(columns), hidden_BTD
         self.label_N, self.row_N, self.position_N = label_N, row_N, position_N
         self.weight_N = torch.ones(len(label_N), device=label_N.device) if weight_N is None else weight_N
@@ -267,6 +270,8 @@ class View:
 
     def sum_rows_wide(self, value_N: Tensor) -> Tensor:
         """The same without a graph, summed in fp64: [B], rounded to fp32 where the device has no fp64."""
+        from luthier import machine
+
         rows = len(self.batch.row_ids)
         add = lambda wide_N, row_N: wide_N.new_zeros(rows).index_add(0, row_N, wide_N)  # noqa: E731
         return machine.computed_wide(add, value_N.detach(), self.row_N)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from luthier.kinds.base import Batch, Now, Services, Tensors, sides_of
 from luthier.kinds.columns import Column, OtherPass, StepTable, View
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Stored(NamedTuple):

@@ -6,11 +6,12 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import reduce
-from typing import NamedTuple
-
-from torch import Tensor, nn
+from typing import TYPE_CHECKING, NamedTuple
 
 from luthier.errors import LuthierError, nearest
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 ROLES: tuple[str, ...] = (
     "embedding",

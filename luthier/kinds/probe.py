@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from torch import Tensor
-
 from luthier.kinds.parts import Place
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from luthier.kinds.parts import Parts
 
 

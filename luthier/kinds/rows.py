@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from luthier.kinds.base import Services
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 
 class RowLikelihood(NamedTuple):

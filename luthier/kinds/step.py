@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, Protocol
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 from luthier.kinds.base import Batch, Now, Services, State, TrainedLike
 from luthier.kinds.tune import Seen
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class GradientTransform(NamedTuple):

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from torch import Tensor
-
 from luthier.kinds.base import Now, Services, State, Tensors
 from luthier.kinds.parts import Place
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from luthier.kinds.parts import Parts
 
 

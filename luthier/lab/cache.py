@@ -34,7 +34,7 @@ from luthier.rows.numbers import Numbers
 from luthier.rows.read import files_of
 
 PACKAGE = Path(luthier.__file__).parent
-_COMPUTES_NOTHING = ("report", "cli", "sweep", "__main__", "registry/catalogue", "registry/papers")
+_COMPUTES_NOTHING = ("report", "cli", "sweep", "__main__", "registry/catalogue", "registry/listing", "registry/papers")
 """Modules of luthier that no number depends on."""
 _LAB_COMPUTES_NOTHING = ("replications", "calibration", "verdict", "verdicts", "results", "figure", "overview", "command")
 _KEY_DIGITS = 24

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from rich.console import Group, RenderableType
 from rich.markup import escape
-from rich.table import Table
+from rich.padding import Padding
 
 from luthier.errors import LuthierError, Say
 from luthier.lab import calibrating, replications
@@ -24,7 +24,7 @@ from luthier.lab.replication import Replication
 from luthier.lab.results import Result, colored, file_stem, load, result_of, save, shown
 from luthier.lab.runner import Lab, run_replication
 from luthier.lab.verdicts import entry, in_words
-from luthier.registry.catalogue import VERDICTS
+from luthier.registry.listing import VERDICTS
 from luthier.report.words import size
 
 TOLD_BYTES = 2**30
@@ -195,13 +195,12 @@ def _cores() -> int:
 def _table(found: list[dict[str, Any]]) -> RenderableType:
     if not found:
         return "no replications"
-    made = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
-    for column in ("replication", "title", "verdict", "minutes"):
-        made.add_column(column)
+    lines: list[RenderableType] = []
     for one in found:
         verdict = "[dim]not measured[/dim]" if one["verdict"] is None else _worded(one)
-        made.add_row(f"[bold]{escape(one['name'])}[/bold]", escape(one["title"]), verdict, f"{one['minutes']:g}")
-    return made
+        lines.append(f"[bold]{escape(one['name'])}[/bold]  {escape(one['title'])}")
+        lines.append(Padding(f"{verdict} [dim](about {one['minutes']:g} minutes)[/dim]", (0, 0, 0, 4)))
+    return Group(*lines)
 
 
 def _worded(told: Mapping[str, str]) -> str:

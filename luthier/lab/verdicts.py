@@ -13,7 +13,7 @@ from typing import Any
 
 from luthier.lab.overview import draw_effects
 from luthier.lab.verdict import CANNOT_TELL, HOLDS, HOLDS_NOT, TWO_LOOKS, Design
-from luthier.registry.catalogue import VERDICTS
+from luthier.registry.listing import VERDICTS
 
 FILE = VERDICTS
 NOT_AGAIN = "not run again under the rule"

@@ -23,6 +23,7 @@ from luthier.planning.attach import attach
 from luthier.planning.cuts import too_much
 from luthier.planning.estimate import Estimate, estimate
 from luthier.planning.held_out import LOOKS, held_out_set
+from luthier.planning.language import unknown_language
 from luthier.planning.load import load
 from luthier.planning.models import OtherModels
 from luthier.planning.numbers import Numbered
@@ -49,8 +50,10 @@ from luthier.training.trial import Measured, measure
 from luthier.training.world import World
 from luthier.tune.merge import lacking_bias
 
-LABEL = 12
+LABEL = 13
 """How wide the words are that each line of a plan begins with."""
+SHORT = {"gradient_estimator": "gradients"}
+"""Keys of a recipe that are wider than that, and what stands for them."""
 SHOWN = 8
 """Files that a plan names one by one."""
 NOTHING_BEFORE = " " * (LABEL + 1)
@@ -124,10 +127,10 @@ class Plan:
         tokens, supervised = self.feed.tokens()
         rates = [clock.learning_rate * clock.factor(s) for s in self._moments()]
         lines = [
-            f"model        {self.start.name}: {self.parts.architecture}, {self.total_parameters:,} parameters ({self.start.origin})",
-            *(f"holds        {said}" for said in described(self.model, self.dtype)),
+            f"model         {self.start.name}: {self.parts.architecture}, {self.total_parameters:,} parameters ({self.start.origin})",
+            *(f"holds         {said}" for said in described(self.model, self.dtype)),
             *_listed("models", [] if self.others is None else self.others.told),
-            f"rows         {self._rows()}, {self.rows.tokens:,} tokens, {self.rows.supervised_tokens:,} of them labels"
+            f"rows          {self._rows()}, {self.rows.tokens:,} tokens, {self.rows.supervised_tokens:,} of them labels"
             + self._losses(),
             f"{NOTHING_BEFORE}{self._padding()}; longest row {max(self.rows.sizes.lengths):,} tokens",
         ]
@@ -136,9 +139,9 @@ class Plan:
         lines += _listed("chat template", self._template())
         lines += _listed("files", list(self.files))
         lines += _listed("left out", [f"{one.file}: {one.why}" for one in self.left_out])
-        lines += [f"{key:<12} {_described(parts)}" for key, parts in self.chosen.items() if parts]
+        lines += [f"{SHORT.get(key, key):<{LABEL}} {_described(parts)}" for key, parts in self.chosen.items() if parts]
         lines += [
-            f"trains       {self.trained_parameters:,} parameters, {share:.2f} % of the model's",
+            f"trains        {self.trained_parameters:,} parameters, {share:.2f} % of the model's",
             *self._roles(),
             *(
                 f"{NOTHING_BEFORE}{slot} adds its deltas times {one.scale:g}"
@@ -146,17 +149,17 @@ class Plan:
                 if one.pair
             ),
             *self._optimizers(),
-            f"precision    {self.precision}; fp32 master weights: {'yes' if recipe.train.master_weights == 'fp32' else 'no'}",
-            f"steps        {clock.steps:,} steps, {tokens:,} tokens, {supervised:,} labels; device {self.device}{self._processes()}",
+            f"precision     {self.precision}; fp32 master weights: {'yes' if recipe.train.master_weights == 'fp32' else 'no'}",
+            f"steps         {clock.steps:,} steps, {tokens:,} tokens, {supervised:,} labels; device {self.device}{self._processes()}",
             f"learning rate {clock.learning_rate:g} ({self.rate_from}), {recipe.train.schedule}, warm-up {clock.warmup} steps: "
             + ", ".join(f"{rate:.2g}" for rate in rates)
             + " at 0, 25, 50, 75, 100 %",
-            f"evaluates    {', '.join(one.name for one in self.sets) or 'nothing'}, before and after{self._between()}",
-            *(f"sends        {one.chosen.scoring.sends} ({one.name})" for one in self.sets if one.chosen.scoring.sends),
-            *([f"baseline run {self.control.folder}"] if self.control is not None else []),
-            f"memory       about {self.estimate.total_bytes / 2**20:,.0f} MiB at the peak ({self.estimate.described()})",
-            f"time         about {_minutes(self.estimate.seconds)} of training, from the speed of this machine's matrix products",
-            *(f"warning      {text}" for text in self.warnings()),
+            f"evaluates     {', '.join(one.name for one in self.sets) or 'nothing'}, before and after{self._between()}",
+            *(f"sends         {one.chosen.scoring.sends} ({one.name})" for one in self.sets if one.chosen.scoring.sends),
+            *([f"baseline run  {self.control.folder}"] if self.control is not None else []),
+            f"memory        about {self.estimate.total_bytes / 2**20:,.0f} MiB at the peak ({self.estimate.described()})",
+            f"time          about {_minutes(self.estimate.seconds)} of training, from the speed of this machine's matrix products",
+            *(f"warning       {text}" for text in self.warnings()),
         ]
         return lines
 
@@ -276,7 +279,7 @@ class Plan:
             taken = chain.taken(link)
             moves = isinstance(link.part, Optimizer)
             label, what = ("optimizer", "moves") if moves else ("transform", "acts on")
-            lines.append(f"{label:<12} {link.slot} {what} {len(taken)} of {len(self.engine.tune.trained)} tensors")
+            lines.append(f"{label:<{LABEL}} {link.slot} {what} {len(taken)} of {len(self.engine.tune.trained)} tensors")
         return lines
 
     def as_json(self) -> dict[str, Any]:
@@ -369,7 +372,10 @@ def make_plan(recipe: Recipe, say: Say = lambda text: None, *, today: date | Non
     others = OtherModels(recipe.models, recipe.out, loaded, say)
     sets = [*([held_out_set(rows.held, recipe.rows, loaded.reads, head)] if rows.held is not None else []), *sets]
     engine, feed, clock, rate_from, padded = attach(recipe, schedule, chosen, loaded, rows, others, world)
-    noted = check(engine.tune, loaded.tokenizer, sets, rows.encoded.notes)
+    noted = [
+        *check(engine.tune, loaded.tokenizer, sets, rows.encoded.notes),
+        *unknown_language(loaded.start.source.name, loaded.tokenizer, rows.raw),
+    ]
     say("estimating memory and time")
     cost = estimate(engine, loaded.parts, feed, loaded.dtype, checkpointing=recipe.train.gradient_checkpointing)
     room = machine.available_bytes(loaded.device)

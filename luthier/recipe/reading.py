@@ -16,7 +16,7 @@ from luthier.recipe.parts import spelled_out
 from luthier.recipe.paths import with_paths
 from luthier.recipe.schema import EvaluationSet, Recipe, Strict, plain, section_of
 from luthier.recipe.yaml_text import parse, read_yaml
-from luthier.registry import KEYS, NOTHING
+from luthier.registry import KEYS, NOTHING, check_names
 from luthier.registry.foreign import hint
 
 
@@ -26,7 +26,8 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     File names in a recipe are looked up from the working folder first, then from the recipe's own folder.
 
     Raises:
-        LuthierError: no such file, broken YAML (with its line), an unknown key (with the nearest name) or a wrong type.
+        LuthierError: no such file, broken YAML (with its line), an unknown key, technique or option (with the nearest name), or a
+            wrong type.
     """
     path = Path(path)
     data = read_yaml(path)
@@ -34,7 +35,10 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         raise LuthierError("a recipe is a mapping of keys", where=str(path), fix="begin with `model: ...`")
     data.setdefault("name", path.stem)
     where = f"{path} and the command line" if overrides else str(path)
-    return make_recipe(apply_overrides(data, overrides), where=where, folder=path.parent)
+    recipe = make_recipe(apply_overrides(data, overrides), where=where, folder=path.parent)
+    for name, key in KEYS.items():
+        check_names(key.of(recipe), name)
+    return recipe
 
 
 def same_steps(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:

@@ -18,7 +18,7 @@ from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from types import ModuleType
-from typing import Any, get_type_hints
+from typing import Any, TypeVar, get_type_hints
 
 import pydantic
 
@@ -26,6 +26,9 @@ from luthier.errors import LuthierError, explain, nearest, refuse_truth
 from luthier.registry.cards import Card, Part, Technique
 from luthier.registry.foreign import hint
 from luthier.registry.keys import COMMANDS, KEYS, KINDS, key_of, kind_of, kinds_under
+from luthier.registry.outline import Outline, outline
+
+Made = TypeVar("Made")
 
 NOTHING = "none"
 """What a recipe's key for techniques holds where none is used."""
@@ -195,7 +198,9 @@ def _unknown(name: str, kinds: tuple[str, ...], where: str, key: str = "") -> Lu
 
 def _place_of(kind: str, name: str) -> str:
     """Where a technique of a kind belongs, as an instruction."""
-    return _instruction(_load(kind, name).card.key, kind, name)
+    found = outline(_files(kind)[name])
+    key = _load(kind, name).card.key if found is None else str(found.card.get("key") or key_of(kind))
+    return _instruction(key, kind, name)
 
 
 def _instruction(key: str, kind: str, name: str) -> str:
@@ -232,14 +237,16 @@ def make(spec: object, kinds: Iterable[str], *, where: str = "") -> Part:
         LuthierError: unknown technique or option (with the nearest name), or an option of the wrong type.
     """
     kinds = tuple(kinds)
-    return _make(spec, kinds, lambda name: find(name, kinds, where=where), where)
+    return _make(spec, kinds, lambda name, options: _build(find(name, kinds, where=where), options, where), where)
 
 
-def _make(spec: object, kinds: tuple[str, ...], look_up: Callable[[str], Technique], where: str, key: str = "") -> Part:
+def _make(
+    spec: object, kinds: tuple[str, ...], build: Callable[[str, dict[str, Any]], Made], where: str, key: str = ""
+) -> Made | Part:
     if isinstance(spec, Part):
         return _placed(spec, kinds, key, where)
     if isinstance(spec, str):
-        return _build(look_up(spec), {}, where)
+        return build(spec, {})
     if isinstance(spec, Mapping):
         if len(spec) != 1:
             raise LuthierError(
@@ -254,7 +261,7 @@ def _make(spec: object, kinds: tuple[str, ...], look_up: Callable[[str], Techniq
                 where=where,
                 fix=f"write {name}: {{option: value}}",
             )
-        return _build(look_up(str(name)), {str(key): value for key, value in (options or {}).items()}, where)
+        return build(str(name), {str(key): value for key, value in (options or {}).items()})
     values = spec if isinstance(spec, tuple) and not hasattr(spec, "_fields") else (spec,)
     try:
         found = [kind_of(value) for value in values]
@@ -296,17 +303,61 @@ def make_all(specs: object, key: str) -> list[Part]:
     Raises:
         LuthierError: as `make`, or a technique belongs under another key.
     """
+
+    def build(name: str, options: dict[str, Any], where: str) -> Part:
+        return _build(find_under(name, key, where=where), options, where)
+
+    return _under(specs, key, build)
+
+
+def check_names(specs: object, key: str) -> None:
+    """Find the mistakes under a recipe's key that can be told without loading a technique: of names, of options and of form.
+
+    Raises:
+        LuthierError: as `make_all`.
+    """
+
+    def check(name: str, options: dict[str, Any], where: str) -> None:
+        told = [(kind, outline(files[name])) for kind in KINDS if name in (files := _files(kind))]
+        here = [found for kind, found in told if found is None or (found.card.get("key") or key_of(kind)) == key]
+        if not here:
+            raise _unknown(name, kinds_under(key), where, key)
+        found = here[0]
+        if found is None:
+            return
+        for option in options:
+            if option not in found.options:
+                raise _no_option(name, option, found.options, where)
+        for option in found.required:
+            if option not in options:
+                raise _missing_option(name, option, where)
+
+    _under(specs, key, check)
+
+
+def outlines(kinds: Iterable[str] | None = None) -> list[tuple[str, str, Outline | None]]:
+    """Kind and name of every technique, and what its file says of it without being run; None where that is not to be told."""
+    return [
+        (kind, name, outline(path)) for kind in (KINDS if kinds is None else kinds) for name, path in sorted(_files(kind).items())
+    ]
+
+
+def _at_place(build: Callable[[str, dict[str, Any], str], Made], where: str, name: str, options: dict[str, Any]) -> Made:
+    return build(name, options, where)
+
+
+def _under(specs: object, key: str, build: Callable[[str, dict[str, Any], str], Made]) -> list[Made | Part]:
     if specs is None or specs == NOTHING:
         return []
     many = specs if isinstance(specs, list) else [specs]
-    parts = []
+    made = []
     for i, spec in enumerate(many):
         where = f"{key}[{i}]" if len(many) > 1 else key
-        look_up = partial(find_under, key=key, where=where)
         if spec == NOTHING:
             raise LuthierError(f"`{NOTHING}` names nothing, and stands in a list", where=where, fix="leave it out of the list")
-        parts.append(_make(spec, kinds_under(key), look_up, where, key))
-    return parts
+        at_place = partial(_at_place, build, where)
+        made.append(_make(spec, kinds_under(key), at_place, where, key))
+    return made
 
 
 def _build(technique: Technique, options: dict[str, Any], where: str) -> Part:
@@ -353,10 +404,19 @@ def option_error(
     key = ".".join(str(piece) for piece in first["loc"])
     place = f"{where}: {name}" if where else name
     if first["type"] == "extra_forbidden":
-        known = list(inspect.signature(factory).parameters) if factory else []
-        fix = hint(key, name, known) or (nearest(key, known) if known else f"`{name}` has no options")
-        return LuthierError(f"`{name}` has no option `{key}`", where=place, fix=fix)
+        return _no_option(name, key, list(inspect.signature(factory).parameters) if factory else [], where)
     if first["type"] == "missing":
-        return LuthierError(f"`{name}` needs the option `{key}`", where=place, fix=f"write {name}: {{{key}: ...}}")
+        return _missing_option(name, key, where)
     what, fix = explain(first)
     return LuthierError(f"the option `{key}` is {what}", where=place, fix=f"{fix}; see `{see} {name}`")
+
+
+def _no_option(name: str, option: str, known: Iterable[str], where: str) -> LuthierError:
+    known = list(known)
+    fix = hint(option, name, known) or (nearest(option, known) if known else f"`{name}` has no options")
+    return LuthierError(f"`{name}` has no option `{option}`", where=f"{where}: {name}" if where else name, fix=fix)
+
+
+def _missing_option(name: str, option: str, where: str) -> LuthierError:
+    place = f"{where}: {name}" if where else name
+    return LuthierError(f"`{name}` needs the option `{option}`", where=place, fix=f"write {name}: {{{option}: ...}}")

@@ -24,7 +24,7 @@ MOST_SETS = 4
 MOST_WARNINGS = 2
 LONGEST_SENTENCE = 300
 """Characters of the headline and of each warning: four lines, and no warning that luthier writes by itself is longer."""
-ONE_WORD = ("status", "steps", "target", "retention", "time", "started", "items", "value", "before", "after")
+ONE_WORD = ("status", "steps", "loss", "target", "retention", "time", "started", "items", "value", "before", "after")
 """Columns that hold words and numbers short enough never to be cut."""
 NOTHING = "-"
 """Stands in a narrow column for what was not measured."""
@@ -48,13 +48,14 @@ def summary(run: Facts) -> Group:
 
 def run_table(runs: Iterable[Facts]) -> Table:
     """Runs, one a line. Each stands for itself: sets of different runs need not be the same, so nothing is ranked."""
-    table = _table("run", "status", "steps", "target", "retention", "time", "started")
+    table = _table("run", "status", "steps", "loss", "target", "retention", "time", "started")
     for run in runs:
         learned = next((one for one in sets_of(run) if one.role != "retention"), None)
         table.add_row(
             plain(short_name(run), "bold"),
             plain(str(run.get("status") or "unknown"), "" if run.get("status") == "finished" else "yellow"),
             plain(_steps(run)),
+            plain(_brief(_last_loss(run), number)),
             plain(_brief(learned.after.value if learned else None, learned.value if learned else number)),
             plain(_brief(run.get("retained"), percent)),
             plain(_brief(run.get("seconds"), duration)),
@@ -69,6 +70,13 @@ def _steps(run: Facts) -> str:
     if step is None:
         return NOTHING
     return count(step) if run.get("status") == "finished" or not of else f"{count(step)}/{count(of)}"
+
+
+def _last_loss(run: Facts) -> float | None:
+    """The loss of the last step that was recorded."""
+    history = run.get("history") or ()
+    loss = history[-1].get("loss") if history else run.get("final_loss")
+    return None if loss is None else float(loss)
 
 
 def _brief(value: Any, form: Callable[[float], str]) -> str:

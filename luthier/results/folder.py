@@ -85,6 +85,10 @@ class Run:
 
         return write_result(self, Path(target), form=form, weights=weights, weights_only=weights_only)
 
+    def save(self, target: str | Path) -> dict[str, Any]:
+        """Write the tuned model as a plain Hugging Face folder, everything merged: `export` as it does by itself."""
+        return self.export(target)
+
     def as_json(self) -> dict[str, Any]:
         """What scripts get: all facts but the long ones."""
         long = ("history", "plan", "recipe_text", "delta")

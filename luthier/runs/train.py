@@ -29,6 +29,7 @@ from luthier.results.folder import FILE, STEPS, Run, new_folder, read_run, write
 from luthier.results.lock import held
 from luthier.results.opened import save_result
 from luthier.results.start import load_start
+from luthier.rows.system_turns import share_with_system
 from luthier.rows.template import date_of
 from luthier.runs.inputs import inputs_of
 from luthier.runs.resume import (
@@ -268,6 +269,7 @@ def first_facts(plan: Plan, folder: Path, command: str, sets: list[EvalSet]) -> 
             "read": list(plan.files),
             "left_out": [one._asdict() for one in plan.left_out],
             "date": date_of(plan.tokenizer),
+            "system_turns": share_with_system(plan.raw),
             "overlap": {name: len(found) for name, found in overlaps(plan.raw, {one.name: one.rows for one in sets}).items()},
         },
         "plan": plan.lines(),

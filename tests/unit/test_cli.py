@@ -88,7 +88,7 @@ def test_techniques_and_papers() -> None:
     assert one["options"]["share"]["default"] == 0.5
     papers = facts(call("papers", "--json"))
     assert len(papers) == 270
-    assert [one["techniques"] for one in papers if one["row"] == 8] == [["half"]]
+    assert [one["techniques"] for one in papers if one["number"] == 8] == [["half"]]
     assert all(one["paper"] == "" for one in papers if not one["techniques"]), "unconfirmed numbers are not shown"
     assert call("techniques", "half").exit_code == 0 and call("papers", "--done").exit_code == 0
 

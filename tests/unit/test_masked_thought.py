@@ -378,7 +378,7 @@ def test_objectives_that_minimize_nothing_get_cross_entropy(tmp_path: Path) -> N
 
     alone, plain = planned("masked_thought"), planned("cross_entropy")
     (line,) = [line for line in alone.lines() if line.startswith("objective")]
-    assert line.startswith("objective    masked_thought (mask_probability 0.4, ") and line.endswith(
+    assert line.startswith("objective     masked_thought (mask_probability 0.4, ") and line.endswith(
         "random_share 1), then cross_entropy (weight 1)"
     )
     assert [part.name for part in planned(["cross_entropy", "masked_thought"]).chosen["objective"]] == [

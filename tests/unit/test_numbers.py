@@ -438,7 +438,7 @@ def test_the_plan_and_the_run_tell_whose_numbers_they_are(tmp_path: Path) -> Non
     source = file_of(tmp_path, PAIRS)
     held = stored(source)
     plan = planned(source)
-    assert f"stored       likelihood by tiny:llama (float32), from {held.folder}" in plan.lines()
+    assert f"stored        likelihood by tiny:llama (float32), from {held.folder}" in plan.lines()
     assert inputs_of(plan)["rows.stored"] == held.fingerprint()[:16]
     other = stored(source, folder=tmp_path / "other", precision="fp64")
     assert other.fingerprint() != held.fingerprint()

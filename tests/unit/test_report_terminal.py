@@ -76,6 +76,7 @@ def test_the_list_of_runs_takes_any_run() -> None:
         "quickstart-1",
         "finished",
         "84",
+        "0.0603",
         "96.7",
         "%",
         "97",
@@ -86,11 +87,11 @@ def test_the_list_of_runs_takes_any_run() -> None:
         "s",
         "2026-11-21",
     ]
-    assert second.split() == ["half-2", "damaged", *["-"] * 4]
+    assert second.split() == ["half-2", "damaged", *["-"] * 5]
 
     unfinished = {"run": "runs/a-1", "history": [{"step": 95, "loss": 1.0}], "planned_steps": 456}
     shown = [printed(run_table([{**unfinished, "status": status}]), width=120) for status in ("running", "crashed")]
-    assert "running  95/456" in shown[0] and "crashed  95/456" in shown[1]
+    assert "running  95/456  1 " in shown[0] and "crashed  95/456  1 " in shown[1]
 
 
 def test_the_list_of_runs_cuts_no_word_on_a_small_terminal() -> None:
@@ -98,7 +99,7 @@ def test_the_list_of_runs_cuts_no_word_on_a_small_terminal() -> None:
     run = SAMPLE.sample_run(run="runs/teacher-of-tastes-and-a-longer-name-1", name="teacher-of-tastes-and-a-longer-name")
     text = printed(run_table([run, {"run": "runs/a-1", "status": "crashed", "planned_steps": 12345}]))
     assert max(map(len, text.splitlines())) <= 80 and "\u2026" not in text
-    first = ["run", "status", "steps", "target", "retention", "time", "started"]
+    first = ["run", "status", "steps", "loss", "target", "retention", "time", "started"]
     assert text.splitlines()[0].split() == first and {"finished", "crashed", "2026-11-21"} <= set(text.split())
     names = "".join(line[: text.splitlines()[0].index("status")].strip() for line in text.splitlines()[1:-1])
     assert names == "teacher-of-tastes-and-a-longer-name-1"

@@ -79,8 +79,8 @@ def test_the_plan_lists_the_files(tmp_path: Path, streaming: bool, monkeypatch: 
     rows = {"train": str(tmp_path / "data"), "streaming": streaming}
     plan = make_plan(make_recipe({"model": "tiny:llama", "rows": rows, "train": {"steps": 1}}))
     assert [line for line in plan.lines() if line.startswith(("files", "left out"))] == [
-        f"files        {tmp_path / 'data' / 'train.jsonl'}",
-        f"left out     {tmp_path / 'data' / 'test.jsonl'}: its name says that it is for testing",
+        f"files         {tmp_path / 'data' / 'train.jsonl'}",
+        f"left out      {tmp_path / 'data' / 'test.jsonl'}: its name says that it is for testing",
     ]
 
 

@@ -173,7 +173,7 @@ def test_the_plan_says_how_many_and_learns_none_of_them(tmp_path: Path, monkeypa
     assert min(counts) > 0 and sum(counts) == len(measured) and one and two
     line = f"             held out: {len(measured)} rows ({counts[0]} of one, {counts[1]} of two)"
     assert line in plan.lines()
-    assert "evaluates    validation, before and after; validation every step" in plan.lines()
+    assert "evaluates     validation, before and after; validation every step" in plan.lines()
     streamed = _plan({"train": train, "validate": 0.4, "streaming": True})
     assert _split(streamed) == (learned, measured) and line in streamed.lines()
     assert [row.where for row in streamed.sets[0].rows] == [row.where for row in plan.sets[0].rows]

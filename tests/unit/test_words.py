@@ -12,7 +12,7 @@ from luthier import registry
 from luthier.cli import app
 from luthier.errors import LuthierError
 from luthier.kinds import Prefix
-from luthier.planning.plan import make_plan
+from luthier.planning.plan import LABEL, SHORT, make_plan
 from luthier.recipe import make_recipe
 from luthier.registry import make_all, part
 
@@ -86,3 +86,15 @@ def test_a_value_that_no_folder_can_hold_is_told_before_it_trains() -> None:
     assert isinstance(value, Prefix)
     assert any("was given in Python" in line and "neither opened again nor exported" in line for line in plan_lines(tune=value))
     assert not any("was given in Python" in line for line in plan_lines(tune="prefix_tuning"))
+
+
+def test_a_plan_stands_in_two_columns() -> None:
+    """`learning rate` and `gradient_estimator` stood in the column of what is said."""
+    sets = {"acc": {"rows": [{"prompt": "What is 1?", "answer": "It is 1."}]}}
+    lines = plan_lines(evaluate=sets, gradient_estimator="per_layer", optimizer="adamw", tune="lora")
+    labels = [line[:LABEL].strip() for line in lines]
+    assert {"learning rate", "gradients", "optimizer", "trains", "steps", "memory"} <= set(labels)
+    for line in lines:
+        assert line[LABEL] == " " and line[LABEL + 1] != " ", line
+        assert not line[0].isspace() or not line[:LABEL].strip()
+    assert max(map(len, [*labels, *(SHORT.get(key, key) for key in registry.KEYS)])) <= LABEL

@@ -287,9 +287,9 @@ FAULTS = (
     ),
     Fault(
         "a technique is not shown by the name that papers write",
-        "registry/catalogue.py",
-        'for one in (name, name.lower().replace("-", "_")) if one in known',
-        "for one in (name,) if one in known",
+        "registry/listing.py",
+        '    for one in (name, name.lower().replace("-", "_").replace(" ", "_")):',
+        "    for one in (name,):",
         (f"{WORDS}::test_a_technique_is_found_as_papers_write_it[LoRA]",),
     ),
     Fault(

@@ -1,0 +1,155 @@
+"""The list of techniques by what people want of them, one line each, read from their files without running any."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from textwrap import shorten, wrap
+from typing import Any, NamedTuple
+
+from rich.text import Text
+
+from luthier import registry
+from luthier.errors import LuthierError, nearest
+from luthier.registry.papers import papers
+
+GROUPS: Mapping[str, tuple[str, ...]] = {
+    "Train everything or part of it": ("selective",),
+    "Train little beside the weights": ("weight_delta", "representation_edit"),
+    "Prompts and prefixes": ("prompt", "prefix"),
+    "Losses": ("loss_term", "token_loss"),
+    "Preferences and rewards": ("pair_loss", "step_loss", "reference"),
+    "Heads: classes, numbers, rewards, vectors": ("head",),
+    "What the model reads": ("input_map",),
+    "Which tokens count": ("token_weight",),
+    "Optimizers and steps": ("optimizer", "gradient_transform", "gradient_estimator", "callback", "freezing"),
+    "Rows: make others, choose some": ("row_map", "row_score"),
+    "Look inside a model": ("probe",),
+}
+"""What people want, and the kinds that do it: every kind once."""
+START = (
+    "start here: lora, full, half",
+    "  lora  where memory is short, or each task should be one small file",
+    "  full  where memory suffices and rows are many: everything may change",
+    "  half  as full, with half of the matrices frozen, so that less is forgotten",
+)
+MARKS = {"holds": "+", "does not hold": "-", "cannot tell": "?"}
+LEGEND = "Claims of papers, run again at a small scale: + holds, - does not, ? cannot tell. Whose claim: luthier techniques NAME."
+VERDICTS = Path(__file__).parent / "verdicts.json"
+"""What came of the replications that were run, by replication, with the size of the effect; `luthier.lab.verdicts` writes it."""
+MOST_LIKE = 8
+
+
+class Line(NamedTuple):
+    """A technique in a list."""
+
+    name: str
+    kind: str
+    summary: str
+    row: int | None
+    paper: str
+    replication: str
+    text: str
+    """What a search looks through."""
+
+
+def lines(kind: str | None = None) -> list[Line]:
+    """All techniques, or those of one kind, by kind and name.
+
+    Raises:
+        LuthierError: there is no such kind.
+    """
+    if kind is not None:
+        registry.names(kind)
+    titles: dict[int | None, str] = {paper.row: paper.title for paper in papers()}
+    found = []
+    for where, name, told in registry.outlines(None if kind is None else (kind,)):
+        card: Mapping[str, Any]
+        if told is None:
+            whole = registry.find(name, (where,)).card
+            card, summary, text = whole.as_json(), whole.summary, f"{name}\n{whole.title}\n{whole.summary}\n{whole.paper}"
+        else:
+            card, summary, text = told.card, told.summary, told.text
+        row = card.get("row")
+        paper, replication = str(card.get("paper", "")), str(card.get("replication", ""))
+        found.append(Line(name, where, summary, row, paper, replication, f"{text}\n{titles.get(row, '')}"))
+    return found
+
+
+def search(among: Iterable[Line], words: str) -> list[Line]:
+    """Those that hold all of the words, in whatever case, in name, title, docstring or paper.
+
+    Raises:
+        LuthierError: none does.
+    """
+    wanted = words.lower().split()
+    found = [line for line in among if all(word in line.text.lower() for word in wanted)]
+    if not found:
+        raise LuthierError(f"no technique speaks of `{words}`", where="--search", fix="search for fewer words, or parts of words")
+    return found
+
+
+def like(among: Sequence[Line], name: str) -> list[Line]:
+    """Techniques of the same group, the nearest first: of the same paper, of the same kind, then by the words that both use.
+
+    Raises:
+        LuthierError: there is no such technique.
+    """
+    one = next(line for line in among if line.name == known(name))
+    group = next(kinds for kinds in GROUPS.values() if one.kind in kinds)
+    near = [line for line in among if line.kind in group and line is not one]
+
+    def far(line: Line) -> tuple[bool, bool, float, str]:
+        mine, other = _words(one), _words(line)
+        shared = len(mine & other) / max(len(mine | other), 1)
+        return line.row is None or line.row != one.row, line.kind != one.kind, -shared, line.name
+
+    return sorted(near, key=far)[:MOST_LIKE]
+
+
+def _words(line: Line) -> set[str]:
+    return set(re.findall(r"[a-z]{4,}", f"{line.name} {line.summary}".lower()))
+
+
+def known(name: str) -> str:
+    """A technique's name, as papers may write it: `LoRA`, `prompt-tuning`.
+
+    Raises:
+        LuthierError: there is none; the nearest names.
+    """
+    names = [other for kind in registry.KINDS for other in registry.names(kind)]
+    for one in (name, name.lower().replace("-", "_").replace(" ", "_")):
+        if one in names:
+            return one
+    fix = nearest(name, names) or f"`luthier techniques --search {name}` looks through titles, descriptions and papers"
+    raise LuthierError(f"there is no technique `{name}`", where="luthier techniques", fix=fix)
+
+
+def grouped(found: Sequence[Line], width: int, *, start: bool = False, ordered: bool = False) -> Text:
+    """Techniques under what people want of them, one line each, cut at a word.
+
+    Args:
+        found: the techniques.
+        width: columns of the terminal.
+        start: begin with where to start.
+        ordered: keep the order, under no groups.
+    """
+    verdicts = json.loads(VERDICTS.read_text(encoding="utf-8"))
+    text = Text("\n".join([*START, "", ""]) if start else "")
+    groups = {"": found} if ordered else {title: [one for one in found if one.kind in kinds] for title, kinds in GROUPS.items()}
+    marked = False
+    for title, members in groups.items():
+        if members and title:
+            text.append(f"{title}\n", style="bold")
+        wide = max((len(one.name) for one in members), default=0)
+        for one in members:
+            mark = MARKS.get(verdicts.get(one.replication, {}).get("verdict"), " ")
+            marked |= mark != " "
+            text.append(f"  {one.name:<{wide}}", style="cyan")
+            text.append(f" {mark} {shorten(one.summary, max(width - wide - 5, 10), placeholder='…', break_on_hyphens=False)}\n")
+    if marked:
+        text.append("\n".join(["", *wrap(LEGEND, width)]), style="dim")
+    text.rstrip()
+    return text
