@@ -151,14 +151,15 @@ def compare(
 ) -> None:
     """Put runs side by side: what differs in their recipes, and what came of it."""
     with face(as_json) as speak:
-        from luthier.report.compare import compare_runs, compared, write_comparison
+        from luthier.report.compare import compare_summary, compared, write_comparison
         from luthier.results.folder import read_run
 
-        facts = [read_run(one, folder).facts for one in [first, *others]]
+        found = [read_run(one, folder) for one in [first, *others]]
+        facts = [one.facts for one in found]
         if page is not None:
-            write_comparison(facts, page)
+            write_comparison(facts, page, [one.folder for one in found])
             speak.say(f"page: {page}")
-        speak.show(compared(facts), lambda: compare_runs(facts))
+        speak.show(compared(facts), lambda: compare_summary(facts))
 
 
 def probe(

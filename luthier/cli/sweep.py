@@ -36,7 +36,7 @@ def sweep(
     Finished runs are kept: a sweep that was stopped goes on where it was when it is called again.
     """
     with face(as_json, quiet) as speak:
-        from luthier.sweep.page import sweep_table
+        from luthier.sweep.page import sweep_summary
         from luthier.sweep.sweep import sweep as run_sweep
 
         command = shlex.join(
@@ -47,7 +47,7 @@ def sweep(
         except KeyboardInterrupt:
             speak.say("stopped; what is finished is kept, and the same command goes on")
             raise typer.Exit(INTERRUPTED) from None
-        speak.show(found, lambda: sweep_table(found))
+        speak.show(found, lambda: sweep_summary(found))
         if not found["sets"]:
             # Every run failed: the page says why, and a script must not take that for a result.
             raise typer.Exit(2)

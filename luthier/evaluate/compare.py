@@ -1,49 +1,24 @@
-"""Before against after on the same items: a paired test, an interval of the difference, and a verdict.
-
-`better` and `worse` need all three: a paired test below a false-positive rate of 5 %, an interval of the difference
-that does not hold 0, and a difference larger than what repeating the measurement changes.
-"""
+"""Before against after on the same items, as `run.json` holds it; `luthier.evaluate.paired` has the rule."""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy
 from transformers import PreTrainedTokenizerBase
 
 from luthier.errors import LuthierError, Say
-from luthier.evaluate.intervals import (
-    FALSE_POSITIVES,
-    FEWEST,
-    Interval,
-    Numbers,
-    bootstrap,
-    exchanged,
-    mcnemar,
-    newcombe,
-    resampled,
-    sign_flip,
-)
-from luthier.evaluate.items import Item, by_class, is_binary, numbers_of
-from luthier.evaluate.sets import EvalSet, SetResult, measure, statistic_of
+from luthier.evaluate.items import Item, by_class, is_binary
+from luthier.evaluate.paired import NOT_MEASURED, difference_of, matters, verdict_of
+from luthier.evaluate.sets import EvalSet, SetResult, measure
 from luthier.evaluate.told import entry_of, note_of, on_common
 from luthier.tune import Tune
 
-NOT_MEASURED = "not measured"
 FEWEST_AGAIN = 8
 """Of generated answers, at least so many are asked for again, to see whether answers repeat."""
-
-
-class Difference(NamedTuple):
-    """After minus before."""
-
-    value: float
-    interval: Interval | None
-    p_value: float
 
 
 def compare(before: SetResult, after: SetResult | None, *, noise: float | None = None) -> dict[str, Any]:
@@ -56,7 +31,8 @@ def compare(before: SetResult, after: SetResult | None, *, noise: float | None =
 
     Returns:
         `metric`, `role`, `n`, `higher_is_better`; `before`, `after` and `difference` with their intervals; `p_value`;
-        `verdict`, which is `better`, `worse`, `no change` or `not measured`, and `note` where the reason needs words;
+        `matters`, the smallest change that does; `verdict`, which is `better`, `worse`, `no change`, `unclear` or `not measured`, and
+        `note` where the reason needs words;
         `retained`, the share of items right before that still are; `items`; and what `luthier.evaluate.told` adds.
 
     Raises:
@@ -79,12 +55,14 @@ def compare(before: SetResult, after: SetResult | None, *, noise: float | None =
     before, after = both
     entry |= {"n": before.n, "before": before.value, "before_interval": before.interval, **entry_of(before, after)}
     _check_pairs(before, after)
-    difference = difference_of(before, after)
-    verdict, note = verdict_of(difference, before, noise)
+    higher = before.higher_is_better
+    difference = difference_of(before.metric, before.items, after.items, higher_is_better=higher)
+    verdict, note = verdict_of(difference, before.metric, before.value, before.n, noise, higher_is_better=higher)
     note = "; ".join(filter(None, (note, note_of(before, after))))
     return {
         **entry,
         **_classes(before, after),
+        "matters": matters(before.metric, before.value),
         "after": after.value,
         "after_interval": after.interval,
         "difference": difference.value,
@@ -141,52 +119,6 @@ def _rates(counts: tuple[int, int, int] | None) -> dict[str, float | None]:
         "recall": both / there if there else None,
         "f1": 2 * both / (there + named) if there + named else None,
     }
-
-
-def difference_of(before: SetResult, after: SetResult) -> Difference:
-    """The paired difference: McNemar's test where items are right or wrong, a sign-flip test where they are graded."""
-    value = after.value - before.value
-    of_set = before.known.of_set
-    if of_set is not None:
-        return _of_sets(of_set, before, after)
-    pairs = list(zip(before.items, after.items, strict=True))
-    if before.higher_is_better and is_binary(before.items) and is_binary(after.items):
-        both = sum(old.score == 1 == new.score for old, new in pairs)
-        lost = sum(old.score > new.score for old, new in pairs)
-        gained = sum(old.score < new.score for old, new in pairs)
-        interval = newcombe(both, lost, gained, len(pairs) - both - lost - gained)
-        return Difference(value, interval, mcnemar(lost, gained))
-    score_2N = numpy.array([[item.score for item in one.items] for one in (before, after)])
-    weight_N = numpy.array([item.weight for item in before.items])
-    p_value = sign_flip((score_2N[1] - score_2N[0]) * weight_N)
-    if len(pairs) < FEWEST:
-        return Difference(value, None, p_value)
-    statistic = statistic_of(before.metric)
-    return Difference(value, bootstrap(score_2N, weight_N, lambda mean_2S: statistic(mean_2S[1]) - statistic(mean_2S[0])), p_value)
-
-
-def _of_sets(of_set: Callable[[Numbers], float], before: SetResult, after: SetResult) -> Difference:
-    """The paired difference of values that are no means: rows are resampled with what both models say of them."""
-    old_NM, new_NM = numbers_of(before.items), numbers_of(after.items)
-    interval = None
-    if before.n >= FEWEST:
-        interval = resampled(lambda chosen_N: of_set(new_NM[chosen_N]) - of_set(old_NM[chosen_N]), rows=before.n)
-    return Difference(after.value - before.value, interval, exchanged(old_NM, new_NM, of_set))
-
-
-def verdict_of(difference: Difference, before: SetResult, noise: float | None) -> tuple[str, str]:
-    """The verdict on a difference, and why where that needs words."""
-    if before.n < FEWEST:
-        return (
-            NOT_MEASURED,
-            f"{before.n} items cannot show a change at a false-positive rate of 5 %: at least {FEWEST} can",
-        )
-    low, high = difference.interval or (-math.inf, math.inf)
-    if difference.p_value >= FALSE_POSITIVES or low <= 0 <= high:
-        return "no change", ""
-    if noise is not None and abs(difference.value) <= noise:
-        return "no change", f"repeating the measurement of the base changes as much: {noise:.3g}"
-    return ("better" if (difference.value > 0) == before.higher_is_better else "worse"), ""
 
 
 def share_retained(metrics: Mapping[str, Mapping[str, Any]]) -> float | None:
@@ -277,6 +209,9 @@ def _share(fates: Sequence[bool]) -> float | None:
 
 
 def _pair(old: Item, new: Item) -> dict[str, Any]:
+    # What another run needs to be compared with this one, where a value is more than a plain mean of scores.
+    beside: dict[str, Any] = {"weight": new.weight} if new.weight != 1 else {}
+    beside |= {"after_numbers": list(new.numbers)} if new.numbers else {}
     return {
         "id": old.id,
         "prompt": old.prompt,
@@ -285,5 +220,6 @@ def _pair(old: Item, new: Item) -> dict[str, Any]:
         "after": new.answer,
         "before_score": old.score,
         "after_score": new.score,
+        **beside,
         **({"before_note": old.note, "after_note": new.note} if old.note or new.note else {}),
     }

@@ -47,6 +47,19 @@ def overlaps(train_rows: Iterable[Row], sets: Mapping[str, Sequence[Row]]) -> di
     }
 
 
+def warnings_about(shared: Mapping[str, int]) -> list[str]:
+    """What to say of sets with rows that training has seen, by how many.
+
+    Args:
+        shared: by set, the number of such rows.
+    """
+    return [
+        f"{count:,} {'item' if count == 1 else 'items'} of {name} also stand in the training rows: gains there prove nothing."
+        for name, count in shared.items()
+        if count
+    ]
+
+
 def _agree(one: Sequence[str], other: Sequence[str]) -> bool:
     if not one or not other:
         return True

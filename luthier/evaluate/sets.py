@@ -17,10 +17,11 @@ from luthier.errors import LuthierError, Say
 from luthier.evaluate import by_head
 from luthier.evaluate.answered import answered
 from luthier.evaluate.choose import Chosen, choose, metric_of
-from luthier.evaluate.intervals import FEWEST, Interval, Numbers, bootstrap, resampled, wilson
+from luthier.evaluate.intervals import FEWEST, Interval, bootstrap, resampled, wilson
 from luthier.evaluate.items import Item, accepted_answers, is_binary, numbers_of, prompt_text
 from luthier.evaluate.likelihood import encode_choices, likelihoods, most_likely
 from luthier.evaluate.metrics import METRICS, NEEDED_SHAPES, Metric
+from luthier.evaluate.paired import statistic_of, value_of
 from luthier.evaluate.readings import check_read, places_of, readings, readings_by_row, row_head_of
 from luthier.evaluate.scoring import ScoringError
 from luthier.generation.generate import BATCH_TOKENS, generate
@@ -271,26 +272,21 @@ def _placed(one: EvalSet) -> Iterator[None]:
 def result_of(one: EvalSet | SetResult, items: Sequence[Item], asked: str) -> SetResult:
     """Sum a set's items up."""
     metric, statistic = one.chosen_metric, statistic_of(one.chosen_metric)
+    value = value_of(metric, items)
     of_set = one.known.of_set
     if of_set is not None:
         numbers_NM = numbers_of(items)
         several = len(items) >= FEWEST
         interval = resampled(lambda chosen_N: of_set(numbers_NM[chosen_N]), rows=len(items)) if several else None
-        return SetResult(one.name, metric, one.role, of_set(numbers_NM), interval, len(items), asked, tuple(items))
+        return SetResult(one.name, metric, one.role, value, interval, len(items), asked, tuple(items))
     score_N = numpy.array([item.score for item in items])
     weight_N = numpy.array([item.weight for item in items])
-    value = float(statistic(numpy.average(score_N, weights=weight_N)))
     interval = None
     if is_binary(items) and one.known.higher_is_better:
         interval = wilson(int(score_N.sum()), len(items))
     elif len(items) >= FEWEST:
         interval = bootstrap(score_N[None], weight_N, lambda mean_MS: statistic(mean_MS[0]))
     return SetResult(one.name, metric, one.role, value, interval, len(items), asked, tuple(items))
-
-
-def statistic_of(metric: str) -> Callable[[Numbers], Numbers]:
-    """From weighted mean scores to a metric's values."""
-    return cast(Callable[[Numbers], Numbers], numpy.exp) if metric == "perplexity" else lambda mean: mean
 
 
 def _answered(tune: Tune, tokenizer: PreTrainedTokenizerBase, one: EvalSet, batch_tokens: int) -> tuple[list[str], Any]:

@@ -9,7 +9,8 @@ from transformers import PreTrainedTokenizerBase
 
 from luthier import __version__, machine
 from luthier.errors import LuthierError, Say, silent
-from luthier.evaluate.compare import NOT_MEASURED, compare
+from luthier.evaluate.compare import compare
+from luthier.evaluate.paired import NOT_MEASURED
 from luthier.evaluate.sets import EvalSet, SetResult, measure
 from luthier.lab import benchmark
 from luthier.lab.benchmark_sets import sets_of
@@ -82,8 +83,8 @@ def headline(facts: Mapping[str, Any]) -> str:
     entries = facts["skills"].values()
     if facts["compares"]:
         verdicts = [entry["verdict"] for entry in entries]
-        counts = ", ".join(f"{verdicts.count(word)} {word}" for word in ("better", "worse", "no change"))
-        return f"Of {len(verdicts)} skills: {counts.replace('no change', 'without a clear change')}."
+        counts = ", ".join(f"{verdicts.count(word)} {word}" for word in ("better", "worse", "no change", "unclear"))
+        return f"Of {len(verdicts)} skills: {counts.replace('no change', 'without a change')}."
     scored = [entry["after"] for entry in entries if entry["after"] is not None and entry["higher_is_better"]]
     half = sum(value >= 0.5 for value in scored)
     return f"At least half right in {half} of {len(scored)} skills with answers."

@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 from luthier.errors import LuthierError, Say
@@ -222,10 +223,19 @@ def _grid(work: Work, variant: Variant) -> list[float]:
     return rates
 
 
-def best(tried: Sequence[Tried]) -> Choice:
-    """The rate with the largest score, of equal ones the smallest; a rate at which training broke off is worse than any."""
+def best(tried: Sequence[Tried], losses: Mapping[float, float] = MappingProxyType({})) -> Choice:
+    """The rate with the largest score; a rate at which training broke off is worse than any.
+
+    Args:
+        tried: every rate.
+        losses: by rate, what decides between equal scores; of equal ones, and where there is none, the smallest rate.
+    """
     tried = sorted(tried)
-    chosen = max(tried, key=lambda one: -math.inf if one.score is None else one.score)
+
+    def rank(one: Tried) -> tuple[float, float]:
+        return (-math.inf if one.score is None else one.score, -losses.get(one.rate, math.inf))
+
+    chosen = max(tried, key=rank)
     note = ""
     if chosen.score is None:
         note = "training broke off at every rate"

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import date
 from typing import Any
 
@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from luthier import machine
 from luthier.errors import Say
+from luthier.evaluate.overlap import overlaps, warnings_about
 from luthier.evaluate.planned import evaluation_sets
 from luthier.evaluate.sets import EvalSet, check
 from luthier.kinds import Head, Optimizer, Prefix, Prompt, RepresentationEdit
@@ -107,6 +108,8 @@ class Plan:
     """Why rows run with padding; empty where they are packed."""
     noted: Sequence[str] = ()
     """What deserves a warning in the rows that are measured."""
+    overlap: Mapping[str, int] = field(default_factory=dict)
+    """By evaluation set, how many of its rows also stand in the training rows."""
     too_large: str = ""
     """What to change, where memory will not do."""
 
@@ -159,7 +162,7 @@ class Plan:
             *([f"baseline run  {self.control.folder}"] if self.control is not None else []),
             f"memory        about {self.estimate.total_bytes / 2**20:,.0f} MiB at the peak ({self.estimate.described()})",
             f"time          about {_minutes(self.estimate.seconds)} of training, from the speed of this machine's matrix products",
-            *(f"warning       {text}" for text in self.warnings()),
+            *(f"warning       {text}" for text in (*self.warnings(), *warnings_about(self.overlap))),
         ]
         return lines
 
@@ -305,7 +308,7 @@ class Plan:
             "files": list(self.files),
             "left_out": [one._asdict() for one in self.left_out],
             "estimated_seconds": self.estimate.seconds,
-            "warnings": self.warnings(),
+            "warnings": [*self.warnings(), *warnings_about(self.overlap)],
             "lines": self.lines(),
         }
 
@@ -409,6 +412,7 @@ def make_plan(recipe: Recipe, say: Say = lambda text: None, *, today: date | Non
         left_out=rows.left_out,
         padded=padded,
         noted=noted,
+        overlap={name: len(found) for name, found in overlaps(rows.raw, {one.name: one.rows for one in sets}).items()},
         too_large=too_much(recipe, engine, loaded.parts, feed, loaded.dtype, cost, room, say),
     )
 

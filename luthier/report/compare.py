@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import quote
 
+from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
 from luthier.errors import LuthierError
+from luthier.evaluate.paired import BETTER, NO_CHANGE, UNCLEAR
 from luthier.recipe import flat as flat_recipe
+from luthier.report.beside import Answers, Versus, aligned, answers_of, identity, versus
 from luthier.report.facts import Facts, SetFacts, sets_of, short_name
 from luthier.report.figures import Range, range_of
 from luthier.report.html import render_page, write_page
+from luthier.report.overlay import overlay_figure
+from luthier.report.story import gathered
 from luthier.report.terminal import plain
 from luthier.report.words import NOT_MEASURED, count, duration, measured, number, percent, shown, size, spaced
 
@@ -42,16 +49,28 @@ class SetComparison(NamedTuple):
     """None for a run that did not have the set."""
     why_not: str
     """Why the runs must not be ranked by it; empty where they may."""
-    ahead: int | None
-    """The run whose interval lies wholly beyond those of all others; None where there is none."""
+    versus: tuple[Versus, ...] = ()
+    """Every run but the first beside the first, on the same items; empty where they must not be ranked."""
+    ahead: int | None = None
+    """The run that is better than each other one; None where there is none."""
+    answers: tuple[Answers, ...] = ()
+    """What the runs answered, those items first at which they differ."""
 
     def words(self, index: int) -> str:
         """A run's value after training, with what it was before."""
         one = self.sets[index]
         if one is None:
             return NOT_MEASURED
-        ahead = ", ahead" if index == self.ahead else ""
-        return f"{one.value(one.after.value)} ({one.value(one.before.value)} before){ahead}"
+        beside = f", {self.beside(index)}" if self.beside(index) else ""
+        return f"{one.value(one.after.value)} ({one.value(one.before.value)} before){beside}"
+
+    def beside(self, index: int) -> str:
+        """A run beside the first one in words; empty for the first, and where they must not be ranked."""
+        first = self.sets[0]
+        if not index or not self.versus or first is None:
+            return ""
+        found = self.versus[index - 1]
+        return f"{shown(found.difference.value, first.difference_form)}: {found.verdict}"
 
     @property
     def span(self) -> Range:
@@ -60,10 +79,13 @@ class SetComparison(NamedTuple):
 
     @property
     def verdict(self) -> str:
-        """What can be said of the runs together; empty where one is ahead."""
+        """What can be said of the runs together; empty where one is better than the others."""
         if self.why_not:
             return f"not comparable: {self.why_not}"
-        return "" if self.ahead is not None else "no clear difference"
+        if self.ahead is not None:
+            return ""
+        said = {one.verdict for one in self.versus}
+        return said.pop() if len(said) == 1 and said <= {NO_CHANGE, NOT_MEASURED} else UNCLEAR
 
 
 class Difference(NamedTuple):
@@ -77,15 +99,19 @@ def compared(runs: Sequence[Facts]) -> dict[str, Any]:
     """The comparison for scripts.
 
     Returns:
-        `runs` their names; `recipe` the keys that differ, with each run's value, None where not set; `metrics` by set:
-        whether comparable, why not, values before and after, intervals, and the run that is `ahead`; `cost` by fact.
+        `sentence`; `runs` their names; `warnings`, each once with the runs that say it; `recipe` the keys that differ, with each run's
+        value, None where not set; `metrics` by set: whether comparable, why not, values before and after, intervals, `versus` the first run
+        (every other's difference, interval, p-value and verdict), and the run that is `ahead`; `cost` by fact.
 
     Raises:
         LuthierError: fewer than two runs.
     """
     names = _names(runs)
+    sets = set_comparisons(runs)
     return {
+        "sentence": sentence(names, sets),
         "runs": names,
+        "warnings": [{"warning": one.text, "runs": list(one.runs)} for one in gathered(_by_name(runs))],
         "recipe": {key: list(values) for key, values in _recipe_values(runs).items()},
         "metrics": {
             one.name: {
@@ -95,16 +121,41 @@ def compared(runs: Sequence[Facts]) -> dict[str, Any]:
                 "before": [None if found is None else found.before.value for found in one.sets],
                 "after": [None if found is None else found.after.value for found in one.sets],
                 "after_interval": [None if found is None else [found.after.low, found.after.high] for found in one.sets],
+                "versus": {name: found.as_json() for name, found in zip(names[1:], one.versus, strict=False)},
                 "ahead": None if one.ahead is None else names[one.ahead],
+                "verdict": one.verdict,
             }
-            for one in set_comparisons(runs)
+            for one in sets
         },
         "cost": {key: [run.get(key) for run in runs] for key in COSTS},
     }
 
 
+def sentence(names: Sequence[str], sets: Sequence[SetComparison]) -> str:
+    """What the sets say of the runs, in one sentence: targets first."""
+    said: dict[str, list[str]] = {}
+    for one in sorted(sets, key=lambda one: next(found.role for found in one.sets if found is not None) == "retention"):
+        words = "not comparable" if one.why_not else one.verdict or f"{names[one.ahead or 0]} is better"
+        said.setdefault(words, []).append(one.name)
+    parts = [f"{words} on {', '.join(some)}" for words, some in said.items()] or ["nothing was measured that could be compared"]
+    text = "; ".join(parts)
+    # A run keeps the letter that its name begins with.
+    return f"{text if text.startswith(tuple(names)) else text[0].upper() + text[1:]}."
+
+
+def compare_summary(runs: Sequence[Facts]) -> Group:
+    """The comparison in the terminal: a sentence, what the runs warn of, the table.
+
+    Raises:
+        LuthierError: fewer than two runs.
+    """
+    names = _names(runs)
+    warned = [plain(f"warning: {one.text} ({one.who})", "yellow") for one in gathered(_by_name(runs))]
+    return Group(plain(sentence(names, set_comparisons(runs)), "bold"), *warned, compare_runs(runs))
+
+
 def compare_runs(runs: Sequence[Facts]) -> Table:
-    """The comparison in the terminal.
+    """The comparison in the terminal as a table.
 
     Raises:
         LuthierError: fewer than two runs.
@@ -125,12 +176,13 @@ def compare_runs(runs: Sequence[Facts]) -> Table:
     return table
 
 
-def write_comparison(runs: Sequence[Facts], path: Path) -> Path:
+def write_comparison(runs: Sequence[Facts], path: Path, folders: Sequence[Path] = ()) -> Path:
     """Write the comparison as one self-contained HTML page.
 
     Args:
         runs: what the `run.json` of each holds.
         path: the file to write; one that exists is replaced.
+        folders: of the runs, to link their reports; none: no links.
 
     Returns:
         The path.
@@ -139,15 +191,25 @@ def write_comparison(runs: Sequence[Facts], path: Path) -> Path:
         LuthierError: fewer than two runs.
     """
     names = _names(runs)
+    comparisons = set_comparisons(runs)
     page = render_page(
         "comparison.html.j2",
         names=names,
         runs=runs,
-        comparisons=set_comparisons(runs),
+        sentence=sentence(names, comparisons),
+        warned=[(one.text, one.who) for one in gathered(_by_name(runs))],
+        links=[link_to(folder / "report.html", path) for folder in folders],
+        curves=overlay_figure(_by_name(runs)),
+        comparisons=comparisons,
         costs=cost_lines(runs),
         differences=recipe_lines(runs),
     )
     return write_page(path, page)
+
+
+def link_to(file: Path, page: Path) -> str:
+    """Where a page finds a file, as a link that is relative to the page: escaped, so that no name of a folder becomes a scheme."""
+    return quote(os.path.relpath(file, Path(page).parent))
 
 
 def set_comparisons(runs: Sequence[Facts]) -> list[SetComparison]:
@@ -177,10 +239,28 @@ def _names(runs: Sequence[Facts]) -> list[str]:
     return [short_name(run) for run in runs]
 
 
+def _by_name(runs: Sequence[Facts]) -> dict[str, Facts]:
+    """The runs by their names; a second one of a name gets a number."""
+    named: dict[str, Facts] = {}
+    for name, run in zip(_names(runs), runs, strict=True):
+        named[name if name not in named else f"{name} ({len(named) + 1})"] = run
+    return named
+
+
 def _compare_set(name: str, runs: Sequence[Facts], sets: list[SetFacts | None]) -> SetComparison:
     metric = next(one.metric for one in sets if one is not None)
     why_not = _why_not(name, runs, sets)
-    return SetComparison(name, metric, tuple(sets), why_not, None if why_not else _ahead(name, runs, sets))
+    items = None if why_not else aligned([run["metrics"][name] for run in runs])
+    if items is None:
+        return SetComparison(name, metric, tuple(sets), why_not or "too little of its items was recorded")
+    noises = [noise for run in runs if measured(noise := (run.get("repeat_baseline") or {}).get(name))]
+    noise = max(noises, default=None)
+    sign = 1 if runs[0]["metrics"][name].get("higher_is_better", True) else -1
+    beside = tuple(versus(metric, items[0], one, noise, sign > 0) for one in items[1:])
+    best = max(range(len(items)), key=lambda place: sign * runs[place]["metrics"][name]["after"])
+    others = [place for place in range(len(items)) if place != best]
+    ahead = all(versus(metric, items[place], items[best], noise, sign > 0).verdict == BETTER for place in others)
+    return SetComparison(name, metric, tuple(sets), "", beside, best if ahead else None, tuple(answers_of(name, items)))
 
 
 def _why_not(name: str, runs: Sequence[Facts], sets: Sequence[SetFacts | None]) -> str:
@@ -192,29 +272,12 @@ def _why_not(name: str, runs: Sequence[Facts], sets: Sequence[SetFacts | None]) 
         return "the metrics differ"
     if not all(entry.get("items") for entry in entries):
         return "its items were not recorded"
-    if len({_identity(entry["items"]) for entry in entries}) > 1:
+    if len({tuple(sorted(map(identity, entry["items"]))) for entry in entries}) > 1:
         return "its items differ"
     recipes = [((run.get("recipe") or {}).get("evaluate") or {}).get(name) or {} for run in runs]
     if len({recipe.get("max_new_tokens") for recipe in recipes}) > 1:
         return "the longest answers allowed differ"
     return ""
-
-
-def _identity(items: Sequence[Mapping[str, Any]]) -> str:
-    return json.dumps(sorted(_as_text([item.get(key) for key in ("id", "prompt", "expected")]) for item in items))
-
-
-def _ahead(name: str, runs: Sequence[Facts], sets: Sequence[SetFacts | None]) -> int | None:
-    sign = 1 if runs[0]["metrics"][name].get("higher_is_better", True) else -1
-    ends = [
-        sorted((sign * one.after.low, sign * one.after.high))
-        for one in sets
-        if one and measured(one.after.low) and measured(one.after.high)
-    ]
-    if len(ends) < len(sets):
-        return None
-    best = max(range(len(ends)), key=lambda index: ends[index][0])
-    return best if all(ends[best][0] > high for index, (_, high) in enumerate(ends) if index != best) else None
 
 
 def _recipe_values(runs: Sequence[Facts]) -> dict[str, tuple[Any, ...]]:

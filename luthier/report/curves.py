@@ -51,12 +51,12 @@ def training_figure(run: Facts, sets: Sequence[SetFacts]) -> Markup:
     """Loss, evaluations and learning rate over the optimizer steps. Empty when no step was recorded."""
     history = run.get("history") or ()
     curves = [
-        Curve("loss", _column(history, "loss"), 170, 5, _smoothed),
+        Curve("loss", column(history, "loss"), 170, 5, _smoothed),
         *_likelihood_curves(history),
         *_part_curves(history),
         *_weight_curves(history),
         *_evaluation_curves(run, sets),
-        Curve("learning rate", _column(history, "learning_rate"), 46, 3, _plain),
+        Curve("learning rate", column(history, "learning_rate"), 46, 3, _plain),
     ]
     curves = [curve for curve in curves if any(measured(value) for _, value in curve.points)]
     if not history or not curves:
@@ -91,12 +91,12 @@ def _panel(svg: Element, curve: Curve, across: Scale, top: float) -> None:
 
 
 def _plain(svg: Element, curve: Curve, across: Scale, up: Scale) -> str:
-    _line(svg, _thinned(curve.points)[0], across, up, "curve")
+    draw_line(svg, thinned(curve.points)[0], across, up, "curve")
     return ""
 
 
 def _dotted(svg: Element, curve: Curve, across: Scale, up: Scale) -> str:
-    _line(svg, curve.points, across, up, "curve")
+    draw_line(svg, curve.points, across, up, "curve")
     for step, value in curve.points:
         if measured(value):
             dot = add(svg, "circle", class_="dot neutral", cx=across.at(step), cy=up.at(value), r=3.5)
@@ -105,18 +105,19 @@ def _dotted(svg: Element, curve: Curve, across: Scale, up: Scale) -> str:
 
 
 def _smoothed(svg: Element, curve: Curve, across: Scale, up: Scale) -> str:
-    points, group = _thinned(curve.points)
+    points, group = thinned(curve.points)
     window = len(points) // 20
     if window < 2:
-        _line(svg, points, across, up, "curve")
+        draw_line(svg, points, across, up, "curve")
         return "" if group == 1 else f"means of {group} steps"
-    _line(svg, points, across, up, "curve faint")
-    _line(svg, _smooth(points, window // 2), across, up, "curve")
+    draw_line(svg, points, across, up, "curve faint")
+    draw_line(svg, _smooth(points, window // 2), across, up, "curve")
     faint = "each step" if group == 1 else f"means of {group} steps"
     return f"faint: {faint}; strong: means of {(2 * (window // 2) + 1) * group} steps"
 
 
-def _line(svg: Element, points: Iterable[Point], across: Scale, up: Scale, class_: str) -> None:
+def draw_line(svg: Element, points: Iterable[Point], across: Scale, up: Scale, class_: str) -> None:
+    """Draw a curve, with a gap where a value is missing."""
     for stretch in _unbroken(points):
         places = " ".join(f"{across.at(step):g},{up.at(value):g}" for step, value in stretch)
         add(svg, "polyline", class_=class_, points=places)
@@ -133,7 +134,7 @@ def _unbroken(points: Iterable[Point]) -> list[list[tuple[float, float]]]:
     return [stretch for stretch in stretches if stretch]
 
 
-def _thinned(points: Sequence[Point]) -> tuple[list[Point], int]:
+def thinned(points: Sequence[Point]) -> tuple[list[Point], int]:
     """At most MOST_POINTS points, each the mean of `group` neighbors; a group without any number stays a gap."""
     group = max(1, math.ceil(len(points) / MOST_POINTS))
     groups = [points[first : first + group] for first in range(0, len(points), group)]
@@ -157,7 +158,7 @@ def _mean(values: Iterable[float | None]) -> float | None:
 
 def _likelihood_curves(history: Iterable[Mapping[str, Any]]) -> list[Curve]:
     """The plain negative log-likelihood, where the loss is something else."""
-    loss, nll = _column(history, "loss"), _column(history, "nll")
+    loss, nll = column(history, "loss"), column(history, "nll")
     same = all(a is None or b is None or math.isclose(a, b, rel_tol=1e-6) for (_, a), (_, b) in zip(loss, nll, strict=True))
     return [] if same else [Curve("negative log-likelihood", nll, 80, 3, _smoothed)]
 
@@ -165,7 +166,7 @@ def _likelihood_curves(history: Iterable[Mapping[str, Any]]) -> list[Curve]:
 def _part_curves(history: Sequence[Mapping[str, Any]]) -> list[Curve]:
     """What each of several objectives adds to the loss, but for one that is the plain negative log-likelihood."""
     names = list(dict.fromkeys(name for line in history for name in line.get("parts") or ()))
-    plain = dict(_column(history, "nll"))
+    plain = dict(column(history, "nll"))
     drawn = []
     for name in names if len(names) > 1 else ():
         points = [(line["step"], (line.get("parts") or {}).get(name)) for line in history]
@@ -177,13 +178,13 @@ def _part_curves(history: Sequence[Mapping[str, Any]]) -> list[Curve]:
 
 def _weight_curves(history: Sequence[Mapping[str, Any]]) -> list[Curve]:
     """What token weights leave of a step's targets, how sure the model is of them, and what techniques logged."""
-    kept = _column(history, "weighted_share")
+    kept = column(history, "weighted_share")
     shares = {
         "share of labels kept": kept if any(value not in (None, 1.0) for _, value in kept) else [],
         "effective share of labels": [(line["step"], _share_of(line)) for line in history],
     }
     drawn = [Curve(title, points, 46, 2, _plain, percent, percent, (0.0, 1.0)) for title, points in shares.items()]
-    drawn.append(Curve("entropy", _column(history, "entropy"), 60, 3, _smoothed))
+    drawn.append(Curve("entropy", column(history, "entropy"), 60, 3, _smoothed))
     names = list(dict.fromkeys(name for line in history for name in line.get("notes") or ()))
     notes = [[(line["step"], (line.get("notes") or {}).get(name)) for line in history] for name in names]
     drawn += [Curve(name, points, 60, 3, _smoothed) for name, points in zip(names[:MOST_NOTES], notes, strict=False)]
@@ -197,14 +198,18 @@ def _share_of(line: Mapping[str, Any]) -> float | None:
 
 
 def _evaluation_curves(run: Facts, sets: Sequence[SetFacts]) -> list[Curve]:
-    """Each set's value before, at the evaluations between, and after."""
+    """The first sets over the steps."""
+    return [_evaluation_curve(one, set_points(run, one)) for one in sets[:MOST_SETS]]
+
+
+def set_points(run: Facts, one: SetFacts) -> list[Point]:
+    """A set's value before, at the evaluations between, and after."""
     last = max((line["step"] for line in run.get("history") or ()), default=0)
-    points: dict[str, dict[float, float | None]] = {one.name: {0: one.before.value, last: one.after.value} for one in sets}
+    points: dict[int, float | None] = {0: one.before.value, last: one.after.value}
     for evaluation in run.get("evaluations") or ():
-        for name, value in (evaluation.get("metrics") or {}).items():
-            if name in points:
-                points[name][evaluation["step"]] = value
-    return [_evaluation_curve(one, sorted(points[one.name].items())) for one in sets[:MOST_SETS]]
+        if one.name in (evaluation.get("metrics") or {}):
+            points[evaluation["step"]] = evaluation["metrics"][one.name]
+    return sorted(points.items())
 
 
 def _evaluation_curve(one: SetFacts, points: Sequence[Point]) -> Curve:
@@ -212,7 +217,8 @@ def _evaluation_curve(one: SetFacts, points: Sequence[Point]) -> Curve:
     return curve._replace(tick=percent) if one.is_share else curve
 
 
-def _column(history: Iterable[Mapping[str, Any]], key: str) -> list[Point]:
+def column(history: Iterable[Mapping[str, Any]], key: str) -> list[Point]:
+    """What each step recorded under a key."""
     return [(line["step"], line[key] if measured(line.get(key)) else None) for line in history]
 
 

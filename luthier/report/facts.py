@@ -80,7 +80,7 @@ class SetFacts:
     after: Estimate
     difference: Estimate
     verdict: str
-    """better, worse, no change or not measured."""
+    """better, worse, no change, unclear or not measured."""
     note: str
     """Why, where the verdict needs words."""
     retained: float | None
@@ -92,6 +92,8 @@ class SetFacts:
     """Whether values are scores from 0 to 1, higher better; perplexity and loss are not."""
     right: tuple[int, int] | None
     """Items answered rightly before and after, where every item is right or wrong."""
+    matters: float | None = None
+    """The smallest change that matters."""
     classes: tuple[ClassFacts, ...] = ()
     """Of classes, labels or entities; empty for other metrics."""
     confusion: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
@@ -122,6 +124,11 @@ class SetFacts:
             return f"{count(self.right[1])} of {plural(len(self.samples), 'item')} right, {count(self.right[0])} before"
         before, after = self.value(self.before.value), self.value(self.after.value)
         return f"{spaced(self.metric)} {after}, {before} before"
+
+    @property
+    def matters_words(self) -> str:
+        """From what difference on a change matters, in words; empty where the run does not say."""
+        return self.difference_form(self.matters).lstrip("+") if measured(self.matters) else ""
 
     def difference_words(self) -> str:
         """The difference in words."""
@@ -182,6 +189,7 @@ def _set_facts(name: str, entry: Facts, noise: float | None) -> SetFacts:
         noise=noise,
         samples=samples,
         is_share=is_share,
+        matters=entry.get("matters"),
         right=(sum(int(before) for before, _ in scores), sum(int(after) for _, after in scores)) if countable else None,
         classes=tuple(
             ClassFacts(name, one["n"], one["before"], one["after"]) for name, one in (entry.get("by_class") or {}).items()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
+from luthier.evaluate.overlap import warnings_about
 from luthier.report.facts import Facts, SetFacts, samples_of, sets_of
 from luthier.report.words import (
     NOT_MEASURED,
@@ -37,7 +39,7 @@ def headline(run: Facts) -> str:
     parts += [*_learned_words(sets), *_kept_words(run, sets)]
     trained, total = run.get("trained_parameters"), run.get("total_parameters")
     if measured(trained) and measured(total) and total:
-        parts.append(f"{percent(trained / total)} of {short(total)} numbers trained")
+        parts.append(f"{percent(trained / total)} of {short(total)} parameters trained")
     if measured(run.get("seconds")):
         parts.append(duration(run["seconds"]))
     return f"{_capital('; '.join(parts))}."
@@ -53,14 +55,46 @@ def warnings_of(run: Facts) -> list[str]:
     """What a reader must know before believing the rest."""
     found = [] if run.get("status") == "finished" else [f"{_capital(_unfinished_words(run))}.{_how_it_goes_on(run)}"]
     found += [str(one) for one in run.get("warnings") or ()]
-    for name, shared in ((run.get("rows") or {}).get("overlap") or {}).items():
-        if shared:
-            found.append(f"{plural(shared, 'item')} of {name} also stand in the training rows: gains there prove nothing.")
+    found += warnings_about((run.get("rows") or {}).get("overlap") or {})
     losses = [line.get("loss") for line in run.get("history") or ()]
     broken = sum(loss is not None and not measured(loss) for loss in losses)
     if broken:
         found.append(f"The loss was not finite in {plural(broken, 'step')}.")
     return found
+
+
+class Warned(NamedTuple):
+    """A warning, and which of several runs say it."""
+
+    text: str
+    runs: tuple[str, ...]
+    of: int
+    """How many runs there are."""
+
+    @property
+    def who(self) -> str:
+        """Which runs, in words."""
+        if len(self.runs) == self.of:
+            return "every run"
+        more = [f"{len(self.runs) - MOST_NAMED} more"] if len(self.runs) > MOST_NAMED else []
+        return ", ".join([*self.runs[:MOST_NAMED], *more])
+
+
+MOST_NAMED = 4
+"""Runs that a warning names one by one."""
+
+
+def gathered(runs: Mapping[str, Facts]) -> list[Warned]:
+    """The warnings of several runs, each once.
+
+    Args:
+        runs: their facts, by what they are called.
+    """
+    said: dict[str, list[str]] = {}
+    for name, run in runs.items():
+        for text in dict.fromkeys(warnings_of(run)):
+            said.setdefault(text, []).append(name)
+    return [Warned(text, tuple(names), len(runs)) for text, names in said.items()]
 
 
 def last_step(run: Facts) -> int:
@@ -100,7 +134,7 @@ def _learned_words(sets: list[SetFacts]) -> list[str]:
 def _verdict_words(one: SetFacts) -> str:
     if not (measured(one.before.value) and measured(one.after.value)):
         return f"{one.name} is not measured"
-    said = {"better": "learned", "worse": "got worse on", "no change": "no change shown on"}
+    said = {"better": "learned", "worse": "got worse on", "no change": "no change on", "unclear": "unclear on"}
     return f"{said.get(one.verdict, 'no verdict on')} {one.name}: {one.words()}"
 
 
@@ -113,6 +147,9 @@ def _kept_words(run: Facts, sets: list[SetFacts]) -> list[str]:
         such = [one for one in kept if one.verdict == verdict]
         parts += [_verdict_words(one) for one in such[:2]]
         parts += [words.format(plural(len(such) - 2, "more set") + " below")] if len(such) > 2 else []
+    if not parts and kept:
+        unclear = [one.name for one in kept if one.verdict == "unclear"]
+        parts = [f"whether it got worse on {', '.join(unclear[:2])} is unclear"] if unclear else []
     if not parts and kept:
         parts = ["nothing that should be kept got measurably worse"]
     return parts or ["what it kept is not measured"]
@@ -150,14 +187,15 @@ def _changed_card(run: Facts) -> Card:
     trained, total = run.get("trained_parameters"), run.get("total_parameters")
     notes = []
     if measured(trained):
-        notes.append(f"{short(trained)} of {shown(total, short)} numbers trained")
+        notes.append(f"{short(trained)} of {shown(total, short)} parameters trained")
     if measured(delta.get("relative")):
         notes.append(f"moved by {percent(delta['relative'])} of the base's norm")
-    return Card("Changed", shown(delta.get("changed_share"), percent), tuple(notes))
+    share = trained / total if measured(trained) and measured(total) and total else None
+    return Card("Changed", shown(share, percent), tuple(notes))
 
 
 def _cost_card(run: Facts) -> Card:
-    notes = []
+    notes = [f"and {duration(run['measuring_seconds'])} of measuring"] if measured(run.get("measuring_seconds")) else []
     if measured(run.get("supervised_tokens_per_second")):
         notes.append(f"{number(run['supervised_tokens_per_second'])} supervised tokens/s")
     if measured(run.get("peak_memory_bytes")) and run["peak_memory_bytes"]:

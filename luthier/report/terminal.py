@@ -147,7 +147,7 @@ def _cards(four: Iterable[Card]) -> Table:
             plain(card.value, f"bold {STYLES.get(card.verdict, '')}".strip()),
             *(plain(note, "dim") for note in card.notes),
         ]
-        panels.append(Panel(Group(*lines), title=card.title, title_align="left", box=box.ROUNDED, border_style="dim", height=7))
+        panels.append(Panel(Group(*lines), title=card.title, title_align="left", box=box.ROUNDED, border_style="dim", height=9))
     grid.add_row(*panels)
     return grid
 

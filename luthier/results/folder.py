@@ -250,8 +250,23 @@ class _Recipe(_Checked):
     train: dict[str, Any] | None = None
 
 
+class _Seen(_Checked):
+    id: str
+    tokens: int
+    labels: int
+    pieces: list[Annotated[list[str | bool], Field(min_length=2, max_length=2)]]
+    left_out: int
+
+
 class _Rows(_Checked):
     overlap: dict[str, int] | None = None
+    seen: list[_Seen] | None = None
+
+
+class _Batch(_Checked):
+    rows: float | None = None
+    tokens: float | None = None
+    micro_batch_tokens: int | None = None
 
 
 class _Delta(_Checked):
@@ -272,6 +287,11 @@ class _Facts(_Checked):
     planned_steps: int | None = None
     trained_parameters: int | None = None
     total_parameters: int | None = None
+    learning_rate: float | None = None
+    learning_rate_from: str | None = None
+    batch: _Batch | None = None
+    ranks: dict[str, int] | None = None
+    measuring_seconds: float | None = None
     seconds: float | None = None
     supervised_tokens: int | None = None
     supervised_tokens_per_second: float | None = None

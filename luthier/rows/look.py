@@ -186,7 +186,7 @@ def look(
         notes=dict(Counter(whole.notes) + Counter(asked.notes)),
         first_noted={**asked.first_noted, **whole.first_noted},
         ignored_columns=dict(Counter(key for row in rows for key in ignored(row)).most_common()),
-        samples=tuple(_sample(row, tokenizer) for row in shown),
+        samples=tuple(sample_of(row, tokenizer) for row in shown),
     )
 
 
@@ -231,7 +231,8 @@ def _quantiles(lengths: Sequence[int]) -> dict[str, int]:
     return {name: ordered[math.ceil(share * last)] for name, share in _QUANTILES.items()} if ordered else {}
 
 
-def _sample(row: Encoded, tokenizer: PreTrainedTokenizerBase) -> Sample:
+def sample_of(row: Encoded, tokenizer: PreTrainedTokenizerBase) -> Sample:
+    """A row in text again, cut where what is learned and what is read change."""
     special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
     kinds = [(target, token in special) for token, target in zip(row.token_ids, row.supervised, strict=True)]
     pieces: list[Piece] = []
@@ -255,7 +256,7 @@ def _rendered(sample: Sample, looked: Look, marked: bool) -> Text:
     for is_label, pieces in groupby(sample.pieces, lambda piece: piece.target):
         text.append(_OPEN if marked and is_label else "")
         for piece in pieces:
-            text.append(_shortened(_visible(piece.text)).replace("\n", "↵\n"), style=_STYLES[piece.target, piece.special])
+            text.append(shortened(_visible(piece.text)).replace("\n", "↵\n"), style=_STYLES[piece.target, piece.special])
         text.append(_CLOSE if marked and is_label else "")
     return text
 
@@ -264,7 +265,8 @@ def _visible(text: str) -> str:
     return text.translate(_VISIBLE)
 
 
-def _shortened(text: str) -> str:
+def shortened(text: str) -> str:
+    """Both ends of a long text, with how much is left out between."""
     surplus = len(text) - _SHOWN_CHARACTERS
     if surplus <= 0:
         return text

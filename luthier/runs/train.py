@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,6 @@ from luthier import __version__, disk, machine
 from luthier.delta import Delta, summary
 from luthier.errors import LuthierError, Say
 from luthier.evaluate.compare import base_noise, compare, share_retained
-from luthier.evaluate.overlap import overlaps
 from luthier.evaluate.sets import EvalSet, SetResult, measure
 from luthier.models.fingerprint import fingerprint
 from luthier.models.sharding import whole
@@ -31,6 +31,7 @@ from luthier.results.opened import save_result
 from luthier.results.start import load_start
 from luthier.rows.system_turns import share_with_system
 from luthier.rows.template import date_of
+from luthier.runs.as_run import Watch, as_run, seen_rows
 from luthier.runs.inputs import inputs_of
 from luthier.runs.resume import (
     CHECKPOINTS,
@@ -132,14 +133,14 @@ def _train_in(folder: Path, plan: Plan, resumes: bool, say: Say, tell: Tell, com
     recipe, world, sets = plan.recipe, plan.engine.world, plan.sets
     facts = first_facts(plan, folder, command, sets)
     cut_anew = resumes and check_resumable(plan, folder, facts["inputs"], say)
-    progress = Progress()
+    progress, measuring = Progress(), Watch()
     if world.is_first:
         if not resumes or cut_anew:
             write_recipe(folder, recipe)
         write_json(folder / FILE, facts)
     trackers = start_trackers(recipe.track if world.is_first else None, folder, recipe.name, recipe.as_plain())
     try:
-        before = (read_before(folder, say) if resumes else None) or measure_base(plan, say)
+        before = (read_before(folder, say) if resumes else None) or measuring(lambda: measure_base(plan, say))
         save_before(plan, folder, before)
         facts["metrics"] = {name: compare(result, None) for name, result in before.results.items()}
         if world.is_first:
@@ -155,7 +156,9 @@ def _train_in(folder: Path, plan: Plan, resumes: bool, say: Say, tell: Tell, com
             plan.clock,
             Plans(recipe.train.save_every, every, recipe.train.patience, recipe.train.best),
             progress,
-            evaluate=mid_run(plan, between, lambda found: trackers.log(progress.step, found), progress.notes) if between else None,
+            evaluate=partial(measuring, mid_run(plan, between, lambda found: trackers.log(progress.step, found), progress.notes))
+            if between
+            else None,
             save=lambda at: save_checkpoint(plan, folder, at, say),
             tell=lambda at, result: _step_done(plan, folder, at, result, tell, trackers),
             say=say,
@@ -166,7 +169,8 @@ def _train_in(folder: Path, plan: Plan, resumes: bool, say: Say, tell: Tell, com
             facts["status"] = "stopped"
             say(f"stopped after step {progress.step}; `luthier train --resume {folder}` goes on")
         else:
-            after = measured(plan, sets, say, facts["warnings"]) if sets else {}
+            after = measuring(lambda: measured(plan, sets, say, facts["warnings"])) if sets else {}
+            facts["measuring_seconds"] = measuring.seconds if sets else None
             facts |= what_changed(plan, before, after)
             facts["delta"] = keep_what_changed(plan, folder, say)
             facts |= {"status": "finished", "total_seconds": time.perf_counter() - began}
@@ -270,10 +274,12 @@ def first_facts(plan: Plan, folder: Path, command: str, sets: list[EvalSet]) -> 
             "left_out": [one._asdict() for one in plan.left_out],
             "date": date_of(plan.tokenizer),
             "system_turns": share_with_system(plan.raw),
-            "overlap": {name: len(found) for name, found in overlaps(plan.raw, {one.name: one.rows for one in sets}).items()},
+            "overlap": dict(plan.overlap),
+            "seen": seen_rows(plan),
         },
         "plan": plan.lines(),
         "tune": ", ".join(part.name for part in plan.chosen["tune"]),
+        **as_run(plan),
         "trained_parameters": plan.trained_parameters,
         "total_parameters": plan.total_parameters,
         "warnings": plan.warnings(),
@@ -380,7 +386,7 @@ def what_changed(plan: Plan, before: Before, after: Mapping[str, SetResult]) -> 
 def compare_with(control: Run, folder: Path, facts: Mapping[str, Any], say: Say) -> dict[str, Any]:
     """This run beside its control: a page, and its facts for `run.json`."""
     runs = [control.facts, facts]
-    page = write_comparison(runs, folder / "compare.html")
+    page = write_comparison(runs, folder / "compare.html", [control.folder, folder])
     say(f"comparison with {control.folder}: {page}")
     return {"run": str(control.folder), **compared(runs)}
 

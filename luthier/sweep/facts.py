@@ -14,6 +14,7 @@ from luthier.report.facts import Facts, are_shares
 from luthier.report.words import measured
 from luthier.sweep.grid import Variant
 from luthier.sweep.runs import Job, Outcome, outcome
+from luthier.sweep.search import side_of
 
 
 class Rated(NamedTuple):
@@ -26,6 +27,10 @@ class Rated(NamedTuple):
     """Where that one comes from."""
     search: tuple[Job, ...] = ()
     """The runs of the search, by rate; none where there was no search."""
+    added: tuple[float, ...] = ()
+    """The rates by which the grid grew, since the best one lay at its end."""
+    tuned: bool = True
+    """Whether any rate taught something by the set that chooses."""
 
 
 class Measures(NamedTuple):
@@ -44,6 +49,24 @@ def score_of(found: Outcome, name: str) -> float | None:
     if not measured(value):
         return None
     return value if entry.get("higher_is_better", True) else -value
+
+
+def floor_of(found: Outcome, name: str) -> float | None:
+    """The score of the model before training, larger is better, by an evaluation set; None where it was not measured."""
+    entry = ((found.facts or {}).get("metrics") or {}).get(name) or {}
+    value = entry.get("before")
+    if not measured(value):
+        return None
+    return value if entry.get("higher_is_better", True) else -value
+
+
+def loss_of(found: Outcome, chosen_by: str) -> float | None:
+    """What decides between rates of equal score: the loss or perplexity of the first other target; None where none was measured."""
+    for name, entry in ((found.facts or {}).get("metrics") or {}).items():
+        if name != chosen_by and entry.get("role") == "target" and entry.get("metric") in ("loss", "perplexity"):
+            value = entry.get("after")
+            return value if measured(value) else None
+    return None
 
 
 def forgotten(facts: Facts) -> float | None:
@@ -87,6 +110,9 @@ def variant_facts(variant: Variant, rated: Rated, measures: Measures, runs: Sequ
         "learning_rate_center": rated.center,
         "learning_rate_source": rated.source,
         "learning_rate_note": rated.choice.note,
+        "learning_rate_side": side_of(rated.choice),
+        "learning_rates_added": list(rated.added),
+        "tuned": rated.tuned,
         "search": [_tried(job, measures.chosen_by) for job in rated.search],
         "runs": [_run(job, one) for job, one in zip(runs, found, strict=True)],
         "target": summary([_after(one, measures.target) for one in facts]),

@@ -23,6 +23,8 @@ class Point(NamedTuple):
     forgetting: Sequence[float | None]
     skill_mean: float | None
     forgetting_mean: float | None
+    tuned: bool = True
+    """Whether any learning rate taught it something; drawn hollow where none did."""
 
     @property
     def seeds(self) -> list[tuple[float, float]]:
@@ -58,7 +60,7 @@ def tradeoff_figure(variants: Sequence[Point], skill: str, form: Callable[[float
     for number, variant in enumerate(variants, start=1):
         if measured(variant.skill_mean) and measured(variant.forgetting_mean):
             x, y = across.at(variant.forgetting_mean), upward.at(variant.skill_mean)
-            mean = add(svg, "g", class_="mean")
+            mean = add(svg, "g", class_="mean" if variant.tuned else "mean hollow")
             add(mean, "title", f"{variant.name}, mean: {form(variant.skill_mean)}, forgot {percent(variant.forgetting_mean)}")
             add(mean, "circle", cx=x, cy=y, r=10)
             add(mean, "text", str(number), x=x, y=y + 4, text_anchor="middle")

@@ -6,7 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from rich.console import Group
 from rich.table import Table
+from rich.text import Text
 
 from luthier.report.html import render_page, write_page
 from luthier.report.terminal import plain
@@ -43,6 +45,7 @@ class Line(NamedTuple):
     """One variant in the table."""
 
     name: str
+    tuned: bool
     rate: str
     finished: str
     target: Cell
@@ -95,6 +98,7 @@ def sweep_page(facts: Facts) -> str:
             variant["forgetting"]["values"],
             variant["target"]["mean"],
             variant["forgetting"]["mean"],
+            variant["tuned"],
         )
         for variant in facts["variants"]
     ]
@@ -102,6 +106,7 @@ def sweep_page(facts: Facts) -> str:
         "sweep.html.j2",
         facts=facts,
         headline=headline(facts),
+        warned=[(one["warning"], one["who"]) for one in facts["warnings"]],
         figure=tradeoff_figure(
             points, f"{facts['target']}, after training", form, base=facts["sets"].get(facts["target"], {}).get("before")
         ),
@@ -150,8 +155,16 @@ def failures_of(facts: Facts) -> list[Failure]:
 _ERROR = ("error", "where", "fix")
 
 
+def sweep_summary(facts: Facts) -> Group:
+    """A sweep in the terminal: its answer, then its table."""
+    answer = facts["answer"]
+    warned = [plain(f"warning: {one['warning']} ({one['who']})", "yellow") for one in facts["warnings"]]
+    notes = [plain(note, "dim") for note in answer["notes"]]
+    return Group(plain(answer["sentence"], "bold"), *notes, *warned, Text(""), sweep_table(facts))
+
+
 def sweep_table(facts: Facts) -> Table:
-    """A sweep in the terminal."""
+    """The variants of a sweep in the terminal."""
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold", title=plain(headline(facts)), title_justify="left")
     for column in (
         "variant",
@@ -164,7 +177,13 @@ def sweep_table(facts: Facts) -> Table:
         table.add_column(plain(column))
     for line in lines_of(facts):
         cells = [line.target, line.forgetting, *line.costs]
-        table.add_row(plain(line.name, "bold"), plain(line.rate), *(plain(cell.mean) for cell in cells), plain(line.finished))
+        name = line.name if line.tuned else f"{line.name} (not tuned)"
+        table.add_row(
+            plain(name, "bold" if line.tuned else "dim"),
+            plain(line.rate),
+            *(plain(cell.mean) for cell in cells),
+            plain(line.finished),
+        )
     for one in failures_of(facts):
         table.add_row(plain(one.variant, "red"), plain(one.rate), plain(f"seed {one.seed}: {one.what}", "red"))
     return table
@@ -211,6 +230,7 @@ def _line(facts: Facts, variant: Facts) -> Line:
     absent: Facts = {"values": [], "mean": None, "interval": None}
     return Line(
         name=variant["name"],
+        tuned=variant["tuned"],
         rate=rate_words(variant["learning_rate"]),
         finished=f"{finished} of {len(facts['seeds'])}",
         target=cell_of(variant["target"], set_form(facts, facts["target"])),
@@ -231,4 +251,8 @@ def _searched(variant: Facts, form: Form) -> Searched:
         for one in variant["search"]
     )
     source = f"around {rate_words(variant['learning_rate_center'])}, {spaced(variant['learning_rate_source'])}"
-    return Searched(variant["name"], trials, variant["learning_rate_note"], source)
+    added = [rate_words(rate) for rate in variant["learning_rates_added"]]
+    said = [f"{' and '.join(added)} added beyond its end"] if added else []
+    said += [variant["learning_rate_note"]] if variant["learning_rate_note"] else []
+    said += [] if variant["tuned"] else ["not tuned: no learning rate taught anything"]
+    return Searched(variant["name"], trials, "; ".join(said), source)

@@ -16,13 +16,15 @@ from luthier.lab.replication import CHOOSING_SEED
 from luthier.lab.runner import Choice
 from luthier.planning.attach import advised_rate
 from luthier.recipe.parts import choose_parts
+from luthier.report.story import gathered
 from luthier.results.folder import write_json
-from luthier.sweep.facts import Measures, Rated, score_of, set_facts, variant_facts
+from luthier.sweep.answer import answer_of
+from luthier.sweep.facts import Measures, Rated, floor_of, loss_of, score_of, set_facts, variant_facts
 from luthier.sweep.grid import RATE_KEY, Asked, Variant, choosing_set, read_words, target_set, variants_of
 from luthier.sweep.page import write_sweep
 from luthier.sweep.processes import find_ray, local, on_ray
 from luthier.sweep.runs import Job, RunAll, is_done, job_of, outcome
-from luthier.sweep.search import begin, choose, find_optuna, rates_around
+from luthier.sweep.search import begin, choose, find_optuna, rates_around, rates_beyond, side_of, taught_nothing
 
 FACTS, PAGE = "sweep.json", "sweep.html"
 
@@ -97,6 +99,8 @@ def sweep(
         jobs = [_reported(work, variant, one) for variant, one in zip(variants, rated, strict=True)]
         _do(work, [job for several in jobs for job in several], "runs at the chosen rates")
         found = {**_first_facts(work, Path(recipe), command, ray), **_results(work, rated, jobs)}
+        found["warnings"] = _warnings([job for one in rated for job in one.search] + [job for several in jobs for job in several])
+        found["answer"] = answer_of(found, _target_entries(work, jobs))
         write_json(root / FACTS, found)
         say(f"page: {write_sweep(found, root / PAGE)}")
     return found
@@ -125,16 +129,37 @@ def _choose_rates(work: Sweep, advice: Sequence[tuple[float, str]]) -> list[Rate
         note = "" if RATE_KEY in work.asked.listed else "the advised learning rate, without a search"
         return [Rated(Choice(rate, note=note), rate, source) for rate, source in advice]
     find_optuna()
-    searches = [begin(rates_around(center, count)) for center, _ in advice]
-    jobs = [
-        tuple(job_of(variant, rate, work.choosing_seed, work.root) for rate in search.trials)
-        for variant, search in zip(work.variants, searches, strict=True)
-    ]
-    _do(work, [job for several in jobs for job in several], "choosing learning rates")
+    grids = [rates_around(center, count) for center, _ in advice]
+    _try(work, grids, "choosing learning rates")
+    first = _chosen(work, grids, advice)
+    # What taught nothing at any rate is likelier to want a larger one than a smaller one.
+    sides = [side_of(one.choice) if one.tuned else 1 for one in first]
+    added = [rates_beyond(center, count, side) for (center, _), side in zip(advice, sides, strict=True)]
+    if not any(added):
+        return first
+    _try(work, added, "learning rates beyond the end of a grid")
+    found = _chosen(work, [grid + more for grid, more in zip(grids, added, strict=True)], advice)
+    return [one._replace(added=more) for one, more in zip(found, added, strict=True)]
+
+
+def _try(work: Sweep, grids: Sequence[Sequence[float]], words: str) -> None:
+    """Run every variant at its rates."""
+    pairs = zip(work.variants, grids, strict=True)
+    _do(work, [job_of(variant, rate, work.choosing_seed, work.root) for variant, grid in pairs for rate in grid], words)
+
+
+def _chosen(work: Sweep, grids: Sequence[Sequence[float]], advice: Sequence[tuple[float, str]]) -> list[Rated]:
+    """The learning rate of every variant, from the runs at the rates of its grid."""
+    chosen_by = work.measures.chosen_by
     rated = []
-    for (center, source), search, tried in zip(advice, searches, jobs, strict=True):
-        scores = {job.rate: score_of(outcome(job), work.measures.chosen_by) for job in tried}
-        rated.append(Rated(choose(search, scores), center, source, tried))
+    for variant, (center, source), grid in zip(work.variants, advice, grids, strict=True):
+        search = begin(grid)
+        tried = tuple(job_of(variant, rate, work.choosing_seed, work.root) for rate in search.trials)
+        found = {job.rate: outcome(job) for job in tried}
+        losses = {rate: loss for rate, one in found.items() if (loss := loss_of(one, chosen_by)) is not None}
+        choice = choose(search, {rate: score_of(one, chosen_by) for rate, one in found.items()}, losses)
+        floor = next((floor for one in found.values() if (floor := floor_of(one, chosen_by)) is not None), None)
+        rated.append(Rated(choice, center, source, tried, tuned=not taught_nothing(choice, floor)))
     return rated
 
 
@@ -174,6 +199,21 @@ def _first_facts(work: Sweep, recipe: Path, command: str, ray: bool) -> dict[str
         "target": work.measures.target,
         "where": "Ray" if ray else "this machine",
         "jobs": None if ray else settings.jobs,
+    }
+
+
+def _warnings(jobs: Sequence[Job]) -> list[dict[str, Any]]:
+    """What finished runs warn of, each once, with the runs that say it."""
+    finished = {job.name: facts for job in jobs if (facts := outcome(job).facts) is not None}
+    return [{"warning": one.text, "runs": list(one.runs), "who": one.who} for one in gathered(finished)]
+
+
+def _target_entries(work: Sweep, jobs: Sequence[Sequence[Job]]) -> dict[str, list[Mapping[str, Any] | None]]:
+    """By variant, what each of its runs says of the target, items included; None where it was not finished."""
+    target = work.measures.target
+    return {
+        variant.name: [((outcome(job).facts or {}).get("metrics") or {}).get(target) for job in several]
+        for variant, several in zip(work.variants, jobs, strict=True)
     }
 
 

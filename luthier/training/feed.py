@@ -168,6 +168,11 @@ class Feed:
         plan = replace(self, world=World(), _epochs={}, _steps={}).epoch(number)
         return [row for step in plan[:steps] for group in step for row in group]
 
+    def rows_per_step(self) -> float:
+        """Rows of an optimizer step, groups once, over all processes: the mean of the first epoch."""
+        steps = self._length(0)
+        return len(self._first_rows(0, steps)) / steps
+
     def shares(self) -> list[dict[str, Any]]:
         """What each source of a mixture should be and is, over all epochs that the run begins; empty without a mixture."""
         if self.mixture is None:

@@ -174,6 +174,16 @@ def sample_run(**changes: Any) -> dict[str, Any]:
             "dropped": [["data/facts.jsonl, line 12", "no answer left after the cut to 64 tokens"]],
             "skipped": [["data/facts.jsonl, line 90", "`answer` is empty", "give an answer"]],
             "padding_share": 0.031,
+            "seen": [
+                {
+                    "id": "facts-1",
+                    "where": "data/facts.jsonl, line 1",
+                    "tokens": 12,
+                    "labels": 4,
+                    "pieces": [["What is <b>?", False], ["A <hole>.", True]],
+                    "left_out": 1,
+                }
+            ],
             "overlap": {"held_out": 0, "general": 0, "prose": 0},
         },
         "plan": [
@@ -182,6 +192,11 @@ def sample_run(**changes: Any) -> dict[str, Any]:
             "tune       half",
         ],
         "tune": "half",
+        "learning_rate": 1e-5,
+        "learning_rate_from": "half's default",
+        "batch": {"rows": 7.5, "tokens": 451.2, "micro_batch_tokens": 1024},
+        "ranks": {"lora": 8},
+        "measuring_seconds": 72.4,
         "trained_parameters": 66988474,
         "total_parameters": 134515008,
         "metrics": {

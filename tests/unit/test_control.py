@@ -47,6 +47,15 @@ def test_a_run_is_compared_with_the_run_it_names(tmp_path: Path) -> None:
     page = (run.folder / "compare.html").read_text(encoding="utf-8")
     assert all(re.search(f"<td [^>]*>{words}</td>", page) for words in ("full", "lora")), "what differs is named"
     assert str(plain.folder) in run.report.read_text(encoding="utf-8")
+    assert '<a href="compare.html">' in run.report.read_text(encoding="utf-8") and 'href="../plain-1/report.html"' in page
+    told = run.facts
+    assert told["learning_rate"] == 1e-3 and told["learning_rate_from"] == "lora's default" and told["ranks"] == {"lora": 8}
+    rows = plain.facts["rows"]
+    assert told["batch"]["rows"] == 4 and told["batch"]["tokens"] == told["tokens"] == rows["tokens"]
+    assert len(rows["seen"]) == 3 and 0 < told["measuring_seconds"] < told["total_seconds"]
+    first = rows["seen"][0]
+    assert "".join(text for text, _ in first["pieces"]).count("Say one.") == 1 and first["labels"] > 0
+    assert "".join(text for text, learned in first["pieces"] if learned).strip().startswith("one!")
     assert not (plain.folder / "compare.html").exists() and "baseline_run" not in plain.facts
 
 

@@ -15,6 +15,7 @@ from luthier.evaluate import compare as comparing
 from luthier.evaluate.compare import base_noise, compare, share_retained
 from luthier.evaluate.intervals import mcnemar, newcombe, wilson
 from luthier.evaluate.items import Item
+from luthier.evaluate.paired import Difference, difference_of, recorded, value_of, verdict_of
 from luthier.evaluate.sets import EvalSet, SetResult, measure, result_of
 from luthier.models.parts import map_parts
 from luthier.models.tiny import tiny, tiny_tokenizer
@@ -42,7 +43,7 @@ def test_the_entry_holds_what_reports_need() -> None:
     assert entry["before_interval"] == wilson(2, 10) and entry["after_interval"] == wilson(8, 10)
     assert entry["difference_interval"] == newcombe(1, 1, 7, 1)
     assert entry["p_value"] == mcnemar(1, 7) == pytest.approx(18 / 256)
-    assert entry["verdict"] == "no change"
+    assert entry["verdict"] == "unclear" and entry["matters"] == 0.05
     assert entry["retained"] == 0.5
     assert (entry["metric"], entry["role"], entry["n"], entry["higher_is_better"]) == ("contains", "target", 10, True)
     assert entry["items"][9] == {
@@ -62,10 +63,11 @@ def test_the_entry_holds_what_reports_need() -> None:
     [
         ([0] * 6, [1] * 6, "better"),
         ([1] * 6, [0] * 6, "worse"),
-        ([0] * 10, [1] * 5 + [0] * 5, "no change"),
+        ([0] * 10, [1] * 5 + [0] * 5, "unclear"),
         ([0] * 60, [1] * 6 + [0] * 54, "better"),
-        ([1] * 8, [1] * 8, "no change"),
-        ([0, 1] * 20, [1, 0] * 20, "no change"),
+        ([1] * 8, [1] * 8, "unclear"),
+        ([1] * 99, [1] * 99, "no change"),
+        ([0, 1] * 20, [1, 0] * 20, "unclear"),
         ([0] * 5, [1] * 5, "not measured"),
     ],
 )
@@ -100,13 +102,50 @@ def test_one_long_row_is_not_enough() -> None:
     weights = [10_000.0] + [1.0] * 19
     entry = compare(result([2.0] * 20, "loss", weights=weights), result([3.0] + [2.0] * 19, "loss", weights=weights))
     assert entry["difference"] == pytest.approx(1.0, abs=0.01)
-    assert entry["verdict"] == "no change" and entry["p_value"] == 1.0
+    assert entry["verdict"] == "unclear" and entry["p_value"] == 1.0
 
 
 def test_graded_scores_take_the_graded_test() -> None:
     before, after = [0.0, 0.5] * 10, [0.25, 0.75] * 10
     entry = compare(result(before, "f1"), result(after, "f1"))
     assert entry["verdict"] == "better" and entry["difference_interval"] == pytest.approx((0.25, 0.25))
+
+
+@pytest.mark.parametrize(
+    ("metric", "before", "interval", "verdict"),
+    [
+        ("contains", 0.5, (-0.0499, 0.0499), "no change"),
+        ("contains", 0.5, (-0.05, 0.01), "unclear"),
+        ("contains", 0.5, (-0.01, 0.05), "unclear"),
+        ("repetition", 0.1, (-0.04, 0.04), "no change"),
+        ("loss", 2.0, (-0.0399, 0.0399), "no change"),
+        ("loss", 2.0, (-0.041, 0.0), "unclear"),
+        ("perplexity", 20.0, (-0.1, 0.39), "no change"),
+        ("perplexity", 20.0, (-0.1, 0.41), "unclear"),
+        ("loss", 0.0, (0.0, 0.0), "no change"),
+        ("contains", 0.5, None, "unclear"),
+        ("one of my own", 50.0, (-0.9, 0.9), "no change"),
+        ("one of my own", 50.0, (-0.9, 1.1), "unclear"),
+    ],
+)
+def test_no_change_is_said_only_where_none_that_matters_can_be(metric: str, before: float, interval: Any, verdict: str) -> None:
+    """5 points of a share, a fiftieth of a loss or a perplexity."""
+    assert verdict_of(Difference(0.0, interval, 1.0), metric, before, 100) == (verdict, "")
+
+
+def test_what_another_run_needs_is_kept() -> None:
+    """Items read back from `run.json` give the same value and difference, weights included."""
+    before, after = ([2.0 + 0.1 * i + shift for i in range(8)] for shift in (0.0, 0.3))
+    weights = [3.0 + i for i in range(8)]
+    old, new = (result(scores, "perplexity", weights=weights) for scores in (before, after))
+    entry = json.loads(json.dumps(compare(old, new)))
+    items = recorded(entry)
+    assert items is not None and value_of("perplexity", items) == pytest.approx(new.value)
+    assert difference_of("perplexity", old.items, items) == difference_of("perplexity", old.items, new.items)
+    for one in entry["items"]:
+        del one["weight"]
+    assert recorded(entry) is None, "a mean without weights is another one"
+    assert recorded({**entry, "items": []}) is None
 
 
 def test_noise_hides_a_difference() -> None:

@@ -103,7 +103,8 @@ def test_the_comparison_is_drawn(browser: Browser, tmp_path: Path, width: int) -
     page = browser.open(file, width)
     assert page.value("document.querySelector('h1').innerText") == "control-1, tuned-1, side by side."
     for drawn in (page.value(FIGURES), page.value(MARKS)):
-        assert len(drawn) == 6 and all(min(box) >= 10 for box in drawn), drawn
+        # A figure for each set of each run, and the curves.
+        assert len(drawn) == 7 and all(min(box) >= 10 for box in drawn), drawn
     assert page.value(OVERFLOW) <= 0
     only_itself(page, file)
 

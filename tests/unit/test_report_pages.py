@@ -16,7 +16,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from luthier.report.curves import _smooth, _thinned, training_figure
+from luthier.report.curves import _smooth, thinned, training_figure
 from luthier.report.facts import samples_of, sets_of
 from luthier.report.figures import interval_figure
 from luthier.report.heat import change_figure, changes_by_role
@@ -68,7 +68,15 @@ def with_text(text: str) -> dict[str, Any]:
     run |= {"started": text, "recipe_hash": text, "weights_sha256": text, "luthier": text, "versions": {text: text}}
     run["machine"] = {"processor": text, "device": text, "precision": text}
     run["model"] = dict.fromkeys(("name", "origin", "architecture", "fingerprint"), text)
-    run["rows"] |= {"files": [text], "dropped": [[text, text]], "skipped": [[text, text, text]], "overlap": {text: 3}}
+    run["learning_rate_from"], run["ranks"] = text, {text: 8}
+    seen = {"id": text, "where": text, "tokens": 3, "labels": 1, "pieces": [[text, False], [text, True]], "left_out": 2}
+    run["rows"] |= {
+        "seen": [seen],
+        "files": [text],
+        "dropped": [[text, text]],
+        "skipped": [[text, text, text]],
+        "overlap": {text: 3},
+    }
     items = [
         {**item, **dict.fromkeys(("id", "prompt", "expected", "before", "after"), text)}
         for item in run["metrics"]["general"]["items"]
@@ -84,7 +92,7 @@ def with_text(text: str) -> dict[str, Any]:
 def test_the_headline_says_what_happened() -> None:
     assert headline(SAMPLE.sample_run()).replace("\u00a0", " ") == (
         "Learned held_out: 58 of 60 items right, 0 before; 97 % of what it answered rightly before is kept; "
-        "got worse on prose: perplexity 21.9, 21.4 before; 49.8 % of 134.5 M numbers trained; 2 min 31 s."
+        "got worse on prose: perplexity 21.9, 21.4 before; 49.8 % of 134.5 M parameters trained; 2 min 31 s."
     )
     assert headline(SAMPLE.sample_run(status="failed", metrics={}, retained=None, seconds=None)).startswith(
         "This run failed after 84 steps; what it learned is not measured; what it kept is not measured; "
@@ -165,6 +173,18 @@ def test_classes_are_told_one_by_one() -> None:
     assert "whale 5 75 % not measured 60 % 0 % 66.7 % 0 %" in text and "fox 2 not measured 75 % 0 % 60 % 0 % 66.7 %" in text
     assert "Right whale fox whale 3 2 fox 1 41" in text
     assert "items right" not in headline(run).split(";")[0] and "macro f1" in headline(run)
+
+
+def test_the_facts_tell_what_took_effect_and_the_rows_what_is_learned() -> None:
+    run = SAMPLE.sample_run()
+    page = report_page(run)
+    text = Page(page).text.replace("\u00a0", " ")
+    assert "Learning rate 1e-05, from half's default" in text and "Rank of lora 8" in text
+    assert "Batch 7.5 rows, 451 tokens a step on average; micro-batches of at most 1,024 tokens" in text
+    assert "Time of measuring 1 min 12 s" in text and cards(run)[3].notes[0].replace("\u00a0", " ") == "and 1 min 12 s of measuring"
+    assert "What is <b>?<mark>A &lt;hole&gt;.</mark>" in page.replace("&lt;b&gt;", "<b>") and "1 more piece" in text
+    bare = Page(report_page({"name": "bare"})).text
+    assert "Learning rate not recorded" in bare and "Batch not recorded" in bare and "Rank" not in bare
 
 
 def test_a_page_fetches_and_runs_nothing() -> None:
@@ -284,5 +304,5 @@ def test_every_named_value_of_a_curve_reads_differently() -> None:
 def test_smoothing_keeps_a_straight_line_and_thinning_its_mean() -> None:
     line = [(float(step), 3.0 - 0.01 * step) for step in range(200)]
     assert [value for _, value in _smooth(line, 5)] == pytest.approx([value for _, value in line])
-    thinned, group = _thinned([(float(step), float(step)) for step in range(1000)])
-    assert (group, len(thinned), thinned[0]) == (4, 250, (3.0, 1.5))
+    fewer, group = thinned([(float(step), float(step)) for step in range(1000)])
+    assert (group, len(fewer), fewer[0]) == (4, 250, (3.0, 1.5))

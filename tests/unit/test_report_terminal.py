@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import runpy
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,8 +13,10 @@ import pytest
 from rich.console import Console, RenderableType
 
 from luthier.errors import LuthierError
-from luthier.report.compare import compare_runs, compared, set_comparisons, write_comparison
+from luthier.evaluate.intervals import mcnemar, newcombe
+from luthier.report.compare import compare_runs, compare_summary, compared, set_comparisons, write_comparison
 from luthier.report.figures import interval_figure
+from luthier.report.story import gathered
 from luthier.report.terminal import measured, run_table, summary
 
 SAMPLE = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("report_sample.py"))))
@@ -31,7 +34,8 @@ def other_run(**held_out: Any) -> dict[str, Any]:
     """A second run of another technique; keyword arguments replace facts of its set `held_out`."""
     run: dict[str, Any] = SAMPLE.sample_run(run="runs/lora-1", name="lora")
     run["recipe"] = {**run["recipe"], "name": "lora", "tune": {"lora": {"rank": 8}}}
-    run["metrics"]["held_out"] |= {"after": 0.5, "after_interval": [0.37, 0.63], **held_out}
+    items = SAMPLE.sample_items(60, 0, 0, 30, "held-out")
+    run["metrics"]["held_out"] |= {"after": 0.5, "after_interval": [0.37, 0.63], "items": items, **held_out}
     return run
 
 
@@ -128,27 +132,92 @@ def test_sets_measured_on_one_model_are_listed() -> None:
     ]
 
 
-def test_a_run_is_ahead_only_where_intervals_are_apart() -> None:
+def test_runs_are_compared_in_pairs_of_items() -> None:
+    """58 against 30 of 60, 28 of them gained and none lost: McNemar's p is 2 / 2**28. The intervals of both need not be apart."""
     runs = [SAMPLE.sample_run(), other_run()]
     facts = compared(runs)
     assert facts["runs"] == ["quickstart-1", "lora-1"]
-    assert facts["metrics"]["held_out"]["comparable"] and facts["metrics"]["held_out"]["ahead"] == "quickstart-1"
-    assert facts["metrics"]["general"]["comparable"] and facts["metrics"]["general"]["ahead"] is None
-    assert "96.7 % (0 % before), ahead" in printed(compare_runs(runs), width=120)
-    touching = [SAMPLE.sample_run(), other_run(after_interval=[0.37, 0.886])]
-    assert compared(touching)["metrics"]["held_out"]["ahead"] is None
+    held_out, general = facts["metrics"]["held_out"], facts["metrics"]["general"]
+    assert held_out["comparable"] and held_out["ahead"] == "quickstart-1" and held_out["verdict"] == ""
+    beside = held_out["versus"]["lora-1"]
+    assert beside["verdict"] == "worse" and beside["p_value"] == mcnemar(28, 0)
+    assert beside["difference"] == pytest.approx(-28 / 60) and beside["interval"] == list(newcombe(30, 28, 0, 2))
+    assert general["comparable"] and general["ahead"] is None and general["versus"]["lora-1"]["difference"] == 0
+    assert general["verdict"] == general["versus"]["lora-1"]["verdict"] == "no change"
+    text = " ".join(printed(compare_summary(runs), width=120).split())
+    assert text.startswith("quickstart-1 is better on held_out; no change on general; not comparable on prose.")
+    assert "50 % (0 % before), \u221246.7 points: worse" in text
 
 
-def test_the_page_names_the_run_that_is_ahead(tmp_path: Path) -> None:
-    page = write_comparison([SAMPLE.sample_run(), other_run()], tmp_path / "page.html").read_text(encoding="utf-8")
-    assert "quickstart-1 is ahead" in page and "lora-1 is ahead" not in page
+def test_a_comparison_says_what_the_report_of_the_second_run_says() -> None:
+    """A run that began with another measured before what that one reached after: the same answers have one verdict."""
+    first, second = SAMPLE.sample_run(), SAMPLE.sample_run(run="runs/second-1")
+    before = SAMPLE.sample_items(40, 0, 0, 13, "asked")
+    after = SAMPLE.sample_items(40, 0, 0, 5, "asked")
+    entry = {"metric": "equal", "role": "target", "n": 40, "before": 0.0, "higher_is_better": True}
+    first["metrics"] = {"asked": {**entry, "after": 13 / 40, "items": before}}
+    second["metrics"] = {"asked": {**entry, "after": 5 / 40, "items": after}}
+    beside = compared([first, second])["metrics"]["asked"]["versus"]["second-1"]
+    assert beside["p_value"] == mcnemar(8, 0) == 2 / 2**8 and beside["verdict"] == "worse"
+    few = [SAMPLE.sample_run(), SAMPLE.sample_run()]
+    for run in few:
+        run["metrics"] = {"asked": {**entry, "n": 5, "after": 1.0, "items": SAMPLE.sample_items(5, 0, 0, 5, "asked")}}
+    assert compared(few)["metrics"]["asked"]["verdict"] == "not measured"
 
 
-def test_lower_is_ahead_where_lower_is_better() -> None:
+def test_what_repeating_a_measurement_changes_is_no_difference_of_runs() -> None:
+    runs = [SAMPLE.sample_run(), other_run()]
+    runs[0]["repeat_baseline"] = {"held_out": 0.5}
+    assert compared(runs)["metrics"]["held_out"]["versus"]["lora-1"]["verdict"] == "unclear"
+
+
+def test_warnings_of_runs_are_told_once_with_those_that_say_them() -> None:
+    runs = [SAMPLE.sample_run(), other_run()]
+    for run in runs:
+        run["rows"] = {"overlap": {"held_out": 2}}
+    runs[1]["warnings"] = ["slow"]
+    assert compared(runs)["warnings"] == [
+        {
+            "warning": "2 items of held_out also stand in the training rows: gains there prove nothing.",
+            "runs": ["quickstart-1", "lora-1"],
+        },
+        {"warning": "slow", "runs": ["lora-1"]},
+    ]
+    text = " ".join(printed(compare_summary(runs), width=200).split())
+    assert "gains there prove nothing. (every run)" in text and "warning: slow (lora-1)" in text
+    many = {f"run-{place}": {"status": "finished", "warnings": ["slow"] if place else []} for place in range(7)}
+    assert [one.who for one in gathered(many)] == ["run-1, run-2, run-3, run-4, 2 more"]
+
+
+def test_the_page_ends_in_a_sentence_and_shows_answers_and_curves(tmp_path: Path) -> None:
+    runs = [SAMPLE.sample_run(), other_run(), SAMPLE.sample_run(run="third-1")]
+    folders = [tmp_path / "runs" / name for name in ("quickstart-1", "a b:c<1", "third-1")]
+    page = write_comparison(runs, tmp_path / "pages" / "page.html", folders).read_text(encoding="utf-8")
+    assert '<p class="answer">Unclear on held_out; no change on general; not comparable on prose.</p>' in page
+    assert "is better</span>" not in page, "two runs are as good"
+    assert 'href="../runs/a%20b%3Ac%3C1/report.html"' in page
+    held_out = page.partition("Answers, side by side")[2].partition("general")[0]
+    assert "held_out: 28 <span>of 60 items differ" in held_out.replace("</summary>", "")
+    # Item 30 is the first that only the first and the third run know; those at which all agree come behind.
+    assert held_out.index("held-out-030") < held_out.index("held-out-057") < held_out.index("held-out-000")
+    first = held_out.partition("held-out-030")[2].partition("</article>")[0]
+    assert first.count("better-answer") == 2 and first.count("I do not know.") == 1
+    drawn = page.partition("<h2>Training</h2>")[2].partition("</svg>")[0]
+    assert all(f'class="curve run-{place}"' in drawn for place in range(3)) and "loss, held_out" in drawn.replace(", contains", "")
+    pair = write_comparison(runs[:2], tmp_path / "pair.html").read_text(encoding="utf-8")
+    assert "quickstart-1 is better</span>" in pair and "<a " not in pair
+
+
+def test_lower_is_better_where_it_is() -> None:
     runs = [SAMPLE.sample_run(), other_run(), other_run()]
     for run, after in zip(runs, (22.0, 12.0, 17.0), strict=True):
-        run["metrics"] = {"prose": {**run["metrics"]["prose"], "after": after, "after_interval": [after - 1, after + 1]}}
-        run["metrics"]["prose"]["items"] = [{"id": "1", "prompt": "p", "expected": ""}]
+        items = [
+            {"id": str(place), "prompt": "p", "expected": "", "before_score": 3.0, "after_score": math.log(after), "weight": 2.0}
+            for place in range(8)
+        ]
+        run["metrics"] = {
+            "prose": {**run["metrics"]["prose"], "after": after, "after_interval": [after - 1, after + 1], "items": items}
+        }
     assert [one.ahead for one in set_comparisons(runs)] == [1]
 
 
@@ -169,7 +238,7 @@ def test_other_sets_are_never_ranked(change: dict[str, Any], why_not: str, tmp_p
     assert (entry["comparable"], entry["why_not"], entry["ahead"]) == (False, why_not, None)
     assert f"not comparable: {why_not}" in printed(compare_runs(runs), width=200)
     page = write_comparison(runs, tmp_path / "comparison.html").read_text(encoding="utf-8")
-    assert why_not in page and "-1 is ahead" not in page
+    assert why_not in page and "-1 is better" not in page
 
 
 def test_other_answer_lengths_and_absent_sets_are_never_ranked() -> None:

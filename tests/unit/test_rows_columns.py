@@ -235,7 +235,7 @@ def test_streamed_rows_are_kept_by_their_columns(tmp_path: Path, monkeypatch: py
     path = _table(tmp_path / "a.csv", THEIRS)
     streamed, whole = (_plan(train=str(path), columns=NAMED, streaming=streaming) for streaming in (True, False))
     assert [row.token_ids for row in streamed.rows.rows] == [row.token_ids for row in whole.rows.rows]
-    assert "             columns: prompt = customer_question, completion = agent_reply" in whole.lines()
+    assert "              columns: prompt = customer_question, completion = agent_reply" in whole.lines()
     encoding = Encoding(form_of(tiny_tokenizer()), "assistant", None, "refuse")
     kept = [inputs_of(Streamed("a", path, None, columns), encoding, "stop") for columns in (NAMED, {"text": "agent_reply"}, None)]
     assert len({json.dumps(one, sort_keys=True, default=str) for one in kept}) == 3

@@ -171,7 +171,7 @@ def test_the_plan_says_how_many_and_learns_none_of_them(tmp_path: Path, monkeypa
     one, two = ({row.id for row in read(file)} for file in files)
     counts = [sum(row.where.startswith(str(file)) for row in plan.sets[0].rows) for file in files]
     assert min(counts) > 0 and sum(counts) == len(measured) and one and two
-    line = f"             held out: {len(measured)} rows ({counts[0]} of one, {counts[1]} of two)"
+    line = f"              held out: {len(measured)} rows ({counts[0]} of one, {counts[1]} of two)"
     assert line in plan.lines()
     assert "evaluates     validation, before and after; validation every step" in plan.lines()
     streamed = _plan({"train": train, "validate": 0.4, "streaming": True})
@@ -264,7 +264,7 @@ def test_rows_of_their_own_are_read_as_those_beside_them(tmp_path: Path) -> None
     )
     plan = make_plan(read_recipe(tmp_path / "recipe.yaml"))
     assert [row.fields["prompt"] for row in plan.sets[0].rows] == [row["q"] for row in theirs[:3]]
-    assert "             held out: 3 rows of held" in plan.lines()
+    assert "              held out: 3 rows of held" in plan.lines()
 
 
 def test_keys_that_make_no_sense_together_are_refused() -> None:

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from luthier.cli import app
 from luthier.models.tiny import tiny_tokenizer
 from luthier.rows.chat import PLAIN
-from luthier.rows.look import Look, Piece, _quantiles, _reasons, _shortened, _visible, look, render
+from luthier.rows.look import Look, Piece, _quantiles, _reasons, _visible, look, render, shortened
 from luthier.rows.read import read
 from luthier.rows.shapes import BadRow
 
@@ -101,7 +101,7 @@ def test_markup_and_control_characters_are_shown_not_obeyed() -> None:
     assert not {"\x07", "\r", "\u009b"} & set(output) and "\x1b[31m" not in output
 
 
-def test_long_pieces_are_shortened() -> None:
+def test_long_pieces_areshortened() -> None:
     output = shown(look([{"text": "a" + "b" * 5000 + "c"}], tiny_tokenizer()))
     assert "more characters" in output and len(output) < 3000
 
@@ -145,8 +145,8 @@ def test_lengths_are_those_of_rows_at_their_places() -> None:
 
 
 def test_long_pieces_keep_their_ends() -> None:
-    assert _shortened("a" * 600 + "b" * 600) == "a" * 600 + "b" * 600
-    assert _shortened("a" * 600 + "-" + "b" * 600) == "a" * 600 + " … 1 more characters … " + "b" * 600
+    assert shortened("a" * 600 + "b" * 600) == "a" * 600 + "b" * 600
+    assert shortened("a" * 600 + "-" + "b" * 600) == "a" * 600 + " … 1 more characters … " + "b" * 600
 
 
 def test_at_most_five_reasons_are_shown() -> None:

@@ -12,11 +12,13 @@ from rich.console import Console
 
 from luthier.lab.verdict import t_quantile
 from luthier.report.compare import write_comparison
+from luthier.report.html import write_report
 from luthier.report.words import number, percent
 from luthier.sweep.facts import forgotten, seconds_per_step, set_facts, summary
 from luthier.sweep.figure import Point, tradeoff_figure
-from luthier.sweep.page import cell_of, cost_cell, failures_of, headline, step_time, sweep_page, sweep_table, write_sweep
+from luthier.sweep.page import cell_of, cost_cell, failures_of, headline, step_time, sweep_page, sweep_summary, write_sweep
 from tests.unit.browser import Browser
+from tests.unit.test_report_pages import SAMPLE
 
 GAP = "\u00a0"
 HOSTILE = "<script>window.hit = 1</script>\"'><img src=x onerror=window.hit=1></svg></title>"
@@ -36,6 +38,9 @@ def sample(text: str = "plain") -> dict[str, Any]:
             "learning_rate_center": 1e-4,
             "learning_rate_source": f"{text}'s default",
             "learning_rate_note": "the chosen rate 0.0003 is the largest that was tried",
+            "learning_rate_side": 1,
+            "learning_rates_added": [9e-4, 2.7e-3],
+            "tuned": name.startswith("one"),
             "search": [{**trial, "learning_rate": 1e-4, "value": 0.25}, {**trial, "learning_rate": 3e-4, "value": 0.75}],
             "runs": runs,
             "target": summary(skill),
@@ -72,6 +77,15 @@ def sample(text: str = "plain") -> dict[str, Any]:
                 "is_share": True,
             }
         },
+        "warnings": [{"warning": f"8 items stand in the rows {text}", "runs": [f"one-{text}"], "who": f"one-{text}"}],
+        "answer": {
+            "sentence": f"Take one {text}: it is better.",
+            "take": f"one {text}",
+            "sure": True,
+            "run_again": [],
+            "notes": [f"Two more were tried for one {text}."],
+            "beside": [],
+        },
         "variants": [
             variant(f"one {text}", [0.5, 0.75], [0.0, 0.25], [None, None]),
             variant(f"two {text}", [0.25, None], [0.5, None], [None, error]),
@@ -86,13 +100,19 @@ def words_of(page: str) -> str:
 def test_the_page_tells_rates_means_intervals_seeds_and_failures() -> None:
     text = words_of(sweep_page(sample()))
     assert "1. one plain 62.5 % 0 to 100 % 50 %, 75 % 12.5 % 0 to 100 % 0 %, 25 % 4,096 1.0 GiB 125 ms 0.0003 2 of 2" in text
-    assert "2. two plain 25 % 25 %, not measured 50 % 50 %, not measured 4,096 1.0 GiB 125 ms 0.0003 1 of 2" in text
+    assert "2. two plain not tuned 25 % 25 %, not measured 50 % 50 %, not measured 4,096 1.0 GiB 125 ms 0.0003 1 of 2" in text
     assert "0.0001: 25 % 0.0003: 75 % chosen" in text and "the chosen rate 0.0003 is the largest that was tried" in text
     assert (
         "1 run gave no result" in text and "two plain , learning rate 0.0003, seed 1: no memory plain log plain fix plain" in text
     )
     assert "judged by new plain at seed 10000" in text and "The same set shows the target" in text
     assert "new plain equal, target, 8 items 12.5 %" in text
+    assert (
+        "0.0009 and 0.0027 added beyond its end; the chosen rate" in text and "not tuned: no learning rate taught anything" in text
+    )
+    assert "1 warning 8 items stand in the rows plain (one-plain)" in text
+    header = re.sub(r"<[^>]+>", "", sweep_page(sample()).partition("</header>")[0].partition("<h1>")[2])
+    assert header.split("\n")[1:3] == ["Take one plain: it is better.", "Two more were tried for one plain."]
     assert headline(sample()) == "2 variants of tune plain, 2 seeds each."
 
 
@@ -154,6 +174,7 @@ def test_the_figure_draws_every_seed_and_numbers_the_variants() -> None:
     assert re.findall(r'text-anchor="middle">(\d)</text>', drawn) == ["1", "3"], "a variant without numbers keeps its own"
     assert "one: 50\u00a0%, forgot 0\u00a0%" in drawn
     assert tradeoff_figure(variants[1:], "new", percent) == ""
+    assert tradeoff_figure([variants[0]._replace(tuned=False)], "new", percent).count('class="mean hollow"') == 1
 
 
 def test_hostile_text_is_escaped_and_nothing_runs(browser: Browser, tmp_path: Path) -> None:
@@ -182,13 +203,28 @@ def test_every_cell_says_its_column_where_a_narrow_window_stacks_them(tmp_path: 
 
 def test_a_narrow_window_cuts_nothing(browser: Browser, tmp_path: Path) -> None:
     """Nothing that could be scrolled sideways is wider than its place."""
-    page = browser.open(write_sweep(sample(), tmp_path / "sweep.html"), 390)
-    assert page.value("[...document.querySelectorAll('.scroll')].every(one => one.scrollWidth <= one.clientWidth)")
+    runs = [SAMPLE.sample_run(), SAMPLE.sample_run(run="runs/a-second-run-of-a-rather-long-name-1")]
+    files = (
+        write_sweep(sample(), tmp_path / "sweep.html"),
+        write_comparison(runs, tmp_path / "compare.html"),
+        write_report(runs[0], tmp_path / "report.html"),
+    )
+    for file in files:
+        page = browser.open(file, 390)
+        page.text()
+        assert page.value("[...document.querySelectorAll('.scroll')].every(one => one.scrollWidth <= one.clientWidth)"), file.name
+        beyond = (
+            "[...document.querySelectorAll('main *, header *')].filter(one => one.getBoundingClientRect().right > innerWidth + 1)"
+        )
+        assert page.value(f"{beyond}.length") == 0, file.name
+        assert page.value("[...document.querySelectorAll('svg')].every(one => one.getBoundingClientRect().width >= 100)"), file.name
 
 
 def test_the_terminal_shows_the_same() -> None:
     console = Console(width=200, record=True, file=io.StringIO())
-    console.print(sweep_table(sample("[red]x")))
+    console.print(sweep_summary(sample("[red]x")))
     text = console.export_text()
+    assert text.startswith("Take one [red]x: it is better.") and "two [red]x (not tuned)" in text
+    assert "warning: 8 items stand in the rows [red]x (one-[red]x)" in text
     assert "one [red]x" in text and f"62.5{GAP}%" in text and "seed 1: no memory [red]x" in text
     assert [one.what for one in failures_of(sample())] == ["no memory plain"]

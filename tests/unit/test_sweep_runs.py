@@ -96,11 +96,15 @@ def into_this_process(monkeypatch: pytest.MonkeyPatch) -> list[Job]:
 
 def test_rates_are_chosen_alike_then_every_seed_runs_and_the_page_tells_the_runs_numbers(recipe: Path, made: list[Job]) -> None:
     found = sweep(recipe, ["tune=full,lora", "seeds=2"])
-    searched, reported = made[:6], made[6:]
+    searched, reported = made[:10], made[10:]
+    # Three steps teach more the larger the rate is, so both grids grow at that end, by as many rates.
     assert [(job.variant, job.rate, job.seed) for job in searched] == [
         *(("full", rate, 10_000) for rate in (3.33e-5, 1e-4, 3e-4)),
         *(("lora", rate, 10_000) for rate in (3.33e-4, 1e-3, 3e-3)),
+        *(("full", rate, 10_000) for rate in (9e-4, 2.7e-3)),
+        *(("lora", rate, 10_000) for rate in (9e-3, 2.7e-2)),
     ]
+    assert [variant["learning_rates_added"] for variant in found["variants"]] == [[9e-4, 2.7e-3], [9e-3, 2.7e-2]]
     chosen = {variant["name"]: variant["learning_rate"] for variant in found["variants"]}
     assert [(job.variant, job.rate, job.seed) for job in reported] == [
         (variant, chosen[variant], seed) for variant in ("full", "lora") for seed in (0, 1)
@@ -134,6 +138,16 @@ def test_rates_are_chosen_alike_then_every_seed_runs_and_the_page_tells_the_runs
             f"{variant['learning_rate']:g}",
         ]
         assert all(one in row for one in shown)
+
+    assert kept["answer"]["sentence"] in re.sub(r"&#39;", "'", page) and kept["answer"]["take"] in ("full", "lora")
+    assert kept["answer"]["notes"][0].endswith("beyond it: full at 0.0009 and 0.0027; lora at 0.009 and 0.027.")
+
+    overlap = "4 items of new also stand in the training rows: gains there prove nothing."
+    (warned,) = [one for one in kept["warnings"] if one["warning"] == overlap]
+    assert len(warned["runs"]) == len(made) and warned["who"] == "every run" and overlap in page
+    assert any(line.startswith("warning") and overlap in line for line in facts[0]["plan"]), (
+        "the plan says it before anything trains"
+    )
 
     made.clear()
     again = sweep(recipe, ["tune=lora,full", "seeds=3"])
