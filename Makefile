@@ -13,10 +13,10 @@ SUITABLE = import sys, importlib.util as u; v = sys.version_info; sys.exit( \
 	None if u.find_spec("venv") and u.find_spec("ensurepip") else \
 	"cannot make environments (on Debian and Ubuntu: apt install python3-venv)")
 
-.PHONY: help quickstart test coverage lint docs bench bench-techniques bench-objectives workshop clean
+.PHONY: help quickstart test coverage lint docs docs-text bench bench-techniques bench-objectives workshop clean
 
 help: ## list these targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' Makefile
 
 quickstart: $(VENV)/.core ## teach a small model some facts and show what it learnt and what it kept
 	@echo "training by recipes/quickstart.yaml"
@@ -44,8 +44,12 @@ lint: $(VENV)/.lint ## check style, types and the direction of imports
 	@$(BIN)/lint-imports --no-logo
 
 docs: $(VENV)/.docs ## build the documentation into site/
+	@$(BIN)/python docs/generate.py --check
 	@echo "building the documentation into site/"
-	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+docs-text: $(VENV)/.core ## write what the code knows into the pages of docs/
+	@$(BIN)/python docs/generate.py
 
 bench: $(VENV)/.bench ## measure speed and memory beside the usual tools
 	@echo "measuring speed and memory"

@@ -1,13 +1,15 @@
-"""Fills the pages about what the code itself knows, while the site is built: `<!-- generated: recipe -->` becomes text.
+"""Writes what the code itself knows into the pages: `python docs/generate.py`; with `--check` it only says which fell behind.
 
 What a page says about recipes comes from the recipe's schema, about techniques from their cards and docstrings, so that
-neither can fall behind the code.
+neither can fall behind the code. The text is committed, so that the pages can be read in the repository; techniques of your own
+(`LUTHIER_METHODS`) are left out of it.
 """
 
 from __future__ import annotations
 
 import inspect
 import json
+import os
 import re
 import sys
 from collections.abc import Callable, Mapping
@@ -16,14 +18,17 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parent))
 
-from generated import foreign, replications, rooms, translations
-from generated.tables import cell, code, paper, table
+from generated import api, choose, foreign, replications, rooms, translations
+from generated.pages import stale
+from generated.tables import cell, code, paper, table, target
 
 from luthier import registry
 from luthier.registry import KINDS, kinds_under
 
+DOCS = Path(__file__).parent
 EXAMPLE = Path(__file__).parent.parent / "examples" / "toy_technique.py"
 RESULTS = Path(__file__).parent.parent / "bench" / "results.json"
 PREFERENCES = RESULTS.with_name("preferences.json")
@@ -31,13 +36,7 @@ CLASSES = RESULTS.with_name("classify.json")
 PREFERRED = RESULTS.with_name("preferred.json")
 COSTS = Path(__file__).parent.parent / "bench" / "techniques.json"
 OBJECTIVE_COSTS = Path(__file__).parent.parent / "bench" / "objectives.json"
-MARKER = re.compile(r"^<!-- generated: (\w+) -->$", re.MULTILINE)
 Schema = Mapping[str, Any]
-
-
-def on_page_markdown(markdown: str, **_: object) -> str:
-    """Replace each marker of a page; mkdocs calls this for every page."""
-    return MARKER.sub(lambda found: WRITERS[found[1]](), markdown)
 
 
 def recipe() -> str:
@@ -129,7 +128,7 @@ def technique(found: registry.Technique) -> str:
     card = found.card
     facts = {
         "Paper": paper(card.paper),
-        # Only what decides which numbers train can start away from the base, or be merged.
+        # Only what decides which parameters train can start away from the base, or be merged.
         "At the first step": cell(card.step0) if found.kind in kinds_under("tune") else "",
         "Merges": cell(card.merges) if found.kind in kinds_under("tune") else "",
         "Becomes simpler": cell(card.reduces_to),
@@ -143,6 +142,7 @@ def technique(found: registry.Technique) -> str:
     meaning = described_arguments(found.factory)
     options = {name: {**part, "description": meaning.get(name, "")} for name, part in schema.get("properties", {}).items()}
     pieces = [
+        target(found.name),
         f"### `{found.name}`: {cell(card.title)}",
         cell(card.summary),
         keys_of({**schema, "properties": options}) if options else "",
@@ -269,7 +269,7 @@ def costs() -> str:
                 f"{(one['peak_bytes'] - bare) / 2**20:,.0f} MiB" if bare is not None else "",
             )
         )
-    header = ("trains", "numbers", "tokens/s", "speed over full", "peak", "above the model")
+    header = ("trains", "parameters", "tokens/s", "speed over full", "peak", "above the model")
     return f"{table(header, rows)}\n\n{cell(circumstances(facts))}"
 
 
@@ -380,8 +380,31 @@ _OF_REPLICATIONS = (
     replications.calibration,
     replications.comparisons,
 )
-WRITERS: dict[str, Callable[[], str]] = {writer.__name__: writer for writer in (*_ALL, *_OF_REPLICATIONS)} | {
+_CHOSEN = (choose.by_purpose, choose.choices, api.public, api.of_kinds, api.further)
+WRITERS: dict[str, Callable[[], str]] = {writer.__name__: writer for writer in (*_ALL, *_OF_REPLICATIONS, *_CHOSEN)} | {
     "rooms": rooms.page,
     "other_tools": foreign.page,
     "translations": translations.page,
 }
+PICTURES: dict[str, Callable[[], str]] = {rooms.PICTURE: rooms.picture}
+
+
+def main(words: list[str]) -> None:
+    """Write the pages, or with `--check` only say which are not as they would be written."""
+    if words not in ([], ["--check"]):
+        raise SystemExit("python docs/generate.py [--check]")
+    os.environ.pop("LUTHIER_METHODS", None)
+    found = stale(DOCS, WRITERS, PICTURES)
+    names = ", ".join(str(path.relative_to(DOCS.parent)) for path in found)
+    if words and found:
+        raise SystemExit(
+            f"not as the code has it: {names}. Run `python docs/generate.py` (or `make docs-text`) and commit what it writes."
+        )
+    for path, text in found.items():
+        path.write_text(text, encoding="utf-8")
+    if found:
+        print(f"written: {names}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from generated.tables import cell, code, paper, table
+from generated.tables import cell, code, paper, table, target
 
 REPLICATIONS = Path(__file__).parents[1] / "replications"
 AGAIN = "not-run-again"
@@ -48,11 +48,12 @@ def replications() -> str:
             for stem, one in before.items()
         )
         words = (
-            "These were measured before there was the rule, at three seeds and with all expectations judged together. Their numbers can "
+            "These were measured before there was the rule, at three seeds and with all expectations judged together. Their results can "
             "be read; they say nothing here, and stand in no figure."
         )
         pieces += [
-            f"## Not run again under the rule {{ #{AGAIN} }}",
+            target(AGAIN),
+            "## Not run again under the rule",
             words,
             table(("replication", "paper", "what the paper claims"), rows),
         ]
@@ -78,11 +79,12 @@ def calibration() -> str:
     """How the lab does at comparisons whose outcome nobody doubts."""
     facts = tested()
     if facts is None:
-        return "**Can the lab tell? Not measured yet.**"
+        return "**Can such small experiments tell? Not measured yet.**"
     (supported, effects), (called, nulls), (later, further) = (facts["counts"][kind] for kind in ("effects", "nulls", "further"))
     return (
-        f"**Can the lab tell? It supports {supported} of {effects} effects that nobody doubts, and calls {called} of {nulls} nulls, in "
-        f"which a variant meets itself.** Of {further} further effects, run once when the rule was fixed, it supports {later}."
+        f"**Can such small experiments tell? They support {supported} of {effects} effects that nobody doubts, and call {called} of "
+        f"{nulls} nulls, in which a variant meets itself.** Of {further} further effects, run once when the rule was "
+        f"fixed, they support {later}."
     )
 
 
@@ -143,12 +145,13 @@ def replication(stem: str, one: Mapping[str, Any]) -> str:
     picture = REPLICATIONS / f"{stem}.svg"
     versions = ", ".join(f"{name} {version}" for name, version in one["versions"].items())
     pieces = [
-        f"## `{stem}`: {cell(one['title'])} {{ #{anchor(stem)} }}",
+        target(anchor(stem)),
+        f"## `{stem}`: {cell(one['title'])}",
         cell(one["says"]),
         f"**{one['verdict'].capitalize()}** at this scale{cell(rest(one))}, on `{one['model']['name']}`. What was asked: "
         + cell(f"{main['says'] or expected(main)} ({expected(main)}); {looked(one['rule'])}.")
         + "".join(f" Note: {cell(note)}." for note in (*one["short"], main["note"]) if note),
-        table(("beside it", "that is", "difference (interval)", "verdict", ""), pairs) if beside else "",
+        table(("also expected", "that is", "difference (interval)", "verdict", ""), pairs) if beside else "",
         f"Mean ± standard deviation over {seeds} seed{'s' if seeds > 1 else ''}:",
         table(("measure", *(cell(variant["name"]) for variant in variants)), values),
         f"![The measures of every variant and seed]({REPLICATIONS.name}/{picture.name})" if picture.exists() else "",

@@ -13,6 +13,9 @@ from luthier.report.svg import Element, add, figure, markup
 PACKAGE = Path(__file__).parents[2] / "luthier"
 GROUND = frozenset({"errors", "disk", "draws", "machine", "threads"})
 """The only modules that stand in no room."""
+PICTURE = "images/rooms.svg"
+"""Where the picture lies within `docs/`: Markdown as GitHub shows it holds no SVG of its own."""
+TITLE = "The packages of luthier, each above those that it imports from"
 WIDTH, BOX, TALL, GAP = 720, 108, 34, 26
 STYLE = """
 .paper { fill: #fcfaf7; }
@@ -80,7 +83,12 @@ def sentences() -> dict[str, str]:
 def page() -> str:
     """The picture, and what each room says of itself."""
     rows = ((code(room), cell(text.replace("`", ""))) for room, text in sentences().items())
-    return f"{draw(rooms())}\n\n{table(('room', 'what it is'), rows)}"
+    return f"![{TITLE}]({PICTURE})\n\n{table(('room', 'what it is'), rows)}"
+
+
+def picture() -> str:
+    """The picture's file."""
+    return draw(rooms())
 
 
 def draw(arrows: Arrows) -> str:
@@ -89,7 +97,7 @@ def draw(arrows: Arrows) -> str:
     levels = _levels(arrows)
     rows = [[room for room in arrows if levels[room] == level] for level in range(max(levels.values()), -1, -1)]
     height = (len(rows) + 1) * (TALL + GAP) + GAP
-    svg = figure(WIDTH, height, "The packages of luthier, each above those that it imports from", "rooms")
+    svg = figure(WIDTH, height, TITLE, "rooms")
     svg.set("xmlns", "http://www.w3.org/2000/svg")
     add(svg, "style", STYLE)
     head = add(add(svg, "defs"), "marker", id="head", viewBox="0 0 8 8", refX=7, refY=4, orient="auto")

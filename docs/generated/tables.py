@@ -28,3 +28,8 @@ def paper(source: str) -> str:
     """A paper's source, with a link where it is an arXiv number."""
     number = re.fullmatch(r"arXiv:(\d{4}\.\d{4,5})", source)
     return f"[{source}](https://arxiv.org/abs/{number[1]})" if number else cell(source)
+
+
+def target(name: str) -> str:
+    """Where a link to `#name` leads, on GitHub as on the site."""
+    return f'<a id="{name}"></a>'

@@ -443,6 +443,7 @@ def test_the_page_shows_what_the_command_writes(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "docs"))
     page = importlib.import_module("generated.translations").page()
     assert page.count("<pre>") == 6 and page.count("### ") == 3
+    assert "plan`,\n" in page and page.count("\n\n") == 5, "an empty line within a table ends it on GitHub"
     for line in ("batch_rows: 16", "batch_tokens: 16384", "objective: {dpo: {beta: 0.1}}", "columns: {messages: turns}"):
         assert line in page
     assert "(see --devices)" in page and "hub:acme/compared" in page

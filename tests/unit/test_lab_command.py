@@ -302,18 +302,18 @@ def generate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 def test_the_page_of_replications(generate: ModuleType) -> None:
-    assert generate.on_page_markdown("<!-- generated: replications -->") == "No results are stored."
+    assert generate.WRITERS["replications"]() == "No results are stored."
     save(RESULT, generate.replications.REPLICATIONS, "toy")
-    page = generate.on_page_markdown("<!-- generated: replications -->")
+    page = generate.WRITERS["replications"]()
     told = "**cannot tell**: held_out 0.2 share of items (-0.0484 to 0.448), half minus full, 3 seeds"
     assert f"| [`toy`](#replication-toy) | [arXiv:2404.18466](https://arxiv.org/abs/2404.18466) | {told} |" in page
     assert "### Is half enough?" in page and "Not run again" not in page
-    assert "## `toy`: A &lt;toy&gt; \\| one { #replication-toy }" in page
+    assert '<a id="replication-toy"></a>\n\n## `toy`: A &lt;toy&gt; \\| one\n' in page
     assert "| held_out | 0.5 ± 0.25 | 0.825 ± 0.32 |" in page and "| nothing | none | none |" in page
     assert "0.2 (-0.0484 to 0.448) | does not hold" in page and "0.0003: none, 0.001: 0.5" in page
     assert "(replications/toy.svg)" in page and "Smaller." in page and "2 minutes of training" in page
     (generate.replications.REPLICATIONS / "toy.svg").unlink()
-    assert "toy.svg" not in generate.on_page_markdown("<!-- generated: replications -->")
+    assert "toy.svg" not in generate.WRITERS["replications"]()
 
 
 def test_a_technique_links_to_its_replication(generate: ModuleType) -> None:
@@ -330,7 +330,7 @@ def test_a_result_from_before_the_rule_is_listed_and_told_of_nowhere_else(genera
         del before[name]
     save(RESULT, generate.replications.REPLICATIONS, "toy")
     (generate.replications.REPLICATIONS / "old.json").write_text(json.dumps({**before, "replication": "old"}))
-    page = generate.on_page_markdown("<!-- generated: replications -->")
+    page = generate.WRITERS["replications"]()
     assert page.count("`old`") == 1 and "[`old`](replications/old.json)" in page and "refuted" not in page
     assert generate.replications.tested_by("old") == "[`old`](replications.md#not-run-again): not run again under the rule"
     result = load(generate.replications.REPLICATIONS, "old")
@@ -369,15 +369,13 @@ def test_the_lab_tests_itself(folder: Path, monkeypatch: pytest.MonkeyPatch, gen
     told = facts(call("--calibrate", "--out", generate.replications.REPLICATIONS, "--json"))
     assert told["counts"] == {"effects": [1, 1], "nulls": [0, 1], "further": [1, 1]}
     assert told == json.loads((generate.replications.REPLICATIONS / "calibration.json").read_text())
-    assert (
-        "supports 1 of 1 effects" in generate.replications.calibration() and "0 of 1 nulls" in generate.replications.calibration()
-    )
+    assert "support 1 of 1 effects" in generate.replications.calibration() and "0 of 1 nulls" in generate.replications.calibration()
     assert "| nulls | A toy |" in generate.replications.comparisons()
     assert generate.replications.replications() == "No results are stored.", "the lab's test of itself is no replication"
 
 
 def test_the_rule_on_the_page_is_the_one_in_the_code(generate: ModuleType) -> None:
-    page = generate.on_page_markdown("<!-- generated: replication_rule -->")
+    page = generate.WRITERS["replication_rule"]()
     for direction in ("more", "less", "not_less", "not_more"):
         assert f"| {direction} |" in page
 
