@@ -255,7 +255,8 @@ def test_other_answer_lengths_and_absent_sets_are_never_ranked() -> None:
 def test_the_order_of_items_does_not_matter() -> None:
     other = other_run()
     other["metrics"]["held_out"]["items"] = other["metrics"]["held_out"]["items"][::-1]
-    assert compared([SAMPLE.sample_run(), other])["metrics"]["held_out"]["comparable"]
+    found = compared([SAMPLE.sample_run(), other])["metrics"]["held_out"]
+    assert found["comparable"] and found == compared([SAMPLE.sample_run(), other_run()])["metrics"]["held_out"]
 
 
 def test_only_what_differs_in_the_recipes_is_named() -> None:
