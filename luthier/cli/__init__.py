@@ -12,6 +12,7 @@ from luthier import __version__
 from luthier.cli.convert import convert
 from luthier.cli.face import out
 from luthier.cli.knowledge import keys, metrics, papers, replicate, techniques
+from luthier.cli.new import new
 from luthier.cli.results import chat, compare, evaluate, export, probe, runs
 from luthier.cli.rows import (
     rows_answers,
@@ -41,6 +42,7 @@ store_app = typer.Typer(help="Have a model give numbers to rows once, for many r
 rows_app.add_typer(store_app, name="store")
 
 COMMANDS: dict[str, Callable[..., None]] = {
+    "new": new,
     "train": train,
     "plan": plan,
     "convert": convert,

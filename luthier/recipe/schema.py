@@ -170,7 +170,7 @@ class RowsRecipe(Strict):
     streaming: bool = Field(False, description="keep encoded rows in a file instead of in memory")
     workers: int = Field(0, ge=0, description="processes that encode rows when streaming; 0: the run's own")
     columns: Mapping[str, str] | None = Field(
-        None, description="by key of a row, the column that holds it, such as {prompt: question, completion: reply}"
+        None, description="by key of a row, the column that holds it, such as `{prompt: question, completion: reply}`"
     )
     format: str | None = Field(None, description="the rows' format, where it cannot be recognized")
     chat_template: str | None = Field(

@@ -23,7 +23,7 @@ from luthier.planning.numbers import _options
 from luthier.planning.plan import Plan, make_plan
 from luthier.planning.prepare import make_calibration
 from luthier.recipe import BlocksRecipe, make_recipe
-from luthier.rows.blocks import BLOCK, Splitter, _paragraphs, _sentences, splitter_of
+from luthier.rows.blocks import BLOCK, Splitter, _levels, _paragraphs, _sentences, splitter_of
 from luthier.rows.chat import form_of
 from luthier.rows.encode import Encoded, encode, encode_all
 from luthier.rows.look import look
@@ -200,6 +200,9 @@ def test_where_paragraphs_and_sentences_end() -> None:
     assert [text[low:high] for low, high in _paragraphs(text)] == ["\n\n", "\x0c"]
     ends = [text[max(0, low - 5) : low] for low, _ in sorted(_sentences(text))]
     assert ends == ["One.", "our?”", "Five…", "even。"]
+    assert _levels("Ab.\n\nCd. Ef", [0, 1, 7], [1, 2], "paragraph") == [[], [], [1, 2]], "no token begins at a border"
+    assert _levels("Ab.\n\nCd. Ef", [0, 3, 5, 8], [1, 2, 3], "paragraph") == [[2], [2, 3], [1, 2, 3]]
+    assert _levels("Ab.\n\nCd.", [0, 3, 5, 5], [1, 2], "paragraph")[0] == [2], "a token within a letter is none to begin with"
     assert not [*_paragraphs("a\r\nb\rc\nd")] and len([*_paragraphs("a\r\n\r\nb\r\rc\u2029d")]) == 3
     for long in ("." * 50_000 + "x", " " * 50_000, "。" * 50_000, "\n" * 50_000):
         assert len([*_sentences(long), *_paragraphs(long)]) <= 1, "in time that grows with the text"
@@ -265,8 +268,8 @@ def test_streamed_documents_are_the_same_blocks(tmp_path: Path, monkeypatch: pyt
         "possible"
     )
     count = len(whole.rows.rows) + len(whole.sets[0].rows)
-    assert f"             {5 * copies} documents in {count} {said}" in whole.lines()
-    assert f"             {said}" in streamed.lines()
+    assert f"              {5 * copies} documents in {count} {said}" in whole.lines()
+    assert f"              {said}" in streamed.lines()
 
 
 def test_one_document_is_enough_to_hold_blocks_out(tmp_path: Path) -> None:

@@ -210,6 +210,8 @@ def test_rows_are_looked_at_scored_and_chosen_under_their_own_names(tmp_path: Pa
     assert _whole(read(tmp_path / "chosen.jsonl", columns=NAMED)) == [
         one for one in _whole(read(path, columns=NAMED)) if one[0] == chosen.rows[0].id
     ]
+    again = score_rows(path, {"random_rows": {}}, columns=NAMED, target=[THEIRS[1]])
+    assert again.facts["also_in_target"] == 1, "the target has the same columns"
     scored = score_rows(path, {"random_rows": {}}, columns=NAMED, column="luck", target=[OURS[0]])
     assert [set(one) for one in scored.records] == [{*THEIRS[0], "luck"}] * 2 and scored.facts["also_in_target"] == 1
 

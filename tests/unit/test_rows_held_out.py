@@ -52,6 +52,8 @@ def test_a_share_is_what_draws_below_it() -> None:
     assert [row.fields["text"] for row in taken] == expected and 0 < len(expected) < len(TEXTS)
     assert [row.fields["text"] for row in rows if split.takes(row)] == expected
     assert _texts(held_out([rows], 0.3, 4)[1][0]) != set(expected), "another seed draws others"
+    lowest = draw_of(rows[0], 3)
+    assert not Split(3, None, lowest).takes(rows[0]) and Split(3, None, lowest + 1).takes(rows[0])
     many = _rows([{"text": f"row {n}"} for n in range(2000)])
     assert abs(len(held_out([many], 0.1, 0)[1][0]) - 200) < 4 * (2000 * 0.1 * 0.9) ** 0.5
 
@@ -227,6 +229,16 @@ def test_held_out_rows_have_the_labels_and_the_length_of_those_that_are_learned(
     assert plan.sets[0].encoding == {"loss_on": "last", "max_length": 60, "too_long": "left"}
     cut = _plan({"train": [{"text": text * 60} for text in TEXTS], "validate": 0.5, "too_long": "left"})
     assert cut.sets[0].encoding["max_length"] == 512, "what the model reads"
+    pairs = [{"prompt": text * 60, "chosen": "Yes.", "rejected": "No."} for text in TEXTS]
+    assert _plan({"train": pairs, "validate": 0.5, "too_long": "left"}, objective="dpo").sets[0].rows, (
+        "they are cut where they are measured"
+    )
+    unlearned = [*talks, {"messages": [*turns[:3], {"role": "assistant", "content": "No.", "learn": False}]}]
+    sides = [_plan({"train": unlearned, "validate": 0.5, "loss_on": "last"}, seed=seed) for seed in range(6)]
+    assert {(len(one.rows.dropped), "of which 1 cannot be used" in "".join(one.lines())) for one in sides} == {
+        (1, False),
+        (0, True),
+    }
     long = _refused(lambda: _plan({"train": [{"text": text * 60} for text in TEXTS], "validate": 0.5}))
     assert "rows cannot be used" in long.what
     found = set()

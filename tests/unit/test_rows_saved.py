@@ -91,6 +91,10 @@ def test_a_split_that_is_not_there_is_refused(saved: Path) -> None:
     assert told.what == "the data set has no split `tset`, but `train`, `test`, `extra`"
     assert told.fix == "did you mean `test`?"
     assert "no such file" in _refused(lambda: read(f"{saved}x:train")).what
+    (saved / "test").rename(saved.parent / "moved")
+    assert "has no split `test`, but `train`, `extra`" in _refused(lambda: read(f"{saved}:test")).what, (
+        "it is listed, and not there"
+    )
     (saved.parent / "a:b.jsonl").write_text('{"text": "a"}\n')
     assert len(read(saved.parent / "a:b.jsonl")) == 1, "a file may have such a name"
 
