@@ -1,10 +1,9 @@
 """Runs every command of README.md and of the pages about jobs in an empty folder, from the wheel that users would install.
 
-    python -m tests.run_docs_commands [--packages SITE_PACKAGES] [--only WORD] [--page PAGE] [--list] [--seconds 300]
+    python -m tests.run_docs_commands [--packages SITE_PACKAGES] [--only WORD] [--list] [--seconds 300]
 
-No part of `make test`: it takes an hour. The environment is fresh, and takes the packages that luthier depends on from `--packages`, since
-installing torch takes long; without it pip installs them. Commands that need a network or much time are listed with the reason, and left
-out.
+No part of `make test`: it takes long. The environment is fresh, and takes the packages that luthier depends on from `--packages`, since
+installing torch takes long; without it pip installs them. Commands that need a network or much time are left out, with the reason.
 Then three sets of rows are taken from a look at them to an export: odd columns, tools, long documents. Each command must end well, or say
 what to do.
 """

@@ -21,10 +21,10 @@ from luthier.rows.columns import Columns
 from luthier.rows.files import FORMATS
 from luthier.rows.look import Look, look
 from luthier.rows.read import Rows, read, records
-from luthier.rows.shapes import known_shapes
+from luthier.rows.shapes import Row, known_shapes
 from luthier.runs.fitting import Fit, fit, parameters_of
 from luthier.runs.jobs import JOBS, Asked, asked_of, guess, named
-from luthier.runs.new_text import Facts, recipe_text
+from luthier.runs.new_text import Facts, cut_side, recipe_text
 from luthier.runs.other_columns import propose
 
 MODEL, SEARCH_MODEL, SMALLEST = "smollm2-135m-instruct", "minilm-l6", "workshop-small"
@@ -33,6 +33,7 @@ WORDY = 2.5
 """Tokens a word from which on a tokenizer was not made for a text; of English with a tokenizer made for it, 1.3 is usual."""
 _LOOKED_AT = 1000
 """Rows whose lengths are measured."""
+_HEADS = ("text+label", "text+tags")
 _SEEN = 200
 """Records whose columns are looked at."""
 
@@ -118,7 +119,7 @@ def new(
     asked = asked_of(chosen, [row for row in rows if row.shape in JOBS[chosen].shapes])
     source, fitted = _model(chosen, model, say)
     # Long rows are cut here, so that what remains skipped is unusable at any length.
-    looked = look(_some(rows), load_tokenizer(source), n=0, too_long="right", reads=source_reads(source))
+    looked = look(_as_read(_some(rows)), load_tokenizer(source), n=0, too_long=cut_side(chosen), reads=source_reads(source))
     if not looked.tokens:
         first = next(iter((*looked.skipped, *looked.dropped)))
         raise LuthierError(
@@ -274,6 +275,20 @@ def _some(rows: Rows) -> Rows:
     """Rows from all over the set."""
     step = -(-len(rows) // _LOOKED_AT)
     return Rows(rows.name, rows.rows[::step])
+
+
+def _as_read(rows: Rows) -> Rows:
+    """Rows of which heads read a text alone as that text, and ranked ones with their longest answer: pairs are made only in a run."""
+
+    def one(row: Row) -> Row:
+        if row.shape in _HEADS:
+            return Row(row.id, "text", {"text": row.fields["text"]}, row.where)
+        if row.shape == "prompt+answers+scores":
+            longest = max(row.fields["answers"], key=lambda answer: len(str(answer)))
+            return Row(row.id, "prompt+completion", {"prompt": row.fields["prompt"], "completion": longest}, row.where)
+        return row
+
+    return Rows(rows.name, tuple(map(one, rows)))
 
 
 def _texts(value: Any) -> Iterable[str]:

@@ -12,6 +12,7 @@ from luthier.models.packaged import BUILT, PACKAGED
 from luthier.recipe import make_recipe
 from luthier.recipe.parts import choose_parts
 from luthier.recipe.yaml_text import parse
+from luthier.rows.limits import TooLong
 from luthier.rows.shapes import BadRow
 from luthier.runs.fitting import Fit
 from luthier.runs.jobs import Asked
@@ -62,6 +63,11 @@ def recipe_text(facts: Facts) -> str:
     return text
 
 
+def cut_side(job: str) -> TooLong:
+    """Which side of a row that is too long matters less: of a conversation, and of a prompt with its answers, the beginning."""
+    return "left" if job in ("chat", "tools", "preferences", "ranked", "reward") else "right"
+
+
 def _head(facts: Facts) -> list[str]:
     title = facts.title[0].upper() + facts.title[1:]
     lengths = ", ".join(f"{name} {count:,}" for name, count in facts.lengths.items())
@@ -100,7 +106,7 @@ def _rows(facts: Facts) -> list[str]:
         if facts.job == "documents":
             lines += [*_said(f"{said}: they are split.", 2), f"  blocks: {{tokens: {facts.context}}}"]
         else:
-            side = "left" if facts.job in ("chat", "tools", "preferences", "ranked", "reward") else "right"
+            side = cut_side(facts.job)
             where = "beginning" if side == "left" else "end"
             lines += [*_said(f"{said}: they lose their {where}.", 2), f"  too_long: {side}"]
     if facts.bad:

@@ -92,6 +92,7 @@ def test_what_is_written_for_a_format_can_be_planned(shape: str, tmp_path: Path,
     written(tmp_path / "rows.jsonl", rows)
     found = new(None, "rows.jsonl", out=out, model="tiny:llama")
     assert (found.job, found.guessed, found.metric, found.rows, found.columns) == (job, True, metric, 2, None)
+    assert "on_bad_row" not in plain(out)["rows"] and found.lengths["longest"] > 0
     assert plain(out)["rows"]["train"] == "../rows.jsonl" and max(map(len, out.read_text().splitlines())) <= 80
     monkeypatch.chdir(tmp_path / "a")
     plan = make_plan(luthier.read_recipe("mine.yaml"))
