@@ -14,6 +14,7 @@ from luthier.kinds import Now
 from luthier.kinds.parts import Parts
 from luthier.models.parts import map_parts
 from luthier.models.quantized import quantize as quantize_blocks
+from luthier.planning.amounts import memory
 from luthier.planning.estimate import Estimate, estimate, standing, waiting
 from luthier.recipe import Recipe
 from luthier.recipe.parts import Chosen, completed
@@ -92,8 +93,8 @@ def find_cuts(recipe: Recipe, engine: Engine, parts: Parts, feed: Feed, dtype: t
 
 def advice(cuts: Sequence[Cut], needed: int, available: int) -> str:
     """One warning: what is missing, and what helps."""
-    changes = ", ".join(f"{cut.change} (saves {cut.saves / 2**20:,.0f} MiB)" for cut in cuts)
-    short = f"about {needed / 2**20:,.0f} MiB more are needed at the peak, and {available / 2**20:,.0f} MiB are available"
+    changes = ", ".join(f"{cut.change} (saves {memory(cut.saves)})" for cut in cuts)
+    short = f"about {memory(needed)} more are needed at the peak, and {memory(available)} are available"
     return f"{short}; try {changes}" if changes else short
 
 

@@ -21,6 +21,7 @@ from luthier.errors import LuthierError
 from luthier.kinds import Batch
 from luthier.kinds.parts import Parts
 from luthier.models.quantized import code_tensors, count
+from luthier.planning.amounts import memory, unit_of
 from luthier.training.dryrun import Peak, peak_of
 from luthier.training.engine import Engine, idle_batch
 from luthier.training.feed import Feed
@@ -93,8 +94,9 @@ class Estimate:
         return sum(getattr(self, name) for name in PURPOSES)
 
     def described(self) -> str:
-        """The purposes in MiB."""
-        amounts = ", ".join(f"{said} {getattr(self, name) / 2**20:,.0f}" for name, said in PURPOSES.items() if getattr(self, name))
+        """The purposes, in the unit in which the total is told."""
+        unit = unit_of(self.total_bytes)
+        amounts = ", ".join(f"{said} {memory(getattr(self, name), unit)}" for name, said in PURPOSES.items() if getattr(self, name))
         return f"{amounts}; activations roughly: {self.rough}" if self.rough else amounts
 
 

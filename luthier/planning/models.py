@@ -18,6 +18,7 @@ from luthier.models.fingerprint import fingerprint
 from luthier.models.load import ModelSource, load_tokenizer
 from luthier.models.parts import map_parts
 from luthier.models.quantized import count
+from luthier.planning.amounts import memory
 from luthier.planning.load import Loaded
 from luthier.results.folder import Run, read_run
 from luthier.results.opened import open_run
@@ -127,8 +128,8 @@ class OtherModels:
         model: nn.Module = tune.model
         replace_sdpa(model)
         tune.packs = not obstacle(tune)
-        size = sum(one.nbytes for one in model.parameters()) / 2**20
-        self.told.append(f"{name}: {value}, a model of its own: {count(model):,} numbers, {size:,.0f} MiB more")
+        size = sum(one.nbytes for one in model.parameters())
+        self.told.append(f"{name}: {value}, a model of its own: {count(model):,} parameters, {memory(size)} more")
         return tune
 
     def _check_tokens(self, name: str, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -20,6 +20,7 @@ from luthier.kinds import Head, Optimizer, Prefix, Prompt, RepresentationEdit
 from luthier.kinds.parts import GROUPS, Parts
 from luthier.models.modes import drops
 from luthier.models.quantized import count, described
+from luthier.planning import amounts
 from luthier.planning.attach import attach
 from luthier.planning.cuts import too_much
 from luthier.planning.estimate import Estimate, estimate
@@ -160,8 +161,8 @@ class Plan:
             f"evaluates     {', '.join(one.name for one in self.sets) or 'nothing'}, before and after{self._between()}",
             *(f"sends         {one.chosen.scoring.sends} ({one.name})" for one in self.sets if one.chosen.scoring.sends),
             *([f"baseline run  {self.control.folder}"] if self.control is not None else []),
-            f"memory        about {self.estimate.total_bytes / 2**20:,.0f} MiB at the peak ({self.estimate.described()})",
-            f"time          about {_minutes(self.estimate.seconds)} of training, from the speed of this machine's matrix products",
+            f"memory        about {amounts.memory(self.estimate.total_bytes)} at the peak ({self.estimate.described()})",
+            f"time          about {amounts.time(self.estimate.seconds)} of training, from the speed of this machine's matrix products",
             *(f"warning       {text}" for text in (*self.warnings(), *warnings_about(self.overlap))),
         ]
         return lines
@@ -339,10 +340,6 @@ def _short(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:g}"
     return "+".join(map(str, value)) if isinstance(value, tuple) else str(value)
-
-
-def _minutes(seconds: float) -> str:
-    return f"{seconds:.0f} seconds" if seconds < 120 else f"{seconds / 60:.1f} minutes"
 
 
 def make_plan(recipe: Recipe, say: Say = lambda text: None, *, today: date | None = None) -> Plan:
