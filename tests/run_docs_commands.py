@@ -41,6 +41,7 @@ LEFT_OUT = {
     "smollm2-135m-instruct": "needs a network",
     "minilm-l6": "needs a network",
     "hub:": "needs a network",
+    "config.yml": "stands for a configuration of another tool",
     "OWNER/NAME": "stands for a name",
     "--as peft": "needs the extra `peft`",
 }
