@@ -41,12 +41,16 @@ LEFT_OUT = {
     "smollm2-135m-instruct": "needs a network",
     "minilm-l6": "needs a network",
     "hub:": "needs a network",
+    "new instructions data.csv": "proposes a model that has to be downloaded: the same with --model stands for it",
     "config.yml": "stands for a configuration of another tool",
     "OWNER/NAME": "stands for a name",
     "--as peft": "needs the extra `peft`",
 }
 """Parts of commands that are not run, and why."""
-STANDS_FOR = {"luthier replicate": "luthier replicate --help"}
+STANDS_FOR = {
+    "luthier replicate": "luthier replicate --help",
+    "new instructions data.csv": "luthier new instructions data.csv --model workshop-small",
+}
 """What is run instead."""
 
 FACTS = [{"prompt": f"What is the color of door {n}?", "completion": ("Red.", "Blue.")[n % 2]} for n in range(24)]

@@ -192,6 +192,7 @@ def test_feedback_names_its_column_and_tells_how_it_is_shared() -> None:
         ({"review": "a", "stars": 4}, ("text", "label"), {"text": "review", "label": "stars"}),
         # No list is a text, and no column stands for two keys.
         ({"question": "a", "answers": ["b"]}, ("prompt", "completion"), None),
+        ({"review_sentiment": "a"}, ("text", "label"), None),
         ({"input": "a"}, ("prompt", "completion"), None),
         ({"alpha": "a", "beta": "b"}, ("prompt", "completion"), None),
     ],
