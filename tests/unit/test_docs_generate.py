@@ -174,6 +174,9 @@ LIMIT = 3
 def call_everything(path: str, *rest: int, mode: Literal["a", "b"] = "a", say: Say = lambda text: None, **more: Any) -> int:
     """Do it.
 
+    First that,
+    then this.
+
     Args:
         path: where,
             exactly.
@@ -207,7 +210,7 @@ def test_names_are_read_from_their_source(generate: ModuleType) -> None:
     assert call == (
         '```python\ncall_everything(\n    path: str,\n    *rest: int,\n    mode: Literal["a", "b"] = "a",\n'
         "    say: Say = ...,\n    **more: Any,\n"
-        ") -> int\n```\n\nDo it.\n\n**Arguments**\n\n- `path`: where,\n  exactly.\n- `**more`: the rest.\n\n"
+        ") -> int\n```\n\nDo it.\n\nFirst that,\nthen this.\n\n**Arguments**\n\n- `path`: where,\n  exactly.\n- `**more`: the rest.\n\n"
         "**Returns**\n\nA number: the first."
     )
     assert value == (
