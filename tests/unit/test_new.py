@@ -201,6 +201,19 @@ def test_columns_under_other_names(record: dict[str, Any], keys: tuple[str, ...]
     assert propose([record], keys) == columns
 
 
+def test_a_column_holds_a_key_in_every_row_that_has_it() -> None:
+    rows: list[dict[str, Any]] = [{"question": "a", "reply": "b"}, {"question": "c", "reply": None}]
+    assert propose(rows, ("prompt", "completion")) == {"prompt": "question", "completion": "reply"}
+    assert propose([*rows, {"question": "d", "reply": 3}], ("prompt", "completion")) is None
+
+
+def test_what_a_row_says_ends_no_comment(tmp_path: Path) -> None:
+    data = tmp_path / "odd\x1b\x85name.jsonl"
+    new("documents", written(data, [{"text": "A day."}]), out=tmp_path / "mine.yaml", model="tiny:llama")
+    comments = [line for line in (tmp_path / "mine.yaml").read_text().split("\n") if line.lstrip().startswith("#")]
+    assert all(one.isprintable() for one in comments) and luthier.read_recipe(tmp_path / "mine.yaml").rows.train == str(data)
+
+
 def test_odd_columns_are_mapped_or_named(tmp_path: Path) -> None:
     data = written(tmp_path / "odd.jsonl", [{"customer_question": ASKED, "agent_reply": "It.", "ticket": 7}])
     out = tmp_path / "mine.yaml"
