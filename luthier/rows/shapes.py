@@ -178,7 +178,7 @@ def named_shape(shape: str) -> str:
     if shape == "instruction":
         return "instruction+output"
     raise LuthierError(
-        f"unknown row shape `{shape}`", where="rows.format", fix=nearest(shape, _SHAPES) or "known: " + ", ".join(_SHAPES)
+        f"unknown format of rows `{shape}`", where="rows.format", fix=nearest(shape, _SHAPES) or "known: " + ", ".join(_SHAPES)
     )
 
 
@@ -192,7 +192,7 @@ def _recognized(record: Mapping[str, Any]) -> str:
     if widest:
         raise LuthierError(
             f"the row's keys {_listed(record)} fit several shapes: {', '.join(widest)}",
-            fix=f'say which one, such as shape="{widest[0]}"; the other keys stay with the row',
+            fix=f"say which one, such as rows.format={widest[0]}; the other keys stay with the row",
         )
     lacking = {name: [key for key in shape.needs if key not in record] for name, shape in _SHAPES.items()}
     begun = {name: gap for name, gap in lacking.items() if len(gap) < len(_SHAPES[name].needs)}
@@ -209,7 +209,8 @@ def _recognized(record: Mapping[str, Any]) -> str:
     known = {key for shape in _SHAPES.values() for key in shape.needs}
     offers = {key: nearest(str(key), known) for key in record if key not in known}
     hints += [f"`{key}`: {offer}" for key, offer in offers.items() if "did you mean" in offer]
-    raise LuthierError(what, fix="; ".join([*hints, "rename its keys to one of: " + ", ".join(_SHAPES)]))
+    hints.append("say which column is which, such as rows.columns={prompt: question, completion: reply}")
+    raise LuthierError(what, fix="; ".join([*hints, "formats: " + ", ".join(_SHAPES)]))
 
 
 def _listed(keys: Sequence[str] | Mapping[str, Any]) -> str:

@@ -127,7 +127,7 @@ def test_an_unknown_shape_names_keys_and_near_names() -> None:
     with pytest.raises(LuthierError, match="`mesages`, `n` fit no known shape") as unknown:
         made({"mesages": [], "n": 1})
     assert "did you mean `messages`?" in unknown.value.fix and "prompt+completion" in unknown.value.fix
-    with pytest.raises(LuthierError, match="unknown row shape `mesage`") as misnamed:
+    with pytest.raises(LuthierError, match="unknown format of rows `mesage`") as misnamed:
         made({"text": "t"}, "mesage")
     assert "`messages`" in misnamed.value.fix
     with pytest.raises(LuthierError, match="the row has no `completion`; it has `prompt`"):
