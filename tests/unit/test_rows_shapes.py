@@ -117,7 +117,7 @@ def test_several_fitting_shapes_need_a_choice() -> None:
     record = {"prompt": "q", "completion": "a", "text": "qa"}
     with pytest.raises(LuthierError, match=r"fit several shapes: prompt\+completion, text") as several:
         made(record)
-    assert several.value.where == "file.jsonl:7" and "shape=" in several.value.fix
+    assert several.value.where == "file.jsonl:7" and "rows.format=" in several.value.fix
     assert made(record, "text").columns == {"prompt": "q", "completion": "a"}
     assert made(record, "completion+prompt").shape == "prompt+completion"
     assert made({"instruction": "i", "output": "o", "text": "t"}, "instruction").columns == {"text": "t"}
