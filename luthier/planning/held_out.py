@@ -10,7 +10,7 @@ from luthier.errors import LuthierError
 from luthier.evaluate.metrics import METRICS
 from luthier.evaluate.planned import BY_HEAD
 from luthier.evaluate.sets import EvalSet, default_metric, fits
-from luthier.kinds import Head
+from luthier.kinds import Head, RowMap, Services
 from luthier.kinds.parts import Reads
 from luthier.planning.load import Loaded
 from luthier.recipe import VALIDATION, RowsRecipe
@@ -74,6 +74,19 @@ def hold_out(recipe: RowsRecipe, seed: int, sources: Sources, splitter: Splitter
         for one in sources
     ]
     return left, HeldOut(rows, rows, said)
+
+
+def through(value: RowMap, held: HeldOut, services: Services) -> HeldOut:
+    """What one of the run's row maps makes of the rows, as of those that are learned.
+
+    Raises:
+        LuthierError: it can make nothing of them.
+    """
+    try:
+        return held._replace(mapped=value.map(list(held.mapped), services))
+    except LuthierError as problem:
+        what = f"of the rows that are held out: {problem.what}"
+        raise LuthierError(what, where=f"{KEY}, {problem.where}", fix="hold out more rows, or name rows of their own") from problem
 
 
 def usable(held: HeldOut, recipe: RowsRecipe, loaded: Loaded, purpose: Purpose) -> HeldOut:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from luthier.errors import LuthierError, Say
 from luthier.kinds import Head, Now, RowMap
-from luthier.planning.held_out import HeldOut, hold_out, usable
+from luthier.planning.held_out import HeldOut, hold_out, through, usable
 from luthier.planning.load import Loaded
 from luthier.planning.numbers import Numbered, with_numbers
 from luthier.recipe import RowsRecipe
@@ -86,7 +86,7 @@ def read(recipe: RowsRecipe, seed: int, sources: Sources, chosen: Chosen, loaded
     for slot, value in _maps(chosen):
         before, services = list(raw), RunServices(Tune(loaded.model, loaded.parts), slot, Now(seed=seed))
         raw = after = value.map(before, services)
-        held = held._replace(mapped=value.map(list(held.mapped), services)) if held is not None else None
+        held = through(value, held, services) if held is not None else None
         mapped += [f"{slot}: {value.told(before, after)}"] if value.told is not None else []
     annotations = annotations_of(value for _, value in values_of(chosen))
     purpose: Purpose = "read" if any(isinstance(value, Head) for _, value in values_of(chosen)) else "train"

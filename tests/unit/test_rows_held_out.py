@@ -298,3 +298,13 @@ def test_sweeps_choose_by_what_is_held_out() -> None:
     assert choosing_set(recipe, "validation") == "validation" and choosing_set(recipe, "new") == "new"
     assert target_set(recipe, "new") == "validation"
     assert Split(0, None, DRAWS).takes(read([{"text": "all"}])[0])
+
+
+def test_too_few_held_out_rows_for_a_row_map_are_told_as_such() -> None:
+    """One row that was held out of KTO's was to be mended by training on two rows or more."""
+    rows = [{"prompt": f"q{n}", "completion": f"a{n}", "label": bool(n % 2)} for n in range(10)]
+    keys: dict[str, Any] = {"model": "tiny:llama", "objective": "kto", "train": {"steps": 1}}
+    with pytest.raises(LuthierError, match="of the rows that are held out: there is one row") as refused:
+        make_plan(make_recipe({**keys, "rows": {"train": rows, "validate": 1}}))
+    assert refused.value.where == "rows.validate, kto" and "hold out more rows" in refused.value.fix
+    assert len(make_plan(make_recipe({**keys, "rows": {"train": rows, "validate": 2}})).sets[0].rows) == 2
