@@ -168,7 +168,7 @@ def sweep_table(facts: Facts) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold", title=plain(headline(facts)), title_justify="left")
     for column in (
         "variant",
-        "learning_rate",
+        "learning rate",
         facts["target"],
         "forgotten",
         *(title.lower() for title, _ in COSTS.values()),

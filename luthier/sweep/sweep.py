@@ -97,7 +97,7 @@ def sweep(
         work = Sweep(asked, variants, measures, root, run_all, say)
         rated = _choose_rates(work, rates)
         jobs = [_reported(work, variant, one) for variant, one in zip(variants, rated, strict=True)]
-        _do(work, [job for several in jobs for job in several], "runs at the chosen rates")
+        _do(work, [job for several in jobs for job in several], "runs at the chosen learning rates")
         found = {**_first_facts(work, Path(recipe), command, ray), **_results(work, rated, jobs)}
         found["warnings"] = _warnings([job for one in rated for job in one.search] + [job for several in jobs for job in several])
         found["answer"] = answer_of(found, _target_entries(work, jobs))
