@@ -42,8 +42,8 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """A sentence that offers the known names closest to `name`, or all of them when few."""
     names = sorted(str(candidate) for candidate in known)
     # Whoever writes LoRA or prompt-tuning means the name, which is all small letters.
-    plain = {_plain(candidate): candidate for candidate in reversed(names)}
-    close = [plain[found] for found in difflib.get_close_matches(_plain(name), plain, n=3, cutoff=0.6)]
+    plain = {plain_name(candidate): candidate for candidate in reversed(names)}
+    close = [plain[found] for found in difflib.get_close_matches(plain_name(name), plain, n=3, cutoff=0.6)]
     if close:
         return "did you mean " + " or ".join(f"`{candidate}`" for candidate in close) + "?"
     if names and len(names) <= 30:
@@ -51,8 +51,19 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return ""
 
 
-def _plain(name: str) -> str:
+def plain_name(name: str) -> str:
+    """A name as it is compared with others, however its letters and its dashes were written."""
     return name.lower().replace("-", "_")
+
+
+def printable(text: str) -> str:
+    """The text on one line and without what could steer a terminal: a space for each such character."""
+    return "".join(one if one.isprintable() else " " for one in text)
+
+
+def cut_short(text: str, most: int = 80) -> str:
+    """A text of at most so many characters: a longer one ends in dots."""
+    return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
 def refuse_truth(value: object, annotation: Any) -> None:
@@ -92,8 +103,7 @@ _WRITE = {
 
 def explain(problem: Mapping[str, Any]) -> tuple[str, str]:
     """What is wrong with a value and what to write instead, from one of pydantic's error details."""
-    shown = repr(problem["input"])
-    shown = shown if len(shown) <= 60 else shown[:57] + "..."
+    shown = cut_short(repr(problem["input"]), 60)
     message = str(problem["msg"]).removeprefix("Value error, ")
     kind, limits = str(problem["type"]), problem.get("ctx", {})
     if kind.startswith(("dict", "mapping", "model")):

@@ -71,12 +71,7 @@ def convert(config: Config, devices: int) -> Draft:
     checkpointing = config.take("gradient_checkpointing")
     if checkpointing:
         draft.put("train.gradient_checkpointing", True, "" if checkpointing is True else "nothing is offloaded to the processor")
-    common.devices(config, draft)
-    common.checkpoints(config, draft)
-    common.evaluations(config, draft)
-    common.tracking(config, draft)
-    common.rest(config, draft)
-    return draft
+    return common.finished(config, draft)
 
 
 def _tuned(config: Config, draft: Draft) -> None:

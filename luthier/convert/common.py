@@ -262,6 +262,13 @@ def tracking(config: Config, draft: Draft) -> None:
         draft.leave("report_to", other, "there are tensorboard, trackio and wandb")
 
 
+def finished(config: Config, draft: Draft) -> Draft:
+    """What all three tools have alike goes in last: devices, checkpoints, evaluations, trackers, and the keys that nothing asked for."""
+    for put in (devices, checkpoints, evaluations, tracking, rest):
+        put(config, draft)
+    return draft
+
+
 def rest(config: Config, draft: Draft) -> None:
     """Everything that was not asked for: named, with the reason."""
     for key, value in config.rest().items():

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
-from luthier.errors import LuthierError
+from luthier.errors import LuthierError, cut_short
 from luthier.recipe.reading import with_numbers
 
 UNSET: tuple[object, ...] = (None, "", [], {})
@@ -127,8 +127,9 @@ class Config:
 
     def _refuse(self, names: tuple[str, ...], value: Any, what: str) -> NoReturn:
         name = next(one for one in names if one in self._taken)
-        shown = repr(value) if len(repr(value)) <= 60 else f"{repr(value)[:57]}..."
-        raise LuthierError(f"`{name}` is {shown}, where {what} belongs", where=f"{self.where}: {name}", fix="correct the file")
+        raise LuthierError(
+            f"`{name}` is {cut_short(repr(value), 60)}, where {what} belongs", where=f"{self.where}: {name}", fix="correct the file"
+        )
 
 
 def mapping(value: Any) -> Mapping[str, Any]:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import textwrap
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-import yaml
-
+from luthier.errors import cut_short, printable
+from luthier.recipe.yaml_text import on_one_line
 from luthier.registry.foreign import NONE, find
 
 ORDER = (
@@ -58,8 +57,7 @@ class Draft:
         if not why and known is not None:
             why = ". ".join(one for one in ("" if known.here == NONE else f"See {known.here}", known.said) if one)
         why = why or NOTHING_LIKE_IT
-        shown = _line(_flow(value))
-        self.left.append(Left(_line(key), shown if len(shown) <= 60 else f"{shown[:57]}...", _line(why)))
+        self.left.append(Left(_line(key), cut_short(_line(on_one_line(value)), 60), _line(why)))
 
     def recipe(self) -> dict[str, Any]:
         """The recipe as plain data."""
@@ -85,8 +83,8 @@ class Draft:
 
     def _entry(self, indent: str, key: str, value: Any, remark: str) -> list[str]:
         several = key == "train" and isinstance(value, list)
-        entry = f"{indent}{key}:" if several else f"{indent}{key}: {_flow(value)}"
-        written = [entry, *(f"{indent}  - {_flow(one)}" for one in value)] if several else [entry]
+        entry = f"{indent}{key}:" if several else f"{indent}{key}: {on_one_line(value)}"
+        written = [entry, *(f"{indent}  - {on_one_line(one)}" for one in value)] if several else [entry]
         if remark and len(entry) + len(remark) + 4 <= WIDTH:
             return [f"{entry}  # {remark}", *written[1:]]
         return [*_comment(remark, indent), *written]
@@ -108,7 +106,7 @@ def _place(key: str) -> int:
 
 def _line(text: str) -> str:
     """Text that can do nothing but stand in a comment: one line, with what cannot be seen left out."""
-    return " ".join("".join(one if one.isprintable() else " " for one in text).split())
+    return " ".join(printable(text).split())
 
 
 def _comment(text: str, indent: str = "", mark: str = "# ") -> list[str]:
@@ -120,13 +118,6 @@ def _comment(text: str, indent: str = "", mark: str = "# ") -> list[str]:
         break_long_words=False,
         break_on_hyphens=False,
     )
-
-
-def _flow(value: Any) -> str:
-    """A value as YAML in one line."""
-    text = yaml.safe_dump(value, default_flow_style=True, sort_keys=False, allow_unicode=True, width=float("inf"))
-    text = text.removesuffix("...\n").strip()
-    return json.dumps(value) if "\n" in text else text
 
 
 def _once_empty(lines: list[str]) -> Iterator[str]:

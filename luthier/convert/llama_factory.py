@@ -64,12 +64,7 @@ def convert(config: Config, devices: int) -> Draft:
     config.take("gradient_checkpointing")
     if not config.flag("disable_gradient_checkpointing"):
         draft.put("train.gradient_checkpointing", True, "LLaMA-Factory has it on by itself")
-    common.devices(config, draft)
-    common.checkpoints(config, draft)
-    common.evaluations(config, draft)
-    common.tracking(config, draft)
-    common.rest(config, draft)
-    return draft
+    return common.finished(config, draft)
 
 
 def _tuned(config: Config, draft: Draft) -> None:

@@ -70,12 +70,7 @@ def convert(config: Config, devices: int, script: Script | None = None) -> Draft
     _precision(config, draft)
     if config.flag("gradient_checkpointing") is not False:
         draft.put("train.gradient_checkpointing", True, "" if config.has("gradient_checkpointing") else "on in TRL")
-    common.devices(config, draft)
-    common.checkpoints(config, draft)
-    common.evaluations(config, draft)
-    common.tracking(config, draft)
-    common.rest(config, draft)
-    return draft
+    return common.finished(config, draft)
 
 
 def _tuned(config: Config, draft: Draft) -> None:

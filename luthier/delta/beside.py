@@ -60,7 +60,7 @@ def changed_by_starts(tune: Tune) -> list[str]:
     Raises:
         LuthierError: the tune did not keep what they were.
     """
-    names = [one.place.parameter for one in _additions(tune) if one.value.subtract and one.place is not None]
+    names = [one.place.parameter for one in tune.additions if one.value.subtract and one.place is not None]
     lost = next((name for name in names if name not in tune.altered), None)
     if lost is not None:
         raise LuthierError(
@@ -74,7 +74,7 @@ def changed_by_starts(tune: Tune) -> list[str]:
 def forms_beside(tune: Tune) -> dict[str, tuple[Form, ...]]:
     """The deltas that stand beside the weights, by parameter: low-rank where the technique is, else dense."""
     forms: dict[str, tuple[Form, ...]] = {}
-    for one in _additions(tune):
+    for one in tune.additions:
         assert one.place is not None
         forms[one.place.parameter] = (*forms.get(one.place.parameter, ()), _form(tune, one))
     return forms
@@ -84,10 +84,6 @@ def first_name(tune: Tune, name: str) -> str:
     """The name under which a tied parameter is changed in place; the name itself for all others."""
     module, _, tensor = name.rpartition(".")
     return f"{tune.parts.ties[module]}.{tensor}" if module in tune.parts.ties else name
-
-
-def _additions(tune: Tune) -> list[Addition]:
-    return [one for site in tune.sites.values() for one in site.additions]
 
 
 def _form(tune: Tune, one: Addition) -> Form:
@@ -141,7 +137,7 @@ def restore(tune: Tune, changes: Mapping[str, Sequence[Form]]) -> None:
         )
     written = [name for name, forms in changes.items() if not all(isinstance(form, LowRank) for form in forms)]
     refuse_change(tune.model, written, "the delta changes single numbers of a weight", "apply it to the base without quantization")
-    free = _additions(tune)
+    free = tune.additions
     taken: list[tuple[Addition, LowRank]] = []
     for name, forms in changes.items():
         for form in forms:

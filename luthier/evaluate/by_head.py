@@ -55,7 +55,7 @@ def classified(head: Head, rows: Sequence[Row], logits: Sequence[Tensor]) -> lis
     """
     items = []
     for row, logits_1K in zip(rows, logits, strict=True):
-        right = class_numbers(head, row.fields["label"], f"{row.where} (row {row.id})")
+        right = class_numbers(head, row.fields["label"], row.place)
         wide_K = machine.widened(logits_1K[0])
         probability_K = wide_K.sigmoid() if head.means == "labels" else wide_K.softmax(-1)
         named = [int(wide_K.argmax())] if head.means != "labels" else (probability_K > THRESHOLD).nonzero()[:, 0].tolist()
@@ -147,7 +147,7 @@ def tagged(head: Head, rows: Sequence[Row], encoded: Sequence[Encoded], logits: 
         unknown = next((tag for tag in right if tag not in head.names), None)
         if unknown is not None:
             what = f"a word's tag is `{unknown}`, and the tags are {', '.join(head.names)}"
-            raise LuthierError(what, where=f"{row.where} (row {row.id})", fix="fix the row")
+            raise LuthierError(what, where=row.place, fix="fix the row")
         said = [OUTSIDE if OUTSIDE in head.names else head.names[0]] * len(right)
         begins = [int(word) for word in ids.token_columns[WORD] if word]
         for word, number in zip(begins, logits_NK.argmax(-1).tolist(), strict=True):

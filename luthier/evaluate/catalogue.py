@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from luthier import registry
-from luthier.errors import LuthierError, nearest
+from luthier.errors import LuthierError, nearest, plain_name
 from luthier.evaluate import own
 from luthier.evaluate.metrics import METRICS, NEEDED_SHAPES, Metric
 
@@ -105,7 +105,7 @@ def one_metric(name: str) -> tuple[dict[str, Any], Group]:
     Raises:
         LuthierError: there is no such metric.
     """
-    name = next((one for one in (name, name.lower().replace("-", "_")) if one in METRICS), name)
+    name = next((one for one in (name, plain_name(name)) if one in METRICS), name)
     function = None if name in METRICS else own.of_file(name)
     if name not in METRICS and function is None:
         raise LuthierError(

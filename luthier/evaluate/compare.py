@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from luthier.errors import LuthierError, Say
+from luthier.errors import LuthierError, Say, silent
 from luthier.evaluate.items import Item, by_class, is_binary
 from luthier.evaluate.paired import NOT_MEASURED, difference_of, matters, verdict_of
 from luthier.evaluate.sets import EvalSet, SetResult, measure
@@ -143,7 +143,7 @@ def base_noise(
     sets: Sequence[EvalSet],
     before: Mapping[str, SetResult],
     *,
-    say: Say = lambda text: None,
+    say: Say = silent,
     batch_tokens: int = 1024,
 ) -> dict[str, float]:
     """Measure the base a second time, in other batches: the difference, by set, that rounding alone makes.

@@ -61,7 +61,7 @@ def likelihoods(tune: Tune, rows: Sequence[Encoded], *, batch_tokens: int = BATC
     if broken:
         raise LuthierError(
             f"the model gives numbers that are not finite for {len(broken)} of {len(rows)} rows",
-            where=f"{broken[0].where} (row {broken[0].id})",
+            where=broken[0].place,
             fix="lower the learning rate, or use precision fp32",
         )
     return [found[index] for index in range(len(rows))]
@@ -86,7 +86,7 @@ def row_likelihoods(
     if several:
         raise LuthierError(
             f"a row of the shape `{several[0].shape}` has no one answer to learn, whose likelihood could be told",
-            where=f"{several[0].where} (row {several[0].id})",
+            where=several[0].place,
             fix="remove these rows, or give one answer each, such as the chosen one as `completion`",
         )
     encoded, bad = encode_each(rows, tokenizer, loss_on=loss_on, reads=Reads(context_of(tune), tune.parts.vocabulary))

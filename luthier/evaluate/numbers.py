@@ -82,7 +82,7 @@ def entries_of(
         if not all(bool(numpy.isfinite(one).all()) for one in found[place].values.values()):
             raise LuthierError(
                 "the model gives numbers that are not finite",
-                where=f"{row.where} (row {row.id})",
+                where=row.place,
                 fix="use another precision, or leave the row out",
             )
         yield found.pop(place)

@@ -20,7 +20,7 @@ from typing import Any, TypeVar, get_type_hints
 import numpy
 
 from luthier import disk, registry
-from luthier.errors import LuthierError, Say
+from luthier.errors import LuthierError, Say, cut_short
 from luthier.evaluate.scoring import Scored, Scoring
 from luthier.rows.shapes import Row
 
@@ -143,7 +143,7 @@ def record_of(row: Row) -> dict[str, Any]:
 def _one_by_one(function: Callable[..., Any], name: str, answers: Sequence[str], rows: Sequence[Row], say: Say) -> Scored:
     found = []
     for answer, row in zip(answers, rows, strict=True):
-        value = _called(function, name, f"{row.where} (row {row.id})", answer, record_of(row))
+        value = _called(function, name, row.place, answer, record_of(row))
         found.append(_number(value, name, row, answer))
     return Scored(found)
 
@@ -153,12 +153,12 @@ def _all_at_once(function: Callable[..., Any], name: str, answers: Sequence[str]
     # Arrays and tensors have it, on whatever device.
     value = value.tolist() if callable(getattr(value, "tolist", None)) else value
     if isinstance(value, str | bytes | Mapping) or not isinstance(value, Sequence):
-        what = f"the metric `{name}` gives {_short(value)} for {len(rows)} answers"
+        what = f"the metric `{name}` gives {cut_short(repr(value))} for {len(rows)} answers"
         raise LuthierError(what, where=f"{len(rows)} answers", fix="return a list, one number for each answer, in their order")
     if len(value) != len(rows):
         row = rows[min(len(value), len(rows) - 1)]
         what = f"the metric `{name}` gives {len(value)} numbers for {len(rows)} answers"
-        where = f"{row.where} (row {row.id}), " + ("the first without one" if len(value) < len(rows) else "the last answer")
+        where = f"{row.place}, " + ("the first without one" if len(value) < len(rows) else "the last answer")
         raise LuthierError(what, where=where, fix="return a list, one number for each answer, in their order")
     return Scored([_number(one, name, row, answer) for one, row, answer in zip(value, rows, answers, strict=True)])
 
@@ -185,8 +185,8 @@ def _number(value: Any, name: str, row: Row, answer: str) -> float:
     value = value.item() if callable(getattr(value, "item", None)) and getattr(value, "ndim", None) == 0 else value
     number = float(value) if isinstance(value, numbers.Real | numpy.bool_) else math.nan
     if not math.isfinite(number):
-        what = f"the metric `{name}` gives {_short(value)} for the answer {_short(answer)}"
-        raise LuthierError(what, where=f"{row.where} (row {row.id})", fix="return a finite number, from 0 to 1 for a share")
+        what = f"the metric `{name}` gives {cut_short(repr(value))} for the answer {cut_short(repr(answer))}"
+        raise LuthierError(what, where=row.place, fix="return a finite number, from 0 to 1 for a share")
     return number
 
 
@@ -196,8 +196,3 @@ def _parameters(function: Callable[..., Any]) -> list[inspect.Parameter]:
     except (TypeError, ValueError):
         # Some functions written in C tell nothing about themselves.
         return []
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."

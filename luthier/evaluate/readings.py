@@ -74,7 +74,7 @@ def readings_by_row(tune: Tune, rows: Sequence[Encoded], *, batch_tokens: int = 
         first = rows[broken[0]]
         raise LuthierError(
             f"the head gives numbers that are not finite for {len(broken)} of {len(rows)} rows",
-            where=f"{first.where} (row {first.id})",
+            where=first.place,
             fix="lower the learning rate, or use precision fp32",
         )
     return [found[place] for place in range(len(rows))]
@@ -93,13 +93,13 @@ def check_read(tune: Tune, tokenizer: PreTrainedTokenizerBase, row: Row, ids: Se
     Raises:
         LuthierError: they exceed its context, or an id its vocabulary.
     """
-    check_ids(ids, tokenizer, tune.parts.vocabulary, f"{row.where} (row {row.id})")
+    check_ids(ids, tokenizer, tune.parts.vocabulary, row.place)
     limit = context_of(tune)
     if limit is not None and len(ids) + new > limit:
         answer = f" and an answer of up to {new}" if new else ""
         raise LuthierError(
             f"{len(ids)} tokens{answer} exceed the model's context of {limit}",
-            where=f"{row.where} (row {row.id})",
+            where=row.place,
             fix="shorten or split the row" + (", or lower max_new_tokens" if len(ids) < limit else ""),
         )
 

@@ -67,7 +67,7 @@ def scored(scoring: Scoring, answers: Sequence[str], rows: Sequence[Row], say: S
         raise ScoringError(what, where=where, fix=fix) from problem
     if all(score is None for score in found.scores):
         what = f"none of the {len(rows)} answers got a score"
-        raise ScoringError(what, where=f"{rows[0].where} (row {rows[0].id})", fix=_first_note(found))
+        raise ScoringError(what, where=rows[0].place, fix=_first_note(found))
     return found
 
 

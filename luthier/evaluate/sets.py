@@ -13,7 +13,7 @@ from typing import Any, Literal, cast, get_args
 import numpy
 from transformers import PreTrainedTokenizerBase
 
-from luthier.errors import LuthierError, Say
+from luthier.errors import LuthierError, Say, silent
 from luthier.evaluate import by_head
 from luthier.evaluate.answered import answered
 from luthier.evaluate.choose import Chosen, choose, metric_of
@@ -189,7 +189,7 @@ def measure(
     tokenizer: PreTrainedTokenizerBase,
     sets: Sequence[EvalSet],
     *,
-    say: Say = lambda text: None,
+    say: Say = silent,
     batch_tokens: int = BATCH_TOKENS,
     unscored: Callable[[LuthierError], None] | None = None,
 ) -> dict[str, SetResult]:
@@ -428,7 +428,7 @@ _MEASURES: Mapping[str, Callable[[Tune, PreTrainedTokenizerBase, EvalSet, int], 
 
 
 def _check_shape(row: Row, chosen: Chosen, place: str) -> None:
-    place = f"{place}, {row.where} (row {row.id})"
+    place = f"{place}, {row.place}"
     metric, known = chosen.name, chosen.metric
     if not fits(row, known):
         needed = NEEDED_SHAPES[known.needs] if known.compares else _NEEDED_WITHOUT_ANSWER
@@ -480,7 +480,7 @@ def fits(row: Row, metric: Metric) -> bool:
 def _check_target(row: Row, encoded: Encoded) -> None:
     if not any(encoded.supervised):
         reasons = "; ".join(encoded.notes) or "it is a single token"
-        raise LuthierError(f"the row has no token to predict: {reasons}", where=f"{row.where} (row {row.id})", fix="change the row")
+        raise LuthierError(f"the row has no token to predict: {reasons}", where=row.place, fix="change the row")
 
 
 def _hash(value: Any) -> str:

@@ -84,7 +84,7 @@ def merged(tune: Tune) -> Iterator[bool]:
     if tune.merged is not None:
         yield False
         return
-    own = {one.place.module for site in tune.sites.values() for one in site.additions if one.place is not None}
+    own = {one.place.module for one in tune.additions if one.place is not None}
     names = [module for module in tune.parts.ties if module in own]
     parts = tune.parts
     with tied(tune.model):

@@ -179,7 +179,7 @@ def parted(delta: Delta, parts: Parts) -> tuple[Delta, WeightDelta | None]:
 
 def _refuse_other_kinds(tune: Tune) -> None:
     """Raise if something that trains is no low-rank delta. What an objective trained for itself is not part of the model."""
-    low_rank = [one for one in _additions(tune) if _has_factors(one.value) and not one.value.subtract]
+    low_rank = [one for one in tune.additions if _has_factors(one.value) and not one.value.subtract]
     held = {trained.name for one in low_rank for trained in one.trained.values()}
     other = next((one.slot for one in tune.trained.values() if one.name not in held and one.form != "free"), None)
     if other is not None:
@@ -188,10 +188,6 @@ def _refuse_other_kinds(tune: Tune) -> None:
             where="export_peft",
             fix="export the model, or keep the delta",
         )
-
-
-def _additions(tune: Tune) -> list[Addition]:
-    return [one for site in tune.sites.values() for one in site.additions]
 
 
 def _has_factors(value: WeightDelta) -> bool:
@@ -211,7 +207,7 @@ def _factors_at(one: Addition) -> Factors:
 def _by_module(tune: Tune) -> dict[str, Factors]:
     """One pair of factors for each module that has any."""
     groups: dict[str, list[tuple[Place, Factors]]] = {}
-    for one in _additions(tune):
+    for one in tune.additions:
         assert one.place is not None
         factors = _factors_at(one)
         if factors.rank:

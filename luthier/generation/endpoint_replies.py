@@ -8,6 +8,8 @@ from datetime import datetime, timezone
 from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from luthier.errors import printable
+
 if TYPE_CHECKING:
     import httpx2
 
@@ -108,7 +110,7 @@ def _said(response: httpx2.Response) -> tuple[str, str]:
 def cut(text: str, key: str | None) -> str:
     """A text of a server as an error shows it: one line, cut, and without the key, which some servers repeat."""
     text = text.replace(key, "(the key)") if key else text
-    text = " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())
+    text = " ".join(printable(text).split())
     return text if len(text) <= _SAID else f"{text[:_SAID]}\u2026"
 
 

@@ -94,6 +94,10 @@ class Batch(NamedTuple):
         """How many such targets each row has, [B]."""
         return ((self.label_BT[:, 1:] >= 0) & self.attend_BT[:, :-1]).sum(-1)
 
+    def own_tokens(self) -> Tensor:
+        """True [B, T] at tokens that are neither padding nor virtual."""
+        return self.attend_BT & (self.token_ids_BT >= 0)
+
     def own(self) -> Batch:
         """The same with the rows' own targets alone, without those of virtual tokens; itself where no virtual token is a target."""
         virtual_BT = (self.token_ids_BT < 0) & (self.label_BT >= 0)

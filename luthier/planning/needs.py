@@ -48,7 +48,7 @@ def _uncompared(rows: EncodedRows) -> LuthierError:
     first = rows.rows[place]
     return LuthierError(
         "the rows hold answers to compare, a chosen and a rejected one, and nothing in the objective compares them",
-        where=f"{first.where} (row {first.id})",
+        where=first.place,
         fix="use a loss over pairs, such as objective: dpo, or learn the chosen answers alone with rows.map: chosen_answers",
     )
 
@@ -75,7 +75,7 @@ def _ask(check: Callable[[Batch], None], rows: Sequence[Encoded]) -> None:
     except LuthierError as problem:
         first = next((one for one in rows if _is_refused(check, one)), rows[0])
         # Of rows given in Python the id says more than their number.
-        where = problem.where if first.where.startswith("row ") else f"{first.where} (row {first.id})"
+        where = problem.where if first.where.startswith("row ") else first.place
         raise LuthierError(problem.what, where=where, fix=problem.fix) from problem
 
 

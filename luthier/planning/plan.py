@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from luthier import machine
-from luthier.errors import Say
+from luthier.errors import Say, silent
 from luthier.evaluate.overlap import overlaps, warnings_about
 from luthier.evaluate.planned import evaluation_sets
 from luthier.evaluate.sets import EvalSet, check
@@ -342,7 +342,7 @@ def _short(value: Any) -> str:
     return "+".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
-def make_plan(recipe: Recipe, say: Say = lambda text: None, *, today: date | None = None) -> Plan:
+def make_plan(recipe: Recipe, say: Say = silent, *, today: date | None = None) -> Plan:
     """Load, read, attach and check everything a run needs.
 
     Args:

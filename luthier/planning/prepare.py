@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from luthier import draws
-from luthier.errors import LuthierError
+from luthier.errors import LuthierError, silent
 from luthier.kinds import Batch
 from luthier.kinds.parts import Reads
 from luthier.models.attention import replace_sdpa
@@ -101,7 +101,7 @@ def make_calibration(
             sources, splitter = read_rows(other), splitter_for(recipe, form_of(tokenizer), reads)
             if splitter is not None:
                 sources = [replace(one, rows=tuple(splitter.rows(one))) for one in sources if isinstance(one, Rows)]
-            chosen = list(encode_rows(other, sources, Joined(sources), tokenizer, reads, lambda text: None).rows.rows[:count])
+            chosen = list(encode_rows(other, sources, Joined(sources), tokenizer, reads, silent).rows.rows[:count])
         # Of rows that belong together the first teaches, as it does where nothing compares them.
         chosen = [row.group[0] for row in chosen]
         plan = plan_epoch(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,13 @@ def parse(text: str) -> Any:
         return loader.construct_document(node)
     finally:
         loader.dispose()
+
+
+def on_one_line(value: Any) -> str:
+    """A value as YAML on one line; texts that YAML breaks into lines are written as in JSON, which is YAML too."""
+    text = yaml.safe_dump(value, default_flow_style=True, sort_keys=False, allow_unicode=True, width=float("inf"))
+    text = text.removesuffix("...\n").strip()
+    return json.dumps(value) if "\n" in text else text
 
 
 def _check(node: yaml.Node, outer: tuple[yaml.Node, ...]) -> None:

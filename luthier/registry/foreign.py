@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 
+from luthier.errors import plain_name
+
 NONE = "none"
 """What has no counterpart is called."""
 
@@ -64,7 +66,7 @@ def renamed() -> Sequence[Renamed]:
 
 def find(key: str) -> Foreign | None:
     """What is known of another tool's key; None where no tool has it."""
-    return _by_key().get(_plain(key))
+    return _by_key().get(plain_name(key))
 
 
 def hint(key: str, section: str = "", known: Collection[str] = ()) -> str:
@@ -97,16 +99,12 @@ def _short(name: str, section: str, known: Collection[str]) -> str:
 
 @cache
 def _by_key() -> Mapping[str, Foreign]:
-    return {_plain(key): line for line in foreign() for key in line.keys}
+    return {plain_name(key): line for line in foreign() for key in line.keys}
 
 
 @cache
 def _renamed() -> Mapping[str, str]:
     return {line.old: line.new for line in renamed()}
-
-
-def _plain(key: str) -> str:
-    return key.lower().replace("-", "_")
 
 
 def _lines(name: str) -> list[dict[str, str]]:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from rich.text import Text
 
 from luthier import registry
-from luthier.errors import LuthierError, nearest
+from luthier.errors import LuthierError, nearest, plain_name
 from luthier.registry.papers import papers
 
 GROUPS: Mapping[str, tuple[str, ...]] = {
@@ -120,7 +120,7 @@ def known(name: str) -> str:
         LuthierError: there is none; the nearest names.
     """
     names = [other for kind in registry.KINDS for other in registry.names(kind)]
-    for one in (name, name.lower().replace("-", "_").replace(" ", "_")):
+    for one in (name, plain_name(name).replace(" ", "_")):
         if one in names:
             return one
     fix = nearest(name, names) or f"`luthier techniques --search {name}` looks through titles, descriptions and papers"

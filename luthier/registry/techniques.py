@@ -22,7 +22,7 @@ from typing import Any, TypeVar, get_type_hints
 
 import pydantic
 
-from luthier.errors import LuthierError, explain, nearest, refuse_truth
+from luthier.errors import LuthierError, cut_short, explain, nearest, refuse_truth
 from luthier.registry.cards import Card, Part, Technique
 from luthier.registry.foreign import hint
 from luthier.registry.keys import COMMANDS, KEYS, KINDS, key_of, kind_of, kinds_under
@@ -268,15 +268,10 @@ def _make(
         kind = found[0]
     except (TypeError, IndexError):
         fix = "write several parts as a list" if isinstance(spec, tuple) else "known kinds: " + ", ".join(kinds)
-        raise LuthierError(f"{_short(spec)} is neither a technique's name nor a part", where=where, fix=fix) from None
+        raise LuthierError(f"{cut_short(repr(spec))} is neither a technique's name nor a part", where=where, fix=fix) from None
     if kind not in kinds:
         raise LuthierError(f"a {kind} has no place here", where=where, fix="here go: " + ", ".join(kinds))
     return Part(name=kind, kind=kind, options={}, values=tuple(values))
-
-
-def _short(spec: object) -> str:
-    text = repr(spec)
-    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _placed(part: Part, kinds: tuple[str, ...], key: str, where: str) -> Part:

@@ -11,7 +11,7 @@ import hashlib
 import inspect
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict
 from importlib import import_module
@@ -27,7 +27,7 @@ from filelock import FileLock
 from transformers import PreTrainedTokenizerBase
 
 import luthier
-from luthier.errors import LuthierError
+from luthier.errors import LuthierError, Say, silent
 from luthier.models.wheel import cache_folder
 from luthier.rows import annotate, stored
 from luthier.rows.chunks import Encoding, cut, encode_chunks
@@ -90,7 +90,7 @@ def keep(
     *,
     on_bad_row: OnBadRow = "stop",
     workers: int = 0,
-    say: Callable[[str], None] = lambda text: None,
+    say: Say = silent,
 ) -> Kept:
     """Encode sources that may be larger than memory, or find them encoded in the cache.
 
@@ -190,9 +190,7 @@ def _stamp(file: Path) -> list[str | int]:
     return [str(file), about.st_size, about.st_mtime_ns, about.st_ctime_ns, found.hexdigest()]
 
 
-def _kept(
-    source: Streamed, encoding: Encoding, on_bad_row: OnBadRow, workers: int, say: Callable[[str], None]
-) -> tuple[Stored, str]:
+def _kept(source: Streamed, encoding: Encoding, on_bad_row: OnBadRow, workers: int, say: Say) -> tuple[Stored, str]:
     inputs = inputs_of(source, encoding, on_bad_row)
     folder = folder_of(inputs)
     try:

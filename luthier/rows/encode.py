@@ -65,6 +65,11 @@ class Encoded:
     token_columns: Mapping[str, Sequence[float] | NDArray[Any]] = field(default_factory=dict)
     mates: tuple[Encoded, ...] = ()
 
+    @property
+    def place(self) -> str:
+        """Where errors say that the row stands."""
+        return f"{self.where} (row {self.id})"
+
     def __len__(self) -> int:
         return len(self.token_ids)
 
@@ -174,7 +179,7 @@ def counted(rows: Iterable[Encoded]) -> tuple[dict[str, int], dict[str, str]]:
     for row in rows:
         notes.update(row.notes)
         for note in row.notes:
-            first.setdefault(note, _place(row))
+            first.setdefault(note, row.place)
     return dict(notes), first
 
 
@@ -336,11 +341,11 @@ def encode_each(
         try:
             one = _encode(row, form, purpose, loss_on, limits, annotations)
         except LuthierError as problem:
-            bad.append(BadRow(_place(row), problem.what, problem.fix))
+            bad.append(BadRow(row.place, problem.what, problem.fix))
             continue
         written.append(one)
         if purpose == "train" and not all(any(member.supervised) for member in one.group):
-            dropped.append(BadRow(_place(row), _why_nothing_to_learn(one)))
+            dropped.append(BadRow(row.place, _why_nothing_to_learn(one)))
         else:
             encoded.append(one)
     return EncodedRows.of(encoded, dropped, written), bad
@@ -351,10 +356,6 @@ def end_of_turn_ids(tokenizer: PreTrainedTokenizerBase, form: Form | None = None
     end_of_turn = (form or form_of(tokenizer)).end_of_turn
     ids = [tokenizer.convert_tokens_to_ids(end_of_turn)] if end_of_turn else []
     return tuple(dict.fromkeys([*ids, *([tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else [])]))
-
-
-def _place(row: Row | Encoded) -> str:
-    return f"{row.where} (row {row.id})"
 
 
 def _encode(

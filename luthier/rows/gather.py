@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from luthier.errors import LuthierError
+from luthier.errors import LuthierError, Say
 from luthier.kinds import Annotation
 from luthier.kinds.parts import Reads
 from luthier.recipe import RowsRecipe
@@ -29,7 +29,7 @@ def encode_rows(
     raw: Iterable[Any],
     tokenizer: PreTrainedTokenizerBase,
     reads: Reads,
-    say: Callable[[str], None],
+    say: Say,
     annotations: tuple[Annotation, ...] = (),
     purpose: Purpose = "train",
 ) -> Kept:

@@ -173,7 +173,7 @@ def _refusal(
     more = f" and {len(places) - _NAMED} more" if len(places) > _NAMED else ""
     return LuthierError(
         f"{len(places)} of {len(rows.rows)} rows {what}",
-        where=", ".join(f"{one.where} (row {one.id})" for one in first) + more + f"; store: {store.folder}",
+        where=", ".join(one.place for one in first) + more + f"; store: {store.folder}",
         fix=fix(first),
     )
 

@@ -70,6 +70,11 @@ class Row:
     columns: Mapping[str, Scalar] = field(default_factory=dict)
     derived: bool = False
 
+    @property
+    def place(self) -> str:
+        """Where errors say that the row stands."""
+        return f"{self.where} (row {self.id})"
+
 
 class BadRow(NamedTuple):
     """A record that cannot be used: where it stands, why, and how to fix it."""

@@ -247,7 +247,7 @@ def _gold(name: str, rows: Rows, answers: Sequence[Sequence[str]], folder: str, 
     for row in rows:
         if METRICS[name].compares and not accepted_answers(row):
             raise LuthierError(
-                f"`{name}` compares with an accepted answer, and this row has none", where=_place(row), fix="add `answer`"
+                f"`{name}` compares with an accepted answer, and this row has none", where=row.place, fix="add `answer`"
             )
     return [[score(one, accepted_answers(row)) for one in some] for row, some in zip(rows, answers, strict=True)]
 
@@ -256,7 +256,7 @@ def _numbers(row: Row, key: str, count: int) -> Tensor:
     numbers = _listed(row, key, int | float)
     if len(numbers) != count or not all(map(math.isfinite, numbers)):
         finite = sum(map(math.isfinite, numbers))
-        raise LuthierError(f"`{key}` holds {finite} finite numbers for {count} answers", where=_place(row), fix="give one for each")
+        raise LuthierError(f"`{key}` holds {finite} finite numbers for {count} answers", where=row.place, fix="give one for each")
     return torch.tensor(numbers, dtype=torch.float64)[:, None]
 
 
@@ -270,11 +270,7 @@ def _listed(row: Row, key: str, kind: Any) -> list[Any]:
         what = "texts" if kind is str else "numbers"
         raise LuthierError(
             f"the row has no list of {what} under `{key}`",
-            where=_place(row),
+            where=row.place,
             fix="write answers first: luthier rows answers ROWS --model MODEL" if kind is str else f"add `{key}` to every row",
         )
     return found
-
-
-def _place(row: Row) -> str:
-    return f"{row.where} (row {row.id})"

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import yaml
-
+from luthier.errors import printable
 from luthier.models.packaged import BUILT, PACKAGED
 from luthier.recipe import make_recipe
 from luthier.recipe.parts import choose_parts
-from luthier.recipe.yaml_text import parse
+from luthier.recipe.yaml_text import on_one_line, parse
 from luthier.rows.limits import TooLong
 from luthier.rows.shapes import BadRow
 from luthier.runs.fitting import Fit
@@ -85,7 +84,7 @@ def _head(facts: Facts) -> list[str]:
 
 
 def _model(facts: Facts) -> list[str]:
-    lines = [*_said("A hub name, a folder, a GGUF file, a short name or an earlier run."), f"model: {_yaml(facts.model)}"]
+    lines = [*_said("A hub name, a folder, a GGUF file, a short name or an earlier run."), f"model: {on_one_line(facts.model)}"]
     if "quantize" in facts.fitted.keys:
         lines += [*_said("The weights in four bits, since more will not fit: they stay as they are."), "quantize: nf4"]
     other = "lora: less memory" if facts.fitted.keys["tune"] == "full" else "full: every parameter, with more memory"
@@ -94,13 +93,16 @@ def _model(facts: Facts) -> list[str]:
 
 
 def _rows(facts: Facts) -> list[str]:
-    lines = ["rows:", f"  train: {_yaml(facts.place)}"]
+    lines = ["rows:", f"  train: {on_one_line(facts.place)}"]
     if facts.columns:
-        lines += [*_said("By key of a row, the column that holds it. Is that so?", 2), f"  columns: {_yaml(dict(facts.columns))}"]
+        lines += [
+            *_said("By key of a row, the column that holds it. Is that so?", 2),
+            f"  columns: {on_one_line(dict(facts.columns))}",
+        ]
     if facts.format is not None:
-        lines += [*_said("The columns fit several formats.", 2), f"  format: {_yaml(facts.format)}"]
+        lines += [*_said("The columns fit several formats.", 2), f"  format: {on_one_line(facts.format)}"]
     if "map" in facts.asked.keys:
-        lines += [*_said(f"{facts.asked.why.capitalize()}.", 2), f"  map: {_yaml(facts.asked.keys['map'])}"]
+        lines += [*_said(f"{facts.asked.why.capitalize()}.", 2), f"  map: {on_one_line(facts.asked.keys['map'])}"]
     if facts.too_long:
         said = f"{facts.too_long:,} rows are longer than the {facts.context:,} tokens that the model reads"
         if facts.job == "documents":
@@ -124,7 +126,7 @@ def _objective(facts: Facts) -> list[str]:
     if "objective" not in facts.asked.keys:
         return []
     why = [] if not facts.asked.why or "map" in facts.asked.keys else _said(f"{facts.asked.why[0].upper()}{facts.asked.why[1:]}.")
-    return [*why, f"objective: {_yaml(facts.asked.keys['objective'])}"]
+    return [*why, f"objective: {on_one_line(facts.asked.keys['objective'])}"]
 
 
 def _train(facts: Facts) -> list[str]:
@@ -155,12 +157,5 @@ def _evaluate(facts: Facts) -> list[str]:
 
 def _said(text: str, indent: int = 0) -> list[str]:
     """A comment; characters that end a line or steer a terminal are spaces in it."""
-    plain = "".join(one if one.isprintable() else " " for one in text)
     start = " " * indent + "# "
-    return textwrap.wrap(plain, WIDTH, initial_indent=start, subsequent_indent=start, break_on_hyphens=False)
-
-
-def _yaml(value: Any) -> str:
-    """A value on one line."""
-    text = yaml.safe_dump(value, default_flow_style=True, sort_keys=False, allow_unicode=True, width=10**9)
-    return text.removesuffix("\n").removesuffix("\n...")
+    return textwrap.wrap(printable(text), WIDTH, initial_indent=start, subsequent_indent=start, break_on_hyphens=False)

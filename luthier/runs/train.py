@@ -16,7 +16,7 @@ import torch
 
 from luthier import __version__, disk, machine
 from luthier.delta import Delta, summary
-from luthier.errors import LuthierError, Say
+from luthier.errors import LuthierError, Say, silent
 from luthier.evaluate.compare import base_noise, compare, share_retained
 from luthier.evaluate.sets import EvalSet, SetResult, measure
 from luthier.models.fingerprint import fingerprint
@@ -59,7 +59,7 @@ def train(
     recipe: Recipe | Mapping[str, Any] | str | Path | None = None,
     *,
     resume: str | Path | None = None,
-    say: Say = lambda text: None,
+    say: Say = silent,
     tell: Tell = lambda plan, progress, result: None,
     command: str = "",
     **keys: Any,
@@ -97,7 +97,7 @@ def _train(recipe: Recipe, resume: str | Path | None, say: Say, tell: Tell, comm
     world = World.current()
     if not world.is_first:
         # All processes take every step and measure alike; the first one speaks and writes.
-        say, tell = _nothing, _nothing
+        say, tell = silent, _nothing
     check_trackers(recipe.track)
     if resume is None:
         plan = make_plan(recipe, say)
@@ -189,7 +189,7 @@ def _train_in(folder: Path, plan: Plan, resumes: bool, say: Say, tell: Tell, com
 
 
 def _nothing(*heard: Any) -> None:
-    """Neither speaks nor shows."""
+    """Shows nothing."""
 
 
 def shared_folder(world: World, recipe: Recipe) -> Path:
@@ -300,7 +300,7 @@ def measure_base(plan: Plan, say: Say) -> Before:
     return Before(results, tune.run(lambda: base_noise(tune, plan.tokenizer, sets, results, say=say)))
 
 
-def measured(plan: Plan, sets: list[EvalSet], say: Say = _nothing, notes: list[str] | None = None) -> dict[str, SetResult]:
+def measured(plan: Plan, sets: list[EvalSet], say: Say = silent, notes: list[str] | None = None) -> dict[str, SetResult]:
     """The evaluation sets on the model as it is. Sets whose answers cannot be scored are left out and noted, where there are notes: a
     judge that is away must not cost the weights."""
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from filelock import FileLock, Timeout
 
 from luthier import __version__
-from luthier.errors import LuthierError, Say
+from luthier.errors import LuthierError, Say, silent
 from luthier.lab.replication import CHOOSING_SEED
 from luthier.lab.runner import Choice
 from luthier.planning.attach import advised_rate
@@ -61,7 +61,7 @@ def sweep(
     *,
     folder: str | Path | None = None,
     ray: bool = False,
-    say: Say = lambda text: None,
+    say: Say = silent,
     command: str = "",
 ) -> dict[str, Any]:
     """Run a recipe with every combination of the listed values, and show them side by side.

@@ -17,7 +17,7 @@ from luthier.kinds import Batch, Place
 from luthier.models.modes import quiet
 from luthier.models.quantized import QuantizedLinear, holder, quantized
 from luthier.tune import Tune
-from luthier.tune.forward import hidden, own_tokens
+from luthier.tune.forward import hidden
 
 
 def inputs(tune: Tune, batches: Sequence[Batch], places: Sequence[Place], take: Callable[[Place, Tensor], None]) -> None:
@@ -61,7 +61,7 @@ def block_outputs(tune: Tune, batches: Sequence[Batch], take: Callable[[int, Ten
     _refuse_spread(tune)
     with quiet(tune.model), torch.no_grad():
         for batch in batches:
-            own_BT = own_tokens(batch)
+            own_BT = batch.own_tokens()
 
             def look(block: int, hidden_BTD: Tensor, own_BT: Tensor = own_BT) -> Tensor:
                 take(block, hidden_BTD, own_BT)

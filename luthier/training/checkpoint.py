@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from luthier import disk
-from luthier.errors import LuthierError
+from luthier.errors import LuthierError, Say, silent
 from luthier.models.sharding import whole
 from luthier.training.engine import Engine
 from luthier.tune.change import capture, hold_still, put_back
@@ -134,7 +134,7 @@ def stored(folder: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name.removeprefix("step-")), reverse=True)
 
 
-def latest(folder: Path, say: Callable[[str], None] = lambda text: None) -> Path | None:
+def latest(folder: Path, say: Say = silent) -> Path | None:
     """The newest checkpoint in a run's folder that can be read; none where there is none at all.
 
     Args:

@@ -7,7 +7,7 @@ from torch import Tensor
 from luthier import draws
 from luthier.kinds import Batch, Disturbed, Now, OtherPass, State
 from luthier.training.inputs import token_keys
-from luthier.tune.forward import BlockChange, own_tokens
+from luthier.tune.forward import BlockChange
 
 
 def disturbance(one: OtherPass, batch: Batch, now: Now, state: State) -> BlockChange | None:
@@ -17,7 +17,7 @@ def disturbance(one: OtherPass, batch: Batch, now: Now, state: State) -> BlockCh
     """
     if one.disturb is None:
         return None
-    disturb, own_BT, key_BT = one.disturb, own_tokens(batch), token_keys(batch, now)
+    disturb, own_BT, key_BT = one.disturb, batch.own_tokens(), token_keys(batch, now)
 
     def change(block: int, hidden_BTD: Tensor) -> Tensor:
         def normal(stream: int) -> Tensor:

@@ -24,10 +24,8 @@ def read(head: Head, tensors: Tensors, hidden_BTD: Tensor, batch: Batch, *, caus
         batch: the rows.
         causal: whether the model is a causal one.
     """
-    if head.pool == "words":
-        state_BD = hidden_BTD[words_of(batch)]
-    else:
-        state_BD = pooled(hidden_BTD, batch.attend_BT & (batch.token_ids_BT >= 0), pool_of(head, causal=causal))
+    by_word = head.pool == "words"
+    state_BD = hidden_BTD[words_of(batch)] if by_word else pooled(hidden_BTD, batch.own_tokens(), pool_of(head, causal=causal))
     wide_BD = state_BD.to(torch.promote_types(state_BD.dtype, torch.float32))
     return head.read({name: one.to(wide_BD) for name, one in tensors.items()}, wide_BD)
 

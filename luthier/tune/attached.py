@@ -22,7 +22,7 @@ from luthier.models.block_outputs import open_blocks
 from luthier.models.quantized import QuantizedLinear
 from luthier.models.sharding import Root, put
 from luthier.tune import saving
-from luthier.tune.sites import Own, Site
+from luthier.tune.sites import Addition, Own, Site
 from luthier.tune.trained import Trained, region, region_of, watch, write
 from luthier.tune.turns import Turns
 
@@ -239,6 +239,11 @@ class Attached:
             self.attention_handle = None
         saving.unguard(self)
         self.model.requires_grad_(False)
+
+    @property
+    def additions(self) -> list[Addition]:
+        """Everything that is added to weights."""
+        return [one for site in self.sites.values() for one in site.additions]
 
     def numbers(self) -> int:
         """How many numbers train."""

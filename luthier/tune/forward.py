@@ -78,11 +78,6 @@ class _Layout(NamedTuple):
         return torch.cat([values[:, : self.before], rows_BTD], dim=1) if self.before else rows_BTD
 
 
-def own_tokens(batch: Batch) -> Tensor:
-    """True [B, T] at tokens that are neither padding nor virtual."""
-    return batch.attend_BT & (batch.token_ids_BT >= 0)
-
-
 def without_virtual(ids_BT: Tensor, attend_BT: Tensor) -> tuple[Tensor, Tensor]:
     """Token ids and what is attended to, as a model reads them that has no such prompt: its tokens are padding there."""
     return ids_BT.clamp(min=0), attend_BT & (ids_BT >= 0)
@@ -133,7 +128,7 @@ def hidden(
     # Each of these may be another thing for each row.
     apart = embed is not None or blocks is not None or context_BT is not None or draws_apart(tune, trains=draws_at is not None)
     places = _pack(ids_BT, attend_BT, batch.groups if share and not apart else ()) if pack else None
-    layout = _Layout(own_tokens(batch), length, None if places is None else places.place_BT[:, length:])
+    layout = _Layout(batch.own_tokens(), length, None if places is None else places.place_BT[:, length:])
     if places is None:
         arguments = _padded(backbone, ids_BT, attend_BT, causal=tune.parts.causal)
     else:

@@ -62,8 +62,7 @@ def refuse_unmergeable(tune: Attached) -> None:
     ]
     blockers += [
         f"the delta `{addition.slot}` at the tied {addition.place}"
-        for site in tune.sites.values()
-        for addition in site.additions
+        for addition in tune.additions
         if addition.place is not None and addition.place.module in tune.parts.ties
     ]
     if blockers:

@@ -112,7 +112,7 @@ def parts(node: ast.AST, where: Text, defaults: dict[int, ast.expr]) -> Iterator
 
 
 def _called(node: ast.Call, where: Text) -> Iterator[Change]:
-    given = [*node.args, *(one for one in node.keywords)]
+    given: list[ast.expr | ast.keyword] = [*node.args, *node.keywords]
     for before, one in pairwise(given):
         gap = where.raw[where.end(before) : where.begin(one)].decode()
         if isinstance(one, ast.keyword) and one.arg not in (None, "strict") and gap.strip() == ",":

@@ -12,7 +12,7 @@ from luthier.kinds import Batch, Now
 from luthier.models.parts import map_parts
 from luthier.models.tiny import tiny
 from luthier.tune import Tune
-from luthier.tune.forward import head_now, hidden, own_tokens, without_virtual
+from luthier.tune.forward import head_now, hidden, without_virtual
 from tests.conftest import make_batch
 from tests.toys.helpers import model_of, toys  # noqa: F401
 
@@ -21,7 +21,7 @@ def test_neither_padding_nor_virtual_tokens_are_the_rows_own() -> None:
     ids_BT, attend_BT = torch.tensor([[-2, -1, 0, 7, 0]]), torch.tensor([[True, True, True, True, False]])
     batch = Batch(ids_BT, attend_BT, torch.arange(5)[None], torch.full((1, 5), -100), ("row",))
     own_BT = torch.tensor([[False, False, True, True, False]])
-    assert torch.equal(own_tokens(batch), own_BT)
+    assert torch.equal(batch.own_tokens(), own_BT)
     plain_BT, attended_BT = without_virtual(ids_BT, attend_BT)
     assert plain_BT.tolist() == [[0, 0, 0, 7, 0]] and torch.equal(attended_BT, own_BT)
 

@@ -34,7 +34,7 @@ def neftune(*, alpha: float = 5.0) -> InputMap:
 
     def embed(embeds_BTD: Tensor, batch: Batch, reading: Reading) -> Tensor:
         width = embeds_BTD.shape[-1]
-        length_B = (batch.attend_BT & (batch.token_ids_BT >= 0)).sum(1).clamp(min=1)
+        length_B = batch.own_tokens().sum(1).clamp(min=1)
         size_B11 = alpha / machine.widest(length_B * width).sqrt()[:, None, None]
         noise_BTD = (2.0 * reading.uniform_BTD(0, width) - 1.0) * size_B11
         return embeds_BTD + noise_BTD.to(embeds_BTD.dtype)

@@ -55,7 +55,7 @@ def _own(hidden_BTD: Tensor, own_BT: Tensor) -> Tensor:
 def signal_to_noise(services: Services, batches: Sequence[Batch], scale: Scale, noise_std: float) -> list[float]:
     """For each block mean |h| / (mean |noise| + 1e-6) over all own tokens of the batches, with the noise's expectation."""
     signal, noise = [0.0] * services.parts.blocks, [0.0] * services.parts.blocks
-    count = sum(int((batch.attend_BT & (batch.token_ids_BT >= 0)).sum()) for batch in batches) * services.parts.width
+    count = sum(int(batch.own_tokens().sum()) for batch in batches) * services.parts.width
 
     def take(block: int, hidden_BTD: Tensor, own_BT: Tensor) -> None:
         signal[block] += machine.total(_own(hidden_BTD, own_BT).abs())

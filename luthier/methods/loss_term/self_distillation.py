@@ -31,7 +31,7 @@ def self_distillation(*, teacher: str = "teacher", weight: float = 1.0) -> LossT
     one = OtherPass(teacher, model=teacher)
 
     def count(batch: Batch) -> float:
-        return float(_own(batch).sum())
+        return float(batch.own_tokens().sum())
 
     def total(view: View, own: Tensors) -> Tensor:
         mine_BTD, theirs_BTD = view.hidden_BTD, view.other_hidden[teacher]
@@ -42,14 +42,9 @@ def self_distillation(*, teacher: str = "teacher", weight: float = 1.0) -> LossT
                 where="self_distillation",
                 fix="name a run of the same model, or use distill, which compares distributions",
             )
-        own_BT = _own(view.batch)
+        own_BT = view.batch.own_tokens()
         distance_N = (mine_BTD[own_BT] - theirs_BTD[own_BT].to(mine_BTD)).square().mean(1)
         view.note_groups("distance to the teacher", distance_N)
         return distance_N.sum()
 
     return LossTerm(total, count=count, columns=(), weight=weight, hidden=True, others=(one,), penalty=True)
-
-
-def _own(batch: Batch) -> Tensor:
-    """True at the rows' own tokens."""
-    return batch.attend_BT & (batch.token_ids_BT >= 0)

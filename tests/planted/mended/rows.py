@@ -309,7 +309,7 @@ FAULTS = (
     Fault(
         "such tokens in evaluation sets stop a run when it measures them",
         "evaluate/readings.py",
-        '    check_ids(ids, tokenizer, tune.parts.vocabulary, f"{row.where} (row {row.id})")\n',
+        "    check_ids(ids, tokenizer, tune.parts.vocabulary, row.place)\n",
         "",
         (f"{LIMITS}::test_tokens_that_the_model_does_not_have_in_evaluation_sets[record0]",),
     ),

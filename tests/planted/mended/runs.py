@@ -288,7 +288,7 @@ FAULTS = (
     Fault(
         "a technique is not shown by the name that papers write",
         "registry/listing.py",
-        '    for one in (name, name.lower().replace("-", "_").replace(" ", "_")):',
+        '    for one in (name, plain_name(name).replace(" ", "_")):',
         "    for one in (name,):",
         (f"{WORDS}::test_a_technique_is_found_as_papers_write_it[LoRA]",),
     ),
