@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import random
 import signal
@@ -20,6 +21,7 @@ from tests.faults.runs import checkpoints, facts_of, outcome
 from tests.toys.helpers import TOYS
 
 KILLS, STEPS = 20, 30
+STEP = "a step was taken"
 # One process imports everything once, and every run is forked from it.
 RUNS = multiprocessing.get_context("forkserver")
 RUNS.set_forkserver_preload([__name__, "luthier.runs.train", "transformers.models.llama.modeling_llama"])
@@ -40,7 +42,7 @@ def train(out: Path, resume: Path | None, ear: Connection) -> None:
     """What a child does."""
     torch.set_num_threads(1)
     registry.add_folder(TOYS)
-    luthier.train(recipe(out), resume=resume, say=ear.send)
+    luthier.train(recipe(out), resume=resume, say=ear.send, tell=lambda plan, progress, result: ear.send(STEP))
 
 
 class Child(NamedTuple):
@@ -49,8 +51,11 @@ class Child(NamedTuple):
     process: BaseProcess
     ear: Connection
 
-    def kill_after(self, seconds: float) -> int | None:
-        """Kill it, unless it ends before that. Returns its exit code."""
+    def kill_after(self, steps: int, seconds: float) -> int | None:
+        """Kill it so long after a number of steps, unless it ends before that. Returns its exit code."""
+        with contextlib.suppress(EOFError):
+            while steps:
+                steps -= self.ear.recv() == STEP
         self.process.join(seconds)
         self.process.kill()
         self.process.join()
@@ -90,7 +95,7 @@ def test_fault_27_twenty_kills_of_twenty_are_resumed_to_the_same_bytes(tmp_path:
     reached = []
     for number in range(3 * KILLS):
         out = tmp_path / str(number)
-        code = start(out).kill_after(moments.uniform(0.0, seconds))
+        code = start(out).kill_after(moments.randrange(STEPS + 1), moments.uniform(0.0, seconds / STEPS))
         if facts_of(out / "run-1")["status"] == "finished":
             continue
         assert code == -signal.SIGKILL
@@ -108,7 +113,9 @@ def test_fault_27_a_run_killed_again_and_again_arrives(tmp_path: Path) -> None:
     moments = random.Random(28)
     folder, resume, kills = tmp_path / "killed" / "run-1", None, 0
     while kills < 6:
-        start(tmp_path / "killed", resume).kill_after(moments.uniform(seconds / 8, seconds / 4))
+        start(tmp_path / "killed", resume).kill_after(
+            moments.randint(STEPS // 8, STEPS // 4), moments.uniform(0.0, seconds / STEPS)
+        )
         resume, kills = folder, kills + 1
         if facts_of(folder)["status"] == "finished":
             break
