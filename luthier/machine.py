@@ -12,11 +12,12 @@ import resource
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from multiprocessing import parent_process
 from pathlib import Path
+from typing import NamedTuple
 from weakref import WeakSet
 
 import torch
@@ -185,6 +186,25 @@ def _told(file: str, key: str) -> int:
     except OSError:
         pass
     return 0
+
+
+class CoreTime(NamedTuple):
+    """What a thread had of the processor so far, in nanoseconds."""
+
+    computed: int
+    waited: int
+    """Ready to compute, and every core taken."""
+
+
+def core_times(threads: Path = Path("/proc/self/task")) -> dict[str, CoreTime]:
+    """What each thread of this process had of the processor, as Linux counts it; nothing where the system does not tell."""
+    found = {}
+    for file in threads.glob("*/schedstat"):
+        # A thread may end meanwhile.
+        with suppress(OSError, ValueError):
+            computed, waited, _ = file.read_text().split()
+            found[file.parent.name] = CoreTime(int(computed), int(waited))
+    return found
 
 
 def end_with_parent() -> None:

@@ -10,8 +10,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+from luthier.errors import Say, silent
 from luthier.kinds import Batch, Now
 from luthier.training import memory
+from luthier.training.cores import CoreWatch
 from luthier.training.engine import Engine, StepResult
 from luthier.training.feed import Feed
 from luthier.training.schedule import Schedule, factor
@@ -109,7 +111,7 @@ def train(
     evaluate: Evaluate | None = None,
     save: Callable[[Progress], None] = lambda progress: None,
     tell: Callable[[Progress, StepResult], None] = lambda progress, result: None,
-    say: Callable[[str], None] = lambda text: None,
+    say: Say = silent,
 ) -> Progress:
     """Train from `progress.step` to the end, or until a stop is asked for.
 
@@ -131,6 +133,7 @@ def train(
     engine.tune.model.train()
     if progress.micro_batch_tokens is not None:
         feed.limit(min(progress.micro_batch_tokens, feed.micro_batch_tokens))
+    cores = CoreWatch()
     with stop_politely() as asked_to_stop:
         while progress.step < clock.steps and not progress.stopped:
             began = time.perf_counter()
@@ -143,6 +146,9 @@ def train(
             progress.seconds += time.perf_counter() - began
             _log(progress, result, now, time.perf_counter() - began)
             tell(progress, result)
+            if (busy := cores.word()) is not None:
+                say(busy)
+                progress.notes.append(busy)
             if evaluate is not None and _due(progress.step, plans.evaluate_every, clock.steps):
                 _judge(engine, progress, plans, evaluate(), counts=clock.settled(progress.step))
             if engine.world.any(asked_to_stop()):
@@ -166,7 +172,7 @@ def _due(step: int, every: int | None, last: int | None) -> bool:
     return every is not None and (step % every == 0 or step == last)
 
 
-def _shrink(feed: Feed, batches: Sequence[Batch], progress: Progress, say: Callable[[str], None]) -> None:
+def _shrink(feed: Feed, batches: Sequence[Batch], progress: Progress, say: Say) -> None:
     tokens = memory.smaller(batches, feed.micro_batch_tokens)
     feed.limit(tokens)
     progress.micro_batch_tokens = tokens
