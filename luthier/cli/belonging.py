@@ -17,7 +17,7 @@ def claim(name: str) -> str:
     from luthier.lab import replications
 
     try:
-        return replications.find(name).title
+        return replications.line(name).title
     except LuthierError:
         return name
 
@@ -28,7 +28,7 @@ def replications_by_paper() -> dict[int, list[str]]:
 
     found: dict[int, list[str]] = {}
     for name in replications.names():
-        for row in replications.find(name).rows:
+        for row in replications.line(name).rows:
             found.setdefault(row, []).append(name)
     return found
 

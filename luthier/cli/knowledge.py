@@ -138,6 +138,12 @@ def replicate(
     Finished runs are kept: a replication that was stopped goes on where it was when it is called again.
     """
     with face(as_json, quiet) as speak:
+        if listed and not (name or every or calibrate or forget):
+            from luthier.lab import listing
+
+            lines = listing.listed(folder)
+            speak.show(lines, lambda: listing.table(lines))
+            return
         from luthier.lab.command import Asked, answer
 
         asked = Asked(name, seeds, model, every, listed, calibrate, forget, budget, jobs, device, folder)

@@ -202,7 +202,8 @@ def export(
     form: Annotated[
         str, typer.Option("--as", help="`model`: a plain Hugging Face folder; `gguf`: one file; `peft`: an adapter.")
     ] = "model",
-    weights: Annotated[str, typer.Option(help="Of a GGUF file: f32, f16, bf16, q8_0, or auto for the model's.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="Of what is written: fp32, bf16, fp16, or auto for what was trained.")] = "auto",
+    quantize: Annotated[str | None, typer.Option(help="Of a GGUF file, its matrices in fewer bits: q8_0.")] = None,
     folder: Out = "runs",
     weights_only: WeightsOnly = False,
     as_json: Json = False,
@@ -211,5 +212,7 @@ def export(
     with face(as_json, quiet=as_json) as speak:
         from luthier.runs.export import export as run_export
 
-        facts = run_export(run, target, form=form, weights=weights, out=folder, say=speak.say, weights_only=weights_only)
+        facts = run_export(
+            run, target, form=form, dtype=dtype, quantize=quantize, out=folder, say=speak.say, weights_only=weights_only
+        )
         speak.show(facts, lambda: "\n".join(f"{key:<24}{escape(str(value))}" for key, value in facts.items()))

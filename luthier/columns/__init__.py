@@ -1,1 +1,1 @@
-"""Where hidden states become numbers about tokens: targets, losses, and the one chunked pass over the head."""
+"""Where hidden states become numbers about tokens: labels, losses, and the one chunked pass over the head."""

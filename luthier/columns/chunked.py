@@ -1,6 +1,6 @@
 """The one place where hidden states become numbers about tokens.
 
-The language-model head runs once a micro-batch, only at positions whose next token is a target, in chunks; each chunk makes the
+The language-model head runs once a micro-batch, only at positions whose next token is a label, in chunks; each chunk makes the
 columns (loss, entropy, KL to a reference ...) that all terms and weights asked for, and the logits of the whole batch never exist
 together. Softmax and losses are in fp32 whatever the weights are.
 """
@@ -37,8 +37,8 @@ def _not_from_logits(chunk: Chunk) -> Tensor:
 
 
 CONTEXT_ATTENTION = Column("context_attention", _not_from_logits, gradient=False)
-"""For each target as a query, the share of the last block's attention, a mean over its heads, that goes to the tokens before it in its row
-that are no targets. Made by the pass of the model, see `luthier.models.attention`."""
+"""For each label as a query, the share of the last block's attention, a mean over its heads, that goes to the tokens before it in its row
+that are no labels. Made by the pass of the model, see `luthier.models.attention`."""
 
 
 COLUMNS: Mapping[str, Column] = {
@@ -55,9 +55,9 @@ COLUMNS: Mapping[str, Column] = {
     )
 }
 """Columns known by name: `nll`; `entropy` of the distribution, without a gradient and at almost no cost beside `nll`;
-`differentiable_entropy`; `right`, 1 where the target is the most likely token; `kl`, from the model to the base; `kl_forward`, from the
-base to the model; `reference_nll`, the base's; all in nats. `context_attention`, from 0 to 1, is the attention of the target's own place
-to what is no target. Shape [N]."""
+`differentiable_entropy`; `right`, 1 where the label is the most likely token; `kl`, from the model to the base; `kl_forward`, from the
+base to the model; `reference_nll`, the base's; all in nats. `context_attention`, from 0 to 1, is the attention of the label's own place
+to what is no label. Shape [N]."""
 
 
 def resolve(wanted: Sequence[str | Column]) -> tuple[Column, ...]:
@@ -119,13 +119,13 @@ def compute(
 
     Args:
         hidden_ND: last hidden states (normed, as the head takes them) of the positions that predict.
-        label_N: the targets.
+        label_N: the labels.
         head: hidden states to logits.
         wanted: the columns.
         key_N: keys for random draws.
         drawing: in this context, which gets the keys of the positions, the head runs.
         others: other passes' hidden states at the same positions, and their heads, by name.
-        given: what the rows carry for the targets, [N, ...], by name.
+        given: what the rows carry for the labels, [N, ...], by name.
         vocabulary: V, to size the chunks.
         limit_bytes: most bytes of one chunk's logits; more than one chunk are recomputed in backward instead of being kept.
     """

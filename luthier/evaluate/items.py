@@ -27,7 +27,7 @@ class Item(NamedTuple):
     score: float
     """From 0 to 1; for loss and perplexity the mean nats of a target."""
     weight: float = 1.0
-    """What the item counts in the mean: the targets, for loss and perplexity."""
+    """What the item counts in the mean: the labels, for loss and perplexity."""
     numbers: tuple[float, ...] = ()
     """What the set's value is made of, where that is no mean of scores."""
     counts: Mapping[str, tuple[int, int, int]] = {}

@@ -26,15 +26,15 @@ from luthier.tune import Tune
 
 
 class Likelihood(NamedTuple):
-    """How likely a model finds one row's targets."""
+    """How likely a model finds one row's labels."""
 
     nats: float
-    """The negative log-likelihood of all targets, summed."""
+    """The negative log-likelihood of all labels, summed."""
     targets: int
 
 
 def likelihoods(tune: Tune, rows: Sequence[Encoded], *, batch_tokens: int = BATCH_TOKENS) -> list[Likelihood]:
-    """The negative log-likelihood of each row's targets, in the order of the rows.
+    """The negative log-likelihood of each row's labels, in the order of the rows.
 
     Args:
         tune: the model, with what is attached to it.
@@ -70,13 +70,13 @@ def likelihoods(tune: Tune, rows: Sequence[Encoded], *, batch_tokens: int = BATC
 def row_likelihoods(
     tune: Tune, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], *, loss_on: LossOn = "assistant"
 ) -> list[RowLikelihood]:
-    """How likely a model finds what each row teaches, in the order of the rows: the targets a run on them would have.
+    """How likely a model finds what each row teaches, in the order of the rows: the labels a run on them would have.
 
     Args:
         tune: the model, with what is attached to it.
         tokenizer: its tokenizer.
         rows: checked rows.
-        loss_on: which turns are targets, as under `rows` in a recipe.
+        loss_on: which turns are labels, as under `rows` in a recipe.
 
     Raises:
         LuthierError: a row cannot be written as the model reads it, is longer than its context or has no target; or the model gives

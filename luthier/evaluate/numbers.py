@@ -48,7 +48,7 @@ def entries_of(
 
     Args:
         tune: the model, with what is attached to it.
-        rows: encoded rows, each with targets.
+        rows: encoded rows, each with labels.
         kind: `likelihood` or `teacher`.
         top_k: of `teacher`, how many probabilities each target gets.
         vocabulary: of `teacher`, how many tokens may have them, those with the first ids; none: all that the model knows.
@@ -112,7 +112,7 @@ def _top_columns(top_k: int, vocabulary: int | None) -> tuple[Column, ...]:
 
 
 def _cut(rows: Sequence[Encoded], counts: Sequence[int], values: Mapping[str, NDArray[Any]], *, by_row: bool) -> Iterator[Entry]:
-    """The entries of the rows of a batch, from what stands one behind the other for all of their mates, or of these for all targets."""
+    """The entries of the rows of a batch, from what stands one behind the other for all of their mates, or of these for all labels."""
     ends = [0, *accumulate(1 + len(row.mates) for row in rows)]
     target_ends = [0, *accumulate(counts)]
     for row, (first, behind) in zip(rows, pairwise(ends), strict=True):

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from luthier.errors import LuthierError
 from luthier.export.folder import new_folder
-from luthier.export.model import PROBES, check_tokenizer, merged, save
+from luthier.export.model import PROBES, check_tokenizer, dtype_of, merged, save
 from luthier.kinds import Batch, Head, Means
 from luthier.models.modes import evaluating
 from luthier.models.quiet import quiet
@@ -36,7 +36,14 @@ PROBLEMS: Mapping[Means, str | None] = {
 """What `transformers` calls what a head's numbers mean."""
 
 
-def export_classifier(tune: Tune, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> dict[str, Any]:
+def export_classifier(
+    tune: Tune,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    texts: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
     """Write the merged model and its head as a folder that `AutoModelForSequenceClassification` loads, or `AutoModelForTokenClassification`
     where the head reads words, and check it by loading it.
 
@@ -44,6 +51,8 @@ def export_classifier(tune: Tune, tokenizer: PreTrainedTokenizerBase, folder: st
         tune: the tuned model, with a head; afterwards it is as it was.
         tokenizer: saved with it.
         folder: must not exist; it appears when everything has been checked.
+        dtype: of the weights that are written; none: the model's.
+        texts: files of text that belong beside them, by name.
 
     Returns:
         `max_logit_difference` between the live model's head and the reloaded one on texts of many kinds, and `dtype`.
@@ -55,13 +64,14 @@ def export_classifier(tune: Tune, tokenizer: PreTrainedTokenizerBase, folder: st
     own, head = tune.head
     with new_folder(Path(folder)) as beside:
         ids = [list(tokenizer(text)["input_ids"]) for text in PROBES]
-        with merged(tune):
+        with merged(tune, dtype):
             expected = _ours(tune, head, ids)
             model = _with_head(tune, tokenizer, own.masters(), head)
-            save(model, tokenizer, beside)
+            save(model, tokenizer, beside, texts)
             check_tokenizer(tokenizer, beside)
             difference = _check(beside, ids, expected, tune, head)
-    return {"max_logit_difference": difference, "dtype": str(next(tune.model.parameters()).dtype).removeprefix("torch.")}
+            written = dtype_of(tune.model)
+    return {"max_logit_difference": difference, "dtype": written}
 
 
 def _with_head(tune: Tune, tokenizer: PreTrainedTokenizerBase, tensors: dict[str, Tensor], head: Head) -> Any:

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from luthier.errors import LuthierError
 from luthier.export.folder import new_folder
-from luthier.export.model import PROBES, check_tokenizer, merged, save
+from luthier.export.model import PROBES, check_tokenizer, dtype_of, merged, save
 from luthier.models.context import context_of
 from luthier.models.load import load_tokenizer
 from luthier.models.modes import evaluating
@@ -33,7 +33,14 @@ MODULES = ("Transformer", "Pooling", "Normalize")
 """What a text passes through there, in order."""
 
 
-def export_embedder(tune: Tune, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> dict[str, Any]:
+def export_embedder(
+    tune: Tune,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    texts: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
     """Write the merged model as a folder that `sentence_transformers.SentenceTransformer` loads, and check it by loading its parts.
 
     The folder holds the model without a language head, its tokenizer, and which state is read and made to length 1. Texts longer than the
@@ -43,6 +50,8 @@ def export_embedder(tune: Tune, tokenizer: PreTrainedTokenizerBase, folder: str 
         tune: the tuned model, with a head that gives vectors; afterwards it is as it was.
         tokenizer: saved with it.
         folder: must not exist; it appears when everything has been checked.
+        dtype: of the weights that are written; none: the model's.
+        texts: files of text that belong beside them, by name.
 
     Returns:
         `max_vector_difference` between the live model's vectors and those of the folder on texts of many kinds, and `dtype`.
@@ -56,14 +65,14 @@ def export_embedder(tune: Tune, tokenizer: PreTrainedTokenizerBase, folder: str 
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     pool = pool_of(tune.head[1], causal=tune.parts.causal)
-    with new_folder(Path(folder)) as beside:
-        with merged(tune):
-            expected_BD = _ours(tune, tokenizer)
-            save(tune.model.base_model, tokenizer, beside)
+    with new_folder(Path(folder)) as beside, merged(tune, dtype):
+        expected_BD = _ours(tune, tokenizer)
+        save(tune.model.base_model, tokenizer, beside, texts)
         check_tokenizer(tokenizer, beside)
         _describe(tune, pool, beside)
         difference = _check(tune, beside, pool, expected_BD)
-    return {"max_vector_difference": difference, "dtype": str(next(tune.model.parameters()).dtype).removeprefix("torch.")}
+        written = dtype_of(tune.model)
+    return {"max_vector_difference": difference, "dtype": written}
 
 
 def _describe(tune: Tune, pool: str, folder: Path) -> None:

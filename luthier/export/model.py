@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import transformers
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from luthier import machine
@@ -18,7 +18,7 @@ from luthier.delta.forms import bits
 from luthier.delta.sources import live, tied, untie
 from luthier.errors import LuthierError
 from luthier.export.folder import new_folder
-from luthier.models.load import load_tokenizer
+from luthier.models.load import ModelSource, load_tokenizer
 from luthier.models.modes import evaluating
 from luthier.models.quiet import quiet
 from luthier.models.weights import load_weights
@@ -37,19 +37,28 @@ PROBES = (
 CONVERSATION = Row("conversation", "messages", {"messages": [{"role": "user", "content": "Hello, who are you?"}]}, "a conversation")
 
 
-def export_model(tune: Tune, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> dict[str, Any]:
+def export_model(
+    tune: Tune,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    texts: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
     """Write the merged model and its tokenizer as a folder that plain `transformers` loads, and check it by loading it.
 
     Args:
         tune: the tuned model; afterwards it is as it was.
         tokenizer: saved with its exact chat template.
         folder: must not exist; it appears when everything has been checked.
+        dtype: of the weights that are written; none: the model's.
+        texts: files of text that belong beside them, by name.
 
     Returns:
-        `max_logit_difference` between the live merged model and the reloaded one on `PROBES` (last hidden states for an
-        encoder), `merge_kl`, the mean KL(merged, unmerged) there in nats a token (None for an encoder, or where the
-        tune was merged already), `dtype`, and whether embedding and head were `untied`, which a delta on a tied head
-        asks for.
+        `max_logit_difference` between the live merged model, in the type it is written in, and the reloaded one on `PROBES` (last hidden
+        states for an encoder), `merge_kl`, the mean KL(merged, unmerged) there in nats a token, with what another type costs (None for
+        an encoder, or where the tune was merged already), `dtype`, and whether embedding and head were `untied`, which a delta on a
+        tied head asks for.
 
     Raises:
         LuthierError: the folder exists, something here is no change of a weight, or what was read back differs: weights
@@ -58,22 +67,28 @@ def export_model(tune: Tune, tokenizer: PreTrainedTokenizerBase, folder: str | P
     with new_folder(Path(folder)) as beside:
         ids = [tokenizer(text)["input_ids"] for text in PROBES]
         unmerged = outputs(tune.model, ids) if tune.merged is None and tune.parts.causal else None
-        with merged(tune) as untied:
+        with merged(tune, dtype) as untied:
             after = outputs(tune.model, ids)
-            save(tune.model, tokenizer, beside)
+            save(tune.model, tokenizer, beside, texts)
             check_tokenizer(tokenizer, beside)
             difference = _check_model(tune, beside, ids, after)
+            written = dtype_of(tune.model)
     return {
         "max_logit_difference": difference,
         "merge_kl": None if unmerged is None else divergence(after, unmerged),
-        "dtype": str(next(tune.model.parameters()).dtype).removeprefix("torch."),
+        "dtype": written,
         "untied": untied,
     }
 
 
+def dtype_of(model: nn.Module) -> str:
+    """The name of a model's type."""
+    return str(next(model.parameters()).dtype).removeprefix("torch.")
+
+
 @contextmanager
-def merged(tune: Tune) -> Iterator[bool]:
-    """The merged model inside the block, the unmerged one again afterwards, bit for bit.
+def merged(tune: Tune, dtype: torch.dtype | None = None) -> Iterator[bool]:
+    """The merged model inside the block, in another type where one is named; the unmerged one again afterwards, bit for bit.
 
     A tune that was merged before stays merged. A head that is tied to the embedding and has a delta of its own is
     untied for as long. Yields whether one was.
@@ -82,7 +97,8 @@ def merged(tune: Tune) -> Iterator[bool]:
         LuthierError: something here is no change of a weight.
     """
     if tune.merged is not None:
-        yield False
+        with _in_type(tune.model, dtype):
+            yield False
         return
     own = {one.place.module for one in tune.additions if one.place is not None}
     names = [module for module in tune.parts.ties if module in own]
@@ -94,11 +110,26 @@ def merged(tune: Tune) -> Iterator[bool]:
         try:
             tune.merge()
             try:
-                yield bool(names)
+                with _in_type(tune.model, dtype):
+                    yield bool(names)
             finally:
                 tune.unmerge()
         finally:
             tune.parts = parts
+
+
+@contextmanager
+def _in_type(model: nn.Module, dtype: torch.dtype | None) -> Iterator[None]:
+    """A model's weights in another type inside the block. What an architecture keeps in a type of its own stays in it."""
+    own = next(model.parameters()).dtype
+    changed = [] if dtype in (None, own) else [(one, one.data) for one in model.parameters() if one.dtype == own]
+    try:
+        for parameter, values in changed:
+            parameter.data = values.to(dtype)
+        yield
+    finally:
+        for parameter, values in changed:
+            parameter.data = values
 
 
 def outputs(model: Any, token_ids: Sequence[Sequence[int]]) -> list[Tensor]:
@@ -123,8 +154,8 @@ def divergence(left: Sequence[Tensor], right: Sequence[Tensor]) -> float:
     return total / count
 
 
-def save(model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write a model and its tokenizer as `transformers` does.
+def save(model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path, texts: Mapping[str, str] | None = None) -> None:
+    """Write a model and its tokenizer as `transformers` does, and texts beside them.
 
     Raises:
         LuthierError: `transformers` refuses.
@@ -133,6 +164,7 @@ def save(model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
         with quiet():
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
+        write_texts(folder, texts)
     # A generation configuration that contradicts itself is refused here, among others.
     except ValueError as error:
         raise LuthierError(
@@ -142,13 +174,20 @@ def save(model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
         ) from error
 
 
+def write_texts(folder: Path, texts: Mapping[str, str] | None) -> None:
+    """Write files of text, by name."""
+    for name, text in (texts or {}).items():
+        (folder / name).write_text(text, encoding="utf-8")
+
+
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Read a saved tokenizer back and compare it.
 
     Raises:
         LuthierError: it cuts text differently.
     """
-    reloaded: Any = load_tokenizer(str(folder))
+    # An adapter's folder holds no model that a name could stand for.
+    reloaded: Any = load_tokenizer(ModelSource(str(folder), "causal", "written here", folder))
     give(reloaded, choice_of(tokenizer))
     if _token_ids(tokenizer) != _token_ids(reloaded) or tokenizer.chat_template != reloaded.chat_template:
         raise LuthierError(

@@ -13,11 +13,13 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from luthier.delta import Delta
 from luthier.delta.forms import LowRank, combine
 from luthier.errors import LuthierError, nearest
 from luthier.export.folder import new_folder
+from luthier.export.model import check_tokenizer, dtype_of, write_texts
 from luthier.export.peft_adapter import CONFIG, PREFIX, TENSORS, Adapter, write_adapter
 from luthier.export.peft_base import base_of
 from luthier.export.peft_beside import WEIGHTS_ALONE, writer_of
@@ -27,6 +29,7 @@ from luthier.machine import versions
 from luthier.methods.weight_delta.lora import lora
 from luthier.models.fingerprint import fingerprint as fingerprint_of
 from luthier.models.load import ModelSource
+from luthier.models.quiet import quiet
 from luthier.tune import Tune
 from luthier.tune.sites import Addition
 
@@ -52,7 +55,16 @@ class Factors(NamedTuple):
         return len(self.down_RI)
 
 
-def export_peft(tune: Tune, folder: str | Path, base: ModelSource | str, *, fingerprint: str | None = None) -> dict[str, Any]:
+def export_peft(
+    tune: Tune,
+    folder: str | Path,
+    base: ModelSource | str,
+    *,
+    fingerprint: str | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    dtype: torch.dtype | None = None,
+    texts: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
     """Write what trains as a PEFT adapter: low-rank deltas, or a prompt, a prefix or factors of channels.
 
     Of deltas, parts of a fused projection become one adapter whose `lora_B` is zero where a part does not reach. Scales are
@@ -66,11 +78,14 @@ def export_peft(tune: Tune, folder: str | Path, base: ModelSource | str, *, fing
             name and revision, and nothing where they are not there; in any case their fingerprint, in base.json.
         fingerprint: of the base, where it is known, to be compared with the weights. What is written is that of the
             weights.
+        tokenizer: saved beside the adapter, with its exact chat template.
+        dtype: of the adapter's tensors; none: as they were trained.
+        texts: files of text that belong beside them, by name.
 
     Returns:
-        `peft_type`, `base`, its name on the hub or where it comes from, `base_fingerprint`, `note`, where there is something to
-        know of the base, and `modules` (how many) for LORA and IA3, `ranks` (modules by rank) for LORA,
-        `tokens` for PROMPT_TUNING and PREFIX_TUNING.
+        `peft_type`, `base`, its name on the hub or where it comes from, `base_fingerprint`, `base_dtype`, the type it was trained in,
+        where alone the logits are those of the run, `note`, where there is something to know of the base, and `modules` (how many) for
+        LORA and IA3, `ranks` (modules by rank) for LORA, `tokens` for PROMPT_TUNING and PREFIX_TUNING.
 
     Raises:
         LuthierError: the folder exists, the tune holds something that PEFT cannot, or its weights are not the base's.
@@ -98,14 +113,20 @@ def export_peft(tune: Tune, folder: str | Path, base: ModelSource | str, *, fing
     }
     metadata = {"luthier": versions()["luthier"], "base_fingerprint": live}
     with new_folder(Path(folder)) as place:
-        write_adapter(place, adapter._replace(config={**adapter.config, **common}), metadata)
-        named.write(place, live)
+        write_adapter(place, adapter._replace(config={**adapter.config, **common}), metadata, dtype)
+        named.write(place, live, dtype_of(tune.model))
+        if tokenizer is not None:
+            with quiet():
+                tokenizer.save_pretrained(place)
+            check_tokenizer(tokenizer, place)
+        write_texts(place, texts)
     note = {"note": named.note} if named.note else {}
     return {
         "peft_type": adapter.config["peft_type"],
         **adapter.facts,
         "base": named.hub or named.origin,
         "base_fingerprint": live,
+        "base_dtype": dtype_of(tune.model),
         **note,
     }
 

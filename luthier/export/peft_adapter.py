@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -27,8 +28,8 @@ class Adapter(NamedTuple):
     """What the user hears of it."""
 
 
-def write_adapter(folder: Path, adapter: Adapter, metadata: Mapping[str, str]) -> None:
-    """Write an adapter's two files into a folder."""
-    tensors = {name: values.detach().cpu().contiguous() for name, values in adapter.tensors.items()}
+def write_adapter(folder: Path, adapter: Adapter, metadata: Mapping[str, str], dtype: torch.dtype | None = None) -> None:
+    """Write an adapter's two files into a folder, with tensors in some type."""
+    tensors = {name: values.detach().to("cpu", dtype).contiguous() for name, values in adapter.tensors.items()}
     save_file(tensors, folder / TENSORS, {"format": "pt", **metadata})
     (folder / CONFIG).write_text(json.dumps(adapter.config, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -29,9 +29,9 @@ class Base(NamedTuple):
         """Its keys of adapter_config.json."""
         return {"base_model_name_or_path": self.hub, **({"revision": self.revision} if self.revision else {})}
 
-    def write(self, folder: Path, fingerprint: str) -> None:
+    def write(self, folder: Path, fingerprint: str, dtype: str) -> None:
         """Write what the adapter was trained on, for whoever gets the folder without having seen the terminal."""
-        told = {"hub": self.hub, "revision": self.revision, "origin": self.origin, "fingerprint": fingerprint}
+        told = {"hub": self.hub, "revision": self.revision, "origin": self.origin, "fingerprint": fingerprint, "dtype": dtype}
         (folder / FILE).write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
 
 

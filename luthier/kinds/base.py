@@ -87,11 +87,11 @@ class Batch(NamedTuple):
 
     @property
     def supervised(self) -> int:
-        """Targets that directly follow an attended token, which can predict them."""
+        """Labels that directly follow an attended token, which can predict them."""
         return int(self.targets_by_row().sum())
 
     def targets_by_row(self) -> Tensor:
-        """How many such targets each row has, [B]."""
+        """How many such labels each row has, [B]."""
         return ((self.label_BT[:, 1:] >= 0) & self.attend_BT[:, :-1]).sum(-1)
 
     def own_tokens(self) -> Tensor:
@@ -99,19 +99,19 @@ class Batch(NamedTuple):
         return self.attend_BT & (self.token_ids_BT >= 0)
 
     def own(self) -> Batch:
-        """The same with the rows' own targets alone, without those of virtual tokens; itself where no virtual token is a target."""
+        """The same with the rows' own labels alone, without those of virtual tokens; itself where no virtual token is a target."""
         virtual_BT = (self.token_ids_BT < 0) & (self.label_BT >= 0)
         return self._replace(label_BT=self.label_BT.masked_fill(virtual_BT, -100)) if bool(virtual_BT.any()) else self
 
     def learnt_groups(self) -> tuple[tuple[int, ...], ...]:
-        """The groups of which every row has targets, without those of virtual tokens."""
+        """The groups of which every row has labels, without those of virtual tokens."""
         if not self.groups:
             return ()
         targets = self.own().targets_by_row().tolist()
         return tuple(group for group in self.groups if all(targets[place] for place in group))
 
     def of_first(self) -> Batch:
-        """The same with the targets of each group's first row alone; itself where every row stands alone."""
+        """The same with the labels of each group's first row alone; itself where every row stands alone."""
         if not self.groups:
             return self
         others = [place for group in self.groups for place in group[1:]]
@@ -254,6 +254,6 @@ class Services(Protocol):
     def gradients(
         self, batches: Sequence[Batch], places: Sequence[Place], moved: Mapping[Place, Tensor] | None = None
     ) -> dict[Place, Tensor]:
-        """Dense gradients of the mean cross-entropy over the batches' targets, by place, in fp32 or wider, [O, I] for linear maps.
+        """Dense gradients of the mean cross-entropy over the batches' labels, by place, in fp32 or wider, [O, I] for linear maps.
         With `moved`, as if the weights at these places, as optimizers hold them, were changed by it, in fp32 or wider unless the model is
         quantized; afterwards they are as before, bit for bit."""

@@ -1,4 +1,4 @@
-"""What objectives see: other passes over the rows, chunks of logits, columns made of them, and the targets of a micro-batch or a step."""
+"""What objectives see: other passes over the rows, chunks of logits, columns made of them, and the labels of a micro-batch or a step."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ TEACHER = ("teacher_log_probability", "teacher_token_id", "teacher_rest")
 
 
 class Likeliest(NamedTuple):
-    """Another model's distribution at each of N targets, as far as it is stored; at targets of virtual tokens it means nothing."""
+    """Another model's distribution at each of N labels, as far as it is stored; at labels of virtual tokens it means nothing."""
 
     log_probability_NK: Tensor
     """The K largest, in nats, the largest first."""
@@ -155,7 +155,7 @@ def at_targets(batch: Batch, name: str, row_N: Tensor, position_N: Tensor) -> Te
 class View:
     """The labelled positions of one micro-batch: columns by name (`view["nll"]`, shape [N]) and where each belongs.
 
-    `label_N`, `row_N` (the row's place in the batch), `position_N` (the target's place in its row), `weight_N` (the product of
+    `label_N`, `row_N` (the row's place in the batch), `position_N` (the label's place in its row), `weight_N` (the product of
     all token weights), `hidden_BTD` (last hidden states, with their graph) and the batch itself.
     """
 
@@ -214,17 +214,17 @@ class View:
 
     @property
     def is_own(self) -> Tensor:
-        """True at the rows' own targets, False at those of a prompt's virtual tokens."""
+        """True at the rows' own labels, False at those of a prompt's virtual tokens."""
         return self.batch.token_ids_BT[self.row_N, self.position_N] >= 0
 
     def of_own(self) -> View:
-        """The same view of the rows' own targets alone; what is logged through it joins what this one logs."""
+        """The same view of the rows' own labels alone; what is logged through it joins what this one logs."""
         own = self.batch.own()
         # By place: a mask would make shapes depend on numbers, where only shapes are run.
         return self if own is self.batch else self._only(own, self.is_own.nonzero()[:, 0])
 
     def of_first(self) -> View:
-        """The same view of the targets of each group's first row alone; itself where every row stands alone."""
+        """The same view of the labels of each group's first row alone; itself where every row stands alone."""
         first = self.batch.of_first()
         if first is self.batch:
             return self
@@ -251,10 +251,10 @@ class View:
         return value_N.new_zeros(len(self.batch.row_ids)).index_add(0, self.row_N, value_N)
 
     def log_likelihoods(self, column: str = "nll") -> Tensor:
-        """The log-likelihood of each row's targets, each times its token weight, in nats: [B].
+        """The log-likelihood of each row's labels, each times its token weight, in nats: [B].
 
         Args:
-            column: negative log-likelihoods of the targets, of the model itself or of another pass.
+            column: negative log-likelihoods of the labels, of the model itself or of another pass.
         """
         return self.sum_rows(-self[column] * self.weight_N)
 
@@ -277,19 +277,19 @@ class View:
         return machine.computed_wide(add, value_N.detach(), self.row_N)
 
     def targets_by_row(self) -> Tensor:
-        """How many targets each row has, [B]."""
+        """How many labels each row has, [B]."""
         return self.row_N.bincount(minlength=len(self.batch.row_ids))
 
     def token_column(self, name: str) -> Tensor:
-        """What the rows carry for each token, at the targets: [N], or [N, K]."""
+        """What the rows carry for each token, at the labels: [N], or [N, K]."""
         return at_targets(self.batch, name, self.row_N, self.position_N)
 
     def likeliest(self) -> Likeliest:
-        """What a store holds of another model's distributions at the targets; columns have it as `Likeliest.of(chunk.given)`."""
+        """What a store holds of another model's distributions at the labels; columns have it as `Likeliest.of(chunk.given)`."""
         return Likeliest.of({name: self.token_column(name) for name in TEACHER})
 
     def note(self, name: str, value_N: Tensor) -> None:
-        """Log the mean over the step's targets of a column [N], beside the loss; targets of virtual tokens do not count."""
+        """Log the mean over the step's labels of a column [N], beside the loss; labels of virtual tokens do not count."""
         is_all = self.batch.own() is self.batch
         self.notes[name] = value_N.detach() if is_all else value_N.detach()[self.is_own.nonzero()[:, 0]]
 
@@ -310,10 +310,10 @@ class View:
 
 
 class StepTable:
-    """Every target of a step's rows, over micro-batches and processes, sorted by row id and position: what a rule over the whole step
-    sees. Targets of a prompt's virtual tokens are not among them.
+    """Every label of a step's rows, over micro-batches and processes, sorted by row id and position: what a rule over the whole step
+    sees. Labels of a prompt's virtual tokens are not among them.
 
-    Shapes: M targets. `row_M` numbers the step's rows that have targets from 0, `position_M` is the target's place in its row, and
+    Shapes: M labels. `row_M` numbers the step's rows that have labels from 0, `position_M` is the label's place in its row, and
     `table["nll"]` a column that the rule asked for. All on the processor.
     """
 
@@ -341,11 +341,11 @@ class StepTable:
 
     @property
     def rows(self) -> int:
-        """Rows with targets."""
+        """Rows with labels."""
         return int(self.row_M.max()) + 1 if len(self.row_M) else 0
 
     def of_rows(self, name: str) -> Tensor | None:
-        """A free column of the rows at each target, [M]: numbers in fp64, texts as `luthier.draws.seed_of(text)`, and so numbers where
+        """A free column of the rows at each label, [M]: numbers in fp64, texts as `luthier.draws.seed_of(text)`, and so numbers where
         other rows of the step have texts; None where no row has it."""
         return self._of_rows.get(name)
 
@@ -354,7 +354,7 @@ class StepTable:
         return value_M.new_zeros(self.rows).index_add(0, self.row_M, value_M)
 
     def targets_by_row(self) -> Tensor:
-        """How many targets each row has."""
+        """How many labels each row has."""
         return self.row_M.bincount(minlength=self.rows)
 
     def note(self, name: str, value: float) -> None:

@@ -16,7 +16,7 @@ class Stored(NamedTuple):
     """Numbers that a model gave to the run's rows beforehand, which an objective reads from a store (`luthier rows store`).
 
     Of `likelihood` rows have the free columns `reference_chosen` and `reference_rejected` where they are pairs, else `log_likelihood`: of
-    all targets of an answer, in nats. One that stands by itself has it as `reference_chosen`, too. Of `teacher` each target has
+    all labels of an answer, in nats. One that stands by itself has it as `reference_chosen`, too. Of `teacher` each label has
     `view.likeliest()`.
     """
 
@@ -69,9 +69,9 @@ class LossTerm(NamedTuple):
     """What is minimized? Every objective is lowered to this.
 
     `total(view, own)` returns a *sum* over the unit; the loop alone divides, by the units of the whole step. `count(batch)` counts
-    units where the default (kept targets, rows with targets, groups, or 1 a step) is wrong. A term whose unit is the row or the group
-    sees and counts the rows' own targets alone, not those of a prompt's virtual tokens. Where rows belong together, all terms but those
-    whose unit is the group see and count the targets of each group's first row alone: of a pair, the chosen answer. `start(services)`
+    units where the default (kept labels, rows with labels, groups, or 1 a step) is wrong. A term whose unit is the row or the group
+    sees and counts the rows' own labels alone, not those of a prompt's virtual tokens. Where rows belong together, all terms but those
+    whose unit is the group see and count the labels of each group's first row alone: of a pair, the chosen answer. `start(services)`
     makes trained tensors of its own.
 
     Where `count` returns several numbers, `total` returns as many sums, [K]: each is divided by its own units.
@@ -93,13 +93,13 @@ class LossTerm(NamedTuple):
     """It holds something back and teaches nothing by itself: a recipe that names nothing else minimizes cross-entropy, too."""
     check: Callable[[Batch], None] | None = None
     """Refuses rows that lack what it reads of them. It is asked about all rows before the first step: the batch has their ids, their
-    free columns and which of them have targets, but not their tokens."""
+    free columns and which of them have labels, but not their tokens."""
     stored: Stored | None = None
     """Numbers of another model that it reads."""
 
 
 class TokenLoss(NamedTuple):
-    """A loss for each target: `loss(view)` returns [N]. The spelling of a LossTerm that most objectives need."""
+    """A loss for each label: `loss(view)` returns [N]. The spelling of a LossTerm that most objectives need."""
 
     loss: Callable[[View], Tensor]
     columns: tuple[str | Column, ...] = ("nll",)
@@ -114,13 +114,13 @@ class Side(NamedTuple):
     """One answer of each pair: the chosen one or the rejected one. Shapes: P pairs."""
 
     log_likelihood_P: Tensor
-    """Of the whole answer, in nats, each target times its token weight."""
+    """Of the whole answer, in nats, each label times its token weight."""
     reference_P: Tensor
     """The same under the reference, without a gradient; zeros where the loss has none."""
     targets_P: Tensor
-    """How many targets the answer has, at least 1."""
+    """How many labels the answer has, at least 1."""
     mean_P: Tensor
-    """Log-likelihood of a target, a mean over the answer."""
+    """Log-likelihood of a label, a mean over the answer."""
     gained_P: Tensor
     """By how much the answer is likelier than under the reference, log pi(y) - log reference(y)."""
 
@@ -136,7 +136,7 @@ class Pairs(NamedTuple):
     chosen: Side
     rejected: Side
     view: View
-    """Of both answers' targets."""
+    """Of both answers' labels."""
     first_P: Tensor
     """The places of the chosen answers in the batch."""
     second_P: Tensor
@@ -146,7 +146,7 @@ class Pairs(NamedTuple):
 
     @property
     def mean_margin_P(self) -> Tensor:  # noqa: N802
-        """The same of what a target gained, a mean over each answer."""
+        """The same of what a label gained, a mean over each answer."""
         return self.chosen.gained_P / self.chosen.targets_P - self.rejected.gained_P / self.rejected.targets_P
 
     def column(self, name: str) -> Tensor:
@@ -168,7 +168,7 @@ class Pairs(NamedTuple):
 class Reference(NamedTuple):
     """What answers are compared with, where a loss over them has a reference.
 
-    `read(view)` gives the log-likelihood of each row's targets under it, [B], without a gradient, from columns that it names; token weights
+    `read(view)` gives the log-likelihood of each row's labels under it, [B], without a gradient, from columns that it names; token weights
     count there, too. A run in which nothing brings one compares with the base.
     """
 
@@ -253,7 +253,7 @@ class StepLoss(NamedTuple):
     `value(view, own)` makes numbers of each row of a micro-batch, [B, ...]; `loss(table)` the loss, summed over its units. Where a step is
     more than one micro-batch the numbers are first made without gradients, and each micro-batch then gets its part of the loss's
     gradient: any split, and any number of processes, gives the same. That costs one forward pass. Where it reads columns, rows and groups
-    without targets are left out. With `reference` the view has likelihoods under the run's reference. `check` is that of a LossTerm.
+    without labels are left out. With `reference` the view has likelihoods under the run's reference. `check` is that of a LossTerm.
     """
 
     value: Callable[[View, Tensors], Tensor]
@@ -272,7 +272,7 @@ class Written(NamedTuple):
     """The row (`luthier.rows.shapes.Row`)."""
     text: str
     targets: Sequence[tuple[int, int]]
-    """Characters of the text that are targets: the first, and the one behind the last; in order, apart from each other."""
+    """Characters of the text that are labels: the first, and the one behind the last; in order, apart from each other."""
     token_ids: Sequence[int]
     write: Callable[[Any], str]
     """The text of another row, written as this one is."""
@@ -281,7 +281,7 @@ class Written(NamedTuple):
 
 
 class Annotation(NamedTuple):
-    """A number for each token of a row, given once, when rows are encoded: `View.token_column(name)` has it at the targets.
+    """A number for each token of a row, given once, when rows are encoded: `View.token_column(name)` has it at the labels.
 
     `annotate(written, **options)` returns one finite number for each of `written.token_ids`. Rows that are streamed are encoded in
     other processes and kept between runs: for that `annotate` is a function at the top of its module, and what it does follows from
@@ -296,10 +296,10 @@ class Annotation(NamedTuple):
 class TokenWeight(NamedTuple):
     """How much does a token count?
 
-    `weigh(view)` returns [N], from columns of whole rows, without gradient. `count(batch)` gives the targets of each row that will be
+    `weigh(view)` returns [N], from columns of whole rows, without gradient. `count(batch)` gives the labels of each row that will be
     kept, [B], where that is known beforehand and differs from all of them; a row that keeps none counts as no row.
 
-    `look(table)` is a rule over the whole step: it gets every target of the step, over micro-batches and processes, and returns their
+    `look(table)` is a rule over the whole step: it gets every label of the step, over micro-batches and processes, and returns their
     weights [M]; then those above 0 are counted, and rows of which nothing is kept are not run. Columns come from a pass of their own,
     without gradients and in evaluation mode; a rule that asks for none costs no pass.
 
@@ -313,4 +313,4 @@ class TokenWeight(NamedTuple):
     annotation: Annotation | None = None
     check: Callable[[Batch], None] | None = None
     virtual: bool = False
-    """It also weighs targets of a prompt's virtual tokens. Others see the rows' own targets alone, and leave those as they are."""
+    """It also weighs labels of a prompt's virtual tokens. Others see the rows' own labels alone, and leave those as they are."""

@@ -13,14 +13,14 @@ if TYPE_CHECKING:
 
 
 class RowLikelihood(NamedTuple):
-    """How likely a model finds a row's targets."""
+    """How likely a model finds a row's labels."""
 
     log_likelihood: float
     """Of all of them, in nats."""
     tokens: int
-    """Targets, as the model's own tokenizer cuts them."""
+    """Labels, as the model's own tokenizer cuts them."""
     characters: int
-    """Of the targets' text, without special tokens such as the one that ends a turn; at least 1."""
+    """Of the labels' text, without special tokens such as the one that ends a turn; at least 1."""
 
 
 class RowServices(Protocol):
@@ -36,7 +36,7 @@ class RowServices(Protocol):
         """What texts are about: embedding_BD in fp32, each of length 1; texts that are alike lie close."""
 
     def likelihood(self, model: str, rows: Sequence[Any]) -> Sequence[RowLikelihood]:
-        """How likely a model finds each row's targets: those a run would train on, in its own chat template. Loads the model anew."""
+        """How likely a model finds each row's labels: those a run would train on, in its own chat template. Loads the model anew."""
 
 
 class RowScore(NamedTuple):

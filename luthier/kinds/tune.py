@@ -56,7 +56,7 @@ class Selective(NamedTuple):
     `choose(parts, services)` gives the selection by place. `observe(state, place, gradient_OI)` gets the whole dense gradient of
     each selected place once a step while `observing(now)`, summed over micro-batches and processes. `refresh(state, services)`
     may change selections after a step, also after one without rows, in which nothing was observed. Numbers that leave go back to the
-    base (`revert`) or keep what they learnt (`keep`).
+    base (`revert`) or keep what they learned (`keep`).
     """
 
     choose: Callable[[Parts, Services], Mapping[Place, Select]]
@@ -111,7 +111,7 @@ class WeightDelta(NamedTuple):
     shared: Callable[[Sequence[Place], Services], Tensors] | None = None
     wide: frozenset[str] = frozenset()
     """Names of tensors that `apply` gets as they are held, in fp32 or wider, and not in the type of the computation: those in which
-    rounding would hide what was learnt, as of numbers near 1. What is merged is then what was trained with."""
+    rounding would hide what was learned, as of numbers near 1. What is merged is then what was trained with."""
     draws: bool = False
     """`apply` drops numbers (`luthier.draws.dropout`), in each row other ones: rows that begin alike are then run apart."""
 
@@ -154,7 +154,7 @@ class Prompt(NamedTuple):
     """What stands before the input? `start(table_VD, services)`; virtual ids -1 to -`length` stand before each row, and
     `apply(tensors, token_ids_BT, embeds_BTD)` puts their embeddings in.
 
-    Where `labels(services)` is given, it returns a target for each virtual token [P], -100 where there is none; they are then learnt
+    Where `labels(services)` is given, it returns a label for each virtual token [P], -100 where there is none; they are then learned
     with those of the row, at positions 0 to P - 1 in front of it, and the length is theirs.
     """
 

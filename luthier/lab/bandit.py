@@ -24,7 +24,7 @@ NEAR, FAR = 20, 70
 """The best bin of a task: among what the reference says, and where it hardly ever goes."""
 WIDTH = 10.0
 CLIP = 0.2
-"""Of the likelihood ratio, for answers that are learnt from several times; PPO's."""
+"""Of the likelihood ratio, for answers that are learned from several times; PPO's."""
 
 
 class Seen(NamedTuple):

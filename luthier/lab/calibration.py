@@ -81,7 +81,7 @@ def right(skill: str, difficulty: int = 1) -> Measure:
 
 
 def nats_of(rows: Callable[[Setting], Sequence[Mapping[str, Any]]], column: Any = "nll") -> Measure:
-    """The mean over the targets of some rows, behind the last stage."""
+    """The mean over the labels of some rows, behind the last stage."""
     return lambda finished: targets_of(finished.runs[-1], rows(finished.setting), [column]).mean(getattr(column, "name", column))
 
 

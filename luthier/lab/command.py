@@ -2,29 +2,27 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from rich.console import Group, RenderableType
 from rich.markup import escape
-from rich.padding import Padding
 
 from luthier.errors import LuthierError, Say
 from luthier.lab import calibrating, replications
 from luthier.lab.cache import forget, kept_bytes, lab_folder
+from luthier.lab.listing import listed, table
 from luthier.lab.pool import workers
 from luthier.lab.real import FOLDER, missing
 from luthier.lab.replication import Replication
-from luthier.lab.results import Result, colored, file_stem, load, result_of, save, shown
+from luthier.lab.results import Result, file_stem, result_of, save, shown
 from luthier.lab.runner import Lab, run_replication
-from luthier.lab.verdicts import entry, in_words
-from luthier.registry.listing import VERDICTS
+from luthier.lab.verdicts import in_words, worded
 from luthier.report.words import size
 
 TOLD_BYTES = 2**30
@@ -75,8 +73,8 @@ def answer(asked: Asked, say: Say) -> Answer:
         folder = forget()
         return Answer({"forgotten": str(folder)}, lambda: f"removed {escape(str(folder))}")
     if asked.listed:
-        found = listed(asked.out)
-        return Answer(found, lambda: _table(found))
+        lines = listed(asked.out)
+        return Answer(lines, lambda: table(lines))
     if asked.seeds is not None and asked.seeds < 1:
         raise LuthierError(f"{asked.seeds} seeds", where="--seeds", fix="use 1 or more; an interval needs 2")
     if asked.calibrated:
@@ -114,19 +112,6 @@ def minutes_of(budget: str | None) -> float | None:
     if found is None:
         raise LuthierError(f"`{budget}` is no length of time", where="--budget", fix="write e.g. 90s, 60m or 2h")
     return float(found[1]) * _UNITS[found[2]]
-
-
-def listed(out: Path) -> list[dict[str, Any]]:
-    """Every replication, with its verdict and its rough cost: that of the result in the folder, else the one that comes with luthier."""
-    known: dict[str, Any] = json.loads(VERDICTS.read_text(encoding="utf-8"))
-    found = []
-    for name in replications.names():
-        replication = replications.find(name)
-        result = load(out, name)
-        told = known.get(name) if result is None else entry(result)
-        facts = {key: None if told is None else told[key] for key in ("verdict", "words")}
-        found.append({"name": name, "title": replication.title, **facts, "minutes": replication.minutes})
-    return found
 
 
 def run_all(asked: Asked, budget: float | None, say: Say) -> Answer:
@@ -192,25 +177,9 @@ def _cores() -> int:
     return os.cpu_count() or 1
 
 
-def _table(found: list[dict[str, Any]]) -> RenderableType:
-    if not found:
-        return "no replications"
-    lines: list[RenderableType] = []
-    for one in found:
-        verdict = "[dim]not measured[/dim]" if one["verdict"] is None else _worded(one)
-        lines.append(f"[bold]{escape(one['name'])}[/bold]  {escape(one['title'])}")
-        lines.append(Padding(f"{verdict} [dim](about {one['minutes']:g} minutes)[/dim]", (0, 0, 0, 4)))
-    return Group(*lines)
-
-
-def _worded(told: Mapping[str, str]) -> str:
-    """A verdict in its color, and the rest of what is said of it."""
-    return colored(told["verdict"]) + escape(told["words"].removeprefix(told["verdict"]))
-
-
 def _summary(results: list[Result], left_out: list[dict[str, Any]]) -> Group:
     lines: list[RenderableType] = [
-        f"[bold]{escape(one['replication'])}[/bold]: {_worded({'verdict': one['verdict'], 'words': in_words(one)})}"
+        f"[bold]{escape(one['replication'])}[/bold]: {worded({'verdict': one['verdict'], 'words': in_words(one)})}"
         for one in results
     ]
     lines += [f"[dim]left out: {escape(one['name'])}, about {one['minutes']:g} minutes[/dim]" for one in left_out]

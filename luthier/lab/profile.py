@@ -53,7 +53,7 @@ def profile(
 
     Returns:
         Plain facts: `model`, `luthier`, `count`, `seed`, `compares` (whether there is a base to compare with), and `skills` by name:
-        `meaning`, `taught` (whether the built-in model learnt it), and the entry that `metrics` in `run.json` would have. Of a
+        `meaning`, `taught` (whether the built-in model learned it), and the entry that `metrics` in `run.json` would have. Of a
         model alone `before` is None, and `after` is what it reaches. A skill that could not be measured has the reason in `note`.
 
     Raises:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,7 +19,7 @@ from luthier.lab.figure import draw
 from luthier.lab.replication import Expectation, Replication, Variant, expectations
 from luthier.lab.runner import Choice, Ran
 from luthier.lab.verdict import CANNOT_TELL, judge
-from luthier.lab.verdicts import COLORS, difference, in_words, readable, rule_facts
+from luthier.lab.verdicts import colored, difference, in_words, rule_facts
 from luthier.results.folder import write_json
 
 Result = dict[str, Any]
@@ -131,22 +130,6 @@ def save(result: Result, folder: Path, stem: str) -> list[Path]:
     return [document, picture]
 
 
-def load(folder: Path, stem: str) -> Result | None:
-    """A result from its folder; None where there is none.
-
-    Raises:
-        LuthierError: the file is damaged.
-    """
-    path = folder / f"{stem}.json"
-    if not path.is_file():
-        return None
-    try:
-        result: Result = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise LuthierError(f"this result cannot be read: {error}", where=str(path), fix=f"luthier replicate {stem}") from None
-    return readable(result)
-
-
 def spread(values: Sequence[float | None]) -> str:
     """Mean and standard deviation over seeds, of those that have a number."""
     known = [value for value in values if value is not None]
@@ -160,11 +143,6 @@ def expected(one: Mapping[str, Any]) -> str:
     words, by = _WORDS[one["direction"]]
     margin = f", {by} {one['margin']:g}" if one["margin"] else ""
     return f"{one['measure']}: {one['variant']} {words} {one['versus']}{margin}"
-
-
-def colored(verdict: str) -> str:
-    """A verdict for the terminal."""
-    return f"[{COLORS[verdict]}]{verdict}[/{COLORS[verdict]}]"
 
 
 def shown(result: Result) -> Group:

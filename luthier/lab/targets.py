@@ -37,7 +37,7 @@ TOP = Column("top", lambda chunk: chunk.log_probabilities.amax(-1).exp(), gradie
 
 @dataclass(frozen=True)
 class Targets:
-    """The targets of some rows, row by row. Shapes: N targets, R rows."""
+    """The labels of some rows, row by row. Shapes: N labels, R rows."""
 
     columns: Mapping[str, Tensor]
     """By name, [N] in fp64."""
@@ -50,7 +50,7 @@ class Targets:
         return self.columns[name]
 
     def mean(self, name: str) -> float:
-        """Of a column, over all targets."""
+        """Of a column, over all labels."""
         return float(self[name].mean())
 
     def sum_rows(self, name: str) -> Tensor:
@@ -93,7 +93,7 @@ def targets_of(run: Run, rows: Sequence[Mapping[str, Any]], columns: Sequence[st
 
 
 def drift(run: Run, rows: Sequence[Mapping[str, Any]]) -> float:
-    """How far a run took the model's distributions from the base's: KL(model || base) in nats, a mean over the rows' targets."""
+    """How far a run took the model's distributions from the base's: KL(model || base) in nats, a mean over the rows' labels."""
     (tune, tokenizer), (base, _) = open_run(run), open_base(run)
     total = count = 0.0
     with evaluating(tune.model), evaluating(base.model):

@@ -11,6 +11,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from rich.markup import escape
+
+from luthier.errors import LuthierError
 from luthier.lab.overview import draw_effects
 from luthier.lab.verdict import CANNOT_TELL, HOLDS, HOLDS_NOT, TWO_LOOKS, Design
 from luthier.registry.listing import VERDICTS
@@ -83,6 +86,22 @@ def entry(result: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def load(folder: Path, stem: str) -> Result | None:
+    """A result from its folder; None where there is none.
+
+    Raises:
+        LuthierError: the file is damaged.
+    """
+    path = folder / f"{stem}.json"
+    if not path.is_file():
+        return None
+    try:
+        result: Result = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise LuthierError(f"this result cannot be read: {error}", where=str(path), fix=f"luthier replicate {stem}") from None
+    return readable(result)
+
+
 def results_in(folder: Path) -> dict[str, Result]:
     """The results of replications in a folder, by the names of their files."""
     paths = [path for path in sorted(folder.glob("*.json")) if path.stem != CALIBRATION]
@@ -92,6 +111,16 @@ def results_in(folder: Path) -> dict[str, Result]:
 def list_of(folder: Path) -> str:
     """The list as its file has it."""
     return json.dumps({stem: entry(result) for stem, result in results_in(folder).items()}, indent=1) + "\n"
+
+
+def colored(verdict: str) -> str:
+    """A verdict for the terminal."""
+    return f"[{COLORS[verdict]}]{verdict}[/{COLORS[verdict]}]"
+
+
+def worded(told: Mapping[str, str]) -> str:
+    """A verdict in its color, and the rest of what is said of it."""
+    return colored(told["verdict"]) + escape(told["words"].removeprefix(told["verdict"]))
 
 
 def main(folder: Path) -> None:

@@ -159,6 +159,6 @@ def _id(vocabulary: Mapping[str, int], token: str) -> str:
 
 
 def _content(run: Run) -> str:
-    """What a run learnt, by the content of its files."""
+    """What a run learned, by the content of its files."""
     files = [run.folder / name for name in (DELTA, BESIDE)]
     return " ".join(disk.sha256(one) for one in files if one.is_file())

@@ -30,7 +30,7 @@ def check_needs(objective: Objective, rows: EncodedRows) -> None:
     of_tokens = [one.slot for one in objective.terms if one.term.columns]
     if objective.head is not None and of_tokens and not rows.supervised_tokens:
         raise LuthierError(
-            f"`{of_tokens[0]}` learns from targets, and the texts that `{objective.head[0]}` reads have none",
+            f"`{of_tokens[0]}` learns from labels, and the texts that `{objective.head[0]}` reads have none",
             where="objective",
             fix=f"leave `{of_tokens[0]}` out",
         )

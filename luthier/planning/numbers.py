@@ -79,7 +79,7 @@ def _refuse_weights(wanted: Mapping[str, tuple[str, Stored]], chosen: Chosen) ->
     weights = [slot for slot, _ in values_of(chosen, TokenWeight)]
     if "likelihood" in wanted and weights:
         raise LuthierError(
-            f"`{weights[0]}` weighs targets, and in the stored likelihoods that `{wanted['likelihood'][0]}` reads all count alike",
+            f"`{weights[0]}` weighs labels, and in the stored likelihoods that `{wanted['likelihood'][0]}` reads all count alike",
             where="token_weight",
             fix="leave one of them out: the model before training is run with the weights",
         )

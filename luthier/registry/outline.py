@@ -1,4 +1,4 @@
-"""What a technique's file says of itself, read without running it: a name, an option or a line of a list needs no torch.
+"""What a file says of the technique, or of another thing, that it makes, read without running it: a line of a list needs no torch.
 
 The card and the options that count in a run are those of the function itself; `luthier.registry.techniques` loads it.
 """
@@ -43,8 +43,7 @@ def outline(path: Path) -> Outline | None:
     calls = [one for one in function.decorator_list if isinstance(one, ast.Call) and ast.unparse(one.func).endswith("method")]
     if len(calls) != 1 or len(function.decorator_list) != 1:
         return None
-    card = {word.arg: word.value for word in calls[0].keywords if word.arg}
-    facts = {name: ast.literal_eval(value) for name, value in card.items() if _written_out(value)}
+    facts = _arguments(calls[0])
     said = ast.get_docstring(function) or ""
     arguments = list(zip(function.args.kwonlyargs, function.args.kw_defaults, strict=True))
     return Outline(
@@ -54,6 +53,25 @@ def outline(path: Path) -> Outline | None:
         tuple(argument.arg for argument, _ in arguments),
         tuple(argument.arg for argument, default in arguments if default is None),
     )
+
+
+def arguments_of(path: Path, name: str) -> dict[str, Any]:
+    """What stands in the call whose result a file calls `name`, of its arguments by name those that are written out there.
+
+    Args:
+        path: the file; one that cannot be read tells nothing.
+        name: of a variable, such as `REPLICATION`.
+    """
+    try:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+    except (OSError, SyntaxError, ValueError):
+        return {}
+    given = [node.value for node in tree.body if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == name]
+    return _arguments(given[-1]) if given and isinstance(given[-1], ast.Call) else {}
+
+
+def _arguments(call: ast.Call) -> dict[str, Any]:
+    return {word.arg: ast.literal_eval(word.value) for word in call.keywords if word.arg and _written_out(word.value)}
 
 
 def _written_out(value: ast.expr) -> bool:

@@ -177,7 +177,7 @@ def _part_curves(history: Sequence[Mapping[str, Any]]) -> list[Curve]:
 
 
 def _weight_curves(history: Sequence[Mapping[str, Any]]) -> list[Curve]:
-    """What token weights leave of a step's targets, how sure the model is of them, and what techniques logged."""
+    """What token weights leave of a step's labels, how sure the model is of them, and what techniques logged."""
     kept = column(history, "weighted_share")
     shares = {
         "share of labels kept": kept if any(value not in (None, 1.0) for _, value in kept) else [],

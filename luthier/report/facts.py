@@ -74,7 +74,7 @@ class SetFacts:
     name: str
     metric: str
     role: str
-    """`learnt`: what training should teach; `kept`: what it should leave alone."""
+    """`target`: what training should teach; `retention`: what it should leave alone."""
     n: int | None
     before: Estimate
     after: Estimate

@@ -33,7 +33,7 @@ class Run:
     facts: dict[str, Any] = field(default_factory=dict)
     model: Any = None
     """The tuned model, when the run was made in this process, in evaluation mode. What its weights do not hold, such as low-rank deltas,
-    acts in it and is no part of its `state_dict()`, and a learnt prompt stands before rows that luthier encodes alone: `export` writes
+    acts in it and is no part of its `state_dict()`, and a learned prompt stands before rows that luthier encodes alone: `export` writes
     what other tools can use, and `tune.merge()` puts deltas into the weights. Until then `save_pretrained` is refused."""
     tokenizer: Any = None
     tune: Any = None
@@ -63,7 +63,13 @@ class Run:
         return found
 
     def export(
-        self, target: str | Path, *, form: str = "model", weights: str = "auto", weights_only: bool = False
+        self,
+        target: str | Path,
+        *,
+        form: str = "model",
+        dtype: str = "auto",
+        quantize: str | None = None,
+        weights_only: bool = False,
     ) -> dict[str, Any]:
         """Write the result for other tools: the tuned model as it is kept in the run's folder, whatever stands beside its weights.
 
@@ -71,7 +77,9 @@ class Run:
             target: what to write; it must not exist.
             form: `model`, a plain Hugging Face folder with everything merged, `gguf`, one file of the same, or `peft`, a
                 folder with an adapter.
-            weights: the type of a GGUF file's matrices: f32, f16, bf16, q8_0 or auto, which keeps the model's.
+            dtype: of the weights, of a GGUF file's matrices, or of an adapter's tensors: fp32, bf16, fp16, or auto, which keeps
+                what was trained.
+            quantize: of a GGUF file, its matrices in 8 bits: q8_0.
             weights_only: leave out prompts, prefixes and edits, which weights cannot hold.
 
         Returns:
@@ -81,9 +89,9 @@ class Run:
             LuthierError: the target exists, the run has not finished, or its result cannot be held in this form.
         """
         # A run is also read where no model is opened, and this opens one.
-        from luthier.results.written import write_result
+        from luthier.results.written import Asked, write_result
 
-        return write_result(self, Path(target), form=form, weights=weights, weights_only=weights_only)
+        return write_result(self, Asked(Path(target), form, dtype, quantize), weights_only=weights_only)
 
     def save(self, target: str | Path) -> dict[str, Any]:
         """Write the tuned model as a plain Hugging Face folder, everything merged: `export` as it does by itself."""

@@ -33,7 +33,7 @@ PROMPT_LENGTH = "prompt_length"
 
 
 def save_result(folder: Path, tune: Tune, delta: Delta) -> None:
-    """Keep what a run learnt: the delta of the weights, and what stands beside them."""
+    """Keep what a run learned: the delta of the weights, and what stands beside them."""
     delta.save(folder / DELTA)
     additions = [owner for owner in tune.owns if isinstance(owner, Addition)]
     held = [*additions, *(one.shared for one in additions)]

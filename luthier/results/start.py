@@ -63,7 +63,7 @@ def _is_model(name: str) -> bool:
 
 
 def source_of(name: str, out: str, say: Say = silent) -> ModelSource:
-    """The model that was there first, whose tokenizer a model's or a run's is, whatever a run learnt.
+    """The model that was there first, whose tokenizer a model's or a run's is, whatever a run learned.
 
     Raises:
         LuthierError: there is no such model or run.
@@ -84,7 +84,7 @@ def find_start(name: str, out: str, *, revision: str | None = None, trust_remote
         say: hears what is being done.
 
     Raises:
-        LuthierError: there is no such model or run, a run has not finished, or what one learnt is more than a change of weights.
+        LuthierError: there is no such model or run, a run has not finished, or what one learned is more than a change of weights.
     """
     runs: list[Run] = []
     while is_run(name, out) and not _is_model(name):

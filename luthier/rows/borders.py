@@ -10,7 +10,7 @@ Tokenize = Callable[[str], list[int]]
 
 
 class Border(NamedTuple):
-    """A place in a text where targets begin or end."""
+    """A place in a text where labels begin or end."""
 
     place: int
     begins: bool

@@ -4,7 +4,7 @@ Conversations are written by the tokenizer's own chat template. Which characters
 rendering the conversation up to each assistant turn and comparing: the turn begins where the generation prompt ends, so
 a model is trained on exactly what it sees at inference, and it ends behind the template's own end-of-turn token, so a
 model learns to stop. Templates need no `{% generation %}` marks for this; where they have them, the marks narrow the
-targets down.
+labels down.
 
 A template may render an earlier turn differently once later turns follow (Qwen3 removes the thinking of earlier turns).
 What would then be trained is not what inference shows, so such a turn is context only, and a note says so. A message that says
@@ -108,7 +108,7 @@ class Rendered:
 
     Args:
         text: what the model reads.
-        targets: the characters it learns to write, in order, apart from each other.
+        labels: the characters it learns to write, in order, apart from each other.
         plain: whether the text was written without a chat template, so that the tokenizer may add its own first token.
         notes: what about this row deserves a warning.
         block: of a part of a document, its tokens, which the whole was cut into.
@@ -173,7 +173,7 @@ def _first_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
 
 
 def render_training(row: Row, form: Form, loss_on: LossOn = "assistant") -> Rendered:
-    """A row's whole text with its targets.
+    """A row's whole text with its labels.
 
     Args:
         row: any row that has something to learn.

@@ -1,8 +1,8 @@
-"""From a row's text to token ids, and which of them are targets.
+"""From a row's text to token ids, and which of them are labels.
 
 One path serves every shape, training and inference, so a model is trained on the ids it will be shown. Whether a token
-is a target follows from its place in the text, never from its id: a tokenizer whose padding token is its
-end-of-sequence token loses no target.
+is a label follows from its place in the text, never from its id: a tokenizer whose padding token is its
+end-of-sequence token loses no label.
 
 Text a chat template wrote is tokenized as it is, since the template writes its own first token. Any other text begins
 with the tokenizer's beginning-of-sequence token if the tokenizer adds one by itself; documents and completions end with
@@ -43,7 +43,7 @@ class Encoded:
     Args:
         id: the row's id.
         token_ids: the ids, not padded.
-        supervised: True where the token is a target, to be predicted from those before it; the first never is.
+        supervised: True where the token is a label, to be predicted from those before it; the first never is.
         where: the place the row was read from.
         columns: the row's free columns.
         truncated: how many tokens were cut off.
@@ -80,7 +80,7 @@ class Encoded:
 
     @property
     def digest(self) -> int:
-        """Identifies the row and its mates as models read them: token ids and targets, in 8 bytes."""
+        """Identifies the row and its mates as models read them: token ids and labels, in 8 bytes."""
         return digest_of_tokens((one.token_ids, one.supervised) for one in (self, *self.mates))
 
 
@@ -91,7 +91,7 @@ def renamed(row: Encoded, id: str) -> Encoded:
 
 
 def two_tokens(id: str, where: str, columns: Mapping[str, Scalar], text_shape: str, targets: int, mates: int = 0) -> Encoded:
-    """What a row is apart from its text: two tokens, of which the second is a target if the row has any; and as many mates."""
+    """What a row is apart from its text: two tokens, of which the second is a label if the row has any; and as many mates."""
     row = Encoded(id, (0, 0), (False, targets > 0), where, columns, 0, text_shape)
     return replace(row, mates=(row,) * mates) if mates else row
 
@@ -156,7 +156,7 @@ class EncodedRows:
 
     @property
     def supervised_tokens(self) -> int:
-        """Targets."""
+        """Labels."""
         return sum(self.sizes.targets)
 
     @classmethod
@@ -204,7 +204,7 @@ def encode(
     Args:
         row: a checked row.
         tokenizer: the model's tokenizer.
-        purpose: `"train"`: the whole row with its targets; `"prompt"`: up to where the model answers, without targets; `"read"`: as a
+        purpose: `"train"`: the whole row with its labels; `"prompt"`: up to where the model answers, without labels; `"read"`: as a
             head reads it, texts with the special tokens that the tokenizer puts around them, all else whole.
         loss_on: `"assistant"`: all assistant turns, or the completion where the row has one; `"last"`: the last of
             them; `"all"`: every token. A document is always learned whole.
@@ -215,7 +215,7 @@ def encode(
         form: what `form_of` gave for the tokenizer and these, where it is known already: it takes longer than a short row.
 
     Returns:
-        The encoded row. Truncation, or a template that writes earlier turns otherwise, can leave it without any target:
+        The encoded row. Truncation, or a template that writes earlier turns otherwise, can leave it without any label:
         `encode_all` drops such rows and says so.
 
     Raises:
@@ -248,7 +248,7 @@ def encode_pair(
     template_options: Mapping[str, Any] | None = None,
     form: Form | None = None,
 ) -> Encoded:
-    """A row's prompt and a given completion, whose tokens are the targets: a choice to score, or one side of a
+    """A row's prompt and a given completion, whose tokens are the labels: a choice to score, or one side of a
     preference.
 
     Args:
@@ -286,12 +286,12 @@ def encode_all(
 
     Args:
         on_bad_row: what happens when a row cannot be encoded: `"stop"` raises one error that names up to five of them,
-            `"skip"` puts them into `dropped`. A row that is left without a target is dropped in both cases.
+            `"skip"` puts them into `dropped`. A row that is left without a label is dropped in both cases.
         annotations: what gives the rows' tokens numbers, where they are rows to train on.
         reads: what the model can read; rows that are longer, or have tokens that it does not know, cannot be encoded.
 
     Raises:
-        LuthierError: a row cannot be encoded and `on_bad_row` is `"stop"`, or no target is left in any row.
+        LuthierError: a row cannot be encoded and `on_bad_row` is `"stop"`, or no label is left in any row.
     """
     found, bad = encode_each(
         rows,
@@ -465,7 +465,7 @@ def _together(
 
 
 def _replaced(rendered: Rendered, start: int, stop: int, text: str) -> Rendered:
-    """The same with another text from start to stop; targets that begin or end within it do so at most where it ends."""
+    """The same with another text from start to stop; labels that begin or end within it do so at most where it ends."""
     longer = len(text) - (stop - start)
 
     def moved(place: int) -> int:

@@ -28,7 +28,7 @@ def of_rows(rows: Iterable[Row]) -> str:
 
 @singledispatch
 def of_encoded(rows: Sequence[Encoded]) -> str:
-    """The SHA-256 of encoded rows: ids, tokens, targets and columns, in their order. It costs as much as reading them once."""
+    """The SHA-256 of encoded rows: ids, tokens, labels and columns, in their order. It costs as much as reading them once."""
     digest = hashlib.sha256()
     for row in rows:
         digest.update(canonical([row.id, len(row), row.columns, row.token_columns]).encode("utf-8", "surrogatepass"))

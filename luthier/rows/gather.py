@@ -33,7 +33,7 @@ def encode_rows(
     annotations: tuple[Annotation, ...] = (),
     purpose: Purpose = "train",
 ) -> Kept:
-    """Training rows as tokens and targets.
+    """Training rows as tokens and labels.
 
     Args:
         recipe: what to do with rows.

@@ -44,7 +44,7 @@ GROUPS: Mapping[str, Callable[[Row], list[Row]]] = {PAIR: sides, "members": _mem
 
 
 def prompt_length(one: Encoded) -> int:
-    """Tokens before the first target; all where there is none."""
+    """Tokens before the first label; all where there is none."""
     return next((place for place, is_target in enumerate(one.supervised) if is_target), len(one))
 
 
@@ -79,7 +79,7 @@ def refuse_other_prompts(pair: Sequence[Encoded], decode: Callable[[Sequence[int
 
 
 def cut_alike(pair: Sequence[Encoded], surplus: int, first: int) -> list[Encoded]:
-    """Both answers without so many tokens at the beginning of their prompt; without targets where the prompt has fewer.
+    """Both answers without so many tokens at the beginning of their prompt; without labels where the prompt has fewer.
 
     Args:
         pair: two answers to one prompt.

@@ -144,7 +144,7 @@ def digest(id: str) -> int:
 
 
 def digest_of_tokens(members: Iterable[tuple[Sequence[int], Sequence[bool]]]) -> int:
-    """8 bytes of the SHA-256 of rows that belong together as models read them, token ids and which of them are targets."""
+    """8 bytes of the SHA-256 of rows that belong together as models read them, token ids and which of them are labels."""
     found = hashlib.sha256()
     for token_ids, supervised in members:
         found.update(len(token_ids).to_bytes(8, "little"))

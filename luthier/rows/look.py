@@ -43,7 +43,7 @@ _STYLES = {
 
 @dataclass(frozen=True)
 class Piece:
-    """Text of neighboring tokens that are alike: targets or not, special tokens or not."""
+    """Text of neighboring tokens that are alike: labels or not, special tokens or not."""
 
     text: str
     target: bool
@@ -129,7 +129,7 @@ def look(
 ) -> Look:
     """Read and encode rows as a run would, without stopping at bad ones.
 
-    A preference is shown as two samples, the chosen and the rejected answer; a prompt without an answer has no targets.
+    A preference is shown as two samples, the chosen and the rejected answer; a prompt without an answer has no labels.
 
     Args:
         source: anything `read` takes.

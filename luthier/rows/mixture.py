@@ -76,7 +76,7 @@ class Mixture:
         return drawn
 
     def facts(self, sizes: Sizes, epochs: int) -> list[dict[str, Any]]:
-        """What each source should be and is, over the first epochs: shares of rows, tokens and targets, and passes over it."""
+        """What each source should be and is, over the first epochs: shares of rows, tokens and labels, and passes over it."""
         drawn = [[row for epoch in range(epochs) for row in self._drawn(index, epoch)] for index in range(len(self.sources))]
         of_rows = _normalized([len(rows) for rows in drawn])
         of_tokens = _normalized([sum(sizes.tokens[row] for row in rows) for rows in drawn])

@@ -1,4 +1,4 @@
-"""Rows with the numbers that a store holds of them: scalars as free columns, what each target has as numbers of tokens."""
+"""Rows with the numbers that a store holds of them: scalars as free columns, what each label has as numbers of tokens."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def _with_arrays(row: Encoded, store: Numbers, entry: int) -> Encoded:
 
 
 def _at(is_target_T: NDArray[Any], values: NDArray[Any]) -> NDArray[Any]:
-    """What targets have, [targets, ...], at their places among all tokens, [T, ...]."""
+    """What labels have, [labels, ...], at their places among all tokens, [T, ...]."""
     found = numpy.zeros((len(is_target_T), *values.shape[1:]), dtype=values.dtype)
     found[is_target_T] = values
     return found

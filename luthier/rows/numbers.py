@@ -2,7 +2,7 @@
 
 Each file says in its metadata what the numbers were made with. It holds some rows, is written beside its place and renamed, and is never
 changed: a kill costs the file in progress alone, and a later file's numbers of a row stand for those of an earlier one. Only ids' digests
-and scalars stay in memory; what each target has is read when a batch asks for it, a row group of about a MiB at a time.
+and scalars stay in memory; what each label has is read when a batch asks for it, a row group of about a MiB at a time.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ COLUMNS: Mapping[str, Mapping[str, pyarrow.DataType]] = {
     "likelihood": {LIKELIHOOD: pyarrow.list_(pyarrow.float64())},
     "teacher": dict(zip(TEACHER, map(pyarrow.list_, (pyarrow.float32(), pyarrow.int32(), pyarrow.float32())), strict=True)),
 }
-"""By kind: of each row and its mates in turn one likelihood, in nats; or of each of their targets in turn K log-probabilities, the ids of
+"""By kind: of each row and its mates in turn one likelihood, in nats; or of each of their labels in turn K log-probabilities, the ids of
 their tokens, and the probability of all others."""
 _KEYS = {"id": pyarrow.string(), "encoded": pyarrow.int64(), "targets": pyarrow.list_(pyarrow.int32())}
 _FACTS = b"luthier"
@@ -271,7 +271,7 @@ class Numbers:
         return self._value[self._end_R[place - 1] if place else 0 : self._end_R[place]]
 
     def arrays(self, place: int) -> dict[str, NDArray[Any]]:
-        """What each target of a row and its mates has, by column: [targets, K], or [targets].
+        """What each label of a row and its mates has, by column: [labels, K], or [labels].
 
         Raises:
             LuthierError: the file is damaged.

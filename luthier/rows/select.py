@@ -42,7 +42,7 @@ class ScoringServices:
         return self._embed(texts)
 
     def likelihood(self, model: str, rows: Sequence[Row]) -> Sequence[RowLikelihood]:
-        """How likely a model finds each row's targets."""
+        """How likely a model finds each row's labels."""
         if self._likely is None:
             raise LuthierError(
                 f"`{self._slot}` runs models, and nothing here can",

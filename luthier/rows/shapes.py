@@ -22,7 +22,7 @@ travel with the row into its batch, everything else stays in `fields`.
 | `prompt` | an item without an answer |
 
 `prompt`, `completion`, `chosen`, `rejected` and each of `answers` are text or a list of messages. A message with `learn: false` is context
-only: it is read and never a target (`luthier.rows.messages`). Context such as `system`, `history` and `tools` may stand beside all but
+only: it is read and never a label (`luthier.rows.messages`). Context such as `system`, `history` and `tools` may stand beside all but
 documents (`luthier.rows.beside`); a prompt with a `system` or a `history` becomes a list of messages, an instruction with one a
 conversation.
 """

@@ -1,4 +1,4 @@
-"""How many rows begin with a system turn: a model that learnt with one answers worse without, and the reverse."""
+"""How many rows begin with a system turn: a model that learned with one answers worse without, and the reverse."""
 
 from __future__ import annotations
 

@@ -23,11 +23,11 @@ class Dialogue:
 
     Args:
         messages: as a chat template is given them.
-        given: how many of them are a prompt, and never targets.
+        given: how many of them are a prompt, and never labels.
         tools: what the row offers.
         joint: stands between messages where there is no template.
         where: for errors.
-        context: the places of messages that are never targets, either.
+        context: the places of messages that are never labels, either.
         options: what the row itself gives the template.
         notes: what the row itself deserves.
     """

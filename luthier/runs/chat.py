@@ -90,13 +90,13 @@ class Chat:
         self.turns.clear()
 
     def warning(self) -> str:
-        """Says that a run learnt with a system turn and is asked without one, or the reverse; empty where neither is so."""
+        """Says that a run learned with a system turn and is asked without one, or the reverse; empty where neither is so."""
         share = read_run(self.name).facts.get("rows", {}).get("system_turns") if is_run(self.name, "runs") else None
         return system_warning(share, bool(self.system))
 
 
 def system_warning(share: float | None, given: bool) -> str:
-    """What is said of a system turn that a run learnt with, or did not.
+    """What is said of a system turn that a run learned with, or did not.
 
     Args:
         share: of the run's rows, how many began with one; None where it is not known, or rows asked nothing.

@@ -7,7 +7,7 @@ from typing import Any
 
 from luthier.errors import Say, silent
 from luthier.results.folder import read_run
-from luthier.results.written import check_asked, write_result
+from luthier.results.written import Asked, write_result
 
 
 def export(
@@ -15,7 +15,8 @@ def export(
     target: Path,
     *,
     form: str = "model",
-    weights: str = "auto",
+    dtype: str = "auto",
+    quantize: str | None = None,
     out: str = "runs",
     say: Say = silent,
     weights_only: bool = False,
@@ -27,11 +28,14 @@ def export(
         target: what to write; it must not exist.
         form: `model`, a plain Hugging Face folder with everything merged, `gguf`, one file of the same, or `peft`, a
             folder with an adapter.
-        weights: the type of a GGUF file's matrices: f32, f16, bf16, q8_0 or auto, which keeps the model's.
+        dtype: of the weights, of a GGUF file's matrices, or of an adapter's tensors: fp32, bf16, fp16, or auto, which keeps
+            what was trained.
+        quantize: of a GGUF file, its matrices in 8 bits: q8_0.
         weights_only: leave out prompts, prefixes and edits, which weights cannot hold.
 
     Raises:
         LuthierError: the target exists, or the result cannot be held in this form.
     """
-    check_asked(target, form, weights)
-    return write_result(read_run(name, out), target, form=form, weights=weights, say=say, weights_only=weights_only)
+    asked = Asked(target, form, dtype, quantize)
+    asked.check()
+    return write_result(read_run(name, out), asked, say=say, weights_only=weights_only)

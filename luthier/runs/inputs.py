@@ -26,7 +26,7 @@ DIGITS = 16
 def inputs_of(plan: Plan) -> dict[str, str]:
     """What a run reads, by the recipe's key, in words that are equal for equal content."""
     rows = plan.rows
-    counted = f"{len(rows.rows):,} rows, {rows.tokens:,} tokens, {rows.supervised_tokens:,} of them targets"
+    counted = f"{len(rows.rows):,} rows, {rows.tokens:,} tokens, {rows.supervised_tokens:,} of them labels"
     shares = plan.feed.shares()
     mixed = f", in shares {_short(canonical(shares))}" if shares else ""
     return {

@@ -62,7 +62,7 @@ def look_at_rows(
 
 
 def turns_of(loss_on: str) -> LossOn:
-    """Which turns are targets, checked."""
+    """Which turns are labels, checked."""
     if loss_on not in get_args(LossOn):
         raise LuthierError(f"loss on `{loss_on}`", where="--loss-on", fix="use assistant, last or all")
     return cast(LossOn, loss_on)

@@ -279,7 +279,7 @@ def _encoded(chunk: Records, recipe: RowsRecipe, tune: Tune, form: Form, before:
 
 
 def _pieces(rows: Sequence[Encoded], wide: int) -> Iterator[list[Encoded]]:
-    """Rows in order, so many together that what each of their targets gets, in bytes, stays small."""
+    """Rows in order, so many together that what each of their labels gets, in bytes, stays small."""
     piece: list[Encoded] = []
     size = 0
     for row in rows:

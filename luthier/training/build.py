@@ -106,7 +106,7 @@ def build_engine(
         raise LuthierError("nothing is minimized", where="objective", fix="name one, e.g. cross_entropy")
     if goal.head is not None and goal.rules:
         raise LuthierError(
-            f"`{goal.rules[0].slot}` chooses among the targets of a step, and what `{goal.head[0]}` reads has none",
+            f"`{goal.rules[0].slot}` chooses among the labels of a step, and what `{goal.head[0]}` reads has none",
             where="token_weight",
             fix="leave one of them out",
         )
@@ -140,9 +140,9 @@ def build_engine(
             owner.add(slot, value, services_of(slot), states[slot])
     if goal.comparing() and owner.prompt_labels is not None and bool((owner.prompt_labels >= 0).any()):
         raise LuthierError(
-            f"`{goal.comparing()[0]}` compares with the base, which does not read the virtual tokens that are targets here",
+            f"`{goal.comparing()[0]}` compares with the base, which does not read the virtual tokens that are labels here",
             where="objective",
-            fix="leave it out, or use a prompt without targets, such as prompt_tuning",
+            fix="leave it out, or use a prompt without labels, such as prompt_tuning",
         )
     goal.start(owner, services_of)
     if not owner.trained:

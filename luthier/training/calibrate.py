@@ -77,11 +77,11 @@ def gradients(
     moved: Mapping[Place, Tensor],
     nll: Callable[[Tensor, Tensor], Tensor],
 ) -> dict[Place, Tensor]:
-    """Dense gradients of the mean cross-entropy over the batches' targets; nothing of the run notices.
+    """Dense gradients of the mean cross-entropy over the batches' labels; nothing of the run notices.
 
     Args:
         tune: the model, with what is attached to it.
-        batches: rows with targets.
+        batches: rows with labels.
         places: of which gradients are wanted.
         moved: changes of weights to look from, by place, added to the numbers that optimizers hold. The model runs in fp32 or wider
             meanwhile, unless it is quantized: a step that is rounded away would not be looked from. Afterwards the weights are as
@@ -94,7 +94,7 @@ def gradients(
     _refuse_spread(tune)
     targets = sum(batch.supervised for batch in batches)
     if not targets:
-        raise LuthierError("the rows for calibration have no targets", fix="use rows with answers")
+        raise LuthierError("the rows for calibration have no labels", fix="use rows with answers")
     names = list(dict.fromkeys(place.parameter for place in places))
     sums: dict[str, Tensor] = {}
     with _beside(tune, {*names, *(place.parameter for place in moved)}) as beside, _moved(tune, moved, beside):

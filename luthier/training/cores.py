@@ -39,8 +39,8 @@ class CoreWatch:
             return None
         self.told = True
         return (
-            f"other work runs on this machine: for {share:.0%} of the time, luthier's threads wait for a core, and steps take longer; "
-            "`train.threads=1` suffers least from it"
+            f"other work runs on this machine: for {share:.0%} of the time luthier's threads wait for a core, so steps take longer, "
+            "and the times of this run are not those of a quiet machine"
         )
 
 

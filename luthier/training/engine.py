@@ -31,11 +31,11 @@ class Weights(NamedTuple):
     """What token weights leave of a step."""
 
     weighted_share: float
-    """Of the targets, those whose weight is not 0."""
+    """Of the labels, those whose weight is not 0."""
     effective_labels: float
-    """The number of equally weighted targets that would have as much to say: (sum of weights)^2 / sum of their squares."""
+    """The number of equally weighted labels that would have as much to say: (sum of weights)^2 / sum of their squares."""
     entropy: float
-    """Mean entropy of the model's distributions at the targets that were run, in nats."""
+    """Mean entropy of the model's distributions at the labels that were run, in nats."""
 
 
 class StepResult(NamedTuple):
@@ -44,15 +44,15 @@ class StepResult(NamedTuple):
     loss: float
     """What was minimized: all terms, each divided by its units."""
     nll: float
-    """Plain cross-entropy, a mean over the step's targets, without rows that a rule left out; of rows that belong together, such as two
+    """Plain cross-entropy, a mean over the step's labels, without rows that a rule left out; of rows that belong together, such as two
     answers, those of the first alone."""
     parts: dict[str, float]
     tokens: int
     supervised: int
-    """All targets, of all rows that belong together."""
+    """All labels, of all rows that belong together."""
     rows: int
     kept: float
-    """Mean token weight: 1 where every target counts fully."""
+    """Mean token weight: 1 where every label counts fully."""
     weights: Weights | None = None
     """Of a weighted loss: what the weights leave."""
     notes: Mapping[str, float] = {}
@@ -289,7 +289,7 @@ class Engine:
 
 
 def with_context(batch: Batch, label_P: Tensor | None) -> Batch:
-    """A batch whose rows begin with the virtual tokens of a prompt that are learnt themselves."""
+    """A batch whose rows begin with the virtual tokens of a prompt that are learned themselves."""
     if label_P is None:
         return batch
     rows, length = len(batch.row_ids), len(label_P)
@@ -308,7 +308,7 @@ def with_context(batch: Batch, label_P: Tensor | None) -> Batch:
 
 
 def idle_batch() -> Batch:
-    """Two tokens without a target."""
+    """Two tokens without a label."""
     ids_BT = torch.zeros(1, 2, dtype=torch.long)
     return Batch(ids_BT, ids_BT == 0, torch.arange(2)[None], ids_BT - 100, ("",))
 

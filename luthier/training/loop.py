@@ -51,7 +51,7 @@ class Clock:
         return self.at(self.turns.first(slot, self.steps), 0.0)
 
     def settled(self, steps: int) -> bool:
-        """Whether so many steps reach into the last phase of every technique: what is learnt then is of the kind that the run ends in."""
+        """Whether so many steps reach into the last phase of every technique: what is learned then is of the kind that the run ends in."""
         return all(steps > border for border in self.turns.borders(self.steps))
 
 

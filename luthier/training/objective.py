@@ -90,20 +90,20 @@ class Weighted:
 
 
 class Counted(NamedTuple):
-    """What is said of a step's targets beside the loss. Everything adds up over micro-batches and processes."""
+    """What is said of a step's labels beside the loss. Everything adds up over micro-batches and processes."""
 
     nll: float = 0.0
-    """Plain negative log-likelihood, summed over the targets."""
+    """Plain negative log-likelihood, summed over the labels."""
     weight: float = 0.0
     """Token weights, summed."""
     squares: float = 0.0
     """Squares of the token weights, summed."""
     kept: float = 0.0
-    """Targets whose weight is not 0."""
+    """Labels whose weight is not 0."""
     entropy: float = 0.0
-    """Entropy of the model's distributions in nats, summed over the targets; 0 where nothing asked for it."""
+    """Entropy of the model's distributions in nats, summed over the labels; 0 where nothing asked for it."""
     targets: float = 0.0
-    """Targets that were run."""
+    """Labels that were run."""
     own: float = 0.0
     """Those of them that are the rows' own."""
 
@@ -146,7 +146,7 @@ class Looked(NamedTuple):
     batches: list[Batch]
     """The micro-batches without the rows of which nothing is kept."""
     keeps: list[Tensor]
-    """The weights [N] of their targets."""
+    """The weights [N] of their labels."""
     notes: dict[str, float]
     """What the rules log; the same on every process."""
 
@@ -178,7 +178,7 @@ class Objective:
 
     @property
     def is_weighted(self) -> bool:
-        """Whether targets count differently, so that the loss alone does not tell how training goes."""
+        """Whether labels count differently, so that the loss alone does not tell how training goes."""
         return bool(self.weights)
 
     def columns(self) -> tuple[Column, ...]:
@@ -224,14 +224,14 @@ class Objective:
     def look(self, tune: Tune, batches: Sequence[Batch], now: Now, world: World, services_of: Callable[[str], Services]) -> Looked:
         """Rules over the whole step: one pass without gradients if they ask for columns, gathered over processes and sorted by row id
         and position, so that neither the split into micro-batches nor the number of processes matters. They take turns in their order,
-        each on the targets that those before it keep, and their weights multiply.
+        each on the labels that those before it keep, and their weights multiply.
 
         Raises:
             LuthierError: rows belong together, of which a rule could keep one alone.
         """
         if any(batch.groups for batch in batches):
             raise LuthierError(
-                f"`{self.rules[0].slot}` chooses among the targets of a step, and these rows belong together",
+                f"`{self.rules[0].slot}` chooses among the labels of a step, and these rows belong together",
                 where="token_weight",
                 fix="leave it out, or train on rows that stand alone",
             )
@@ -354,7 +354,7 @@ class Objective:
         services_of: Callable[[str], Services],
         trains: bool = True,
     ) -> View:
-        """Run a micro-batch: its columns, and the weights of its targets. The arguments are those of `total`."""
+        """Run a micro-batch: its columns, and the weights of its labels. The arguments are those of `total`."""
         hidden_wanted = any(one.term.hidden for one in self.terms) or self.head is not None
         view = view_of(
             tune,
@@ -431,7 +431,7 @@ class Objective:
 
 
 def _weighed(weigh: Callable[[View], Tensor], view: View, *, virtual: bool) -> Tensor:
-    """The weights [N] of the targets; those of virtual tokens are 1 unless the weight is for them, too. No graph is made here."""
+    """The weights [N] of the labels; those of virtual tokens are 1 unless the weight is for them, too. No graph is made here."""
     seen = view if virtual else view.of_own()
     found = weigh(seen)
     return found if seen is view else torch.ones_like(view["nll"]).masked_scatter(view.is_own, found.to(view["nll"]))

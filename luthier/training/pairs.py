@@ -1,4 +1,4 @@
-"""Losses over pairs of answers, lowered to terms: each answer's likelihood, summed over its targets, and the reference's."""
+"""Losses over pairs of answers, lowered to terms: each answer's likelihood, summed over its labels, and the reference's."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def as_term(value: PairLoss, reference: Reference) -> LossTerm:
 
 
 def _tell(pairs: Pairs, value: PairLoss) -> None:
-    """Log what shows how preferences are learnt, and whether the chosen answers themselves become less likely."""
+    """Log what shows how preferences are learned, and whether the chosen answers themselves become less likely."""
     chosen, rejected = pairs.chosen, pairs.rejected
     # A report draws the first few alone.
     pairs.note(CHOSEN, chosen.log_likelihood_P)
@@ -85,7 +85,7 @@ def pairs_of(view: View, reference: Reference | None) -> Pairs:
     """The pairs of a micro-batch: what a loss over pairs reads.
 
     Args:
-        view: of the rows' own targets.
+        view: of the rows' own labels.
         reference: what they are compared with, if anything.
     """
     likely_B = view.log_likelihoods()

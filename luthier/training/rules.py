@@ -1,4 +1,4 @@
-"""The targets of a whole step as rules see them: gathered over micro-batches and processes, and what is left of each micro-batch."""
+"""The labels of a whole step as rules see them: gathered over micro-batches and processes, and what is left of each micro-batch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from luthier.tune import Tune
 
 
 def table_of(tune: Tune, batch: Batch, wanted: Sequence[Column], now: Now, states: Mapping[str, State]) -> dict[str, Tensor]:
-    """The rows' own targets of one micro-batch; free columns of its rows under `rows NAME`."""
+    """The rows' own labels of one micro-batch; free columns of its rows under `rows NAME`."""
     where = find_targets(batch.own())
     rows_B = draws.seeds_of(batch.row_ids)
     row_N = where.row_N.cpu()
@@ -34,7 +34,7 @@ def table_of(tune: Tune, batch: Batch, wanted: Sequence[Column], now: Now, state
 def gathered(
     tables: Sequence[dict[str, Tensor]], wanted: Sequence[str], world: World
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """All processes' targets, sorted by row and position, and the free columns of their rows at each.
+    """All processes' labels, sorted by row and position, and the free columns of their rows at each.
 
     Micro-batches differ in the free columns that their rows have.
     """
@@ -60,7 +60,7 @@ def gathered(
 
 
 def places_in(whole: dict[str, Tensor], some: dict[str, Tensor]) -> Tensor:
-    """Where some targets are among all, which are sorted by row and position."""
+    """Where some labels are among all, which are sorted by row and position."""
     row_R, row_M = whole["row"].unique(return_inverse=True)
     longest = int(whole["position"].max()) + 1 if len(row_M) else 1
     key_M = row_M * longest + whole["position"]
@@ -68,11 +68,11 @@ def places_in(whole: dict[str, Tensor], some: dict[str, Tensor]) -> Tensor:
 
 
 def pruned(batch: Batch, keep_N: Tensor) -> tuple[Batch, Tensor]:
-    """A micro-batch without the rows of which nothing is kept, and the weights of the targets that are left.
+    """A micro-batch without the rows of which nothing is kept, and the weights of the labels that are left.
 
     Args:
         batch: the micro-batch.
-        keep_N: the weights of its rows' own targets; those of virtual tokens stay as they are.
+        keep_N: the weights of its rows' own labels; those of virtual tokens stay as they are.
     """
     where = find_targets(batch)
     row_N, own_N = where.row_N.cpu(), batch.token_ids_BT[where.row_N, where.source_N + 1].cpu() >= 0

@@ -135,7 +135,7 @@ class RunServices:
     def gradients(
         self, batches: Sequence[Batch], places: Sequence[Place], moved: Mapping[Place, Tensor] | None = None
     ) -> dict[Place, Tensor]:
-        """Dense gradients of the mean cross-entropy over the batches' targets, by place."""
+        """Dense gradients of the mean cross-entropy over the batches' labels, by place."""
         return calibrate.gradients(self._tune, batches, places, moved or {}, self.nll)
 
 
@@ -157,7 +157,7 @@ def view_of(
     pack: bool | None = None,
     trains: bool = False,
 ) -> View:
-    """Run the model on a batch and make columns of its targets.
+    """Run the model on a batch and make columns of its labels.
 
     Args:
         tune: the model, with what is attached to it.
@@ -251,7 +251,7 @@ def shares_beginnings(tune: Tune, columns: Sequence[Column], others: Sequence[Ot
 
 
 def _context(batch: Batch, where: Targets) -> Tensor:
-    """True at real tokens that are no targets, [B, T]."""
+    """True at real tokens that are no labels, [B, T]."""
     context_BT = batch.attend_BT.clone()
     context_BT[where.row_N, where.source_N + 1] = False
     return context_BT

@@ -60,7 +60,7 @@ def value_of(value: StepLoss, view: View, own: Tensors, reference: Reference) ->
 
     Args:
         value: the loss.
-        view: of the rows' own targets.
+        view: of the rows' own labels.
         own: its trained tensors.
         reference: what answers are compared with, if it asks for that.
     """

@@ -38,7 +38,7 @@ def add_selective(tune: Attached, slot: str, value: Selective, services: Service
         raise LuthierError(f"`{slot}` selects nothing to train", fix="widen its target_modules or its share")
     changes = value.refresh is not None
     if changes and value.leave == "keep" and tune.keep_base:
-        # Numbers that leave keep what they learnt, so their own base values would be lost.
+        # Numbers that leave keep what they learned, so their own base values would be lost.
         remember(tune, {place.parameter for place in chosen})
     for place, select in chosen.items():
         check_select(place, select, tune.region(place))

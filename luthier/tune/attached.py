@@ -68,7 +68,7 @@ class Attached:
         """Whose turn it is to move, and each technique's clock."""
         self.prompt_length = 0
         self.prompt_labels: Tensor | None = None
-        """Targets of a prompt's virtual tokens, where they are learnt."""
+        """Labels of a prompt's virtual tokens, where they are learned."""
         self.drawing: Tensor | None = None
         """While the run trains: keys for the draws of each token of the pass. They stay until the backward pass is done, which may run
         parts of the model again."""
@@ -81,7 +81,7 @@ class Attached:
         """No trained number was written yet: what trains in place still is the base."""
         self.altered: dict[str, Tensor] = {}
         """Base values of whole parameters, by name, where the base is kept and the trained numbers do not tell it: a start
-        changed them, or numbers that leave keep what they learnt."""
+        changed them, or numbers that leave keep what they learned."""
         self.merged: dict[str, Tensor] | None = None
         """Values before merging, by parameter name."""
         self.expanded: dict[str, QuantizedLinear] = {}

@@ -306,7 +306,7 @@ def _replace(tune: Attached, trained: Trained, master: Tensor, take: Tensor, old
 
 
 def left_behind(tune: Attached) -> list[str]:
-    """Parameters in which numbers that no longer train keep what they learnt: they must be saved whole."""
+    """Parameters in which numbers that no longer train keep what they learned: they must be saved whole."""
     keeping = {slot for slot, value, _ in tune.selectives if value.refresh is not None and value.leave == "keep"}
     mine = [one.place for one in tune.trained.values() if one.slot in keeping]
     return sorted({place.parameter for place in mine if place is not None})

@@ -103,7 +103,7 @@ REFUSED: dict[tuple[str, str], str] = {
     # There is no average over time of numbers that come and go.
     ("following_reference", "comes and goes"): "an average over time needs the same numbers",
     # What a head reads need not have targets.
-    ("rule", "reads rows"): "chooses among the targets of a step",
+    ("rule", "reads rows"): "chooses among the labels of a step",
     ("reads rows", "reads rows"): "both put a head beside the model",
     # The base knows nothing of tokens that are learnt.
     ("learns its prompt", "compares"): "compares with the base, which does not read the virtual tokens",

@@ -152,7 +152,7 @@ def no_targets(rows: int, source: str) -> list[Batch]:
 def test_rows_that_cannot_be_measured_are_refused_before_training(engine: Any, now: Now) -> None:
     with pytest.raises(LuthierError, match="the row `row100` has no `task`"):
         engine(token_weight=weight(), calibration=no_task)
-    with pytest.raises(LuthierError, match="the validation rows have no targets"):
+    with pytest.raises(LuthierError, match="the validation rows have no labels"):
         engine(token_weight=weight(), calibration=no_targets)
     with pytest.raises(LuthierError, match="a task that is none of chat, code"):
         engine(token_weight=weight(validation_rows=2)).step([rows_of_eight()], now)

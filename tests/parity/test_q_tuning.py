@@ -46,7 +46,7 @@ def test_corners_by_hand() -> None:
     names = list(rows)
     assert found.slopes.keys() == {names[1], names[3]} and found.passes == 2
     assert found.loss == pytest.approx((2.9 + 1.1) / 2)
-    assert found.notes == {"q_tuning rows kept": 0.5, "q_tuning targets kept": 0.5, "q_tuning top-up": 0.0}
+    assert found.notes == {"q_tuning rows kept": 0.5, "q_tuning labels kept": 0.5, "q_tuning top-up": 0.0}
     every = step_on(rows, weight(rows=1.0))
     assert every.slopes.keys() == set(names) and every.notes["q_tuning top-up"] == 0.5
 
@@ -146,7 +146,7 @@ def test_the_budget_is_met_and_rows_that_are_right_lose_nothing(share: float) ->
         count = len(rows[name].nll)
         assert len(places) == (math.ceil(count / 2) if u[name] > v[name] else count)
     targets = sum(len(row.nll) for row in rows.values())
-    assert found.notes["q_tuning targets kept"] == pytest.approx(sum(map(len, kept(found.slopes).values())) / targets)
+    assert found.notes["q_tuning labels kept"] == pytest.approx(sum(map(len, kept(found.slopes).values())) / targets)
     assert found.notes["q_tuning rows kept"] == pytest.approx(round(share * 21) / 21)
     distance = {name: min(max(20 - u[name], v[name]), max(u[name], 20 - v[name])) for name in found.slopes}
     assert found.notes["q_tuning top-up"] == pytest.approx(sum(one > 10 for one in distance.values()) / len(distance))

@@ -340,5 +340,9 @@ def test_a_run_becomes_a_file_on_the_command_line(tmp_path: Path) -> None:
     found, base = outputs(load_model(str(target)), ids)[0], outputs(model_of("llama"), ids)[0]
     assert_rounded(found, outputs(run.model, ids)[0], TINY)
     assert float((found - base).abs().max()) > 1e-2
-    refused = CliRunner().invoke(app, ["export", str(run.folder), str(tmp_path / "one"), "--weights", "q8_0", "--json"])
+    for asked, weights in ((["--dtype", "fp16"], "f16"), (["--quantize", "q8_0"], "q8_0")):
+        target = tmp_path / f"{weights}.gguf"
+        told = CliRunner().invoke(app, ["export", str(run.folder), str(target), "--as", "gguf", *asked, "--json"])
+        assert json.loads(told.stdout).get("weights") == weights, told.output
+    refused = CliRunner().invoke(app, ["export", str(run.folder), str(tmp_path / "one"), "--quantize", "q8_0", "--json"])
     assert refused.exit_code == 2 and "GGUF" in json.loads(refused.stdout)["error"]

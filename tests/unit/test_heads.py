@@ -220,7 +220,7 @@ def test_losses_of_tokens_beside_texts_without_targets_are_refused(engine: Any, 
     keys = {"model": "tiny:llama", "rows": {"train": ROWS}, "train": {"steps": 1, "batch_rows": 2}, "out": str(tmp_path)}
     with pytest.raises(LuthierError, match="`cross_entropy` learns from targets, and the texts"):
         luthier.train(**keys, objective=[{"classify": {"labels": ["bad", "good"]}}, "cross_entropy"])
-    with pytest.raises(LuthierError, match="chooses among the targets of a step"):
+    with pytest.raises(LuthierError, match="chooses among the labels of a step"):
         engine(objective=CLASSES, token_weight="random_step_rows")
 
 

@@ -28,10 +28,10 @@ from luthier.lab.command import minutes_of
 from luthier.lab.figure import draw
 from luthier.lab.overview import draw_effects, effect_of
 from luthier.lab.pool import workers
-from luthier.lab.results import expected, file_stem, load, looked, save, shown, spread
+from luthier.lab.results import expected, file_stem, looked, save, shown, spread
 from luthier.lab.runner import here
 from luthier.lab.verdict import Design
-from luthier.lab.verdicts import NOT_AGAIN, entry, under_rule
+from luthier.lab.verdicts import NOT_AGAIN, entry, load, under_rule
 from luthier.report.words import size
 
 TOY = runpy.run_path(str(Path(__file__).with_name("lab_toys.py")))["TOY"]

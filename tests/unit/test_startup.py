@@ -41,7 +41,7 @@ def test_help_and_mistakes_in_recipes_need_no_torch(tmp_path: Path) -> None:
         "tune.lora.rnk=3": "did you mean `rank`?",
         "objective=lora": "put it under `tune`",
     }
-    commands = [["--help"], ["train", "--help"]]
+    commands = [["--help"], ["train", "--help"], ["papers", "--done"], ["replicate", "--list"]]
     commands += [[command, str(path), word] for command in ("train", "plan") for word in mistakes]
     # One process for all: what one command loaded would show in every later one.
     ran = subprocess.run(

@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import importlib
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
+from typing import NamedTuple
 
 from luthier.errors import LuthierError, nearest
 from luthier.lab.replication import Replication, check
 from luthier.registry import module_at
+from luthier.registry.outline import arguments_of
 
 CALIBRATION = "calibration-"
 """What the names of the lab's own tests begin with."""
@@ -23,6 +26,29 @@ CALIBRATION = "calibration-"
 def names() -> list[str]:
     """All replications. Imports none."""
     return sorted(_files())
+
+
+class Line(NamedTuple):
+    """What lists tell of a replication."""
+
+    title: str
+    rows: Sequence[int]
+    """The papers' numbers in `luthier/registry/papers.tsv`."""
+    minutes: float
+    """Rough cost of the first look on two processor cores."""
+
+
+def line(name: str) -> Line:
+    """What lists tell of a replication: read from its file's text where it is written out there, which takes no torch.
+
+    Raises:
+        LuthierError: as `find` does, where the file has to be run.
+    """
+    told = arguments_of(file_of(name), "REPLICATION")
+    if told.get("name") == name and all(field in told for field in Line._fields):
+        return Line(*(told[field] for field in Line._fields))
+    found = find(name)
+    return Line(found.title, found.rows, found.minutes)
 
 
 def find(name: str) -> Replication:

@@ -46,7 +46,7 @@ def stages(setting: Setting) -> list[Recipe]:
 
 
 def names(found: Targets) -> list[list[int]]:
-    """Where each name's targets stand: between the mark and the next color, or the row's end."""
+    """Where each name's labels stand: between the mark and the next color, or the row's end."""
     placed: list[list[int]] = []
     inside, row = False, -1
     for index, (text, now) in enumerate(zip(found.text_N, found.row_N.tolist(), strict=True)):

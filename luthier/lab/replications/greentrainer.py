@@ -8,7 +8,7 @@ from luthier.lab.tasks import learnt_and_kept, new_language, validation_gain
 
 
 def measure(finished: Finished) -> dict[str, float]:
-    """What is learnt and kept, and operations of a step for each of the forward pass."""
+    """What is learned and kept, and operations of a step for each of the forward pass."""
     return {**learnt_and_kept(finished), "operations per forward": 1 + backward_share(finished)}
 
 

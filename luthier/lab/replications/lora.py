@@ -1,4 +1,4 @@
-"""LoRA against full fine-tuning (arXiv:2410.21228): what is learnt, what is forgotten, and what the change looks like."""
+"""LoRA against full fine-tuning (arXiv:2410.21228): what is learned, what is forgotten, and what the change looks like."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from luthier.lab.targets import targets_of, with_answers
 from luthier.lab.tasks import TAUGHT, few_facts, mean, right, stage
 
 ROWS, STEPS, POOL, SHARE = 600, 60, 1024, 0.125
-"""`POOL` tokens are looked at in every step, and `SHARE` of its rows are learnt from."""
+"""`POOL` tokens are looked at in every step, and `SHARE` of its rows are learned from."""
 
 
 def mixed(seed: int) -> list[dict[str, Any]]:

@@ -10,7 +10,7 @@ CHANNELS = {"s2ft": {"output": 0.1, "down": 0.1}}
 
 
 def measure(finished: Finished) -> dict[str, float]:
-    """What is learnt and kept, and what a step costs."""
+    """What is learned and kept, and what a step costs."""
     return {
         **learnt_and_kept(finished),
         "seconds per 1000 tokens": seconds(finished.runs),

@@ -33,7 +33,7 @@ def stages(setting: Setting) -> list[Recipe]:
 
 
 def tokens(finished: Finished, seed: int, *columns: str) -> dict[str, float]:
-    """Means of columns over the targets of other noisy answers: over digits, and over letters, which are noise."""
+    """Means of columns over the labels of other noisy answers: over digits, and over letters, which are noise."""
     rows = noisy(benchmark.rows(SKILL, "train", 80, seed=seed), seed)
     found = targets_of(finished.runs[0], rows, columns)
     digits = [index for index, text in enumerate(found.text_N) if text.isdigit()]

@@ -1,1 +1,1 @@
-"""What can be learnt in the synthetic benchmark: a file for each family of skills."""
+"""What can be learned in the synthetic benchmark: a file for each family of skills."""

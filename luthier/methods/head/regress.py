@@ -18,7 +18,7 @@ def regress(
 ) -> tuple[Head, LossTerm]:
     """Learn a number of each text, from one of its last hidden states, with the mean squared error.
 
-    The head is that of `AutoModelForSequenceClassification`. For causal models it has no bias: numbers far from 0 are learnt better when
+    The head is that of `AutoModelForSequenceClassification`. For causal models it has no bias: numbers far from 0 are learned better when
     their mean is taken out of the rows first.
 
     Args:

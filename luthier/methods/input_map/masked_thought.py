@@ -27,8 +27,8 @@ def masked_thought(
 ) -> InputMap:
     """Replace random tokens of the answer on the input side, so that later ones must be told from the question and from afar.
 
-    The targets stay complete: a token whose input is replaced is still predicted. The prompt and special tokens are read as they
-    are. The training loss rises with the rate; evaluation reads clean rows and shows what was learnt.
+    The labels stay complete: a token whose input is replaced is still predicted. The prompt and special tokens are read as they
+    are. The training loss rises with the rate; evaluation reads clean rows and shows what was learned.
 
     Args:
         mask_probability: the chance that a token of the answer is replaced, once warm-up is over; the authors' script for GSM8K has 0.4,

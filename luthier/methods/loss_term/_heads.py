@@ -18,10 +18,10 @@ from luthier.kinds import Batch, Services, Tensors, View
 
 
 class Ahead(NamedTuple):
-    """The targets of one head among those of a view. The first has shape [N], the others [M], M of them."""
+    """The labels of one head among those of a view. The first has shape [N], the others [M], M of them."""
 
     chosen_N: Tensor
-    """True where the target has a token so far before it in its row."""
+    """True where the label has a token so far before it in its row."""
     row_M: Tensor
     source_M: Tensor
     """Time index of the hidden state that predicts it."""
@@ -35,7 +35,7 @@ def ahead(view: View, head: int) -> Ahead:
 
 
 def targets_ahead(batch: Batch, head: int) -> float:
-    """How many targets a head has in a batch, as `ahead` finds them."""
+    """How many labels a head has in a batch, as `ahead` finds them."""
     follows = (batch.label_BT[:, 1 + head :] >= 0) & batch.attend_BT[:, head:-1]
     return float((follows & batch.attend_BT[:, : -1 - head]).sum())
 
@@ -93,7 +93,7 @@ def start_heads(make: Make, heads: int, services: Services) -> Tensors:
 
 
 def loss_ahead(make: Make, view: View, own: Tensors, head: int) -> Tensor:
-    """A head's negative log-likelihood, summed over its targets, each times the weight of the token that is predicted.
+    """A head's negative log-likelihood, summed over its labels, each times the weight of the token that is predicted.
 
     The head is recomputed in backward: the logits of several heads never exist together.
     """

@@ -16,11 +16,11 @@ from luthier.registry import method
     paper="arXiv:2509.23753",
     row=99,
     reduces_to="anchor 0: cross-entropy with dft",
-    departs="a mean over the targets of the whole step, where the authors' code has each micro-batch's own",
+    departs="a mean over the labels of the whole step, where the authors' code has each micro-batch's own",
     replication="asft",
 )
 def asft(*, anchor: float = 0.05, direction: Literal["forward", "reverse"] = "forward") -> tuple[LossTerm, TokenWeight, LossTerm]:
-    """Let each target count as much as the model believes in it, and hold the model's distributions near the base's.
+    """Let each label count as much as the model believes in it, and hold the model's distributions near the base's.
 
     It is `cross_entropy` with the token weight `dft`, beside the term `kl`, which no token weight touches.
 

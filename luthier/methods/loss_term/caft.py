@@ -34,8 +34,8 @@ SCHEDULES: Mapping[str, Callable[[float], float]] = {
     reduces_to="weight 0 and heads_first 0: plain cross-entropy",
     departs="the default heads are the authors' smaller ones, with a bias that is zero too, so that they start as the identity; heads "
     "learn from the run's own rows and always read the last hidden state, where the authors first train them on text that the base "
-    "wrote, on the state one block earlier; a head's loss is a mean over its targets of the whole step, not of a micro-batch; the "
-    "schedule runs over the steps in which the model trains; a token weight that leaves targets out makes the heads' part smaller by as "
+    "wrote, on the state one block earlier; a head's loss is a mean over its labels of the whole step, not of a micro-batch; the "
+    "schedule runs over the steps in which the model trains; a token weight that leaves labels out makes the heads' part smaller by as "
     "much",
     replication="caft",
 )
@@ -54,13 +54,13 @@ def caft(
     """Also predict the tokens behind the next one, with a head for each that is thrown away, to learn phrases of several tokens.
 
     It brings the cross-entropy along: use `objective: caft`. First the heads learn alone, then the model learns through them, and the
-    learning rate schedule begins anew. Each head costs one more pass of the model's output matrix over the targets. The run's result
+    learning rate schedule begins anew. Each head costs one more pass of the model's output matrix over the labels. The run's result
     has no heads.
 
     Args:
         heads: n, heads for the tokens at t + 2 to t + n + 1; the paper's 4.
         head: what a head is. `residual`: x + SiLU(W x + b) with the width of the model, which starts as the identity. `block`: a copy of
-            the last block but one, as in the paper; it trains as many numbers as that, and sees neither prompts nor prefixes.
+            the last block but one, as in the paper; it trains as many parameters as that, and sees neither prompts nor prefixes.
         weight: c, multiplies the heads' losses while the model trains; the paper's 0.01.
         decay: d, head i counts d ** i; the paper's 0.8.
         schedule: how the weight changes while the model trains: it rises from 0 (`linear`, `sine`), falls to 0 (`reverse_sine`), or

@@ -10,7 +10,7 @@ from luthier.registry import method
 
 @method(title="Cross-entropy")
 def cross_entropy(*, weight: float = 1.0) -> LossTerm:
-    """The negative log-likelihood of each target, a mean over the targets of the whole step.
+    """The negative log-likelihood of each target, a mean over the labels of the whole step.
 
     Args:
         weight: multiplies the term where there are several.

@@ -27,13 +27,13 @@ def dco(*, samples: int = 256, reduction: Literal["sum", "mean"] = "sum") -> Los
 
     Each row's cross-entropy is multiplied by `F(N, p)`, with p the probability of the whole row, held fixed: the gradient is that of
     `-log(1 - (1 - p)^N)`. F falls from 1 to 0 where p is about 1 / N. The loss is a mean over rows; the log has the mean of F over
-    targets. It suits answers without reasoning before them: the probability of a long text is always near 0, and F then 1; see
+    labels. It suits answers without reasoning before them: the probability of a long text is always near 0, and F then 1; see
     `answer_coverage`.
 
     Args:
         samples: N, as many as will be drawn when the model is used; the paper has 1 to 4,096, and 256 lies amid them.
-        reduction: `sum` over a row's targets, which is the exact gradient and grows with the row, or their `mean`, with which the
-            authors' code trains. Targets whose token weight is 0 do not count in the mean.
+        reduction: `sum` over a row's labels, which is the exact gradient and grows with the row, or their `mean`, with which the
+            authors' code trains. Labels whose token weight is 0 do not count in the mean.
 
     Raises:
         LuthierError: `samples` is out of range.

@@ -21,10 +21,10 @@ from luthier.registry import method
 def f_divergence_rows(*, divergence: Name = "chi2", beta: float = 0.01) -> LossTerm:
     """Learn each row by how far the model has already moved from the base on all of it.
 
-    The reward of a row is `r = beta * sum_t log(p / p_base)` over its targets; each target counts in it as much as its token weight
-    says. The loss is a mean over rows, so a long row weighs as much as it has targets. See `f_divergence` for what each divergence
+    The reward of a row is `r = beta * sum_t log(p / p_base)` over its labels; each label counts in it as much as its token weight
+    says. The loss is a mean over rows, so a long row weighs as much as it has labels. See `f_divergence` for what each divergence
     does. A row moves by hundreds of nats: with a large `beta` `chi2` soon stops on nearly all rows, and the log says on which share
-    of the targets.
+    of the labels.
 
     Args:
         divergence: which; `chi2` by luthier's choice.
@@ -39,7 +39,7 @@ def f_divergence_rows(*, divergence: Name = "chi2", beta: float = 0.01) -> LossT
     def total(view: View, own: Tensors) -> Tensor:
         reward_B = beta * view.sum_rows((view["reference_nll"] - view["nll"]) * view.weight_N)
         note_stopped(view, chosen.weight(reward_B)[view.row_N])
-        # Rows without targets have the reward 0, and no phi but is 0 there.
+        # Rows without labels have the reward 0, and no phi but is 0 there.
         return chosen.phi(reward_B).sum()
 
     return LossTerm(total, unit="row", columns=("nll", "reference_nll"))

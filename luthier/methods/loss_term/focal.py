@@ -22,10 +22,10 @@ LEAST_MISSING = 1e-12
     departs="without the factor of a row's task; the released code has no focal loss",
 )
 def focal(*, gamma: float = 2.0) -> LossTerm:
-    """Learn each row by `-(1 - q)^gamma log q`, with q the mean probability of its targets, so that hard rows come first.
+    """Learn each row by `-(1 - q)^gamma log q`, with q the mean probability of its labels, so that hard rows come first.
 
-    The loss is a mean over rows. Token weights weigh the mean that q is, and what a row's targets weigh in the mean multiplies its
-    loss; targets of weight 0 are as if they were none.
+    The loss is a mean over rows. Token weights weigh the mean that q is, and what a row's labels weigh in the mean multiplies its
+    loss; labels of weight 0 are as if they were none.
 
     Args:
         gamma: the power; 2 in the paper that introduced focal loss (Lin et al., 2017).

@@ -16,7 +16,7 @@ COLUMNS = {"forward": "kl_forward", "reverse": "kl"}
 def kl(*, weight: float = 0.05, direction: Literal["forward", "reverse"] = "forward") -> LossTerm:
     """Keep the model's distributions near those of the model before training.
 
-    The divergence is over the whole vocabulary, in nats, a mean over all targets of the rows that are run, whatever token weights there
+    The divergence is over the whole vocabulary, in nats, a mean over all labels of the rows that are run, whatever token weights there
     are. It costs one forward pass of the base without gradients and without dropout, over what the model reads in the step. It stands
     beside another objective: cross-entropy, unless one is named.
 

@@ -27,7 +27,7 @@ SCALES = {"absolute": absolute_scale, "relative": relative_scale}
     reduces_to="mix 1 and consistency 0: plain cross-entropy, in one pass",
     departs="the spread and the mean variance are those of each row, where the authors take the padded batch; `noise_std` multiplies the "
     "noise once, where their training multiplies it twice; blocks are compared by the noise's expectation instead of 10 draws, and the "
-    "last one before the final norm; targets are shifted, where they weigh unshifted logits; without a gradient through the noise's "
+    "last one before the final norm; labels are shifted, where they weigh unshifted logits; without a gradient through the noise's "
     "size and through the clean distribution, unless asked for",
     replication="noisefit",
 )
@@ -43,7 +43,7 @@ def noisefit(
     detach_clean: bool = True,
     detach_scale: bool = True,
 ) -> tuple[LossTerm, Callback]:
-    """Learn the targets, and predict alike when noise is added behind some blocks: a x cross-entropy + (1 - a) x the divergence of two
+    """Learn the labels, and predict alike when noise is added behind some blocks: a x cross-entropy + (1 - a) x the divergence of two
     noisy predictions from the clean one + lambda x that of one noisy prediction from the other.
 
     It stands for cross-entropy and contains it. Every step runs the model three times forward and back, and keeps what backward needs

@@ -19,12 +19,12 @@ from luthier.registry import method
     paper="arXiv:2412.12865",
     row=77,
     reduces_to="gamma -1000: the cross-entropy of each row's mean, a mean over rows",
-    departs="one set of targets on both sides, where the authors' code scores the answers and trains on every token; a row without a "
+    departs="one set of labels on both sides, where the authors' code scores the answers and trains on every token; a row without a "
     "score is refused, where their code drops it",
     replication="poft",
 )
 def poft(*, beta: float = 1.0, gamma: float = 0.0, column: str = "aligned_log_likelihood") -> LossTerm:
-    """Prefer the model to others that are aligned already, on each row's answer: what those find unlikely is learnt less.
+    """Prefer the model to others that are aligned already, on each row's answer: what those find unlikely is learned less.
 
     With c the row's mean loss and s its score, the mean log-likelihood of a token under the aligned models, a row's loss is
     -log sigmoid(u), u = beta * (-c - s) + gamma; the loss is a mean over rows. The score comes before training:
@@ -33,7 +33,7 @@ def poft(*, beta: float = 1.0, gamma: float = 0.0, column: str = "aligned_log_li
 
     A row counts beta * sigmoid(-u) times its own cross-entropy's gradient. That is a half where both sides find it equally likely, and
     falls as the model overtakes the others: compare with cross-entropy at that share of the learning rate. The mean of sigmoid(-u) over
-    targets is logged as `poft weight`. Token weights weigh the mean c.
+    labels is logged as `poft weight`. Token weights weigh the mean c.
 
     Args:
         beta: steepness of the preference, for each nat of a mean token; 1 in the paper.
@@ -41,7 +41,7 @@ def poft(*, beta: float = 1.0, gamma: float = 0.0, column: str = "aligned_log_li
         column: the rows' free column that holds s.
 
     Raises:
-        LuthierError: a number is out of range, or a row with targets has no finite score.
+        LuthierError: a number is out of range, or a row with labels has no finite score.
     """
     if not 0.0 < beta < math.inf:
         raise LuthierError(f"`beta` is {beta}", where="poft: beta", fix="use a finite number above 0")

@@ -21,7 +21,7 @@ def self_distillation(*, teacher: str = "teacher", weight: float = 1.0) -> LossT
     """Hold the last hidden states near those of a teacher, which is the result of a first run of the same recipe.
 
     Train once; then train again from the same model, not from the result, with `models: {teacher: RUN}`. The squared distance is a mean
-    over the rows' own tokens, targets or not, and over features. It stands beside another objective: cross-entropy, unless one is named.
+    over the rows' own tokens, labels or not, and over features. It stands beside another objective: cross-entropy, unless one is named.
     It costs one forward pass of the teacher. The log has the distance.
 
     Args:

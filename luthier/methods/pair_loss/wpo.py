@@ -16,7 +16,7 @@ def _log_sum_of_squares(chunk: Chunk) -> Tensor:
 
 
 SQUARES = Column("log_sum_of_squares", _log_sum_of_squares, gradient=False)
-"""For each target the logarithm of the sum of all tokens' squared probabilities: the mean probability of a token that the model draws."""
+"""For each label the logarithm of the sum of all tokens' squared probabilities: the mean probability of a token that the model draws."""
 
 
 @method(

@@ -26,25 +26,25 @@ REFERENCE_WIDTH = 2048
     paper="arXiv:2410.17222",
     row=27,
     reduces_to="radius towards 0: the few-shot context as it is written",
-    departs="one radius for all tokens but targets, where the paper has one for inputs and one for the template: rows do not tell these "
+    departs="one radius for all tokens but labels, where the paper has one for inputs and one for the template: rows do not tell these "
     "apart; every training row stands behind the same context, in which it may stand itself, as in the paper where the context is all "
     "the rows there are; offsets are projected after every step, where the authors' code waits for the next forward pass; objectives "
-    "that are a mean over rows learn the rows' own targets alone, and other token weights leave those of the context as they are",
+    "that are a mean over rows learn the rows' own labels alone, and other token weights leave those of the context as they are",
     step0="on purpose not the base",
     merges="never",
     learning_rate=1e-3,
 )
 def cpt(*, examples: int = 4, radius: float = 0.1, decay: float = 0.95) -> tuple[Prompt, TokenWeight, Callback]:
-    """Put training rows before every row as a few-shot context, and train small offsets of its embeddings, targets excepted.
+    """Put training rows before every row as a few-shot context, and train small offsets of its embeddings, labels excepted.
 
-    The context's own targets are learnt too, the less the farther they stand before the row. The loss is divided by the number of
-    targets, not by the sum of their weights.
+    The context's own labels are learned too, the less the farther they stand before the row. The loss is divided by the number of
+    labels, not by the sum of their weights.
 
     Args:
         examples: N, training rows that form the context, drawn by the seed; the paper has 2 to 6 for each class.
         radius: epsilon, the longest an offset may be in a model of width 2048, in units of the embeddings; it grows with the root of the
             width. The paper searches 0.001 to 1; the authors' code has 0.1.
-        decay: gamma, the weight of the last example's targets; one example before has gamma squared, and so on. The paper has 0.95 and
+        decay: gamma, the weight of the last example's labels; one example before has gamma squared, and so on. The paper has 0.95 and
             above.
 
     Raises:

@@ -44,7 +44,7 @@ def dept(
         rank: r, of the change; the paper's for that budget and a width of 768.
         alpha: the change is scaled by alpha / sqrt(r); the authors' code has 8.
         positions: S, how many positions change; the paper's is 256. None: as many as the shortest question among some training rows has
-            tokens, so that answers read the same when they are learnt and when they are generated; a number above that is right where
+            tokens, so that answers read the same when they are learned and when they are generated; a number above that is right where
             answers are scored and not generated.
         table_learning_rate_factor: multiplies the learning rate of A and B; the paper searches 0.0001 to 0.005 for these, beside 0.3 to 0.5
             for the prompt.
@@ -79,7 +79,7 @@ def dept(
 
 
 def shortest_question(batches: Sequence[Batch]) -> int:
-    """The fewest tokens before the first target of a row; rows without a target have no answer.
+    """The fewest tokens before the first label of a row; rows without a label have no answer.
 
     Raises:
         LuthierError: a row begins with its answer, or none has one.

@@ -28,7 +28,7 @@ PROMPT = "promot_PD"
 def promot(*, length: int = 20, share: float = 0.5, prompt_learning_rate: float = 0.1) -> tuple[Prompt, Freezing]:
     """Train a prompt alone first, then freeze it and train all else, to keep the model general.
 
-    It stands beside what trains the model: `tune: [promot, full]`, or lora, or another. The task that was learnt is used with the
+    It stands beside what trains the model: `tune: [promot, full]`, or lora, or another. The task that was learned is used with the
     prompt, as a run is opened. Other tasks are used without it: the run's `delta.safetensors`, applied to the base, is that model.
 
     Args:

@@ -33,7 +33,7 @@ def adapter(
         width: r, hidden units of each adapter; 512 is the paper's choice for MLPs of width 1024.
         form: `bottleneck` has a ReLU between its two maps, `linear` nothing, as LoRA.
         insertion: `parallel` reads what enters the sub-layer, `serial` what it returns.
-        place: the sub-layers that get one; the paper finds the MLP better unless there are very few numbers to train.
+        place: the sub-layers that get one; the paper finds the MLP better unless there are very few parameters to train.
         scale: s, multiplies the adapter's output with its bias; 1 is plain addition, 4 the paper's choice.
         init: `lora` starts at the base; `bert` draws both maps from N(0, 0.02).
         dropout: probability of dropping a hidden unit while training, behind the ReLU.

@@ -20,7 +20,7 @@ from luthier.registry import method
 def mam(
     *, length: int = 30, width: int = 512, scale: float = 4.0, reparameterization: Reparameterization = "network"
 ) -> tuple[Prefix, RepresentationEdit]:
-    """Spend few numbers on attention, where heads make them count, and most beside the MLPs, where width does.
+    """Spend few parameters on attention, where heads make them count, and most beside the MLPs, where width does.
 
     Args:
         length: l, keys and values that join every attention; 30 as in the paper.

@@ -21,6 +21,6 @@ def parallel_adapter(*, width: int = 512, place: Sublayer = "mlp") -> Representa
 
     Args:
         width: r, hidden units of each adapter; 512 is the paper's choice for MLPs of width 1024.
-        place: the sub-layers that get one; the paper finds the MLP better unless there are very few numbers to train.
+        place: the sub-layers that get one; the paper finds the MLP better unless there are very few parameters to train.
     """
     return _bottleneck.bottleneck(target_modules=ROLES[place], insertion="parallel", width=width)

@@ -1,4 +1,4 @@
-"""MORepair (Yang et al., 2024): every row has two targets, the answer and the reason for it, and the loss is their weighted mean."""
+"""MORepair (Yang et al., 2024): every row has two labels, the answer and the reason for it, and the loss is their weighted mean."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ANSWER, RATIONALE = "answer", "rationale"
     row=253,
     reduces_to="weight 0: the same run without it",
     departs="the prompt of the rationale says that a rationale is wanted, where the authors' prompts are the same and leave open which "
-    "target is; prompts are no targets (rows.loss_on: all makes them so); both losses are means over the step, whose rows need not "
+    "target is; prompts are no labels (rows.loss_on: all makes them so); both losses are means over the step, whose rows need not "
     "be whole pairs: where a step has rows of one target only, the loss is that one's mean; no noise on the embeddings",
 )
 def morepair(
@@ -37,7 +37,7 @@ def morepair(
     """Learn from every row twice, its answer and the reason for it: L = (L_answer + weight * L_rationale) / (1 + weight).
 
     A row `ID` becomes two, `ID#answer` and `ID#rationale`, with the same prompt behind a marker of each; each L is the mean over its
-    targets in the step. After training, ask as the answers' prompts do. Half of the rows that a step holds are then rationales.
+    labels in the step. After training, ask as the answers' prompts do. Half of the rows that a step holds are then rationales.
 
     Args:
         weight: lambda, what a rationale counts; 1 as in the paper, and 0 makes no second row.

@@ -1,4 +1,4 @@
-"""ERank (Cai et al., 2025), supervised stage: of a teacher's answers the one whose score is nearest to their mean is learnt."""
+"""ERank (Cai et al., 2025), supervised stage: of a teacher's answers the one whose score is nearest to their mean is learned."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from luthier.rows.shapes import Row
 def likelihood(*, models: tuple[str, ...] = ("workshop",), per: Literal["token", "character"] = "token") -> RowScore:
     """Score each row by its answer's mean log-likelihood under one or several models, in nats; an average over the models.
 
-    The targets are those of training, the token that ends a turn among them. Each model reads the row in its own chat template.
+    The labels are those of training, the token that ends a turn among them. Each model reads the row in its own chat template.
 
     Args:
         models: names of models or runs; the default comes with luthier and knows its small world only.

@@ -27,7 +27,7 @@ def exchange(index_K: Tensor, change_K: Tensor, candidate_C: Tensor, score_C: Te
 
     Args:
         index_K: the entries that train.
-        change_K: what they learnt.
+        change_K: what they learned.
         candidate_C: entries that may grow.
         score_C: what they promise, of either sign.
         count: entries to exchange.

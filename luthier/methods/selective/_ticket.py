@@ -49,7 +49,7 @@ def ticket(state: State, services: Services, mine: Sequence[TrainedLike], share:
 
 
 def everything(state: State, services: Services, mine: Sequence[TrainedLike]) -> dict[Place, Refresh]:
-    """Train all numbers again, from what the ticket learnt."""
+    """Train all numbers again, from what the ticket learned."""
     changed = {}
     for one in mine:
         assert one.place is not None and one.index is not None and one.anchor is not None
@@ -70,7 +70,7 @@ def _refreshed(index: Tensor, learnt: Tensor) -> Refresh:
 
 
 def _held(state: State, one: TrainedLike) -> tuple[Tensor, Tensor]:
-    """The entries chosen so far, and what they had learnt when this iteration began."""
+    """The entries chosen so far, and what they had learned when this iteration began."""
     nothing = torch.zeros(0, dtype=torch.int64, device=one.master.device)
     return state.get(f"index {one.place}", nothing), state.get(f"learnt {one.place}", one.master.new_zeros(0))
 

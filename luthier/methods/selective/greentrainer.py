@@ -21,7 +21,7 @@ from luthier.registry import method
     reduces_to="target 1, where every tensor is of use: full fine-tuning of the same tensors",
     departs="the selection is exact, where the authors' recurrence misses some; importance is measured with a step from fresh moments "
     "and leaves the optimizer alone, and for plain cross-entropy without dropout, whatever the run minimizes; a tensor that trains again "
-    "begins with fresh moments; the head is computed at targets only; a target below the forward pass is refused; what checkpointing "
+    "begins with fresh moments; the head is computed at labels only; a target below the forward pass is refused; what checkpointing "
     "computes again and passes for selections are not counted as cost",
     merges="is in place",
     learning_rate=2e-5,
@@ -37,7 +37,7 @@ def greentrainer(
     """Choose which tensors train so that a step costs a share of full fine-tuning's, and choose again in the course of the run.
 
     What share of full fine-tuning's backward pass the choice really costs is logged as `greentrainer backward share`. Backward passes end
-    at the earliest tensor that trains. What does not train keeps what it learnt and has no optimizer state.
+    at the earliest tensor that trains. What does not train keeps what it learned and has no optimizer state.
 
     Args:
         target: rho, the cost of forward and backward pass as a share of full fine-tuning's; the paper's 0.5, or 0.7.

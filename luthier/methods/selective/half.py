@@ -48,7 +48,7 @@ def half(
         share: how much of each category trains; the paper finds 0.3 to 0.7 alike.
         level: where the lottery is held: in each category of each block (the paper's best), over whole blocks, or over all
             matrices of the model.
-        balance: whether the share counts tensors, as the paper does, or their numbers (narrow key and value projections count less).
+        balance: whether the share counts tensors, as the paper does, or their parameters (narrow key and value projections count less).
         embeddings: whether what stands outside the blocks trains, as in the paper.
         target_modules: module types or groups of them that take part in the lottery; others stay frozen, free for another technique.
     """

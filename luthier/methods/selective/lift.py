@@ -33,15 +33,15 @@ def lift(
     svd: Literal["exact", "randomized"] = "exact",
     target_modules: tuple[str, ...] = ("linear",),
 ) -> Selective:
-    """Train the principal entries of each weight; those that leave the selection keep what they learnt.
+    """Train the principal entries of each weight; those that leave the selection keep what they learned.
 
     The paper steps with AdamW at beta2 0.95 and epsilon 1e-6. Moments of entries that stay are kept, those of others start at zero.
-    In a model held in bf16, entries that leave keep what bf16 can hold of what they learnt.
+    In a model held in bf16, entries that leave keep what bf16 can hold of what they learned.
 
     Args:
         rank: r, the rank of the approximation W_r that ranks the entries by |W_r|; the paper uses 32 for models of 1B, 64 for 3B
             and 128 for 8B.
-        lora_rank: as many entries train as a LoRA of this rank has numbers, (O + I) * rank, or all; 128 as in the paper, about 5%
+        lora_rank: as many entries train as a LoRA of this rank has parameters, (O + I) * rank, or all; 128 as in the paper, about 5%
             of the weights of a 7B model.
         every: steps from one selection to the next; 400 as in the paper's mathematics runs.
         svd: how W_r is found: exactly, or by a randomized range finder (arXiv:0909.4061), which is faster for large weights and

@@ -31,17 +31,17 @@ def lt_sft(
     l1: float = 0.0,
     target_modules: tuple[str, ...] = ("embedding", "position_embedding", "linear"),
 ) -> tuple[Selective | Freezing | LossTerm, ...]:
-    """Train everything, keep the places of the numbers that moved most, rewind them to the base, and train these alone.
+    """Train everything, keep the places of the parameters that moved most, rewind them to the base, and train these alone.
 
     The learning rate schedule and the optimizer begin anew with each phase. The deltas of runs on the same base can be added.
 
     Args:
-        share: K, how much of the numbers trains in the end; 0.08 are the paper's 14 million of multilingual BERT.
+        share: K, how much of the parameters trains in the end; 0.08 are the paper's 14 million of multilingual BERT.
         first: share of the steps, of each iteration, that trains everything; the paper gives both phases equally many.
         iterations: n, how often the two phases follow each other. Each adds K / n entries, chosen by how far they moved since it
-            began, and the next goes on from what was learnt; the paper's 1. More than 1 hold all numbers as single entries in the
+            began, and the next goes on from what was learned; the paper's 1. More than 1 hold all numbers as single entries in the
             later first phases, which takes more memory.
-        l1: lambda, the weight of the mean distance of all numbers from the base in the loss, a mean over all the model's numbers;
+        l1: lambda, the weight of the mean distance of all parameters from the base in the loss, a mean over all the model's parameters;
             0 for tasks, 0.1 for languages, as in the paper.
         target_modules: module types or groups of them that may train, biases with them; norms and an untied head stay frozen, as in the
             paper.

@@ -1,4 +1,4 @@
-"""SpIEL: sparse fine-tuning that drops the entries which learnt least and grows others (Ansell et al., 2024), algorithm 1."""
+"""SpIEL: sparse fine-tuning that drops the entries which learned least and grows others (Ansell et al., 2024), algorithm 1."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def spiel(
     What is dropped goes back to its value before training, which weight decay pulls towards as well.
 
     Args:
-        density: numbers that train, as a share of all the model's numbers, spread over the weights by their size: about as many
+        density: parameters that train, as a share of all the model's parameters, spread over the weights by their size: about as many
             as LoRA of rank 64 has, as in the paper. At most, all numbers of the weights train.
         target_modules: module types or groups of them of the weights; all linear maps of the blocks, as in the paper.
         criterion: what tells where entries grow. `gradient` (SpIEL-AG): the gradient, summed over the steps of a gathering phase;

@@ -51,7 +51,7 @@ def by_themselves(rows: Sequence[Row], column: str, name: str) -> list[Row]:
         LuthierError: a row has no prompt, answer or number.
     """
     asked = [_answered(row, column, name) for row in rows]
-    # The verdict is the group's: an answer that is marked as a bad one is not learnt like others here.
+    # The verdict is the group's: an answer that is marked as a bad one is not learned like others here.
     bare = [replace(row, columns={name: value for name, value in row.columns.items() if name != column}) for row in asked]
     return [replace(row, shape="members", fields={"members": [one]}) for row, one in zip(asked, bare, strict=True)]
 

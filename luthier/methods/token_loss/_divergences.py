@@ -49,12 +49,12 @@ def _parabola(reward: Tensor) -> Tensor:
 
 
 def note_stopped(view: View, weight_N: Tensor) -> None:
-    """Log the share of the targets that are learnt no more, or unlearnt."""
+    """Log the share of the labels that are learned no more, or unlearned."""
     view.note("weight 0 or below", (weight_N <= 0.0).to(weight_N.dtype))
 
 
 def check_beta(name: str, beta: float) -> None:
-    """Refuse a scale of the reward at which nothing is learnt.
+    """Refuse a scale of the reward at which nothing is learned.
 
     Raises:
         LuthierError: it is not above 0.

@@ -29,9 +29,9 @@ def distill(
 ) -> TokenLoss:
     """Learn what a teacher would say at each target: `models: {teacher: MODEL or RUN}` names it.
 
-    The divergence is in nats, a mean over the targets, with both distributions at the temperature, times its square, so that the size of
+    The divergence is in nats, a mean over the labels, with both distributions at the temperature, times its square, so that the size of
     gradients does not depend on it (Hinton et al., 2015). The teacher reads the same tokens, without dropout, and has the same tokenizer.
-    It costs one forward pass of the teacher. Beside `cross_entropy` it learns from the targets as well: the terms' weights say how much
+    It costs one forward pass of the teacher. Beside `cross_entropy` it learns from the labels as well: the terms' weights say how much
     of each.
 
     Args:

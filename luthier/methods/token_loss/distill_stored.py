@@ -18,9 +18,9 @@ from luthier.registry import method
     "stored is at 1",
 )
 def distill_stored(*, direction: Direction = "forward", weight: float = 1.0) -> TokenLoss:
-    """Learn what a teacher would say at each target from a store that it wrote once: `luthier rows store teacher ROWS --model TEACHER`.
+    """Learn what a teacher would say at each label from a store that it wrote once: `luthier rows store teacher ROWS --model TEACHER`.
 
-    The divergence is in nats, a mean over the targets, over the tokens that are stored and all others as one. It costs no pass.
+    The divergence is in nats, a mean over the labels, over the tokens that are stored and all others as one. It costs no pass.
 
     Args:
         direction: as `divergence` of `distill`.

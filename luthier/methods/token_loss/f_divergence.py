@@ -22,9 +22,9 @@ from luthier.registry import method
 def f_divergence(*, divergence: Name = "chi2", beta: float = 1.0) -> TokenLoss:
     """Learn each token by how far the model has already moved from the base on it, so that something holds it there.
 
-    The reward of a target is `r = beta * log(p / p_base)`. `linear` ignores it; `chi2` weighs the gradient by `max(0, 1 - r / 2)` and
+    The reward of a label is `r = beta * log(p / p_base)`. `linear` ignores it; `chi2` weighs the gradient by `max(0, 1 - r / 2)` and
     stops at 2; `chi2_unclipped` goes on with a negative weight, which unlearns; `hellinger` weighs by `1 / (1 + r)^2`. It costs one
-    forward pass of the base without gradients. The log has the share of targets whose weight is 0 or below.
+    forward pass of the base without gradients. The log has the share of labels whose weight is 0 or below.
 
     Args:
         divergence: which; `chi2` by luthier's choice.

@@ -1,4 +1,4 @@
-"""One-Token Rollout (Ming et al., 2025): each target is an episode of one token, and a policy gradient is taken on candidates."""
+"""One-Token Rollout (Ming et al., 2025): each label is an episode of one token, and a policy gradient is taken on candidates."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from luthier.registry import method
     replication="otr",
 )
 def otr(*, beta: float = -0.1, temperature: float = 1.3, candidates: int = 256) -> TokenLoss:
-    """Reward tokens that the model itself proposes: 1 for the target, `beta` for any other.
+    """Reward tokens that the model itself proposes: 1 for the label, `beta` for any other.
 
-    The candidates are drawn anew in every step, by row and position. A target that the model hardly ever proposes is not learnt: the
+    The candidates are drawn anew in every step, by row and position. A label that the model hardly ever proposes is not learned: the
     log has the share of candidates that hit it. With a negative `beta` the loss can be negative and has no lower bound; judge a run
     by the plain cross-entropy beside it.
 
     Args:
-        beta: the reward of a candidate that is not the target; 1 would leave no signal.
-        temperature: divides the logits that candidates are drawn from; the log-probabilities that are learnt stay untempered.
-        candidates: how many are drawn for each target; 256 in the paper.
+        beta: the reward of a candidate that is not the label; 1 would leave no signal.
+        temperature: divides the logits that candidates are drawn from; the log-probabilities that are learned stay untempered.
+        candidates: how many are drawn for each label; 256 in the paper.
 
     Raises:
         LuthierError: `temperature` or `candidates` is out of range.
@@ -49,7 +49,7 @@ def otr(*, beta: float = -0.1, temperature: float = 1.3, candidates: int = 256) 
 
 @cache
 def columns(beta: float, temperature: float, candidates: int) -> tuple[Column, Column]:
-    """The loss of each target, and the share of its candidates that hit it; the same columns wherever the options are the same."""
+    """The loss of each label, and the share of its candidates that hit it; the same columns wherever the options are the same."""
 
     def hit(chunk: Chunk) -> Tensor:
         return (candidates_of(chunk, temperature, candidates) == chunk.label_C[:, None]).to(chunk.logits_CV.dtype)

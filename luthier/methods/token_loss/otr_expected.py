@@ -20,14 +20,14 @@ from luthier.registry import method
     replication="otr",
 )
 def otr_expected(*, beta: float = -0.1, temperature: float = 1.3) -> TokenLoss:
-    """Reward the target with 1 and all other tokens with `beta`, each by its chance of being proposed.
+    """Reward the label with 1 and all other tokens with `beta`, each by its chance of being proposed.
 
     With q the model's distribution at `temperature`, held fixed, the loss is
-    `-((1 - beta) q(target) log p(target) + beta sum_a q(a) log p(a))`. At temperature 1 its gradient is DFT's times `1 - beta`; above
+    `-((1 - beta) q(label) log p(label) + beta sum_a q(a) log p(a))`. At temperature 1 its gradient is DFT's times `1 - beta`; above
     1 a negative `beta` also sharpens the distribution. The loss can be negative.
 
     Args:
-        beta: the reward of a token that is not the target; -0.1 as in `otr`.
+        beta: the reward of a token that is not the label; -0.1 as in `otr`.
         temperature: divides the logits behind q alone; 1.3 as in `otr`.
 
     Raises:
@@ -45,12 +45,12 @@ def otr_expected(*, beta: float = -0.1, temperature: float = 1.3) -> TokenLoss:
 
 @cache
 def columns(beta: float, temperature: float) -> tuple[Column, Column]:
-    """The loss of each target, and its chance of being proposed; the same columns wherever the options are the same."""
+    """The loss of each label, and its chance of being proposed; the same columns wherever the options are the same."""
 
     name = f"otr expected: beta {beta}, temperature {temperature}"
 
     def rewarded(chunk: Chunk) -> Tensor:
-        """Each token's chance of being proposed, times its reward; the target's is 1."""
+        """Each token's chance of being proposed, times its reward; the label's is 1."""
         label_C1 = chunk.label_C[:, None]
 
         def make() -> Tensor:

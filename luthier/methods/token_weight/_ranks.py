@@ -1,4 +1,4 @@
-"""Places within a row: which of its targets stand at the top of some score."""
+"""Places within a row: which of its labels stand at the top of some score."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from torch import Tensor
 
 
 def rank_in_rows(row_N: Tensor, rows: int) -> Tensor:
-    """Which of its row's targets each is, from 0, [N].
+    """Which of its row's labels each is, from 0, [N].
 
     Args:
-        row_N: each target's row; within a row targets stand in their order.
+        row_N: each label's row; within a row labels stand in their order.
         rows: of the batch.
     """
     order_N = row_N.sort(stable=True).indices
@@ -23,11 +23,11 @@ def rank_in_rows(row_N: Tensor, rows: int) -> Tensor:
 
 
 def top_in_rows(score_N: Tensor, row_N: Tensor, keep_B: Tensor) -> Tensor:
-    """True at the `keep_B` targets of each row with the highest scores, [N]; of equal ones the first in the row come first.
+    """True at the `keep_B` labels of each row with the highest scores, [N]; of equal ones the first in the row come first.
 
     Args:
-        score_N: a score for each target.
-        row_N: its row's place in the batch; within a row targets stand in their order.
+        score_N: a score for each label.
+        row_N: its row's place in the batch; within a row labels stand in their order.
         keep_B: how many to keep of each row.
     """
     order_N = score_N.sort(descending=True, stable=True).indices
@@ -37,6 +37,6 @@ def top_in_rows(score_N: Tensor, row_N: Tensor, keep_B: Tensor) -> Tensor:
 
 
 def span_in_rows(value_N: Tensor, row_N: Tensor, rows: int) -> tuple[Tensor, Tensor]:
-    """The lowest value of each row and how far its highest is above it, [B] each; without meaning for rows without targets."""
+    """The lowest value of each row and how far its highest is above it, [B] each; without meaning for rows without labels."""
     low_B = value_N.new_full((rows,), float("inf")).scatter_reduce(0, row_N, value_N, "amin")
     return low_B, value_N.new_full((rows,), float("-inf")).scatter_reduce(0, row_N, value_N, "amax") - low_B

@@ -1,4 +1,4 @@
-"""Rows of several tasks: which one each row is of, and weights of targets that give every task its share of a step's loss."""
+"""Rows of several tasks: which one each row is of, and weights of labels that give every task its share of a step's loss."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from luthier.errors import LuthierError
 from luthier.kinds import Batch, StepTable
 
 Unit = Literal["tokens", "rows"]
-"""Whether a task's loss is the mean over its targets, or the mean over its rows of each one's mean over its targets."""
+"""Whether a task's loss is the mean over its labels, or the mean over its rows of each one's mean over its labels."""
 
 
 def tasks_of(table: StepTable, column: str, technique: str) -> tuple[Tensor, Tensor]:
-    """The tasks of a step, and each target's.
+    """The tasks of a step, and each label's.
 
     Args:
         table: the step.
@@ -25,7 +25,7 @@ def tasks_of(table: StepTable, column: str, technique: str) -> tuple[Tensor, Ten
         technique: who asks, for errors.
 
     Returns:
-        The seeds of the tasks' names (`luthier.draws.seed_of`) in order, [K], and each target's place among them, [M].
+        The seeds of the tasks' names (`luthier.draws.seed_of`) in order, [K], and each label's place among them, [M].
 
     Raises:
         LuthierError: a row has no such column.
@@ -98,13 +98,13 @@ def shares_of(key_K: Tensor, known: Mapping[str, float], option: str, fix: str) 
 
 
 def spread(table: StepTable, task_M: Tensor, share_K: Tensor, by: Unit) -> Tensor:
-    """Weights of targets with which a step's loss is the sum over tasks of a share times the task's mean loss.
+    """Weights of labels with which a step's loss is the sum over tasks of a share times the task's mean loss.
 
-    A step's loss is divided by its targets whose weight is above 0: where the shares add up to 1, the mean weight of these is 1.
+    A step's loss is divided by its labels whose weight is above 0: where the shares add up to 1, the mean weight of these is 1.
 
     Args:
         table: the step.
-        task_M: each target's task.
+        task_M: each label's task.
         share_K: the tasks' shares, in fp64.
         by: what a task's loss is a mean over.
 

@@ -21,7 +21,7 @@ _PROBE = re.compile(r"luthiercall(\d+)n")
 
 
 def mark(written: Written) -> list[float]:
-    """A mark for each token of a row, from the tool calls among its targets.
+    """A mark for each token of a row, from the tool calls among its labels.
 
     A tool is chosen by the first token of its name, and wherever the name of another tool that the row offers parts from it: at the
     first token that would be another one, were that name written instead, unless this is the name's first. A parameter ends with the
@@ -68,7 +68,7 @@ def _offered(row: Row) -> list[str]:
 
 
 def _called(written: Written, offered: Sequence[str]) -> list[tuple[int, int, int]]:
-    """The calls among a row's targets: where the tool's name begins and ends, and where its target does."""
+    """The calls among a row's labels: where the tool's name begins and ends, and where its label does."""
     probed, names = _with_probes(written.row)
     if names:
         found = _written_names(written, probed, names)

@@ -20,14 +20,14 @@ from luthier.registry import method
     paper="arXiv:2502.07154",
     row=193,
     reduces_to="samples 1 and a threshold above 1: cross-entropy",
-    departs="the share of right samples stands in the rows, measured beforehand; the authors draw it anew while training; every target "
+    departs="the share of right samples stands in the rows, measured beforehand; the authors draw it anew while training; every label "
     "kept counts alike, where their code takes each row's mean first",
     replication="dco",
 )
 def answer_coverage(*, samples: int = 256, threshold: float = 0.1, column: str = "right_share") -> TokenWeight:
     """Weigh each row by how far its answer is from being covered, `F(N, p)` with p the share of samples that were right.
 
-    Rows whose share is at `threshold` or above are left out, and their targets are not counted. The paper measures p with 64 samples
+    Rows whose share is at `threshold` or above are left out, and their labels are not counted. The paper measures p with 64 samples
     at temperature 1.
 
     Args:
@@ -61,10 +61,10 @@ def answer_coverage(*, samples: int = 256, threshold: float = 0.1, column: str =
 
 
 def shares(batch: Batch, column: str) -> Tensor:
-    """The share of right samples of each row, [B]; without meaning for rows without targets, which need none.
+    """The share of right samples of each row, [B]; without meaning for rows without labels, which need none.
 
     Raises:
-        LuthierError: a row with targets has no such number, or one outside of 0 to 1.
+        LuthierError: a row with labels has no such number, or one outside of 0 to 1.
     """
     needed_B = torch.zeros(len(batch.row_ids), dtype=torch.bool, device=batch.label_BT.device)
     needed_B[find_targets(batch).row_N] = True

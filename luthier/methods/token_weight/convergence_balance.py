@@ -45,7 +45,7 @@ def convergence_balance(
         every: steps between two measurements; the authors' code measures one batch after every step.
         window: N, how many values a line is fitted to; 200 in the authors' code, where a value is of one batch.
         temperature: tau, how sharply the worst task's standstill is noticed; 5 as in the paper.
-        by: what L_k is a mean over while training: `tokens`, the task's targets, or `rows`, see `task_balance`.
+        by: what L_k is a mean over while training: `tokens`, the task's labels, or `rows`, see `task_balance`.
         column: the rows' free column that names their tasks, in texts or numbers.
 
     Raises:
@@ -90,7 +90,7 @@ def convergence_balance(
 
 
 def mean_losses(services: Services, rows: int, source: str, column: str) -> dict[str, float]:
-    """Every task's mean loss over its targets in the validation rows, in nats, by name and in the names' order.
+    """Every task's mean loss over its labels in the validation rows, in nats, by name and in the names' order.
 
     Raises:
         LuthierError: a row has no task, or no row has a target.
@@ -106,7 +106,7 @@ def mean_losses(services: Services, rows: int, source: str, column: str) -> dict
             sums[names[row]] = sums.get(names[row], 0.0) + nll
             counts[names[row]] = counts.get(names[row], 0) + 1
     if not sums:
-        raise LuthierError("the validation rows have no targets", where=f"{NAME}: validation_source", fix="use rows with answers")
+        raise LuthierError("the validation rows have no labels", where=f"{NAME}: validation_source", fix="use rows with answers")
     return {name: sums[name] / counts[name] for name in sorted(sums)}
 
 

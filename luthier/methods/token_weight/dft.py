@@ -1,4 +1,4 @@
-"""Dynamic Fine-Tuning (Wu et al., 2025), equation 9: the loss of each target times its own probability."""
+"""Dynamic Fine-Tuning (Wu et al., 2025), equation 9: the loss of each label times its own probability."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from luthier.registry import method
     replication="dft",
 )
 def dft(*, power: float = 1.0) -> TokenWeight:
-    """Let each target count as much as the model believes in it, which makes the gradient that of the probability itself.
+    """Let each label count as much as the model believes in it, which makes the gradient that of the probability itself.
 
-    What the model thinks impossible is hardly learnt: it suits skills, not new facts. The loss that is minimized is small by
-    construction (at most 1/e for each target), so judge a run by the plain cross-entropy beside it.
+    What the model thinks impossible is hardly learned: it suits skills, not new facts. The loss that is minimized is small by
+    construction (at most 1/e for each label), so judge a run by the plain cross-entropy beside it.
 
     Args:
-        power: of the probability p that weighs a target; 1 in the paper, 0 gives plain cross-entropy.
+        power: of the probability p that weighs a label; 1 in the paper, 0 gives plain cross-entropy.
     """
 
     def weigh(view: View) -> Tensor:

@@ -19,7 +19,7 @@ from luthier.rows.groups import check_pairs
     departs="a weight of tokens, so that it goes with any loss over pairs; what else is minimized beside it counts these tokens less, too",
 )
 def length_desensitization(*, alpha: float = 0.5) -> TokenWeight:
-    """Let what the longer answer of a pair has beyond the shorter one's length count less, so that length is not what is learnt.
+    """Let what the longer answer of a pair has beyond the shorter one's length count less, so that length is not what is learned.
 
     It stands beside a loss over pairs: `objective: dpo` and `token_weight: length_desensitization`. The reference's likelihoods are weighed
     alike, so that a margin is 0 before training.

@@ -39,16 +39,16 @@ def q_tuning(
     """Keep the rows on which the model is surely wrong, without their noisiest tokens, and those on which it is right but unsure.
 
     A row's error is its mean loss, its uncertainty the mean entropy of the model's distributions; both are ranked among the step's
-    rows that have targets, so a step should hold many. Rows that are hard and unsure are taken for noise, rows that are easy and sure
+    rows that have labels, so a step should hold many. Rows that are hard and unsure are taken for noise, rows that are easy and sure
     for known: both are left out and not run. Scores come from a pass of their own over the whole step, without gradients.
 
     Args:
         rows: share of the rows that are kept; the paper has 0.125, 0.25 and 0.5.
-        tokens: share of the targets that are kept in rows of the first sort, rounded up; the paper has 0.5 and 0.7.
-        neighbors: lambda, how much of a target's score is its neighbors': (1 - lambda) p[i] + lambda (p[i-1] + p[i+1]), where p are
+        tokens: share of the labels that are kept in rows of the first sort, rounded up; the paper has 0.5 and 0.7.
+        neighbors: lambda, how much of a label's score is its neighbors': (1 - lambda) p[i] + lambda (p[i-1] + p[i+1]), where p are
             perplexities; 0.5 as in the paper.
         joined: neighbors' perplexities are added up, as the paper prints it, or averaged.
-        edges: what stands for a neighbor that is no target: 0, as printed, or the target's own perplexity.
+        edges: what stands for a neighbor that is no label: 0, as printed, or the label's own perplexity.
         keep: which scores stay: `low` leaves out the largest, `high` the smallest.
 
     Raises:
@@ -72,7 +72,7 @@ def q_tuning(
         keep_M = kept_R[table.row_M] & (rank_M < count_R[table.row_M])
         if table.rows:
             table.note("q_tuning rows kept", float(machine.widened(kept_R).mean()))
-            table.note("q_tuning targets kept", float(machine.widened(keep_M).mean()))
+            table.note("q_tuning labels kept", float(machine.widened(keep_M).mean()))
             table.note("q_tuning top-up", float(machine.widened(2 * distance_R[chosen_S] > table.rows - 1).mean()))
         return machine.widened(keep_M)
 
@@ -97,7 +97,7 @@ def rank(value_N: Tensor) -> Tensor:
 
 
 def smoothed(table: StepTable, neighbors: float, joined: str, edges: str) -> Tensor:
-    """Each target's perplexity together with those of the tokens beside it, [M] in fp64."""
+    """Each label's perplexity together with those of the tokens beside it, [M] in fp64."""
     own_M = machine.widened(table["nll"]).clamp(max=MOST_NLL).exp()
     beside_M = (table.row_M[1:] == table.row_M[:-1]) & (table.position_M[1:] == table.position_M[:-1] + 1)
     nothing_M = own_M if edges == "reflect" else torch.zeros_like(own_M)

@@ -15,7 +15,7 @@ def random_step_rows(*, share: float = 0.5) -> TokenWeight:
     """Learn from as many of each step's rows as a rule that chooses would keep, but chosen by chance. The others are not run.
 
     Args:
-        share: of the step's rows with targets that is kept, to the nearest whole number; at least one row.
+        share: of the step's rows with labels that is kept, to the nearest whole number; at least one row.
 
     Raises:
         LuthierError: the share is not above 0 and at most 1.

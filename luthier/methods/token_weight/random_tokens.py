@@ -1,4 +1,4 @@
-"""A random share of each row's targets: the control of every rule that chooses tokens."""
+"""A random share of each row's labels: the control of every rule that chooses tokens."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ DRAW = Column("random_tokens", lambda chunk: draws.uniform(chunk.key_C), gradien
 
 @method(title="Random tokens", reduces_to="share 1: plain cross-entropy")
 def random_tokens(*, share: float = 0.6) -> TokenWeight:
-    """Learn from as many of each row's targets as a rule that chooses would keep, but chosen by chance, anew in every step.
+    """Learn from as many of each row's labels as a rule that chooses would keep, but chosen by chance, anew in every step.
 
     Args:
-        share: of each row's targets that is kept, rounded up; 0.6 as in `sstoken`.
+        share: of each row's labels that is kept, rounded up; 0.6 as in `sstoken`.
 
     Raises:
         LuthierError: the share is not above 0 and at most 1.

@@ -14,13 +14,13 @@ from luthier.registry import method
     title="Row balance",
     paper="arXiv:2311.02303",
     row=251,
-    reduces_to="rows with equally many targets: plain cross-entropy",
+    reduces_to="rows with equally many labels: plain cross-entropy",
     departs="the mean is over the rows of the whole step, where the authors' code takes one for each micro-batch and process",
 )
 def row_balance() -> TokenWeight:
-    """Let every row of a step count alike, however many targets it has: the loss is the mean over rows of each row's mean.
+    """Let every row of a step count alike, however many labels it has: the loss is the mean over rows of each row's mean.
 
-    It costs no pass. Rows without a target have no mean and are not among them.
+    It costs no pass. Rows without a label have no mean and are not among them.
     """
 
     def look(table: StepTable) -> Tensor:

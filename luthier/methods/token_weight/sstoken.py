@@ -1,4 +1,4 @@
-"""ssToken (Qin et al., 2025), section 3: of each row only the targets count that were learnt most or that look most at the prompt."""
+"""ssToken (Qin et al., 2025), section 3: of each row only the labels count that were learned most or that look most at the prompt."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ def _history_nll(chunk: Chunk) -> Tensor:
 def sstoken(
     *, share: float = 0.6, gamma: float = 0.5, attention_only: float = 0.2, every: int | None = None, average: float = 0.0
 ) -> TokenWeight | tuple[TokenWeight, Callback]:
-    """Keep in each row the targets with the best score: how much better the model is than its own history, and how far it looks back.
+    """Keep in each row the labels with the best score: how much better the model is than its own history, and how far it looks back.
 
     The score is gamma times the retrospective excess loss, the history's loss minus the model's, scaled to 0 to 1 within the row, plus
-    1 - gamma times the last block's attention from the target's own place to the prompt. It costs one pass of the history without
-    gradients. The run reports the mean score of kept targets and how far apart excess losses lie within a row.
+    1 - gamma times the last block's attention from the label's own place to the prompt. It costs one pass of the history without
+    gradients. The run reports the mean score of kept labels and how far apart excess losses lie within a row.
 
     Args:
-        share: of each row's targets that is kept, at least one; about 0.6 in the paper.
+        share: of each row's labels that is kept, at least one; about 0.6 in the paper.
         gamma: how much the excess loss counts, 0 to 1, against the attention.
         attention_only: share of the run's steps at its start in which gamma is 0, since there is no excess loss yet; 10,000 of 50,000 rows
             in the authors' code.
@@ -83,7 +83,7 @@ def sstoken(
         count_B = view.targets_by_row()
         keep_B = kept(count_B, share)
         kept_N = top_in_rows(score_N, view.row_N, keep_B).to(view["nll"])
-        # A row's mean over what it keeps, as a mean over all its targets.
+        # A row's mean over what it keeps, as a mean over all its labels.
         view.note("kept_score", score_N * kept_N * (count_B / keep_B.clamp(min=1))[view.row_N])
         return kept_N
 
@@ -109,6 +109,6 @@ def sstoken(
 
 
 def kept(count_B: Tensor, share: float) -> Tensor:
-    """How many targets of each row are kept: `share` of them rounded up, but 55 of 100 at 0.55, whose product in fp64 is above 55."""
+    """How many labels of each row are kept: `share` of them rounded up, but 55 of 100 at 0.55, whose product in fp64 is above 55."""
     wanted_B = machine.computed_wide(lambda wide_B: (share * wide_B - 1e-9).ceil(), count_B)
     return wanted_B.clamp(min=1).minimum(count_B).long()

@@ -22,12 +22,12 @@ from luthier.registry import method
 def task_balance(*, by: Unit = "tokens", column: str = "task", weights: dict[str, float] | None = None) -> TokenWeight:
     """Let every task of a step count by its weight, not by how much of the step it takes: L = sum of w_k L_k / sum of w_k.
 
-    The sums are over the tasks that have targets in the step, so a task that is not there takes nothing from the others. It costs no
+    The sums are over the tasks that have labels in the step, so a task that is not there takes nothing from the others. It costs no
     pass. Rows of a task whose weight is 0 are not run.
 
     Args:
-        by: `tokens`, L_k is the mean over the task's targets (case 3), or `rows`, the mean over its rows of each one's mean over its
-            targets (case 4).
+        by: `tokens`, L_k is the mean over the task's labels (case 3), or `rows`, the mean over its rows of each one's mean over its
+            labels (case 4).
         column: the rows' free column that names their tasks, in texts or numbers.
         weights: w_k by the task's name, for all tasks; none: all alike, as in the paper.
 

@@ -18,18 +18,18 @@ from luthier.registry import method
     row=251,
     reduces_to="gamma 0: task_balance",
     departs="it multiplies the task's mean cross-entropy, where the paper has the logarithm of the mean probability: the same where all "
-    "targets are equally likely; the factor is a number without a gradient; means are over the whole step; alpha is 1; the paper's "
-    "form for single rows is left out (`focal` is that of targets), and the released code has neither",
+    "labels are equally likely; the factor is a number without a gradient; means are over the whole step; alpha is 1; the paper's "
+    "form for single rows is left out (`focal` is that of labels), and the released code has neither",
 )
 def task_focal(*, gamma: float = 2.0, by: Unit = "rows", column: str = "task") -> TokenWeight:
-    """Weigh each task's mean loss by (1 - P)^gamma, where P is the mean probability that the model gives the task's targets.
+    """Weigh each task's mean loss by (1 - P)^gamma, where P is the mean probability that the model gives the task's labels.
 
     The loss is the mean over the step's tasks of (1 - P_k)^gamma L_k: what the model already knows adds less, and the loss is smaller
     than the cross-entropy. Probabilities come from a pass of their own, without gradients.
 
     Args:
         gamma: how strongly easy tasks are held out; 2 as in the focal loss (Lin et al., 2017), 0 not at all.
-        by: what P and L are means over: `rows`, the task's rows, and in each its targets, or `tokens`, all the task's targets.
+        by: what P and L are means over: `rows`, the task's rows, and in each its labels, or `tokens`, all the task's labels.
         column: the rows' free column that names their tasks, in texts or numbers.
 
     Raises:

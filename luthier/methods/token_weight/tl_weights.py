@@ -19,7 +19,7 @@ from luthier.registry import method
     row=16,
     reduces_to="max_weight 1: plain cross-entropy",
     departs="the paper's batch is one turn and its loss that turn's weighted mean; here every turn's weighted mean counts by its number of "
-    "targets, and all calls of a turn have their key tokens, not the first alone; tokens are found in the text, not by their spelling in "
+    "labels, and all calls of a turn have their key tokens, not the first alone; tokens are found in the text, not by their spelling in "
     "one tokenizer; the third stage, PPO with a reward by rules, is left out",
 )
 def tl_weights(*, max_weight: float = 9.0) -> TokenWeight:
@@ -57,7 +57,7 @@ def tl_weights(*, max_weight: float = 9.0) -> TokenWeight:
 
 
 def turns(view: View) -> Tensor:
-    """Numbers the turns of a batch at its targets, [N]: a turn is a run of targets that follow each other directly."""
+    """Numbers the turns of a batch at its labels, [N]: a turn is a run of labels that follow each other directly."""
     row_N, position_N = view.row_N, view.position_N
     begins_N = torch.ones_like(row_N)
     begins_N[1:] = ((row_N[1:] != row_N[:-1]) | (position_N[1:] != position_N[:-1] + 1)).to(row_N)

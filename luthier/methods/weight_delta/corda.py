@@ -41,7 +41,7 @@ def corda(
 
     With C the covariance of a linear map's inputs, W C = U S V^T; B0 A0 is U S (V^T C^-1) cut to R of the components. The delta
     s (B A - B0 A0) is computed from the changes of the factors, s ((B - B0) A + B0 (A - A0)): the difference of the two products would
-    lose in bf16 what was learnt.
+    lose in bf16 what was learned.
 
     Args:
         rank: R, the rank of each pair of factors.

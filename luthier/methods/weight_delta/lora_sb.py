@@ -18,7 +18,7 @@ from luthier.registry import method
     row=66,
     reduces_to="first_learning_rate 0: the first step starts at the base exactly",
     departs="the first step has the run's own learning rate of step 0, where the authors' code divides by a number of small batches; "
-    "the gradient is that of the mean over all calibration targets, where theirs is a sum of means over batches of three rows, and of "
+    "the gradient is that of the mean over all calibration labels, where theirs is a sum of means over batches of three rows, and of "
     "plain cross-entropy without dropout, whatever the run minimizes; an exact "
     "singular value decomposition, since the sign's spectrum is too flat for a randomized one",
     step0="on purpose not the base",

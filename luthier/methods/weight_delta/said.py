@@ -46,14 +46,14 @@ class Layout(NamedTuple):
 def said(
     *, dimension: int = 200, scales: Literal["block", "none"] = "block", target_modules: tuple[str, ...] = ("linear",)
 ) -> WeightDelta:
-    """Train a few numbers in all, which a fixed random projection spreads over every linear map.
+    """Train a few parameters in all, which a fixed random projection spreads over every linear map.
 
     The smallest dimension that reaches 90% of full fine-tuning's score is the task's intrinsic dimension for this model; see
     `intrinsic_dimension`. Tune the learning rate for each dimension: a bad one makes it look larger. A projection keeps the length
     of the vector in every map on average, so with AdamW n maps move together by about learning rate * sqrt(dimension * n) a step.
 
     Args:
-        dimension: d, how many numbers train in all, scales included; the paper finds 207 for RoBERTa-large on MRPC.
+        dimension: d, how many parameters train in all, scales included; the paper finds 207 for RoBERTa-large on MRPC.
         scales: lambda, a trained scale for each block (SAID), or none (DID). Scales begin at 1 and move from the second step on.
         target_modules: what is projected onto; module types or groups of them.
     """

@@ -19,7 +19,7 @@ from luthier.registry import method
     learning_rate=1e-2,
 )
 def svfit(*, rank: int | None = None, target_modules: tuple[str, ...] = ("linear",)) -> WeightDelta:
-    """Train the R largest singular values of each weight, which costs R numbers a linear map.
+    """Train the R largest singular values of each weight, which costs R parameters a linear map.
 
     The delta is U diag(change) V^T, with U and V the singular vectors that belong to the R largest singular values S, and
     change = sigma - S zero at the start. A singular value may become negative, as in the paper. Being a vector, the change has no weight

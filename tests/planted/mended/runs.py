@@ -180,8 +180,8 @@ FAULTS = (
     Fault(
         "an adapter does not say which weights its base has",
         "export/peft_base.py",
-        '"origin": self.origin, "fingerprint": fingerprint}',
-        '"origin": self.origin, "fingerprint": ""}',
+        '"origin": self.origin, "fingerprint": fingerprint, "dtype": dtype}',
+        '"origin": self.origin, "fingerprint": "", "dtype": dtype}',
         (f"{SAVING}::test_an_adapter_names_the_base_it_was_trained_on",),
     ),
     Fault(
