@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 from statistics import mean
-from typing import Any, NamedTuple
+from typing import Any
 
 from generated.replications import AGAIN, REPLICATIONS, anchor
 from generated.tables import cell, code, table
 from luthier import registry
 from luthier.registry import KINDS
+from luthier.registry.purposes import sorted_out
 
 COSTS = Path(__file__).parents[2] / "bench" / "techniques.json"
 FIRST = ("lora", "full", "half")
@@ -19,101 +19,6 @@ FIRST = ("lora", "full", "half")
 VARIANTS = {"full": "full", "half": "half", "lora, rank 8": "lora"}
 """The variants of replications that stand for one of them."""
 REFERENCE = "technique-reference.md"
-
-
-class Purpose(NamedTuple):
-    """What somebody wants, and the techniques for it: those that are named, then all others of these kinds that no purpose names."""
-
-    title: str
-    advice: str
-    names: tuple[str, ...] = ()
-    kinds: tuple[str, ...] = ()
-
-
-PURPOSES = (
-    Purpose(
-        "Train all of a model, or parts of it in place",
-        "Under `tune`. The result is a model of the same size, and a delta. No quantized base.",
-        ("full", "half"),
-        ("selective",),
-    ),
-    Purpose(
-        "Train a small adapter on frozen weights",
-        "Under `tune`. Little optimizer state, small files, a quantized base if you like; low-rank ones leave as PEFT adapters.",
-        ("lora",),
-        ("weight_delta",),
-    ),
-    Purpose(
-        "Train something beside frozen weights: hidden states, prefixes, prompts",
-        "Under `tune`. Very few parameters. Most cannot be merged into the weights.",
-        ("ia3", "adapter"),
-        ("representation_edit", "prefix", "prompt"),
-    ),
-    Purpose(
-        "Learn from good answers",
-        "Under `objective`; [Objectives](objectives.md) says how they go together.",
-        ("cross_entropy",),
-        ("loss_term", "token_loss"),
-    ),
-    Purpose(
-        "Forget less: stay near the model before training",
-        "Under `objective`, beside a loss or instead of one. Rows of what should be retained, mixed in, are the other way.",
-        ("kl", "asft", "f_divergence", "f_divergence_rows"),
-    ),
-    Purpose(
-        "Disturb what is read, so that it is learned more robustly",
-        "Under `objective`, beside a loss.",
-        ("neftune", "noisefit"),
-        ("input_map",),
-    ),
-    Purpose(
-        "Decide which tokens and rows count in the loss",
-        "Under `token_weight`, with any loss.",
-        (),
-        ("token_weight",),
-    ),
-    Purpose(
-        "Prefer some answers to others",
-        "Under `objective`; [Preferences](preferences.md) says which for what.",
-        ("dpo", "kto", "orpo", "simpo"),
-        ("pair_loss", "step_loss", "reference"),
-    ),
-    Purpose(
-        "Learn from a teacher",
-        "Under `objective`; see [Distillation](distillation.md).",
-        ("distill", "distill_stored", "self_distillation", "weak_to_strong"),
-    ),
-    Purpose(
-        "Classify, tag, score, embed",
-        "Under `objective`, except `ptec` (`tune`); see [Heads](heads.md).",
-        ("classify", "multi_label", "classify_tokens", "regress", "reward_model", "embed", "ptec"),
-        ("head",),
-    ),
-    Purpose(
-        "Take a step: optimizers, clipping, memory of gradients",
-        "Under `optimizer` and `gradient_estimator`.",
-        ("adamw",),
-        ("optimizer", "gradient_transform", "gradient_estimator", "callback", "freezing"),
-    ),
-    Purpose(
-        "Make other rows before training",
-        "Under `rows: map`.",
-        (),
-        ("row_map",),
-    ),
-    Purpose(
-        "Choose rows",
-        "`luthier rows score` and `luthier rows select`; see [scores of rows](rows.md#scores-of-rows).",
-        (),
-        ("row_score",),
-    ),
-    Purpose(
-        "Look inside a model",
-        "`luthier probe NAME RUN`.",
-        (),
-        ("probe",),
-    ),
-)
 
 
 def by_purpose() -> str:
@@ -125,23 +30,6 @@ def by_purpose() -> str:
         )
         pieces += [f"### {purpose.title}", purpose.advice, table(("technique", "what it does", "its replication"), rows)]
     return "\n\n".join(pieces)
-
-
-def sorted_out(cards: Iterable[registry.Card]) -> Iterator[tuple[Purpose, list[registry.Card]]]:
-    """The purposes that have techniques, each with them: those it names in its order, the rest of its kinds behind them.
-
-    Raises:
-        SystemExit: a technique has no purpose.
-    """
-    left = {card.name: card for card in cards}
-    named = {name for purpose in PURPOSES for name in purpose.names}
-    for purpose in PURPOSES:
-        of_kind = [name for kind in purpose.kinds for name, card in left.items() if card.kind == kind and name not in named]
-        if found := [left[name] for name in (*purpose.names, *of_kind) if name in left]:
-            yield purpose, found
-    homeless = [name for name, card in left.items() if name not in named and not any(card.kind in one.kinds for one in PURPOSES)]
-    if homeless:
-        raise SystemExit(f"docs/generated/choose.py: no purpose has {', '.join(homeless)}. Name their kind there.")
 
 
 def replicated(name: str) -> str:

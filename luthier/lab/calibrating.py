@@ -13,10 +13,10 @@ from rich.table import Table
 from luthier import machine
 from luthier.lab.calibration import EFFECTS, FURTHER, NULLS
 from luthier.lab.replication import Replication
-from luthier.lab.results import colored, machine_in_words, result_of
+from luthier.lab.results import machine_in_words, result_of
 from luthier.lab.runner import Lab, run_replication
 from luthier.lab.verdict import HOLDS, TWO_LOOKS
-from luthier.lab.verdicts import CALIBRATION, difference, rule_facts
+from luthier.lab.verdicts import CALIBRATION, colored, difference, rule_facts
 from luthier.results.folder import write_json
 
 Result = dict[str, Any]

@@ -14,21 +14,8 @@ from rich.text import Text
 from luthier import registry
 from luthier.errors import LuthierError, nearest, plain_name
 from luthier.registry.papers import papers
+from luthier.registry.purposes import sorted_out
 
-GROUPS: Mapping[str, tuple[str, ...]] = {
-    "Train everything or part of it": ("selective",),
-    "Train little beside the weights": ("weight_delta", "representation_edit"),
-    "Prompts and prefixes": ("prompt", "prefix"),
-    "Losses": ("loss_term", "token_loss"),
-    "Preferences and rewards": ("pair_loss", "step_loss", "reference"),
-    "Heads: classes, numbers, rewards, vectors": ("head",),
-    "What the model reads": ("input_map",),
-    "Which tokens count": ("token_weight",),
-    "Optimizers and steps": ("optimizer", "gradient_transform", "gradient_estimator", "callback", "freezing"),
-    "Rows: make others, choose some": ("row_map", "row_score"),
-    "Look inside a model": ("probe",),
-}
-"""What people want, and the kinds that do it: every kind once."""
 START = (
     "start here: lora, full, half",
     "  lora  where memory is short, or each task should be one small file",
@@ -92,14 +79,13 @@ def search(among: Iterable[Line], words: str) -> list[Line]:
 
 
 def like(among: Sequence[Line], name: str) -> list[Line]:
-    """Techniques of the same group, the nearest first: of the same paper, of the same kind, then by the words that both use.
+    """Techniques of the same purpose, the nearest first: of the same paper, of the same kind, then by the words that both use.
 
     Raises:
         LuthierError: there is no such technique.
     """
     one = next(line for line in among if line.name == known(name))
-    group = next(kinds for kinds in GROUPS.values() if one.kind in kinds)
-    near = [line for line in among if line.kind in group and line is not one]
+    near = [line for _, members in sorted_out(among) if one in members for line in members if line is not one]
 
     def far(line: Line) -> tuple[bool, bool, float, str]:
         mine, other = _words(one), _words(line)
@@ -138,11 +124,11 @@ def grouped(found: Sequence[Line], width: int, *, start: bool = False, ordered: 
     """
     verdicts = json.loads(VERDICTS.read_text(encoding="utf-8"))
     text = Text("\n".join([*START, "", ""]) if start else "")
-    groups = {"": found} if ordered else {title: [one for one in found if one.kind in kinds] for title, kinds in GROUPS.items()}
+    groups = {"": found} if ordered else {purpose.title: members for purpose, members in sorted_out(found)}
     marked = False
     for title, members in groups.items():
         if members and title:
-            text.append(f"{title}\n", style="bold")
+            text.append(f"{shorten(title, width, placeholder='…')}\n", style="bold")
         wide = max((len(one.name) for one in members), default=0)
         for one in members:
             mark = MARKS.get(verdicts.get(one.replication, {}).get("verdict"), " ")

@@ -120,28 +120,6 @@ def test_every_technique_stands_on_its_pages_once() -> None:
     assert all(f'<a id="{name}"></a>\n\n### `{name}`' in page for name in headings)
 
 
-def test_purposes_hold_their_names_first_and_then_the_rest_of_their_kinds(
-    generate: ModuleType, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    choose = generate.choose
-    cards = [
-        registry.Card(title="", name=name, kind=kind)
-        for name, kind in (("a", "head"), ("b", "head"), ("c", "probe"), ("d", "head"))
-    ]
-    purposes = (
-        choose.Purpose("one", "", ("c", "b"), ()),
-        choose.Purpose("two", "", ("d",), ("head",)),
-        choose.Purpose("none", "", (), ("prompt",)),
-    )
-    monkeypatch.setattr(choose, "PURPOSES", purposes)
-    assert [(purpose.title, [card.name for card in found]) for purpose, found in choose.sorted_out(cards)] == [
-        ("one", ["c", "b"]),
-        ("two", ["d", "a"]),
-    ]
-    with pytest.raises(SystemExit, match="no purpose has e"):
-        list(choose.sorted_out([*cards, registry.Card(title="", name="e", kind="probe")]))
-
-
 def test_what_the_first_three_cost_is_what_was_measured(generate: ModuleType) -> None:
     one = {
         "trained_parameters": 25,

@@ -14,8 +14,10 @@ from luthier.cli import app
 from luthier.cli import belonging as belongs
 from luthier.cli.belonging import recipes_by_technique, replications_by_paper
 from luthier.errors import LuthierError
+from luthier.registry import purposes
 from luthier.registry.catalogue import described, paper_rows, paper_table
-from luthier.registry.listing import GROUPS, Line, grouped, known, like, lines, search
+from luthier.registry.listing import Line, grouped, known, like, lines, search
+from luthier.registry.purposes import PURPOSES, sorted_out
 
 VERDICTS = json.loads((Path(registry.__file__).parent / "verdicts.json").read_text())
 
@@ -26,8 +28,26 @@ def shown(*words: str) -> str:
     return result.stdout
 
 
-def test_every_kind_is_in_one_group() -> None:
-    assert sorted(kind for kinds in GROUPS.values() for kind in kinds) == sorted(registry.KINDS)
+def test_every_technique_has_one_purpose() -> None:
+    found = [line.name for _, members in sorted_out(lines()) for line in members]
+    assert sorted(found) == sorted(line.name for line in lines())
+    assert sorted(kind for purpose in PURPOSES for kind in purpose.kinds) == sorted(registry.KINDS)
+    assert not [name for purpose in PURPOSES for name in purpose.names if name not in found]
+
+
+def test_purposes_hold_their_names_first_and_then_the_rest_of_their_kinds(monkeypatch: pytest.MonkeyPatch) -> None:
+    kinds = (("a", "head"), ("b", "head"), ("c", "probe"), ("d", "head"))
+    cards = [registry.Card(title="", name=name, kind=kind) for name, kind in kinds]
+    made = (
+        purposes.Purpose("one", "", ("c", "b"), ()),
+        purposes.Purpose("two", "", ("d",), ("head",)),
+        purposes.Purpose("none", "", (), ("prompt",)),
+    )
+    monkeypatch.setattr(purposes, "PURPOSES", made)
+    assert [(purpose.title, [card.name for card in found]) for purpose, found in sorted_out(cards)] == [
+        ("one", ["c", "b"]),
+        ("two", ["d", "a"]),
+    ]
 
 
 @pytest.mark.parametrize("width", [60, 80, 132])

@@ -18,7 +18,7 @@ from luthier.registry import method
     learning_rate=1e-4,
 )
 def layer_decay(*, factor: float = 0.9, target_modules: tuple[str, ...] = ("all",)) -> Selective:
-    """Train every number, with a learning rate that falls from the head down to the embeddings.
+    """Train every parameter, with a learning rate that falls from the head down to the embeddings.
 
     What follows the blocks has the whole rate, the top block `factor` times it, and every block below `factor` times that above
     it; embeddings come last. A head that is tied to the embedding has the embedding's rate.

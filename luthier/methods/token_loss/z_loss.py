@@ -13,7 +13,7 @@ LOG_PARTITION = Column("log_partition", lambda chunk: chunk.logits_CV.logsumexp(
 
 @method(title="z-loss", paper="arXiv:2204.02311", reduces_to="weight 0: no penalty")
 def z_loss(*, weight: float = 1e-4) -> TokenLoss:
-    """Add `weight * log(Z)^2` at each target, Z being the softmax's denominator, beside cross-entropy unless another is named.
+    """Add `weight * log(Z)^2` at each label, Z being the softmax's denominator, beside cross-entropy unless another is named.
 
     It moves what the loss does not see, the common level of a position's logits, and so is a control for other penalties. Token
     weights multiply it as they do any loss of tokens; the log has the mean of log Z.
