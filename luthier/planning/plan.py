@@ -18,9 +18,10 @@ from luthier.evaluate.planned import evaluation_sets
 from luthier.evaluate.sets import EvalSet, check
 from luthier.kinds import Head, Optimizer, Prefix, Prompt, RepresentationEdit
 from luthier.kinds.parts import GROUPS, Parts
+from luthier.models.experts import mixture_of
 from luthier.models.modes import drops
 from luthier.models.quantized import count, described
-from luthier.planning import amounts
+from luthier.planning import amounts, experts
 from luthier.planning.attach import attach
 from luthier.planning.cuts import too_much
 from luthier.planning.estimate import Estimate, estimate
@@ -120,6 +121,12 @@ class Plan:
         return count(self.model)
 
     @property
+    def active_parameters(self) -> int:
+        """Those of them that a token passes through: all, but for a mixture's experts to which it is not sent."""
+        mixture = mixture_of(self.model, self.parts)
+        return self.total_parameters if mixture is None else mixture.active
+
+    @property
     def trained_parameters(self) -> int:
         """Parameters that train."""
         return self.engine.tune.numbers()
@@ -132,6 +139,7 @@ class Plan:
         rates = [clock.learning_rate * clock.factor(s) for s in self._moments()]
         lines = [
             f"model         {self.start.name}: {self.parts.architecture}, {self.total_parameters:,} parameters ({self.start.origin})",
+            *(f"{NOTHING_BEFORE}{said}" for said in experts.active(self.model, self.parts)),
             *(f"holds         {said}" for said in described(self.model, self.dtype)),
             *_listed("models", [] if self.others is None else self.others.told),
             f"rows          {self._rows()}, {self.rows.tokens:,} tokens, {self.rows.supervised_tokens:,} of them labels"
@@ -147,6 +155,7 @@ class Plan:
         lines += [
             f"trains        {self.trained_parameters:,} parameters, {share:.2f} % of the model's",
             *self._roles(),
+            *(f"{NOTHING_BEFORE}{said}" for said in experts.trained(self.engine.tune)),
             *(
                 f"{NOTHING_BEFORE}{slot} adds its deltas times {one.scale:g}"
                 for slot, one, _ in self.engine.tune.weight_deltas
@@ -295,6 +304,7 @@ class Plan:
             "recipe_hash": self.recipe.hash(),
             "trained_parameters": self.trained_parameters,
             "total_parameters": self.total_parameters,
+            "active_parameters": self.active_parameters,
             "trained_share": self.trained_parameters / self.total_parameters,
             "rows": len(self.rows.rows),
             "steps": self.clock.steps,
