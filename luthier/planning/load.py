@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import date
 from typing import NamedTuple
 
@@ -17,6 +18,7 @@ from luthier.models.fingerprint import fingerprint
 from luthier.models.load import load_tokenizer
 from luthier.models.parts import map_parts
 from luthier.models.sharding import Root, shard
+from luthier.models.tokens import ids_of
 from luthier.recipe import Recipe
 from luthier.results.start import Start, load_start, start_of
 from luthier.rows.template import choose
@@ -65,7 +67,7 @@ def load(recipe: Recipe, world: World, say: Say, today: date | None = None) -> L
     tokenizer = load_tokenizer(start.source)
     choose(tokenizer, recipe.rows.chat_template, recipe.rows.chat_template_options, world.from_first(today or date.today()))
     model = load_start(start, dtype, quantize=recipe.quantize)
-    parts = map_parts(model)
+    parts = replace(map_parts(model), added=tuple(ids_of(tokenizer, start.own_tokens)))
     identity = fingerprint(model)
     root = None
     if recipe.train.sharding == "full":

@@ -20,7 +20,7 @@ from luthier.kinds import Head, Optimizer, Prefix, Prompt, RepresentationEdit
 from luthier.kinds.parts import GROUPS, Parts
 from luthier.models.modes import drops
 from luthier.models.quantized import count, described
-from luthier.planning import amounts
+from luthier.planning import amounts, new_tokens
 from luthier.planning.attach import attach
 from luthier.planning.cuts import too_much
 from luthier.planning.estimate import Estimate, estimate
@@ -133,6 +133,7 @@ class Plan:
         lines = [
             f"model         {self.start.name}: {self.parts.architecture}, {self.total_parameters:,} parameters ({self.start.origin})",
             *(f"holds         {said}" for said in described(self.model, self.dtype)),
+            *_listed("tokens", new_tokens.described(self.start, self.parts, self.engine.tune)),
             *_listed("models", [] if self.others is None else self.others.told),
             f"rows          {self._rows()}, {self.rows.tokens:,} tokens, {self.rows.supervised_tokens:,} of them labels"
             + self._losses(),
