@@ -53,6 +53,8 @@ class ModelSource:
     """The commit there."""
     add_tokens: tuple[str, ...] = ()
     """Tokens that tokenizer and model get on top, in order."""
+    chat_template: str | None = None
+    """The only template of its tokenizer; None: those that it has."""
 
 
 def resolve(name: str, *, revision: str | None = None, trust_remote_code: bool = False, say: Say = silent) -> ModelSource:
@@ -179,13 +181,17 @@ def load_tokenizer(
     revision: str | None = None,
     say: Say = silent,
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer of a source or a name, with the tokens that the source adds. No other is ever added: a missing padding token is the
-    batch's business.
+    """The tokenizer of a source or a name, with the tokens and the chat template that the source adds. No other token is ever added: a
+    missing padding token is the batch's business.
 
     Raises:
         LuthierError: as `resolve`; the tokenizer beside the model is not there or damaged, or has a token already that is to be added.
     """
     source = _settled(source, revision, trust_remote_code, say)
+    if source.chat_template is not None:
+        templated = load_tokenizer(replace(source, chat_template=None))
+        templated.chat_template = source.chat_template
+        return templated
     if source.add_tokens:
         extended = load_tokenizer(replace(source, add_tokens=()))
         extend_tokenizer(extended, source.add_tokens)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +15,8 @@ from luthier.errors import LuthierError
 from luthier.models.quiet import quiet
 
 WHERE = "model.add_tokens"
+_CONTROL = re.compile(r"<\|.+\|>")
+"""How tokens are written that steer a conversation and are no part of what is said."""
 
 
 def ids_of(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]) -> list[int]:
@@ -23,7 +26,8 @@ def ids_of(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]) -> list[in
 
 
 def extend_tokenizer(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]) -> list[int]:
-    """Let a tokenizer read texts as one token each, which decoding shows like any other word.
+    """Let a tokenizer read texts as one token each. Decoding shows them like any other word, but for those of the form `<|...|>`, which
+    are special.
 
     Returns:
         Their ids, in order.
@@ -40,7 +44,7 @@ def extend_tokenizer(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]) 
             where=WHERE,
             fix="leave out what it has: its rows are trained by `tune: full`, or by another technique that reaches the embedding",
         )
-    tokenizer.add_tokens([AddedToken(one, normalized=False) for one in tokens])
+    tokenizer.add_tokens([AddedToken(one, normalized=False, special=_CONTROL.fullmatch(one) is not None) for one in tokens])
     ids = ids_of(tokenizer, tokens)
     for token, number in zip(tokens, ids, strict=True):
         if tokenizer.encode(token, add_special_tokens=False) != [number]:

@@ -43,6 +43,7 @@ from luthier.rows.mixture import described_share
 from luthier.rows.shapes import BadRow
 from luthier.rows.sources import read_rows
 from luthier.rows.template import date_of
+from luthier.rows.thinking import described as described_thinking
 from luthier.training.build import check_predicts
 from luthier.training.engine import Engine
 from luthier.training.feed import Feed
@@ -142,6 +143,7 @@ class Plan:
         lines += [f"{NOTHING_BEFORE}{said}" for said in (*self.cache, *self.mapped, *map(described_share, self.feed.shares()))]
         lines += _listed("stored", self.numbered.said)
         lines += _listed("chat template", self._template())
+        lines += _listed("reasoning", described_thinking(self.raw, self.recipe.rows.thinking))
         lines += _listed("files", list(self.files))
         lines += _listed("left out", [f"{one.file}: {one.why}" for one in self.left_out])
         lines += [f"{SHORT.get(key, key):<{LABEL}} {_described(parts)}" for key, parts in self.chosen.items() if parts]

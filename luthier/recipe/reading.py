@@ -68,7 +68,7 @@ def _steps(plain: Mapping[str, Any]) -> dict[str, Any]:
     train = {key: value for key, value in (plain.get("train") or {}).items() if key not in _FREE}
     # Runs from before there were trackers, quantized bases, other models, new tokens or named templates say nothing of them, and a
     # tracker changes no step.
-    rows = {"chat_template": None, "chat_template_options": {}, "stored": None, **(plain.get("rows") or {})}
+    rows = {"chat_template": None, "chat_template_options": {}, "thinking": "keep", "stored": None, **(plain.get("rows") or {})}
     if isinstance(rows.get("train"), Sequence) and not isinstance(rows["train"], str):
         rows["train"] = [_set_keys(one) if isinstance(one, Mapping) else one for one in rows["train"]]
     found = {"quantize": "none", "models": {}, ADD_TOKENS: [], **plain, "rows": rows, "train": train, "track": None}

@@ -176,7 +176,12 @@ class RowsRecipe(Strict):
     )
     format: str | None = Field(None, description="the rows' format, where it cannot be recognized")
     chat_template: str | None = Field(
-        None, min_length=1, description="one of the tokenizer's chat templates, by name; none: its default"
+        None,
+        min_length=1,
+        description="one of the tokenizer's chat templates, by name, a FILE.jinja, or `chatml`; none: its default",
+    )
+    thinking: Literal["keep", "last", "drop"] = Field(
+        "keep", description="reasoning in assistant turns: keep all, that of the last turn alone, or drop it"
     )
     chat_template_options: Mapping[str, Any] = Field(
         default_factory=dict, description="variables of the chat template; `date: YYYY-MM-DD` is also what its clock says"

@@ -22,6 +22,7 @@ from luthier.models.quantized import quantize as quantize_blocks
 from luthier.models.tokens import extend
 from luthier.recipe import Recipe, make_recipe
 from luthier.results.folder import FILE, Run, list_runs, read_run
+from luthier.rows.template import KEPT, given_template, is_file
 from luthier.training.precision import TYPES, pick, pick_device
 
 BESIDE = "adapters.safetensors"
@@ -89,8 +90,14 @@ def source_of(name: str, out: str, say: Say = silent) -> ModelSource:
     """
     if is_run(name, out) and not _is_model(name):
         recipe = kept_recipe(read_run(name, out))
-        return start_of(recipe, say).source
+        return _with_template(start_of(recipe, say).source, recipe)
     return find_start(name, out, say=say).source
+
+
+def _with_template(source: ModelSource, recipe: Recipe) -> ModelSource:
+    """A source whose tokenizer has the chat template that a run gave to it, if it gave one: it is part of the run's result."""
+    given = given_template(recipe.rows.chat_template)
+    return source if given is None else replace(source, chat_template=given)
 
 
 def find_start(
@@ -132,7 +139,10 @@ def find_start(
         raise _explained(error, name, out, runs) from error
     begun = tuple(reversed(runs))
     tokens = tuple(token for added in (*_tokens_of(begun), add_tokens) for token in added)
-    return Start(replace(source, add_tokens=tokens), begun)
+    source = replace(source, add_tokens=tokens)
+    for run in begun:
+        source = _with_template(source, kept_recipe(run))
+    return Start(source, begun)
 
 
 def _gone(error: LuthierError, name: str, run: Run) -> LuthierError:
@@ -242,10 +252,14 @@ def recipe_of(run: Run) -> Recipe:
 
 
 def kept_recipe(run: Run) -> Recipe:
-    """The recipe that a run keeps. Runs that it names are found beside it, too: they may have been moved together."""
+    """The recipe that a run keeps. Runs that it names are found beside it, too: they may have been moved together. A file with a chat
+    template is the one that the run keeps."""
     recipe = make_recipe(run.fact("recipe"), where=str(run.folder / FILE))
     inside = located(recipe.model_copy(update={"out": str(run.folder.parent)}))
-    return located(recipe).model_copy(update={"model": inside.model, "models": inside.models})
+    kept = run.folder / KEPT
+    own = {"chat_template": str(kept)} if is_file(recipe.rows.chat_template) and kept.is_file() else {}
+    rows = recipe.rows.model_copy(update=own)
+    return located(recipe).model_copy(update={"model": inside.model, "models": inside.models, "rows": rows})
 
 
 def _check_whole(run: Run) -> None:

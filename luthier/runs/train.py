@@ -137,7 +137,7 @@ def _train_in(folder: Path, plan: Plan, resumes: bool, say: Say, tell: Tell, com
     progress, measuring = Progress(), Watch()
     if world.is_first:
         if not resumes or cut_anew:
-            write_recipe(folder, recipe)
+            write_recipe(folder, recipe, plan.tokenizer.chat_template)
         write_json(folder / FILE, facts)
     trackers = start_trackers(recipe.track if world.is_first else None, folder, recipe.name, recipe.as_plain())
     try:
