@@ -219,7 +219,7 @@ def render_prompt(row: Row, form: Form) -> Rendered:
     prompt = prompt_of(row)
     if not prompt:
         raise LuthierError("nothing stands before the assistant turn", where=row.where, fix="give a user message")
-    dialogue = _dialogue(row, form, prompt, given=len(prompt), answered=False)
+    dialogue = _dialogue(row, form, prompt, given=len(prompt))
     text = _up_to(dialogue, form, len(prompt), generate=True)
     notes = _notes(dialogue, form, text, (), lambda one: _up_to(one, form, len(one.messages), generate=True))
     return Rendered(text, (), plain=not form.templated, notes=notes)
@@ -254,11 +254,11 @@ def _said(role: str, content: str | Sequence[Message]) -> list[Message]:
     return [{"role": role, "content": content}] if isinstance(content, str) else list(content)
 
 
-def _dialogue(row: Row, form: Form, messages: Sequence[Message], given: int, *, answered: bool = True) -> Dialogue:
+def _dialogue(row: Row, form: Form, messages: Sequence[Message], given: int) -> Dialogue:
     continued = row.shape in _CONTINUED and isinstance(row.fields["prompt"], str)
     documents = {key: row.fields[key] for key in ("documents",) if key in row.fields}
     thinking = form.choice.thinking
-    messages = arranged(messages, thinking, reads=form.reads_thoughts, answered=answered, where=row.where)
+    messages = arranged(messages, thinking, reads=form.reads_thoughts, where=row.where)
     spoken = map(without_mark, messages)
     return Dialogue(
         list(map(with_written_arguments, spoken) if form.arguments_as_text else spoken),

@@ -76,16 +76,13 @@ def without_thought(message: Message) -> Message:
     return {**rest, "content": _parted(message["content"])[1]} if thought_of(message) else message
 
 
-def arranged(
-    messages: Sequence[Message], thinking: Thinking, *, reads: bool, answered: bool = True, where: str = ""
-) -> list[Message]:
+def arranged(messages: Sequence[Message], thinking: Thinking, *, reads: bool, where: str = "") -> list[Message]:
     """Messages in which reasoning stands where it is to be written.
 
     Args:
         messages: of a row.
         thinking: what becomes of it.
         reads: the chat template reads it in keys of its own.
-        answered: an assistant's answer is among the messages; False: it is still to come, and all others are earlier ones.
         where: the row, for errors.
 
     Raises:
@@ -96,7 +93,7 @@ def arranged(
     for index, message in enumerate(messages):
         if not thought_of(message):
             found.append(message)
-        elif thinking == "keep" or (thinking == "last" and answered and index > asked):
+        elif thinking == "keep" or (thinking == "last" and index > asked):
             found.append(message if reads else _inside(message))
         else:
             found.append(_checked(without_thought(message), thinking, where))

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, GenerationConfig
 
 import luthier
 from luthier.errors import LuthierError
@@ -91,6 +91,12 @@ def test_the_last_turn_reaches_back_to_the_last_question() -> None:
     ]
     written = trained(record, READS, "last")
     assert written == ["2", "<reason>I should add</reason>let me see", "<reason>so it is</reason>4"]
+    # Asked for its answer, the model reads what it read in training.
+    tokenizer = byte_level(READS)
+    choose(tokenizer, thinking="last")
+    asked = render_prompt(row_of({"messages": record["messages"][:5]}), form_of(tokenizer)).text
+    assert "I should add" in asked and "one more" not in asked
+    assert tokenizer.decode(encode(row_of(record), tokenizer).token_ids).startswith(asked)
 
 
 def test_a_prompt_is_written_as_it_was_in_training() -> None:
@@ -248,4 +254,7 @@ def test_a_tokenizer_without_a_template_gets_one_by_name(tmp_path: Path) -> None
     assert given.tokenizer.decode([size, *plain("a")["input_ids"], size + 1], skip_special_tokens=True) == "a"
     given.export(tmp_path / "whole")
     assert AutoTokenizer.from_pretrained(tmp_path / "whole").decode([size], skip_special_tokens=True) == ""
+    # Other tools stop where the model learned to stop.
+    assert GenerationConfig.from_pretrained(tmp_path / "whole").eos_token_id == [size + 1, 2]
+    assert given.model.generation_config.eos_token_id == 2  # type: ignore[union-attr]
     assert read_run(given.folder).facts["rows"]["supervised_tokens"] > 0
