@@ -19,12 +19,14 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validat
 
 from luthier.errors import LuthierError, explain, nearest, refuse_truth
 from luthier.kinds import Combine
-from luthier.registry import fields_under
+from luthier.registry import NOTHING, fields_under
 from luthier.registry.foreign import find, hint
 
 GIVEN_IN_PYTHON = "given in Python>"
 """How plain data ends that stands for a value no file can hold."""
 
+
+ADD_TOKENS = "add_tokens"
 
 VALIDATION = "validation"
 """The evaluation set of rows that are held out of the training rows."""
@@ -174,7 +176,12 @@ class RowsRecipe(Strict):
     )
     format: str | None = Field(None, description="the rows' format, where it cannot be recognized")
     chat_template: str | None = Field(
-        None, min_length=1, description="one of the tokenizer's chat templates, by name; none: its default"
+        None,
+        min_length=1,
+        description="one of the tokenizer's chat templates, by name, a FILE.jinja, or `chatml`; none: its default",
+    )
+    thinking: Literal["keep", "last", "drop"] = Field(
+        "keep", description="reasoning in assistant turns: keep all, that of the last turn alone, or drop it"
     )
     chat_template_options: Mapping[str, Any] = Field(
         default_factory=dict, description="variables of the chat template; `date: YYYY-MM-DD` is also what its clock says"
@@ -288,6 +295,9 @@ class Recipe(Strict):
     model: str = Field(min_length=1, description="a hub name, a folder, a GGUF file or a short name")
     revision: str | None = Field(None, description="a revision of a hub model")
     trust_remote_code: bool = Field(False, description="run code that comes with the model")
+    add_tokens: tuple[str, ...] = Field(
+        (), description="texts that become one token each, whose rows train; also `model: {name: MODEL, add_tokens: [...]}`"
+    )
     quantize: Literal["none", "int8", "nf4"] = Field("none", description="hold the frozen matrices of the blocks in 8 or 4 bits")
     models: Mapping[str, str] = Field(
         default_factory=dict, description="other models or runs that techniques ask for, by name, such as `teacher`"
@@ -301,6 +311,26 @@ class Recipe(Strict):
     track: list[str] | str | None = Field(None, description="also show the run in tensorboard, trackio or wandb")
     out: str = Field("runs", min_length=1, description="folder that holds the run folders")
     baseline_run: str | None = Field(None, description="a run to compare this one with, or a recipe: its newest finished run")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _spread_model(cls, data: Any) -> Any:
+        if not isinstance(data, Mapping):
+            return data
+        data = with_model_spread(data)
+        # Rows of new tokens train beside whatever is named, and alone where nothing is.
+        return {"tune": NOTHING, **data} if data.get("add_tokens") else data
+
+    @field_validator("add_tokens", mode="before")
+    @classmethod
+    def _check_tokens(cls, value: Any) -> Any:
+        tokens = [value] if isinstance(value, str) else value
+        if not isinstance(tokens, list | tuple) or not all(isinstance(one, str) and one.strip() for one in tokens):
+            raise ValueError("a list of texts that are to be tokens, such as [<think>, </think>]")
+        twice = [one for one in dict.fromkeys(tokens) if tokens.count(one) > 1]
+        if twice:
+            raise ValueError(f"texts that differ: `{twice[0]}` stands here twice")
+        return tuple(tokens)
 
     @field_validator("models", mode="after")
     @classmethod
@@ -351,6 +381,33 @@ class Recipe(Strict):
     def as_yaml(self) -> str:
         """The whole recipe with all defaults, as YAML."""
         return yaml.safe_dump(self.as_plain(), sort_keys=False, allow_unicode=True, width=100)
+
+
+def with_model_spread(data: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe's data in which `model: {name: ..., add_tokens: ...}` are keys of the recipe, as they are kept.
+
+    Raises:
+        LuthierError: the model has another key, no name, or tokens stand in both places.
+    """
+    model = data.get("model")
+    if not isinstance(model, Mapping):
+        return dict(data)
+    strange = [str(key) for key in model if key not in ("name", ADD_TOKENS)]
+    if strange:
+        fix = (
+            f"write `{strange[0]}` beside `model`"
+            if strange[0] in Recipe.model_fields
+            else nearest(strange[0], ("name", ADD_TOKENS))
+        )
+        raise LuthierError(f"there is no key `{strange[0]}` here", where="model", fix=fix or "a model has `name` and `add_tokens`")
+    if "name" not in model:
+        raise LuthierError("the model has no name", where="model", fix="add `name: MODEL`")
+    if ADD_TOKENS in model and data.get(ADD_TOKENS):
+        raise LuthierError(
+            "tokens are added in two places", where=f"model.{ADD_TOKENS}", fix=f"leave `{ADD_TOKENS}` out of one of them"
+        )
+    rest = {key: value for key, value in data.items() if key != "model"}
+    return {**rest, "model": model["name"], **{key: model[key] for key in (ADD_TOKENS,) if key in model}}
 
 
 def plain(value: Any) -> Any:

@@ -17,7 +17,7 @@ from luthier.results.folder import read_run
 from luthier.results.opened import open_base, open_model, open_run
 from luthier.results.start import is_run
 from luthier.rows.shapes import Row
-from luthier.rows.template import choose
+from luthier.rows.template import choose_for
 from luthier.runs.rows import turns_of
 
 
@@ -27,7 +27,7 @@ def evaluate(model: str, recipe: Recipe, *, say: Say = silent, weights_only: boo
         raise LuthierError("the recipe has no evaluation sets", where="evaluate", fix="add `evaluate: {name: {rows: FILE}}`")
     tune, tokenizer = open_model(model, out=recipe.out, say=say, precision=recipe.train.precision, weights_only=weights_only)
     if not is_run(model, recipe.out):
-        choose(tokenizer, recipe.rows.chat_template, recipe.rows.chat_template_options)
+        choose_for(tokenizer, recipe.rows)
     head = tune.head[1] if tune.head is not None else None
     validated = recipe.rows.validate is not None
     sets = evaluation_sets(recipe.evaluate, recipe.train, head, recipe.rows.columns, validated=validated)
