@@ -32,9 +32,9 @@ from luthier.rows.rouge import rouge_1, rouge_2, rouge_l
 class Metric(NamedTuple):
     """What a metric is."""
 
-    needs: Literal["generation", "choice", "pair", "likelihood", "class", "value", "score", "vector", "tags"]
+    needs: Literal["generation", "choice", "pair", "likelihood", "class", "value", "score", "vector", "tags", "task"]
     """Generated answers, the likelihoods of given choices, of a chosen and a rejected answer, or of the row's own text; or what a head
-    says: a class, a number, the scores of two answers, vectors, tags of words."""
+    says: a class, a number, the scores of two answers, vectors, tags of words; or what a task of the evaluation harness asks for."""
     higher_is_better: bool
     meaning: str
     score: Score | None = None
