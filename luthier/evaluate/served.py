@@ -20,6 +20,8 @@ from luthier.generation.endpoint import Endpoint
 from luthier.rows.messages import Message
 from luthier.rows.shapes import Row
 
+_SENT = ("role", "content", "name", "tool_calls", "tool_call_id")
+"""Of a message, what endpoints know."""
 ENDPOINT = "endpoint:"
 """How an endpoint's address begins where a model could stand."""
 
@@ -64,7 +66,7 @@ def messages_of(row: Row) -> list[Mapping[str, Any]]:
     turns: list[Message] = list(given)
     if row.shape == "messages" and turns and turns[-1]["role"] == "assistant":
         turns = turns[:-1]
-    return [{key: turn[key] for key in ("role", "content")} for turn in turns]
+    return [{key: value for key, value in turn.items() if key in _SENT} for turn in turns]
 
 
 def _check(one: EvalSet) -> None:
@@ -79,6 +81,9 @@ def _check(one: EvalSet) -> None:
             fix="use a metric of generated answers, or measure the model itself: luthier eval MODEL RECIPE",
         )
     for row in one.used:
+        if row.shape == "text":
+            what = "the row is a text to go on from, and an endpoint answers questions"
+            raise LuthierError(what, where=f"{place}, {row.place}", fix="write it as a `prompt`, or measure the model itself")
         if row.fields.get("tools"):
             what = "the row has tools, and calls that an endpoint answers with are not read"
             raise LuthierError(

@@ -26,6 +26,7 @@ from luthier.evaluate.readings import check_read, places_of, readings, readings_
 from luthier.evaluate.scoring import ScoringError
 from luthier.generation.generate import BATCH_TOKENS, generate
 from luthier.models.head import head_of
+from luthier.rows import function_calls
 from luthier.rows.chat import form_of
 from luthier.rows.encode import Encoded, counted, encode, told
 from luthier.rows.groups import PAIR
@@ -173,7 +174,10 @@ def _of_set(plain: Mapping[str, Any]) -> dict[str, Any]:
 
 def default_metric(rows: Sequence[Row]) -> str:
     """The metric for rows of a shape: `choice` for multiple choice, `contains` for prompts with answers, `preference_accuracy` for two
-    answers of which one is better, `perplexity` for documents, `entity_f1` for labels of words, else `loss`."""
+    answers of which one is better, `perplexity` for documents, `entity_f1` for labels of words, `tool_calls` where tools are offered and
+    the right calls are told, else `loss`."""
+    if rows[0].fields.get("tools") and any(map(function_calls.can_match, accepted_answers(rows[0]))):
+        return "tool_calls"
     by_shape = {
         "prompt+choices+answer": "choice",
         "prompt+answer": "contains",

@@ -90,7 +90,8 @@ def evaluate_endpoint(
         raise LuthierError("the recipe has no evaluation sets", where="evaluate", fix="add `evaluate: {name: {rows: FILE}}`")
     if not model:
         raise LuthierError("no model is named", where="luthier eval", fix="name one of the endpoint's: --model-name NAME")
-    client = Endpoint(address.removeprefix(ENDPOINT), model, api_key_env=api_key_env)
+    # Another model may be served by the same name tomorrow: nothing that was answered before counts.
+    client = Endpoint(address.removeprefix(ENDPOINT), model, api_key_env=api_key_env, cache=False)
     sets = evaluation_sets(recipe.evaluate, TrainRecipe(), None, recipe.rows.columns)
     return measure_served(client, sets, say=say)
 
