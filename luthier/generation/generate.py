@@ -39,6 +39,8 @@ def generate(
     top_p: float = 1.0,
     seed: int = 0,
     numbers: Sequence[int] | None = None,
+    until: Sequence[str] = (),
+    ends: Sequence[int] | None = None,
     batch_tokens: int = BATCH_TOKENS,
 ) -> list[str]:
     """Answer prompts, in their order, as texts without special tokens.
@@ -52,6 +54,8 @@ def generate(
         top_p: draw only among the most likely tokens that together have this probability (Holtzman et al., 2020).
         seed: of the draws; a prompt's draws depend on it, on the prompt's number and on nothing else.
         numbers: one for each prompt, such as `luthier.draws.seed_of` makes of names; None: its place in `prompts`.
+        until: texts that end an answer, which is cut before the first of them.
+        ends: ids that end an answer; None: `stop_ids`.
         batch_tokens: the most tokens of one batch, with padding and answers.
 
     Raises:
@@ -60,18 +64,41 @@ def generate(
     """
     _check(tune, tokenizer, prompts, max_new_tokens, temperature, top_p)
     choose = _greedy if temperature == 0 else _nucleus(temperature, top_p, seed)
-    ends = torch.tensor(stop_ids(tune, tokenizer))
+    ends_E = torch.tensor(stop_ids(tune, tokenizer) if ends is None else list(ends), dtype=torch.int64)
+    stops = _stops(tokenizer, [text for text in until if text])
     number_P = torch.arange(len(prompts)) if numbers is None else torch.tensor(numbers, dtype=torch.int64)
     answers: dict[int, list[int]] = {}
     with evaluating(tune.model):
         for chosen in _batches([len(prompt) for prompt in prompts], max_new_tokens, batch_tokens):
             asked = [prompts[index] for index in chosen]
-            decoded = _decode(tune, asked, number_P[chosen], ends, max_new_tokens, choose)
+            decoded = _decode(tune, asked, number_P[chosen], ends_E, max_new_tokens, choose, stops)
             answers.update(zip(chosen, decoded, strict=True))
-    return [
+    texts = [
         str(tokenizer.decode(answers[index], skip_special_tokens=True, clean_up_tokenization_spaces=False))
         for index in range(len(prompts))
     ]
+    return [_cut(text, until) for text in texts]
+
+
+def _cut(text: str, until: Sequence[str]) -> str:
+    """What stands before the first of some texts."""
+    for one in until:
+        text = text.split(one)[0] if one else text
+    return text
+
+
+def _stops(tokenizer: PreTrainedTokenizerBase, until: Sequence[str]) -> Callable[[Sequence[int]], bool] | None:
+    """Whether the newest tokens of an answer end it; None where no text does."""
+    if not until:
+        return None
+    # A character takes four tokens at most, those of its bytes; the last token may go beyond the text.
+    window = 4 * max(map(len, until)) + 1
+
+    def stops(ids: Sequence[int]) -> bool:
+        newest = tokenizer.decode(list(ids[-window:]), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return any(text in newest for text in until)
+
+    return stops
 
 
 def stop_ids(tune: Tune, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
@@ -135,7 +162,13 @@ def _batches(lengths: Sequence[int], new: int, batch_tokens: int) -> list[list[i
 
 
 def _decode(
-    tune: Tune, prompts: Sequence[Sequence[int]], number_B: Tensor, ends: Tensor, new: int, choose: Choose
+    tune: Tune,
+    prompts: Sequence[Sequence[int]],
+    number_B: Tensor,
+    ends: Tensor,
+    new: int,
+    choose: Choose,
+    stops: Callable[[Sequence[int]], bool] | None = None,
 ) -> list[list[int]]:
     """The new ids of each prompt, up to where it ends."""
     device = next(tune.model.parameters()).device
@@ -163,6 +196,8 @@ def _decode(
         for row, token, goes_on in zip(alive_B.tolist(), token_B.tolist(), goes_on_B.tolist(), strict=True):
             if goes_on:
                 answers[row].append(token)
+        if stops is not None:
+            goes_on_B &= torch.tensor([not stops(answers[row]) for row in alive_B.tolist()], device=goes_on_B.device)
         if not goes_on_B.all():
             kept = goes_on_B.nonzero()[:, 0]
             if not len(kept):

@@ -171,6 +171,7 @@ class Plan:
             + ", ".join(f"{rate:.2g}" for rate in rates)
             + " at 0, 25, 50, 75, 100 %",
             f"evaluates     {', '.join(one.name for one in self.sets) or 'nothing'}, before and after{self._between()}",
+            *_listed("benchmarks", [one.chosen.task.described for one in self.sets if one.chosen.task is not None]),
             *(f"sends         {one.chosen.scoring.sends} ({one.name})" for one in self.sets if one.chosen.scoring.sends),
             *([f"baseline run  {self.control.folder}"] if self.control is not None else []),
             f"memory        about {amounts.memory(self.estimate.total_bytes)} at the peak ({self.estimate.described()})",
