@@ -27,6 +27,8 @@ BATCH_TOKENS = 8192
 
 Choose = Callable[[Tensor, Tensor, int], Tensor]
 """Logits [B, V], the rows' numbers [B] and the step, to tokens [B]."""
+Hear = Callable[[int, Sequence[int]], bool]
+"""A prompt's place and the ids of its answer so far, to whether the answer goes on."""
 
 
 def generate(
@@ -40,6 +42,7 @@ def generate(
     seed: int = 0,
     numbers: Sequence[int] | None = None,
     batch_tokens: int = BATCH_TOKENS,
+    hear: Hear | None = None,
 ) -> list[str]:
     """Answer prompts, in their order, as texts without special tokens.
 
@@ -53,6 +56,7 @@ def generate(
         seed: of the draws; a prompt's draws depend on it, on the prompt's number and on nothing else.
         numbers: one for each prompt, such as `luthier.draws.seed_of` makes of names; None: its place in `prompts`.
         batch_tokens: the most tokens of one batch, with padding and answers.
+        hear: told of each answer after each of its tokens; it may end the answer there.
 
     Raises:
         LuthierError: a prompt is empty, an option is out of range, or a prompt and its answer exceed the context; or
@@ -66,12 +70,15 @@ def generate(
     with evaluating(tune.model):
         for chosen in _batches([len(prompt) for prompt in prompts], max_new_tokens, batch_tokens):
             asked = [prompts[index] for index in chosen]
-            decoded = _decode(tune, asked, number_P[chosen], ends, max_new_tokens, choose)
+            heard = None if hear is None else (lambda row, ids, chosen=chosen: hear(chosen[row], ids))
+            decoded = _decode(tune, asked, number_P[chosen], ends, max_new_tokens, choose, heard)
             answers.update(zip(chosen, decoded, strict=True))
-    return [
-        str(tokenizer.decode(answers[index], skip_special_tokens=True, clean_up_tokenization_spaces=False))
-        for index in range(len(prompts))
-    ]
+    return [text_of(tokenizer, answers[index]) for index in range(len(prompts))]
+
+
+def text_of(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    """An answer's ids as text without special tokens."""
+    return str(tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 
 def stop_ids(tune: Tune, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
@@ -135,7 +142,13 @@ def _batches(lengths: Sequence[int], new: int, batch_tokens: int) -> list[list[i
 
 
 def _decode(
-    tune: Tune, prompts: Sequence[Sequence[int]], number_B: Tensor, ends: Tensor, new: int, choose: Choose
+    tune: Tune,
+    prompts: Sequence[Sequence[int]],
+    number_B: Tensor,
+    ends: Tensor,
+    new: int,
+    choose: Choose,
+    hear: Hear | None,
 ) -> list[list[int]]:
     """The new ids of each prompt, up to where it ends."""
     device = next(tune.model.parameters()).device
@@ -159,12 +172,13 @@ def _decode(
         if not logits_BV.amax(-1).isfinite().all():
             raise LuthierError("the model gives numbers that are not finite", fix="lower the learning rate, or use precision fp32")
         token_B = choose(logits_BV, number_B[alive_B], step)
-        goes_on_B = ~torch.isin(token_B, ends)
-        for row, token, goes_on in zip(alive_B.tolist(), token_B.tolist(), goes_on_B.tolist(), strict=True):
-            if goes_on:
+        goes_on = (~torch.isin(token_B, ends)).tolist()
+        for place, (row, token) in enumerate(zip(alive_B.tolist(), token_B.tolist(), strict=True)):
+            if goes_on[place]:
                 answers[row].append(token)
-        if not goes_on_B.all():
-            kept = goes_on_B.nonzero()[:, 0]
+                goes_on[place] = hear is None or hear(row, answers[row])
+        if not all(goes_on):
+            kept = torch.tensor([place for place, one in enumerate(goes_on) if one], dtype=torch.int64, device=device)
             if not len(kept):
                 break
             cache.batch_select_indices(kept)
