@@ -28,7 +28,7 @@ def quickstart_seeds() -> str:
                 f"{by_seed[0]['tokens']:,}" + ("" if share == 1 else f" ({share:.0%})"),
                 ", ".join(f"{round(one['learned'] * one['questions'])}" for one in by_seed),
                 _range([100 * one["retained"] for one in by_seed], "{:.1f}") + " %",
-                f"{by_seed[0]['prose'][0]:.1f} to " + _range([one["prose"][1] for one in by_seed], "{:.0f}", between=" or "),
+                f"{by_seed[0]['prose'][0]:.1f}, then " + _range([one["prose"][1] for one in by_seed], "{:.0f}"),
                 _range([one["seconds"] / 60 for one in timed], "{:.1f}") + " min" if timed else "",
                 _range([one["total_seconds"] / 60 for one in timed], "{:.1f}") + " min" if timed else "",
             )
@@ -64,6 +64,6 @@ def busy_machine() -> str:
     return f"{table(('threads wait', 'a step, quiet', 'beside four processes that compute'), rows)}\n\n{cell(said)}"
 
 
-def _range(values: Sequence[float], form: str, between: str = " to ") -> str:
+def _range(values: Sequence[float], form: str) -> str:
     texts = list(dict.fromkeys(form.format(one) for one in (min(values), max(values))))
-    return between.join(texts)
+    return " to ".join(texts)
