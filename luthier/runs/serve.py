@@ -154,6 +154,8 @@ class _Handler(BaseHTTPRequestHandler):
             raise RefusedError("the key is missing or another one", status=401, code="invalid_api_key")
 
     def _get(self) -> None:
+        # A body that comes along is not read.
+        self.close_connection = True
         path, mine = self.path.partition("?")[0].rstrip("/"), self.mine.completions
         if path == "/health":
             self._send(200, {"status": "ok"})
