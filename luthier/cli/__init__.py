@@ -26,7 +26,7 @@ from luthier.cli.rows import (
     store_teacher,
 )
 from luthier.cli.sweep import sweep
-from luthier.cli.training import plan, train
+from luthier.cli.training import plan, quickstart, train
 
 app = typer.Typer(
     name="luthier",
@@ -43,6 +43,7 @@ store_app = typer.Typer(help="Have a model give numbers to rows once, for many r
 rows_app.add_typer(store_app, name="store")
 
 COMMANDS: dict[str, Callable[..., None]] = {
+    "quickstart": quickstart,
     "new": new,
     "train": train,
     "plan": plan,

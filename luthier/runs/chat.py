@@ -11,7 +11,7 @@ from luthier import draws
 from luthier.errors import LuthierError, Say, silent
 from luthier.generation.generate import Hear, generate
 from luthier.results.folder import read_run
-from luthier.results.opened import open_model
+from luthier.results.opened import open_base, open_model
 from luthier.results.start import is_run
 from luthier.rows.encode import encode_prompt
 from luthier.rows.shapes import Row
@@ -110,8 +110,7 @@ class Chat:
     def ask_base(self, prompt: str) -> str:
         """The same question to the base of a run."""
         if self._base is None:
-            run = read_run(self.name)
-            self._base, _ = open_model(run.fact("recipe", "model"))
+            self._base, _ = open_base(read_run(self.name))
         return self._answer(self._base, [{"role": "user", "content": prompt}])
 
     def say_turn(self, text: str) -> str:
