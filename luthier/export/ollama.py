@@ -123,7 +123,7 @@ def export_ollama(
     turns, why = _template(form_of(tokenizer))
     with new_folder(folder) as beside:
         found = export_gguf(tune, tokenizer, beside / FILE, weights=weights)
-        (beside / MODELFILE).write_text(modelfile(tune, tokenizer, turns, why), encoding="utf-8")
+        (beside / MODELFILE).write_text(modelfile(tune, tokenizer, turns, why), encoding="utf-8", newline="\n")
         write_texts(beside, texts)
     note = {"note": f"{NO_SYSTEM}, and Ollama refuses conversations with one"} if turns and turns.refuses_system else {}
     create = f"ollama create {folder.name} -f {folder / MODELFILE}"

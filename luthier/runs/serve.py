@@ -61,6 +61,8 @@ class Server(ThreadingHTTPServer):
     """Serves one model."""
 
     daemon_threads = True
+    # On Windows two servers could then listen on one port.
+    allow_reuse_address = os.name != "nt"
 
     def __init__(self, completions: Completions, host: str, port: int, say: Say) -> None:
         self.completions, self.host, self.say = completions, host, say
