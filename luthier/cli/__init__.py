@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from luthier import __version__
-from luthier.cli.away import serve
+from luthier.cli.away import push, serve
 from luthier.cli.convert import convert
 from luthier.cli.face import out
 from luthier.cli.knowledge import keys, metrics, papers, replicate, techniques
@@ -55,6 +55,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "compare": compare,
     "probe": probe,
     "export": export,
+    "push": push,
     "serve": serve,
     "replicate": replicate,
     "keys": keys,

@@ -5,13 +5,55 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
 
 from luthier.cli.complete import run_names
-from luthier.cli.face import Json, Quiet, WeightsOnly, face
+from luthier.cli.face import Json, Out, Quiet, WeightsOnly, face, listed
+
+
+def push(
+    run: Annotated[str, typer.Argument(help="A run's name or folder.", autocompletion=run_names)],
+    repository: Annotated[str, typer.Argument(help="Where to: OWNER/NAME.", metavar="OWNER/NAME")],
+    form: Annotated[str, typer.Option("--as", help="`model`: everything merged; `peft`: an adapter.")] = "model",
+    dtype: Annotated[str, typer.Option(help="Of what is written: fp32, bf16, fp16, or auto for what was trained.")] = "auto",
+    private: Annotated[bool, typer.Option("--private", help="To be seen by the owner alone.")] = False,
+    replace: Annotated[bool, typer.Option("--replace", help="Put it in the place of files that are there already.")] = False,
+    license: Annotated[str, typer.Option(help="For the card, as the hub names it: apache-2.0, mit, ...")] = "",
+    language: Annotated[list[str] | None, typer.Option(help="For the card: en, de, ...; may be given several times.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Write the folder, and send nothing.")] = False,
+    keep: Annotated[Path | None, typer.Option(help="Where the folder is written and kept; in a dry run NAME by itself.")] = None,
+    folder: Out = "runs",
+    weights_only: WeightsOnly = False,
+    as_json: Json = False,
+) -> None:
+    """Send a run's result and its card to the Hugging Face hub, once it reads back the same; the token is that in HF_TOKEN."""
+    with face(as_json, quiet=as_json) as speak:
+        from luthier.report.card import Published
+        from luthier.report.words import size
+        from luthier.runs.push import Destination, push
+
+        facts = push(
+            run,
+            Destination(repository, private, replace, dry_run, keep),
+            form=form,
+            dtype=dtype,
+            published=Published(license, tuple(language or ())),
+            out=folder,
+            say=speak.say,
+            weights_only=weights_only,
+        )
+
+        def shown() -> str:
+            files = {f"  {name}": size(count) for name, count in facts["files"].items()}
+            rest: dict[str, Any] = {key: value for key, value in facts.items() if key != "files"}
+            end = f"nothing was sent: this would go to {repository}" if dry_run else "sent"
+            return "\n".join([listed(rest), listed(files), escape(end)])
+
+        speak.show(facts, shown)
 
 
 def serve(

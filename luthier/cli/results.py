@@ -236,10 +236,19 @@ def export(
     run: Annotated[str, typer.Argument(help="A run's name or folder.", autocompletion=run_names)],
     target: Annotated[Path, typer.Argument(help="The folder, or the GGUF file, to write; it must not exist.")],
     form: Annotated[
-        str, typer.Option("--as", help="`model`: a plain Hugging Face folder; `gguf`: one file; `peft`: an adapter.")
+        str,
+        typer.Option(
+            "--as",
+            help="`model`: a plain Hugging Face folder; `gguf`: one file; `ollama`: that file and a Modelfile; `peft`: an adapter.",
+        ),
     ] = "model",
     dtype: Annotated[str, typer.Option(help="Of what is written: fp32, bf16, fp16, or auto for what was trained.")] = "auto",
-    quantize: Annotated[str | None, typer.Option(help="Of a GGUF file, its matrices in fewer bits: q8_0.")] = None,
+    quantize: Annotated[
+        str | None,
+        typer.Option(
+            help="Of a GGUF file, its matrices in fewer bits: q8_0, or q2_k to q6_k by llama-cpp-python (q4_k_m is usual)."
+        ),
+    ] = None,
     folder: Out = "runs",
     weights_only: WeightsOnly = False,
     as_json: Json = False,

@@ -6,8 +6,10 @@ are refused: a file that loads and answers wrongly is worse than none.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import gguf
@@ -19,10 +21,16 @@ from transformers import PreTrainedTokenizerBase
 
 from luthier.delta.sources import live
 from luthier.errors import LuthierError, nearest
+from luthier.export import gguf_quantize
 from luthier.export.folder import new_file
+from luthier.export.gguf_quantize import BITS
 from luthier.export.gguf_tokenizer import add_tokenizer, check_tokenizer
 from luthier.export.model import PROBES, divergence, merged, outputs
+from luthier.generation.generate import context_of, generate
 from luthier.models.convert import load_gguf_model
+from luthier.models.parts import map_parts
+from luthier.rows.encode import encode_prompt
+from luthier.rows.shapes import Row
 from luthier.tune import Tune
 
 
@@ -61,6 +69,29 @@ as a float16 (a share of 2^-11 of up to 127 steps)."""
 LARGEST_DIVERGENCE = 0.05
 """Nats a token that Q8_0 may cost on `PROBES`; SmolLM2-135M-Instruct with an adapter loses 0.003."""
 _NEW_TOKENS = 8
+QUESTIONS = (
+    "What is the capital of France?",
+    "Explain in one sentence why the sky is blue.",
+    "Write a short poem about the sea.",
+    "Translate into German: The library closes at six.",
+    "What is 17 times 23?",
+    "List three uses of a paper clip.",
+    "Who wrote Romeo and Juliet?",
+    "Summarize: The meeting was moved from Monday to Thursday, because the speaker fell ill.",
+    "Write a Python function that reverses a string.",
+    "What is the difference between weather and climate?",
+    "Correct the grammar: She don't likes apples.",
+    "Give me a recipe with eggs and spinach.",
+    "Is this review good or bad? The battery died after an hour.",
+    "Name the planets of the solar system.",
+    "How do I cancel my order?",
+    "Rewrite politely: Send me the report now.",
+    "What does HTTP status 404 mean?",
+    "Convert 68 degrees Fahrenheit to Celsius.",
+    "Finish the sentence: Once upon a time",
+    "Return the name in this text as JSON: Ada Lovelace was born in London.",
+)
+"""What a live model and a file are both asked, for the share of tokens that are the same."""
 
 
 def export_gguf(tune: Tune, tokenizer: PreTrainedTokenizerBase, file: str | Path, *, weights: str = "auto") -> dict[str, Any]:
@@ -70,40 +101,57 @@ def export_gguf(tune: Tune, tokenizer: PreTrainedTokenizerBase, file: str | Path
         tune: the tuned model; afterwards it is as it was.
         tokenizer: a byte-level BPE; its chat template and the ids that end a turn go into the file.
         file: ends in `.gguf` and must not exist; it appears when everything has been checked.
-        weights: `f32`, `f16`, `bf16`, `q8_0` (8 bits, one scale for 32 numbers), or `auto` for the type of the model.
+        weights: `f32`, `f16`, `bf16`, `q8_0` (8 bits, one scale for 32 numbers), `auto` for the type of the model, or one of
+            `gguf_quantize.BITS`, which `llama-cpp-python` makes.
 
     Returns:
         `weights`, `bytes`, `max_logit_difference` and `kl`, the mean KL(live, file) in nats a token, both on `PROBES`;
-        and `same_greedy_tokens`, the share of greedily generated tokens that are the same.
+        and `same_greedy_tokens`, the share of greedily generated tokens that are the same, of the first 8 of the answers to
+        `QUESTIONS` (None where the model reads too little for any of them).
 
     Raises:
         LuthierError: the file exists, the architecture, its options or the tokenizer have no exact place in GGUF, or
             what was read back differs: token ids at all, weights by more than their type rounds, logits by more than
-            half the digits of the model's type (Q8_0: by more than `LARGEST_DIVERGENCE`).
+            half the digits of the model's type (Q8_0: by more than `LARGEST_DIVERGENCE`). What fewer bits cost in
+            logits is told, and never refused: who asks for 2 bits knows.
     """
     file = Path(file)
     weights = _weights(tune, weights)
+    if weights in BITS:
+        gguf_quantize.library()
     architecture = _architecture(tune)
     if file.suffix != ".gguf":
         raise LuthierError(f"`{file.name}` does not end in .gguf", where="export_gguf", fix=f"name it {file.stem}.gguf")
     ids = [tokenizer(text)["input_ids"] for text in PROBES]
     with merged(tune), new_file(file) as beside:
-        writer = gguf.GGUFWriter(beside, gguf.MODEL_ARCH_NAMES[architecture.number], use_temp_file=True)
-        writer.add_name(file.stem)
-        writer.add_file_type(WEIGHTS[weights][1])
-        _add_shape(writer, tune)
-        add_tokenizer(writer, tokenizer, tune)
-        for name, values in _tensors(tune, architecture):
-            kind = _type(values, weights)
-            writer.add_tensor(name, gguf.quantize(values, kind), raw_dtype=kind)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
+        if weights in BITS:
+            with TemporaryDirectory(dir=beside.parent, prefix=".whole-") as place:
+                whole = Path(place) / "whole.gguf"
+                _write(tune, tokenizer, whole, file.stem, architecture, _weights(tune, "auto"))
+                gguf_quantize.quantize(whole, beside, weights)
+        else:
+            _write(tune, tokenizer, beside, file.stem, architecture, weights)
         check_tokenizer(tokenizer, beside)
-        found = _check_model(tune, beside, ids, weights)
+        found = _check_model(tune, tokenizer, beside, ids, weights)
         size = beside.stat().st_size
     return {"weights": weights, "bytes": size, **found}
+
+
+def _write(
+    tune: Tune, tokenizer: PreTrainedTokenizerBase, file: Path, title: str, architecture: _Architecture, weights: str
+) -> None:
+    writer = gguf.GGUFWriter(file, gguf.MODEL_ARCH_NAMES[architecture.number], use_temp_file=True)
+    writer.add_name(title)
+    writer.add_file_type(WEIGHTS[weights][1])
+    _add_shape(writer, tune)
+    add_tokenizer(writer, tokenizer, tune)
+    for name, values in _tensors(tune, architecture):
+        kind = _type(values, weights)
+        writer.add_tensor(name, gguf.quantize(values, kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
 
 
 def _weights(tune: Tune, weights: str) -> str:
@@ -112,8 +160,9 @@ def _weights(tune: Tune, weights: str) -> str:
         if dtype not in _OF_DTYPE:
             raise LuthierError(f"GGUF has no weights of type {dtype}", where="weights", fix="choose weights: f32")
         return _OF_DTYPE[dtype]
-    if weights not in WEIGHTS:
-        raise LuthierError(f"there are no weights `{weights}`", where="weights", fix=nearest(weights, ["auto", *WEIGHTS]))
+    if weights not in WEIGHTS and weights not in BITS:
+        fix = nearest(weights, ["auto", *WEIGHTS, *BITS])
+        raise LuthierError(f"there are no weights `{weights}`", where="weights", fix=fix)
     return weights
 
 
@@ -193,25 +242,32 @@ def _type(values: np.ndarray, weights: str) -> Type:
     return Type.F16 if weights == "q8_0" and values.shape[-1] % _BLOCK else WEIGHTS[weights][0]
 
 
-def _check_model(tune: Tune, file: Path, ids: list[list[int]], weights: str) -> dict[str, Any]:
-    """Read the file and compare it with the live model: weights, logits, and text."""
+def _check_model(tune: Tune, tokenizer: PreTrainedTokenizerBase, file: Path, ids: list[list[int]], weights: str) -> dict[str, Any]:
+    """Read the file and compare it with the live model: weights, logits, and answers."""
     first = next(tune.model.parameters())
     reloaded: Any = load_gguf_model(file, dtype=first.dtype).to(first.device)  # type: ignore[arg-type]
     _check_weights(live(tune.model), live(reloaded), weights)
     expected, found = outputs(tune.model, ids), outputs(reloaded, ids)
     difference = max(float((one - other).abs().max()) for one, other in zip(found, expected, strict=True))
     kl = divergence(expected, found)
-    precision = max(torch.finfo(dtype).eps for dtype in (first.dtype, _DTYPES.get(WEIGHTS[weights][0], first.dtype)))
-    allowed = precision**0.5 * max(1.0, *(float(one.abs().max()) for one in expected))
-    if not (kl <= LARGEST_DIVERGENCE if weights == "q8_0" else difference <= allowed):
+    if not _near(difference, kl, weights, first.dtype, expected):
         raise LuthierError(
             f"the file gives other outputs: logits differ by up to {difference:g}, distributions by {kl:g} nats a token",
             where=type(tune.model).__name__,
             fix="choose weights with more digits; where these are f32, GGUF does not hold this architecture as it is",
         )
-    pairs = [pair for row in ids for pair in zip(_greedy(tune.model, row), _greedy(reloaded, row), strict=True)]
-    same = sum(one == other for one, other in pairs) / len(pairs)
+    same = _same_tokens(tune, Tune(reloaded, map_parts(reloaded)), tokenizer)
     return {"max_logit_difference": difference, "kl": kl, "same_greedy_tokens": same}
+
+
+def _near(difference: float, kl: float, weights: str, dtype: torch.dtype, expected: list[Tensor]) -> bool:
+    """Whether logits and distributions differ by no more than the weights explain."""
+    if weights in BITS:
+        return math.isfinite(difference)
+    if weights == "q8_0":
+        return kl <= LARGEST_DIVERGENCE
+    precision = max(torch.finfo(one).eps for one in (dtype, _DTYPES[WEIGHTS[weights][0]]))
+    return bool(difference <= precision**0.5 * max(1.0, *(float(one.abs().max()) for one in expected)))
 
 
 def _check_weights(expected: dict[str, Tensor], found: dict[str, Tensor], weights: str) -> None:
@@ -229,6 +285,8 @@ def _rounds_to(values: Tensor, found: Tensor, weights: str) -> bool:
     """Whether a tensor is what its type in the file, and then the type it is read as, make of it."""
     if values.shape != found.shape:
         return False
+    if weights in BITS:
+        return gguf_quantize.rounds_to(values, found, weights)
     exact, read = values.float().cpu(), found.float().cpu()
     kind = _type(exact.numpy(), weights)
     if kind == Type.Q8_0:
@@ -238,9 +296,28 @@ def _rounds_to(values: Tensor, found: Tensor, weights: str) -> bool:
     return torch.equal(exact.to(_DTYPES[kind]).to(found.dtype).float(), read)
 
 
-def _greedy(model: Any, row: list[int]) -> list[int]:
-    """The most likely next tokens, the same number always: where an answer ends is the reader's business."""
-    new = list(row)
-    for _ in range(_NEW_TOKENS):
-        new.append(int(outputs(model, [new])[0][-1].argmax()))
-    return new[len(row) :]
+def _same_tokens(tune: Tune, other: Tune, tokenizer: PreTrainedTokenizerBase) -> float | None:
+    """The share of the greedy tokens of two models' answers to `QUESTIONS` that are the same; where an answer ends is a token, too."""
+    rows = [Row("question", "prompt", {"prompt": text}, "a question", {}) for text in QUESTIONS]
+    limit = context_of(tune) or math.inf
+    prompts = [ids for row in rows if len(ids := encode_prompt(row, tokenizer)) + _NEW_TOKENS <= limit]
+    if not prompts:
+        return None
+    answers: list[list[Sequence[int]]] = []
+    for one in (tune, other):
+        heard: list[Sequence[int]] = [()] * len(prompts)
+
+        def hear(place: int, ids: Sequence[int], heard: list[Sequence[int]] = heard) -> bool:
+            heard[place] = tuple(ids)
+            return True
+
+        generate(one, tokenizer, prompts, max_new_tokens=_NEW_TOKENS, hear=hear)
+        answers.append(heard)
+    pairs = [pair for left, right in zip(*answers, strict=True) for pair in _beside(left, right)]
+    return sum(one == other for one, other in pairs) / len(pairs)
+
+
+def _beside(left: Sequence[int], right: Sequence[int]) -> Iterator[tuple[int | None, int | None]]:
+    """Tokens at the same place of two answers; None where one of them has ended."""
+    length = min(_NEW_TOKENS, max(len(left), len(right)) + 1)
+    return ((left[at] if at < len(left) else None, right[at] if at < len(right) else None) for at in range(length))

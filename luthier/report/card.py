@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from luthier.errors import LuthierError
 from luthier.report.facts import Facts, SetFacts, sets_of, short_name
 from luthier.report.story import headline, warnings_of
 from luthier.report.words import clean, count, duration, measured, number, percent, plural, short, size, spaced
@@ -24,14 +25,38 @@ class Use(NamedTuple):
     """How a folder is loaded."""
 
     library: str
-    """Its name on the hub: transformers, peft, sentence-transformers."""
+    """Its name on the hub: transformers, peft, sentence-transformers, gguf."""
     task: str
     """The hub's name of what the model does; empty where it has none."""
     code: str
-    """Python that loads it from `FOLDER`, and, of an adapter, from `BASE`."""
+    """What loads it from `FOLDER`, and, of an adapter, from `BASE`."""
+    language: str = "python"
+    """What the code is written in, as Markdown names it."""
 
 
-def model_card(run: Facts, use: Use, *, base: str | None, folder: str, note: str = "") -> str:
+class Published(NamedTuple):
+    """What whoever publishes a result says of it."""
+
+    license: str = ""
+    """As the hub names it, such as apache-2.0; empty where nothing is said."""
+    languages: tuple[str, ...] = ()
+    """Codes of ISO 639, such as en."""
+
+    def check(self) -> None:
+        """Refuse what the hub would not read.
+
+        Raises:
+            LuthierError: the license or a language is no such name.
+        """
+        if self.license and not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", self.license):
+            fix = "write it as the hub does: apache-2.0, mit, cc-by-4.0, llama3.2, other"
+            raise LuthierError(f"`{self.license}` names no license", where="--license", fix=fix)
+        for one in self.languages:
+            if not re.fullmatch(r"[a-z]{2,3}", one):
+                raise LuthierError(f"`{one}` names no language", where="--language", fix="write its code, such as en or de")
+
+
+def model_card(run: Facts, use: Use, *, base: str | None, folder: str, note: str = "", published: Published | None = None) -> str:
     """The card of a run's result, as Markdown. It names no path of the machine it is made on.
 
     Args:
@@ -40,9 +65,14 @@ def model_card(run: Facts, use: Use, *, base: str | None, folder: str, note: str
         base: the base's name on the hub; None where it has none.
         folder: what the folder is called.
         note: what a reader should know of the base.
+        published: what is said of it beside what the run knows.
     """
-    model = run.get("model") or {}
+    model, said = run.get("model") or {}, published or Published()
+    datasets = _datasets(run.get("recipe") or {})
     head = {
+        **({"license": said.license} if said.license else {}),
+        **({"language": list(said.languages)} if said.languages else {}),
+        **({"datasets": datasets} if datasets else {}),
         **({"base_model": base} if base else {}),
         "library_name": use.library,
         **({"pipeline_tag": use.task} if use.task else {}),
@@ -55,7 +85,7 @@ def model_card(run: Facts, use: Use, *, base: str | None, folder: str, note: str
         f"# {plain(short_name(run))}",
         plain(headline(run)),
         "## Load it",
-        f"```python\n{code}\n```",
+        f"```{use.language}\n{code}\n```",
         *([plain(note)] if note else []),
         "## What it learned, and what it kept",
         _table(("set", "role", "metric", "items", "before", "after", "verdict"), map(_row, sets))
@@ -67,7 +97,7 @@ def model_card(run: Facts, use: Use, *, base: str | None, folder: str, note: str
         "The recipe, with the names of files alone:",
         f"```yaml\n{_recipe(run.get('recipe') or {})}```",
         "## What to know before using it",
-        "\n".join(f"- {plain(one)}" for one in _limits(run, sets)),
+        "\n".join(f"- {plain(one)}" for one in _limits(run, sets, said)),
     ]
     return "\n\n".join(pieces) + "\n"
 
@@ -112,11 +142,23 @@ def _training(run: Facts, model: Mapping[str, Any]) -> Iterable[tuple[str, str]]
     yield "versions", ", ".join(f"{name} {number}" for name, number in (run.get("versions") or {}).items())
 
 
-def _limits(run: Facts, sets: list[SetFacts]) -> Iterable[str]:
+def _limits(run: Facts, sets: list[SetFacts], said: Published) -> Iterable[str]:
     named = ", ".join(one.name for one in sets) or "nothing"
     yield f"What it does was measured on {named}; of everything else nothing is known, safety and bias among it."
-    yield "Licences of the base and of the rows bind this model too; this card does not know them."
+    bound = "Licenses of the base and of the rows bind this model too"
+    yield f"It is published under {said.license}. {bound}." if said.license else f"{bound}; this card does not know them."
     yield from warnings_of(run)
+
+
+def _datasets(recipe: Mapping[str, Any]) -> list[str]:
+    """The data sets of the hub that a recipe trains on, each once."""
+    rows = recipe.get("rows")
+    train = rows.get("train") if isinstance(rows, Mapping) else None
+    listed = train if isinstance(train, (list, tuple)) else [train]
+    named = [one.get("rows") if isinstance(one, Mapping) else one for one in listed]
+    hub = [one.removeprefix("hub:").partition(":")[0] for one in named if isinstance(one, str) and one.startswith("hub:")]
+    # A configuration stands behind owner and name.
+    return list(dict.fromkeys("/".join(one.split("/")[:2]) for one in hub))
 
 
 def _table(header: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:

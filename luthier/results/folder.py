@@ -75,11 +75,12 @@ class Run:
 
         Args:
             target: what to write; it must not exist.
-            form: `model`, a plain Hugging Face folder with everything merged, `gguf`, one file of the same, or `peft`, a
-                folder with an adapter.
+            form: `model`, a plain Hugging Face folder with everything merged, `gguf`, one file of the same, `ollama`, a folder
+                with that file and a Modelfile, or `peft`, a folder with an adapter.
             dtype: of the weights, of a GGUF file's matrices, or of an adapter's tensors: fp32, bf16, fp16, or auto, which keeps
                 what was trained.
-            quantize: of a GGUF file, its matrices in 8 bits: q8_0.
+            quantize: of a GGUF file, also of that for Ollama, its matrices in fewer bits: q8_0, or q2_k to q6_k, for which
+                `llama-cpp-python` is needed.
             weights_only: leave out prompts, prefixes and edits, which weights cannot hold.
 
         Returns:

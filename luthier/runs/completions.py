@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from luthier.errors import LuthierError
+from luthier.errors import LuthierError, cut_short, printable
 from luthier.generation.generate import context_of, text_of
 from luthier.rows.messages import checked_messages
 from luthier.runs.chat import Chat, Sampling, answer, prompt_ids
@@ -199,8 +199,12 @@ class Completions:
         try:
             with self._one:
                 return self._answer(request, hear)
-        except LuthierError as error:
-            raise RefusedError(str(error), status=500) from error
+        except RefusedError:
+            raise
+        # Whatever fails in a model, such as for want of memory, is the answer to this request and not the end of the server.
+        except Exception as error:
+            told = str(error) if isinstance(error, LuthierError) else f"{type(error).__name__}: {cut_short(printable(str(error)))}"
+            raise RefusedError(f"the model gives no answer: {told}", status=500) from error
         finally:
             self._room.release()
 

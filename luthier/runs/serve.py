@@ -61,6 +61,8 @@ class Server(ThreadingHTTPServer):
     """Serves one model."""
 
     daemon_threads = True
+    # On Windows two servers could then listen on one port.
+    allow_reuse_address = os.name != "nt"
 
     def __init__(self, completions: Completions, host: str, port: int, say: Say) -> None:
         self.completions, self.host, self.say = completions, host, say
@@ -154,6 +156,8 @@ class _Handler(BaseHTTPRequestHandler):
             raise RefusedError("the key is missing or another one", status=401, code="invalid_api_key")
 
     def _get(self) -> None:
+        # A body that comes along is not read.
+        self.close_connection = True
         path, mine = self.path.partition("?")[0].rstrip("/"), self.mine.completions
         if path == "/health":
             self._send(200, {"status": "ok"})

@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 from luthier.cli import app
 from luthier.errors import LuthierError
 from luthier.generation.generate import generate
+from luthier.runs import completions
 from luthier.runs import serve as serving
 from luthier.runs.chat import Chat
 from luthier.runs.completions import WAITING, Completions, RefusedError, Request, _Told
@@ -27,8 +28,8 @@ HOW = {"max_tokens": 16, "temperature": 0}
 
 
 @contextmanager
-def listening(completions: Completions, host: str = "127.0.0.1") -> Iterator[Server]:
-    with serve(completions, host=host, port=0) as server:
+def listening(answers: Completions, host: str = "127.0.0.1") -> Iterator[Server]:
+    with serve(answers, host=host, port=0) as server:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
         try:
@@ -292,6 +293,18 @@ def test_what_breaks_off_in_a_stream_is_told_in_it(tiny: Server, monkeypatch: py
     monkeypatch.setattr(tiny.completions, "answer", breaks)
     events = complete(tiny, stream=True)[1]
     assert json.loads(events[-1])["error"]["type"] == "server_error" and "[DONE]" not in events
+
+
+def test_a_model_that_fails_is_told_and_the_server_goes_on(tiny: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: Any, **__: Any) -> Any:
+        raise MemoryError("no room")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(completions, "answer", fails)
+        for stream in (False, True):
+            status, told = complete(tiny, stream=stream)
+            assert status == 500 and told["error"]["message"] == "the model gives no answer: MemoryError: no room"
+    assert complete(tiny)[0] == 200
 
 
 def test_what_cannot_be_served_is_refused(tmp_path: Path, tiny: Server) -> None:
