@@ -169,6 +169,14 @@ def test_experts_start_with_other_factors_and_at_the_base() -> None:
     assert {one.place.tensor for one in tune.additions if one.place is not None} == {"gate_up_proj", "down_proj"}
 
 
+def test_one_of_the_stacks_can_be_named() -> None:
+    tune = tuned(mixture("gpt_oss"), lora(rank=2, target_modules=("experts.down_proj",)))
+    assert [str(one.place) for one in tune.additions] == [f"model.layers.{block}.mlp.experts.down_proj" for block in (0, 1)]
+    for wrong in ("experts.up_proj", "weight", "expert.down_proj"):
+        with pytest.raises(LuthierError, match="is no module type, no group of them and no module"):
+            tune.parts.select([wrong])
+
+
 def test_a_router_chooses_by_its_delta() -> None:
     """It returned logits with the delta in them, and chose by those without."""
     tune = tuned(mixture("mixtral"), lora(rank=2, target_modules=("router",)), train=0.5)

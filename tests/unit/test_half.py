@@ -259,6 +259,17 @@ def test_half_of_the_experts_matrices_train(family: str, balance: str) -> None:
     assert len(of_one) <= matrices, "a bias trains with its own expert's matrix"
 
 
+def test_every_experts_matrices_are_drawn_about_half_of_the_time() -> None:
+    model, rounds = mixture("mixtral"), 100
+    seen: Counter[tuple[str, int]] = Counter()
+    for seed in range(rounds):
+        for place, select in chosen_by(model, seed=seed, target_modules=["expert"], embeddings="freeze").items():
+            seen.update((str(place), expert) for expert in (range(4) if select.index is None else select.index.tolist()))
+    assert len(seen) == 2 * 2 * 4
+    # Five standard errors of a fair coin.
+    assert all(abs(count - rounds / 2) < 5 * rounds**0.5 / 2 for count in seen.values())
+
+
 def test_what_trains_of_a_stack_has_the_gradient_of_the_whole_and_the_rest_stays(engine: Any, now: Now) -> None:
     for family in ("mixtral", "gpt_oss"):
         model = mixture(family)
