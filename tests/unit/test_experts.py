@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ from luthier.training.checkpoint import restore, save
 from luthier.training.services import RunServices
 from luthier.tune import Tune
 from tests.conftest import split
-from tests.toys.helpers import gap, gradients, rows_of_eight
+from tests.toys.helpers import gap, gradients, rows_of_eight, rows_of_pairs
 from tests.toys.mixtures import MIXTURES, mixture
 from tests.unit.test_kinds_resume import assert_equal, everything
 
@@ -375,3 +375,43 @@ def test_checkpointed_blocks_give_the_same_gradient(engine: Any, now: Now, tune:
         run.step([rows_of_eight()], now)
         found.append(gradients(run, split(rows_of_eight(), (5, 3)), now._replace(step=1)))
     assert gap(found[1], found[0]) == 0.0
+
+
+def test_a_model_spread_over_processes_is_refused() -> None:
+    model = mixture("mixtral")
+    tune = Tune(model, map_parts(model), root=cast(Any, object()))
+    with pytest.raises(LuthierError, match="`lora` adds to what a router or experts compute with, which a model spread"):
+        tune.add("lora", lora(target_modules=("expert",)), RunServices(tune, "lora", Now(seed=0)), {})
+
+
+COMBINED: dict[str, dict[str, Any]] = {
+    "pairs": {"objective": ["dpo", "load_balance"], "tune": [{"lora": {"target_modules": ["expert", "router"]}}]},
+    "a prompt": {
+        "objective": ["cross_entropy", "load_balance"],
+        "tune": ["prompt_tuning", {"lora": {"target_modules": ["expert"]}}],
+    },
+    "the base": {"objective": ["cross_entropy", "kl", "load_balance"], "tune": ["half"]},
+    "a rule": {"objective": ["cross_entropy", "load_balance"], "token_weight": "q_tuning", "tune": ["full"]},
+    "noise": {
+        "objective": ["cross_entropy", "neftune", "load_balance"],
+        "tune": [{"lora": {"target_modules": ["expert"]}}, "adapter"],
+    },
+    "layer by layer": {"objective": ["cross_entropy", "load_balance"], "tune": ["full"], "gradient_estimator": "per_layer"},
+}
+
+
+@pytest.mark.parametrize("name", COMBINED)
+def test_it_goes_with_other_techniques_however_a_step_is_split(engine: Any, now: Now, name: str) -> None:
+    keys = dict(COMBINED[name])
+    tune = keys.pop("tune")
+    batch, moved = rows_of_pairs() if name == "pairs" else rows_of_eight(), []
+    for sizes in ((8,), (2, 6)):
+        run = engine(tune, model=mixture("mixtral"), optimizer="sgd", keep_base=True, **keys)
+        base = logits(run.tune.model)
+        losses = [run.step(split(batch, sizes), now._replace(step=step, learning_rate=0.01)).loss for step in range(2)]
+        assert all(loss == loss for loss in losses)
+        moved.append({key: one.master.detach().clone() for key, one in run.tune.trained.items()})
+        with run.tune.off():
+            assert torch.equal(logits(run.tune.model), base)
+    if name != "layer by layer":
+        assert gap(*moved) < 1e-9
