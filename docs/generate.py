@@ -21,7 +21,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parent))
 
-from generated import api, choose, foreign, replications, rooms, translations
+from generated import api, choose, first_run, foreign, replications, rooms, translations
 from generated.pages import stale
 from generated.tables import cell, code, paper, table, target
 
@@ -380,8 +380,9 @@ _OF_REPLICATIONS = (
     replications.calibration,
     replications.comparisons,
 )
+_FIRST = (first_run.quickstart_seeds, first_run.busy_machine)
 _CHOSEN = (choose.by_purpose, choose.choices, api.public, api.of_kinds, api.further)
-WRITERS: dict[str, Callable[[], str]] = {writer.__name__: writer for writer in (*_ALL, *_OF_REPLICATIONS, *_CHOSEN)} | {
+WRITERS: dict[str, Callable[[], str]] = {writer.__name__: writer for writer in (*_ALL, *_FIRST, *_OF_REPLICATIONS, *_CHOSEN)} | {
     "rooms": rooms.page,
     "other_tools": foreign.page,
     "translations": translations.page,

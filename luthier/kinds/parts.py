@@ -142,6 +142,8 @@ class Parts:
     `relu` or `gelu`, and maybe a `norm`; empty where that is not known."""
     initial_deviation: float | None = None
     """The standard deviation with which this model's matrices began, by its own configuration; None where that does not say."""
+    added: tuple[int, ...] = ()
+    """Ids of the tokens that were added for this run, whose rows train."""
 
     def select(
         self,

@@ -21,7 +21,7 @@ from luthier.kinds.parts import GROUPS, Parts
 from luthier.models.experts import mixture_of
 from luthier.models.modes import drops
 from luthier.models.quantized import count, described
-from luthier.planning import amounts, experts
+from luthier.planning import amounts, experts, new_tokens
 from luthier.planning.attach import attach
 from luthier.planning.cuts import too_much
 from luthier.planning.estimate import Estimate, estimate
@@ -44,6 +44,7 @@ from luthier.rows.mixture import described_share
 from luthier.rows.shapes import BadRow
 from luthier.rows.sources import read_rows
 from luthier.rows.template import date_of
+from luthier.rows.thinking import described as described_thinking
 from luthier.training.build import check_predicts
 from luthier.training.engine import Engine
 from luthier.training.feed import Feed
@@ -141,6 +142,7 @@ class Plan:
             f"model         {self.start.name}: {self.parts.architecture}, {self.total_parameters:,} parameters ({self.start.origin})",
             *(f"{NOTHING_BEFORE}{said}" for said in experts.active(self.model, self.parts)),
             *(f"holds         {said}" for said in described(self.model, self.dtype)),
+            *_listed("tokens", new_tokens.described(self.start, self.parts, self.engine.tune)),
             *_listed("models", [] if self.others is None else self.others.told),
             f"rows          {self._rows()}, {self.rows.tokens:,} tokens, {self.rows.supervised_tokens:,} of them labels"
             + self._losses(),
@@ -149,6 +151,7 @@ class Plan:
         lines += [f"{NOTHING_BEFORE}{said}" for said in (*self.cache, *self.mapped, *map(described_share, self.feed.shares()))]
         lines += _listed("stored", self.numbered.said)
         lines += _listed("chat template", self._template())
+        lines += _listed("reasoning", described_thinking(self.raw, self.recipe.rows.thinking))
         lines += _listed("files", list(self.files))
         lines += _listed("left out", [f"{one.file}: {one.why}" for one in self.left_out])
         lines += [f"{SHORT.get(key, key):<{LABEL}} {_described(parts)}" for key, parts in self.chosen.items() if parts]
@@ -168,6 +171,7 @@ class Plan:
             + ", ".join(f"{rate:.2g}" for rate in rates)
             + " at 0, 25, 50, 75, 100 %",
             f"evaluates     {', '.join(one.name for one in self.sets) or 'nothing'}, before and after{self._between()}",
+            *_listed("benchmarks", [one.chosen.task.described for one in self.sets if one.chosen.task is not None]),
             *(f"sends         {one.chosen.scoring.sends} ({one.name})" for one in self.sets if one.chosen.scoring.sends),
             *([f"baseline run  {self.control.folder}"] if self.control is not None else []),
             f"memory        about {amounts.memory(self.estimate.total_bytes)} at the peak ({self.estimate.described()})",

@@ -140,6 +140,8 @@ def build_engine(
     for slot, value in values:
         if isinstance(value, FREES):
             owner.add(slot, value, services_of(slot), states[slot])
+    if parts.added:
+        owner.add_new_rows({})
     if goal.comparing() and owner.prompt_labels is not None and bool((owner.prompt_labels >= 0).any()):
         raise LuthierError(
             f"`{goal.comparing()[0]}` compares with the base, which does not read the virtual tokens that are labels here",

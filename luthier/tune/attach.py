@@ -24,6 +24,8 @@ from luthier.tune.sites import Addition, Edit, Own
 from luthier.tune.taps import TapSpec
 from luthier.tune.trained import Trained, check_select, decays, read, write
 
+NEW_TOKENS = "new_tokens"
+"""The slot of the rows of tokens that were added for a run."""
 Owned = TypeVar("Owned", bound=Own)
 
 
@@ -36,7 +38,27 @@ def add_selective(tune: Attached, slot: str, value: Selective, services: Service
         f"`{slot}` trains the model's own weights",
         "use lora or another technique that stands beside them, or quantize: none",
     )
-    chosen = value.choose(tune.parts, services)
+    free(tune, slot, value, value.choose(tune.parts, services), state)
+
+
+def add_new_rows(tune: Attached, state: State) -> None:
+    """Free the rows of new tokens, in the embedding and in a head of its own, where nothing trains them yet. They stand in no matrix that
+    can be quantized."""
+    modules = (tune.parts.embedding, tune.parts.head)
+    whole_ = {one.place.parameter for one in tune.trained.values() if one.form == "whole" and one.place is not None}
+    rows = Select("rows", torch.tensor(tune.parts.added))
+    places = [place for place in tune.parts.places if place.module in modules and place.parameter not in whole_]
+    if places:
+        free(tune, NEW_TOKENS, Selective(lambda *_: dict.fromkeys(places, rows)), dict.fromkeys(places, rows), state)
+
+
+def trains_new_rows(tune: Attached) -> bool:
+    """Whether rows of new tokens train by themselves."""
+    return any(one.slot == NEW_TOKENS for one in tune.trained.values())
+
+
+def free(tune: Attached, slot: str, value: Selective, chosen: Mapping[Place, Select], state: State) -> None:
+    """Free numbers that were chosen."""
     if not chosen:
         raise LuthierError(f"`{slot}` selects nothing to train", fix="widen its target_modules or its share")
     changes = value.refresh is not None
