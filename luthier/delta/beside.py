@@ -92,12 +92,10 @@ def _form(tune: Tune, one: Addition) -> Form:
     place, tensors = one.place, one.masters()
     shape = shape_of(tune.model, place.parameter)
     transposed = place.module in tune.parts.transposed
-    if one.value.pair is not None:
-        down, up = (tensors[key].cpu().clone() for key in one.value.pair)
-        return LowRank(up, down, one.value.scale, shape, place.start, place.stop, transposed)
-    if one.value.factors is not None:
-        down, up = (values.cpu().clone() for values in one.value.factors(tensors))
-        return LowRank(up, down, 1.0, shape, place.start, place.stop, transposed)
+    factors = one.factors(tensors)
+    if factors is not None:
+        down, up, scale = factors
+        return LowRank(up.cpu().clone(), down.cpu().clone(), scale, shape, place.start, place.stop, transposed)
     delta_OI = one.delta(tensors).cpu()
     spread = delta_OI.new_zeros(shape)
     tune.parts.outputs(place, spread).copy_(delta_OI)

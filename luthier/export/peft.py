@@ -220,12 +220,9 @@ def _has_factors(value: WeightDelta) -> bool:
 
 def _factors_at(one: Addition) -> Factors:
     """The factors of one delta: its own tensors, or what its technique makes of them."""
-    tensors = one.masters()
-    if one.value.factors is not None:
-        return Factors(*one.value.factors(tensors), 1.0)
-    assert one.value.pair is not None
-    down, up = one.value.pair
-    return Factors(tensors[down], tensors[up], one.value.scale)
+    factors = one.factors(one.masters())
+    assert factors is not None
+    return Factors(*factors)
 
 
 def _by_parameter(tune: Tune) -> dict[Place, Factors]:

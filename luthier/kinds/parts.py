@@ -155,7 +155,7 @@ class Parts:
 
         Args:
             target_modules: module types, groups of them, or modules by the model's own names, whole or from the right, such as
-                `q_proj` or `mlp.down_proj`; None for all.
+                `q_proj` or `mlp.down_proj`, or stacks of experts' matrices, such as `experts` or `experts.down_proj`; None for all.
             blocks: block numbers from 0; None for every place, also outside the blocks.
             tensor: `weight` for all that is no bias, `bias`, or None for both.
 
@@ -179,14 +179,14 @@ class Parts:
         return [
             place
             for place in self.places
-            if (place.role in wanted or f".{place.module}".endswith(modules))
+            if (place.role in wanted or any(name.endswith(modules) for name in _own_names(place)))
             and (allowed is None or place.block in allowed)
             and (tensor is None or place.tensor.endswith("bias") == (tensor == "bias"))
         ]
 
     def _check_names(self, modules: Iterable[str]) -> None:
         for name in modules:
-            if not any(f".{place.module}".endswith(name) for place in self.places):
+            if not any(own.endswith(name) for place in self.places for own in _own_names(place)):
                 own = {place.module.rpartition(".")[2] for place in self.places}
                 raise LuthierError(
                     f"`{name[1:]}` is no module type, no group of them and no module of this model",
@@ -251,6 +251,12 @@ class Parts:
         ]
         ties = [f"  {name} is tied to {target}" for name, target in self.ties.items()]
         return "\n".join([shape, *lines, *ties])
+
+
+def _own_names(place: Place) -> tuple[str, ...]:
+    """What the model calls a place: its module, and its parameter where a module has several matrices."""
+    named = place.tensor not in ("weight", "bias")
+    return (f".{place.module}", f".{place.parameter}") if named else (f".{place.module}",)
 
 
 def outputs_first(values: Tensor, place: Place, transposed: frozenset[str]) -> Tensor:

@@ -81,8 +81,9 @@ class WeightDelta(NamedTuple):
     """Which delta is added to a weight?
 
     `start(place, weight_OI, services)` makes the tensors, `apply(tensors, x)` the change of the linear's output, `delta(tensors)`
-    the same change as a weight [O, I]. `subtract` takes the starting delta out of the frozen weight, so that training starts at
-    the base. `observe` and `refresh` as in Selective, for deltas that grow or shrink.
+    the same change as a weight [O, I]: routers and experts compute with the weight and that change. `subtract` takes the starting
+    delta out of the frozen weight, so that training starts at the base. `observe` and `refresh` as in Selective, for deltas that grow
+    or shrink.
 
     Tensors named in `frozen` do not train; they belong to the technique and keep their type. `shared(places, services)` makes trained
     tensors that all places have in common; `apply` and `delta` get them among their own.
@@ -114,6 +115,9 @@ class WeightDelta(NamedTuple):
     rounding would hide what was learned, as of numbers near 1. What is merged is then what was trained with."""
     draws: bool = False
     """`apply` drops numbers (`luthier.draws.dropout`), in each row other ones: rows that begin alike are then run apart."""
+    stacks: bool = True
+    """It may stand at a stack of experts' matrices as well, where each has tensors of its own, which train as stacks [E, ...]; False where
+    other parts of the technique take these tensors for those of one matrix."""
 
 
 class RepresentationEdit(NamedTuple):

@@ -20,6 +20,7 @@ from luthier.columns.chunked import LOGIT_BYTES
 from luthier.errors import LuthierError
 from luthier.kinds import Batch
 from luthier.kinds.parts import Parts
+from luthier.models.experts import mixture_of
 from luthier.models.quantized import code_tensors, count
 from luthier.planning.amounts import memory, unit_of
 from luthier.training.dryrun import Peak, peak_of
@@ -294,8 +295,11 @@ def _inner_width(engine: Engine, parts: Parts) -> int:
 def _seconds(engine: Engine, parts: Parts, feed: Feed, dtype: torch.dtype) -> float:
     model = engine.tune.model
     head = parts.vocabulary * parts.width
-    body = count(model) - head * (1 if parts.ties else 2)
+    mixture = mixture_of(model, parts)
+    body = (count(model) if mixture is None else mixture.active) - head * (1 if parts.ties else 2)
     trained = sum(one.numel for one in engine.tune.trained.values() if one.form != "factor")
+    # Of experts with deltas in their matrices the gradient of the whole is formed.
+    trained += sum(model.get_parameter(one.place.parameter).numel() for one in engine.tune.additions if one.stacked and one.place)
     tokens, targets = feed.tokens()
     sizes = feed.rows.sizes
     run = tokens * sum(feed.run(sizes)) // max(1, sum(sizes.tokens))

@@ -18,11 +18,11 @@ def active(model: nn.Module, parts: Parts) -> list[str]:
 
 
 def trained(tune: Tune) -> list[str]:
-    """Whether experts train, and what deltas on them need."""
+    """Whether experts train, and what that needs where it is a part of them or a delta on them."""
     experts = {place.module for place in tune.parts.select("expert", tensor=None)}
     if not experts:
         return []
     if not any(one.place is not None and one.place.role == "expert" for one in tune.trained.values()):
         return ["experts do not train: no technique has `expert` among its target_modules"]
     room = tune.room_for_experts
-    return [f"experts are multiplied with the deltas in their matrices: {memory(room)} for one block at a time"] if room else []
+    return [f"experts run with what trains put into their matrices: {memory(room)} for one block at a time"] if room else []

@@ -67,7 +67,7 @@ def free(tune: Attached, slot: str, value: Selective, chosen: Mapping[Place, Sel
         remember(tune, {place.parameter for place in chosen})
     for place, select in chosen.items():
         check_select(place, select, tune.region(place))
-        if changes and select.form == "whole":
+        if changes or not (select.form == "whole" or (select.form == "rows" and is_stack(tune, place))):
             # Refused now rather than in mid-run, when single entries come to train.
             _taps(tune, slot, place, "flat", None)
         refuse_overlap(tune, slot, place, select)
@@ -130,11 +130,24 @@ def _refuse_sharded(tune: Attached, slot: str, place: Place, does: str) -> None:
 
 
 def put_tap(tune: Attached, trained: Trained) -> None:
-    """Put the tap that forms a slice's gradient behind every module that uses its tensor."""
+    """Put the tap that forms a slice's gradient behind every module that uses its tensor; what trains of a stack of experts stands in for
+    it."""
     place = trained.place
     assert place is not None
+    if is_stack(tune, place):
+        site = tune.site(place.module)
+        site.slices[trained.name] = trained
+        site.stand_in(tune.parts.transposed)
+        return
     for module, spec in _taps(tune, trained.slot, place, trained.form, trained.index):
         tune.site(module).taps[trained.name] = (trained.leaf, spec)
+
+
+def is_stack(tune: Attached, place: Place) -> bool:
+    """Whether a place holds what each of several experts has, matrices or biases, one behind the other."""
+    if place.role != "expert" or is_linear(tune.model.get_submodule(place.module)):
+        return False
+    return len(shape_of(tune.model, place.parameter)) == (2 if place.tensor.endswith("bias") else 3)
 
 
 def observe_at(tune: Attached, slot: str, place: Place) -> None:
@@ -156,9 +169,9 @@ def _taps(tune: Attached, slot: str, place: Place, form: Form, index: Tensor | N
     """The modules that use a tensor, and how: a tied embedding is also the head's weight."""
     part = None if place.start is None else slice(place.start, place.stop)
     spec = TapSpec(form, index, part, rows=tune.region(place).shape[0])
-    if place.tensor == "bias":
-        return [(place.module, spec._replace(of="bias"))]
     module = tune.model.get_submodule(place.module)
+    if place.tensor == "bias" and (is_linear(module) or place.role != "router"):
+        return [(place.module, spec._replace(of="bias"))]
     if isinstance(module, nn.Embedding):
         tied = [(name, spec) for name, source in tune.parts.ties.items() if source == place.module]
         return [(place.module, _embedding_spec(slot, module, spec, place)), *tied]
@@ -253,10 +266,11 @@ def _check_added(tune: Attached, slot: str, place: Place, value: WeightDelta) ->
         ("drops entries of what enters its delta", value.draws),
         ("changes its factors in mid-run", value.refresh is not None),
         ("observes dense gradients", value.observe is not None),
+        ("looks at its own tensors as those of one matrix", values.ndim == 3 and not value.stacks),
     ):
         if asks:
             raise LuthierError(
-                f"`{slot}` {does}, which it cannot do at a {place.role}: its delta is part of the weight there",
+                f"`{slot}` {does}, which it cannot do at the module type {place.role}",
                 where=str(place),
                 fix="use lora without dropout there, or leave this module type out of target_modules",
             )

@@ -247,8 +247,8 @@ class Attached:
 
     @property
     def room_for_experts(self) -> int:
-        """Bytes for the experts of the widest block with the deltas in their matrices, which are there while that block runs; 0 where no
-        delta stands at experts."""
+        """Bytes for the experts of the widest block with what trains put into their matrices, which are there while that block runs; 0
+        where nothing is put into them."""
         return max((site.stand_ins.room for site in self.sites.values() if site.stand_ins is not None), default=0)
 
     def numbers(self) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
@@ -94,8 +94,29 @@ class Addition(Own):
         """The change of its weight, [O, I], or [E, O, I] of a stack of E matrices."""
         if not self.stacked:
             return self.value.delta(tensors)
-        axes = {name: 0 if name in self.trained or name in self.frozen else None for name in tensors}
-        return torch.func.vmap(self.value.delta, in_dims=(axes,))(tensors)
+        if self.value.pair is not None:
+            down, up = self.value.pair
+            return self.value.scale * tensors[up] @ tensors[down]
+        return torch.stack([self.value.delta(one) for one in self._each(tensors)])
+
+    def factors(self, tensors: Tensors) -> tuple[Tensor, Tensor, float] | None:
+        """The factors of its delta, down [R, I] and up [O, R], or [E, R, I] and [E, O, R] of a stack of E matrices, and what their product
+        is scaled with; None: the delta is not low-rank."""
+        if self.value.pair is not None:
+            down, up = self.value.pair
+            return tensors[down], tensors[up], self.value.scale
+        if self.value.factors is None:
+            return None
+        if not self.stacked:
+            return (*self.value.factors(tensors), 1.0)
+        downs, ups = zip(*map(self.value.factors, self._each(tensors)), strict=True)
+        return torch.stack(downs), torch.stack(ups), 1.0
+
+    def _each(self, tensors: Tensors) -> Iterator[Tensors]:
+        """The tensors of each matrix of a stack; what all places share is the same for all."""
+        own = {*self.trained, *self.frozen}
+        experts = len(next(tensors[name] for name in own))
+        return ({name: one[expert] if name in own else one for name, one in tensors.items()} for expert in range(experts))
 
 
 @dataclass(eq=False)
@@ -117,6 +138,8 @@ class Site:
     edits: list[Edit] = field(default_factory=list)
     prompts: list[tuple[Own, Prompt]] = field(default_factory=list)
     taps: dict[str, tuple[Tensor, TapSpec]] = field(default_factory=dict)
+    slices: dict[str, Trained] = field(default_factory=dict)
+    """Some experts' matrices or biases of a stack that train themselves, by name."""
     handles: list[Any] = field(default_factory=list)
     ids: Tensor | None = None
     see: Callable[[Tensor], Tensor] | None = None
@@ -150,13 +173,14 @@ class Site:
         self.module.forward = forward  # type: ignore[assignment,method-assign]
 
     def stand_in(self, transposed: frozenset[str]) -> None:
-        """Let a module that is no linear map, such as a router or experts, compute with its parameters and all deltas on them.
+        """Let a module that is no linear map, such as a router or experts, compute with its parameters and all deltas on them, and with
+        the slices of them that train.
 
         Args:
             transposed: modules that store inputs before outputs.
         """
         if self.stand_ins is None:
-            self.stand_ins = StandIns(self.module, self.is_off, lambda: self.additions, transposed)
+            self.stand_ins = StandIns(self.module, self.is_off, lambda: self.additions, self.slices.values, transposed)
 
     def _multiplied(self, x: Tensor) -> Tensor:
         return functional.linear(x, self.weight(self.module.weight), self.module.bias)  # type: ignore[arg-type]
@@ -192,7 +216,8 @@ class Site:
         changed = self._before(self.module, (x,), {})
         x = x if changed is None else changed[0][0]
         y = compute(x)
-        return self._after(self.module, (x,), {}, y)  # type: ignore[no-any-return]
+        after = self._after(self.module, (x,), {}, y)
+        return y if after is None else after
 
     def _before_embedding(self, module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
         # Virtual ids are negative: the table must not be asked for them.

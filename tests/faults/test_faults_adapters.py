@@ -12,6 +12,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from luthier import registry
 from luthier.delta import Delta
 from luthier.delta.forms import bits
 from luthier.errors import LuthierError
@@ -104,10 +105,14 @@ def test_every_matched_place_gets_its_own_factors(architecture: str) -> None:
 
 
 def test_experts_that_no_delta_reaches_are_named() -> None:
-    """Fault 18: experts in one three-dimensional tensor are an error for LoRA, not a silent gap."""
-    with pytest.raises(LuthierError, match="adds to linear maps") as error:
-        tuned(tiny("mixtral"), lora=lora(rank=2, target_modules=("expert",)))
+    """Fault 18: experts in one three-dimensional tensor, of which a technique knows none, are an error and not a silent gap."""
+    pruned = registry.make({"adalora": {"target_modules": ["expert"]}}, ("weight_delta",)).values[0]
+    with pytest.raises(LuthierError, match="cannot do at the module type expert") as error:
+        tuned(tiny("mixtral"), adalora=pruned)
     assert "experts" in error.value.where
+    # A group of linear maps holds no experts: the plan says so.
+    tune = tuned(tiny("mixtral"), lora=lora(rank=2))
+    assert not any(one.place is not None and one.place.role == "expert" for one in tune.trained.values())
 
 
 def test_an_adapter_for_other_modules_is_an_error(tmp_path: Path) -> None:

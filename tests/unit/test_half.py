@@ -10,14 +10,17 @@ import pytest
 import torch
 from torch import Tensor
 
+from luthier.delta import Delta
 from luthier.errors import LuthierError
-from luthier.kinds import Now, Place
+from luthier.kinds import Now, Place, Select
+from luthier.models.parts import map_parts
 from luthier.models.tiny import tiny
 from luthier.registry import make
 from luthier.training.services import RunServices
 from luthier.tune import Tune
 from tests.conftest import split
-from tests.toys.helpers import rows_of_eight
+from tests.toys.helpers import gradients, logits_of, rows_of_eight
+from tests.toys.mixtures import mixture
 
 CATEGORIES = {"attention": "attention", "mlp": "mlp", "expert": "mlp"}
 
@@ -26,14 +29,17 @@ def category(place: Place) -> str:
     return "norm" if place.role.endswith("norm") else CATEGORIES[place.role.split("_")[0]]
 
 
-def drawn(model: Any, *, seed: int = 0, stage: int = 0, **options: Any) -> list[Place]:
-    """The places one draw frees."""
-    from luthier.models.parts import map_parts
-
+def chosen_by(model: Any, *, seed: int = 0, stage: int = 0, **options: Any) -> dict[Place, Select]:
+    """What one draw frees, by place."""
     parts = map_parts(model)
     (value,) = make({"half": options}, ("selective",)).values
     services = RunServices(Tune(model, parts), "half", Now(seed=seed, stage=stage, stages=2))
-    return list(value.choose(parts, services))
+    return dict(value.choose(parts, services))
+
+
+def drawn(model: Any, **options: Any) -> list[Place]:
+    """The places one draw frees."""
+    return list(chosen_by(model, **options))
 
 
 def counts(places: list[Place]) -> Counter[tuple[int, str]]:
@@ -229,10 +235,70 @@ def test_interleaved_projections_count_as_one_matrix() -> None:
     assert [found[b, "attention"] for b in range(4)] == [1] * 4 and [found[b, "mlp"] for b in range(4)] == [1] * 4
 
 
-def test_half_of_the_experts_train() -> None:
-    model = tiny("mixtral", layers=2)
-    of_kind = [p for p in drawn(model, share=1.0) if p.role == "expert"]
-    assert len([p for p in drawn(model) if p.role == "expert"]) == len(of_kind) // 2 > 0
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+@pytest.mark.parametrize("balance", ["tensors", "parameters"])
+def test_half_of_the_experts_matrices_train(family: str, balance: str) -> None:
+    """Each expert of a stack has matrices of its own, 8 in a block: one of two stacks would be all experts' gates and ups, or none."""
+    model = mixture(family)
+    experts: Counter[int] = Counter()
+    of_one: set[str] = set()
+    for place, select in chosen_by(model, seed=1, balance=balance).items():
+        if place.role != "expert":
+            continue
+        assert (select.form == "rows" and select.index is not None) or select.form == "whole"
+        mine = [0, 1, 2, 3] if select.index is None else select.index.tolist()
+        if place.tensor.endswith("bias"):
+            of_one.add(f"{place.module} {place.tensor.removesuffix('_bias')} {mine}")
+        else:
+            assert place.block is not None
+            experts[place.block] += len(mine)
+            of_one.add(f"{place.module} {place.tensor} {mine}")
+    matrices = sum(1 for place in chosen_by(model, share=1.0) if place.role == "expert" and not place.tensor.endswith("bias"))
+    assert matrices == 4 and all(select.form == "whole" for select in chosen_by(model, share=1.0).values())
+    assert experts == {0: 4, 1: 4} if balance == "tensors" else 2 <= min(experts.values()) <= max(experts.values()) <= 6
+    assert len(of_one) <= matrices, "a bias trains with its own expert's matrix"
+
+
+def test_every_experts_matrices_are_drawn_about_half_of_the_time() -> None:
+    model, rounds = mixture("mixtral"), 100
+    seen: Counter[tuple[str, int]] = Counter()
+    for seed in range(rounds):
+        for place, select in chosen_by(model, seed=seed, target_modules=["expert"], embeddings="freeze").items():
+            seen.update((str(place), expert) for expert in (range(4) if select.index is None else select.index.tolist()))
+    assert len(seen) == 2 * 2 * 4
+    # Five standard errors of a fair coin.
+    assert all(abs(count - rounds / 2) < 5 * rounds**0.5 / 2 for count in seen.values())
+
+
+def test_what_trains_of_a_stack_has_the_gradient_of_the_whole_and_the_rest_stays(engine: Any, now: Now) -> None:
+    for family in ("mixtral", "gpt_oss"):
+        model = mixture(family)
+        whole = engine({"full": {}}, model=mixture(family), optimizer="sgd")
+        run = engine({"half": {"target_modules": ["expert"], "embeddings": "freeze"}}, model=model, optimizer="sgd", keep_base=True)
+        wanted, found = (gradients(one, split(rows_of_eight(), (5, 3)), now) for one in (whole, run))
+        assert any(one.form == "rows" for one in run.tune.trained.values())
+        for one in run.tune.trained.values():
+            assert one.place is not None
+            every = run.tune.parts.outputs(one.place, wanted[f"full/{one.place.parameter}"])
+            mine = every if one.index is None else every[one.index]
+            if one.form == "whole":
+                mine = wanted[f"full/{one.place.parameter}"]
+            assert float(mine.abs().max()) > 0.0
+            torch.testing.assert_close(found[one.name], mine, rtol=1e-10, atol=1e-14)
+        before = {name: one.detach().clone() for name, one in model.named_parameters()}
+        run.step([rows_of_eight()], now)
+        for one in run.tune.trained.values():
+            assert one.place is not None
+            moved = run.tune.region(one.place) != run.tune.parts.outputs(one.place, before[one.place.parameter])
+            stays = [e for e in range(4) if one.index is not None and e not in one.index.tolist()]
+            assert not bool(moved[stays].any()) and bool(moved.any())
+        tuned = logits_of(model, rows_of_eight())
+        with run.tune.off():
+            assert torch.equal(logits_of(model, rows_of_eight()), logits_of(mixture(family), rows_of_eight()))
+        assert torch.equal(logits_of(model, rows_of_eight()), tuned)
+        other = mixture(family)
+        Delta.of(run.tune).apply(other)
+        assert torch.equal(logits_of(other, rows_of_eight()), tuned)
 
 
 @pytest.mark.parametrize("embeddings", ["train", "freeze"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -15,7 +15,9 @@ from luthier.registry import method
 
 CATEGORIES = (("attention",), ("mlp", "expert"), ("norm",))
 
-Ticket = list[Place]
+Unit = tuple[Place, int | None]
+"""A matrix, or bias or norm: a whole place, or of a stack of experts' matrices that of one expert."""
+Ticket = list[Unit]
 """What is drawn or left together: a matrix, or at the level of layers a whole block."""
 Group = list[Ticket]
 """Tickets of which a share is drawn: one category of one block."""
@@ -42,7 +44,7 @@ def half(
 ) -> Selective:
     """Train half of the matrices of every block and freeze the other half; a new stage draws new halves.
 
-    A bias follows its matrix. Embedding, head and final norm stand outside the lottery.
+    A bias follows its matrix. Embedding, head and final norm stand outside the lottery. Each expert of a mixture has matrices of its own.
 
     Args:
         share: how much of each category trains; the paper finds 0.3 to 0.7 alike.
@@ -57,28 +59,44 @@ def half(
 
     def choose(parts: Parts, services: Services) -> dict[Place, Select]:
         rng = services.rng("half")
-        places = parts.select(target_modules)
-        lotteries = {"category": _by_category, "layer": _by_layer, "model": _by_model}[level](parts, places)
+        units = [unit for place in parts.select(target_modules) for unit in _units(place, services)]
+        lotteries = {"category": _by_category, "layer": _by_layer, "model": _by_model}[level](parts, units)
         draw = _draw_tickets if balance == "tensors" else _draw_numbers
-        drawn = [place for groups in lotteries for ticket in draw(groups, share, rng, services) for place in ticket]
+        drawn = [unit for groups in lotteries for ticket in draw(groups, share, rng, services) for unit in ticket]
         outside = [p for p in parts.by_block(None) if p.role != "other"] if embeddings == "train" else []
-        return {place: Select("whole") for place in [*_with_biases(parts, drawn), *outside]}
+        return {**_with_biases(parts, _selected(drawn, services)), **{place: Select("whole") for place in outside}}
 
     return Selective(choose)
 
 
-def _by_category(parts: Parts, places: Sequence[Place]) -> list[list[Group]]:
+def _units(place: Place, services: Services) -> list[Unit]:
+    shape = services.shape(place)
+    return [(place, expert) for expert in range(shape[0])] if len(shape) == 3 else [(place, None)]
+
+
+def _selected(drawn: Sequence[Unit], services: Services) -> dict[Place, Select]:
+    """What trains at each place: all of it, or some experts' matrices."""
+    experts: dict[Place, list[int]] = {}
+    for place, expert in drawn:
+        experts.setdefault(place, []).extend([] if expert is None else [expert])
+    return {
+        place: Select("rows", torch.tensor(sorted(some))) if 0 < len(some) < services.shape(place)[0] else Select("whole")
+        for place, some in experts.items()
+    }
+
+
+def _by_category(parts: Parts, units: Sequence[Unit]) -> list[list[Group]]:
     """A lottery for each category, a group for each block."""
-    drawn = [[place for place in places if place.role in expand_roles(category)] for category in CATEGORIES]
-    return [[[[place] for place in some if place.block == block] for block in range(parts.blocks)] for some in drawn if some]
+    drawn = [[unit for unit in units if unit[0].role in expand_roles(category)] for category in CATEGORIES]
+    return [[[[unit] for unit in some if unit[0].block == block] for block in range(parts.blocks)] for some in drawn if some]
 
 
-def _by_layer(parts: Parts, places: Sequence[Place]) -> list[list[Group]]:
-    return [[[[place for place in places if place.block == block] for block in range(parts.blocks)]]]
+def _by_layer(parts: Parts, units: Sequence[Unit]) -> list[list[Group]]:
+    return [[[[unit for unit in units if unit[0].block == block] for block in range(parts.blocks)]]]
 
 
-def _by_model(parts: Parts, places: Sequence[Place]) -> list[list[Group]]:
-    return [[[[place] for place in places if place.block is not None]]]
+def _by_model(parts: Parts, units: Sequence[Unit]) -> list[list[Group]]:
+    return [[[[unit] for unit in units if unit[0].block is not None]]]
 
 
 def _shuffled(count: int, rng: torch.Generator) -> list[int]:
@@ -102,7 +120,7 @@ def _draw_numbers(groups: list[Group], share: float, rng: torch.Generator, servi
     drawn: list[Ticket] = []
     owed = 0.0
     for group in groups:
-        sizes = [sum(services.shape(place).numel() for place in ticket) for ticket in group]
+        sizes = [sum(_numbers(unit, services) for unit in ticket) for ticket in group]
         owed += share * sum(sizes)
         for i in _shuffled(len(group), rng):
             if sizes[i] / 2 <= owed:
@@ -111,10 +129,17 @@ def _draw_numbers(groups: list[Group], share: float, rng: torch.Generator, servi
     return drawn
 
 
-def _with_biases(parts: Parts, drawn: list[Place]) -> list[Place]:
+def _numbers(unit: Unit, services: Services) -> int:
+    place, expert = unit
+    shape = services.shape(place)
+    return shape.numel() if expert is None else shape[1:].numel()
+
+
+def _with_biases(parts: Parts, drawn: Mapping[Place, Select]) -> dict[Place, Select]:
     """A bias follows its own matrix or norm."""
-    wanted = {(place.module, place.start, place.tensor) for place in drawn}
-    return [p for p in parts.select(tensor=None) if (p.module, p.start, _matrix_of(p)) in wanted]
+    wanted = {(place.module, place.start, place.tensor): select for place, select in drawn.items()}
+    named = {p: (p.module, p.start, _matrix_of(p)) for p in parts.select(tensor=None)}
+    return {p: wanted[name] for p, name in named.items() if name in wanted}
 
 
 def _matrix_of(place: Place) -> str:

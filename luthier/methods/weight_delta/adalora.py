@@ -107,7 +107,7 @@ def adalora(
         prune(state, services, target_rank * len(triplets(services)))
 
     return (
-        WeightDelta(start, apply, delta, target_modules=target_modules, factors=factors),
+        WeightDelta(start, apply, delta, target_modules=target_modules, factors=factors, stacks=False),
         LossTerm(penalty, unit="step", weight=orthogonality, penalty=True),
         Callback(after_step, after_stage, needs=frozenset({"gradients"})),
         Freezing(ends=(1.0 - final,), settles=True),

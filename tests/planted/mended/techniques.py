@@ -121,15 +121,15 @@ FAULTS = (
     Fault(
         "the base reads clean rows where the model reads masked ones",
         "training/services.py",
-        "        return hidden(tune, reading, pack=pack,",
-        "        return hidden(tune, reading if trains else batch, pack=pack,",
+        "            tune, reading, pack=pack,",
+        "            tune, reading if trains else batch, pack=pack,",
         ("parity/test_f_divergence.py::test_the_reward_of_a_model_that_is_its_base_is_zero_whatever_it_reads",),
     ),
     Fault(
         "the base reads clean embeddings where the model reads noisy ones",
         "training/services.py",
-        "        return hidden(tune, reading, pack=pack, embed=embed, blocks=change,",
-        "        return hidden(tune, reading, pack=pack, embed=embed if trains else None, blocks=change,",
+        "            tune, reading, pack=pack, embed=embed, blocks=change,",
+        "            tune, reading, pack=pack, embed=embed if trains else None, blocks=change,",
         ("parity/test_f_divergence.py::test_the_reward_of_a_model_that_is_its_base_is_zero_whatever_it_reads",),
     ),
     Fault(
