@@ -18,9 +18,10 @@ from luthier.evaluate.planned import evaluation_sets
 from luthier.evaluate.sets import EvalSet, check
 from luthier.kinds import Head, Optimizer, Prefix, Prompt, RepresentationEdit
 from luthier.kinds.parts import GROUPS, Parts
+from luthier.models.experts import mixture_of
 from luthier.models.modes import drops
 from luthier.models.quantized import count, described
-from luthier.planning import amounts, new_tokens
+from luthier.planning import amounts, experts, new_tokens
 from luthier.planning.attach import attach
 from luthier.planning.cuts import too_much
 from luthier.planning.estimate import Estimate, estimate
@@ -121,6 +122,12 @@ class Plan:
         return count(self.model)
 
     @property
+    def active_parameters(self) -> int:
+        """Those of them that a token passes through: all, but for a mixture's experts to which it is not sent."""
+        mixture = mixture_of(self.model, self.parts)
+        return self.total_parameters if mixture is None else mixture.active
+
+    @property
     def trained_parameters(self) -> int:
         """Parameters that train."""
         return self.engine.tune.numbers()
@@ -133,6 +140,7 @@ class Plan:
         rates = [clock.learning_rate * clock.factor(s) for s in self._moments()]
         lines = [
             f"model         {self.start.name}: {self.parts.architecture}, {self.total_parameters:,} parameters ({self.start.origin})",
+            *(f"{NOTHING_BEFORE}{said}" for said in experts.active(self.model, self.parts)),
             *(f"holds         {said}" for said in described(self.model, self.dtype)),
             *_listed("tokens", new_tokens.described(self.start, self.parts, self.engine.tune)),
             *_listed("models", [] if self.others is None else self.others.told),
@@ -150,6 +158,7 @@ class Plan:
         lines += [
             f"trains        {self.trained_parameters:,} parameters, {share:.2f} % of the model's",
             *self._roles(),
+            *(f"{NOTHING_BEFORE}{said}" for said in experts.trained(self.engine.tune)),
             *(
                 f"{NOTHING_BEFORE}{slot} adds its deltas times {one.scale:g}"
                 for slot, one, _ in self.engine.tune.weight_deltas
@@ -162,6 +171,7 @@ class Plan:
             + ", ".join(f"{rate:.2g}" for rate in rates)
             + " at 0, 25, 50, 75, 100 %",
             f"evaluates     {', '.join(one.name for one in self.sets) or 'nothing'}, before and after{self._between()}",
+            *_listed("benchmarks", [one.chosen.task.described for one in self.sets if one.chosen.task is not None]),
             *(f"sends         {one.chosen.scoring.sends} ({one.name})" for one in self.sets if one.chosen.scoring.sends),
             *([f"baseline run  {self.control.folder}"] if self.control is not None else []),
             f"memory        about {amounts.memory(self.estimate.total_bytes)} at the peak ({self.estimate.described()})",
@@ -298,6 +308,7 @@ class Plan:
             "recipe_hash": self.recipe.hash(),
             "trained_parameters": self.trained_parameters,
             "total_parameters": self.total_parameters,
+            "active_parameters": self.active_parameters,
             "trained_share": self.trained_parameters / self.total_parameters,
             "rows": len(self.rows.rows),
             "steps": self.clock.steps,

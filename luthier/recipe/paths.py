@@ -42,7 +42,9 @@ def with_paths(data: dict[str, Any], folder: Path) -> dict[str, Any]:
     sets = data.get("evaluate")
     if isinstance(sets, dict):
         data["evaluate"] = {
-            name: {**one, "rows": found(one["rows"])} if isinstance(one, dict) and "rows" in one else one
+            name: {**one, **{key: found(one[key]) for key in ("rows", "include_path") if key in one}}
+            if isinstance(one, dict)
+            else one
             for name, one in sets.items()
         }
     if isinstance(data.get("model"), str):

@@ -14,7 +14,7 @@ import yaml
 from luthier.errors import LuthierError, explain, nearest
 from luthier.recipe.parts import spelled_out
 from luthier.recipe.paths import with_paths
-from luthier.recipe.schema import ADD_TOKENS, EvaluationSet, Recipe, Strict, plain, section_of, with_model_spread
+from luthier.recipe.schema import ADD_TOKENS, NO_TASKS, EvaluationSet, Recipe, Strict, plain, section_of, with_model_spread
 from luthier.recipe.yaml_text import parse, read_yaml
 from luthier.registry import KEYS, NOTHING, check_names
 from luthier.registry.foreign import hint
@@ -72,6 +72,10 @@ def _steps(plain: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(rows.get("train"), Sequence) and not isinstance(rows["train"], str):
         rows["train"] = [_set_keys(one) if isinstance(one, Mapping) else one for one in rows["train"]]
     found = {"quantize": "none", "models": {}, ADD_TOKENS: [], **plain, "rows": rows, "train": train, "track": None}
+    sets = found.get("evaluate")
+    if isinstance(sets, Mapping):
+        # Nor do runs from before there were tasks say which options of tasks they leave alone.
+        found["evaluate"] = {name: {**NO_TASKS, **one} if isinstance(one, Mapping) else one for name, one in sets.items()}
     return {key: value for key, value in found.items() if key != "techniques"} | _numbered(plain.get("techniques") or {})
 
 
