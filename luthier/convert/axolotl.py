@@ -9,6 +9,7 @@ from luthier.convert import common, lora, preferences, sources
 from luthier.convert.config import Config, mapping
 from luthier.convert.draft import Draft
 from luthier.errors import LuthierError
+from luthier.recipe.paths import TEMPLATES
 from luthier.rows.messages import ROLES, SHAREGPT_ROLES
 
 _MARKS = """
@@ -138,8 +139,16 @@ def _rows(config: Config, draft: Draft, rl: str, length: int) -> None:
         draft.needless.append("special_tokens.pad_token")
     if others := {name: one for name, one in tokens.items() if name != "pad_token" and one}:
         draft.leave("special_tokens", others)
+    common.new_tokens(draft, config.names("tokens"))
     template = config.text("chat_template")
-    if template is not None and template != "tokenizer_default":
+    own = config.text("chat_template_jinja")
+    if own is not None and own.endswith(TEMPLATES):
+        template = own
+    elif own is not None:
+        draft.leave("chat_template_jinja", own, "write it into a file FILE.jinja, and name that: rows.chat_template")
+    if template == "chatml" or (template is not None and template.endswith(TEMPLATES)):
+        draft.put("rows.chat_template", template)
+    elif template is not None and template != "tokenizer_default":
         draft.leave(
             "chat_template", template, "the tokenizer's own chat template writes the rows; check it with `luthier rows look`"
         )

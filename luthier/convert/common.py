@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from luthier.convert.config import Config, mapping
@@ -25,6 +26,14 @@ ALWAYS = frozenset({"shuffle_dataset", "shuffle_merged_datasets", "average_token
 ADAMW = frozenset({"adamw", "adamw_torch", "adamw_torch_fused", "adamw_hf", "adamw_apex_fused", "adamw_anyprecision"})
 OF_AN_EPOCH = "counts steps; `luthier plan` says how many an epoch has"
 SCHEDULES = ("constant", "linear", "cosine", "warmup_stable_decay")
+
+
+def new_tokens(draft: Draft, tokens: Sequence[str] | None) -> None:
+    """Tokens that are added to the model's."""
+    if tokens:
+        draft.put(
+            "add_tokens", list(dict.fromkeys(tokens)), "their rows train, and begin at the mean of what was read for them before"
+        )
 
 
 def model(config: Config, draft: Draft, name: str, *revision: str) -> None:

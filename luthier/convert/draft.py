@@ -12,7 +12,19 @@ from luthier.recipe.yaml_text import on_one_line
 from luthier.registry.foreign import NONE, find
 
 ORDER = (
-    *("name", "model", "revision", "trust_remote_code", "quantize", "models", "tune", "rows", "objective", "token_weight"),
+    *(
+        "name",
+        "model",
+        "add_tokens",
+        "revision",
+        "trust_remote_code",
+        "quantize",
+        "models",
+        "tune",
+        "rows",
+        "objective",
+        "token_weight",
+    ),
     *("optimizer", "train", "seed", "track", "out"),
 )
 """The keys of a recipe, in the order in which they are written."""

@@ -103,6 +103,8 @@ def _rows(config: Config, draft: Draft, stage: str, length: int) -> None:
         draft.put("rows.loss_on", "last")
     if (thinks := config.flag("enable_thinking")) is not None:
         draft.put("rows.chat_template_options", {"enable_thinking": thinks}, "refused where the chat template does not read it")
+    several = [config.names(key) for key in ("add_tokens", "add_special_tokens", "new_special_tokens")]
+    common.new_tokens(draft, [token for tokens in several for token in tokens or ()])
     template = config.text("template")
     if template is not None and template != "default":
         draft.leave("template", template, "the tokenizer's own chat template writes the rows; check it with `luthier rows look`")

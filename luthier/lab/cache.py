@@ -32,6 +32,7 @@ from luthier.results.folder import write_json
 from luthier.rows.ids import canonical
 from luthier.rows.numbers import Numbers
 from luthier.rows.read import files_of
+from luthier.rows.template import given_template, is_file
 
 PACKAGE = Path(luthier.__file__).parent
 _COMPUTES_NOTHING = ("report", "cli", "sweep", "__main__", "registry/catalogue", "registry/listing", "registry/papers")
@@ -92,6 +93,8 @@ def content(value: Any, where: str) -> Any:
     """
     if isinstance(value, str) and where == "rows.stored":
         return {"numbers": Numbers(Path(value)).fingerprint()}
+    if isinstance(value, str) and where == "rows.chat_template" and is_file(value):
+        return {"template": given_template(value)}
     if isinstance(value, str | int | float | bool) or value is None:
         files = _files_named(value, where) if isinstance(value, str) else ()
         if len(files) == 1 and files[0] == Path(str(value)):

@@ -12,9 +12,10 @@ import pydantic
 import yaml
 
 from luthier.errors import LuthierError, explain, nearest
+from luthier.recipe.model_key import ADD_TOKENS, with_model_spread
 from luthier.recipe.parts import spelled_out
 from luthier.recipe.paths import with_paths
-from luthier.recipe.schema import ADD_TOKENS, NO_TASKS, EvaluationSet, Recipe, Strict, plain, section_of, with_model_spread
+from luthier.recipe.schema import NO_TASKS, EvaluationSet, Recipe, Strict, plain, section_of
 from luthier.recipe.yaml_text import parse, read_yaml
 from luthier.registry import KEYS, NOTHING, check_names
 from luthier.registry.foreign import hint
@@ -101,7 +102,7 @@ def flat(plain: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def apply_overrides(data: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     """Set keys from `key=value` words: `tune=lora`, `train.epochs=2`, `tune.lora.rank=16`. Values are YAML."""
-    data = with_model_spread(json.loads(json.dumps(data, default=str))) if overrides else data
+    data = with_model_spread(json.loads(json.dumps(data, default=str)), Recipe.model_fields) if overrides else data
     for word in overrides:
         key, sign, value = word.partition("=")
         key = _OF_THE_MODEL.get(key, key)
@@ -155,7 +156,9 @@ def make_recipe(data: Mapping[str, Any], *, where: str = "recipe", folder: Path 
     Raises:
         LuthierError: an unknown key, with the nearest name, or a wrong type.
     """
-    data = {key: value if key == "name" else with_numbers(value) for key, value in with_model_spread(data).items()}
+    data = {
+        key: value if key == "name" else with_numbers(value) for key, value in with_model_spread(data, Recipe.model_fields).items()
+    }
     if folder is not None:
         data = with_paths(data, folder)
     try:

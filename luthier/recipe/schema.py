@@ -19,14 +19,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validat
 
 from luthier.errors import LuthierError, explain, nearest, refuse_truth
 from luthier.kinds import Combine
+from luthier.recipe.model_key import with_model_spread
 from luthier.registry import NOTHING, fields_under
 from luthier.registry.foreign import find, hint
 
 GIVEN_IN_PYTHON = "given in Python>"
 """How plain data ends that stands for a value no file can hold."""
 
-
-ADD_TOKENS = "add_tokens"
 
 VALIDATION = "validation"
 """The evaluation set of rows that are held out of the training rows."""
@@ -366,7 +365,7 @@ class Recipe(Strict):
     def _spread_model(cls, data: Any) -> Any:
         if not isinstance(data, Mapping):
             return data
-        data = with_model_spread(data)
+        data = with_model_spread(data, cls.model_fields)
         # Rows of new tokens train beside whatever is named, and alone where nothing is.
         return {"tune": NOTHING, **data} if data.get("add_tokens") else data
 
@@ -430,33 +429,6 @@ class Recipe(Strict):
     def as_yaml(self) -> str:
         """The whole recipe with all defaults, as YAML."""
         return yaml.safe_dump(self.as_plain(), sort_keys=False, allow_unicode=True, width=100)
-
-
-def with_model_spread(data: Mapping[str, Any]) -> dict[str, Any]:
-    """A recipe's data in which `model: {name: ..., add_tokens: ...}` are keys of the recipe, as they are kept.
-
-    Raises:
-        LuthierError: the model has another key, no name, or tokens stand in both places.
-    """
-    model = data.get("model")
-    if not isinstance(model, Mapping):
-        return dict(data)
-    strange = [str(key) for key in model if key not in ("name", ADD_TOKENS)]
-    if strange:
-        fix = (
-            f"write `{strange[0]}` beside `model`"
-            if strange[0] in Recipe.model_fields
-            else nearest(strange[0], ("name", ADD_TOKENS))
-        )
-        raise LuthierError(f"there is no key `{strange[0]}` here", where="model", fix=fix or "a model has `name` and `add_tokens`")
-    if "name" not in model:
-        raise LuthierError("the model has no name", where="model", fix="add `name: MODEL`")
-    if ADD_TOKENS in model and data.get(ADD_TOKENS):
-        raise LuthierError(
-            "tokens are added in two places", where=f"model.{ADD_TOKENS}", fix=f"leave `{ADD_TOKENS}` out of one of them"
-        )
-    rest = {key: value for key, value in data.items() if key != "model"}
-    return {**rest, "model": model["name"], **{key: model[key] for key in (ADD_TOKENS,) if key in model}}
 
 
 def plain(value: Any) -> Any:

@@ -277,7 +277,8 @@ def _check_whole(run: Run) -> None:
     raise LuthierError(
         f"what this run learnt stands beside the weights ({', '.join(slots)}), and another run cannot begin with it",
         where=str(run.folder),
-        fix=f"luthier export {run.folder} FOLDER --weights-only writes its weights alone as a model; then name that folder",
+        fix=f"to train the same further, luthier train --resume {run.folder} train.epochs=MORE, where train.save_every kept its last "
+        f"state; or luthier export {run.folder} FOLDER --weights-only, which writes its weights alone as a model, and name that folder",
     )
 
 

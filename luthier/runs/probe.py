@@ -97,7 +97,8 @@ def _beside_base(run: Run, base: str, out: str, say: Say) -> tuple[PreTrainedMod
     recipe = recipe_of(run)
     if base and is_run(base, out):
         return None
-    start = find_start(base, out, say=say) if base else start_of(recipe, say)
+    # The run's own base has the tokens that it added.
+    start = start_of(recipe, say) if base in ("", recipe.model) else find_start(base, out, say=say)
     delta = Delta.load(run.folder / "delta.safetensors")
     dtype = next((one for one in TYPES.values() if in_words([one]) == delta.base.dtype), torch.float32)
     model = load_start(start, dtype, quantize=recipe.quantize)

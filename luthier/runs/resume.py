@@ -85,9 +85,20 @@ def recipe_file(run: Run) -> Path:
     return path
 
 
-def check_resumable(plan: Plan, folder: Path, inputs: Mapping[str, str], say: Say) -> bool:
-    """Whether the recipe cuts steps into other micro-batches than that of the run in the folder; else it must ask for the same, of the
-    same rows and the same base.
+class Resumed(NamedTuple):
+    """How a run goes on that was begun before."""
+
+    cut_anew: bool = False
+    """Its recipe cuts steps into other micro-batches from here on."""
+    continued: tuple[int, ...] = ()
+    """After how many steps it had finished before, and was given more."""
+    longer: bool = False
+    """It had finished, and is given more steps now."""
+
+
+def check_resumable(plan: Plan, folder: Path, inputs: Mapping[str, str], say: Say) -> Resumed:
+    """How the run in a folder goes on by a recipe that may cut steps into other micro-batches, and of a run that has finished may ask for
+    more steps; else it must ask for the same, of the same rows and the same base.
 
     Args:
         plan: the run, freshly made.
@@ -96,20 +107,58 @@ def check_resumable(plan: Plan, folder: Path, inputs: Mapping[str, str], say: Sa
         say: hears what cannot be checked.
 
     Raises:
-        LuthierError: the folder holds no run, the run has finished, it was made by another recipe, or what it reads has changed.
+        LuthierError: the folder holds no run, the run has finished and cannot be given more steps, it was made by another recipe, or
+            what it reads has changed.
     """
     run = read_run(folder)
-    if run.facts.get("status") == "finished":
-        raise LuthierError(
-            "this run has finished, and a finished run takes no more steps",
-            where=str(folder),
-            fix=f"start a new one: luthier train {folder / RECIPE}, with more train.epochs if it shall train longer",
-        )
     before, now = run.fact("recipe"), plan.recipe.as_plain()
+    longer = run.facts.get("status") == "finished"
+    if longer:
+        _check_longer(plan, run)
+        before = {**before, "train": {**before["train"], **{key: now["train"][key] for key in LENGTH}}}
     if run.facts.get("recipe_hash") != plan.recipe.hash():
         _check_steps(before, now, folder)
     check_inputs(inputs, run, say)
-    return bool((before.get("train") or {}).get("micro_batch_tokens") != plan.recipe.train.micro_batch_tokens)
+    cut_anew = bool((before.get("train") or {}).get("micro_batch_tokens") != plan.recipe.train.micro_batch_tokens)
+    continued = (*run.facts.get("continued", ()), *((int(run.facts["steps"]),) if longer else ()))
+    return Resumed(cut_anew, continued, longer)
+
+
+LENGTH = ("epochs", "steps")
+"""Keys under `train` that may ask for more of a run that has finished."""
+
+
+def _check_longer(plan: Plan, run: Run) -> None:
+    """Refuse to go on with a finished run that is asked for no more, or whose last state is not there."""
+    taken, wanted = run.facts.get("steps"), plan.clock.steps
+    key = "train.epochs" if plan.recipe.train.steps is None else "train.steps"
+    if not isinstance(taken, int) or wanted <= taken:
+        raise LuthierError(
+            f"this run has finished with {taken} steps, and the recipe asks for {wanted}",
+            where=str(run.folder),
+            fix=f"ask for more: luthier train --resume {run.folder} {key}=MORE",
+        )
+    newest = checkpoint.latest(run.folder / CHECKPOINTS)
+    if newest is None or newest.name != step_name(taken):
+        raise LuthierError(
+            "this run has finished, and its last state was not kept: no further step can be taken from it",
+            where=str(run.folder / CHECKPOINTS),
+            fix="begin a new run with its result (model: "
+            + str(run.folder)
+            + "), or train it anew with train.save_every, which keeps the "
+            "last state",
+        )
+    if plan.clock.turns.borders(wanted):
+        raise LuthierError(
+            "techniques of this run take turns that follow from its length, so it cannot be made longer once it is over",
+            where=str(run.folder),
+            fix=f"start a new one: luthier train {run.folder / RECIPE} {key}=MORE",
+        )
+
+
+def step_name(step: int) -> str:
+    """What a checkpoint is called."""
+    return f"step-{step}"
 
 
 def _check_steps(before: Mapping[str, Any], now: Mapping[str, Any], folder: Path) -> None:
@@ -129,14 +178,14 @@ def _written(value: object) -> str:
     return "not set" if value is None else json.dumps(value, ensure_ascii=False, default=str)
 
 
-def continue_from(plan: Plan, folder: Path, say: Say, *, cut_anew: bool) -> Progress:
+def continue_from(plan: Plan, folder: Path, say: Say, how: Resumed) -> Progress:
     """Clear away what a kill left half-done, and bring the run back to its newest readable checkpoint.
 
     Args:
         plan: the run, freshly made.
         folder: where it began.
         say: hears where it goes on, and of checkpoints that cannot be read.
-        cut_anew: its recipe cuts steps into other micro-batches from here on.
+        how: what `check_resumable` found.
 
     Raises:
         LuthierError: there are checkpoints, and none can be read.
@@ -157,7 +206,18 @@ def continue_from(plan: Plan, folder: Path, say: Say, *, cut_anew: bool) -> Prog
         if world.is_first:
             # Where the kill came between a checkpoint and the deletion of an older one.
             checkpoint.prune(folder / CHECKPOINTS, plan.recipe.train.keep_checkpoints)
-    if cut_anew:
+    if how.longer:
+        # What it stopped for by itself was told when it finished; who asks for more wants more.
+        progress.stopped, progress.since_best = "", 0
+    for step in how.continued:
+        note = (
+            f"continued from step {step}, with which this run had finished before: from there on the learning rate is that of the "
+            "longer run, and its result before is no more"
+        )
+        if note not in progress.notes:
+            progress.notes.append(note)
+            say(note)
+    if how.cut_anew:
         progress.micro_batch_tokens = plan.feed.micro_batch_tokens
         progress.notes.append(
             f"micro-batches of at most {plan.feed.micro_batch_tokens} tokens from step {progress.step + 1} on, as asked for when the "
@@ -190,6 +250,6 @@ def _save_checkpoint(plan: Plan, folder: Path, progress: Progress) -> None:
     facts = {"progress": asdict(progress), "recipe_hash": plan.recipe.hash(), "steps": plan.clock.steps}
     # A run that has taken all its steps needs no moments any more; those of a large model would take long to write.
     goes_on = progress.interrupted or plan.recipe.train.save_every is not None
-    checkpoint.save(root / f"step-{progress.step}", plan.engine, facts, moments=goes_on)
+    checkpoint.save(root / step_name(progress.step), plan.engine, facts, moments=goes_on)
     if plan.engine.world.is_first:
         checkpoint.prune(root, plan.recipe.train.keep_checkpoints)

@@ -36,6 +36,7 @@ from luthier.runs.inputs import inputs_of
 from luthier.runs.resume import (
     CHECKPOINTS,
     Before,
+    Resumed,
     check_resumable,
     continue_from,
     day_of,
@@ -70,7 +71,8 @@ def train(
     Args:
         recipe: a recipe, its data, or its file.
         resume: a run's folder, or its name under the recipe's `out`, to continue; the result is the same, bit for bit, as without the
-            interruption.
+            interruption. A run that has finished goes on where its recipe asks for more epochs or steps and its last state was kept
+            (`train.save_every`).
         say: hears what is being done.
         tell: hears of every step.
         command: what a user would type to do this again.
@@ -81,8 +83,8 @@ def train(
 
     Raises:
         LuthierError: a mistake in the recipe, the rows or the model, found before anything trains; a run to continue that is still
-            running, has finished, or was begun with another recipe, other rows or another base; or numbers that are not finite, with
-            the rows that made them.
+            running, has finished and is asked for no more, or was begun with another recipe, other rows or another base; or numbers that
+            are not finite, with the rows that made them.
     """
     recipe = with_keys(as_recipe(recipe), keys) if recipe is not None else as_recipe(keys)
     try:
@@ -133,10 +135,11 @@ def alone(folder: Path, world: World) -> Iterator[None]:
 def _train_in(folder: Path, plan: Plan, resumes: bool, say: Say, tell: Tell, command: str, began: float) -> Run:
     recipe, world, sets = plan.recipe, plan.engine.world, plan.sets
     facts = first_facts(plan, folder, command, sets)
-    cut_anew = resumes and check_resumable(plan, folder, facts["inputs"], say)
+    how = check_resumable(plan, folder, facts["inputs"], say) if resumes else Resumed()
+    facts["continued"] = list(how.continued)
     progress, measuring = Progress(), Watch()
     if world.is_first:
-        if not resumes or cut_anew:
+        if not resumes or how.cut_anew or how.longer:
             write_recipe(folder, recipe, plan.tokenizer.chat_template)
         write_json(folder / FILE, facts)
     trackers = start_trackers(recipe.track if world.is_first else None, folder, recipe.name, recipe.as_plain())
@@ -147,7 +150,7 @@ def _train_in(folder: Path, plan: Plan, resumes: bool, say: Say, tell: Tell, com
         if world.is_first:
             write_json(folder / FILE, facts)
         if resumes:
-            progress = continue_from(plan, folder, say, cut_anew=cut_anew)
+            progress = continue_from(plan, folder, say, how)
         machine.reset_peak(plan.device)
         say(f"training: {plan.clock.steps} steps")
         every, between = plan.between

@@ -45,12 +45,14 @@ ASKS = {"asked": {"rows": ASKED, "metric": "contains", "max_new_tokens": 2}}
 ELSEWHERE = {
     "evaluate.NAME.combine": "tests/unit/test_best_of.py::test_members_are_combined_as_asked_when_pairs_are_scored",
     "evaluate.NAME.deviations": "tests/unit/test_best_of.py::test_members_are_combined_as_asked_when_pairs_are_scored",
+    "add_tokens": "tests/unit/test_new_tokens.py::test_rows_begin_at_the_mean_and_alone_move",
     "baseline_run": "tests/unit/test_control.py::test_a_run_is_compared_with_the_run_it_names",
     "models": "tests/unit/test_other_models.py::test_a_run_on_the_same_base_stands_beside_its_weights",
     "revision": "tests/faults/test_every_key.py::test_the_revision_chooses_the_weights",
     "rows.stored": "tests/unit/test_numbers.py::test_the_plan_and_the_run_tell_whose_numbers_they_are",
     "rows.chat_template": "tests/unit/test_rows_template.py::test_one_of_several_templates",
     "rows.chat_template_options": "tests/unit/test_rows_template.py::test_the_day_that_a_template_is_told_can_be_set",
+    "rows.thinking": "tests/unit/test_thinking.py::test_the_plan_states_what_becomes_of_reasoning",
     "track": "tests/unit/test_trackers.py::test_a_run_in_tensorboard_reads_back",
     "trust_remote_code": "tests/faults/test_every_key.py::test_code_that_comes_with_a_model_runs_only_when_trusted",
 }

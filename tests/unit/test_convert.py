@@ -476,3 +476,17 @@ def test_columns_that_a_description_leaves_out() -> None:
         {"rows": "shelf/a.json", "columns": {"prompt": "instruction"}},
         {"rows": "shelf/b.json", "columns": {"chosen": "good", "rejected": "bad"}},
     ]
+
+
+def test_new_tokens_and_templates_of_ones_own_are_carried_over() -> None:
+    base = "base_model: x, num_epochs: 1, datasets: [{path: ./x}]"
+    made = converted(f'{{{base}, tokens: ["<think>", "</think>"], chat_template: chatml}}', "axolotl")
+    assert make_recipe(made.recipe).add_tokens == ("<think>", "</think>") and made.recipe["rows"]["chat_template"] == "chatml"
+    assert "tokens" not in {one.key for one in made.left}
+    made = converted(f"{{{base}, chat_template: jinja, chat_template_jinja: ./my.jinja}}", "axolotl")
+    assert made.recipe["rows"]["chat_template"] == "./my.jinja" and "chat_template" not in " ".join(one.key for one in made.left)
+    made = converted(f'{{{base}, chat_template: jinja, chat_template_jinja: "{{{{ messages }}}}"}}', "axolotl")
+    assert "chat_template" not in made.recipe["rows"] and "FILE.jinja" in " ".join(one.why for one in made.left)
+    theirs = "stage: sft, model_name_or_path: x, dataset: chats, cutoff_len: 64, template: default, resize_vocab: true"
+    made = converted(f'{{{theirs}, add_special_tokens: "<|a|>,<|b|>", new_special_tokens: "<|b|>,<|c|>"}}', "llama-factory")
+    assert make_recipe(made.recipe).add_tokens == ("<|a|>", "<|b|>", "<|c|>")

@@ -161,6 +161,7 @@ def test_commands_that_use_a_run(tmp_path: Path) -> None:
         ["chat", folder, "--prompt", "What is 2 and 2? <think>", "--base"],
         ["compare", folder, str(other.folder)],
         ["probe", "intruder_dimensions", folder],
+        ["probe", "intruder_dimensions", "tiny:llama", folder],
     ):
         done = CliRunner().invoke(app, words)
         assert done.exit_code == 0, done.output

@@ -12,6 +12,7 @@ from transformers import AutoTokenizer, GenerationConfig
 
 import luthier
 from luthier.errors import LuthierError
+from luthier.lab.cache import stage_key
 from luthier.models.load import load_tokenizer
 from luthier.models.tiny import CHAT_TEMPLATE, tiny, tiny_tokenizer
 from luthier.planning.plan import make_plan
@@ -181,11 +182,13 @@ def test_a_template_from_a_file_is_an_input_of_the_run_and_part_of_its_result(tm
     def interrupt(*_: Any) -> None:
         signal.raise_signal(signal.SIGINT)
 
+    key = stage_key(read_again, "base", "cpu")
     stopped = luthier.train(read_again, tell=interrupt)
     assert stopped.tokenizer.decode(stopped.tokenizer.apply_chat_template([Q], tokenize=True)["input_ids"]).startswith(
         "<|im_start|>USER"
     )
     (tmp_path / "upper.jinja").write_text(UPPER.replace(" | upper", " | upper | trim"))
+    assert stage_key(read_again, "base", "cpu") != key, "a sweep would take a run with another template for its own"
     with pytest.raises(LuthierError, match="the chat template: "):
         luthier.train(read_again, resume=stopped.folder)
     (tmp_path / "upper.jinja").write_text(UPPER)
