@@ -204,7 +204,8 @@ def benchmarks(sets: Mapping[str, EvaluationSet]) -> dict[str, Benchmark]:
             reason = reason or " ".join(f"{type(error).__name__}: {error}".split())[:200]
             missing[task] = _datasets(manager, task)
             continue
-        found |= _of_set(name, one, task, loaded, where)
+        with _quiet():
+            found |= _of_set(name, one, task, loaded, where)
     if missing:
         names = list(dict.fromkeys(name for each in missing.values() for name in each))
         raise LuthierError(

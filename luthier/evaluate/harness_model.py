@@ -110,7 +110,8 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         if add_special_tokens is None and has_bos_prefix(string, self.tokenizer.decode(self.prefix_token_id)):
             add_special_tokens = False
         given = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
-        return list(self.tokenizer.encode(string, **given))
+        # Longer than the context is no mistake here: what is too long is cut, and told.
+        return list(self.tokenizer.encode(string, verbose=False, **given))
 
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **options: Any
@@ -179,7 +180,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
 
     def _prompt(self, text: str, room: int) -> list[int]:
         begun = has_bos_prefix(text, self.tokenizer.bos_token)
-        ids = list(self.tokenizer(text, **({"add_special_tokens": False} if begun else {}))["input_ids"])
+        ids = list(self.tokenizer(text, verbose=False, **({"add_special_tokens": False} if begun else {}))["input_ids"])
         self._note_cut(len(ids) - room)
         return ids[-room:]
 

@@ -257,3 +257,23 @@ def test_what_does_not_fit_is_refused() -> None:
     assert problem.value.where == "prompt 1"
     with pytest.raises(LuthierError, match="no token"):
         generate(tune, TOKENIZER, [[]])
+
+
+def test_texts_end_answers_which_are_cut_before_them() -> None:
+    tune = tune_of()
+    whole = generate(tune, TOKENIZER, PROMPTS, max_new_tokens=24)
+    # Something of two bytes or more in the midst of an answer, where a window of one token would miss it.
+    text = max(whole, key=len)
+    stop = text[5:8]
+    assert len(text) > 10 and len(stop) == 3
+    steps: list[int] = []
+    head = tune.model.get_submodule(tune.parts.head)
+    hook = head.register_forward_hook(lambda *given: steps.append(1))
+    found = generate(tune, TOKENIZER, PROMPTS, max_new_tokens=24, until=["", stop])
+    assert found == [one.split(stop)[0] for one in whole] and stop not in "".join(found)
+    (one,) = generate(tune, TOKENIZER, [PROMPTS[whole.index(text)]], max_new_tokens=24, until=[stop])
+    used = len(steps)
+    hook.remove()
+    assert one == text[: text.index(stop)] and used < 48
+    (first,) = {TOKENIZER(letter)["input_ids"][0] for letter in text[0]}
+    assert generate(tune, TOKENIZER, [PROMPTS[whole.index(text)]], max_new_tokens=24, ends=[first]) == [""]

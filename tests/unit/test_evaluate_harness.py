@@ -19,7 +19,8 @@ from luthier.cli import app
 from luthier.errors import LuthierError
 from luthier.evaluate.harness import _datasets
 from luthier.evaluate.harness_items import Main, _score
-from luthier.evaluate.harness_model import decoding_of
+from luthier.evaluate.harness_model import HarnessModel, decoding_of
+from luthier.evaluate.intervals import newcombe
 from luthier.evaluate.items import Item
 from luthier.evaluate.paired import difference_of
 from luthier.evaluate.planned import evaluation_sets
@@ -30,7 +31,8 @@ from luthier.methods.prompt.prompt_tuning import prompt_tuning
 from luthier.methods.representation_edit.ia3 import ia3
 from luthier.methods.weight_delta.lora import lora
 from luthier.models import map_parts, tiny, tiny_tokenizer
-from luthier.recipe import EvaluationSet, TrainRecipe, make_recipe
+from luthier.recipe import EvaluationSet, TrainRecipe, differences, make_recipe
+from luthier.recipe.schema import NO_TASKS
 from luthier.runs.train import train
 from luthier.training.services import RunServices
 from luthier.tune import Tune
@@ -220,14 +222,24 @@ def test_a_trained_prompt_stands_before_what_is_asked(tmp_path: Path) -> None:
     assert [item.score for item in found.items] == [pytest.approx(-one, rel=1e-5) for one in expected]
     (plain,) = reached(tuned(), folder, "next").values()
     assert abs(plain.value - found.value) > 1
+    # It takes its place of the context.
+    asked = HarnessModel(tune, tokenizer, batch_tokens=9, chat=False)
+    assert asked.max_length == 510
+    with tune.at("base"):
+        assert asked.max_length == 512
 
 
 def test_prompts_beyond_the_context_are_cut_as_the_harness_cuts_them_and_told(tmp_path: Path) -> None:
     folder, tune = task_folder(tmp_path), tuned()
-    (tmp_path / "rows.jsonl").write_text(json.dumps({**ROWS[0], "question": "long " * 120, "note": "word " * 12}) + "\n")
+    (tmp_path / "rows.jsonl").write_text(
+        json.dumps({**ROWS[0], "question": " ".join(map(str, range(180))), "note": "word " * 12}) + "\n"
+    )
     for task in ("next", "spell", "colors"):
         (found,) = reached(tune, folder, task).values()
-        expected, values = alone(tune.model, folder, task)["results"][task], found.told["benchmark"]["values"][task]
+        by_itself, values = alone(tune.model, folder, task), found.told["benchmark"]["values"][task]
+        expected = by_itself["results"][task]
+        if task == "spell":
+            assert found.items[0].answer == by_itself["samples"][task][0]["resps"][0][0] != ""
         # e to the power of hundreds of nats, which differ in the seventh digit.
         assert values == {key: pytest.approx(expected[key], rel=1e-3) for key in values}
         assert sum(found.told["benchmark"]["notes"].values()) > 0
@@ -267,7 +279,10 @@ def test_a_group_whose_items_weigh_differently_has_an_interval_of_weighted_means
     # Wilson's interval is of plain shares, and would lie around 3 of 11.
     assert found.interval[1] > 0.62
     changed = [item._replace(score=1.0) for item in items]
-    assert difference_of("acc,none", items, changed).value == pytest.approx(0.5)
+    difference = difference_of("acc,none", items, changed)
+    assert difference.value == pytest.approx(0.5) and difference.interval is not None
+    # Newcombe's, of plain shares, would be around 8 of 11.
+    assert difference.interval[0] < 0.5 < difference.interval[1] and difference.interval != pytest.approx(newcombe(3, 0, 8, 0))
 
 
 def test_the_main_metric_is_the_first_mean_or_the_one_that_is_named(tmp_path: Path) -> None:
@@ -279,6 +294,10 @@ def test_the_main_metric_is_the_first_mean_or_the_one_that_is_named(tmp_path: Pa
         assert found.metric == (metric if "," in metric else f"{metric},none") and told["chosen"] == "named by the recipe"
         assert found.value == pytest.approx(told["values"][task][found.metric]) and len(told["values"][task]) == 2
         assert found.higher_is_better == (task != "notes")
+        if task == "colors":
+            assert [item.score for item in found.items] == [float(item.answer == item.expected) for item in found.items]
+            (summed,) = reached(tune, folder, task).values()
+            assert [item.answer for item in summed.items] != [item.answer for item in found.items]
     # That of Matthews is of a whole set, and no mean.
     (short,) = reached(tune, folder, "short").values()
     assert short.metric == "acc,none" and "mcc,none" in short.told["benchmark"]["values"]["short"]
@@ -529,3 +548,12 @@ def test_the_command_line_measures_a_run_and_its_base_and_a_model_alone(tmp_path
 def test_options_that_mean_nothing_here_are_refused(words: list[str], said: str) -> None:
     result = CliRunner().invoke(app, ["eval", "tiny:llama", *words])
     assert result.exit_code == 2 and said in " ".join(result.output.split())
+
+
+def test_runs_from_before_there_were_tasks_go_on() -> None:
+    recipe = {"model": "tiny:llama", "rows": {"train": [{"text": "a b"}]}, "evaluate": {"set": {"rows": "a.jsonl"}}}
+    now = make_recipe(recipe).as_plain()
+    kept = {key: value for key, value in now["evaluate"]["set"].items() if key not in NO_TASKS}
+    assert len(kept) < len(now["evaluate"]["set"]) and differences({**now, "evaluate": {"set": kept}}, now) == []
+    (changed,) = differences({**now, "evaluate": {"set": {**kept, "limit": 3}}}, now)
+    assert changed == ("evaluate.set.limit", 3, None)

@@ -106,6 +106,7 @@ def test_calls_may_stand_in_any_order_and_each_counts_once() -> None:
     one, other = call("horn", times=1), call("horn", times=2)
     # The first call fits both, and is needed for the second.
     assert tool_calls(f"{one}\n{other}", [json.dumps(two)]) == tool_calls(f"[{other}, {one}]", [json.dumps(two)]) == 1.0
+    assert tool_calls(call("horn", times=True), [one]) == 0.0 and tool_calls(call("horn", times=1.0), [one]) == 1.0
     assert tool_calls(f"{other}\n{other}", [json.dumps(two)]) == tool_calls(one, [json.dumps(two)]) == 0.0
 
 
