@@ -74,7 +74,7 @@ def test_supported_pythons_are_those_checked_here() -> None:
 
 def test_every_extra_is_used_by_something() -> None:
     """Extras installed packages that no line of luthier ever imported."""
-    modules = {"POT": "ot", "lm-eval": "lm_eval", "tensorboard": "torch.utils.tensorboard"}
+    modules = {"POT": "ot", "lm-eval": "lm_eval", "llama-cpp-python": "llama_cpp", "tensorboard": "torch.utils.tensorboard"}
     code = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "luthier").rglob("*.py"))
     for extra, needed in project()["optional-dependencies"].items():
         for one in () if extra in ("bench", "test", "lint", "docs", "dev") else map(Requirement, needed):
