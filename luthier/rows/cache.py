@@ -41,6 +41,7 @@ from luthier.rows.template import asks_clock
 
 _CODE = (
     "annotate",
+    "answers",
     "beside",
     "blocks",
     "borders",
@@ -50,6 +51,7 @@ _CODE = (
     "columns",
     "encode",
     "files",
+    "function_calls",
     "groups",
     "held_out",
     "ids",
