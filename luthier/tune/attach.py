@@ -294,7 +294,10 @@ def _edited(tune: Attached, slot: str, value: RepresentationEdit) -> list[Place]
         if role == "block":
             places += [Place(name, "", role, i) for i, name in enumerate(tune.parts.block_modules)]
         elif role in SUBLAYERS:
-            places += [Place(tune.parts.sublayer(SUBLAYERS[role], i), "", role, i) for i in range(tune.parts.blocks)]
+            found = [i for i in range(tune.parts.blocks) if tune.parts.has_sublayer(SUBLAYERS[role], i)]
+            if not found:
+                raise _lacks(tune, slot, [role])
+            places += [Place(tune.parts.sublayer(SUBLAYERS[role], i), "", role, i) for i in found]
     return places
 
 
@@ -341,12 +344,16 @@ def _places(tune: Attached, names: tuple[str, ...], slot: str) -> list[Place]:
         # An edit at a tied head stands at the head alone: the embedding does not see it.
         places += [Place(name, "weight", "head", None) for name in tune.parts.ties]
     if not places:
-        raise LuthierError(
-            f"`{slot}` finds no place with the module types {', '.join(names)}",
-            where=tune.parts.architecture,
-            fix="`luthier plan` lists the module types of this model",
-        )
+        raise _lacks(tune, slot, names)
     return places
+
+
+def _lacks(tune: Attached, slot: str, names: Sequence[str]) -> LuthierError:
+    return LuthierError(
+        f"`{slot}` finds no place with the module types {', '.join(names)}",
+        where=tune.parts.architecture,
+        fix=f"this model has {', '.join(tune.parts.roles())}",
+    )
 
 
 def own(

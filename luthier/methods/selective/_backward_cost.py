@@ -99,7 +99,8 @@ def _cost(services: Services, place: Place, load: Load) -> Cost:
         return Cost(0, 0, 0 if "norm" in place.role else load.tokens * size)
     each = (load.targets if place.role == "head" else load.tokens) * size
     # The maps between queries, keys and values have no tensor: they are counted with the values.
-    attention = load.pairs * parts.heads * parts.head_width if place.role in ("attention_value", "attention_query_key_value") else 0
+    heads = parts.heads_of(place.block)
+    attention = load.pairs * heads.query * heads.width if place.role in ("attention_value", "attention_query_key_value") else 0
     return Cost(each + 2 * attention, each + 4 * attention, each)
 
 

@@ -13,7 +13,7 @@ from luthier.kinds import Place, Select, Selective, Services
 from luthier.kinds.parts import Parts, expand_roles
 from luthier.registry import method
 
-CATEGORIES = (("attention",), ("mlp", "expert"), ("norm",))
+CATEGORIES = (("attention",), ("mlp", "expert"), ("mixer", "linear_other"), ("norm",))
 
 Ticket = list[Place]
 """What is drawn or left together: a matrix, or at the level of layers a whole block."""
@@ -38,7 +38,7 @@ def half(
     level: Literal["category", "layer", "model"] = "category",
     balance: Literal["tensors", "parameters"] = "tensors",
     embeddings: Literal["train", "freeze"] = "train",
-    target_modules: tuple[str, ...] = ("attention", "mlp", "expert", "norm"),
+    target_modules: tuple[str, ...] = ("linear", "expert", "norm"),
 ) -> Selective:
     """Train half of the matrices of every block and freeze the other half; a new stage draws new halves.
 
@@ -61,7 +61,7 @@ def half(
         lotteries = {"category": _by_category, "layer": _by_layer, "model": _by_model}[level](parts, places)
         draw = _draw_tickets if balance == "tensors" else _draw_numbers
         drawn = [place for groups in lotteries for ticket in draw(groups, share, rng, services) for place in ticket]
-        outside = [p for p in parts.by_block(None) if p.role != "other"] if embeddings == "train" else []
+        outside = [p for p in parts.by_block(None) if p.role not in ("other", "other_modality")] if embeddings == "train" else []
         return {place: Select("whole") for place in [*_with_biases(parts, drawn), *outside]}
 
     return Selective(choose)
