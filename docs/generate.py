@@ -21,7 +21,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parent))
 
-from generated import api, choose, foreign, replications, rooms, translations
+from generated import api, choose, foreign, models, replications, rooms, translations
 from generated.pages import stale
 from generated.tables import cell, code, paper, table, target
 
@@ -384,6 +384,7 @@ _CHOSEN = (choose.by_purpose, choose.choices, api.public, api.of_kinds, api.furt
 WRITERS: dict[str, Callable[[], str]] = {writer.__name__: writer for writer in (*_ALL, *_OF_REPLICATIONS, *_CHOSEN)} | {
     "rooms": rooms.page,
     "other_tools": foreign.page,
+    "models": models.page,
     "translations": translations.page,
 }
 PICTURES: dict[str, Callable[[], str]] = {rooms.PICTURE: rooms.picture}

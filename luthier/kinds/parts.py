@@ -212,11 +212,17 @@ class Parts:
             tensor: `weight` for all that is no bias, `bias`, or None for both.
 
         Raises:
-            LuthierError: an unknown name, a block the model does not have, or another `tensor`.
+            LuthierError: an unknown name, what text does not reach, a block the model does not have, or another `tensor`.
         """
         if tensor not in ("weight", "bias", None):
             raise LuthierError(f"`{tensor}` is not a kind of tensor", where="tensor", fix="use weight, bias or None")
         named = [target_modules] if isinstance(target_modules, str) else list(target_modules or ())
+        if "other_modality" in named:
+            raise LuthierError(
+                "rows of text do not reach what has the module type other_modality",
+                where="target_modules",
+                fix="leave it out: it reads images or sound, and stays frozen",
+            )
         modules = tuple(f".{name}" for name in named if name not in ROLES and name not in GROUPS)
         self._check_names(modules)
         wanted = set(GROUPS["all"] if target_modules is None else expand_roles(name for name in named if f".{name}" not in modules))
@@ -231,7 +237,7 @@ class Parts:
         return [
             place
             for place in self.places
-            if (place.role in wanted or f".{place.module}".endswith(modules))
+            if (place.role in wanted or (f".{place.module}".endswith(modules) and place.role != "other_modality"))
             and (allowed is None or place.block in allowed)
             and (tensor is None or place.tensor.endswith("bias") == (tensor == "bias"))
         ]
@@ -304,13 +310,15 @@ class Parts:
             linear = [place for place in found if role != "linear_other" or not place.tensor.endswith("bias")]
             if linear:
                 names = list(dict.fromkeys(self._short(place) for place in linear))
-                shown = ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more names" if len(names) > NAMED else "")
+                shown = ", ".join([*names[:NAMED], *(["..."] if len(names) > NAMED else [])])
                 frozen = ", frozen: rows of text do not reach them" if role == "other_modality" else ""
-                said.append(f"{len(linear):,} {what} are `{role}`{frozen} ({shown})")
+                said.append(f"{what} that are `{role}`: {len(linear):,}{frozen} ({shown})")
         return said
 
     def _short(self, place: Place) -> str:
-        """A parameter's name, the same for every block."""
+        """A parameter's name, the same for every block; of another modality the name of what holds all of it."""
+        if place.role == "other_modality":
+            return ".".join(place.parameter.split(".")[:2])
         inside = "" if place.block is None else f"{self.block_modules[place.block]}."
         return place.parameter.removeprefix(inside).removesuffix(".weight")
 

@@ -41,4 +41,5 @@ def head_of(model: nn.Module, parts: Parts) -> Callable[[Tensor], Tensor]:
     # Called as a module, so that a delta, an edit or a tap on the head is in effect.
     module: Any = model.get_submodule(parts.head)
     after = finish(model)
-    return lambda hidden_ND: after(module(hidden_ND))
+    # Some bodies add up in fp32 whatever the type of their weights (Mamba).
+    return lambda hidden_ND: after(module(hidden_ND.to(module.weight.dtype)))

@@ -197,7 +197,7 @@ def _roles_by_shape(model: nn.Module, names: list[str], width: int, has_mlp: boo
     """
     owners = {name: model.get_submodule(name.rpartition(".")[0]) for name in names}
     roles = {name: "other_norm" for name, module in owners.items() if "norm" in type(module).__name__.lower()}
-    linears = list(dict.fromkeys(module for module in owners.values() if isinstance(module, LINEAR)))
+    linears = list(dict.fromkeys(module for module in owners.values() if isinstance(module, nn.Linear | QuantizedLinear)))
     if has_mlp or len(linears) != 2:
         return roles
     up, down = sorted(linears, key=lambda linear: linear.out_features, reverse=True)

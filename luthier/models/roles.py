@@ -19,7 +19,7 @@ _IN_BLOCKS: tuple[tuple[str, str], ...] = (
     (r"(mamba|mixer)\.(x_proj|dt_proj)", "mixer_input"),
     (r"linear_attn\.o_proj|(linear_attn|mamba|mixer|conv)\.out_proj", "mixer_output"),
     (r"(q_a|q_b|kv_a|kv_b)_proj|kv_a_proj_with_mqa", "attention_latent"),
-    (r"sinks", "other"),
+    (r"sinks|altup\.(correction|prediction)_coefs", "other"),
     (r"q_proj|query|q_lin|attention\.attn\.q", "attention_query"),
     (r"k_proj|key|k_lin|attention\.attn\.k", "attention_key"),
     (r"v_proj|value|v_lin|attention\.attn\.v", "attention_value"),
@@ -29,7 +29,10 @@ _IN_BLOCKS: tuple[tuple[str, str], ...] = (
     (r"gate_proj|feed_forward\.w1", "mlp_gate"),
     (r"gate_up_proj|mlp\.Wi|shared_mlp\.input_linear", "mlp_gate_up"),
     (r"up_proj|feed_forward\.w3|fc1|c_fc|fc_in|lin1|dense_h_to_4h|intermediate\.dense", "mlp_up"),
-    (r"down_proj|feed_forward\.w2|shared_mlp\.output_linear|fc2|fc_out|lin2|dense_4h_to_h|output\.dense|mlp\.(c_proj|Wo)", "mlp_down"),
+    (
+        r"down_proj|feed_forward\.w2|shared_mlp\.output_linear|fc2|fc_out|lin2|dense_4h_to_h|output\.dense|mlp\.(c_proj|Wo)",
+        "mlp_down",
+    ),
     (r"q_norm|q_layernorm", "query_norm"),
     (r"k_norm|k_layernorm", "key_norm"),
     (r"input_layernorm|operator_norm|ln_1|norm_1|ln_attn|attn_norm|sa_layer_norm", "attention_norm"),
@@ -73,9 +76,7 @@ def role_outside(name: str) -> str | None:
     return _first_match(_OUTSIDE, name)
 
 
-GATED_QUERIES = frozenset(
-    {"qwen3_next", "qwen3_5_text", "qwen3_5_moe_text"}
-)
+GATED_QUERIES = frozenset({"qwen3_next", "qwen3_5_text", "qwen3_5_moe_text"})
 """Model types whose `q_proj` makes a query and a gate for attention's output, head by head."""
 
 FUSED_ROWS: dict[tuple[str, str], tuple[str, ...]] = {

@@ -112,7 +112,10 @@ def _use(tune: Tune) -> Use:
     if tune.head is not None and tune.head[1].means == "vector":
         code = 'from sentence_transformers import SentenceTransformer\n\nmodel = SentenceTransformer("FOLDER")'
         return Use("sentence-transformers", "sentence-similarity", code)
-    name, task = auto_class(tune.model.config, causal=tune.parts.causal).__name__, _TEXT if tune.parts.causal else "feature-extraction"
+    name, task = (
+        auto_class(tune.model.config, causal=tune.parts.causal).__name__,
+        _TEXT if tune.parts.causal else "feature-extraction",
+    )
     if tune.head is not None:
         words = tune.head[1].pool == "words"
         name = "AutoModelForTokenClassification" if words else "AutoModelForSequenceClassification"

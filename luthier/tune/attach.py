@@ -35,7 +35,8 @@ def add_selective(tune: Attached, slot: str, value: Selective, services: Service
     )
     chosen = value.choose(tune.parts, services)
     if not chosen:
-        raise LuthierError(f"`{slot}` selects nothing to train", fix="widen its target_modules or its share")
+        has = f"this model has {', '.join(tune.parts.roles())}"
+        raise LuthierError(f"`{slot}` selects nothing to train", fix=f"widen its target_modules or its share; {has}")
     changes = value.refresh is not None
     if changes and value.leave == "keep" and tune.keep_base:
         # Numbers that leave keep what they learned, so their own base values would be lost.
@@ -317,8 +318,20 @@ def add_prompt(tune: Attached, slot: str, value: Prompt, services: Services) -> 
         one.decay = False
         if name in value.own_rates and services.now.run_rate:
             one.rate = value.own_rates[name] / services.now.run_rate
-    tune.site(tune.parts.embedding).prompts.append((prompt, value))
+    site = tune.site(tune.parts.embedding)
+    site.prompts.append((prompt, value))
     tune.prompt_length = length
+    for place in tune.parts.by_block(None):
+        # A further table that tokens are looked up in (Gemma 4) has no row for a prompt's: they get that of padding.
+        table = tune.model.get_submodule(place.module)
+        if isinstance(table, nn.Embedding) and place.role == "other":
+            site.handles.append(table.register_forward_pre_hook(_without_virtual))
+
+
+def _without_virtual(table: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Ids as a table reads them whose first row is padding."""
+    ids, *others = arguments
+    return (ids.clamp(min=0), *others)
 
 
 def _embedded(tune: Attached) -> Tensor:

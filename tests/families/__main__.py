@@ -8,4 +8,5 @@ from tests.families.configurations import FAMILIES, READING_IMAGES
 from tests.families.test_families import FACTS
 from tests.families.trying import facts
 
-FACTS.write_text(json.dumps({family: facts(family) for family in (*FAMILIES, *READING_IMAGES)}, indent=1) + "\n", encoding="utf-8")
+lines = [f"{json.dumps(family)}: {json.dumps(facts(family))}" for family in (*FAMILIES, *READING_IMAGES)]
+FACTS.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")

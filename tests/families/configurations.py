@@ -16,8 +16,8 @@ _BASE: dict[str, Any] = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "head_dim": 8,
-    "vocab_size": 96,
-    "max_position_embeddings": 64,
+    "vocab_size": 272,
+    "max_position_embeddings": 256,
     "pad_token_id": 0,
     "bos_token_id": 1,
     "eos_token_id": 2,
@@ -71,7 +71,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             "sliding_window": 4,
             "num_kv_shared_layers": 2,
             "hidden_size_per_layer_input": 8,
-            "vocab_size_per_layer_input": 96,
+            "vocab_size_per_layer_input": 272,
             "final_logit_softcapping": 2.0,
             "laurel_rank": 4,
             "altup_num_inputs": 2,
@@ -91,7 +91,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             "use_double_wide_mlp": True,
             "final_logit_softcapping": 2.0,
             "hidden_size_per_layer_input": 8,
-            "vocab_size_per_layer_input": 96,
+            "vocab_size_per_layer_input": 272,
         },
     ),
     "LFM2": ("lfm2", {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False}),
@@ -187,9 +187,16 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 """A name people know, the model type of `transformers`, and what its configuration needs beyond the common sizes."""
 
 
-_TOKENS = {"image_token_id": 90, "video_token_id": 91, "vision_start_token_id": 92, "vision_end_token_id": 93}
+_TOKENS = {"image_token_id": 260, "video_token_id": 261, "vision_start_token_id": 262, "vision_end_token_id": 263}
 _TURNS = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
-_SEEING = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 16, "patch_size": 4}
+_SEEING = {
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 16,
+    "patch_size": 4,
+}
 _QWEN_SEEING = {
     "depth": 2,
     "hidden_size": 16,
@@ -235,9 +242,9 @@ READING_IMAGES: dict[str, tuple[str, dict[str, Any]]] = {
             "text_config": {**_BASE, "model_type": "gemma3_text", "sliding_window": 4},
             "vision_config": {**_SEEING, "model_type": "siglip_vision_model"},
             "mm_tokens_per_image": 4,
-            "image_token_index": 90,
-            "boi_token_index": 91,
-            "eoi_token_index": 92,
+            "image_token_index": 260,
+            "boi_token_index": 261,
+            "eoi_token_index": 262,
         },
     ),
     "LLaVA": (
@@ -245,7 +252,7 @@ READING_IMAGES: dict[str, tuple[str, dict[str, Any]]] = {
         {
             "text_config": {**_BASE, "model_type": "llama"},
             "vision_config": {**_SEEING, "model_type": "clip_vision_model", "projection_dim": 16},
-            "image_token_index": 90,
+            "image_token_index": 260,
         },
     ),
     "Mistral 3": (
@@ -253,7 +260,7 @@ READING_IMAGES: dict[str, tuple[str, dict[str, Any]]] = {
         {
             "text_config": {**_BASE, "model_type": "mistral", "sliding_window": None},
             "vision_config": {**_SEEING, "model_type": "pixtral"},
-            "image_token_index": 90,
+            "image_token_index": 260,
         },
     ),
 }

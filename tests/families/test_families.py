@@ -14,7 +14,7 @@ from luthier.kinds.parts import GROUPS
 from tests.families.configurations import FAMILIES, READING_IMAGES
 from tests.families.trying import TECHNIQUES, apart, base, facts, freed, linear, logits, moved, own_logits, stepped, untouched
 
-FACTS = Path(__file__).parents[2] / "docs" / "families.json"
+FACTS = Path(__file__).parents[2] / "docs" / "generated" / "families.json"
 ALL = (*FAMILIES, *READING_IMAGES)
 TOLD = json.loads(FACTS.read_text(encoding="utf-8")) if FACTS.is_file() else {}
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from luthier.export.gguf import ARCHITECTURES
 from luthier.kinds import Batch, Now
-from luthier.kinds.parts import GROUPS, Parts
+from luthier.kinds.parts import Parts
 from luthier.models.attention import replace_sdpa
 from luthier.models.head import head_of
 from luthier.models.parts import map_parts
@@ -26,7 +26,7 @@ from tests.conftest import make_batch, parts_of
 from tests.families import configurations
 
 NOW = Now(steps=1, learning_rate=0.1, seed=0)
-BATCH = make_batch([(9, 6), (5, 4)], vocabulary=80)
+BATCH = make_batch([(9, 6), (5, 4)], vocabulary=250)
 LENGTHS = BATCH.attend_BT.sum(1).tolist()
 TECHNIQUES: dict[str, Any] = {"full": "full", "half": "half", "lora": {"lora": {"rank": 2}}}
 
@@ -95,6 +95,7 @@ def facts(family: str) -> dict[str, Any]:
     model, tune = base(family), untouched(family)
     roles = Counter(place.role for place in tune.parts.places if not place.tensor.endswith("bias"))
     lora = stepped(family, "lora")
+    beside = {one.place for one in lora.tune.trained.values()}
     before = logits(lora.tune)
     lora.tune.merge()
     after = logits(lora.tune)
@@ -106,8 +107,8 @@ def facts(family: str) -> dict[str, Any]:
         "parameters": len(list(model.parameters())),
         "full": len(freed(stepped(family, "full"))),
         "half": len(freed(stepped(family, "half"))),
-        "lora": len({one.place for one in lora.tune.trained.values()}),
-        "linear": len(tune.parts.select(GROUPS["linear"])),
+        "lora": len(beside),
+        "lora_beside_experts": any(place is not None and place.role == "expert" for place in beside),
         "packing": obstacle(tune),
         "merges": apart(after, before) < 1e-5,
         "gguf": model.config.model_type in ARCHITECTURES,
