@@ -19,6 +19,7 @@ from luthier.training.build import build_engine
 from luthier.training.packing import obstacle
 from luthier.training.services import RunServices
 from luthier.tune import Tune
+from luthier.tune.forward import head_now, hidden
 from tests.conftest import calibration, make_batch, parts_of
 from tests.families.trying import BATCH, NOW, apart, base, logits, own_logits, untouched
 
@@ -48,6 +49,40 @@ def test_adapters_and_prompts_train(family: str, technique: str) -> None:
     assert any(not torch.equal(one.master, old) for one, old in zip(engine.tune.trained.values(), before, strict=True))
     engine.tune.detach()
     assert apart(logits(Tune(engine.tune.model, engine.tune.parts)), own_logits(base(family))) < 1e-6
+
+
+def test_slices_train_of_what_a_model_changes_in_place() -> None:
+    """Llama 4 adds its experts' output to that of the shared expert, on the spot."""
+    engine = with_technique("Llama 4", {"neuroada": {"target_modules": ["mlp_down"]}})
+    engine.step([BATCH], NOW)
+    assert all(one.master.any() for one in engine.tune.trained.values())
+
+
+def test_an_adapter_edits_experts_that_return_all_tokens_in_one_row() -> None:
+    engine = with_technique("Llama 4", {"adapter": {"place": "mlp", "width": 2, "init": "bert"}})
+    tune, block = engine.tune, engine.tune.parts.sublayer("mlp", 1)
+    found: list[torch.Tensor] = []
+
+    def keep(module: torch.nn.Module, inputs: Any, output: Any) -> None:
+        found.append(output[0])
+
+    handle = tune.model.get_submodule(block).register_forward_hook(keep)
+    with torch.no_grad():
+        tune.model(input_ids=BATCH.token_ids_BT)
+        with tune.off():
+            tune.model(input_ids=BATCH.token_ids_BT)
+    handle.remove()
+    assert found[0].shape == found[1].shape == (BATCH.token_ids_BT.numel(), 32)
+    assert not torch.allclose(found[0], found[1], atol=1e-3)
+
+
+def test_a_body_that_adds_up_in_fp32_feeds_a_head_in_bf16() -> None:
+    model = copy.deepcopy(base("Mamba 2")).to(torch.bfloat16)
+    tune = Tune(model, map_parts(model))
+    expected = own_logits(model).float()
+    assert apart(logits(tune).float(), expected) < 0.02
+    states_TD = hidden(tune, BATCH).padded(BATCH.attend_BT)[BATCH.attend_BT]
+    assert apart(head_now(tune)(states_TD).float(), expected) < 0.02
 
 
 @pytest.mark.parametrize(
