@@ -6,7 +6,7 @@ Selections, adapters, pruning, freezing and reports all name tensors by this map
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from itertools import accumulate
 from typing import Any
@@ -35,8 +35,11 @@ def map_parts(model: nn.Module) -> Parts:
     config = transformer.config.get_text_config()
     if getattr(config, "is_encoder_decoder", False):
         raise _refusal(model, "encoder-decoder models are not mapped")
+    for name in ("hidden_size", "vocab_size"):
+        if getattr(config, name, None) is None:
+            raise _refusal(model, f"its configuration has no {name}, as that of a language model has")
     embedding = _name_of(model, transformer.get_input_embeddings())
-    blocks = _find_blocks(model, config.num_hidden_layers, embedding)
+    blocks = _find_blocks(model, getattr(config, "num_hidden_layers", None), embedding)
     heads = [_heads(one) for one in _configurations(config, len(blocks))]
     parts = Parts(
         architecture=config.model_type,
@@ -107,21 +110,30 @@ def _initial_deviation(config: Any) -> float | None:
     return next((float(value) for value in named if value), None)
 
 
-def _find_blocks(model: nn.Module, count: int, embedding: str) -> tuple[str, ...]:
+def _find_blocks(model: nn.Module, count: int | None, embedding: str) -> tuple[str, ...]:
     """The dotted names of the transformer blocks: the one outermost list of as many modules as the model has layers.
 
-    An encoder of images may have as many; the language model's list stands closest to the embedding of tokens.
+    Some count layers otherwise (LongCat has two in a block): then it is the one outermost list of modules of one class.
+    An encoder of images may have as many blocks; the language model's list stands closest to the embedding of tokens.
     """
-    lists: list[str] = []
+    lists: dict[str, nn.ModuleList] = {}
     for name, module in model.named_modules():
         nested = any(name.startswith(f"{outer}.") for outer in lists)
-        if isinstance(module, nn.ModuleList) and len(module) == count and not nested:
-            lists.append(name)
-    depth = {name: common_module(name, embedding).count(".") + bool(common_module(name, embedding)) for name in lists}
-    lists = [name for name in lists if depth[name] == max(depth.values())]
-    if len(lists) != 1:
-        raise _refusal(model, f"its blocks are not one list of {count} modules; lists of that length:", lists or ["none"])
-    return tuple(f"{lists[0]}.{number}" for number in range(count))
+        if isinstance(module, nn.ModuleList) and len(module) and not nested:
+            lists[name] = module
+    found = [name for name, modules in lists.items() if len(modules) == count]
+    found = _closest(found or [name for name, modules in lists.items() if len({type(one) for one in modules}) == 1], embedding)
+    if len(found) != 1:
+        raise _refusal(model, f"its blocks are not one list of {count} modules; lists that could be:", found or ["none"])
+    return tuple(f"{found[0]}.{number}" for number in range(len(lists[found[0]])))
+
+
+def _closest(lists: Sequence[str], embedding: str) -> list[str]:
+    """Those of some modules that share most with the embedding's name, and of these the ones that lie least deep."""
+    shared = {name: len(common_module(name, embedding)) for name in lists}
+    nearest = [name for name in lists if shared[name] == max(shared.values())]
+    depth = [name.count(".") for name in nearest]
+    return [name for name, deep in zip(nearest, depth, strict=True) if deep == min(depth)]
 
 
 def _distinct_parameters(model: nn.Module, embedding: str) -> tuple[list[str], dict[str, str]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -390,6 +391,18 @@ def test_encoder_decoder_models_are_refused() -> None:
 
 def test_a_model_without_one_list_of_blocks_is_refused() -> None:
     model = tiny("llama")
-    model.config.num_hidden_layers = 5
-    with pytest.raises(LuthierError, match="not one list of 5 modules"):
+    # LongCat counts two layers in a block.
+    model.config.num_hidden_layers = 4
+    assert map_parts(model).block_modules == ("model.layers.0", "model.layers.1")
+    model.model.others = nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)])
+    with pytest.raises(LuthierError, match=r"not one list of 4 modules(.|\n)*model\.layers\n *model\.others"):
+        map_parts(model)
+    model.config.num_hidden_layers, model.model.others = 2, nn.ModuleList([nn.Linear(2, 2)])
+    assert map_parts(model).blocks == 2
+
+
+def test_what_is_no_language_model_is_refused() -> None:
+    model = tiny("llama")
+    model.config.get_text_config = lambda: SimpleNamespace(hidden_size=32)
+    with pytest.raises(LuthierError, match="its configuration has no vocab_size"):
         map_parts(model)
