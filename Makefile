@@ -13,7 +13,7 @@ SUITABLE = import sys, importlib.util as u; v = sys.version_info; sys.exit( \
 	None if u.find_spec("venv") and u.find_spec("ensurepip") else \
 	"cannot make environments (on Debian and Ubuntu: apt install python3-venv)")
 
-.PHONY: help quickstart test coverage lint docs docs-text bench bench-techniques bench-objectives workshop clean
+.PHONY: help quickstart test coverage lint package newest oldest docs docs-text bench bench-techniques bench-objectives workshop clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' Makefile
@@ -43,6 +43,28 @@ lint: $(VENV)/.lint ## check style, types and the direction of imports
 	@echo "checking the direction of imports"
 	@$(BIN)/lint-imports --no-logo
 
+package: $(VENV)/.package ## build wheel and sdist into dist/, and train from the wheel in an environment without the repository
+	@rm -rf dist build/installed
+	@$(BIN)/python -m build --outdir dist . >/dev/null
+	@ls dist
+	@$(BIN)/python -m venv build/installed
+	@echo "installing the wheel"
+	@build/installed/bin/python -m pip install -qq --disable-pip-version-check --constraint constraints.txt dist/*.whl
+	@mkdir build/installed/empty && cd build/installed/empty && ../bin/luthier --version && \
+		../bin/luthier quickstart model=workshop-small train.steps=2 && ls runs/quickstart-1/report.html
+
+newest: $(VENV)/.made ## test with the newest releases that pyproject.toml admits, in build/newest (torch is large)
+	@rm -rf build/newest && $(BIN)/python -m venv build/newest
+	@build/newest/bin/python -m pip install -qq --disable-pip-version-check --upgrade --editable '.[test]' $(NEWEST)
+	@build/newest/bin/python -m pip list --format=freeze | grep -E '^(torch|transformers|accelerate|peft|trl|optuna)=='
+	@OMP_NUM_THREADS=1 build/newest/bin/python -m pytest -n auto --dist worksteal $(ARGS)
+
+oldest: $(VENV)/.made ## test with the oldest releases that pyproject.toml admits, in build/oldest
+	@rm -rf build/oldest && $(BIN)/python -m venv build/oldest
+	@build/oldest/bin/python -m pip install -qq --disable-pip-version-check --constraint constraints-oldest.txt --editable '.[test]'
+	@build/oldest/bin/python -m pip list --format=freeze | grep -E '^(torch|transformers|accelerate|peft|trl|optuna)=='
+	@OMP_NUM_THREADS=1 build/oldest/bin/python -m pytest -n auto --dist worksteal $(ARGS)
+
 docs: $(VENV)/.docs ## build the documentation into site/
 	@$(BIN)/python docs/generate.py --check
 	@echo "building the documentation into site/"
@@ -66,8 +88,8 @@ workshop: $(VENV)/.core ## build the models that come with luthier again, from n
 	@$(BIN)/python -m luthier.lab.workshop $(ARGS)
 
 clean: ## remove the environment, caches and everything built; results of runs stay
-	@echo "removing .venv, caches, site/ and dist/"
-	@rm -rf .venv site dist .coverage .coverage.* .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	@echo "removing .venv and other environments, caches, site/ and dist/"
+	@rm -rf .venv site dist build/installed build/newest build/oldest .coverage .coverage.* .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
 	@find . -name __pycache__ -prune -exec rm -rf {} +
 
 $(VENV)/.made:
@@ -91,6 +113,10 @@ $(VENV)/.test: $(VENV)/.core
 $(VENV)/.lint: $(VENV)/.core
 	@echo "installing the checkers"
 	@$(INSTALL) '.[lint]' && touch $@
+
+$(VENV)/.package: $(VENV)/.made
+	@echo "installing what builds packages"
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check --constraint constraints.txt build && touch $@
 
 $(VENV)/.docs: $(VENV)/.core
 	@echo "installing what the documentation needs"

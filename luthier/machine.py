@@ -6,9 +6,10 @@ Whoever wants more digits than fp32 asks here: some devices have no fp64, and no
 from __future__ import annotations
 
 import gc
+import importlib
 import os
 import platform
-import resource
+import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -17,9 +18,10 @@ from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from multiprocessing import parent_process
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from weakref import WeakSet
 
+import psutil
 import torch
 from torch import Tensor, nn
 
@@ -81,10 +83,7 @@ def _processor() -> str:
 
 
 def _memory() -> int:
-    try:
-        return int(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    except (ValueError, OSError, AttributeError):
-        return 0
+    return int(psutil.virtual_memory().total)
 
 
 def bound_kernels() -> None:
@@ -112,10 +111,16 @@ def peak_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
     peak = _told("/proc/self/status", "VmHWM")
-    if peak:
-        return peak
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return peak or _peak_elsewhere()
+
+
+def _peak_elsewhere() -> int:
+    """What systems other than Linux tell: Windows the peak, macOS too, in bytes."""
+    memory = psutil.Process().memory_info()
+    if hasattr(memory, "peak_wset"):
+        return int(memory.peak_wset)
+    resource: Any = importlib.import_module("resource")
+    return int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) * (1 if sys.platform == "darwin" else 1024)
 
 
 def watch(model: nn.Module) -> None:
@@ -164,17 +169,17 @@ def wait_for(device: torch.device) -> None:
 
 
 def resident_bytes() -> int:
-    """Memory of this process now; 0 where the system does not tell."""
-    return _told("/proc/self/status", "VmRSS")
+    """Memory of this process now."""
+    return int(psutil.Process().memory_info().rss)
 
 
 def available_bytes(device: torch.device) -> int | None:
-    """Memory that could still be had: of the device on a GPU, else of the system; None where it does not tell."""
+    """Memory that could still be had: of the device on a GPU, else of the system."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         # What torch has reserved and does not use is free for its next tensors.
         return int(free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))
-    return _told("/proc/meminfo", "MemAvailable") or None
+    return int(psutil.virtual_memory().available)
 
 
 def _told(file: str, key: str) -> int:
@@ -205,6 +210,41 @@ def core_times(threads: Path = Path("/proc/self/task")) -> dict[str, CoreTime]:
             computed, waited, _ = file.read_text().split()
             found[file.parent.name] = CoreTime(int(computed), int(waited))
     return found
+
+
+@contextmanager
+def without_interrupts() -> Iterator[None]:
+    """Holds interrupts back inside the block, and from the processes that begin in it for as long as they live, where systems can.
+
+    An interrupt reaches every process of a terminal; the one that began the others ends them. Training sets a handler of its own, so
+    that processes which merely ignored interrupts would hear them again.
+    """
+    mask = getattr(signal, "pthread_sigmask", None)
+    if mask is None:
+        yield
+        return
+    before = mask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        mask(signal.SIG_SETMASK, before)
+
+
+def hear_interrupts() -> None:
+    """Let interrupts through again that were held back from this process as it began."""
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+
+
+def leave_group() -> None:
+    """Stand in a group of processes of one's own, where there are groups: a terminal's interrupt then reaches the parent alone."""
+    if hasattr(os, "setpgrp"):
+        os.setpgrp()
+
+
+def interrupt(process: int) -> None:
+    """Ask a process to finish its step, save and end. Windows knows no such question of one process: there it ends at once."""
+    os.kill(process, signal.SIGTERM if sys.platform == "win32" else signal.SIGINT)
 
 
 def end_with_parent() -> None:

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from luthier import __version__
+from luthier.cli.away import serve
 from luthier.cli.convert import convert
 from luthier.cli.face import out
 from luthier.cli.knowledge import keys, metrics, papers, replicate, techniques
@@ -25,7 +26,7 @@ from luthier.cli.rows import (
     store_teacher,
 )
 from luthier.cli.sweep import sweep
-from luthier.cli.training import plan, train
+from luthier.cli.training import plan, quickstart, train
 
 app = typer.Typer(
     name="luthier",
@@ -42,6 +43,7 @@ store_app = typer.Typer(help="Have a model give numbers to rows once, for many r
 rows_app.add_typer(store_app, name="store")
 
 COMMANDS: dict[str, Callable[..., None]] = {
+    "quickstart": quickstart,
     "new": new,
     "train": train,
     "plan": plan,
@@ -53,6 +55,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "compare": compare,
     "probe": probe,
     "export": export,
+    "serve": serve,
     "replicate": replicate,
     "keys": keys,
     "techniques": techniques,

@@ -8,8 +8,14 @@ from pathlib import Path
 import luthier
 from luthier.errors import LuthierError
 
-RECIPES = (Path(luthier.__file__).parents[1] / "recipes", Path("recipes"))
-"""Where recipes to start from lie: beside the package in a checkout, else in the working folder."""
+RECIPES = (Path(luthier.__file__).parents[1] / "recipes", Path(luthier.__file__).parent / "recipes", Path("recipes"))
+"""Where recipes to start from lie: beside the package in a checkout, within it where it is installed, else in the working folder."""
+
+
+def recipes_folder() -> Path | None:
+    """The folder of recipes to start from; none where there is no such folder."""
+    # Installed packages lie beside folders of other packages: only one that holds recipes counts.
+    return next((folder for folder in RECIPES if any(folder.glob("*.yaml"))), None)
 
 
 def claim(name: str) -> str:
@@ -38,7 +44,7 @@ def recipes_by_technique() -> dict[str, list[str]]:
     from luthier.recipe.yaml_text import read_yaml
     from luthier.registry import KEYS
 
-    folder = next((folder for folder in RECIPES if folder.is_dir()), None)
+    folder = recipes_folder()
     found: dict[str, list[str]] = {}
     for path in sorted(folder.glob("*.yaml")) if folder else []:
         data = read_yaml(path)

@@ -30,9 +30,21 @@ def evaluate(
     model: Annotated[str, typer.Argument(help="A model's name or folder, or a run's folder.", autocompletion=run_names)],
     recipe: Annotated[Path | None, typer.Argument(help="A recipe (YAML).", metavar="RECIPE")] = None,
     overrides: Overrides = None,
-    tasks: Annotated[str, typer.Option("--harness", help="Instead of a recipe: tasks of lm-eval, with commas between.")] = "",
-    tasks_folder: Annotated[Path, typer.Option(help="The folder with the tasks' YAML files.")] = Path("tasks"),
-    limit: Annotated[int | None, typer.Option(help="Most rows of each task of lm-eval.", min=1)] = None,
+    tasks: Annotated[
+        str, typer.Option(help="Instead of a recipe: tasks of the LM Evaluation Harness, with commas between.", metavar="TASK,...")
+    ] = "",
+    num_fewshot: Annotated[int | None, typer.Option(help="With --tasks: examples before each question.", min=0)] = None,
+    apply_chat_template: Annotated[
+        bool, typer.Option("--apply-chat-template", help="With --tasks: write prompts with the chat template.")
+    ] = False,
+    limit: Annotated[int | None, typer.Option(help="With --tasks: most rows of each.", min=1)] = None,
+    include_path: Annotated[Path | None, typer.Option(help="With --tasks: a folder with YAML files of more of them.")] = None,
+    model_name: Annotated[str, typer.Option(help="Of endpoint:URL: which of its models answers.")] = "",
+    api_key_env: Annotated[
+        str | None, typer.Option(help="Of endpoint:URL: the environment variable with the key; `none`: no key.")
+    ] = None,
+    harness: Annotated[str, typer.Option(hidden=True)] = "",
+    tasks_folder: Annotated[str, typer.Option(hidden=True)] = "",
     benchmark: Annotated[
         bool, typer.Option("--benchmark", help="Instead of a recipe: the skills of the synthetic benchmark.")
     ] = False,
@@ -43,16 +55,33 @@ def evaluate(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Measure a model or a run on the evaluation sets of a recipe, on tasks of the evaluation harness, or skill by skill."""
+    """Measure a model, a run or an endpoint on a recipe's evaluation sets, on tasks of the LM Evaluation Harness, or skill by skill."""
     with face(as_json, quiet) as speak:
-        from luthier.evaluate.harness import plain_scores
-        from luthier.recipe import read_recipe
-        from luthier.report.terminal import measured, scored
+        from luthier.evaluate.served import ENDPOINT
+        from luthier.recipe import EvaluationSet, read_recipe
+        from luthier.report.terminal import compared_sets, measured
         from luthier.runs.measure import evaluate as run_evaluation
-        from luthier.runs.measure import evaluate_harness
+        from luthier.runs.measure import evaluate_endpoint, evaluate_tasks
 
+        for old, new, given in (("--harness", "--tasks", harness), ("--tasks-folder", "--include-path", tasks_folder)):
+            if given:
+                raise LuthierError(f"there is no option {old}", where="luthier eval", fix=f"write {new} {given}")
         if (tasks != "") + (recipe is not None) + benchmark > 1:
-            raise LuthierError("more than one of a recipe, --harness and --benchmark", where="luthier eval", fix="give one of them")
+            raise LuthierError("more than one of a recipe, --tasks and --benchmark", where="luthier eval", fix="give one of them")
+        if not tasks and (num_fewshot is not None or apply_chat_template or limit is not None or include_path is not None):
+            raise LuthierError(
+                "--num-fewshot, --apply-chat-template, --limit and --include-path are of tasks",
+                where="luthier eval",
+                fix="add --tasks, or write these keys into the recipe's set",
+            )
+        if not model.startswith(ENDPOINT) and (model_name or api_key_env is not None):
+            raise LuthierError("--model-name and --api-key-env are of an endpoint", where="luthier eval", fix="write endpoint:URL")
+        if model.startswith(ENDPOINT) and recipe is None:
+            raise LuthierError(
+                "an endpoint answers the evaluation sets of a recipe",
+                where="luthier eval",
+                fix="give a recipe: luthier eval endpoint:URL RECIPE",
+            )
         if benchmark:
             from luthier.lab.benchmark_sets import named
             from luthier.lab.profile import COUNT, profile
@@ -68,14 +97,21 @@ def evaluate(
                 "--skills, --count and --page are of the synthetic benchmark", where="luthier eval", fix="add --benchmark"
             )
         if tasks:
-            if weights_only:
-                raise LuthierError("--weights-only does not go with --harness", where="luthier eval", fix="leave one of them out")
-            found = evaluate_harness(model, [one.strip() for one in tasks.split(",")], tasks_folder, limit=limit, say=speak.say)
-            speak.show({"model": model, **plain_scores(found)}, lambda: scored(found))
+            options = {"num_fewshot": num_fewshot, "apply_chat_template": apply_chat_template or None, "limit": limit}
+            path = None if include_path is None else str(include_path)
+            names = [one.strip() for one in tasks.split(",") if one.strip()]
+            asked = {name: EvaluationSet(tasks=(name,), include_path=path, **options) for name in names}
+            results, compared = evaluate_tasks(model, asked, say=speak.say, weights_only=weights_only)
+            found = compared or {name: one.as_json() for name, one in results.items()}
+            speak.show({"model": model, "metrics": found}, lambda: compared_sets(compared) if compared else measured(results))
             return
         if recipe is None:
-            raise LuthierError("a recipe is missing", where="luthier eval", fix="give a recipe, --harness TASKS or --benchmark")
-        results = run_evaluation(model, read_recipe(recipe, overrides or []), say=speak.say, weights_only=weights_only)
+            raise LuthierError("a recipe is missing", where="luthier eval", fix="give a recipe, --tasks TASKS or --benchmark")
+        read = read_recipe(recipe, overrides or [])
+        if model.startswith(ENDPOINT):
+            results = evaluate_endpoint(model, model_name, read, api_key_env=api_key_env, say=speak.say)
+        else:
+            results = run_evaluation(model, read, say=speak.say, weights_only=weights_only)
         speak.show(
             {"model": model, "metrics": {name: one.as_json() for name, one in results.items()}},
             lambda: measured(results),

@@ -14,6 +14,7 @@ from luthier.cli.complete import run_names
 from luthier.cli.face import (
     INTERRUPTED,
     Benchmark,
+    Face,
     Items,
     Json,
     Overrides,
@@ -62,17 +63,37 @@ def train(
             recipe = recipe_file(read_run(resume))
         # A mistake in a recipe is told before torch is loaded.
         read = _measuring_benchmark(read_recipe(recipe, words), benchmark, skills, count)
-        command = _command(recipe, words, benchmark, skills, count)
+        _run(read, resume, _command(recipe, words, benchmark, skills, count), speak)
 
-        from luthier.cli.progress import shown
-        from luthier.report.terminal import summary
-        from luthier.runs.train import train as run_training
 
-        with shown(err, quiet=speak.quiet) as bar:
-            run = run_training(read, resume=resume, say=bar.say, tell=bar.step, command=command)
-        speak.show(run.as_json(), lambda: summary(run.facts))
-        if run.facts["status"] == "stopped":
-            raise typer.Exit(INTERRUPTED)
+def quickstart(overrides: Overrides = None, as_json: Json = False, quiet: Quiet = False) -> None:
+    """Teach a small chat model sixty invented facts, and see what it learned and what it kept.
+
+    The recipe comes with luthier; the model, of 135 million parameters, is fetched once. `luthier quickstart model=workshop-small`
+    needs no network, and shows how a run goes on a toy model that knows no English.
+    """
+    with face(as_json, quiet) as speak:
+        from luthier.cli.belonging import recipes_folder
+        from luthier.recipe import read_recipe
+
+        folder = recipes_folder()
+        recipe = Path("quickstart.yaml") if folder is None else folder / "quickstart.yaml"
+        read = read_recipe(recipe, overrides or [])
+        speak.say(f"training by {recipe}")
+        _run(read, None, shlex.join(["luthier", "quickstart", *(overrides or [])]), speak)
+
+
+def _run(recipe: Recipe, resume: str | None, command: str, speak: Face) -> None:
+    """Train, show what came of it, and end as an interrupted command does where it was."""
+    from luthier.cli.progress import shown
+    from luthier.report.terminal import summary
+    from luthier.runs.train import train as run_training
+
+    with shown(err, quiet=speak.quiet) as bar:
+        run = run_training(recipe, resume=resume, say=bar.say, tell=bar.step, command=command)
+    speak.show(run.as_json(), lambda: summary(run.facts))
+    if run.facts["status"] == "stopped":
+        raise typer.Exit(INTERRUPTED)
 
 
 def plan(

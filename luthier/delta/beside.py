@@ -16,6 +16,7 @@ from luthier.kinds import Place, Services, Tensors, WeightDelta
 from luthier.kinds.parts import Parts
 from luthier.models.fingerprint import fingerprint
 from luthier.models.quantized import refuse_change, shape_of
+from luthier.tune.each import of_expert
 
 if TYPE_CHECKING:
     from luthier.tune import Tune
@@ -97,9 +98,9 @@ def _form(tune: Tune, one: Addition) -> Form:
     if one.value.factors is not None:
         down, up = (values.cpu().clone() for values in one.value.factors(tensors))
         return LowRank(up, down, 1.0, shape, place.start, place.stop, transposed)
-    delta_OI = one.value.delta(tensors).cpu()
+    delta_OI = one.delta(tensors).cpu()
     spread = delta_OI.new_zeros(shape)
-    (spread.t() if transposed else spread)[place.start : place.stop] = delta_OI
+    tune.parts.outputs(place, spread).copy_(delta_OI)
     return Dense(spread)
 
 
@@ -110,7 +111,7 @@ def standing(changes: Mapping[str, Sequence[Form]], parts: Parts) -> WeightDelta
         change = torch.zeros_like(weight_OI)
         for form in changes.get(place.parameter, ()):
             spread = form.spread().to(change.device)
-            change += (spread.t() if place.module in parts.transposed else spread)[place.start : place.stop]
+            change += of_expert(parts.outputs(place, spread), services)
         return {"change": change}
 
     return WeightDelta(
@@ -152,7 +153,7 @@ def restore(tune: Tune, changes: Mapping[str, Sequence[Form]]) -> None:
                 free.remove(one)
                 taken.append((one, form))
     for one in free:
-        if bool(one.value.delta(one.masters()).any()):
+        if bool(one.delta(one.masters()).any()):
             raise LuthierError(
                 f"`{one.slot}` has a delta already, and its factors cannot be had from this one",
                 where=str(one.place),

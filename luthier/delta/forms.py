@@ -99,7 +99,8 @@ class Sparse:
 
 @dataclass(frozen=True, eq=False)
 class LowRank:
-    """A change `scale * up @ down` of all outputs of a linear map, or of some rows of a fused one."""
+    """A change `scale * up @ down` of all outputs of a linear map, or of some rows of a fused one; of a stack of E experts' matrices
+    with a pair of factors for each, up [E, O, R] and down [E, R, I]."""
 
     up_OR: Tensor
     down_RI: Tensor
@@ -110,10 +111,10 @@ class LowRank:
     """First output of this change; None: all."""
     stop: int | None = None
     transposed: bool = False
-    """The parameter is stored [I, O]."""
+    """The parameter is stored [I, O], or [E, I, O]."""
 
     def product(self, device: torch.device) -> Tensor:
-        """The change of its own outputs, [O, I], computed on a device."""
+        """The change of its own outputs, [O, I] or [E, O, I], computed on a device."""
         return self.scale * self.up_OR.to(device) @ self.down_RI.to(device)
 
     def spread(self) -> Tensor:
@@ -136,7 +137,7 @@ class LowRank:
         outputs.copy_(outputs.to(torch.promote_types(values.dtype, product_OI.dtype)) + sign * product_OI)
 
     def _outputs(self, values: Tensor) -> Tensor:
-        return (values.t() if self.transposed else values)[self.start : self.stop]
+        return (values.mT if self.transposed else values)[self.start : self.stop]
 
 
 Form: TypeAlias = "Dense | Sparse | LowRank"
@@ -201,8 +202,8 @@ def _beside(group: list[LowRank]) -> LowRank:
     """One low-rank change for several: a sum of products is the product of the factors side by side, not of sums."""
     if len(group) == 1:
         return group[0]
-    up_OR = torch.cat([form.scale * form.up_OR for form in group], dim=1)
-    return replace(group[0], up_OR=up_OR, down_RI=torch.cat([form.down_RI for form in group]), scale=1.0)
+    up_OR = torch.cat([form.scale * form.up_OR for form in group], dim=-1)
+    return replace(group[0], up_OR=up_OR, down_RI=torch.cat([form.down_RI for form in group], dim=-2), scale=1.0)
 
 
 def _difference(base: Tensor, tuned: Tensor, dtype: torch.dtype) -> Tensor:

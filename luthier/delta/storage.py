@@ -154,10 +154,11 @@ def _form(facts: Mapping[str, Any], tensors: Mapping[str, Tensor], prefix: str) 
 
 
 def _check_low_rank(form: LowRank) -> None:
-    outputs, inputs = form.shape[::-1] if form.transposed else form.shape
+    *experts, outputs, inputs = (*form.shape[:-2], *form.shape[-2:][::-1]) if form.transposed else form.shape
     width = len(range(outputs)[form.start : form.stop])
     found = (*form.up_OR.shape, *form.down_RI.shape)
-    if found != (width, form.up_OR.shape[1], form.up_OR.shape[1], inputs):
+    rank = form.up_OR.shape[-1]
+    if len(experts) > 1 or found != (*experts, width, rank, *experts, rank, inputs):
         raise ValueError(f"factors {found} for {width} outputs of {tuple(form.shape)}")
 
 

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from luthier import machine
 from luthier.delta.delta import Delta, places_of
 from luthier.delta.sources import live
-from luthier.kinds import Place
 from luthier.kinds.parts import Parts
 from luthier.models.quantized import quantized
 
@@ -41,11 +40,11 @@ def summary(delta: Delta, parts: Parts, base: nn.Module) -> dict[str, Any]:
         change = delta.spread(name) if name in delta.changes else None
         for place in places_of(name, parts):
             # One weight at a time is there in full.
-            values = held[name].dequantized()[place.start : place.stop] if name in held else _outputs(weights[name], place, parts)
+            values = held[name].dequantized()[place.start : place.stop] if name in held else parts.outputs(place, weights[name])
             # Squared change, squared base, numbers, changed numbers: summed over the places of a role in a block.
             found = torch.tensor([0.0, _squares(values), values.numel(), 0.0], dtype=torch.float64)
             if change is not None:
-                part = _outputs(change, place, parts)
+                part = parts.outputs(place, change)
                 found[0], found[3] = _squares(part), int(part.count_nonzero())
             key = (place.block, place.role)
             sums[key] = sums[key] + found if key in sums else found
@@ -56,11 +55,6 @@ def summary(delta: Delta, parts: Parts, base: nn.Module) -> dict[str, Any]:
         "changed_share": total["changed"] / total["parameters"],
         "by_place": [{"block": block, "module_type": role, **_facts(found)} for (block, role), found in sums.items()],
     }
-
-
-def _outputs(values: Tensor, place: Place, parts: Parts) -> Tensor:
-    turned = values.t() if place.module in parts.transposed and values.ndim == 2 else values
-    return turned[place.start : place.stop]
 
 
 def _squares(values: Tensor) -> float:

@@ -59,8 +59,7 @@ class Weights:
         return self.base(place) + self.change(place)
 
     def _at(self, place: Place, values: Tensor) -> Tensor:
-        turned = values.T if place.module in self.parts.transposed and values.ndim == 2 else values
-        return turned[place.start : place.stop].to(self.device or values.device)
+        return self.parts.outputs(place, values).to(self.device or values.device)
 
 
 def of_delta(delta: Delta) -> dict[str, Change]:

@@ -47,8 +47,13 @@ _ROWS: Mapping[str, Mapping[str, Any]] = {
 }
 _OF_JSON = {"prompt": "Who minds the mill? Answer in JSON.", "answer": '{"name": "Mara Quill", "age": 36}'}
 _OF_CALLS = {"prompt": "What is the weather in Uldra?", "answer": '{"name": "weather", "arguments": {"city": "Uldra"}}'}
+_OF_RIGHT_CALLS = {
+    "prompt": "What is the weather in Uldra?",
+    "answer": '[{"weather": {"city": ["Uldra", "Uldra Town"], "unit": ["celsius", ""]}}]',
+}
 _OWN_ROWS: Mapping[str, Mapping[str, Any]] = {
     "tool_call": _OF_CALLS,
+    "tool_calls": _OF_RIGHT_CALLS,
     "json_match": _OF_JSON,
     "json_key_accuracy": _OF_JSON,
     "judge": {"prompt": "Explain tides to a child."},

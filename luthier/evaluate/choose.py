@@ -2,16 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import pydantic
+from transformers import PreTrainedTokenizerBase
 
 from luthier import registry
 from luthier.errors import LuthierError, nearest
 from luthier.evaluate import own
+from luthier.evaluate.items import Item
 from luthier.evaluate.metrics import METRICS, Metric
 from luthier.evaluate.scoring import Scoring
+from luthier.rows.shapes import Row
+from luthier.tune import Tune
+
+
+class Task(Protocol):
+    """A task that asks and scores by itself; `luthier.evaluate.harness` makes them."""
+
+    def check(self, tune: Tune, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Find what would stop `measured`, without running the model."""
+
+    def measured(
+        self, tune: Tune, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], *, batch_tokens: int
+    ) -> tuple[list[Item], Any, dict[str, Any]]:
+        """The items of rows, what was asked, and what reports tell beside them."""
+
+    @property
+    def described(self) -> str:
+        """In a line."""
 
 
 class Chosen(NamedTuple):
@@ -24,7 +44,9 @@ class Chosen(NamedTuple):
     options: Mapping[str, Any] = {}
     """Those that were given, as plain data."""
     code: str = ""
-    """Identifies the code of a metric of your own; empty for one that comes with luthier."""
+    """Identifies the code of a metric of your own, or of a task; empty for a metric that comes with luthier."""
+    task: Task | None = None
+    """What asks and scores instead, of a task."""
 
     def asked(self, asked: Any) -> list[Any]:
         """What decides the answers and their scores, beside the model: only results that share it are compared."""
@@ -35,12 +57,14 @@ def choose(spec: Any, where: str) -> Chosen:
     """Find a metric.
 
     Args:
-        spec: a name, `{name: {option: value}}`, or a function.
+        spec: a name, `{name: {option: value}}`, or a function; or what was found before.
         where: for errors.
 
     Raises:
         LuthierError: there is no such metric or option, with the nearest name, or an option is of the wrong type.
     """
+    if isinstance(spec, Chosen):
+        return spec
     if callable(spec):
         return _of_function(spec, own.name_of(spec), {}, where)
     if isinstance(spec, Mapping):
@@ -59,7 +83,16 @@ def choose(spec: Any, where: str) -> Chosen:
 
 def metric_of(name: str, *, higher_is_better: bool) -> Metric:
     """What is known of a metric by its name alone, such as of one that was measured before; of your own, what was kept of it."""
-    return METRICS[name] if name in METRICS else Metric("generation", higher_is_better, "a metric of your own", compares=False)
+    if name in METRICS:
+        return METRICS[name]
+    if is_of_task(name):
+        return Metric("task", higher_is_better, "a metric of a task of the LM Evaluation Harness")
+    return Metric("generation", higher_is_better, "a metric of your own", compares=False)
+
+
+def is_of_task(name: str) -> bool:
+    """Whether a metric is one of the evaluation harness, whose names say by which filter answers are taken: `exact_match,strict-match`."""
+    return "," in name
 
 
 def _named(name: str, options: dict[str, Any], where: str) -> Chosen:

@@ -161,7 +161,7 @@ def base_noise(
     Raises:
         LuthierError: as `measure`; or the base was not kept.
     """
-    generated = [one for one in sets if one.known.needs == "generation" and not one.chosen.scoring.sends]
+    generated = [one for one in sets if one.known.needs in ("generation", "task") and not one.chosen.scoring.sends]
     some = [replace(one, limit=count) for one in generated if (count := _tenth(one)) < len(one.used)]
     with tune.at("base"):
         told = measure(tune, tokenizer, some, say=say, batch_tokens=batch_tokens)

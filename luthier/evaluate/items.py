@@ -56,6 +56,11 @@ def is_binary(items: Sequence[Item]) -> bool:
     return all(item.score in (0.0, 1.0) for item in items)
 
 
+def weigh_alike(items: Sequence[Item]) -> bool:
+    """Whether every item counts the same in the mean."""
+    return len({item.weight for item in items}) < 2
+
+
 def accepted_answers(row: Row) -> list[str]:
     """The texts that answer a row: its accepted answers, its right choice, or what it would teach; maybe none."""
     fields = row.fields

@@ -15,6 +15,7 @@ from luthier.errors import LuthierError
 from luthier.generation.generate import BATCH_TOKENS, context_of
 from luthier.kinds import Now, RowLikelihood
 from luthier.kinds.parts import Reads
+from luthier.models.head import head_of
 from luthier.models.modes import evaluating
 from luthier.rows.batches import collate, plan_epoch
 from luthier.rows.chat import Form, LossOn, form_of
@@ -23,6 +24,7 @@ from luthier.rows.groups import GROUPS
 from luthier.rows.shapes import Row, bad_rows_error
 from luthier.training.services import view_of
 from luthier.tune import Tune
+from luthier.tune.forward import hidden
 
 
 class Likelihood(NamedTuple):
@@ -65,6 +67,53 @@ def likelihoods(tune: Tune, rows: Sequence[Encoded], *, batch_tokens: int = BATC
             fix="lower the learning rate, or use precision fp32",
         )
     return [found[index] for index in range(len(rows))]
+
+
+class Continuation(NamedTuple):
+    """How likely a model finds the tokens that follow others."""
+
+    log_likelihood: float
+    """Summed, in nats."""
+    is_greedy: bool
+    """Whether each of them is the most likely one at its place."""
+
+
+def continuations(
+    tune: Tune, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], *, batch_tokens: int = BATCH_TOKENS
+) -> list[Continuation]:
+    """The log-likelihood of tokens behind others, in the order of the pairs.
+
+    Args:
+        tune: the model, with what is attached to it; trained prompts stand before each row.
+        pairs: token ids: what is read, at least one, and what follows. The model runs over all of them but the last, so they may be
+            one more than its context.
+        batch_tokens: the most tokens of one forward pass, padding counted; a longer row is one by itself.
+
+    Raises:
+        LuthierError: the model gives numbers that are not finite.
+    """
+    found: dict[int, Continuation] = {}
+    device = next(tune.model.parameters()).device
+    columns = chunked.resolve(["nll", "right"])
+    lengths = [len(read) + len(follows) - 1 for read, follows in pairs]
+    plan = plan_epoch(lengths, micro_batch_tokens=batch_tokens, batch_rows=max(1, len(pairs)), seed=0, epoch=0)
+    with evaluating(tune.model), torch.no_grad():
+        head = head_of(tune.model, tune.parts)
+        for chosen in (indices for step in plan for indices in step):
+            ids = [[*pairs[index][0], *pairs[index][1]] for index in chosen]
+            rows = [Encoded(str(n), tuple(row[:-1]), (False,) * (len(row) - 1), "", {}, 0, "text") for n, row in enumerate(ids)]
+            where = [(n, time) for n, index in enumerate(chosen) for time in range(len(pairs[index][0]) - 1, len(ids[n]) - 1)]
+            row_N, source_N = torch.tensor(where, dtype=torch.int64, device=device).reshape(-1, 2).unbind(1)
+            label_N = torch.tensor([ids[n][time + 1] for n, time in where], dtype=torch.int64, device=device)
+            hidden_ND = hidden(tune, collate(rows).to(device), share=False).at(row_N, source_N)
+            made = chunked.compute(hidden_ND, label_N, head, columns, vocabulary=tune.parts.vocabulary)
+            nats_B = torch.zeros(len(chosen), dtype=torch.float64).index_add_(0, row_N.cpu(), made["nll"].double().cpu())
+            wrong_B = torch.zeros(len(chosen)).index_add_(0, row_N.cpu(), 1 - made["right"].float().cpu())
+            for index, nats, wrong in zip(chosen, nats_B.tolist(), wrong_B.tolist(), strict=True):
+                found[index] = Continuation(-nats, wrong == 0)
+    if not all(math.isfinite(one.log_likelihood) for one in found.values()):
+        raise LuthierError("the model gives numbers that are not finite", fix="lower the learning rate, or use precision fp32")
+    return [found[index] for index in range(len(pairs))]
 
 
 def row_likelihoods(

@@ -10,6 +10,7 @@ from luthier.evaluate.intervals import Numbers
 from luthier.evaluate.judge import judge
 from luthier.evaluate.scoring import Scoring
 from luthier.evaluate.statistics import BINS, auroc, average_precision, calibration_error, entity_f1, macro_f1, micro_f1
+from luthier.rows import function_calls
 from luthier.rows.answers import (
     RUN,
     WINDOW,
@@ -25,6 +26,7 @@ from luthier.rows.answers import (
     tool_call,
     type_token_ratio,
 )
+from luthier.rows.function_calls import tool_calls
 from luthier.rows.json_answers import can_match, json_key_accuracy, json_match
 from luthier.rows.rouge import rouge_1, rouge_2, rouge_l
 
@@ -32,9 +34,9 @@ from luthier.rows.rouge import rouge_1, rouge_2, rouge_l
 class Metric(NamedTuple):
     """What a metric is."""
 
-    needs: Literal["generation", "choice", "pair", "likelihood", "class", "value", "score", "vector", "tags"]
+    needs: Literal["generation", "choice", "pair", "likelihood", "class", "value", "score", "vector", "tags", "task"]
     """Generated answers, the likelihoods of given choices, of a chosen and a rejected answer, or of the row's own text; or what a head
-    says: a class, a number, the scores of two answers, vectors, tags of words."""
+    says: a class, a number, the scores of two answers, vectors, tags of words; or what a task of the evaluation harness asks for."""
     higher_is_better: bool
     meaning: str
     score: Score | None = None
@@ -67,6 +69,13 @@ METRICS: Mapping[str, Metric] = {
         "share of answers that are the right tool call",
         tool_call,
         readable=lambda one: call_of(one) is not None,
+    ),
+    "tool_calls": Metric(
+        "generation",
+        True,
+        "share of answers whose tool calls are the right ones, by lists of right values",
+        tool_calls,
+        readable=function_calls.can_match,
     ),
     "json_match": Metric(
         "generation",

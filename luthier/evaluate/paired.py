@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, cast
 
 import numpy
 
-from luthier.evaluate.choose import metric_of
+from luthier.evaluate.choose import is_of_task, metric_of
 from luthier.evaluate.intervals import (
     FALSE_POSITIVES,
     FEWEST,
@@ -26,7 +26,7 @@ from luthier.evaluate.intervals import (
     resampled,
     sign_flip,
 )
-from luthier.evaluate.items import Item, is_binary, numbers_of
+from luthier.evaluate.items import Item, is_binary, numbers_of, weigh_alike
 from luthier.evaluate.metrics import METRICS
 
 BETTER, WORSE, NO_CHANGE, UNCLEAR, NOT_MEASURED = "better", "worse", "no change", "unclear", "not measured"
@@ -54,6 +54,8 @@ def matters(metric: str, before: float) -> float:
     # A metric of your own may have any scale.
     if metric in METRICS and METRICS[metric].needs not in ("likelihood", "value"):
         return SHARE_THAT_MATTERS
+    if is_of_task(metric) and 0 <= before <= 1 and _plain_name(metric) not in (*_EXPONENTIAL, "bits_per_byte"):
+        return SHARE_THAT_MATTERS
     return PART_THAT_MATTERS * abs(before)
 
 
@@ -80,7 +82,8 @@ def difference_of(metric: str, before: Sequence[Item], after: Sequence[Item], *,
     if of_set is not None:
         return _of_sets(of_set, value, before, after)
     pairs = list(zip(before, after, strict=True))
-    if metric_of(metric, higher_is_better=higher_is_better).higher_is_better and is_binary(before) and is_binary(after):
+    higher = metric_of(metric, higher_is_better=higher_is_better).higher_is_better
+    if higher and is_binary(before) and is_binary(after) and weigh_alike(before):
         both = sum(old.score == 1 == new.score for old, new in pairs)
         lost = sum(old.score > new.score for old, new in pairs)
         gained = sum(old.score < new.score for old, new in pairs)
@@ -167,4 +170,12 @@ def recorded(entry: Mapping[str, Any]) -> list[Item] | None:
 
 def statistic_of(metric: str) -> Callable[[Numbers], Numbers]:
     """From weighted mean scores to a metric's values."""
-    return cast(Callable[[Numbers], Numbers], numpy.exp) if metric == "perplexity" else lambda mean: mean
+    return cast(Callable[[Numbers], Numbers], numpy.exp) if _plain_name(metric) in _EXPONENTIAL else lambda mean: mean
+
+
+_EXPONENTIAL = ("perplexity", "word_perplexity", "byte_perplexity")
+
+
+def _plain_name(metric: str) -> str:
+    """A metric's name without a task's filter."""
+    return metric.partition(",")[0]

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import hashlib
+from collections.abc import Collection, Mapping
 
 from luthier.errors import LuthierError, nearest
+from luthier.evaluate.choose import Chosen, metric_of
+from luthier.evaluate.harness import Benchmark, benchmarks
+from luthier.evaluate.scoring import Scoring
 from luthier.evaluate.sets import EvalSet
 from luthier.kinds import Head
-from luthier.recipe import VALIDATION, EvaluationSet, TrainRecipe
+from luthier.recipe import VALIDATION, EvaluationSet, TrainRecipe, by_task
 from luthier.rows.columns import Columns
 from luthier.rows.groups import PAIR
 from luthier.rows.read import read_as
@@ -43,11 +47,21 @@ def evaluation_sets(
         validated: whether rows that are held out of them are measured, too.
 
     Raises:
-        LuthierError: rows cannot be read or do not fit their metric, or `best`, `patience` and `evaluate_every` do not go together.
+        LuthierError: rows cannot be read or do not fit their metric, tasks or their data are not there, or `best`, `patience` and
+            `evaluate_every` do not go together.
     """
-    check_evaluations(sets, train, validated=validated)
+    sets = by_task(sets)
+    of_tasks = benchmarks({name: one for name, one in sets.items() if one.tasks})
+    check_evaluations([*(name for name, one in sets.items() if not one.tasks), *of_tasks], train, validated=validated)
     found = []
     for name, one in sets.items():
+        if one.tasks:
+            found += [
+                EvalSet(each, task.rows, of_task(task), one.role, limit=None)
+                for each, task in of_tasks.items()
+                if each == name or each.startswith(f"{name}/")
+            ]
+            continue
         rows = list(read_as(one.rows, one.columns, columns, purpose="evaluate"))
         metric = one.metric
         shape, by_head = BY_HEAD.get(head.means, ("", "")) if head is not None else ("", "")
@@ -59,11 +73,17 @@ def evaluation_sets(
     return found
 
 
-def check_evaluations(sets: Mapping[str, EvaluationSet], train: TrainRecipe, *, validated: bool = False) -> None:
+def of_task(one: Benchmark) -> Chosen:
+    """A task's metric, which asks and scores by itself."""
+    metric = metric_of(one.main.key, higher_is_better=one.main.higher_is_better)
+    return Chosen(one.main.key, metric, Scoring(), code=hashlib.sha256(one.identity.encode()).hexdigest(), task=one)
+
+
+def check_evaluations(sets: Collection[str], train: TrainRecipe, *, validated: bool = False) -> None:
     """Refuse keys about evaluations during training that would do nothing.
 
     Args:
-        sets: as in the recipe.
+        sets: the names of the recipe's.
         train: what it says about training.
         validated: whether held-out rows are one more set, which is measured during training whatever `evaluate_every` says.
 

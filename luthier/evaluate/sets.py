@@ -18,7 +18,7 @@ from luthier.evaluate import by_head
 from luthier.evaluate.answered import answered
 from luthier.evaluate.choose import Chosen, choose, metric_of
 from luthier.evaluate.intervals import FEWEST, Interval, bootstrap, resampled, wilson
-from luthier.evaluate.items import Item, accepted_answers, is_binary, numbers_of, prompt_text
+from luthier.evaluate.items import Item, accepted_answers, is_binary, numbers_of, prompt_text, weigh_alike
 from luthier.evaluate.likelihood import encode_choices, likelihoods, most_likely
 from luthier.evaluate.metrics import METRICS, NEEDED_SHAPES, Metric
 from luthier.evaluate.paired import statistic_of, value_of
@@ -26,6 +26,7 @@ from luthier.evaluate.readings import check_read, places_of, readings, readings_
 from luthier.evaluate.scoring import ScoringError
 from luthier.generation.generate import BATCH_TOKENS, generate
 from luthier.models.head import head_of
+from luthier.rows import function_calls
 from luthier.rows.chat import form_of
 from luthier.rows.encode import Encoded, counted, encode, told
 from luthier.rows.groups import PAIR
@@ -47,7 +48,7 @@ class EvalSet:
     Args:
         name: what reports call it.
         rows: read rows, all of a shape the metric can score.
-        metric: one of `METRICS`, `{name: options}` or a function of your own; None: what `default_metric` chooses.
+        metric: one of `METRICS`, `{name: options}`, a function of your own or a chosen one; None: what `default_metric` chooses.
         role: `target`: what training should teach; `retention`: what it should leave alone.
         max_new_tokens: the longest answer that is generated.
         limit: use only this many rows, from the start.
@@ -60,7 +61,7 @@ class EvalSet:
 
     name: str
     rows: Sequence[Row]
-    metric: str | Mapping[str, Any] | Callable[..., Any] | None = None
+    metric: str | Mapping[str, Any] | Callable[..., Any] | Chosen | None = None
     role: Role = "target"
     max_new_tokens: int = 48
     limit: int | None = None
@@ -173,7 +174,10 @@ def _of_set(plain: Mapping[str, Any]) -> dict[str, Any]:
 
 def default_metric(rows: Sequence[Row]) -> str:
     """The metric for rows of a shape: `choice` for multiple choice, `contains` for prompts with answers, `preference_accuracy` for two
-    answers of which one is better, `perplexity` for documents, `entity_f1` for labels of words, else `loss`."""
+    answers of which one is better, `perplexity` for documents, `entity_f1` for labels of words, `tool_calls` where tools are offered and
+    the right calls are told, else `loss`."""
+    if rows[0].fields.get("tools") and any(map(function_calls.can_match, accepted_answers(rows[0]))):
+        return "tool_calls"
     by_shape = {
         "prompt+choices+answer": "choice",
         "prompt+answer": "contains",
@@ -225,6 +229,8 @@ def _measured(
     tune: Tune, tokenizer: PreTrainedTokenizerBase, one: EvalSet, batch_tokens: int, say: Say
 ) -> tuple[list[Item], Any, dict[str, Any]]:
     """A set's items, what the model was asked, and what reports tell beside them."""
+    if one.chosen.task is not None:
+        return one.chosen.task.measured(tune, tokenizer, one.used, batch_tokens=batch_tokens)
     if one.known.needs != "generation":
         return *_MEASURES[one.known.needs](tune, tokenizer, one, batch_tokens), {}
     answers, asked = _answered(tune, tokenizer, one, batch_tokens)
@@ -251,6 +257,9 @@ def check(tune: Tune, tokenizer: PreTrainedTokenizerBase, sets: Sequence[EvalSet
     for one in sets:
         with _placed(one):
             needs = one.known.needs
+            if one.chosen.task is not None:
+                one.chosen.task.check(tune, tokenizer)
+                continue
             if needs not in OF_TEXTS:
                 head_of(tune.model, tune.parts)
             notes, first = counted(_ASKED[needs](tune, tokenizer, one))
@@ -282,7 +291,7 @@ def result_of(one: EvalSet | SetResult, items: Sequence[Item], asked: str) -> Se
     score_N = numpy.array([item.score for item in items])
     weight_N = numpy.array([item.weight for item in items])
     interval = None
-    if is_binary(items) and one.known.higher_is_better:
+    if is_binary(items) and weigh_alike(items) and one.known.higher_is_better:
         interval = wilson(int(score_N.sum()), len(items))
     elif len(items) >= FEWEST:
         interval = bootstrap(score_N[None], weight_N, lambda mean_MS: statistic(mean_MS[0]))
@@ -468,6 +477,8 @@ _SHAPES = {
 def fits(row: Row, metric: Metric) -> bool:
     """Whether a metric can measure a row."""
     answered = bool(accepted_answers(row))
+    if metric.needs == "task":
+        return True
     if metric.needs in _SHAPES:
         return row.shape == _SHAPES[metric.needs] and (metric.needs != "value" or isinstance(row.fields["label"], int | float))
     if metric.needs == "likelihood":

@@ -27,9 +27,14 @@ def _of(one: SetResult, ids: set[str]) -> SetResult:
 
 
 def entry_of(before: SetResult, after: SetResult) -> dict[str, Any]:
-    """More keys of a set's entry: `options` of the metric, `own` for one of your own, and before and after of `judge` and `unscored`."""
+    """More keys of a set's entry: `options` of the metric, `own` for one of your own, before and after of `judge` and `unscored`, and of a
+    task of the evaluation harness `benchmark`: what decided its questions and scores, and all its values before and after."""
     found: dict[str, Any] = {"options": before.told["options"]} if "options" in before.told else {}
-    found |= {"own": True} if "higher_is_better" in before.told else {}
+    found |= {"own": True} if "higher_is_better" in before.told and "benchmark" not in before.told else {}
+    if "benchmark" in before.told:
+        same = {key: value for key, value in before.told["benchmark"].items() if key not in ("values", "notes")}
+        values = {when: one.told["benchmark"]["values"] for when, one in (("before", before), ("after", after))}
+        found["benchmark"] = {**same, **values}
     for key in ("judge", "unscored"):
         both = {when: one.told.get(key) for when, one in (("before", before), ("after", after))}
         found |= {key: both} if any(both.values()) else {}
@@ -45,6 +50,8 @@ def note_of(before: SetResult, after: SetResult) -> str:
         said.append(f"judged by {judged['model']}, {tokens:,} tokens" + ("" if price is None else f", {price:.3g} paid"))
         names = sorted({*(before.told.get("judge") or judged)["models"], *judged["models"]})
         said += [f"the judge changed meanwhile: {', '.join(names)}"] if len(names) > 1 else []
+    if "benchmark" in after.told:
+        said += [f"{count} {note}" for note, count in after.told["benchmark"]["notes"].items()]
     for when, one in (("before", before), ("after", after)):
         left_out = [each["id"] for each in one.told.get("unscored", ())]
         if left_out:

@@ -17,6 +17,7 @@ from luthier.delta.forms import bits
 from luthier.delta.sources import live, tied, untie
 from luthier.errors import LuthierError
 from luthier.export.folder import new_folder
+from luthier.generation.generate import stop_ids
 from luthier.models.classes import auto_class
 from luthier.models.load import ModelSource, load_tokenizer
 from luthier.models.modes import evaluating
@@ -69,7 +70,8 @@ def export_model(
         unmerged = outputs(tune.model, ids) if tune.merged is None and tune.parts.causal else None
         with merged(tune, dtype) as untied:
             after = outputs(tune.model, ids)
-            save(tune.model, tokenizer, beside, texts)
+            with _stopping(tune, tokenizer):
+                save(tune.model, tokenizer, beside, texts)
             check_tokenizer(tokenizer, beside)
             difference = _check_model(tune, beside, ids, after)
             written = dtype_of(tune.model)
@@ -152,6 +154,22 @@ def divergence(left: Sequence[Tensor], right: Sequence[Tensor]) -> float:
         total += float((log_p.exp() * (log_p - log_q)).sum())
         count += len(one)
     return total / count
+
+
+@contextmanager
+def _stopping(tune: Tune, tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
+    """Let the model's own settings end an answer where it learned to: a chat template may do so with another token than they know."""
+    settings: Any = getattr(tune.model, "generation_config", None)
+    ends = list(stop_ids(tune, tokenizer)) if settings is not None and tune.parts.causal else []
+    before = settings.eos_token_id if ends else None
+    if set(ends) == set(before if isinstance(before, list) else [before]) - {None}:
+        yield
+        return
+    settings.eos_token_id = ends
+    try:
+        yield
+    finally:
+        settings.eos_token_id = before
 
 
 def save(model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path, texts: Mapping[str, str] | None = None) -> None:

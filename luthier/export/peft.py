@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from luthier.delta import Delta
 from luthier.delta.forms import LowRank, combine
 from luthier.errors import LuthierError, nearest
+from luthier.export import peft_parameters
 from luthier.export.folder import new_folder
 from luthier.export.model import check_tokenizer, dtype_of, write_texts
 from luthier.export.peft_adapter import CONFIG, PREFIX, TENSORS, Adapter, write_adapter
@@ -31,11 +32,12 @@ from luthier.models.fingerprint import fingerprint as fingerprint_of
 from luthier.models.load import ModelSource
 from luthier.models.quiet import quiet
 from luthier.tune import Tune
+from luthier.tune.each import of_expert
 from luthier.tune.sites import Addition
 
 _REFUSED = (
     "alora_invocation_tokens", "arrow_config", "kasa_config", "layer_replication", "lora_bias", "modules_to_save",
-    "monteclora_config", "target_parameters", "trainable_token_indices", "use_bdlora", "use_dora", "use_qalora",
+    "monteclora_config", "trainable_token_indices", "use_bdlora", "use_dora", "use_qalora",
     "velora_config",
 )  # fmt: skip
 """Options of PEFT that make an adapter more, or other, than `scale * B @ A`."""
@@ -43,7 +45,8 @@ _STARTS_CHANGING_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 class Factors(NamedTuple):
-    """The adapter of one module: the change of its weight is `scale * up @ down`."""
+    """The adapter of one parameter: the change of a weight is `scale * up @ down`, that of a stack of E experts' matrices has a pair of
+    factors for each, down [E, R, I] and up [E, O, R]."""
 
     down_RI: Tensor
     up_OR: Tensor
@@ -52,7 +55,7 @@ class Factors(NamedTuple):
     @property
     def rank(self) -> int:
         """Rows of `down`."""
-        return len(self.down_RI)
+        return self.down_RI.shape[-2]
 
 
 def export_peft(
@@ -136,7 +139,7 @@ def load_peft(folder: str | Path, tune: Tune, *, force: bool = False) -> WeightD
 
     Where the adapter has nothing for a place of the roles it reaches, the delta has rank 0. An adapter of a fused
     projection is cut into the parts luthier knows, which share the values of `lora_A` at the start and train on their
-    own.
+    own. One of `target_parameters` reaches routers and each expert of a stack.
 
     Args:
         folder: with adapter_config.json and adapter_model.safetensors.
@@ -152,17 +155,17 @@ def load_peft(folder: str | Path, tune: Tune, *, force: bool = False) -> WeightD
     tensors, metadata = _read_tensors(path)
     if not force:
         _check_base(tune, metadata.get("base_fingerprint"), config.get("base_model_name_or_path"), path)
-    modules = _factors(_without_base(tensors, tune, path), config, path)
-    places = {module: _places(tune, module, factors, path) for module, factors in modules.items()}
-    scale = next(iter(modules.values())).scale
+    held = _factors(_without_base(tensors, tune, path), config, tune, path)
+    places = {parameter: _places(tune, parameter, factors, path) for parameter, factors in held.items()}
+    scale = next(iter(held.values())).scale
 
     def start(place: Place, weight_OI: Tensor, services: Services) -> Tensors:
         width_out, width_in = weight_OI.shape
-        if place.module not in modules:
+        if place.parameter not in held:
             return {"down": torch.zeros(0, width_in), "up": torch.zeros(width_out, 0)}
-        factors = modules[place.module]
-        up_OR = factors.up_OR[place.start : place.stop]
-        return {"down": factors.down_RI, "up": up_OR if factors.scale == scale else up_OR * (factors.scale / scale)}
+        factors = held[place.parameter]
+        down_RI, up_OR = of_expert(factors.down_RI, services), of_expert(factors.up_OR, services)[place.start : place.stop]
+        return {"down": down_RI, "up": up_OR if factors.scale == scale else up_OR * (factors.scale / scale)}
 
     roles = tuple(dict.fromkeys(place.role for found in places.values() for place in found))
     # Its factors come from `start`, so the rank only serves to scale by alpha itself.
@@ -192,7 +195,7 @@ def parted(delta: Delta, parts: Parts) -> tuple[Delta, WeightDelta | None]:
         form = low.get((place.parameter, place.start, place.stop))
         if form is None:
             return {"down": weight_OI.new_zeros(0, weight_OI.shape[1]), "up": weight_OI.new_zeros(len(weight_OI), 0)}
-        return {"down": form.down_RI, "up": form.scale * form.up_OR}
+        return {"down": of_expert(form.down_RI, services), "up": form.scale * of_expert(form.up_OR, services)}
 
     roles = tuple(dict.fromkeys(place.role for place in places))
     return rest, lora(rank=1, alpha=1.0)._replace(start=start, target_modules=roles)
@@ -225,49 +228,60 @@ def _factors_at(one: Addition) -> Factors:
     return Factors(tensors[down], tensors[up], one.value.scale)
 
 
-def _by_module(tune: Tune) -> dict[str, Factors]:
-    """One pair of factors for each module that has any."""
-    groups: dict[str, list[tuple[Place, Factors]]] = {}
+def _by_parameter(tune: Tune) -> dict[Place, Factors]:
+    """One pair of factors for each whole parameter that has any."""
+    groups: dict[Place, list[tuple[Place, Factors]]] = {}
     for one in tune.additions:
         assert one.place is not None
         factors = _factors_at(one)
         if factors.rank:
-            groups.setdefault(one.place.module, []).append((one.place, factors))
+            groups.setdefault(one.place._replace(role="", start=None, stop=None), []).append((one.place, factors))
     if not groups:
         raise LuthierError("nothing low-rank stands beside the weights", where="export_peft", fix="export the model")
-    return {module: _joined(tune, group) for module, group in groups.items()}
+    return {place: _joined(tune, group) for place, group in groups.items()}
 
 
 def _joined(tune: Tune, group: Sequence[tuple[Place, Factors]]) -> Factors:
-    """The factors of all deltas at one module side by side, each reaching its own outputs."""
+    """The factors of all deltas at one parameter side by side, each reaching its own outputs."""
     downs, ups = [], []
     scale = group[0][1].scale
     for place, factors in group:
-        outputs = tune.region(place._replace(start=None, stop=None)).shape[0]
-        wide_OR = factors.up_OR.new_zeros(outputs, factors.rank)
-        wide_OR[place.start : place.stop] = factors.up_OR if factors.scale == scale else factors.up_OR * (factors.scale / scale)
+        outputs = tune.region(place._replace(start=None, stop=None)).shape[-2]
+        wide_OR = factors.up_OR.new_zeros(*factors.up_OR.shape[:-2], outputs, factors.rank)
+        wide_OR[..., place.start : place.stop, :] = (
+            factors.up_OR if factors.scale == scale else factors.up_OR * (factors.scale / scale)
+        )
         downs.append(factors.down_RI)
         ups.append(wide_OR)
-    return Factors(torch.cat(downs), torch.cat(ups, dim=1), scale)
+    return Factors(torch.cat(downs, dim=-2), torch.cat(ups, dim=-1), scale)
 
 
 def _low_rank(tune: Tune) -> Adapter:
     """Low-rank deltas, as LORA."""
-    modules = _by_module(tune)
+    held = _by_parameter(tune)
     tensors: dict[str, Tensor] = {}
-    for module, factors in modules.items():
-        tensors[f"{PREFIX}{module}.lora_A.weight"] = factors.down_RI
-        tensors[f"{PREFIX}{module}.lora_B.weight"] = factors.up_OR
-    ranks = Counter(factors.rank for factors in modules.values())
-    return Adapter(_config(tune, modules), tensors, {"modules": len(modules), "ranks": dict(sorted(ranks.items()))})
+    wrapped = {place: peft_parameters.is_wrapped(tune.model, place) for place in held}
+    for place, factors in held.items():
+        name, down, up = f"{PREFIX}{place.module}", factors.down_RI, factors.up_OR
+        if wrapped[place]:
+            others = [one.tensor for one in held if one.module == place.module]
+            name += peft_parameters.nested(tune.model, place, others)
+            down, up = peft_parameters.flat(tune.model, place, down, up)
+        tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"] = down, up
+    ranks = Counter(factors.rank for factors in held.values())
+    named = {place.parameter if wrapped[place] else place.module: factors for place, factors in held.items()}
+    parameters = [place.parameter for place in held if wrapped[place]]
+    config = _config(tune, named, parameters)
+    return Adapter(config, tensors, {"modules": len({place.module for place in held}), "ranks": dict(sorted(ranks.items()))})
 
 
-def _config(tune: Tune, modules: Mapping[str, Factors]) -> dict[str, Any]:
-    rank = Counter(factors.rank for factors in modules.values()).most_common(1)[0][0]
-    alpha = Counter(factors.scale * factors.rank for factors in modules.values()).most_common(1)[0][0]
+def _config(tune: Tune, named: Mapping[str, Factors], parameters: Sequence[str]) -> dict[str, Any]:
+    rank = Counter(factors.rank for factors in named.values()).most_common(1)[0][0]
+    alpha = Counter(factors.scale * factors.rank for factors in named.values()).most_common(1)[0][0]
     # PEFT reads the names in these two as regular expressions.
-    ranks = {re.escape(name): factors.rank for name, factors in modules.items() if factors.rank != rank}
-    alphas = {name: factors.scale * factors.rank for name, factors in modules.items()}
+    ranks = {re.escape(name): factors.rank for name, factors in named.items() if factors.rank != rank}
+    alphas = {name: factors.scale * factors.rank for name, factors in named.items()}
+    modules = [name for name in named if name not in parameters]
     return {
         "peft_type": "LORA",
         "r": rank,
@@ -278,7 +292,8 @@ def _config(tune: Tune, modules: Mapping[str, Factors]) -> dict[str, Any]:
         "lora_dropout": 0.0,
         "bias": "none",
         "fan_in_fan_out": any(name in tune.parts.transposed for name in modules),
-        "target_modules": list(modules),
+        "target_modules": modules,
+        **({"target_parameters": list(parameters)} if parameters else {}),
     }
 
 
@@ -356,8 +371,8 @@ def _without_base(tensors: Mapping[str, Tensor], tune: Tune, folder: Path) -> di
     return factors
 
 
-def _factors(tensors: Mapping[str, Tensor], config: Mapping[str, Any], folder: Path) -> dict[str, Factors]:
-    """The factors of every module of an adapter, with PEFT's scale."""
+def _factors(tensors: Mapping[str, Tensor], config: Mapping[str, Any], tune: Tune, folder: Path) -> dict[str, Factors]:
+    """The factors of every parameter that an adapter changes, by name, with PEFT's scale."""
     known = re.compile(rf"{re.escape(PREFIX)}(.+)\.lora_([AB])\.weight")
     found: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
@@ -369,9 +384,17 @@ def _factors(tensors: Mapping[str, Tensor], config: Mapping[str, Any], folder: P
     if broken or not found:
         where = broken[0] if broken else str(folder)
         raise LuthierError("the adapter lacks a factor, or it is no matrix", where=where, fix="copy the adapter again")
-    return {
-        module: Factors(pair["A"], pair["B"], _scale(module, pair["A"].shape[0], config, folder)) for module, pair in found.items()
-    }
+    targets = config.get("target_parameters") or ()
+    factors: dict[str, Factors] = {}
+    for name, pair in found.items():
+        place = peft_parameters.place_of(tune.model, tune.parts, name, targets)
+        if place is None:
+            scale = _scale(name, pair["A"].shape[0], config, folder)
+            factors[f"{name}.weight"] = Factors(pair["A"], pair["B"], scale)
+        else:
+            down, up = peft_parameters.stacked(tune.model, place, pair["A"], pair["B"], folder)
+            factors[place.parameter] = Factors(down, up, _scale(place.parameter, down.shape[-2], config, folder))
+    return factors
 
 
 def _scale(module: str, rank: int, config: Mapping[str, Any], folder: Path) -> float:
@@ -391,9 +414,10 @@ def _scale(module: str, rank: int, config: Mapping[str, Any], folder: Path) -> f
     return float(alpha / rank**0.5 if config.get("use_rslora") else alpha / rank)
 
 
-def _places(tune: Tune, module: str, factors: Factors, folder: Path) -> list[Place]:
-    """Where an adapter's module is in the model."""
-    places = [place for place in tune.parts.places if place.module == module and place.tensor == "weight"]
+def _places(tune: Tune, parameter: str, factors: Factors, folder: Path) -> list[Place]:
+    """Where a parameter that an adapter changes is in the model."""
+    module = parameter.rpartition(".")[0]
+    places = [place for place in tune.parts.places if place.parameter == parameter]
     if not places and module in tune.parts.ties and module == tune.parts.head:
         places = [Place(module, "weight", "head", None)]
     if not places:
@@ -403,7 +427,8 @@ def _places(tune: Tune, module: str, factors: Factors, folder: Path) -> list[Pla
             fix=nearest(module, {place.module for place in tune.parts.places}) or "load the adapter's base",
         )
     shape = tune.region(places[0]._replace(start=None, stop=None)).shape
-    if (*factors.up_OR.shape, *factors.down_RI.shape) != (shape[0], factors.rank, factors.rank, shape[-1]):
+    experts, (outputs, inputs) = shape[:-2], shape[-2:]
+    if (*factors.up_OR.shape, *factors.down_RI.shape) != (*experts, outputs, factors.rank, *experts, factors.rank, inputs):
         found = f"{tuple(factors.up_OR.shape)} and {tuple(factors.down_RI.shape)}"
         raise LuthierError(
             f"factors of shape {found} do not fit a weight of shape {tuple(shape)}",

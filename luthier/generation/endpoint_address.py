@@ -65,7 +65,7 @@ def key_variable(url: str, shown: str, named: str | None) -> str | None:
         raise LuthierError(what, where=shown, fix=fix)
     parts = urlsplit(url)
     host = (parts.hostname or "").lower()
-    here = _is_here(host)
+    here = is_here(host)
     if named is None:
         trusted = here or (parts.scheme == "https" and (host == "openai.com" or host.endswith(".openai.com")))
         return DEFAULT_KEY if trusted and os.environ.get(DEFAULT_KEY) else None
@@ -78,7 +78,8 @@ def key_variable(url: str, shown: str, named: str | None) -> str | None:
     return named
 
 
-def _is_here(host: str) -> bool:
+def is_here(host: str) -> bool:
+    """Whether a host's name or number is that of this machine alone."""
     if host == "localhost" or host.endswith(".localhost"):
         return True
     try:

@@ -6,6 +6,7 @@ as soon as they end, and draws by row, so that an answer does not depend on whic
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
@@ -27,6 +28,8 @@ BATCH_TOKENS = 8192
 
 Choose = Callable[[Tensor, Tensor, int], Tensor]
 """Logits [B, V], the rows' numbers [B] and the step, to tokens [B]."""
+Hear = Callable[[int, Sequence[int]], bool]
+"""A prompt's place and the ids of its answer so far, to whether the answer goes on."""
 
 
 def generate(
@@ -39,7 +42,10 @@ def generate(
     top_p: float = 1.0,
     seed: int = 0,
     numbers: Sequence[int] | None = None,
+    until: Sequence[str] = (),
+    ends: Sequence[int] | None = None,
     batch_tokens: int = BATCH_TOKENS,
+    hear: Hear | None = None,
 ) -> list[str]:
     """Answer prompts, in their order, as texts without special tokens.
 
@@ -52,7 +58,10 @@ def generate(
         top_p: draw only among the most likely tokens that together have this probability (Holtzman et al., 2020).
         seed: of the draws; a prompt's draws depend on it, on the prompt's number and on nothing else.
         numbers: one for each prompt, such as `luthier.draws.seed_of` makes of names; None: its place in `prompts`.
+        until: texts that end an answer, which is cut before the first of them.
+        ends: ids that end an answer; None: `stop_ids`.
         batch_tokens: the most tokens of one batch, with padding and answers.
+        hear: told of each answer after each of its tokens; it may end the answer there.
 
     Raises:
         LuthierError: a prompt is empty, an option is out of range, or a prompt and its answer exceed the context; or
@@ -60,18 +69,55 @@ def generate(
     """
     _check(tune, tokenizer, prompts, max_new_tokens, temperature, top_p)
     choose = _greedy if temperature == 0 else _nucleus(temperature, top_p, seed)
-    ends = torch.tensor(stop_ids(tune, tokenizer))
+    ends_E = torch.tensor(stop_ids(tune, tokenizer) if ends is None else list(ends), dtype=torch.int64)
+    stops = _stops(tokenizer, [text for text in until if text])
     number_P = torch.arange(len(prompts)) if numbers is None else torch.tensor(numbers, dtype=torch.int64)
     answers: dict[int, list[int]] = {}
     with evaluating(tune.model):
         for chosen in _batches([len(prompt) for prompt in prompts], max_new_tokens, batch_tokens):
             asked = [prompts[index] for index in chosen]
-            decoded = _decode(tune, asked, number_P[chosen], ends, max_new_tokens, choose)
+            heard = _heard(hear, stops, chosen)
+            decoded = _decode(tune, asked, number_P[chosen], ends_E, max_new_tokens, choose, heard)
             answers.update(zip(chosen, decoded, strict=True))
-    return [
-        str(tokenizer.decode(answers[index], skip_special_tokens=True, clean_up_tokenization_spaces=False))
-        for index in range(len(prompts))
-    ]
+    return [_cut(text_of(tokenizer, answers[index]), until) for index in range(len(prompts))]
+
+
+def text_of(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    """An answer's ids as text without special tokens."""
+    return str(tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+
+def _cut(text: str, until: Sequence[str]) -> str:
+    """What stands before the first of some texts."""
+    for one in until:
+        text = text.split(one)[0] if one else text
+    return text
+
+
+def _stops(tokenizer: PreTrainedTokenizerBase, until: Sequence[str]) -> Callable[[Sequence[int]], bool] | None:
+    """Whether the newest tokens of an answer end it; None where no text does."""
+    if not until:
+        return None
+    # A character takes four tokens at most, those of its bytes; the last token may go beyond the text.
+    window = 4 * max(map(len, until)) + 1
+
+    def stops(ids: Sequence[int]) -> bool:
+        newest = tokenizer.decode(list(ids[-window:]), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return any(text in newest for text in until)
+
+    return stops
+
+
+def _heard(hear: Hear | None, stops: Callable[[Sequence[int]], bool] | None, chosen: Sequence[int]) -> Hear | None:
+    """What is asked after each token of a batch's answers, whose prompts have these numbers: whether the answer goes on."""
+    if hear is None and stops is None:
+        return None
+
+    def heard(row: int, ids: Sequence[int]) -> bool:
+        goes_on = hear is None or hear(chosen[row], ids)
+        return goes_on and (stops is None or not stops(ids))
+
+    return heard
 
 
 def stop_ids(tune: Tune, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
@@ -135,7 +181,13 @@ def _batches(lengths: Sequence[int], new: int, batch_tokens: int) -> list[list[i
 
 
 def _decode(
-    tune: Tune, prompts: Sequence[Sequence[int]], number_B: Tensor, ends: Tensor, new: int, choose: Choose
+    tune: Tune,
+    prompts: Sequence[Sequence[int]],
+    number_B: Tensor,
+    ends: Tensor,
+    new: int,
+    choose: Choose,
+    hear: Hear | None,
 ) -> list[list[int]]:
     """The new ids of each prompt, up to where it ends."""
     device = next(tune.model.parameters()).device
@@ -143,7 +195,7 @@ def _decode(
     ids_BT, attend_BT, ends, number_B = (one.to(device) for one in (ids_BT, attend_BT, ends, number_B))
     model, head = cast(PreTrainedModel, tune.model), head_of(tune.model, tune.parts)
     backbone: Any = tune.model.get_submodule(tune.parts.backbone)
-    cache = DynamicCache(config=model.config)
+    cache = DynamicCache(config=model.config) if _keeps_states(model, backbone) else None
     answers: list[list[int]] = [[] for _ in prompts]
     alive_B = torch.arange(len(prompts), device=device)
     position_BT = (attend_BT.cumsum(-1) - 1).clamp(min=0)
@@ -152,26 +204,40 @@ def _decode(
             input_ids=ids_BT,
             attention_mask=attend_BT.long(),
             position_ids=position_BT,
-            past_key_values=cache,
-            use_cache=True,
+            **({"use_cache": False} if cache is None else {"past_key_values": cache, "use_cache": True}),
         )
         logits_BV = head(output.last_hidden_state[:, -1])
         if not logits_BV.amax(-1).isfinite().all():
             raise LuthierError("the model gives numbers that are not finite", fix="lower the learning rate, or use precision fp32")
         token_B = choose(logits_BV, number_B[alive_B], step)
-        goes_on_B = ~torch.isin(token_B, ends)
-        for row, token, goes_on in zip(alive_B.tolist(), token_B.tolist(), goes_on_B.tolist(), strict=True):
-            if goes_on:
+        goes_on = (~torch.isin(token_B, ends)).tolist()
+        for place, (row, token) in enumerate(zip(alive_B.tolist(), token_B.tolist(), strict=True)):
+            if goes_on[place]:
                 answers[row].append(token)
-        if not goes_on_B.all():
-            kept = goes_on_B.nonzero()[:, 0]
+                goes_on[place] = hear is None or hear(row, answers[row])
+        if not all(goes_on):
+            kept = torch.tensor([place for place, one in enumerate(goes_on) if one], dtype=torch.int64, device=device)
             if not len(kept):
                 break
-            cache.batch_select_indices(kept)
-            alive_B, token_B, attend_BT, position_BT = (one[kept] for one in (alive_B, token_B, attend_BT, position_BT))
-        ids_BT, position_BT = token_B[:, None], position_BT[:, -1:] + 1
+            if cache is not None:
+                # Recurrent states know no other way to leave rows out.
+                cache.reorder_cache(kept)  # type: ignore[arg-type]
+            alive_B, token_B, ids_BT = alive_B[kept], token_B[kept], ids_BT[kept]
+            attend_BT, position_BT = attend_BT[kept], position_BT[kept]
+        next_B1, place_B1 = token_B[:, None], position_BT[:, -1:] + 1
+        ids_BT = next_B1 if cache is not None else torch.cat([ids_BT, next_B1], dim=1)
+        position_BT = place_B1 if cache is not None else torch.cat([position_BT, place_B1], dim=1)
         attend_BT = torch.cat([attend_BT, attend_BT.new_ones(len(attend_BT), 1)], dim=1)
     return answers
+
+
+def _keeps_states(model: Any, backbone: Any) -> bool:
+    """Whether a model goes on from what it kept of the tokens before, in the usual form; else it reads all of them for each new one.
+
+    One that keeps states of its own kind (Mamba 2) takes the usual form without a word, and forgets all before the last token.
+    """
+    usual = "past_key_values" in inspect.signature(backbone.forward).parameters
+    return usual and bool(model._supports_default_dynamic_cache())
 
 
 def _padded(prompts: Sequence[Sequence[int]], virtual: int) -> tuple[Tensor, Tensor]:

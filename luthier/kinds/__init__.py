@@ -16,7 +16,7 @@ recipe is told before torch is loaded.
 from __future__ import annotations
 
 from luthier.kinds.base import Batch, Form, Now, Services, State, Tensors, TrainedLike, sides_of
-from luthier.kinds.columns import BASE, TEACHER, Chunk, Column, Disturbed, Likeliest, OtherPass, StepTable, View
+from luthier.kinds.columns import BASE, TEACHER, Chunk, Column, Disturbed, Likeliest, OtherPass, Routed, StepTable, View
 from luthier.kinds.objective import (
     Annotation,
     Combine,
@@ -84,6 +84,7 @@ __all__ = [
     "Refresh",
     "RepresentationEdit",
     "Resize",
+    "Routed",
     "RowLikelihood",
     "RowMap",
     "RowScore",

@@ -198,6 +198,8 @@ class Services(Protocol):
     parts: Parts
     slot: str
     """The technique's own name in this run, which its trained tensors carry."""
+    expert: int | None
+    """While a delta starts at a stack of experts' matrices: the matrix, from 0, at which it starts; else None."""
 
     def rng(self, key: str) -> torch.Generator:
         """A generator for this seed, stage and key; the same at every call, so that resuming needs no saved state."""

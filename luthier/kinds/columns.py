@@ -152,6 +152,15 @@ def at_targets(batch: Batch, name: str, row_N: Tensor, position_N: Tensor) -> Te
     return torch.zeros((0, 1) if name in TEACHER[:2] else 0, device=row_N.device)
 
 
+class Routed(NamedTuple):
+    """What one router of a mixture of experts made of a batch's tokens. What stands at padding means nothing."""
+
+    logits_BTE: Tensor
+    """In fp32 or wider, with their graph."""
+    chosen_BTE: Tensor
+    """1 at the experts that a token was sent to, 0 at all others."""
+
+
 class View:
     """The labelled positions of one micro-batch: columns by name (`view["nll"]`, shape [N]) and where each belongs.
 
@@ -185,6 +194,8 @@ class View:
         """What the run's head says of each row, [B, K], where it has one."""
         self.other_hidden: Mapping[str, Tensor] = {}
         """Last hidden states [B, T, D] of the other passes that a term asks for, by name, without a graph unless the pass has one."""
+        self.routed: tuple[Routed, ...] = ()
+        """What each router said of the tokens, in the order of the blocks, where a term asks for it."""
         self.reference_B: Tensor | None = None
         """In a loss of the whole step that asks for it: the log-likelihood of each row under the reference, without a gradient."""
 
@@ -210,6 +221,7 @@ class View:
             state=state,
         )
         view.notes, view.head_output_BK, view.other_hidden = self.notes, self.head_output_BK, self.other_hidden
+        view.routed = self.routed
         return view
 
     @property
@@ -244,6 +256,7 @@ class View:
             state=self.state,
         )
         view.notes, view.head_output_BK, view.other_hidden = self.notes, self.head_output_BK, self.other_hidden
+        view.routed = self.routed
         return view
 
     def sum_rows(self, value_N: Tensor) -> Tensor:

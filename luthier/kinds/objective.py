@@ -85,6 +85,8 @@ class LossTerm(NamedTuple):
     weight: float = 1.0
     hidden: bool = False
     """Ask for `view.hidden_BTD`."""
+    routers: bool = False
+    """Ask for `view.routed`, which models with experts alone have."""
     others: tuple[OtherPass, ...] = ()
     """Other passes of which it asks for the last hidden states, `view.other_hidden[name]`."""
     rate: float = 1.0
@@ -263,6 +265,10 @@ class StepLoss(NamedTuple):
     reference: bool = False
     weight: float = 1.0
     check: Callable[[Batch], None] | None = None
+    routers: bool = False
+    """As a LossTerm's."""
+    penalty: bool = False
+    """As a LossTerm's."""
 
 
 class Written(NamedTuple):

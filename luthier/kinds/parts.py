@@ -159,7 +159,7 @@ class Parts:
     causal: bool
     """Whether the model predicts next tokens."""
     transposed: frozenset[str]
-    """Modules whose weight is stored [in, out] instead of [out, in] (GPT-2's Conv1D)."""
+    """Modules whose weight is stored [in, out] instead of [out, in] (GPT-2's Conv1D), or a stack of them [E, in, out] (gpt-oss)."""
     output_width: int = 0
     """Width of the last hidden states, which some OPT narrow again."""
     layer: tuple[str, ...] = ()
@@ -167,6 +167,8 @@ class Parts:
     `relu` or `gelu`, and maybe a `norm`; empty where that is not known."""
     initial_deviation: float | None = None
     """The standard deviation with which this model's matrices began, by its own configuration; None where that does not say."""
+    added: tuple[int, ...] = ()
+    """Ids of the tokens that were added for this run, whose rows train."""
     other_heads: Mapping[int, Heads] = field(default_factory=dict)
     """Blocks whose attention is cut into heads otherwise than that of the first (Gemma 4)."""
 
@@ -294,13 +296,16 @@ class Parts:
         return model.get_parameter(place.parameter)
 
     def view(self, model: nn.Module, place: Place) -> Tensor:
-        """The place's own numbers, sharing memory with the parameter: a matrix as [out, in], a bias as [out].
+        """The place's own numbers, sharing memory with the parameter: a matrix as [out, in], a stack of E experts' matrices as
+        [E, out, in], a bias as [out].
 
         A transposed weight is turned, so that rows are always outputs. Gradients flow through the view.
         """
-        tensor = self.parameter(model, place)
-        turned = tensor.T if place.module in self.transposed and tensor.dim() == 2 else tensor
-        return turned[place.start : place.stop]
+        return self.outputs(place, self.parameter(model, place))
+
+    def outputs(self, place: Place, values: Tensor) -> Tensor:
+        """The part of a parameter's values, as it is stored, that is a place: a view whose rows are outputs."""
+        return outputs_first(values, place, self.transposed)[place.start : place.stop]
 
     def unknown(self) -> list[str]:
         """What the map holds without knowing more of it, and what text does not reach: a sentence each."""
@@ -336,6 +341,18 @@ class Parts:
         ]
         ties = [f"  {name} is tied to {target}" for name, target in self.ties.items()]
         return "\n".join([shape, *lines, *ties])
+
+
+def outputs_first(values: Tensor, place: Place, transposed: frozenset[str]) -> Tensor:
+    """A parameter's values with outputs before inputs, however they are stored: a view.
+
+    Args:
+        values: a matrix, a stack of matrices, or a bias or vector, which stays as it is.
+        place: whose parameter it is.
+        transposed: modules that store inputs before outputs.
+    """
+    turned = place.module in transposed and values.ndim > 1 and not place.tensor.endswith("bias")
+    return values.mT if turned else values
 
 
 def common_module(first: str, second: str) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -29,7 +28,7 @@ def workers(count: int) -> Iterator[RunAll]:
     with _environment(_ENVIRONMENT), ProcessPoolExecutor(count, get_context("spawn"), _begin) as pool:
 
         def submit(do: Do, jobs: Iterable[Job]) -> set[Future[LuthierError | None]]:
-            with without_interrupts():
+            with machine.without_interrupts():
                 return {pool.submit(do, job) for job in jobs}
 
         def run_all(do: Do, jobs: Sequence[Job]) -> Iterator[LuthierError | None]:
@@ -67,20 +66,6 @@ def _begin() -> None:
     torch.set_num_threads(1)
     machine.end_with_parent()
     machine.keep_what_stands()
-
-
-@contextmanager
-def without_interrupts() -> Iterator[None]:
-    """Holds interrupts back inside the block, and from the processes that begin in it for as long as they live.
-
-    An interrupt reaches every process of a terminal; the one that began the others ends them. Training sets a handler of its own, so
-    that processes which merely ignored interrupts would hear them again.
-    """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from luthier.models.parts import map_parts
 from luthier.models.quantized import quantize as quantize_blocks
 from luthier.models.quiet import quiet
 from luthier.models.tiny import ARCHITECTURES, tiny, tiny_kind, tiny_tokenizer
+from luthier.models.tokens import extend, extend_tokenizer, ids_of
 from luthier.models.weights import load_weights
 from luthier.models.wheel import WheelUnavailableError, unpack_wheel, unpacked, wheel_folder
 
@@ -50,6 +51,10 @@ class ModelSource:
     """The name of these very weights on the Hugging Face hub; empty where they come from elsewhere."""
     revision: str | None = None
     """The commit there."""
+    add_tokens: tuple[str, ...] = ()
+    """Tokens that tokenizer and model get on top, in order."""
+    chat_template: str | None = None
+    """The only template of its tokenizer; None: those that it has."""
 
 
 def resolve(name: str, *, revision: str | None = None, trust_remote_code: bool = False, say: Say = silent) -> ModelSource:
@@ -118,7 +123,10 @@ def load_model(
     Raises:
         LuthierError: as `resolve`; or weights of the model are missing, which would leave them random.
     """
-    model = _read(_settled(source, revision, trust_remote_code, say), dtype, say)
+    source = _settled(source, revision, trust_remote_code, say)
+    model = _read(source, dtype, say)
+    if source.add_tokens:
+        extend(model, load_tokenizer(replace(source, add_tokens=())), source.add_tokens)
     if quantize != "none":
         quantize_blocks(model, map_parts(model), quantize)
     machine.watch(model)
@@ -151,6 +159,10 @@ def source_reads(source: ModelSource) -> Reads:
     Raises:
         LuthierError: its configuration is damaged.
     """
+    if source.add_tokens:
+        reads = source_reads(replace(source, add_tokens=()))
+        known = 1 + max(ids_of(load_tokenizer(source), source.add_tokens))
+        return reads._replace(vocabulary=None if reads.vocabulary is None else max(reads.vocabulary, known))
     if source.path is None:
         return reads_of(tiny(source.name.removeprefix(_TINY)).config)
     where: dict[str, Any] = {"gguf_file": source.path.name} if source.path.is_file() else {}
@@ -169,12 +181,21 @@ def load_tokenizer(
     revision: str | None = None,
     say: Say = silent,
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer of a source or a name. No token is ever added: a missing padding token is the batch's business.
+    """The tokenizer of a source or a name, with the tokens and the chat template that the source adds. No other token is ever added: a
+    missing padding token is the batch's business.
 
     Raises:
-        LuthierError: as `resolve`; or the tokenizer beside the model is not there or damaged.
+        LuthierError: as `resolve`; the tokenizer beside the model is not there or damaged, or has a token already that is to be added.
     """
     source = _settled(source, revision, trust_remote_code, say)
+    if source.chat_template is not None:
+        templated = load_tokenizer(replace(source, chat_template=None))
+        templated.chat_template = source.chat_template
+        return templated
+    if source.add_tokens:
+        extended = load_tokenizer(replace(source, add_tokens=()))
+        extend_tokenizer(extended, source.add_tokens)
+        return extended
     if source.path is None:
         return tiny_tokenizer()
     if source.path.is_file():

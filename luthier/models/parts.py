@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from luthier.errors import LuthierError
 from luthier.kinds import Place
 from luthier.kinds.parts import GROUPS, Heads, Parts, common_module
+from luthier.models.experts import stores_inputs_first
 from luthier.models.quantized import QuantizedLinear, named_weights
 from luthier.models.roles import FUSED_ROWS, GATED_QUERIES, LAYERS, role_in_block, role_outside
 
@@ -220,7 +221,7 @@ def _roles_by_shape(model: nn.Module, names: list[str], width: int, has_mlp: boo
 
 
 def _is_transposed(module: nn.Module) -> bool:
-    return isinstance(module, Conv1D) or (isinstance(module, QuantizedLinear) and module.transposed)
+    return isinstance(module, Conv1D) or (isinstance(module, QuantizedLinear) and module.transposed) or stores_inputs_first(module)
 
 
 def _output_rows(model: nn.Module, place: Place) -> int:

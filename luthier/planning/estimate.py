@@ -258,7 +258,7 @@ def _guess(engine: Engine, parts: Parts, largest: Largest, dtype: torch.dtype, *
         per_token = parts.width * size * parts.blocks + per_token // max(parts.blocks, 1)
     logits = min(largest.targets * parts.vocabulary * size * 2, 2 * LOGIT_BYTES)
     gradients = waiting(engine)
-    activations = _size(engine, largest.batch) * per_token + logits
+    activations = _size(engine, largest.batch) * per_token + logits + engine.tune.room_for_experts
     return Peak(max(activations, gradients), activations, gradients)
 
 

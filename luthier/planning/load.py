@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import date
 from typing import NamedTuple
 
@@ -19,9 +20,10 @@ from luthier.models.fingerprint import fingerprint
 from luthier.models.load import load_tokenizer
 from luthier.models.parts import map_parts
 from luthier.models.sharding import Root, shard
+from luthier.models.tokens import ids_of
 from luthier.recipe import Recipe
 from luthier.results.start import Start, load_start, start_of
-from luthier.rows.template import choose
+from luthier.rows.template import choose_for
 from luthier.training.precision import pick, pick_device
 from luthier.training.world import World
 
@@ -65,9 +67,9 @@ def load(recipe: Recipe, world: World, say: Say, today: date | None = None) -> L
     say(f"loading {start.name} ({start.origin})")
     machine.free_what_is_gone()
     tokenizer = load_tokenizer(start.source)
-    choose(tokenizer, recipe.rows.chat_template, recipe.rows.chat_template_options, world.from_first(today or date.today()))
+    choose_for(tokenizer, recipe.rows, world.from_first(today or date.today()))
     model = load_start(start, dtype, quantize=recipe.quantize)
-    parts = map_parts(model)
+    parts = replace(map_parts(model), added=tuple(ids_of(tokenizer, start.own_tokens)))
     identity = fingerprint(model)
     if parts.causal and parts.head:
         expected = own_logits(model, parts.vocabulary)

@@ -25,7 +25,7 @@ def check_needs(objective: Objective, rows: EncodedRows) -> None:
         LuthierError: as the technique says it, with the place of the first such row.
     """
     of_terms, of_weights = [one.term.check for one in objective.terms], [one.weight.check for one in objective.weights]
-    if rows.sizes.members and not any(one.term.unit == "group" for one in objective.terms):
+    if rows.sizes.members and not any(one.term.unit == "group" and not one.term.penalty for one in objective.terms):
         raise _uncompared(rows)
     of_tokens = [one.slot for one in objective.terms if one.term.columns]
     if objective.head is not None and of_tokens and not rows.supervised_tokens:

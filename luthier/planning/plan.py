@@ -18,9 +18,10 @@ from luthier.evaluate.planned import evaluation_sets
 from luthier.evaluate.sets import EvalSet, check
 from luthier.kinds import Head, Optimizer, Prefix, Prompt, RepresentationEdit
 from luthier.kinds.parts import GROUPS, Parts
+from luthier.models.experts import mixture_of
 from luthier.models.modes import drops
 from luthier.models.quantized import count, described
-from luthier.planning import amounts
+from luthier.planning import amounts, experts, new_tokens
 from luthier.planning.attach import attach
 from luthier.planning.cuts import too_much
 from luthier.planning.estimate import Estimate, estimate
@@ -43,6 +44,7 @@ from luthier.rows.mixture import described_share
 from luthier.rows.shapes import BadRow
 from luthier.rows.sources import read_rows
 from luthier.rows.template import date_of
+from luthier.rows.thinking import described as described_thinking
 from luthier.training.build import check_predicts
 from luthier.training.engine import Engine
 from luthier.training.feed import Feed
@@ -120,6 +122,12 @@ class Plan:
         return count(self.model)
 
     @property
+    def active_parameters(self) -> int:
+        """Those of them that a token passes through: all, but for a mixture's experts to which it is not sent."""
+        mixture = mixture_of(self.model, self.parts)
+        return self.total_parameters if mixture is None else mixture.active
+
+    @property
     def trained_parameters(self) -> int:
         """Parameters that train."""
         return self.engine.tune.numbers()
@@ -132,7 +140,9 @@ class Plan:
         rates = [clock.learning_rate * clock.factor(s) for s in self._moments()]
         lines = [
             f"model         {self.start.name}: {self.parts.architecture}, {self.total_parameters:,} parameters ({self.start.origin})",
+            *(f"{NOTHING_BEFORE}{said}" for said in experts.active(self.model, self.parts)),
             *(f"holds         {said}" for said in described(self.model, self.dtype)),
+            *_listed("tokens", new_tokens.described(self.start, self.parts, self.engine.tune)),
             *_listed("models", [] if self.others is None else self.others.told),
             f"rows          {self._rows()}, {self.rows.tokens:,} tokens, {self.rows.supervised_tokens:,} of them labels"
             + self._losses(),
@@ -141,6 +151,7 @@ class Plan:
         lines += [f"{NOTHING_BEFORE}{said}" for said in (*self.cache, *self.mapped, *map(described_share, self.feed.shares()))]
         lines += _listed("stored", self.numbered.said)
         lines += _listed("chat template", self._template())
+        lines += _listed("reasoning", described_thinking(self.raw, self.recipe.rows.thinking))
         lines += _listed("files", list(self.files))
         lines += _listed("left out", [f"{one.file}: {one.why}" for one in self.left_out])
         lines += [f"{SHORT.get(key, key):<{LABEL}} {_described(parts)}" for key, parts in self.chosen.items() if parts]
@@ -148,6 +159,7 @@ class Plan:
             f"trains        {self.trained_parameters:,} parameters, {share:.2f} % of the model's",
             *self._roles(),
             *_listed("map", self.parts.unknown()),
+            *(f"{NOTHING_BEFORE}{said}" for said in experts.trained(self.engine.tune)),
             *(
                 f"{NOTHING_BEFORE}{slot} adds its deltas times {one.scale:g}"
                 for slot, one, _ in self.engine.tune.weight_deltas
@@ -160,6 +172,7 @@ class Plan:
             + ", ".join(f"{rate:.2g}" for rate in rates)
             + " at 0, 25, 50, 75, 100 %",
             f"evaluates     {', '.join(one.name for one in self.sets) or 'nothing'}, before and after{self._between()}",
+            *_listed("benchmarks", [one.chosen.task.described for one in self.sets if one.chosen.task is not None]),
             *(f"sends         {one.chosen.scoring.sends} ({one.name})" for one in self.sets if one.chosen.scoring.sends),
             *([f"baseline run  {self.control.folder}"] if self.control is not None else []),
             f"memory        about {amounts.memory(self.estimate.total_bytes)} at the peak ({self.estimate.described()})",
@@ -296,6 +309,7 @@ class Plan:
             "recipe_hash": self.recipe.hash(),
             "trained_parameters": self.trained_parameters,
             "total_parameters": self.total_parameters,
+            "active_parameters": self.active_parameters,
             "trained_share": self.trained_parameters / self.total_parameters,
             "rows": len(self.rows.rows),
             "steps": self.clock.steps,

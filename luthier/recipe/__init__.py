@@ -10,6 +10,7 @@ from luthier.recipe.schema import (
     RowsRecipe,
     SourceRecipe,
     TrainRecipe,
+    by_task,
 )
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "SourceRecipe",
     "TrainRecipe",
     "apply_overrides",
+    "by_task",
     "differences",
     "flat",
     "make_recipe",

@@ -12,6 +12,10 @@ SOURCES = ("calibration_source", "validation_source")
 """Options of techniques that name rows."""
 
 
+TEMPLATES = (".jinja", ".jinja2")
+"""How the names of files end that hold a chat template; other names are those of a tokenizer's own."""
+
+
 def with_paths(data: dict[str, Any], folder: Path) -> dict[str, Any]:
     """A recipe's data in which names of files that lie beside the recipe are paths to them."""
 
@@ -32,10 +36,15 @@ def with_paths(data: dict[str, Any], folder: Path) -> dict[str, Any]:
     rows = data.get("rows")
     if isinstance(rows, dict):
         data["rows"] = {**rows, **{key: found(rows[key]) for key in ("train", "validate", "stored") if key in rows}}
+        template = rows.get("chat_template")
+        if isinstance(template, str) and template.endswith(TEMPLATES):
+            data["rows"]["chat_template"] = found(template)
     sets = data.get("evaluate")
     if isinstance(sets, dict):
         data["evaluate"] = {
-            name: {**one, "rows": found(one["rows"])} if isinstance(one, dict) and "rows" in one else one
+            name: {**one, **{key: found(one[key]) for key in ("rows", "include_path") if key in one}}
+            if isinstance(one, dict)
+            else one
             for name, one in sets.items()
         }
     if isinstance(data.get("model"), str):

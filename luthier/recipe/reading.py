@@ -14,7 +14,7 @@ import yaml
 from luthier.errors import LuthierError, explain, nearest
 from luthier.recipe.parts import spelled_out
 from luthier.recipe.paths import with_paths
-from luthier.recipe.schema import EvaluationSet, Recipe, Strict, plain, section_of
+from luthier.recipe.schema import ADD_TOKENS, NO_TASKS, EvaluationSet, Recipe, Strict, plain, section_of, with_model_spread
 from luthier.recipe.yaml_text import parse, read_yaml
 from luthier.registry import KEYS, NOTHING, check_names
 from luthier.registry.foreign import hint
@@ -58,18 +58,24 @@ def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[tuple[
     return [(key, left.get(key), right.get(key)) for key in keys]
 
 
+_OF_THE_MODEL = {"model.name": "model", f"model.{ADD_TOKENS}": ADD_TOKENS}
+"""What stands in `model: {name: ..., add_tokens: ...}`, by the keys that are kept."""
 _FREE = ("micro_batch_tokens", "save_every", "keep_checkpoints")
 """Keys under `train` that change no step."""
 
 
 def _steps(plain: Mapping[str, Any]) -> dict[str, Any]:
     train = {key: value for key, value in (plain.get("train") or {}).items() if key not in _FREE}
-    # Runs from before there were trackers, quantized bases, other models or named templates say nothing of them, and a tracker changes
-    # no step.
-    rows = {"chat_template": None, "chat_template_options": {}, "stored": None, **(plain.get("rows") or {})}
+    # Runs from before there were trackers, quantized bases, other models, new tokens or named templates say nothing of them, and a
+    # tracker changes no step.
+    rows = {"chat_template": None, "chat_template_options": {}, "thinking": "keep", "stored": None, **(plain.get("rows") or {})}
     if isinstance(rows.get("train"), Sequence) and not isinstance(rows["train"], str):
         rows["train"] = [_set_keys(one) if isinstance(one, Mapping) else one for one in rows["train"]]
-    found = {"quantize": "none", "models": {}, **plain, "rows": rows, "train": train, "track": None}
+    found = {"quantize": "none", "models": {}, ADD_TOKENS: [], **plain, "rows": rows, "train": train, "track": None}
+    sets = found.get("evaluate")
+    if isinstance(sets, Mapping):
+        # Nor do runs from before there were tasks say which options of tasks they leave alone.
+        found["evaluate"] = {name: {**NO_TASKS, **one} if isinstance(one, Mapping) else one for name, one in sets.items()}
     return {key: value for key, value in found.items() if key != "techniques"} | _numbered(plain.get("techniques") or {})
 
 
@@ -95,9 +101,10 @@ def flat(plain: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def apply_overrides(data: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     """Set keys from `key=value` words: `tune=lora`, `train.epochs=2`, `tune.lora.rank=16`. Values are YAML."""
-    data = json.loads(json.dumps(data, default=str)) if overrides else data
+    data = with_model_spread(json.loads(json.dumps(data, default=str))) if overrides else data
     for word in overrides:
         key, sign, value = word.partition("=")
+        key = _OF_THE_MODEL.get(key, key)
         *path, last = key.split(".")
         if not sign or not all([*path, last]):
             raise LuthierError(f"`{word}` is not key=value", where="command line", fix="write e.g. train.epochs=2")
@@ -148,7 +155,7 @@ def make_recipe(data: Mapping[str, Any], *, where: str = "recipe", folder: Path 
     Raises:
         LuthierError: an unknown key, with the nearest name, or a wrong type.
     """
-    data = {key: value if key == "name" else with_numbers(value) for key, value in data.items()}
+    data = {key: value if key == "name" else with_numbers(value) for key, value in with_model_spread(data).items()}
     if folder is not None:
         data = with_paths(data, folder)
     try:

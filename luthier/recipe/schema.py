@@ -19,12 +19,14 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validat
 
 from luthier.errors import LuthierError, explain, nearest, refuse_truth
 from luthier.kinds import Combine
-from luthier.registry import fields_under
+from luthier.registry import NOTHING, fields_under
 from luthier.registry.foreign import find, hint
 
 GIVEN_IN_PYTHON = "given in Python>"
 """How plain data ends that stands for a value no file can hold."""
 
+
+ADD_TOKENS = "add_tokens"
 
 VALIDATION = "validation"
 """The evaluation set of rows that are held out of the training rows."""
@@ -64,6 +66,10 @@ def _source_of_rows(value: Any) -> Any:
         if nothing or isinstance(one, bytes) or not isinstance(one, str | Path | Iterable):
             raise ValueError("rows are read from a file, a folder, `hub:name`, or a list of these")
     return value
+
+
+def _rows_or_none(value: Any) -> Any:
+    return value if value is None else _source_of_rows(value)
 
 
 def _of_other_tools(one: Any) -> str:
@@ -174,7 +180,12 @@ class RowsRecipe(Strict):
     )
     format: str | None = Field(None, description="the rows' format, where it cannot be recognized")
     chat_template: str | None = Field(
-        None, min_length=1, description="one of the tokenizer's chat templates, by name; none: its default"
+        None,
+        min_length=1,
+        description="one of the tokenizer's chat templates, by name, a FILE.jinja, or `chatml`; none: its default",
+    )
+    thinking: Literal["keep", "last", "drop"] = Field(
+        "keep", description="reasoning in assistant turns: keep all, that of the last turn alone, or drop it"
     )
     chat_template_options: Mapping[str, Any] = Field(
         default_factory=dict, description="variables of the chat template; `date: YYYY-MM-DD` is also what its clock says"
@@ -258,27 +269,72 @@ class TrainRecipe(Strict):
     patience: int | None = Field(None, ge=1, description="stop after so many evaluations without a better one")
 
 
-class EvaluationSet(Strict):
-    """One set that is measured before and after."""
+_OF_ROWS = ("columns", "max_new_tokens", "combine", "deviations")
+_OF_TASKS = ("num_fewshot", "apply_chat_template", "fewshot_as_multiturn", "gen_kwargs", "include_path")
 
-    rows: Any = Field(description="a file, or rows in Python")
+
+class EvaluationSet(Strict):
+    """One set that is measured before and after: rows, or tasks of the LM Evaluation Harness."""
+
+    rows: Any = Field(None, description="a file, or rows in Python; or else `tasks`")
+    tasks: tuple[str, ...] = Field((), description="tasks of the LM Evaluation Harness, instead of rows, such as [gsm8k, ifeval]")
     columns: Mapping[str, str] | None = Field(
         None, description="by key, the set's own columns; none: those of rows.columns, where the set has all of them"
     )
     metric: Any = Field(
-        None, description="a metric, `{metric: {option: value}}`, or a function in Python; none: chosen by the rows' format"
+        None,
+        description="a metric, `{metric: {option: value}}`, or a function in Python; none: chosen by the rows' format. Of tasks: one of "
+        "their own, such as `exact_match,strict-match`; none: the first that is a mean over items",
     )
     role: Literal["target", "retention"] = Field("target", description="what training should teach, or should leave alone")
     max_new_tokens: int = Field(48, ge=1, description="longest answer generated")
-    limit: int | None = Field(None, ge=1, description="most rows used, from the start")
+    limit: int | None = Field(None, ge=1, description="most rows used, from the start; of tasks: of each")
+    num_fewshot: int | None = Field(None, ge=0, description="of tasks: examples before each question; none: the task's own number")
+    apply_chat_template: bool | None = Field(None, description="of tasks: write prompts with the chat template; none: as text")
+    fewshot_as_multiturn: bool | None = Field(
+        None, description="of tasks with the chat template: each example is a turn of its own, or not; none: it is"
+    )
+    gen_kwargs: Mapping[str, Any] = Field(
+        default_factory=dict, description="of tasks: options of generation over the task's own, such as {max_gen_toks: 512}"
+    )
+    include_path: str | None = Field(None, min_length=1, description="of tasks: a folder with YAML files of more of them")
     combine: Combine | None = Field(None, description="of a reward model's members: how their scores become one; none: mean")
     deviations: float | None = Field(
         None, ge=0, allow_inf_nan=False, description="with mean_minus_deviation: how many deviations are subtracted; none: 1"
     )
 
     _check_columns = field_validator("columns", mode="after")(_named_columns)
-    _check_rows = field_validator("rows", mode="before")(_source_of_rows)
+    _check_rows = field_validator("rows", mode="before")(_rows_or_none)
     _check_metric = field_validator("metric", mode="before")(_metric)
+
+    @model_validator(mode="after")
+    def _check_together(self) -> EvaluationSet:
+        if (self.rows is None) == (not self.tasks):
+            what = "a set has either rows or tasks" + ("" if self.rows is None else ", and this one has both")
+            raise LuthierError(what, where="evaluate", fix="write rows: FILE, or tasks: [NAME] of the LM Evaluation Harness")
+        given = self.model_fields_set
+        lost = [key for key in (_OF_ROWS if self.tasks else _OF_TASKS) if key in given and getattr(self, key) != _default_of(key)]
+        if lost:
+            what = f"`{lost[0]}` is for {'rows' if self.tasks else 'tasks'}, and this set has {'tasks' if self.tasks else 'rows'}"
+            fix = "write gen_kwargs: {max_gen_toks: NUMBER}" if lost[0] == "max_new_tokens" else "leave it out"
+            raise LuthierError(what, where=f"evaluate, {lost[0]}", fix=fix)
+        if self.fewshot_as_multiturn and not self.apply_chat_template:
+            what = "examples are turns of their own only where prompts are written with the chat template"
+            raise LuthierError(what, where="evaluate, fewshot_as_multiturn", fix="add apply_chat_template: true, or leave it out")
+        return self
+
+
+def _default_of(key: str) -> Any:
+    return EvaluationSet.model_fields[key].get_default(call_default_factory=True)
+
+
+def by_task(sets: Mapping[str, EvaluationSet]) -> dict[str, EvaluationSet]:
+    """Evaluation sets, those of several tasks one for each: `NAME/TASK`."""
+    found: dict[str, EvaluationSet] = {}
+    for name, one in sets.items():
+        several = {f"{name}/{task}": one.model_copy(update={"tasks": (task,)}) for task in one.tasks}
+        found |= several if len(several) > 1 else {name: one}
+    return found
 
 
 class Recipe(Strict):
@@ -288,6 +344,9 @@ class Recipe(Strict):
     model: str = Field(min_length=1, description="a hub name, a folder, a GGUF file or a short name")
     revision: str | None = Field(None, description="a revision of a hub model")
     trust_remote_code: bool = Field(False, description="run code that comes with the model")
+    add_tokens: tuple[str, ...] = Field(
+        (), description="texts that become one token each, whose rows train; also `model: {name: MODEL, add_tokens: [...]}`"
+    )
     quantize: Literal["none", "int8", "nf4"] = Field("none", description="hold the frozen matrices of the blocks in 8 or 4 bits")
     models: Mapping[str, str] = Field(
         default_factory=dict, description="other models or runs that techniques ask for, by name, such as `teacher`"
@@ -301,6 +360,26 @@ class Recipe(Strict):
     track: list[str] | str | None = Field(None, description="also show the run in tensorboard, trackio or wandb")
     out: str = Field("runs", min_length=1, description="folder that holds the run folders")
     baseline_run: str | None = Field(None, description="a run to compare this one with, or a recipe: its newest finished run")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _spread_model(cls, data: Any) -> Any:
+        if not isinstance(data, Mapping):
+            return data
+        data = with_model_spread(data)
+        # Rows of new tokens train beside whatever is named, and alone where nothing is.
+        return {"tune": NOTHING, **data} if data.get("add_tokens") else data
+
+    @field_validator("add_tokens", mode="before")
+    @classmethod
+    def _check_tokens(cls, value: Any) -> Any:
+        tokens = [value] if isinstance(value, str) else value
+        if not isinstance(tokens, list | tuple) or not all(isinstance(one, str) and one.strip() for one in tokens):
+            raise ValueError("a list of texts that are to be tokens, such as [<think>, </think>]")
+        twice = [one for one in dict.fromkeys(tokens) if tokens.count(one) > 1]
+        if twice:
+            raise ValueError(f"texts that differ: `{twice[0]}` stands here twice")
+        return tuple(tokens)
 
     @field_validator("models", mode="after")
     @classmethod
@@ -337,7 +416,7 @@ class Recipe(Strict):
     def measured(self) -> dict[str, EvaluationSet]:
         """The sets that a run measures, by name: that of held-out rows first, then those under `evaluate`."""
         own = {} if self.rows.validate is None else {VALIDATION: EvaluationSet(rows=VALIDATION)}
-        return {**own, **self.evaluate}
+        return {**own, **by_task(self.evaluate)}
 
     def as_plain(self) -> dict[str, Any]:
         """The recipe as plain data; parts given in Python appear by name and options."""
@@ -351,6 +430,33 @@ class Recipe(Strict):
     def as_yaml(self) -> str:
         """The whole recipe with all defaults, as YAML."""
         return yaml.safe_dump(self.as_plain(), sort_keys=False, allow_unicode=True, width=100)
+
+
+def with_model_spread(data: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe's data in which `model: {name: ..., add_tokens: ...}` are keys of the recipe, as they are kept.
+
+    Raises:
+        LuthierError: the model has another key, no name, or tokens stand in both places.
+    """
+    model = data.get("model")
+    if not isinstance(model, Mapping):
+        return dict(data)
+    strange = [str(key) for key in model if key not in ("name", ADD_TOKENS)]
+    if strange:
+        fix = (
+            f"write `{strange[0]}` beside `model`"
+            if strange[0] in Recipe.model_fields
+            else nearest(strange[0], ("name", ADD_TOKENS))
+        )
+        raise LuthierError(f"there is no key `{strange[0]}` here", where="model", fix=fix or "a model has `name` and `add_tokens`")
+    if "name" not in model:
+        raise LuthierError("the model has no name", where="model", fix="add `name: MODEL`")
+    if ADD_TOKENS in model and data.get(ADD_TOKENS):
+        raise LuthierError(
+            "tokens are added in two places", where=f"model.{ADD_TOKENS}", fix=f"leave `{ADD_TOKENS}` out of one of them"
+        )
+    rest = {key: value for key, value in data.items() if key != "model"}
+    return {**rest, "model": model["name"], **{key: model[key] for key in (ADD_TOKENS,) if key in model}}
 
 
 def plain(value: Any) -> Any:
@@ -372,6 +478,10 @@ def plain(value: Any) -> Any:
             return f"<{len(value)} rows {GIVEN_IN_PYTHON}"
         return [plain(one) for one in value]
     return f"<{type(value).__name__} {GIVEN_IN_PYTHON}"
+
+
+NO_TASKS: Mapping[str, Any] = {key: plain(_default_of(key)) for key in ("tasks", *_OF_TASKS)}
+"""What a set of rows says of tasks, as plain data."""
 
 
 def section_of(annotation: Any) -> type[Strict] | None:

@@ -63,7 +63,7 @@ class Key(NamedTuple):
 
 
 def _teaches(value: Any) -> bool:
-    return isinstance(value, PairLoss | StepLoss | Head) or (isinstance(value, LossTerm | TokenLoss) and not value.penalty)
+    return isinstance(value, PairLoss | Head) or (isinstance(value, LossTerm | TokenLoss | StepLoss) and not value.penalty)
 
 
 KEYS: Mapping[str, Key] = {

@@ -62,6 +62,11 @@ PURPOSES = (
         ("kl", "asft", "f_divergence", "f_divergence_rows"),
     ),
     Purpose(
+        "Keep all experts of a mixture in use",
+        "Under `objective`, beside a loss; see [Mixtures of experts](experts.md).",
+        ("load_balance",),
+    ),
+    Purpose(
         "Disturb what is read, so that it is learned more robustly",
         "Under `objective`, beside a loss.",
         ("neftune", "noisefit"),

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import PurePath
 from typing import Any, Literal, NamedTuple
 
+from luthier.report.tasks import TaskFacts, settings_of, tasks_of
 from luthier.report.words import (
     NOT_MEASURED,
     between,
@@ -98,6 +99,10 @@ class SetFacts:
     """Of classes, labels or entities; empty for other metrics."""
     confusion: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     """By the right class, how many items were taken for which after training; empty where an item may have several."""
+    tasks: tuple[TaskFacts, ...] = ()
+    """Of the evaluation harness; empty for sets of rows."""
+    settings: str = ""
+    """How tasks were asked."""
 
     @property
     def form(self) -> Callable[[float], str]:
@@ -162,8 +167,9 @@ def _set_facts(name: str, entry: Facts, noise: float | None) -> SetFacts:
     higher = bool(entry.get("higher_is_better", True))
     values = [entry.get("before"), entry.get("after")]
     is_share = are_shares(values, higher)
-    # A judge or a metric of your own may grade answers without an accepted one; where nothing is right or wrong, what changed is shown.
-    graded = higher and bool(entry.get("judge") or entry.get("own"))
+    # A judge, a task or a metric of your own may grade answers without an accepted one; where nothing is right or wrong, what changed
+    # is shown.
+    graded = higher and bool(entry.get("judge") or entry.get("own") or entry.get("benchmark"))
     items = [one for one in entry.get("items") or () if measured(one.get("before_score")) and measured(one.get("after_score"))]
     binary = all(one[key] in (0, 1) for one in items for key in ("before_score", "after_score"))
     samples = tuple(
@@ -195,6 +201,8 @@ def _set_facts(name: str, entry: Facts, noise: float | None) -> SetFacts:
             ClassFacts(name, one["n"], one["before"], one["after"]) for name, one in (entry.get("by_class") or {}).items()
         ),
         confusion=entry.get("confusion") or {},
+        tasks=tasks_of(entry),
+        settings=settings_of(entry),
     )
 
 

@@ -108,9 +108,12 @@ def _environment() -> Environment:
     return environment
 
 
-def clip(text: str, most: int = 2000) -> str:
-    """The start of a long text, with how much is left out."""
-    return text if len(text) <= most else f"{text[:most]} \u2026 ({words.count(len(text) - most)} more characters in run.json)"
+def clip(text: str, most: int = 2000, *, end: bool = False) -> str:
+    """The start of a long text, or its end, with how much is left out. A prompt asks at its end."""
+    if len(text) <= most:
+        return text
+    left_out = f"({words.count(len(text) - most)} more characters in run.json)"
+    return f"{left_out} \u2026 {text[-most:]}" if end else f"{text[:most]} \u2026 {left_out}"
 
 
 def _shown(value: Any) -> Any:

@@ -17,7 +17,6 @@ from luthier.report.words import NOT_MEASURED, clean, count, duration, moment, n
 
 if TYPE_CHECKING:
     from luthier.evaluate.best_of import BestOf
-    from luthier.evaluate.harness import Scores
     from luthier.evaluate.sets import SetResult
 
 MOST_SETS = 4
@@ -100,18 +99,15 @@ def measured(results: Mapping[str, SetResult]) -> Table:
     return table
 
 
-def scored(found: Mapping[str, Scores]) -> Table:
-    """Tasks of the evaluation harness, before and after where both were measured, each with its standard error."""
-    table = _table("task", "metric", *found)
-    for task, metrics in found["after"].items():
-        for name in metrics:
-            scores = [scores[task][name] for scores in found.values()]
-            cells = [
-                number(score.value) if score.stderr is None else f"{number(score.value)} ± {number(score.stderr)}"
-                for score in scores
-            ]
-            table.add_row(plain(task, "bold"), plain(name), *cells)
-    return table
+def compared_sets(metrics: Mapping[str, Any]) -> Group:
+    """Sets measured before and after, as a run's facts hold them, and all values of those that are tasks of the evaluation harness."""
+    sets = sets_of({"metrics": metrics})
+    values = [(task, *value) for one in sets for task in one.tasks for value in task.values]
+    table = _table("task", "all metrics", "before", "after")
+    for task, name, before, after in values:
+        table.add_row(plain(task.name, "bold"), plain(name), _brief(before, number), _brief(after, number))
+    rest: list[RenderableType] = [plain(""), table] if values else []
+    return Group(_set_table(sets), *rest)
 
 
 def best_of(found: BestOf) -> Group:

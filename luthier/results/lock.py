@@ -6,16 +6,21 @@ elsewhere, where the folder is on a shared disk, the file's time tells it: whoev
 
 from __future__ import annotations
 
-import fcntl
+import hashlib
 import json
 import os
 import socket
+import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
+
+import psutil
+from filelock import FileLock
 
 from luthier import disk
 from luthier.errors import LuthierError
@@ -75,12 +80,7 @@ def held(folder: Path) -> Iterator[None]:
 
 
 def _take(folder: Path) -> None:
-    with disk.explained(folder):
-        handle = os.open(folder, os.O_RDONLY)
-    try:
-        # Of two that come at the same time; not every shared disk knows this.
-        with suppress(OSError):
-            fcntl.flock(handle, fcntl.LOCK_EX)
+    with disk.explained(folder), _alone(folder):
         other = holder(folder)
         if other is not None:
             raise LuthierError(
@@ -92,6 +92,24 @@ def _take(folder: Path) -> None:
         with disk.written(folder / FILE) as beside:
             me = Holder(os.getpid(), host, place, _began(os.getpid()))
             beside.write_text(json.dumps(me._asdict()), encoding="utf-8")
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Of two processes that come at the same time, one after the other; not every shared disk knows this."""
+    if sys.platform == "win32":
+        # Folders cannot be opened there, and a lock within one would hinder whoever removes it.
+        name = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
+        with FileLock(Path(tempfile.gettempdir()) / f"luthier-{name}.lock"):
+            yield
+        return
+    import fcntl
+
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
     finally:
         os.close(handle)
 
@@ -114,12 +132,11 @@ def _lives(one: Holder) -> bool:
     if one.began:
         return _began(one.process) == one.began
     try:
-        os.kill(one.process, 0)
-    except PermissionError:
-        return True
-    except OSError:
+        return bool(psutil.Process(one.process).status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
         return False
-    return True
+    except psutil.AccessDenied:
+        return True
 
 
 def _began(process: int) -> str:

@@ -23,7 +23,7 @@ from luthier.recipe import Recipe
 from luthier.registry import Part, values_of
 from luthier.results.folder import Run, read_run
 from luthier.results.start import BESIDE, DELTA, find_start, is_run, kept_recipe, load_base, load_start, recipe_of
-from luthier.rows.template import choose
+from luthier.rows.template import choose_for
 from luthier.training.precision import pick, pick_device
 from luthier.training.services import RunServices
 from luthier.tune import Tune
@@ -120,7 +120,7 @@ def open_base(run: Run, *, say: Say = silent) -> tuple[Tune, PreTrainedTokenizer
 def _tokenizer(source: ModelSource, recipe: Recipe) -> PreTrainedTokenizerBase:
     """The tokenizer, which writes conversations as in the run."""
     tokenizer = load_tokenizer(source)
-    choose(tokenizer, recipe.rows.chat_template, recipe.rows.chat_template_options)
+    choose_for(tokenizer, recipe.rows)
     return tokenizer
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,11 +16,13 @@ from transformers import PreTrainedModel
 from luthier.delta import Delta
 from luthier.delta.sources import in_words
 from luthier.errors import LuthierError, Say, silent
-from luthier.models.load import ModelSource, load_model, resolve
+from luthier.models.load import ModelSource, load_model, load_tokenizer, resolve
 from luthier.models.parts import map_parts
 from luthier.models.quantized import quantize as quantize_blocks
+from luthier.models.tokens import extend
 from luthier.recipe import Recipe, make_recipe
 from luthier.results.folder import FILE, Run, list_runs, read_run
+from luthier.rows.template import KEPT, given_template, is_file
 from luthier.training.precision import TYPES, pick, pick_device
 
 BESIDE = "adapters.safetensors"
@@ -47,6 +51,22 @@ class Start(NamedTuple):
         changes = ", then ".join(f"run {run.folder.name}" for run in self.runs)
         return f"{self.source.name}: {self.source.origin}; then {changes}" if self.runs else self.source.origin
 
+    @property
+    def base_name(self) -> str:
+        """What the weights are called that a change is one of: new rows make another base of a model."""
+        added = ", ".join(self.own_tokens)
+        return f"{self.name} with the tokens {added}" if added else self.name
+
+    @property
+    def own_tokens(self) -> tuple[str, ...]:
+        """Tokens that are added on top of what the runs left."""
+        return self.source.add_tokens[sum(map(len, _tokens_of(self.runs))) :]
+
+
+def _tokens_of(runs: Iterable[Run]) -> list[tuple[str, ...]]:
+    """The tokens that each run added before it learnt."""
+    return [kept_recipe(run).add_tokens for run in runs]
+
 
 def is_run(name: str, out: str) -> bool:
     """Whether a name is that of a run, in the folder `out` or as a folder of its own."""
@@ -63,24 +83,39 @@ def _is_model(name: str) -> bool:
 
 
 def source_of(name: str, out: str, say: Say = silent) -> ModelSource:
-    """The model that was there first, whose tokenizer a model's or a run's is, whatever a run learned.
+    """The model that was there first, with all tokens that were added: its tokenizer is a model's or a run's, whatever a run learned.
 
     Raises:
         LuthierError: there is no such model or run.
     """
     if is_run(name, out) and not _is_model(name):
         recipe = kept_recipe(read_run(name, out))
-        return start_of(recipe, say).source
+        return _with_template(start_of(recipe, say).source, recipe)
     return find_start(name, out, say=say).source
 
 
-def find_start(name: str, out: str, *, revision: str | None = None, trust_remote_code: bool = False, say: Say = silent) -> Start:
+def _with_template(source: ModelSource, recipe: Recipe) -> ModelSource:
+    """A source whose tokenizer has the chat template that a run gave to it, if it gave one: it is part of the run's result."""
+    given = given_template(recipe.rows.chat_template)
+    return source if given is None else replace(source, chat_template=given)
+
+
+def find_start(
+    name: str,
+    out: str,
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    add_tokens: tuple[str, ...] = (),
+    say: Say = silent,
+) -> Start:
     """Where the weights of a model or a run's result come from.
 
     Args:
         name: of a model, or a run's folder or name.
         out: the folder that holds the run folders.
         revision, trust_remote_code: of a model, as in a recipe.
+        add_tokens: what is added to it, beside what the runs themselves added.
         say: hears what is being done.
 
     Raises:
@@ -102,7 +137,12 @@ def find_start(name: str, out: str, *, revision: str | None = None, trust_remote
         source = resolve(name, revision=revision, trust_remote_code=trust_remote_code, say=say)
     except LuthierError as error:
         raise _explained(error, name, out, runs) from error
-    return Start(source, tuple(reversed(runs)))
+    begun = tuple(reversed(runs))
+    tokens = tuple(token for added in (*_tokens_of(begun), add_tokens) for token in added)
+    source = replace(source, add_tokens=tokens)
+    for run in begun:
+        source = _with_template(source, kept_recipe(run))
+    return Start(source, begun)
 
 
 def _gone(error: LuthierError, name: str, run: Run) -> LuthierError:
@@ -126,7 +166,14 @@ def _explained(error: LuthierError, name: str, out: str, runs: list[Run]) -> Lut
 
 def start_of(recipe: Recipe, say: Say = silent) -> Start:
     """Where the weights come from that a recipe begins with. Errors are those of `find_start`."""
-    return find_start(recipe.model, recipe.out, revision=recipe.revision, trust_remote_code=recipe.trust_remote_code, say=say)
+    return find_start(
+        recipe.model,
+        recipe.out,
+        revision=recipe.revision,
+        trust_remote_code=recipe.trust_remote_code,
+        add_tokens=recipe.add_tokens,
+        say=say,
+    )
 
 
 def located(recipe: Recipe) -> Recipe:
@@ -157,10 +204,14 @@ def load_start(start: Start, dtype: torch.dtype, *, quantize: str = "none", say:
     deltas = [Delta.load(run.folder / DELTA) for run in start.runs]
     # Each change was made in a type of numbers, and its base has its fingerprint in that.
     types = [next((one for one in TYPES.values() if in_words([one]) == delta.base.dtype), torch.float32) for delta in deltas]
-    model = load_model(start.source, dtype=types[0], say=say)
+    first = replace(start.source, add_tokens=())
+    model = load_model(first, dtype=types[0], say=say)
+    tokenizer = load_tokenizer(first)
     below = start.source.name
-    for run, delta, type_ in zip(start.runs, deltas, types, strict=True):
+    for run, added, delta, type_ in zip(start.runs, _tokens_of(start.runs), deltas, types, strict=True):
         model.to(type_)  # type: ignore[arg-type]
+        if added:
+            extend(model, tokenizer, added)
         try:
             delta.apply(model)
         except LuthierError as error:
@@ -171,6 +222,8 @@ def load_start(start: Start, dtype: torch.dtype, *, quantize: str = "none", say:
             ) from error
         below = run.folder.name
     model.to(dtype)  # type: ignore[arg-type]
+    if start.own_tokens:
+        extend(model, tokenizer, start.own_tokens)
     if quantize != "none":
         quantize_blocks(model, map_parts(model), quantize)
     return model
@@ -199,10 +252,14 @@ def recipe_of(run: Run) -> Recipe:
 
 
 def kept_recipe(run: Run) -> Recipe:
-    """The recipe that a run keeps. Runs that it names are found beside it, too: they may have been moved together."""
+    """The recipe that a run keeps. Runs that it names are found beside it, too: they may have been moved together. A file with a chat
+    template is the one that the run keeps."""
     recipe = make_recipe(run.fact("recipe"), where=str(run.folder / FILE))
     inside = located(recipe.model_copy(update={"out": str(run.folder.parent)}))
-    return located(recipe).model_copy(update={"model": inside.model, "models": inside.models})
+    kept = run.folder / KEPT
+    own = {"chat_template": str(kept)} if is_file(recipe.rows.chat_template) and kept.is_file() else {}
+    rows = recipe.rows.model_copy(update=own)
+    return located(recipe).model_copy(update={"model": inside.model, "models": inside.models, "rows": rows})
 
 
 def _check_whole(run: Run) -> None:

@@ -95,6 +95,13 @@ def write_result(run: Run, asked: Asked, *, say: Say = silent, weights_only: boo
             write = export_embedder if tune.head[1].means == "vector" else export_classifier
         card = model_card(run.facts, _use(tune), base=base.hub, folder=target.name)
         return {**facts, **write(tune, tokenizer, target, dtype=dtype, texts={FILE: card})}
+    if start.source.add_tokens:
+        listed = ", ".join(f"`{token}`" for token in start.source.add_tokens)
+        raise LuthierError(
+            f"the model has rows for {listed} which its base has not, and an adapter stands beside the base as it is",
+            where="--as",
+            fix="use --as model, which holds rows and tokenizer",
+        )
     if start.runs:
         raise LuthierError(
             f"this run began with what {start.name} learnt, and an adapter names a model that others can load",

@@ -67,6 +67,7 @@ _CODE = (
     "stored",
     "template",
     "texts",
+    "thinking",
     "unwritten",
 )
 """Modules of this folder that read and encode rows."""
@@ -147,6 +148,7 @@ def inputs_of(source: Streamed, encoding: Encoding, on_bad_row: OnBadRow) -> dic
         "template": encoding.form.tokenizer.chat_template,
         "template_name": encoding.form.choice.name,
         "chat_template_options": dict(encoding.form.options),
+        "thinking": encoding.form.choice.thinking,
         "date": encoding.form.choice.clock.isoformat() if asks_clock(encoding.form.tokenizer, encoding.form.choice.name) else None,
         "luthier": luthier.__version__,
         "code": code_fingerprint(),

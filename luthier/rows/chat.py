@@ -6,9 +6,9 @@ a model is trained on exactly what it sees at inference, and it ends behind the 
 model learns to stop. Templates need no `{% generation %}` marks for this; where they have them, the marks narrow the
 labels down.
 
-A template may render an earlier turn differently once later turns follow (Qwen3 removes the thinking of earlier turns).
-What would then be trained is not what inference shows, so such a turn is context only, and a note says so. A message that says
-`learn: false` is context only, too.
+A template may render an earlier turn differently once later turns follow. What would then be trained is not what inference shows,
+so such a turn is context only, and a note says so. A message that says `learn: false` is context only, too. Where a template deletes
+words of a turn to learn, as Qwen3's does with reasoning of earlier turns, the row is refused (`luthier.rows.thinking`).
 
 What a row holds and its text does not is noted (`luthier.rows.unwritten`), and refused where nothing else would be learned.
 
@@ -35,6 +35,7 @@ from luthier.rows.blocks import BLOCK, Block
 from luthier.rows.messages import Message, arguments_of, with_written_arguments, without_mark
 from luthier.rows.shapes import Row, unread
 from luthier.rows.template import CLOCK, DATE, Choice, asks_clock, choice_of, templates_of, text_of, told
+from luthier.rows.thinking import altered, arranged, check_thoughts, reads_fields
 from luthier.rows.unwritten import CALLS, Dialogue, has_special, unwritten
 
 LossOn = Literal["assistant", "last", "all"]
@@ -87,6 +88,7 @@ class Form:
         choice: which of the tokenizer's templates it is, and what its clock says.
         undated: whether the template asks what day it is, and nobody has set that.
         arguments_as_text: whether the template expects the arguments of calls as JSON text, not as objects.
+        reads_thoughts: whether the template reads reasoning that stands in a key of a message.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -100,6 +102,7 @@ class Form:
     choice: Choice
     undated: bool = False
     arguments_as_text: bool = False
+    reads_thoughts: bool = False
 
 
 @dataclass(frozen=True)
@@ -140,9 +143,10 @@ def form_of(tokenizer: PreTrainedTokenizerBase, options: Mapping[str, Any] | Non
     )
     if not templates_of(tokenizer):
         return plain
-    marked = _GENERATION_MARK.search(text_of(tokenizer, choice.name)) is not None
+    written = text_of(tokenizer, choice.name)
+    marked = _GENERATION_MARK.search(written) is not None
     undated = asks_clock(tokenizer, choice.name) and DATE not in choice.options
-    templated = replace(plain, templated=True, marked=marked, undated=undated)
+    templated = replace(plain, templated=True, marked=marked, undated=undated, reads_thoughts=reads_fields(written))
     templated = replace(templated, arguments_as_text=_wants_text(templated))
     probe = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _PROBE}]
     dialogue = Dialogue(probe, given=0, tools=None, joint="", where="the chat template, with a trial conversation")
@@ -253,6 +257,8 @@ def _said(role: str, content: str | Sequence[Message]) -> list[Message]:
 def _dialogue(row: Row, form: Form, messages: Sequence[Message], given: int) -> Dialogue:
     continued = row.shape in _CONTINUED and isinstance(row.fields["prompt"], str)
     documents = {key: row.fields[key] for key in ("documents",) if key in row.fields}
+    thinking = form.choice.thinking
+    messages = arranged(messages, thinking, reads=form.reads_thoughts, where=row.where)
     spoken = map(without_mark, messages)
     return Dialogue(
         list(map(with_written_arguments, spoken) if form.arguments_as_text else spoken),
@@ -300,6 +306,7 @@ def _render(dialogue: Dialogue, form: Form, loss_on: LossOn) -> Rendered:
         turns = turns[-1:]
     learned = [index for index in turns if index not in dialogue.context]
     text, marks = _written(dialogue, form)
+    check_thoughts(dialogue, text, lambda one: _written(one, form)[0], learned)
     notes = list(_notes(dialogue, form, text, learned, lambda one: _written(one, form)[0]))
     if not form.end_of_turn:
         notes.append(ENDLESS)
@@ -313,9 +320,7 @@ def _render(dialogue: Dialogue, form: Form, loss_on: LossOn) -> Rendered:
         if isinstance(turn, str):
             notes.append(turn)
             continue
-        words = dialogue.messages[index]["content"].strip()
-        # A template whose generation prompt begins the answer writes the first words in front of the turn.
-        if words not in text[max(0, turn[0] - len(words)) : turn[1]]:
+        if altered(dialogue, index, turn, text, form.end_of_turn):
             notes.append(ALTERS)
         narrowed = _narrowed(turn, marks) if form.marked else [turn]
         notes += [] if narrowed else [UNMARKED]

@@ -50,6 +50,7 @@ MADE_WITH = {
     "template": "the chat template",
     "template_name": "rows.chat_template",
     "chat_template_options": "rows.chat_template_options",
+    "thinking": "rows.thinking",
     "date": "the day that the chat template is told",
     "code": "the code that makes them",
 }
@@ -60,6 +61,7 @@ OPTIONS = (
     "format",
     "chat_template",
     "chat_template_options",
+    "thinking",
     "loss_on",
     "max_length",
     "too_long",
@@ -95,6 +97,7 @@ def written_by(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
         "template": canonical(tokenizer.chat_template),
         "template_name": choice.name,
         "chat_template_options": dict(choice.options),
+        **({"thinking": choice.thinking} if choice.thinking != "keep" else {}),
         "date": date_of(tokenizer),
     }
 

@@ -19,6 +19,7 @@ travel with the row into its batch, everything else stays in `fields`.
 | `query`, `positive`, maybe `negatives` | the same: texts, of which the second answers the first |
 | `prompt`, `answer` or `question`, `answer` | an item with its accepted answers |
 | `prompt`, `choices`, `answer` or `question`, `choices`, `answer` | multiple choice; `answer` is a text or its index |
+| `question`, `function`, `ground_truth` | an item to be answered by calls, see `luthier.rows.function_calls` |
 | `prompt` | an item without an answer |
 
 `prompt`, `completion`, `chosen`, `rejected` and each of `answers` are text or a list of messages. A message with `learn: false` is context
@@ -37,6 +38,7 @@ from typing import Any, NamedTuple
 
 from luthier.errors import LuthierError, nearest
 from luthier.rows import beside, spans
+from luthier.rows.function_calls import of_leaderboard
 from luthier.rows.messages import (
     checked_messages,
     checked_text,
@@ -348,6 +350,7 @@ _SHAPES: dict[str, _Shape] = {
         "prompt+choices+answer",
         lambda record: _multiple_choice(record, "question"),
     ),
+    "question+function+ground_truth": _Shape(("question", "function", "ground_truth"), (), "prompt+answer", of_leaderboard),
     "prompt": _Shape(("prompt",), beside.OF_PROMPTS, "prompt", lambda record: prompted(record)),
 }
 _OWN: dict[str, frozenset[str]] = {

@@ -12,12 +12,17 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import date, datetime, time
+from pathlib import Path
 from typing import Any
 
+from jinja2.exceptions import TemplateError, TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
 from luthier.errors import LuthierError, nearest
+from luthier.recipe.paths import TEMPLATES
+from luthier.recipe.schema import RowsRecipe
+from luthier.rows.thinking import Thinking
 
 DATE = "date"
 """The option that sets a template's clock."""
@@ -25,6 +30,16 @@ CLOCK = (
     "the chat template writes today's date: on another day these rows are others, unless rows.chat_template_options says "
     "{date: YYYY-MM-DD}"
 )
+
+KEPT = "chat_template.jinja"
+"""Where a run keeps the file that its recipe names."""
+CHATML_NAME = "chatml"
+CHATML_TOKENS = ("<|im_start|>", "<|im_end|>")
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+"""ChatML: each message between two tokens, behind the name of its role."""
 
 _CHOICE = "_luthier_template"
 _ASKS = "strftime_now"
@@ -41,11 +56,13 @@ class Choice:
         name: of one of the tokenizer's templates; None: its default, or `tool_use`, if it has one, where there are tools.
         options: variables for the template, such as `{"enable_thinking": False}`; `date` is also what its clock says.
         today: what the clock says otherwise.
+        thinking: what becomes of reasoning in assistant turns.
     """
 
     name: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     today: date = field(default_factory=date.today)
+    thinking: Thinking = "keep"
 
     @property
     def clock(self) -> datetime:
@@ -54,24 +71,91 @@ class Choice:
 
 
 def choose(
-    tokenizer: PreTrainedTokenizerBase, name: str | None = None, options: Mapping[str, Any] | None = None, today: date | None = None
+    tokenizer: PreTrainedTokenizerBase,
+    name: str | None = None,
+    options: Mapping[str, Any] | None = None,
+    today: date | None = None,
+    thinking: Thinking = "keep",
 ) -> None:
     """Decide how a tokenizer writes conversations from here on.
 
     Args:
         tokenizer: a model's.
-        name: of one of its templates; none: its default.
+        name: of one of its templates; none: its default. A file FILE.jinja, or `chatml` where it has none of this name, becomes its only
+            template, and is saved with it.
         options: variables for the template; `date` sets its clock.
         today: what the clock says otherwise; none: the day it is.
+        thinking: what becomes of reasoning in assistant turns.
 
     Raises:
-        LuthierError: there is no such template, none is the default, or an option that it does not read.
+        LuthierError: there is no such template, none is the default, it cannot be read, its tokens are missing, or an option that it
+            does not read.
     """
-    choice = Choice(name, dict(options or {}), today or date.today())
+    given = given_template(name, templates_of(tokenizer))
+    if given is not None:
+        set_template(tokenizer, given)
+        name = None
+    choice = Choice(name, dict(options or {}), today or date.today(), thinking)
     text = text_of(tokenizer, name) if templates_of(tokenizer) or name is not None else ""
     for key in choice.options:
         _check_option(key, text)
     give(tokenizer, choice)
+
+
+def choose_for(tokenizer: PreTrainedTokenizerBase, rows: RowsRecipe, today: date | None = None) -> None:
+    """Let a tokenizer write conversations as a recipe says under `rows`. Errors are those of `choose`."""
+    choose(tokenizer, rows.chat_template, rows.chat_template_options, today, rows.thinking)
+
+
+def is_file(name: str | None) -> bool:
+    """Whether a recipe's `chat_template` is a file and no name."""
+    return name is not None and name.endswith(TEMPLATES)
+
+
+def given_template(name: str | None, held: Mapping[str, str] = {}) -> str | None:
+    """The text of a template that no tokenizer holds: of a file, or of `chatml`; None for a name that is looked up.
+
+    Raises:
+        LuthierError: there is no such file, or it holds no template.
+    """
+    if name == CHATML_NAME and name not in held:
+        return CHATML
+    if name is None or not is_file(name) or name in held:
+        return None
+    try:
+        text = Path(name).read_text(encoding="utf-8")
+    except (OSError, ValueError) as problem:
+        fix = f"name a file {TEMPLATES[0]} that is there; a run keeps its own as {KEPT} in its folder"
+        raise LuthierError(f"the chat template cannot be read: {problem}", where=f"rows.chat_template: {name}", fix=fix) from None
+    try:
+        # In the sandbox in which transformers lets every template run.
+        _compile_jinja_template(text)
+    except TemplateError as problem:
+        place = f", line {problem.lineno}" if isinstance(problem, TemplateSyntaxError) else ""
+        raise LuthierError(
+            f"this is no chat template: {problem}", where=f"rows.chat_template: {name}{place}", fix="correct the file"
+        ) from None
+    if not text.strip():
+        raise LuthierError("the chat template is empty", where=f"rows.chat_template: {name}", fix="write a template into the file")
+    return text
+
+
+def set_template(tokenizer: PreTrainedTokenizerBase, text: str) -> None:
+    """Make a template a tokenizer's only one, which is saved with it.
+
+    Raises:
+        LuthierError: it is `chatml`, whose tokens the tokenizer does not have.
+    """
+    if text == CHATML:
+        known = tokenizer.get_vocab()
+        missing = [one for one in CHATML_TOKENS if one not in known]
+        if missing:
+            raise LuthierError(
+                f"`{CHATML_NAME}` is written with {' and '.join(f'`{one}`' for one in missing)}, which are no tokens of this model",
+                where="rows.chat_template",
+                fix=f"add them: model: {{name: MODEL, add_tokens: [{', '.join(repr(one) for one in missing)}]}}",
+            )
+    tokenizer.chat_template = text
 
 
 def give(tokenizer: PreTrainedTokenizerBase, choice: Choice) -> None:

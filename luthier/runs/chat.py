@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from transformers import PreTrainedTokenizerBase
 
 from luthier import draws
 from luthier.errors import LuthierError, Say, silent
-from luthier.generation.generate import generate
+from luthier.generation.generate import Hear, generate
 from luthier.results.folder import read_run
-from luthier.results.opened import open_model
+from luthier.results.opened import open_base, open_model
 from luthier.results.start import is_run
 from luthier.rows.encode import encode_prompt
 from luthier.rows.shapes import Row
@@ -16,6 +19,53 @@ from luthier.tune import Tune
 
 MOSTLY, MOSTLY_NOT = 0.9, 0.1
 """Shares of rows with a system turn from which on asking otherwise is warned of."""
+
+
+class Sampling(NamedTuple):
+    """How an answer is written; the defaults are those of `luthier chat`."""
+
+    max_new_tokens: int = 128
+    temperature: float = 0.0
+    """0 for the most likely token, always."""
+    top_p: float = 1.0
+    seed: int = 0
+    """Of the draws when the temperature is above 0."""
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, Any]]) -> tuple[int, ...]:
+    """The ids of a conversation, up to where the model answers.
+
+    Raises:
+        LuthierError: a text is not valid UTF-8, or the chat template refuses the conversation.
+    """
+    if any("\ud800" <= letter <= "\udfff" for message in messages for letter in str(message["content"])):
+        raise LuthierError("the question is not valid UTF-8", where="the question", fix="type or paste it as UTF-8 text")
+    return encode_prompt(Row("chat", "messages", {"messages": list(messages)}, "chat", {}), tokenizer)
+
+
+def answer(
+    tune: Tune,
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Mapping[str, Any]],
+    how: Sampling,
+    hear: Hear | None = None,
+) -> str:
+    """The answer to a conversation; draws depend on the seed and on how many turns there are.
+
+    Raises:
+        LuthierError: the conversation cannot be read, or an option is out of range.
+    """
+    (text,) = generate(
+        tune,
+        tokenizer,
+        [prompt_ids(tokenizer, messages)],
+        max_new_tokens=how.max_new_tokens,
+        temperature=how.temperature,
+        top_p=how.top_p,
+        seed=draws.seed_of(how.seed, "chat", len(messages)),
+        hear=hear,
+    )
+    return text
 
 
 class Chat:
@@ -44,28 +94,14 @@ class Chat:
         system: str = "",
     ) -> None:
         self.tune, self.tokenizer = open_model(model, say=say, weights_only=weights_only)
-        self.name, self.max_new_tokens, self.temperature, self.seed = model, max_new_tokens, temperature, seed
-        self.top_p, self.system = top_p, system
+        self.name, self.system = model, system
+        self.how = Sampling(max_new_tokens, temperature, top_p, seed)
         self.turns: list[dict[str, str]] = []
         self._base: Tune | None = None
 
     def _answer(self, tune: Tune, messages: Sequence[Mapping[str, str]]) -> str:
-        messages = [*([{"role": "system", "content": self.system}] if self.system else []), *messages]
-        if any("\ud800" <= letter <= "\udfff" for message in messages for letter in message["content"]):
-            raise LuthierError("the question is not valid UTF-8", where="the question", fix="type or paste it as UTF-8 text")
-        row = Row("chat", "messages", {"messages": list(messages)}, "chat", {})
-        prompt = encode_prompt(row, self.tokenizer)
-        seed = draws.seed_of(self.seed, "chat", len(messages))
-        (answer,) = generate(
-            tune,
-            self.tokenizer,
-            [prompt],
-            max_new_tokens=self.max_new_tokens,
-            temperature=self.temperature,
-            top_p=self.top_p,
-            seed=seed,
-        )
-        return answer
+        said = [{"role": "system", "content": self.system}] if self.system else []
+        return answer(tune, self.tokenizer, [*said, *messages], self.how)
 
     def ask(self, prompt: str) -> str:
         """One question without a past."""
@@ -74,8 +110,7 @@ class Chat:
     def ask_base(self, prompt: str) -> str:
         """The same question to the base of a run."""
         if self._base is None:
-            run = read_run(self.name)
-            self._base, _ = open_model(run.fact("recipe", "model"))
+            self._base, _ = open_base(read_run(self.name))
         return self._answer(self._base, [{"role": "user", "content": prompt}])
 
     def say_turn(self, text: str) -> str:

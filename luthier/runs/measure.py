@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
 
 from luthier import machine
 from luthier.errors import LuthierError, Say, silent
-from luthier.evaluate.harness import Scores, harness
+from luthier.evaluate.compare import compare
 from luthier.evaluate.likelihood import row_likelihoods
 from luthier.evaluate.planned import evaluation_sets
-from luthier.evaluate.sets import SetResult, measure
+from luthier.evaluate.served import ENDPOINT, measure_served
+from luthier.evaluate.sets import EvalSet, SetResult, check, measure
+from luthier.generation.endpoint import Endpoint
 from luthier.kinds import RowLikelihood
-from luthier.recipe import Recipe
+from luthier.recipe import EvaluationSet, Recipe, TrainRecipe
 from luthier.results.folder import read_run
 from luthier.results.opened import open_base, open_model, open_run
 from luthier.results.start import is_run
 from luthier.rows.shapes import Row
-from luthier.rows.template import choose
+from luthier.rows.template import choose_for
 from luthier.runs.rows import turns_of
+from luthier.tune import Tune
 
 
 def evaluate(model: str, recipe: Recipe, *, say: Say = silent, weights_only: bool = False) -> dict[str, SetResult]:
@@ -27,44 +32,73 @@ def evaluate(model: str, recipe: Recipe, *, say: Say = silent, weights_only: boo
         raise LuthierError("the recipe has no evaluation sets", where="evaluate", fix="add `evaluate: {name: {rows: FILE}}`")
     tune, tokenizer = open_model(model, out=recipe.out, say=say, precision=recipe.train.precision, weights_only=weights_only)
     if not is_run(model, recipe.out):
-        choose(tokenizer, recipe.rows.chat_template, recipe.rows.chat_template_options)
+        choose_for(tokenizer, recipe.rows)
     head = tune.head[1] if tune.head is not None else None
     validated = recipe.rows.validate is not None
     sets = evaluation_sets(recipe.evaluate, recipe.train, head, recipe.rows.columns, validated=validated)
     return measure(tune, tokenizer, sets, say=say)
 
 
-def evaluate_harness(
-    name: str, tasks: Sequence[str], folder: Path, *, out: str = "runs", limit: int | None = None, say: Say = silent
-) -> dict[str, Scores]:
-    """Measure a model or a run on tasks of the language model evaluation harness.
+def evaluate_tasks(
+    name: str, asked: Mapping[str, EvaluationSet], *, out: str = "runs", say: Say = silent, weights_only: bool = False
+) -> tuple[dict[str, SetResult], dict[str, Any]]:
+    """Measure a model, or a run and its base, on tasks of the language model evaluation harness.
 
     Args:
         name: a model's name, or a run's folder or name.
-        tasks: names of tasks.
-        folder: holds the tasks' YAML files.
+        asked: evaluation sets of tasks, by name, as in a recipe.
         out: the folder that holds the run folders.
-        limit: most rows of each task; None for all.
+        say: hears what is being done.
+        weights_only: of a run, the tuned weights without what stands beside them.
 
     Returns:
-        `after`: what it scores now; for a run also `before`: what its base scores.
+        What it reaches now, and for a run the comparison with its base, as `luthier.evaluate.compare.compare` makes it; else nothing.
 
     Raises:
-        LuthierError: as `harness`; or there is no such model or run.
+        LuthierError: as `luthier.evaluate.harness.benchmarks`; or there is no such model or run.
     """
+    # What cannot be asked is found before a model is loaded.
+    sets = evaluation_sets(asked, TrainRecipe())
     if not is_run(name, out):
-        tune, tokenizer = open_model(name, out=out, say=say)
-        return {"after": harness(tune, tokenizer, tasks, folder, limit=limit)}
+        return _checked(*open_model(name, out=out, say=say), sets, say), {}
     run = read_run(name, out)
-    tune, tokenizer = open_run(run, say=say, merged=False)
     say("measuring the tuned model")
-    after = harness(tune, tokenizer, tasks, folder, limit=limit)
+    after = _checked(*open_run(run, say=say, merged=False, weights_only=weights_only), sets, say)
     # A run's changes in place cannot be taken back: the base is loaded anew, and only now, so that one model is held.
-    del tune
     machine.free_what_is_gone()
-    base, tokenizer = open_base(run, say=say)
     say("measuring the base")
-    return {"before": harness(base, tokenizer, tasks, folder, limit=limit), "after": after}
+    before = _checked(*open_base(run, say=say), sets, say)
+    return after, {one: compare(before[one], after[one]) for one in after}
+
+
+def evaluate_endpoint(
+    address: str, model: str, recipe: Recipe, *, api_key_env: str | None = None, say: Say = silent
+) -> dict[str, SetResult]:
+    """Measure a model behind an OpenAI-compatible endpoint on the evaluation sets of a recipe.
+
+    Args:
+        address: `endpoint:` and its address, such as `endpoint:http://localhost:8000/v1`.
+        model: which of its models answers.
+        recipe: its sets are asked; of what it says of models and training nothing counts.
+        api_key_env: the environment variable with the key, as in `luthier.generation.endpoint.Endpoint`.
+        say: hears what is being done.
+
+    Raises:
+        LuthierError: there are no sets, or as `luthier.evaluate.served.measure_served` and `luthier.generation.endpoint.Endpoint`.
+    """
+    if not recipe.evaluate:
+        raise LuthierError("the recipe has no evaluation sets", where="evaluate", fix="add `evaluate: {name: {rows: FILE}}`")
+    if not model:
+        raise LuthierError("no model is named", where="luthier eval", fix="name one of the endpoint's: --model-name NAME")
+    # Another model may be served by the same name tomorrow: nothing that was answered before counts.
+    client = Endpoint(address.removeprefix(ENDPOINT), model, api_key_env=api_key_env, cache=False)
+    sets = evaluation_sets(recipe.evaluate, TrainRecipe(), None, recipe.rows.columns)
+    return measure_served(client, sets, say=say)
+
+
+def _checked(tune: Tune, tokenizer: PreTrainedTokenizerBase, sets: Sequence[EvalSet], say: Say) -> dict[str, SetResult]:
+    check(tune, tokenizer, sets)
+    return measure(tune, tokenizer, sets, say=say)
 
 
 def likelihood_of_rows(

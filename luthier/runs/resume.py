@@ -15,6 +15,7 @@ from luthier.evaluate.sets import SetResult
 from luthier.planning.plan import Plan
 from luthier.recipe import GIVEN_IN_PYTHON, Recipe, differences, flat
 from luthier.results.folder import STEPS, Run, read_run, write_json
+from luthier.rows.template import KEPT, is_file
 from luthier.runs.inputs import check_inputs
 from luthier.training import checkpoint
 from luthier.training.loop import Progress
@@ -50,8 +51,11 @@ def read_before(folder: Path, say: Say) -> Before | None:
         return None
 
 
-def write_recipe(folder: Path, recipe: Recipe) -> None:
-    """Keep the recipe beside what it makes."""
+def write_recipe(folder: Path, recipe: Recipe, template: str | None = None) -> None:
+    """Keep the recipe beside what it makes, and the chat template, where that is a file of its own."""
+    if is_file(recipe.rows.chat_template) and template is not None:
+        with disk.written(folder / KEPT) as beside:
+            beside.write_text(template, encoding="utf-8")
     with disk.written(folder / RECIPE) as beside:
         beside.write_text(recipe.as_yaml(), encoding="utf-8")
 

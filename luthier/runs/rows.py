@@ -12,10 +12,13 @@ from luthier.registry.foreign import hint
 from luthier.results.start import source_of
 from luthier.rows.chat import LossOn
 from luthier.rows.columns import Columns
+from luthier.rows.limits import check_choice
 from luthier.rows.look import Look, look
 from luthier.rows.template import choose
+from luthier.rows.thinking import Thinking
 
-_OPTIONS = ("max_length", "too_long", "chat_template_options", "blocks")
+_OPTIONS = ("max_length", "too_long", "chat_template_options", "thinking", "blocks")
+_OF_TEMPLATES = ("chat_template_options", "thinking")
 
 
 def look_at_rows(
@@ -36,7 +39,7 @@ def look_at_rows(
     Args:
         source: the rows.
         model: whose tokenizer and template write them.
-        options: `max_length`, `too_long`, `template_options` and `blocks`, as under `rows` in a recipe.
+        options: `max_length`, `too_long`, `chat_template_options`, `thinking` and `blocks`, as under `rows` in a recipe.
         shape, columns, loss_on, template: the same.
         rows: how many are shown.
         out: where runs are looked for.
@@ -52,8 +55,10 @@ def look_at_rows(
     turns = turns_of(loss_on)
     found = source_of(model, out, say)
     tokenizer = load_tokenizer(found)
-    choose(tokenizer, template, options.get("chat_template_options") or {})
-    limits = {key: value for key, value in options.items() if key != "chat_template_options"}
+    thinking = options.get("thinking", "keep")
+    check_choice("thinking", thinking, get_args(Thinking))
+    choose(tokenizer, template, options.get("chat_template_options") or {}, thinking=thinking)
+    limits = {key: value for key, value in options.items() if key not in _OF_TEMPLATES}
     if "blocks" in options:
         limits["blocks"] = make_recipe(
             {"model": model, "rows": {"train": source, "blocks": options["blocks"]}}, where="command line"

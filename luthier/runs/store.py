@@ -42,7 +42,7 @@ from luthier.rows.numbers import (
 )
 from luthier.rows.read import name_of, stream
 from luthier.rows.shapes import bad_rows_error
-from luthier.rows.template import choose
+from luthier.rows.template import choose_for
 from luthier.training.precision import pick, pick_device
 from luthier.tune import Tune
 
@@ -181,8 +181,14 @@ def _opened(model: str, tokenizer: str, recipe: RowsRecipe, out: str, precision:
                 fix="use a model of the same family",
             )
     # A run's tokenizer writes as in the run where nothing else is asked for.
-    if tokenizer or not is_run(model, out) or recipe.chat_template is not None or recipe.chat_template_options:
-        choose(writer, recipe.chat_template, recipe.chat_template_options)
+    if (
+        tokenizer
+        or not is_run(model, out)
+        or recipe.chat_template is not None
+        or recipe.chat_template_options
+        or recipe.thinking != "keep"
+    ):
+        choose_for(writer, recipe)
     return tune, form_of(writer)
 
 
@@ -204,7 +210,7 @@ def _opened_run(name: str, *, out: str, say: Say, precision: str) -> tuple[Tune,
     start = find_start(name, out, say=say)
     model = load_start(start, dtype).to(device)  # type: ignore[arg-type]
     tokenizer = load_tokenizer(start.source)
-    choose(tokenizer, recipe.rows.chat_template, recipe.rows.chat_template_options)
+    choose_for(tokenizer, recipe.rows)
     return Tune(model, map_parts(model)), tokenizer
 
 

@@ -51,6 +51,7 @@ from luthier.training.loop import Plans, Progress
 from luthier.training.loop import train as run_loop
 from luthier.training.world import World
 from luthier.tune import Tune
+from luthier.tune.attach import NEW_TOKENS, trains_new_rows
 
 Tell = Callable[[Plan, Progress, StepResult], None]
 
@@ -136,7 +137,7 @@ def _train_in(folder: Path, plan: Plan, resumes: bool, say: Say, tell: Tell, com
     progress, measuring = Progress(), Watch()
     if world.is_first:
         if not resumes or cut_anew:
-            write_recipe(folder, recipe)
+            write_recipe(folder, recipe, plan.tokenizer.chat_template)
         write_json(folder / FILE, facts)
     trackers = start_trackers(recipe.track if world.is_first else None, folder, recipe.name, recipe.as_plain())
     try:
@@ -252,6 +253,7 @@ def first_facts(plan: Plan, folder: Path, command: str, sets: list[EvalSet]) -> 
         "model": {
             "name": plan.start.name,
             "origin": plan.start.origin,
+            "added_tokens": dict(zip(plan.start.own_tokens, plan.parts.added, strict=True)),
             "architecture": plan.parts.architecture,
             "parameters": plan.total_parameters,
             "fingerprint": plan.fingerprint,
@@ -278,7 +280,9 @@ def first_facts(plan: Plan, folder: Path, command: str, sets: list[EvalSet]) -> 
             "seen": seen_rows(plan),
         },
         "plan": plan.lines(),
-        "tune": ", ".join(part.name for part in plan.chosen["tune"]),
+        "tune": ", ".join(
+            [*(part.name for part in plan.chosen["tune"]), *([NEW_TOKENS] if trains_new_rows(plan.engine.tune) else [])]
+        ),
         **as_run(plan),
         "trained_parameters": plan.trained_parameters,
         "total_parameters": plan.total_parameters,
@@ -409,7 +413,7 @@ def keep_what_changed(plan: Plan, folder: Path, say: Say) -> dict[str, Any]:
         return {}
     say("comparing the weights with the base")
     base = load_start(plan.start, plan.dtype, quantize=plan.recipe.quantize).to(plan.device)  # type: ignore[arg-type]
-    delta = Delta.of(tune, base, name=plan.start.name, fingerprint=plan.fingerprint)
+    delta = Delta.of(tune, base, name=plan.start.base_name, fingerprint=plan.fingerprint)
     if not is_first:
         return {}
     save_result(folder, tune, delta)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 from collections.abc import Generator, Sequence
 from multiprocessing import get_context
 from multiprocessing.connection import wait
@@ -12,7 +11,6 @@ from typing import Any
 
 from luthier import machine
 from luthier.errors import LuthierError
-from luthier.lab.pool import without_interrupts
 from luthier.sweep.runs import Job, RunAll, keep_crash, train_here
 
 
@@ -51,14 +49,14 @@ def local(count: int) -> RunAll:
 
 def _begin(job: Job, threads: int | None) -> SpawnProcess:
     process = get_context("spawn").Process(target=_work, args=(job, threads))
-    with without_interrupts():
+    with machine.without_interrupts():
         process.start()
     return process
 
 
 def _work(job: Job, threads: int | None) -> None:
     # In a group of its own: a terminal's interrupt reaches the sweep alone, which passes it on once.
-    os.setpgrp()
+    machine.leave_group()
     machine.end_with_parent()
     job.log.parent.mkdir(parents=True, exist_ok=True)
     with job.log.open("a", encoding="utf-8") as log:
@@ -68,7 +66,7 @@ def _work(job: Job, threads: int | None) -> None:
         import torch
 
         torch.set_num_threads(threads)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    machine.hear_interrupts()
     train_here(job)
 
 
@@ -76,7 +74,7 @@ def _stop(running: Sequence[SpawnProcess]) -> None:
     try:
         for process in running:
             if process.pid is not None and process.is_alive():
-                os.kill(process.pid, signal.SIGINT)
+                machine.interrupt(process.pid)
         for process in running:
             process.join()
     finally:

@@ -28,6 +28,7 @@ from luthier.kinds import (
 )
 from luthier.kinds.parts import Parts
 from luthier.models.attention import use_attention
+from luthier.models.experts import routers_of
 from luthier.models.modes import evaluating
 from luthier.models.sharding import Root
 from luthier.registry import KEYS, Part, slots_of, values_of
@@ -113,6 +114,7 @@ def build_engine(
     # Refuses two parts that define a column differently.
     goal.columns()
     check_predicts(values, parts)
+    _check_routers(goal, model, parts)
     maps = [Mapped(slot, v) for slot, v in values if isinstance(v, InputMap)]
     inputs = Inputs(vocabulary or bare_vocabulary(parts.vocabulary), maps)
     callbacks = [(slot, v) for slot, v in values if isinstance(v, Callback)]
@@ -138,6 +140,8 @@ def build_engine(
     for slot, value in values:
         if isinstance(value, FREES):
             owner.add(slot, value, services_of(slot), states[slot])
+    if parts.added:
+        owner.add_new_rows({})
     if goal.comparing() and owner.prompt_labels is not None and bool((owner.prompt_labels >= 0).any()):
         raise LuthierError(
             f"`{goal.comparing()[0]}` compares with the base, which does not read the virtual tokens that are labels here",
@@ -212,6 +216,17 @@ def check_predicts(values: Sequence[tuple[str, object]], parts: Parts) -> None:
     if scoring:
         what = f"`{scoring[0]}` reads answers within their conversation, and {encoder}, which reads texts alone"
         raise LuthierError(what, where="objective", fix=fix)
+
+
+def _check_routers(goal: Objective, model: nn.Module, parts: Parts) -> None:
+    """Refuse a term that reads routers where the model has none, or none that tell what they choose."""
+    asking = [one.slot for one in goal.terms if one.term.routers]
+    if asking and not routers_of(model, parts):
+        raise LuthierError(
+            f"`{asking[0]}` reads the routers of a mixture of experts, and {parts.architecture} has none",
+            where="objective",
+            fix=f"leave `{asking[0]}` out, or use a model with experts",
+        )
 
 
 def _head(values: Sequence[tuple[str, object]]) -> tuple[str, Head] | None:

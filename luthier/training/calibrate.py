@@ -154,12 +154,7 @@ def _adding(change: Tensor) -> Callable[[QuantizedLinear, tuple[Tensor, ...], Te
 def _of_place(tune: Tune, place: Place, gradient: Tensor | None) -> Tensor:
     if gradient is None:
         raise LuthierError("no gradient reaches this place", where=str(place), fix="leave this role out")
-    return _turned(tune, place, gradient)
-
-
-def _turned(tune: Tune, place: Place, values: Tensor) -> Tensor:
-    turned = values.t() if place.module in tune.parts.transposed and values.ndim == 2 else values
-    return turned[place.start : place.stop]
+    return tune.parts.outputs(place, gradient)
 
 
 @contextmanager
@@ -176,7 +171,7 @@ def _moved(tune: Tune, moved: Mapping[Place, Tensor], beside: Mapping[str, Tenso
             new[parameter] = nn.Parameter(values, requires_grad=False)
     with _exchanged(tune.model, new):
         for place, change in moved.items():
-            values = _turned(tune, place, beside[place.parameter]) if place.parameter in beside else tune.region(place)
+            values = tune.parts.outputs(place, beside[place.parameter]) if place.parameter in beside else tune.region(place)
             values.copy_(values.to(torch.promote_types(values.dtype, change.dtype)) + change)
         yield
 

@@ -356,6 +356,7 @@ class Objective:
     ) -> View:
         """Run a micro-batch: its columns, and the weights of its labels. The arguments are those of `total`."""
         hidden_wanted = any(one.term.hidden for one in self.terms) or self.head is not None
+        routers_wanted = any(one.term.routers for one in self.terms)
         view = view_of(
             tune,
             batch,
@@ -366,6 +367,7 @@ class Objective:
             remembered=self._states(),
             keep_hidden=hidden_wanted,
             keep_others=self.others(),
+            keep_routed=routers_wanted,
             trains=trains,
         )
         if self.head is not None and tune.head is not None and view.hidden_BTD is not None:

@@ -14,7 +14,7 @@ from luthier.columns import chunked
 from luthier.columns.targets import Targets, find_targets
 from luthier.errors import LuthierError
 from luthier.kinds import Batch, Column, Now, OtherPass, Place, State, Tensors, TrainedLike, View
-from luthier.kinds.columns import at_targets
+from luthier.kinds.columns import Routed, at_targets
 from luthier.models import blocks
 from luthier.models.attention import alike
 from luthier.models.head import head_of
@@ -30,6 +30,8 @@ from luthier.tune.forward import BlockChange, EmbedChange, Hidden, draws_apart, 
 class RunServices:
     """One technique's view of the run: its clock, the model by places, its own tensors, draws by name, forward passes."""
 
+    expert: int | None = None
+
     def __init__(self, tune: Tune, slot: str, now: Now, calibration: Calibration | None = None) -> None:
         self._tune, self.slot, self._run, self._calibration = tune, slot, now, calibration
         self.now, self.parts = tune.turns.own(slot, now), tune.parts
@@ -44,10 +46,7 @@ class RunServices:
 
     def shape(self, place: Place) -> torch.Size:
         """The shape of the values at a place."""
-        rows, *rest = shape_of(self._tune.model, place.parameter)
-        if place.module in self.parts.transposed and rest:
-            rows, rest = rest[0], [rows]
-        return torch.Size([rows if place.start is None or place.stop is None else place.stop - place.start, *rest])
+        return self.parts.outputs(place, torch.empty(shape_of(self._tune.model, place.parameter), device="meta")).shape
 
     def start_weight(self, place: Place) -> Tensor:
         """The base's values of the numbers this technique trains at a place."""
@@ -154,6 +153,7 @@ def view_of(
     remembered: Mapping[str, State] = {},
     keep_hidden: bool = False,
     keep_others: Sequence[OtherPass] = (),
+    keep_routed: bool = False,
     pack: bool | None = None,
     trains: bool = False,
 ) -> View:
@@ -169,6 +169,7 @@ def view_of(
         remembered: the state of the technique that asks for another pass, by the pass's name.
         keep_hidden: keep the last hidden states.
         keep_others: other passes whose last hidden states are kept, beside those that columns read.
+        keep_routed: keep what routers say of the tokens.
         pack: run the rows without padding; None: as the run does.
         trains: the run learns from this pass, so that techniques drop numbers in it, as the model does.
     """
@@ -185,11 +186,15 @@ def view_of(
     # What is compared must have read the same.
     reading = batch if read is None else read
 
-    def run(change: BlockChange | None = None, context_BT: Tensor | None = None, *, trains: bool = trains) -> Hidden:
+    def run(
+        change: BlockChange | None = None, context_BT: Tensor | None = None, *, trains: bool = trains, routed: bool = False
+    ) -> Hidden:
         at = now if trains else None
-        return hidden(tune, reading, pack=pack, embed=embed, blocks=change, context_BT=context_BT, draws_at=at, share=share)
+        return hidden(
+            tune, reading, pack=pack, embed=embed, blocks=change, context_BT=context_BT, draws_at=at, share=share, routed=routed
+        )
 
-    def make() -> tuple[Tensor | None, dict[str, Tensor], dict[str, Tensor]]:
+    def make() -> tuple[Tensor | None, dict[str, Tensor], dict[str, Tensor], tuple[Routed, ...]]:
         # Other weights run first: exchanging weights under a graph that waits for backward would be wrong.
         others, states_of = {}, {}
         named = {one.name: one for one in (*asked, *keep_others)}
@@ -205,7 +210,7 @@ def view_of(
             if one in keep_others:
                 states_of[one.name] = made.padded(batch.attend_BT)
         context_BT = _context(batch, where) if chunked.CONTEXT_ATTENTION in columns else None
-        states = run(context_BT=context_BT)
+        states = run(context_BT=context_BT, routed=keep_routed)
         wanted = [column for column in columns if column is not chunked.CONTEXT_ATTENTION]
         # An encoder has no language head to ask for.
         found: dict[str, Tensor] = {}
@@ -223,10 +228,10 @@ def view_of(
             )
         if context_BT is not None:
             found[chunked.CONTEXT_ATTENTION.name] = states.mass_at(where.row_N, where.source_N + 1)
-        return states.padded(batch.attend_BT) if keep_hidden else None, found, states_of
+        return states.padded(batch.attend_BT) if keep_hidden else None, found, states_of, states.routed
 
     with alike(trains):
-        hidden_BTD, found, other_hidden = tune.run(make)
+        hidden_BTD, found, other_hidden, routed = tune.run(make)
     view = View(
         batch,
         found,
@@ -236,7 +241,7 @@ def view_of(
         hidden_BTD=hidden_BTD,
         now=now,
     )
-    view.other_hidden = other_hidden
+    view.other_hidden, view.routed = other_hidden, routed
     return view
 
 

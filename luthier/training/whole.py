@@ -35,14 +35,24 @@ def as_term(value: StepLoss, reference: Reference) -> LossTerm:
 
     def count(batch: Batch) -> float:
         groups, rows = _taking_part(value, batch)
-        return {"row": float(len(rows)), "group": float(len(groups)), "step": 1.0}[value.unit]
+        # What is of the step alone counts its rows and is multiplied with them: they are there once, whatever the split.
+        return float(len(groups) if value.unit == "group" else len(rows))
 
     def check(batch: Batch) -> None:
         for one in checks:
             if one is not None:
                 one(batch)
 
-    return LossTerm(total, unit="group", count=count, columns=columns, weight=value.weight, check=check)
+    return LossTerm(
+        total,
+        unit="group",
+        count=count,
+        columns=columns,
+        weight=value.weight,
+        check=check,
+        routers=value.routers,
+        penalty=value.penalty,
+    )
 
 
 def _taking_part(value: StepLoss, batch: Batch) -> tuple[tuple[tuple[int, ...], ...], list[int]]:
@@ -98,7 +108,7 @@ def slopes_of(value: StepLoss, found: Sequence[tuple[Batch, Tensor]], now: Now, 
     columns = {name: torch.tensor([one["columns"].get(name, nan) for one in rows], dtype=torch.float64) for name in names}
     leaf = torch.stack([machine.widened(one["value"]) for one in rows]).requires_grad_(True)
     with torch.enable_grad():
-        loss = value.loss(RowTable(leaf, tuple(together), columns, now))
+        loss = value.loss(RowTable(leaf, tuple(together), columns, now)) * (len(rows) if value.unit == "step" else 1)
         (slope,) = torch.autograd.grad(loss, leaf)
     rest = (loss.item() - (slope * leaf).sum().item()) / telling
     return Slopes({id: slope[number] for id, number in place.items()}, rest)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Container, Iterable, Mapping, Sequence
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -13,14 +14,18 @@ from luthier.kinds import Form, Place, Prefix, Prompt, RepresentationEdit, Selec
 from luthier.kinds.parts import SUBLAYERS
 from luthier.models.attention import use_context
 from luthier.models.embedding import scale_of
+from luthier.models.experts import is_linear
 from luthier.models.quantized import quantized, refuse_change, shape_of
 from luthier.models.sharding import whole
 from luthier.tune.attached import Attached
+from luthier.tune.each import started_each
 from luthier.tune.saving import guard
 from luthier.tune.sites import Addition, Edit, Own
 from luthier.tune.taps import TapSpec
 from luthier.tune.trained import Trained, check_select, decays, read, write
 
+NEW_TOKENS = "new_tokens"
+"""The slot of the rows of tokens that were added for a run."""
 Owned = TypeVar("Owned", bound=Own)
 
 
@@ -33,7 +38,27 @@ def add_selective(tune: Attached, slot: str, value: Selective, services: Service
         f"`{slot}` trains the model's own weights",
         "use lora or another technique that stands beside them, or quantize: none",
     )
-    chosen = value.choose(tune.parts, services)
+    free(tune, slot, value, value.choose(tune.parts, services), state)
+
+
+def add_new_rows(tune: Attached, state: State) -> None:
+    """Free the rows of new tokens, in the embedding and in a head of its own, where nothing trains them yet. They stand in no matrix that
+    can be quantized."""
+    modules = (tune.parts.embedding, tune.parts.head)
+    whole_ = {one.place.parameter for one in tune.trained.values() if one.form == "whole" and one.place is not None}
+    rows = Select("rows", torch.tensor(tune.parts.added))
+    places = [place for place in tune.parts.places if place.module in modules and place.parameter not in whole_]
+    if places:
+        free(tune, NEW_TOKENS, Selective(lambda *_: dict.fromkeys(places, rows)), dict.fromkeys(places, rows), state)
+
+
+def trains_new_rows(tune: Attached) -> bool:
+    """Whether rows of new tokens train by themselves."""
+    return any(one.slot == NEW_TOKENS for one in tune.trained.values())
+
+
+def free(tune: Attached, slot: str, value: Selective, chosen: Mapping[Place, Select], state: State) -> None:
+    """Free numbers that were chosen."""
     if not chosen:
         has = f"this model has {', '.join(tune.parts.roles())}"
         raise LuthierError(f"`{slot}` selects nothing to train", fix=f"widen its target_modules or its share; {has}")
@@ -138,7 +163,7 @@ def _taps(tune: Attached, slot: str, place: Place, form: Form, index: Tensor | N
     if isinstance(module, nn.Embedding):
         tied = [(name, spec) for name, source in tune.parts.ties.items() if source == place.module]
         return [(place.module, _embedding_spec(slot, module, spec, place)), *tied]
-    if len(shape_of(tune.model, place.parameter)) != 2:
+    if len(shape_of(tune.model, place.parameter)) != 2 or not is_linear(module):
         raise LuthierError(
             f"`{slot}` trains parts of a tensor of which only the whole can train",
             where=str(place),
@@ -178,9 +203,7 @@ def refuse_overlap(tune: Attached, slot: str, place: Place, select: Select) -> N
 
 def _claim(tune: Attached, place: Place, form: Form, index: Tensor | None) -> Tensor:
     claim = torch.zeros(tune.model.get_parameter(place.parameter).shape, dtype=torch.bool)
-    values = claim.t() if place.module in tune.parts.transposed and claim.ndim == 2 else claim
-    values = values if place.start is None else values[place.start : place.stop]
-    write(values, form, None if index is None else index.cpu(), torch.ones((), dtype=torch.bool))
+    write(tune.parts.outputs(place, claim), form, None if index is None else index.cpu(), torch.ones((), dtype=torch.bool))
     return claim
 
 
@@ -194,24 +217,50 @@ def add_weight_delta(tune: Attached, slot: str, value: WeightDelta, services: Se
             f"`{slot}` takes its start out of the weights",
             "use lora or another delta that starts at zero, or quantize: none",
         )
+    for place in places:
+        _check_added(tune, slot, place, value)
     shared = _shared(tune, slot, value, places, services)
     for place in places:
         values = tune.region(place)
-        if values.ndim != 2 or isinstance(tune.model.get_submodule(place.module), nn.Embedding):
-            raise LuthierError(
-                f"`{slot}` adds to linear maps, and this is none", where=str(place), fix="name module types of linear maps"
-            )
-        addition = Addition(slot, place, value=value, shared=shared)
-        tensors = value.start(place, whole(values), services)
+        addition = Addition(slot, place, value=value, shared=shared, stacked=values.ndim == 3)
+        start = partial(started_each, value) if addition.stacked else value.start
+        tensors = start(place, whole(values), services)
         changes = value.refresh is not None
         own(tune, addition, tensors, changes=changes, rates=value.rates, axes=value.axes, frozen=value.frozen, wide=value.wide)
         if value.subtract:
             _refuse_sharded(tune, slot, place, "takes its start out of the weight")
-            _take_out(tune, place, value.delta(addition.masters()))
-        tune.site(place.module).additions.append(addition)
+            _take_out(tune, place, addition.delta(addition.masters()))
+        site = tune.site(place.module)
+        site.additions.append(addition)
+        if not is_linear(site.module):
+            site.stand_in(tune.parts.transposed)
         if value.observe is not None:
             observe_at(tune, slot, place)
     tune.weight_deltas.append((slot, value, state))
+
+
+def _check_added(tune: Attached, slot: str, place: Place, value: WeightDelta) -> None:
+    """Refuse a place that takes no delta, or none of this kind."""
+    module, values = tune.model.get_submodule(place.module), tune.region(place)
+    if values.ndim not in (2, 3) or isinstance(module, nn.Embedding):
+        raise LuthierError(
+            f"`{slot}` adds to linear maps, and this is none", where=str(place), fix="name module types of linear maps"
+        )
+    if is_linear(module):
+        return
+    if tune.root is not None:
+        _refuse_sharded(tune, slot, place, "adds to what a router or experts compute with")
+    for does, asks in (
+        ("drops entries of what enters its delta", value.draws),
+        ("changes its factors in mid-run", value.refresh is not None),
+        ("observes dense gradients", value.observe is not None),
+    ):
+        if asks:
+            raise LuthierError(
+                f"`{slot}` {does}, which it cannot do at a {place.role}: its delta is part of the weight there",
+                where=str(place),
+                fix="use lora without dropout there, or leave this module type out of target_modules",
+            )
 
 
 def _shared(
@@ -240,8 +289,7 @@ def _begin_again(tune: Attached, one: Trained, place: Place, values: Tensor) -> 
     if one.form == "whole":
         values.copy_(one.start)
         return
-    values = values.t() if place.module in tune.parts.transposed and values.ndim == 2 else values
-    write(values if place.start is None else values[place.start : place.stop], one.form, one.index, one.start)
+    write(tune.parts.outputs(place, values), one.form, one.index, one.start)
 
 
 def _take_out(tune: Attached, place: Place, delta_OI: Tensor) -> None:
@@ -264,6 +312,12 @@ def add_edit(tune: Attached, slot: str, value: RepresentationEdit, services: Ser
     shared = _shared(tune, slot, value, places, services)
     for place in places:
         width_out = width_in = tune.parts.width
+        if place.role in ("expert", "router") and not is_linear(tune.model.get_submodule(place.module)):
+            raise LuthierError(
+                f"`{slot}` edits what a matrix gives or reads, and that is out of reach inside {place.module.rpartition('.')[2]}",
+                where=str(place),
+                fix=f"leave the role {place.role} out of its target_modules",
+            )
         if place.tensor and tune.region(place).ndim == 2:
             width_out, width_in = tune.region(place).shape
         if place.start is not None and value.of == "input":

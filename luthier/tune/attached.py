@@ -245,6 +245,12 @@ class Attached:
         """Everything that is added to weights."""
         return [one for site in self.sites.values() for one in site.additions]
 
+    @property
+    def room_for_experts(self) -> int:
+        """Bytes for the experts of the widest block with the deltas in their matrices, which are there while that block runs; 0 where no
+        delta stands at experts."""
+        return max((site.stand_ins.room for site in self.sites.values() if site.stand_ins is not None), default=0)
+
     def numbers(self) -> int:
         """How many numbers train."""
         return sum(one.numel for one in self.trained.values())

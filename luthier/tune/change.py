@@ -23,6 +23,7 @@ from luthier.kinds import (
     Tensors,
     WeightDelta,
 )
+from luthier.kinds.parts import outputs_first
 from luthier.models.sharding import put, whole
 from luthier.tune.attach import master_type, own, put_tap, whole_master
 from luthier.tune.attached import Attached
@@ -155,8 +156,7 @@ def _dense(
     trained = tune.trained.get(f"{slot}/{place}")
     if trained is not None and trained.form == "whole" and trained.name in received:
         # What trains was summed over the processes already.
-        gradient = whole(received[trained.name])
-        return gradient.t() if place.module in tune.parts.transposed and gradient.ndim == 2 else gradient
+        return outputs_first(whole(received[trained.name]), place, tune.parts.transposed)
     if (slot, place) not in tune.dense:
         raise LuthierError(f"`{slot}` observes a place that no gradient reached", where=str(place), fix="leave this role out of it")
     here = [one.name for one in tune.trained.values() if one.slot == slot and one.place == place]

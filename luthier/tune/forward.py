@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -12,13 +13,14 @@ from torch.nn import functional
 
 from luthier import draws
 from luthier.errors import LuthierError
-from luthier.kinds import Batch, Now
+from luthier.kinds import Batch, Now, Routed
 from luthier.models.attention import Context, Mass
 from luthier.models.head import finish
 from luthier.models.modes import drops
 from luthier.tune.attached import Attached
 from luthier.tune.packed import Packed
 from luthier.tune.packed import pack as pack_rows
+from luthier.tune.routing import listening
 
 EmbedChange = Callable[[Tensor], Tensor]
 """What becomes of the embeddings [B, T, D] of a batch."""
@@ -36,6 +38,8 @@ class Hidden(NamedTuple):
     """Where each real token of a packed batch stands in `values`: several at one place where rows begin alike and that was run once."""
     mass: Tensor | None = None
     """The last block's attention to the context, where it was asked for: [B, T], or [N] where the rows were packed."""
+    routed: tuple[Routed, ...] = ()
+    """What each router said of the rows' own tokens, where it was asked for."""
 
     def at(self, row_N: Tensor, time_N: Tensor) -> Tensor:
         """The states [N, D] at these tokens."""
@@ -66,6 +70,12 @@ class _Layout(NamedTuple):
     place_BT: Tensor | None
     """As in `Hidden`."""
 
+    def rows(self, values_NE: Tensor) -> Tensor:
+        """Numbers of each token that is run, in the order in which they are, at the rows' own tokens: [B, T, E]."""
+        if self.place_BT is not None:
+            return values_NE[self.place_BT.clamp(min=0)]
+        return values_NE.reshape(len(self.own_BT), -1, values_NE.shape[-1])[:, self.before :]
+
     def change(self, values: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
         """Change the states of the rows' own tokens, which `change` sees as [B, T, D]."""
         old_BTD = values[:, self.before :] if self.place_BT is None else values[0, self.place_BT.clamp(min=0)]
@@ -93,6 +103,7 @@ def hidden(
     context_BT: Tensor | None = None,
     draws_at: Now | None = None,
     share: bool = True,
+    routed: bool = False,
 ) -> Hidden:
     """Run the model's body on a batch.
 
@@ -108,10 +119,11 @@ def hidden(
             put before the rows always counts.
         draws_at: the run trains, and this is its clock: techniques that drop numbers do so. Else none does.
         share: where rows are packed, run what those of a group begin with alike once, unless something may tell them apart there.
+        routed: keep what routers say of the tokens.
 
     Raises:
         LuthierError: `embed` or `blocks` are given, and the model's embeddings or blocks cannot be reached; or the last block does not
-            tell where it looks.
+            tell where it looks; or it is asked for routers that it does not have.
     """
     ids_BT, attend_BT = batch.token_ids_BT, batch.attend_BT
     virtual = bool((ids_BT < 0).any())
@@ -143,15 +155,16 @@ def hidden(
     if draws_at is not None:
         key_BT = _keys(batch, length, draws_at)
         key_N = key_BT.flatten() if places is None else key_BT[places.run_BT]
-    with tune.drawing_at(key_N):
+    with tune.drawing_at(key_N), listening(tune) if routed else nullcontext(()) as heard:
         values = _last(backbone, arguments) if blocks is None else _last_open(tune, arguments, layout, blocks)
     if key_N is not None:
         # The backward pass may run parts of the model again, and must draw the same.
         tune.drawing = key_N
     mass_BT = None if asked is None else _told(tune, asked)
+    said = tuple(Routed(*(layout.rows(one) for one in both)) for both in heard)
     if places is not None:
-        return Hidden(values[0], layout.place_BT, None if mass_BT is None else mass_BT[0])
-    return Hidden(values[:, length:], mass=None if mass_BT is None else mass_BT[:, length:])
+        return Hidden(values[0], layout.place_BT, None if mass_BT is None else mass_BT[0], said)
+    return Hidden(values[:, length:], mass=None if mass_BT is None else mass_BT[:, length:], routed=said)
 
 
 def _keys(batch: Batch, length: int, now: Now) -> Tensor:

@@ -40,7 +40,7 @@ def _fold_all(tune: Attached) -> None:
             assert addition.place is not None
             _remember(tune, addition.place.parameter)
             values = tune.region(addition.place)
-            delta_OI = addition.value.delta(addition.masters())
+            delta_OI = addition.delta(addition.masters())
             values.copy_(values.to(torch.promote_types(values.dtype, delta_OI.dtype)) + delta_OI)
         # What edits an input last stands next to the weight.
         inputs = [edit for edit in site.edits if edit.value.of == "input"]

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from luthier.draws import drawing
 from luthier.errors import LuthierError
 from luthier.kinds import Place, Prompt, RepresentationEdit, Tensors, WeightDelta
+from luthier.tune.standins import StandIns
 from luthier.tune.taps import TapSpec, tap
 from luthier.tune.trained import Trained
 
@@ -86,6 +87,15 @@ class Addition(Own):
     """A delta on a weight."""
 
     value: WeightDelta = None  # type: ignore[assignment]
+    stacked: bool = False
+    """Its weight is a stack of experts' matrices, and its own tensors are stacked alike, [E, ...]."""
+
+    def delta(self, tensors: Tensors) -> Tensor:
+        """The change of its weight, [O, I], or [E, O, I] of a stack of E matrices."""
+        if not self.stacked:
+            return self.value.delta(tensors)
+        axes = {name: 0 if name in self.trained or name in self.frozen else None for name in tensors}
+        return torch.func.vmap(self.value.delta, in_dims=(axes,))(tensors)
 
 
 @dataclass(eq=False)
@@ -111,6 +121,8 @@ class Site:
     ids: Tensor | None = None
     see: Callable[[Tensor], Tensor] | None = None
     """What the weight [O, I] becomes before it multiplies, with the deltas on it; none: it is what it is, and deltas act beside it."""
+    stand_ins: StandIns | None = None
+    """Of a module that is no linear map: what it reads in the place of its parameters, with the deltas in them."""
 
     def attach(self) -> None:
         """Put the hooks on the module."""
@@ -137,13 +149,22 @@ class Site:
 
         self.module.forward = forward  # type: ignore[assignment,method-assign]
 
+    def stand_in(self, transposed: frozenset[str]) -> None:
+        """Let a module that is no linear map, such as a router or experts, compute with its parameters and all deltas on them.
+
+        Args:
+            transposed: modules that store inputs before outputs.
+        """
+        if self.stand_ins is None:
+            self.stand_ins = StandIns(self.module, self.is_off, lambda: self.additions, transposed)
+
     def _multiplied(self, x: Tensor) -> Tensor:
         return functional.linear(x, self.weight(self.module.weight), self.module.bias)  # type: ignore[arg-type]
 
     def weight(self, live_OI: Tensor) -> Tensor:
         """What multiplies: the weight with the deltas on it, as it is seen."""
         for addition in self.additions:
-            delta_OI = addition.value.delta(addition.tensors(live_OI.dtype))
+            delta_OI = addition.delta(addition.tensors(live_OI.dtype))
             assert addition.place is not None
             before = addition.place.start or 0
             live_OI = live_OI + functional.pad(delta_OI, (0, 0, before, len(live_OI) - before - len(delta_OI)))
@@ -157,6 +178,9 @@ class Site:
         if self.see is not None:
             self.see = None
             del self.module.forward
+        if self.stand_ins is not None:
+            self.stand_ins.detach()
+            self.stand_ins = None
 
     def now(self) -> Site:
         """A copy on no module, which goes on to do what stands here does now."""
@@ -189,10 +213,13 @@ class Site:
         ids, self.ids = self.ids, None
         if self.is_off():
             return None
+        beside = self.additions if self.see is None and self.stand_ins is None else []
+        if not (beside or self.taps or self.prompts or self.edits):
+            return None
         y = output[0] if isinstance(output, tuple) else output
         x = _entering(arguments, named) if ids is None else ids
-        # What is seen of the weight has the deltas in it.
-        for addition in self.additions if self.see is None else ():
+        # What is seen of the weight, or stands in for it, has the deltas in it.
+        for addition in beside:
             with drawing(self.keys(), addition.name, told=addition.value.draws):
                 y = self._add(addition, x, y)
         # A tap needs the gradient of what the weight gave: it stands before whatever changes that.

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from luthier.errors import LuthierError
 from luthier.kinds import Form, Place, Select
+from luthier.kinds.parts import outputs_first
 from luthier.models.quantized import holder
 from luthier.models.sharding import local
 
@@ -109,7 +110,7 @@ def region(model: nn.Module, place: Place, transposed: frozenset[str]) -> Tensor
 
 def region_of(values: Tensor, place: Place, transposed: frozenset[str]) -> Tensor:
     """The part of a parameter's values that is a place, as a view: [O, I] for linears however they are stored."""
-    turned = values.t() if place.module in transposed and values.ndim == 2 else values
+    turned = outputs_first(values, place, transposed)
     return turned if place.start is None else turned[place.start : place.stop]
 
 

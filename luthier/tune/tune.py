@@ -35,6 +35,14 @@ class Tune(Attached):
         else:
             raise TypeError(f"a {type(value).__name__} frees no numbers")
 
+    def add_new_rows(self, state: State) -> None:
+        """Free the rows of tokens that were added for this run, where nothing that was attached before trains them.
+
+        Raises:
+            LuthierError: something that was attached before trains a part of them.
+        """
+        attach.add_new_rows(self, state)
+
     def add_free(self, slot: str, tensors: Tensors, rate: float = 1.0) -> Own:
         """Trained tensors that stand beside the model: those of an objective."""
         return attach.own(self, Own(slot, None), tensors, form="free", rates=dict.fromkeys(tensors, rate))

@@ -30,7 +30,19 @@ from luthier.registry import KINDS, Part, key_of
 from luthier.training.engine import Engine
 from tests.conftest import split
 from tests.contracts.covering import covering
-from tests.contracts.fixtures import FIXTURES, FREES, LEARNING, NOW, OPTIONS, RUNS, engine_of, part_of, rows_for, toys_listed
+from tests.contracts.fixtures import (
+    FIXTURES,
+    FREES,
+    LEARNING,
+    NOW,
+    OPTIONS,
+    RUNS,
+    TOGETHER,
+    engine_of,
+    part_of,
+    rows_for,
+    toys_listed,
+)
 from tests.toys.helpers import model_of, rows_of_eight
 
 Technique = tuple[str, str]
@@ -179,7 +191,7 @@ def pairs() -> list[tuple[Technique, Technique]]:
 
 def arrays() -> list[tuple[Technique, ...]]:
     """The combinations: every pair meets, and every technique meets one of each other kind."""
-    return covering(RUNS, pairs(), groups={one: one[0] for one in RUNS}, room=has_room)
+    return covering(TOGETHER, pairs(), groups={one: one[0] for one in TOGETHER}, room=has_room)
 
 
 class Together(NamedTuple):
@@ -292,7 +304,7 @@ def refusals() -> list[tuple[tuple[str, str], Technique, Technique]]:
     """Every pair that the table says is refused, with its entry. Two of one kind of which a run has one only are no pair."""
     found = []
     for entry in REFUSED:
-        for one, other in combinations(RUNS, 2):
+        for one, other in combinations(TOGETHER, 2):
             if any(a in traits[one] and b in traits[other] for a, b in (entry, entry[::-1])):
                 found.append((entry, one, other))
     return found

@@ -15,6 +15,7 @@ from luthier import registry
 from luthier.delta.weights import Weights, of_models
 from luthier.kinds import Batch, Now
 from luthier.kinds.parts import Parts
+from luthier.models.attention import use_attention
 from luthier.models.parts import map_parts
 from luthier.models.tiny import tiny
 from luthier.registry import KINDS, Part, key_of, kinds_under
@@ -107,6 +108,10 @@ def _learnt(part: Part) -> dict[str, Any]:
     return {"objective": ["cross_entropy", part]}
 
 
+def _teaching(part: Part) -> dict[str, Any]:
+    return {"objective": [part]} if any(map(registry.KEYS["objective"].brings, part.values)) else _learnt(part)
+
+
 def _compared(part: Part) -> dict[str, Any]:
     return {"objective": [_plain("dpo", "objective"), part]}
 
@@ -120,7 +125,7 @@ FIXTURES: dict[str, Fixture] = {
     **{kind: Fixture(rows_of_eight, _under("tune")) for kind in kinds_under("tune")},
     **{kind: Fixture(rows_of_eight, _learnt) for kind in ("input_map", "loss_term", "token_loss")},
     "pair_loss": Fixture(rows_of_pairs, _under("objective")),
-    "step_loss": Fixture(rows_of_pairs, _under("objective")),
+    "step_loss": Fixture(rows_of_pairs, _teaching),
     "reference": Fixture(rows_of_pairs, _compared),
     "head": Fixture(rows_of_pairs, _under("objective")),
     "token_weight": Fixture(rows_of_eight, _under("token_weight")),
@@ -144,8 +149,12 @@ FREES = [(kind, name) for kind, name in ALL if kind in kinds_under("tune")]
 OUTSIDE = tuple(kind for kind, fixture in FIXTURES.items() if fixture.place is None)
 """Kinds that take no part in the steps of a run."""
 RUNS = [(kind, name) for kind, name in ALL if kind not in OUTSIDE]
+MODELS: dict[str, str] = {"load_balance": "mixtral"}
+"""Techniques that need a model of another family than the others, and the one on which they are tried alone."""
+TOGETHER = [one for one in RUNS if one[1] not in MODELS]
+"""Techniques that are tried beside each other, on one model."""
 BY_STEP = tuple(kind for kind, fixture in FIXTURES.items() if fixture.by_step)
-LEARNING = [(kind, name) for kind, name in ALL if key_of(kind) in ("objective", "token_weight")]
+LEARNING = [(kind, name) for kind, name in TOGETHER if key_of(kind) in ("objective", "token_weight")]
 
 GIVEN: dict[str, dict[str, Any]] = {
     "adalora": {"warmup": 0.05},
@@ -274,6 +283,10 @@ def run_of(kind: str, name: str, options: Mapping[str, Any] | None = None, **mor
     """An engine in which one technique stands in its place, and plain ones in all others."""
     place = FIXTURES[kind].place
     assert place is not None, f"a {kind} takes no part in a run"
+    if name in MODELS:
+        given = more.pop("model", None)
+        more["model"] = model_of(MODELS[name], layers=2 if given is None else given.config.num_hidden_layers)
+        use_attention(more["model"])
     return engine_of(**{**place(part_of(kind, name, options)), **more})
 
 

@@ -21,7 +21,7 @@ from luthier.recipe.parts import completed
 from luthier.registry import Part
 from luthier.training.engine import Engine
 from tests.conftest import make_batch, split
-from tests.contracts.fixtures import FIXTURES, engine_of, part_of, rows_for
+from tests.contracts.fixtures import engine_of, rows_for, run_of
 from tests.toys.helpers import TOYS, rows_of_eight
 from tests.unit.test_kinds_resume import everything
 
@@ -51,9 +51,7 @@ def shares(step: int, kinds: tuple[str, ...] = ()) -> list[list[Batch]]:
 def engine_for(task: dict[str, Any]) -> Engine:
     """The engine of a task: of a technique in its place, or of what stands under a recipe's keys."""
     if "kind" in task:
-        place = FIXTURES[task["kind"]].place
-        assert place is not None
-        return engine_of(**place(part_of(task["kind"], task["name"])))
+        return run_of(task["kind"], task["name"])
     chosen = completed(
         {"tune": "full", "objective": "cross_entropy", "optimizer": "sgd", "gradient_estimator": "backprop", **task["keys"]}
     )

@@ -29,9 +29,11 @@ from tests.contracts.fixtures import (
     BY_STEP,
     FIXTURES,
     FREES,
+    MODELS,
     OPTIONS,
     OTHERS,
     RUNS,
+    engine_of,
     masters,
     outcomes,
     part_of,
@@ -280,6 +282,13 @@ def test_what_is_no_objective_does_not_stand_for_one(kind: str, name: str) -> No
     """A recipe without an objective minimizes cross-entropy, also beside a technique that brings a penalty along."""
     chosen = completed({"tune": ["full"], key_of(kind): [part_of(kind, name)]})
     assert (name in TEACH_BY_THEMSELVES) != ("cross_entropy" in [part.name for part in chosen["objective"]])
+
+
+@pytest.mark.parametrize(("kind", "name"), [one for one in RUNS if one[1] in MODELS])
+def test_what_needs_another_model_is_refused_by_name(kind: str, name: str) -> None:
+    with pytest.raises(LuthierError, match=f"`{name}`.*llama has none") as error:
+        engine_of(**{key_of(kind): [part_of(kind, name)]})
+    assert error.value.fix
 
 
 @pytest.mark.parametrize("kind", KINDS)

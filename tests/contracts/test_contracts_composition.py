@@ -32,7 +32,7 @@ from tests.contracts.combinations import (
     try_out,
 )
 from tests.contracts.covering import covering, uncovered
-from tests.contracts.fixtures import FREES, LEARNING, NOW, RUNS, engine_of, part_of, rows_for
+from tests.contracts.fixtures import FREES, LEARNING, NOW, TOGETHER, engine_of, part_of, rows_for
 from tests.contracts.invariants import check
 from tests.toys.helpers import toys  # noqa: F401
 
@@ -54,12 +54,12 @@ def test_everything_meets() -> None:
     assert {frozenset(pair) for pair in combinations(FREES, 2)} <= {frozenset(pair) for pair in pairs()}
     assert not uncovered(ARRAYS, wanted)
     met = {(one, other[0]) for chosen in ARRAYS for one in chosen for other in chosen}
-    kinds = {kind for kind, _ in RUNS}
+    kinds = {kind for kind, _ in TOGETHER}
     missing = [
         (one, kind)
-        for one in RUNS
+        for one in TOGETHER
         for kind in kinds - {one[0]}
-        if (one, kind) not in met and any(refused(one, other) is None for other in RUNS if other[0] == kind)
+        if (one, kind) not in met and any(refused(one, other) is None for other in TOGETHER if other[0] == kind)
     ]
     assert not missing
     assert set(BESIDE) <= {name for _, name in FREES} and all(kind for kind, _ in LEARNING)

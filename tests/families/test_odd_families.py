@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
 
 from luthier.errors import LuthierError
+from luthier.generation.generate import generate
 from luthier.kinds.parts import Heads
 from luthier.models import attention
 from luthier.models.attention import replace_sdpa
 from luthier.models.faithful import check_forward
 from luthier.models.faithful import own_logits as probed
 from luthier.models.parts import map_parts
+from luthier.models.tiny import tiny_tokenizer
 from luthier.training.build import build_engine
 from luthier.training.packing import obstacle
 from luthier.training.services import RunServices
@@ -166,3 +169,23 @@ def test_attention_that_would_drop_sinks_is_refused(monkeypatch: pytest.MonkeyPa
     with pytest.raises(LuthierError, match="a prefix cannot join the attention of gpt_oss"):
         tune.add("prefix", value, RunServices(tune, "prefix", NOW), {})
     assert tune.model.config._attn_implementation == "eager"  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("family", ["Mamba 2", "MiniMax", "Qwen3-Next", "LFM2", "Falcon-H1", "Gemma 4", "gpt-oss"])
+def test_what_is_written_is_what_the_model_itself_finds_most_likely(family: str) -> None:
+    """With what the model kept of the tokens before, where it keeps it in the usual form, and by reading all of them again else."""
+    prompts, found = [[9, 30, 41, 50], [77, 12, 3, 5, 8, 100, 101]], {}
+
+    def hear(place: int, ids: Sequence[int]) -> bool:
+        found[place] = list(ids)
+        # The first prompt's answer ends early, and the rows go on without it.
+        return place != 0 or len(ids) < 3
+
+    generate(untouched(family), tiny_tokenizer(), prompts, max_new_tokens=5, ends=(), hear=hear)
+    run: Any = base(family)
+    for place, prompt in enumerate(prompts):
+        ids = list(prompt)
+        with torch.no_grad():
+            while len(ids) < len(prompt) + (3, 5)[place]:
+                ids.append(int(run(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
+        assert found[place] == ids[len(prompt) :]

@@ -270,17 +270,19 @@ def test_rendering_up_to_a_turn_equals_the_whole(family: str) -> None:
 
 
 def test_a_template_that_rewrites_history_is_detected() -> None:
-    """Fault 11: a turn that the full conversation shows otherwise than its inference is not learned, with a note."""
+    """Fault 11: a turn that the full conversation shows otherwise than its inference is not learned; what would be lost of it is told."""
     tokenizer = byte_level(QWEN3)
     thinking = conversation("hi", "<think>hm</think>\nyes", "and?", "<think>ah</think>\nno")
-    row = encoded(thinking, tokenizer)
-    assert learned(row, tokenizer) == ["<think>ah</think>\nno<|im_end|>"]
-    assert row.notes == (REWRITES,)
+    with pytest.raises(LuthierError, match="deletes the reasoning of an assistant's turn to learn: 'hm'") as refused:
+        encoded(thinking, tokenizer)
+    assert "rows.thinking: last" in refused.value.fix
+    row = encoded(thinking, tokenizer, loss_on="last")
+    assert learned(row, tokenizer) == ["<think>ah</think>\nno<|im_end|>"] and row.notes == ()
     plain = encoded(conversation("hi", "yes", "and?", "no"), tokenizer)
     assert learned(plain, tokenizer) == ["yes<|im_end|>", "no<|im_end|>"]
     assert plain.notes == ()
-    found = encode_all(read([thinking, conversation("a", "b")]), tokenizer)
-    assert found.notes == {REWRITES: 1}
+    found = encode_all(read([thinking, conversation("a", "b")]), tokenizer, on_bad_row="skip")
+    assert len(found.rows) == 1 and "'hm'" in found.dropped[0].reason
 
 
 def test_a_template_that_adds_to_the_last_turn_only_is_detected() -> None:
@@ -307,9 +309,15 @@ def test_a_system_text_that_moves_to_the_last_question_is_detected() -> None:
 
 
 def test_text_a_template_deletes_is_reported() -> None:
-    """Fault 11: a template that removes thinking even from the last turn is named."""
-    row = encoded(conversation("hi", "<think>hm</think>yes"), byte_level(FORGETFUL))
-    assert row.notes == (ALTERS,)
+    """Fault 11: a template that removes words even from the last turn is refused with them; one that only alters some is named."""
+    with pytest.raises(LuthierError, match="deletes the reasoning of an assistant's turn to learn: 'hm'") as refused:
+        encoded(conversation("hi", "<think>hm</think>yes"), byte_level(FORGETFUL))
+    assert "rows.thinking: last" not in refused.value.fix and "rows.thinking: drop" in refused.value.fix
+    shortening = byte_level(CHATML.replace("m.content", "m.content.split(' (')[0]"))
+    with pytest.raises(LuthierError, match=r"deletes text of an assistant's turn to learn: '\(I am sure\)'"):
+        encoded(conversation("hi", "yes (I am sure)"), shortening)
+    shouting = byte_level(CHATML.replace("m.content", "m.content | replace('yes', 'YES')"))
+    assert encoded(conversation("hi", "yes indeed"), shouting).notes == (ALTERS,)
 
 
 def test_a_generation_prompt_the_turn_does_not_begin_with_is_refused() -> None:

@@ -71,7 +71,6 @@ def test_whatever_a_template_does_not_write_is_noted_with_its_first_row() -> Non
     assert noted(record, CHATML) == (
         f"{who}the row's `tools`",
         f"{who}`tool_calls` of assistant turns",
-        f"{who}`reasoning_content` of assistant turns",
         f"{who}`name` of assistant turns",
     )
     assert noted(record, WRITES_ALL) == (f"{who}`name` of assistant turns",)
@@ -83,10 +82,12 @@ def test_whatever_a_template_does_not_write_is_noted_with_its_first_row() -> Non
 
 
 def test_reasoning_by_any_name_is_written_or_noted() -> None:
-    """A template that reads one name for reasoning is given the others by the library; where it reads none, that is said."""
+    """A template that reads one name for reasoning is given the others by the library; where it reads none, it stands before the words."""
     for name in ("reasoning_content", "reasoning", "thinking"):
         record = {"messages": [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4", name: "two and two"}]}
-        assert noted(record, CHATML) == (f"the chat template does not write `{name}` of assistant turns",)
+        plain = byte_level(CHATML)
+        assert learned(encoded(record, plain), plain) == ["<think>\ntwo and two\n</think>\n\n4<|im_end|>"]
+        assert noted(record, CHATML) == ()
         tokenizer = byte_level(WRITES_ALL)
         assert learned(encoded(record, tokenizer), tokenizer) == ["<think>two and two</think>4<|im_end|>"]
 
@@ -101,6 +102,7 @@ def test_a_key_that_only_some_turns_lose_is_noted() -> None:
     turns = conversation("a", "b", "c", "d")
     for place in (1, 3):
         turns["messages"][place]["reasoning_content"] = f"thought {place}"
+    turns["messages"][1]["learn"] = False
     assert noted(turns, last) == ("the chat template does not write `reasoning_content` of assistant turns",)
 
 

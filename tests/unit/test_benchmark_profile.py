@@ -307,7 +307,7 @@ def test_commands_with_the_world(tmp_path: Path) -> None:
         (("eval", "tiny:llama", "--benchmark", "--skills", "srot"), "sort"),
         (("eval", "tiny:llama", "--benchmark", "--skills", "sort,sort"), "twice"),
         (("eval", "tiny:llama", "--benchmark", "--skills", "sort,"), "skill ``"),
-        (("eval", "tiny:llama", "--benchmark", "--harness", "task"), "more than one"),
+        (("eval", "tiny:llama", "--benchmark", "--tasks", "task"), "more than one"),
         (("eval", "tiny:llama", "--skills", "sort"), "--benchmark"),
         (("eval", "tiny:llama", "--page", "x.html"), "--benchmark"),
         (("eval", "tiny:llama", "--count", "5"), "--benchmark"),

@@ -104,7 +104,7 @@ def test_f1_is_the_harmonic_mean_of_precision_and_recall(answer: str, accepted: 
 
 
 def test_every_metric_says_what_it_needs() -> None:
-    scored = {"exact_match", "f1", "contains", "equal", "last_number", "tool_call", "type_token_ratio", "repetition"}
+    scored = {"exact_match", "f1", "contains", "equal", "last_number", "tool_call", "tool_calls", "type_token_ratio", "repetition"}
     scored |= {"rouge_1", "rouge_2", "rouge_l", "json_match", "json_key_accuracy", "judge"}
     assert {name for name, one in METRICS.items() if one.needs == "generation"} == scored
     assert all((one.score is not None or one.make is not None) == (one.needs == "generation") for one in METRICS.values())

@@ -218,7 +218,7 @@ def test_options_out_of_range_are_refused(name: str, options: dict[str, Any]) ->
 def test_losses_of_tokens_beside_texts_without_targets_are_refused(engine: Any, tmp_path: Path) -> None:
     """They would have added nothing, without a word; and a rule would have left no row."""
     keys = {"model": "tiny:llama", "rows": {"train": ROWS}, "train": {"steps": 1, "batch_rows": 2}, "out": str(tmp_path)}
-    with pytest.raises(LuthierError, match="`cross_entropy` learns from targets, and the texts"):
+    with pytest.raises(LuthierError, match="`cross_entropy` learns from labels, and the texts"):
         luthier.train(**keys, objective=[{"classify": {"labels": ["bad", "good"]}}, "cross_entropy"])
     with pytest.raises(LuthierError, match="chooses among the labels of a step"):
         engine(objective=CLASSES, token_weight="random_step_rows")

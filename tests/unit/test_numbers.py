@@ -637,7 +637,7 @@ def test_numbers_that_nothing_reads_are_refused(tmp_path: Path) -> None:
 def test_token_weights_are_not_in_stored_likelihoods(tmp_path: Path) -> None:
     source = file_of(tmp_path, PAIRS)
     stored(source)
-    assert "`dft` weighs targets, and in the stored likelihoods that `stored_reference` reads" in told(source, token_weight="dft")
+    assert "`dft` weighs labels, and in the stored likelihoods that `stored_reference` reads" in told(source, token_weight="dft")
     assert planned(source, objective=["dpo"], token_weight="dft")
 
 

@@ -72,6 +72,16 @@ def test_supported_pythons_are_those_checked_here() -> None:
     assert [one[1] for one in named if one] == PYTHONS
 
 
+def test_every_extra_is_used_by_something() -> None:
+    """Extras installed packages that no line of luthier ever imported."""
+    modules = {"POT": "ot", "lm-eval": "lm_eval", "tensorboard": "torch.utils.tensorboard"}
+    code = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "luthier").rglob("*.py"))
+    for extra, needed in project()["optional-dependencies"].items():
+        for one in () if extra in ("bench", "test", "lint", "docs", "dev") else map(Requirement, needed):
+            module = re.escape(modules.get(one.name, one.name))
+            assert re.search(rf"^\s*(?:import|from) {module}\b|\"{module}\"", code, re.MULTILINE), f"{extra}: {one.name}"
+
+
 def test_what_luthier_imports_is_declared() -> None:
     """A package that only comes along with another one may go away with it."""
     declared = [

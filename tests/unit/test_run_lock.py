@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+import luthier
+from luthier import machine
 from luthier.errors import LuthierError
 from luthier.results import lock
 from luthier.results.folder import read_run
@@ -61,3 +66,39 @@ def test_a_number_that_was_given_again_is_another_process(tmp_path: Path) -> Non
         (tmp_path / lock.FILE).write_text(json.dumps(held._replace(began="1")._asdict()), encoding="utf-8")
         assert lock.holder(tmp_path) is None
     assert not (tmp_path / lock.FILE).exists()
+
+
+def test_windows_which_opens_no_folders_locks_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Folders were opened and locked as POSIX does, and processes asked by a signal that ends them on Windows."""
+    monkeypatch.setattr(lock, "sys", SimpleNamespace(platform="win32"))
+    monkeypatch.setattr(lock, "_here", lambda: (socket.gethostname(), ""))
+    monkeypatch.setattr(lock, "_began", lambda process: "")
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    with lock.held(tmp_path):
+        held = lock.holder(tmp_path)
+        assert held is not None and held.process == os.getpid()
+        with pytest.raises(LuthierError, match="still running"), lock.held(tmp_path):
+            pass
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    (tmp_path / lock.FILE).write_text(json.dumps(lock.Holder(dead.pid, socket.gethostname(), "", "")._asdict()))
+    assert lock.holder(tmp_path) is None
+
+
+def test_nothing_of_one_system_alone_is_imported_with_a_module() -> None:
+    """`import luthier.machine` failed on Windows, which has no `resource`."""
+    alone = {"fcntl", "grp", "msvcrt", "posix", "pty", "pwd", "resource", "syslog", "termios", "tty", "winreg"}
+    for path in Path(luthier.__file__).parent.rglob("*.py"):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            names = [one.name for one in node.names] if isinstance(node, ast.Import) else []
+            names += [str(node.module)] if isinstance(node, ast.ImportFrom) else []
+            assert not alone & set(names), path
+
+
+def test_a_process_without_groups_and_masks_works(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sweeps and replications asked for groups of processes and masks of signals, which Windows does not have."""
+    monkeypatch.delattr(os, "setpgrp")
+    monkeypatch.delattr(signal, "pthread_sigmask")
+    with machine.without_interrupts():
+        machine.leave_group()
+        machine.hear_interrupts()

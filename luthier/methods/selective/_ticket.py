@@ -10,6 +10,7 @@ from torch import Tensor
 
 from luthier.errors import LuthierError
 from luthier.kinds import Place, Refresh, Services, State, TrainedLike
+from luthier.kinds.parts import outputs_first
 from luthier.methods.selective._entries import largest
 
 
@@ -79,6 +80,5 @@ def _moved(state: State, services: Services, one: TrainedLike) -> Tensor:
     """How far every number moved since the iteration began, flat as [O, I]; 0 for those chosen already."""
     assert one.place is not None and one.anchor is not None
     change = one.master.detach() - one.anchor
-    turned = one.form == "whole" and change.ndim == 2 and one.place.module in services.parts.transposed
-    flat = (change.t() if turned else change).reshape(-1)
+    flat = (outputs_first(change, one.place, services.parts.transposed) if one.form == "whole" else change).reshape(-1)
     return flat.index_fill(0, _held(state, one)[0], 0.0)

@@ -240,15 +240,15 @@ FAULTS = (
     Fault(
         "no recipe can choose one of several templates",
         "planning/load.py",
-        "    choose(tokenizer, recipe.rows.chat_template, recipe",
-        "    choose(tokenizer, None, recipe",
+        "    choose_for(tokenizer, recipe.rows, ",
+        '    choose_for(tokenizer, recipe.rows.model_copy(update={"chat_template": None}), ',
         (f"{TEMPLATE}::test_one_of_several_templates",),
         raises="none is the default",
     ),
     Fault(
         "rows cannot be looked at with one of several templates",
         "runs/rows.py",
-        '    choose(tokenizer, template, options.get("chat_template_options") or {})\n',
+        '    choose(tokenizer, template, options.get("chat_template_options") or {}, thinking=thinking)\n',
         "    choose(tokenizer, None)\n",
         (f"{TEMPLATE}::test_a_look_at_rows_takes_a_template",),
         raises="none is the default",
