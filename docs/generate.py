@@ -21,7 +21,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parent))
 
-from generated import api, choose, first_run, foreign, replications, rooms, translations
+from generated import api, choose, first_run, foreign, models, replications, rooms, translations
 from generated.pages import stale
 from generated.tables import cell, code, paper, table, target
 
@@ -385,6 +385,7 @@ _CHOSEN = (choose.by_purpose, choose.choices, api.public, api.of_kinds, api.furt
 WRITERS: dict[str, Callable[[], str]] = {writer.__name__: writer for writer in (*_ALL, *_FIRST, *_OF_REPLICATIONS, *_CHOSEN)} | {
     "rooms": rooms.page,
     "other_tools": foreign.page,
+    "models": models.page,
     "translations": translations.page,
 }
 PICTURES: dict[str, Callable[[], str]] = {rooms.PICTURE: rooms.picture}

@@ -20,6 +20,9 @@ FUSED = {
 """A fused matrix stands for its parts where the map of the model knows where they lie in it, and for itself where it does not."""
 
 
+SELDOM = {*FUSED, "attention_query_gate", "attention_latent", *GROUPS["mixer"], "linear_other"}
+"""Linear maps that a list of names need not have to mean all of a usual model."""
+
 ABOVE = ("model.layers.", "model.language_model.layers.", "language_model.model.layers.", "layers.")
 """What usual models call their blocks."""
 LONGEST_PATTERN = 300
@@ -43,7 +46,7 @@ def module_types(names: Iterable[str]) -> tuple[list[str], list[str]]:
 def _grouped(types: list[str]) -> list[str]:
     """The same types, with a group's name where all of it is there."""
     for group in ("linear", "attention", "mlp"):
-        if group in types or set(GROUPS[group]) - set(FUSED) <= set(types):
+        if group in types or set(GROUPS[group]) - SELDOM <= set(types):
             types = list(dict.fromkeys(group if one in GROUPS[group] else one for one in types))
     return types
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
@@ -19,6 +18,7 @@ from luthier.delta.sources import live, tied, untie
 from luthier.errors import LuthierError
 from luthier.export.folder import new_folder
 from luthier.generation.generate import stop_ids
+from luthier.models.classes import auto_class
 from luthier.models.load import ModelSource, load_tokenizer
 from luthier.models.modes import evaluating
 from luthier.models.quiet import quiet
@@ -224,13 +224,13 @@ def _token_ids(tokenizer: Any) -> list[list[int]]:
 
 def _check_model(tune: Tune, folder: Path, ids: Sequence[Sequence[int]], expected: Sequence[Tensor]) -> float:
     """Read a model back and compare it. Returns the largest difference of its outputs."""
-    auto_class: Any = transformers.AutoModelForCausalLM if tune.parts.causal else transformers.AutoModel
     device = next(tune.model.parameters()).device
     # Routers send close calls to other experts when another kernel rounds differently.
     experts = getattr(tune.model.config, "_experts_implementation", None)
     kernel = {} if experts is None else {"experts_implementation": experts}
     with quiet():
-        model, _ = load_weights(auto_class, folder, folder, dtype="auto", local_files_only=True, **kernel)
+        loader = auto_class(tune.model.config, causal=tune.parts.causal)
+        model, _ = load_weights(loader, folder, folder, dtype="auto", local_files_only=True, **kernel)
     reloaded = model.to(device)  # type: ignore[arg-type]
     found, weights = live(reloaded), live(tune.model)
     wrong = [name for name, values in weights.items() if name not in found or not _same(found[name], values)]

@@ -6,6 +6,7 @@ as soon as they end, and draws by row, so that an answer does not depend on whic
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
@@ -194,7 +195,7 @@ def _decode(
     ids_BT, attend_BT, ends, number_B = (one.to(device) for one in (ids_BT, attend_BT, ends, number_B))
     model, head = cast(PreTrainedModel, tune.model), head_of(tune.model, tune.parts)
     backbone: Any = tune.model.get_submodule(tune.parts.backbone)
-    cache = DynamicCache(config=model.config)
+    cache = DynamicCache(config=model.config) if _keeps_states(model, backbone) else None
     answers: list[list[int]] = [[] for _ in prompts]
     alive_B = torch.arange(len(prompts), device=device)
     position_BT = (attend_BT.cumsum(-1) - 1).clamp(min=0)
@@ -203,8 +204,7 @@ def _decode(
             input_ids=ids_BT,
             attention_mask=attend_BT.long(),
             position_ids=position_BT,
-            past_key_values=cache,
-            use_cache=True,
+            **({"use_cache": False} if cache is None else {"past_key_values": cache, "use_cache": True}),
         )
         logits_BV = head(output.last_hidden_state[:, -1])
         if not logits_BV.amax(-1).isfinite().all():
@@ -219,11 +219,25 @@ def _decode(
             kept = torch.tensor([place for place, one in enumerate(goes_on) if one], dtype=torch.int64, device=device)
             if not len(kept):
                 break
-            cache.batch_select_indices(kept)
-            alive_B, token_B, attend_BT, position_BT = (one[kept] for one in (alive_B, token_B, attend_BT, position_BT))
-        ids_BT, position_BT = token_B[:, None], position_BT[:, -1:] + 1
+            if cache is not None:
+                # Recurrent states know no other way to leave rows out.
+                cache.reorder_cache(kept)  # type: ignore[arg-type]
+            alive_B, token_B, ids_BT = alive_B[kept], token_B[kept], ids_BT[kept]
+            attend_BT, position_BT = attend_BT[kept], position_BT[kept]
+        next_B1, place_B1 = token_B[:, None], position_BT[:, -1:] + 1
+        ids_BT = next_B1 if cache is not None else torch.cat([ids_BT, next_B1], dim=1)
+        position_BT = place_B1 if cache is not None else torch.cat([position_BT, place_B1], dim=1)
         attend_BT = torch.cat([attend_BT, attend_BT.new_ones(len(attend_BT), 1)], dim=1)
     return answers
+
+
+def _keeps_states(model: Any, backbone: Any) -> bool:
+    """Whether a model goes on from what it kept of the tokens before, in the usual form; else it reads all of them for each new one.
+
+    One that keeps states of its own kind (Mamba 2) takes the usual form without a word, and forgets all before the last token.
+    """
+    usual = "past_key_values" in inspect.signature(backbone.forward).parameters
+    return usual and bool(model._supports_default_dynamic_cache())
 
 
 def _padded(prompts: Sequence[Sequence[int]], virtual: int) -> tuple[Tensor, Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import reduce
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -20,11 +20,16 @@ ROLES: tuple[str, ...] = (
     "attention_key",
     "attention_value",
     "attention_query_key_value",
+    "attention_query_gate",
+    "attention_latent",
     "attention_output",
     "mlp_up",
     "mlp_gate",
     "mlp_gate_up",
     "mlp_down",
+    "mixer_input",
+    "mixer_output",
+    "linear_other",
     "expert",
     "router",
     "attention_norm",
@@ -35,14 +40,19 @@ ROLES: tuple[str, ...] = (
     "other_norm",
     "head",
     "other",
+    "other_modality",
 )
 """Every role a tensor can have.
 
 `attention_query_key_value` and `mlp_gate_up` are fused matrices whose parts are not contiguous rows (GPT-NeoX
-interleaves query, key and value head by head) or whose order is not known; they count as one matrix. `expert` is any
-tensor of a mixture's experts, `router` what chooses among them. `attention_norm` and `mlp_norm` stand before or after
-their part of the block. `other` is known and none of these: token-type embeddings, poolers, OPT's projections,
-attention sinks.
+interleaves query, key and value head by head) or whose order is not known; they count as one matrix.
+`attention_query_gate` is a query fused with the gate of attention's output (Qwen3-Next), `attention_latent` one of the
+maps to or from the narrow states of multi-head latent attention (DeepSeek-V3). `mixer_input` and `mixer_output` are the
+linear maps of what mixes tokens without attention: state spaces, gated delta nets, short convolutions. `linear_other` is
+any further linear map in a block. `expert` is any tensor of a mixture's experts, `router` what chooses among them.
+`attention_norm` and `mlp_norm` stand before or after their part of the block. `other` is none of these: token-type
+embeddings, poolers, OPT's projections, attention sinks, convolutions and decays of a mixer, and what no name tells.
+`other_modality` reads or writes images or sound, and text gives it no gradient.
 """
 
 
@@ -52,14 +62,20 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "attention_key",
         "attention_value",
         "attention_query_key_value",
+        "attention_query_gate",
+        "attention_latent",
         "attention_output",
     ),
     "mlp": ("mlp_up", "mlp_gate", "mlp_gate_up", "mlp_down"),
+    "mixer": ("mixer_input", "mixer_output"),
     "norm": ("attention_norm", "mlp_norm", "query_norm", "key_norm", "final_norm", "other_norm"),
 }
-GROUPS["linear"] = GROUPS["attention"] + GROUPS["mlp"]
-GROUPS["all"] = ROLES
+GROUPS["linear"] = (*GROUPS["attention"], *GROUPS["mlp"], *GROUPS["mixer"], "linear_other")
+GROUPS["all"] = tuple(role for role in ROLES if role != "other_modality")
 
+
+NAMED = 4
+"""How many names of parameters one sentence tells."""
 
 SUBLAYERS: dict[str, str] = {"attention_layer": "attention", "mlp_layer": "mlp"}
 """Roles of whole sub-layers of a block, which edits of hidden states can name, and the groups of their matrices."""
@@ -82,6 +98,14 @@ def expand_roles(names: str | Iterable[str]) -> tuple[str, ...]:
             )
         chosen.update(GROUPS.get(name, (name,)))
     return tuple(role for role in ROLES if role in chosen)
+
+
+class Heads(NamedTuple):
+    """How a block's attention is cut into heads."""
+
+    query: int
+    key_value: int
+    width: int
 
 
 class Place(NamedTuple):
@@ -121,6 +145,7 @@ class Parts:
     blocks: int
     width: int
     heads: int
+    """Of the first block, as the next two; see `uniform_heads`."""
     key_value_heads: int
     head_width: int
     vocabulary: int
@@ -144,6 +169,35 @@ class Parts:
     """The standard deviation with which this model's matrices began, by its own configuration; None where that does not say."""
     added: tuple[int, ...] = ()
     """Ids of the tokens that were added for this run, whose rows train."""
+    other_heads: Mapping[int, Heads] = field(default_factory=dict)
+    """Blocks whose attention is cut into heads otherwise than that of the first (Gemma 4)."""
+
+    def heads_of(self, block: int | None) -> Heads:
+        """How the attention of a block is cut into heads, by the model's configuration."""
+        usual = Heads(self.heads, self.key_value_heads, self.head_width)
+        return usual if block is None else self.other_heads.get(block, usual)
+
+    def uniform_heads(self, asks: str) -> Heads:
+        """The heads of every block, for what needs them to be alike.
+
+        Args:
+            asks: what needs that, for the error.
+
+        Raises:
+            LuthierError: a block has no attention with queries, keys and values, or its heads are others.
+        """
+        keys = {"attention_key", "attention_query_key_value"}
+        having = {place.block for place in self.places if place.role in keys}
+        lacking = sorted({place.block for place in self.places if place.block is not None} - having)
+        if lacking or self.other_heads:
+            odd = lacking or sorted(self.other_heads)
+            what = "no keys and values of their own" if lacking else "heads of another number or width"
+            raise LuthierError(
+                f"`{asks}` needs the same heads in every block, and blocks {', '.join(map(str, odd))} have {what}",
+                where=self.architecture,
+                fix="use a prompt, LoRA or another technique",
+            )
+        return self.heads_of(None)
 
     def select(
         self,
@@ -155,19 +209,26 @@ class Parts:
 
         Args:
             target_modules: module types, groups of them, or modules by the model's own names, whole or from the right, such as
-                `q_proj` or `mlp.down_proj`, or stacks of experts' matrices, such as `experts` or `experts.down_proj`; None for all.
+                `q_proj` or `mlp.down_proj`, or stacks of experts' matrices, such as `experts` or `experts.down_proj`; None for all that
+                text reaches, which is the group `all`.
             blocks: block numbers from 0; None for every place, also outside the blocks.
             tensor: `weight` for all that is no bias, `bias`, or None for both.
 
         Raises:
-            LuthierError: an unknown name, a block the model does not have, or another `tensor`.
+            LuthierError: an unknown name, what text does not reach, a block the model does not have, or another `tensor`.
         """
         if tensor not in ("weight", "bias", None):
             raise LuthierError(f"`{tensor}` is not a kind of tensor", where="tensor", fix="use weight, bias or None")
         named = [target_modules] if isinstance(target_modules, str) else list(target_modules or ())
+        if "other_modality" in named:
+            raise LuthierError(
+                "rows of text do not reach what has the module type other_modality",
+                where="target_modules",
+                fix="leave it out: it reads images or sound, and stays frozen",
+            )
         modules = tuple(f".{name}" for name in named if name not in ROLES and name not in GROUPS)
         self._check_names(modules)
-        wanted = set(ROLES if target_modules is None else expand_roles(name for name in named if f".{name}" not in modules))
+        wanted = set(GROUPS["all"] if target_modules is None else expand_roles(name for name in named if f".{name}" not in modules))
         allowed = None if blocks is None else set(blocks)
         missing = sorted((allowed or set()) - set(range(self.blocks)))
         if missing:
@@ -179,7 +240,10 @@ class Parts:
         return [
             place
             for place in self.places
-            if (place.role in wanted or any(name.endswith(modules) for name in _own_names(place)))
+            if (
+                place.role in wanted
+                or (place.role != "other_modality" and any(name.endswith(modules) for name in _own_names(place)))
+            )
             and (allowed is None or place.block in allowed)
             and (tensor is None or place.tensor.endswith("bias") == (tensor == "bias"))
         ]
@@ -206,8 +270,7 @@ class Parts:
         Raises:
             LuthierError: the block's matrices of this group have no module of their own.
         """
-        roles = (*GROUPS[group], *(("expert", "router") if group == "mlp" else ()))
-        modules = {place.module for place in self.select(roles, blocks=[block])}
+        modules = {place.module for place in self._sublayer(group, block)}
         owner = reduce(common_module, [module.rpartition(".")[0] for module in modules]) if modules else ""
         if not owner.startswith(f"{self.block_modules[block]}."):
             raise LuthierError(
@@ -216,6 +279,17 @@ class Parts:
                 fix="edit its matrices instead, or the whole block",
             )
         return owner
+
+    def has_sublayer(self, group: str, block: int) -> bool:
+        """Whether a block has matrices of `attention` or of `mlp`: those of a hybrid may have one alone."""
+        return bool(self._sublayer(group, block))
+
+    def _sublayer(self, group: str, block: int) -> list[Place]:
+        return self.select((*GROUPS[group], *(("expert", "router") if group == "mlp" else ())), blocks=[block])
+
+    def roles(self) -> list[str]:
+        """The roles that this model has."""
+        return [role for role in ROLES if any(place.role == role for place in self.places)]
 
     def module(self, model: nn.Module, place: Place) -> nn.Module:
         """The module that owns the place's tensor."""
@@ -236,6 +310,26 @@ class Parts:
     def outputs(self, place: Place, values: Tensor) -> Tensor:
         """The part of a parameter's values, as it is stored, that is a place: a view whose rows are outputs."""
         return outputs_first(values, place, self.transposed)[place.start : place.stop]
+
+    def unknown(self) -> list[str]:
+        """What the map holds without knowing more of it, and what text does not reach: a sentence each."""
+        said = []
+        for role, what in (("linear_other", "linear maps"), ("other", "parameters"), ("other_modality", "parameters")):
+            found = [place for place in self.places if place.role == role]
+            linear = [place for place in found if role != "linear_other" or not place.tensor.endswith("bias")]
+            if linear:
+                names = list(dict.fromkeys(self._short(place) for place in linear))
+                shown = ", ".join([*names[:NAMED], *(["..."] if len(names) > NAMED else [])])
+                frozen = ", frozen: rows of text do not reach them" if role == "other_modality" else ""
+                said.append(f"{what} that are `{role}`: {len(linear):,}{frozen} ({shown})")
+        return said
+
+    def _short(self, place: Place) -> str:
+        """A parameter's name, the same for every block; of another modality the name of what holds all of it."""
+        if place.role == "other_modality":
+            return ".".join(place.parameter.split(".")[:2])
+        inside = "" if place.block is None else f"{self.block_modules[place.block]}."
+        return place.parameter.removeprefix(inside).removesuffix(".weight")
 
     def describe(self) -> str:
         """The map in words, a line a role."""

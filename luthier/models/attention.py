@@ -24,6 +24,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from luthier.errors import LuthierError
 from luthier.kinds.parts import Parts
+from luthier.models.faithful import alike as alike_logits
+from luthier.models.faithful import own_logits
 
 NAME = "luthier"
 
@@ -33,6 +35,9 @@ SHORT = 256
 
 MASS_BYTES = 64 * 2**20
 """Most memory that the weights of some queries may take while their mass is summed."""
+
+SINKS = "s_aux"
+"""What transformers calls the trained score of each head that takes part in the softmax and adds nothing (gpt-oss)."""
 
 _PLAIN_TAKES = frozenset({"scaling", "dropout", "is_causal", "sliding_window", "position_ids", "output_attentions", "use_cache"})
 
@@ -117,7 +122,8 @@ def attention(
         return _row_by_row(module, query, key, value, luthier, **options), None
     if luthier is not None and luthier.prefixes:
         key, value, attention_mask = _with_prefixes(module, luthier, query, key, value, attention_mask)
-    if _is_short(query, key, options):
+    # Scaled dot-product attention knows no sinks, and would leave them out without a word.
+    if options.get(SINKS) is not None or _is_short(query, key, options):
         return _plain(module, query, key, value, attention_mask, **options), None
     return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, attention_mask, **options)  # type: ignore[no-any-return]
 
@@ -156,7 +162,8 @@ def _seen(states: Tensor, context: Context) -> Sequence[Tensor]:
 
 def _has_varlen(query: Tensor, context: Context, options: dict[str, Any]) -> bool:
     narrow = query.dtype in (torch.float16, torch.bfloat16)
-    return query.is_cuda and narrow and not context.prefixes and not options.get("dropout")
+    plain = not context.prefixes and options.get(SINKS) is None
+    return query.is_cuda and narrow and plain and not options.get("dropout")
 
 
 def _varlen(
@@ -298,9 +305,11 @@ def _plain(
     *,
     scaling: float | None = None,
     is_causal: bool | None = None,
+    dropout: float = 0.0,
+    s_aux: Tensor | None = None,
     **ignored: Any,
 ) -> Tensor:
-    """Scores, softmax in fp32, weighted sum: [B, T, H, W]."""
+    """Scores, softmax in fp32, weighted sum: [B, T, H, W]. Sinks [H] are one more score for every query, and no value."""
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
@@ -311,7 +320,12 @@ def _plain(
         mask = _causal(query.shape[2], key.shape[2], query.device)
     if mask is not None:
         score = _masked(score, mask)
-    weight = score.softmax(-1, dtype=torch.float32).to(query.dtype)
+    wide = torch.promote_types(query.dtype, torch.float32)
+    if s_aux is not None:
+        score = torch.cat([score, s_aux.to(score.dtype).view(1, -1, 1, 1).expand(*score.shape[:-1], 1)], dim=-1)
+    weight = score.softmax(-1, dtype=wide)[..., : key.shape[2]].to(query.dtype)
+    if dropout:
+        weight = functional.dropout(weight, dropout)
     return (weight @ value).transpose(1, 2).contiguous()
 
 
@@ -326,11 +340,18 @@ def use_context(model: nn.Module, parts: Parts, context: Callable[[], Context]) 
     """Let a model's attention ask for a context at every forward pass.
 
     Raises:
-        LuthierError: the model does not use the exchangeable attention of transformers, so a prefix would be ignored.
+        LuthierError: the model does not use the exchangeable attention of transformers, so a prefix would be ignored, or its own
+            attention does what luthier's would leave out.
     """
     transformer: Any = model
     before = transformer.config._attn_implementation
-    if not use_attention(model):
+    # What is no scaled dot-product attention may add to its scores what no argument tells.
+    expected = own_logits(model, parts.vocabulary) if before not in ("sdpa", NAME) else None
+    exchanged = use_attention(model)
+    if exchanged and expected is not None and not alike_logits(own_logits(model, parts.vocabulary), expected):
+        transformer.set_attn_implementation(before)
+        exchanged = False
+    if not exchanged:
         raise LuthierError(
             f"a prefix cannot join the attention of {parts.architecture}", fix="use a prompt, LoRA or another technique"
         )
@@ -358,6 +379,8 @@ def use_attention(model: nn.Module) -> bool:
 
 
 def replace_sdpa(model: nn.Module) -> None:
-    """Give a model luthier's attention where it would take torch's, which knows neither packed rows nor prefixes."""
-    if getattr(model.config, "_attn_implementation", None) == "sdpa":
+    """Give a model luthier's attention where it would take torch's, which knows neither packed rows nor prefixes, or, for its sinks,
+    one of its own."""
+    sinks = any(name.endswith(".sinks") for name, _ in model.named_parameters())
+    if getattr(model.config, "_attn_implementation", None) == "sdpa" or sinks:
         use_attention(model)

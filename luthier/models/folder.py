@@ -6,13 +6,16 @@ import json
 from pathlib import Path
 from typing import Any
 
+import transformers
 from transformers import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
 )
 
 from luthier.errors import LuthierError
+from luthier.models.classes import auto_class_name
 from luthier.models.known import Kind
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -59,6 +62,13 @@ def check_folder(folder: Path, *, trust_remote_code: bool = False) -> Kind:
     if not has_weights(folder):
         raise _no_weights(folder)
     return _kind_of(folder, config)
+
+
+def class_of(folder: Path, kind: Kind) -> Any:
+    """The auto class of `transformers` that loads the model of a folder."""
+    config = _read_json(folder / "config.json")
+    name = auto_class_name(str(config.get("model_type")), config.get("architectures") or (), causal=kind == "causal")
+    return getattr(transformers, name)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -120,7 +130,7 @@ def _kind_of(folder: Path, config: dict[str, Any]) -> Kind:
     model_type = config.get("model_type")
     if model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
         return "encoder"
-    if model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+    if model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
         return "causal"
     raise LuthierError(
         f"a model of type `{model_type}` is neither a causal language model nor an encoder",

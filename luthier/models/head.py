@@ -13,11 +13,11 @@ from luthier.kinds.parts import Parts
 
 
 def finish(model: nn.Module) -> Callable[[Tensor], Tensor]:
-    """What the model does to the head's output: scaling (Cohere, Granite) and soft-capping (Gemma 2)."""
+    """What the model does to the head's output: scaling (Cohere, Granite, Falcon-H1) and soft-capping (Gemma 2)."""
     config = model.config.get_text_config()  # type: ignore[union-attr,operator]
-    multiply = float(getattr(config, "logit_scale", None) or 1.0)
+    multiply = float(getattr(config, "logit_scale", None) or getattr(config, "lm_head_multiplier", None) or 1.0)
     divide = float(getattr(config, "logits_scaling", None) or 1.0)
-    cap = getattr(config, "final_logit_softcapping", None)
+    cap = getattr(config, "final_logit_softcapping", None) or getattr(config, "logits_soft_cap", None)
 
     def apply(logits: Tensor) -> Tensor:
         if multiply != 1.0 or divide != 1.0:
@@ -41,4 +41,5 @@ def head_of(model: nn.Module, parts: Parts) -> Callable[[Tensor], Tensor]:
     # Called as a module, so that a delta, an edit or a tap on the head is in effect.
     module: Any = model.get_submodule(parts.head)
     after = finish(model)
-    return lambda hidden_ND: after(module(hidden_ND))
+    # Some bodies add up in fp32 whatever the type of their weights (Mamba).
+    return lambda hidden_ND: after(module(hidden_ND.to(module.weight.dtype)))

@@ -18,7 +18,7 @@ from luthier.errors import LuthierError, Say, nearest, silent
 from luthier.kinds.parts import Reads
 from luthier.models.context import reads_of
 from luthier.models.convert import load_gguf_model, load_gguf_tokenizer
-from luthier.models.folder import check_folder, has_tokenizer
+from luthier.models.folder import check_folder, class_of, has_tokenizer
 from luthier.models.hub import HubUnavailableError, cached_snapshot, fetch_snapshot
 from luthier.models.known import KNOWN, Kind, KnownModel
 from luthier.models.packaged import BUILT, PACKAGED, folder_of
@@ -140,7 +140,7 @@ def _read(source: ModelSource, dtype: torch.dtype, say: Say) -> PreTrainedModel:
         return load_gguf_model(source.path, dtype=dtype)
     with quiet():
         model, unexpected = load_weights(
-            transformers.AutoModelForCausalLM if source.kind == "causal" else transformers.AutoModel,
+            class_of(source.path, source.kind),
             source.path,
             source.path,
             dtype=dtype,

@@ -6,7 +6,7 @@ Selections, adapters, pruning, freezing and reports all name tensors by this map
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from itertools import accumulate
 from typing import Any
@@ -16,34 +16,41 @@ from transformers.pytorch_utils import Conv1D
 
 from luthier.errors import LuthierError
 from luthier.kinds import Place
-from luthier.kinds.parts import GROUPS, Parts, common_module
+from luthier.kinds.parts import GROUPS, Heads, Parts, common_module
 from luthier.models.experts import stores_inputs_first
-from luthier.models.quantized import QuantizedLinear, named_weights, shape_of
-from luthier.models.roles import FUSED_ROWS, LAYERS, role_in_block, role_outside
+from luthier.models.quantized import QuantizedLinear, named_weights
+from luthier.models.roles import FUSED_ROWS, GATED_QUERIES, LAYERS, role_in_block, role_outside
+
+LINEAR = (nn.Linear, QuantizedLinear, Conv1D)
+"""Classes of modules that are one linear map."""
 
 
 def map_parts(model: nn.Module) -> Parts:
     """The map of a plain `transformers` model, before anything is attached to it.
 
     Raises:
-        LuthierError: the blocks can not be found, a parameter's role is not known, or the head counts do not explain
-            the shapes of the attention matrices. Nothing is skipped silently.
+        LuthierError: the blocks can not be found, or the model has an encoder and a decoder. A parameter whose name is not known gets
+            the role `linear_other` or `other`, and so does a matrix of attention whose shape the head counts do not explain.
     """
     transformer: Any = model
     config = transformer.config.get_text_config()
     if getattr(config, "is_encoder_decoder", False):
         raise _refusal(model, "encoder-decoder models are not mapped")
-    blocks = _find_blocks(model, config.num_hidden_layers)
+    for name in ("hidden_size", "vocab_size"):
+        if getattr(config, name, None) is None:
+            raise _refusal(model, f"its configuration has no {name}, as that of a language model has")
     embedding = _name_of(model, transformer.get_input_embeddings())
+    blocks = _find_blocks(model, getattr(config, "num_hidden_layers", None), embedding)
+    heads = [_heads(one) for one in _configurations(config, len(blocks))]
     parts = Parts(
         architecture=config.model_type,
         places=(),
         ties={},
         blocks=len(blocks),
         width=config.hidden_size,
-        heads=config.num_attention_heads,
-        key_value_heads=_key_value_heads(config),
-        head_width=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+        heads=heads[0].query,
+        key_value_heads=heads[0].key_value,
+        head_width=heads[0].width,
         vocabulary=config.vocab_size,
         block_modules=blocks,
         backbone=common_module(embedding, blocks[0]),
@@ -54,13 +61,12 @@ def map_parts(model: nn.Module) -> Parts:
         output_width=(config.hidden_size if config.model_type != "opt" else config.word_embed_proj_dim),
         layer=() if transformer.can_generate() else LAYERS.get(config.model_type, ()),
         initial_deviation=_initial_deviation(config),
+        other_heads={block: one for block, one in enumerate(heads) if one != heads[0]},
     )
     names, ties = _distinct_parameters(model, embedding)
-    whole = _assign_roles(model, parts, names)
-    places = tuple(piece for place in whole for piece in _split(model, parts, place))
-    for place in places:
-        _check_heads(model, parts, place)
-    return replace(parts, places=places, ties=ties)
+    whole = _assign_roles(model, parts, names, text_alone=config is transformer.config)
+    pieces = [piece for place in whole for piece in _split(model, parts, place)]
+    return replace(parts, places=tuple(_checked(model, parts, place) for place in pieces), ties=ties)
 
 
 def _refusal(model: nn.Module, what: str, found: Iterable[str] = ()) -> LuthierError:
@@ -68,13 +74,26 @@ def _refusal(model: nn.Module, what: str, found: Iterable[str] = ()) -> LuthierE
     return LuthierError(
         f"{type(model).__name__} can not be mapped: {what}{listed}",
         where="luthier.models.parts",
-        fix="use a decoder or encoder of a known family, or add the names to the tables in luthier/models/roles.py",
+        fix="use a causal model or an encoder that `transformers` loads, whose blocks are one list",
     )
 
 
 def _name_of(model: nn.Module, wanted: nn.Module | None) -> str:
     """The dotted name of a submodule; empty when there is none."""
     return next((name for name, module in model.named_modules() if module is wanted), "")
+
+
+def _configurations(config: Any, blocks: int) -> list[Any]:
+    """The configuration of each block, which may differ from block to block (Gemma 4)."""
+    return list(config.per_layer_config) if getattr(config, "is_heterogeneous", False) else [config] * blocks
+
+
+def _heads(config: Any) -> Heads:
+    """How attention is cut into heads by a configuration; all zeros where it knows no attention (Mamba)."""
+    query = int(getattr(config, "num_attention_heads", None) or 0)
+    if not query:
+        return Heads(0, 0, 0)
+    return Heads(query, _key_value_heads(config), getattr(config, "head_dim", None) or config.hidden_size // query)
 
 
 def _key_value_heads(config: Any) -> int:
@@ -92,16 +111,30 @@ def _initial_deviation(config: Any) -> float | None:
     return next((float(value) for value in named if value), None)
 
 
-def _find_blocks(model: nn.Module, count: int) -> tuple[str, ...]:
-    """The dotted names of the transformer blocks: the one outermost list of as many modules as the model has layers."""
-    lists: list[str] = []
+def _find_blocks(model: nn.Module, count: int | None, embedding: str) -> tuple[str, ...]:
+    """The dotted names of the transformer blocks: the one outermost list of as many modules as the model has layers.
+
+    Some count layers otherwise (LongCat has two in a block): then it is the one outermost list of modules of one class.
+    An encoder of images may have as many blocks; the language model's list stands closest to the embedding of tokens.
+    """
+    lists: dict[str, nn.ModuleList] = {}
     for name, module in model.named_modules():
         nested = any(name.startswith(f"{outer}.") for outer in lists)
-        if isinstance(module, nn.ModuleList) and len(module) == count and not nested:
-            lists.append(name)
-    if len(lists) != 1:
-        raise _refusal(model, f"its blocks are not one list of {count} modules; lists of that length:", lists or ["none"])
-    return tuple(f"{lists[0]}.{number}" for number in range(count))
+        if isinstance(module, nn.ModuleList) and len(module) and not nested:
+            lists[name] = module
+    found = [name for name, modules in lists.items() if len(modules) == count]
+    found = _closest(found or [name for name, modules in lists.items() if len({type(one) for one in modules}) == 1], embedding)
+    if len(found) != 1:
+        raise _refusal(model, f"its blocks are not one list of {count} modules; lists that could be:", found or ["none"])
+    return tuple(f"{found[0]}.{number}" for number in range(len(lists[found[0]])))
+
+
+def _closest(lists: Sequence[str], embedding: str) -> list[str]:
+    """Those of some modules that share most with the embedding's name, and of these the ones that lie least deep."""
+    shared = {name: len(common_module(name, embedding)) for name in lists}
+    nearest = [name for name in lists if shared[name] == max(shared.values())]
+    depth = [name.count(".") for name in nearest]
+    return [name for name, deep in zip(nearest, depth, strict=True) if deep == min(depth)]
 
 
 def _distinct_parameters(model: nn.Module, embedding: str) -> tuple[list[str], dict[str, str]]:
@@ -121,8 +154,15 @@ def _distinct_parameters(model: nn.Module, embedding: str) -> tuple[list[str], d
     return names, ties
 
 
-def _assign_roles(model: nn.Module, parts: Parts, names: list[str]) -> list[Place]:
-    """A place for every parameter, whole tensors only."""
+def _assign_roles(model: nn.Module, parts: Parts, names: list[str], *, text_alone: bool) -> list[Place]:
+    """A place for every parameter, whole tensors only.
+
+    Args:
+        model: the model.
+        parts: its map so far.
+        names: of its parameters.
+        text_alone: False for a model that also reads images or sound, of which text reaches the language model and the head.
+    """
     block_of = {name: _block_of(name, parts.block_modules) for name in names}
     inner = {name: _inner_name(name, parts, block_of[name]) for name in names}
     siblings: defaultdict[int | None, set[str]] = defaultdict(set)
@@ -133,19 +173,21 @@ def _assign_roles(model: nn.Module, parts: Parts, names: list[str]) -> list[Plac
         module, block = name.rpartition(".")[0], block_of[name]
         if module in (parts.embedding, parts.head) and module:
             roles[name] = "embedding" if module == parts.embedding else "head"
+        elif block is not None:
+            roles[name] = role_in_block(inner[name], siblings[block])
         else:
-            roles[name] = role_outside(inner[name]) if block is None else role_in_block(inner[name], siblings[block])
+            reached = text_alone or name.startswith(f"{parts.backbone}.")
+            roles[name] = role_outside(inner[name]) if reached else "other_modality"
     for block in range(parts.blocks):
         inside = [name for name in names if block_of[name] == block]
         has_mlp = any(roles[name] in (*GROUPS["mlp"], "expert") for name in inside)
         roles.update(_roles_by_shape(model, [name for name in inside if roles[name] is None], parts.width, has_mlp))
-    unknown = [f"{name} {tuple(shape_of(model, name))}" for name in names if roles[name] is None]
-    if unknown:
-        raise _refusal(model, f"{len(unknown)} parameters have no known role:", unknown[:20])
     places = []
     for name in names:
         module, _, tensor = name.rpartition(".")
-        places.append(Place(module, tensor, str(roles[name]), block_of[name]))
+        linear = block_of[name] is not None and isinstance(model.get_submodule(module), LINEAR)
+        role = roles[name] or ("linear_other" if linear else "other")
+        places.append(Place(module, tensor, role, block_of[name]))
     return places
 
 
@@ -200,22 +242,22 @@ def _split(model: nn.Module, parts: Parts, place: Place) -> list[Place]:
     if place.role == "mlp_gate_up":
         sizes = [rows // 2] * 2
     else:
-        sizes = [parts.heads * parts.head_width, *[parts.key_value_heads * parts.head_width] * 2]
+        heads = parts.heads_of(place.block)
+        sizes = [heads.query * heads.width, *[heads.key_value * heads.width] * 2]
     if sum(sizes) != rows:
-        raise _refusal(model, f"{place} has {rows} rows, but its {len(sizes)} pieces would have {sizes}")
+        return [place]
     ends = list(accumulate(sizes))
     return [place._replace(role=role, start=end - size, stop=end) for role, size, end in zip(roles, sizes, ends, strict=True)]
 
 
-def _check_heads(model: nn.Module, parts: Parts, place: Place) -> None:
-    """Refuse a map whose head counts would cut an attention matrix at the wrong rows."""
-    heads = {
-        "attention_query": parts.heads,
-        "attention_key": parts.key_value_heads,
-        "attention_value": parts.key_value_heads,
-    }.get(place.role)
+def _checked(model: nn.Module, parts: Parts, place: Place) -> Place:
+    """The place with another role where the head counts would cut its matrix at the wrong rows."""
+    query, key_value, width = parts.heads_of(place.block)
+    heads = {"attention_query": query, "attention_key": key_value, "attention_value": key_value}.get(place.role)
     if heads is None:
-        return
+        return place
     rows = _output_rows(model, place) if place.stop is None else place.stop - (place.start or 0)
-    if rows != heads * parts.head_width:
-        raise _refusal(model, f"{place} has {rows} rows, not {heads} heads of {parts.head_width}")
+    if place.role == "attention_query" and parts.architecture in GATED_QUERIES and rows == 2 * heads * width:
+        return place._replace(role="attention_query_gate")
+    linear = isinstance(model.get_submodule(place.module), LINEAR)
+    return place if rows == heads * width else place._replace(role="linear_other" if linear else "other")

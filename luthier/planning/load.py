@@ -13,7 +13,9 @@ from transformers import PreTrainedTokenizerBase
 from luthier import draws, machine
 from luthier.errors import Say
 from luthier.kinds.parts import Parts, Reads
+from luthier.models.attention import replace_sdpa
 from luthier.models.context import reads_of
+from luthier.models.faithful import check_forward, own_logits
 from luthier.models.fingerprint import fingerprint
 from luthier.models.load import load_tokenizer
 from luthier.models.parts import map_parts
@@ -69,6 +71,10 @@ def load(recipe: Recipe, world: World, say: Say, today: date | None = None) -> L
     model = load_start(start, dtype, quantize=recipe.quantize)
     parts = replace(map_parts(model), added=tuple(ids_of(tokenizer, start.own_tokens)))
     identity = fingerprint(model)
+    if parts.causal and parts.head:
+        expected = own_logits(model, parts.vocabulary)
+        replace_sdpa(model)
+        check_forward(model, parts, expected)
     root = None
     if recipe.train.sharding == "full":
         root = shard(model, parts.block_modules, device, world.size)

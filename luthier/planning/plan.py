@@ -158,6 +158,7 @@ class Plan:
         lines += [
             f"trains        {self.trained_parameters:,} parameters, {share:.2f} % of the model's",
             *self._roles(),
+            *_listed("map", self.parts.unknown()),
             *(f"{NOTHING_BEFORE}{said}" for said in experts.trained(self.engine.tune)),
             *(
                 f"{NOTHING_BEFORE}{slot} adds its deltas times {one.scale:g}"

@@ -17,6 +17,7 @@ from luthier.export.gguf_quantize import BITS, library
 from luthier.export.model import dtype_of
 from luthier.export.ollama import export_ollama
 from luthier.export.peft_base import Base, base_of
+from luthier.models.classes import auto_class
 from luthier.report.card import FILE, Published, Use, model_card
 from luthier.results.folder import Run
 from luthier.results.opened import open_run
@@ -134,7 +135,10 @@ def _use(tune: Tune) -> Use:
     if tune.head is not None and tune.head[1].means == "vector":
         code = 'from sentence_transformers import SentenceTransformer\n\nmodel = SentenceTransformer("FOLDER")'
         return Use("sentence-transformers", "sentence-similarity", code)
-    name, task = ("AutoModelForCausalLM", _TEXT) if tune.parts.causal else ("AutoModel", "feature-extraction")
+    name, task = (
+        auto_class(tune.model.config, causal=tune.parts.causal).__name__,
+        _TEXT if tune.parts.causal else "feature-extraction",
+    )
     if tune.head is not None:
         words = tune.head[1].pool == "words"
         name = "AutoModelForTokenClassification" if words else "AutoModelForSequenceClassification"
@@ -145,7 +149,7 @@ def _use(tune: Tune) -> Use:
 
 def _adapter(tune: Tune) -> Use:
     """How an adapter is loaded beside its base."""
-    name = "AutoModelForCausalLM" if tune.parts.causal else "AutoModel"
+    name = auto_class(tune.model.config, causal=tune.parts.causal).__name__
     code = (
         f"import torch\nfrom peft import PeftModel\nfrom transformers import AutoTokenizer, {name}\n\n"
         f'base = {name}.from_pretrained("BASE", dtype=torch.{dtype_of(tune.model)})\n'

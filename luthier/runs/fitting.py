@@ -9,6 +9,7 @@ import torch
 import transformers
 
 from luthier import machine
+from luthier.models.classes import auto_class
 from luthier.models.load import ModelSource
 from luthier.models.tiny import tiny
 from luthier.training.precision import native_bf16, pick_device
@@ -48,7 +49,7 @@ def parameters_of(source: ModelSource) -> int:
     folder = source.path.parent if source.path.is_file() else source.path
     code = source.trust_remote_code
     config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=code, **where)
-    made: Any = transformers.AutoModelForCausalLM if source.kind == "causal" else transformers.AutoModel
+    made = auto_class(config, causal=source.kind == "causal")
     with torch.device("meta"):
         return sum(one.numel() for one in made.from_config(config, trust_remote_code=code).parameters())
 

@@ -60,7 +60,8 @@ def trains_new_rows(tune: Attached) -> bool:
 def free(tune: Attached, slot: str, value: Selective, chosen: Mapping[Place, Select], state: State) -> None:
     """Free numbers that were chosen."""
     if not chosen:
-        raise LuthierError(f"`{slot}` selects nothing to train", fix="widen its target_modules or its share")
+        has = f"this model has {', '.join(tune.parts.roles())}"
+        raise LuthierError(f"`{slot}` selects nothing to train", fix=f"widen its target_modules or its share; {has}")
     changes = value.refresh is not None
     if changes and value.leave == "keep" and tune.keep_base:
         # Numbers that leave keep what they learned, so their own base values would be lost.
@@ -362,7 +363,10 @@ def _edited(tune: Attached, slot: str, value: RepresentationEdit) -> list[Place]
         if role == "block":
             places += [Place(name, "", role, i) for i, name in enumerate(tune.parts.block_modules)]
         elif role in SUBLAYERS:
-            places += [Place(tune.parts.sublayer(SUBLAYERS[role], i), "", role, i) for i in range(tune.parts.blocks)]
+            found = [i for i in range(tune.parts.blocks) if tune.parts.has_sublayer(SUBLAYERS[role], i)]
+            if not found:
+                raise _lacks(tune, slot, [role])
+            places += [Place(tune.parts.sublayer(SUBLAYERS[role], i), "", role, i) for i in found]
     return places
 
 
@@ -382,8 +386,20 @@ def add_prompt(tune: Attached, slot: str, value: Prompt, services: Services) -> 
         one.decay = False
         if name in value.own_rates and services.now.run_rate:
             one.rate = value.own_rates[name] / services.now.run_rate
-    tune.site(tune.parts.embedding).prompts.append((prompt, value))
+    site = tune.site(tune.parts.embedding)
+    site.prompts.append((prompt, value))
     tune.prompt_length = length
+    for place in tune.parts.by_block(None):
+        # A further table that tokens are looked up in (Gemma 4) has no row for a prompt's: they get that of padding.
+        table = tune.model.get_submodule(place.module)
+        if isinstance(table, nn.Embedding) and place.role == "other":
+            site.handles.append(table.register_forward_pre_hook(_without_virtual))
+
+
+def _without_virtual(table: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Ids as a table reads them whose first row is padding."""
+    ids, *others = arguments
+    return (ids.clamp(min=0), *others)
 
 
 def _embedded(tune: Attached) -> Tensor:
@@ -409,12 +425,16 @@ def _places(tune: Attached, names: tuple[str, ...], slot: str) -> list[Place]:
         # An edit at a tied head stands at the head alone: the embedding does not see it.
         places += [Place(name, "weight", "head", None) for name in tune.parts.ties]
     if not places:
-        raise LuthierError(
-            f"`{slot}` finds no place with the module types {', '.join(names)}",
-            where=tune.parts.architecture,
-            fix="`luthier plan` lists the module types of this model",
-        )
+        raise _lacks(tune, slot, names)
     return places
+
+
+def _lacks(tune: Attached, slot: str, names: Sequence[str]) -> LuthierError:
+    return LuthierError(
+        f"`{slot}` finds no place with the module types {', '.join(names)}",
+        where=tune.parts.architecture,
+        fix=f"this model has {', '.join(tune.parts.roles())}",
+    )
 
 
 def own(

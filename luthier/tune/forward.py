@@ -279,6 +279,7 @@ def head_now(tune: Attached) -> Callable[[Tensor], Tensor]:
     after = finish(tune.model)
 
     def head(hidden_ND: Tensor) -> Tensor:
+        hidden_ND = hidden_ND.to(weight.dtype)
         if site is None:
             return after(functional.linear(hidden_ND, weight, bias))
         return after(site.run(hidden_ND, lambda x: functional.linear(x, weight, bias)))

@@ -270,6 +270,9 @@ class Site:
 
     def _edit(self, edit: Edit, x: Tensor, y: Tensor) -> Tensor:
         tensors, place = edit.tensors(y.dtype), edit.place
+        if x.dim() > y.dim() > 1 and x.numel() // x.shape[-1] == y.numel() // y.shape[-1]:
+            # Some experts return the tokens of all rows one behind the other (Llama 4).
+            return self._edit(edit, x, y.view(*x.shape[:-1], y.shape[-1])).view(y.shape)
         if place is None or place.start is None:
             return edit.value.apply(tensors, x, y)
         new = edit.value.apply(tensors, x, y[..., place.start : place.stop])

@@ -46,7 +46,8 @@ class _Tap(torch.autograd.Function):
             ctx.save_for_backward(x[..., spec.index])
         else:
             ctx.save_for_backward(x)
-        return y.view_as(y)
+        # No view: what a model adds to it in place (Llama 4) autograd refuses for those.
+        return y.detach()
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, Tensor, None]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -317,16 +318,32 @@ def test_unknown_names_are_resolved_by_shape_where_certain() -> None:
     assert roles["balance.bias"] == "other_norm"
 
 
-def test_unknown_names_that_shapes_do_not_explain_are_refused_by_name() -> None:
+def test_unknown_names_that_shapes_do_not_explain_are_linear_maps_or_others() -> None:
     model = tiny("llama")
     rename(model.model.layers[1].self_attn, "v_proj", "mystery")
-    with pytest.raises(LuthierError, match=r"model\.layers\.1\.self_attn\.mystery\.weight \(16, 32\)"):
-        map_parts(model)
-    ambiguous = tiny("llama")
     for name in ("gate_proj", "up_proj", "down_proj"):
-        rename(ambiguous.model.layers[0].mlp, name, f"{name[0]}_linear")
-    with pytest.raises(LuthierError, match="3 parameters have no known role"):
-        map_parts(ambiguous)
+        rename(model.model.layers[0].mlp, name, f"{name[0]}_linear")
+    model.model.layers[0].mlp.riddle = nn.Parameter(torch.zeros(3))
+    model.model.layers[0].mlp.convolution = nn.Conv1d(2, 2, 3)
+    model.model.outside = nn.Linear(2, 2)
+    parts = map_parts(model)
+    other = [place.parameter for place in parts.select("linear_other", tensor=None)]
+    mlp = [f"model.layers.0.mlp.{name}_linear.weight" for name in "gud"]
+    assert sorted(other) == [*sorted(mlp), "model.layers.1.self_attn.mystery.weight"]
+    assert set(parts.select("linear")) > set(parts.select("linear_other"))
+    names = [
+        "layers.0.mlp.riddle",
+        "layers.0.mlp.convolution.weight",
+        "layers.0.mlp.convolution.bias",
+        "outside.weight",
+        "outside.bias",
+    ]
+    assert {place.parameter for place in parts.select("other", tensor=None)} == {f"model.{name}" for name in names}
+    assert parts.unknown() == [
+        "linear maps that are `linear_other`: 4 (mlp.g_linear, mlp.u_linear, mlp.d_linear, self_attn.mystery)",
+        "parameters that are `other`: 5 (mlp.riddle, mlp.convolution, mlp.convolution.bias, model.outside, ...)",
+    ]
+    assert not map_parts(tiny("llama")).unknown()
 
 
 def test_a_narrow_detour_is_no_mlp() -> None:
@@ -336,24 +353,34 @@ def test_a_narrow_detour_is_no_mlp() -> None:
         rename(block.mlp, "fc1", "widen")
         rename(block.mlp, "fc2", "narrow")
         block.mlp.widen, block.mlp.narrow = nn.Linear(32, 8), nn.Linear(8, 32)
-    with pytest.raises(LuthierError, match="8 parameters have no known role"):
-        map_parts(model)
+    assert roles_of(map_parts(model), 1)["mlp.widen.weight"] == "linear_other"
     second = tiny("llama")
     for block in second.model.layers:
         block.widen, block.narrow = nn.Linear(32, 96), nn.Linear(96, 32)
-    with pytest.raises(LuthierError, match=r"model\.layers\.0\.widen\.weight"):
-        map_parts(second)
+    roles = roles_of(map_parts(second), 0)
+    assert {roles[f"{name}.{tensor}"] for name in ("widen", "narrow") for tensor in ("weight", "bias")} == {"linear_other"}
 
 
-def test_head_counts_that_do_not_explain_the_shapes_are_refused() -> None:
+def test_head_counts_that_do_not_explain_the_shapes_name_no_heads() -> None:
     model = tiny("llama")
     model.config.num_key_value_heads = 4
-    with pytest.raises(LuthierError, match="has 16 rows, not 4 heads of 8"):
-        map_parts(model)
+    roles = roles_of(map_parts(model), 0)
+    assert [roles[f"self_attn.{name}_proj.weight"] for name in "qkvo"] == [
+        "attention_query",
+        "linear_other",
+        "linear_other",
+        "attention_output",
+    ]
     fused = tiny("phi3")
     fused.config.num_key_value_heads = 4
-    with pytest.raises(LuthierError, match="has 64 rows"):
-        map_parts(fused)
+    assert roles_of(map_parts(fused), 0)["self_attn.qkv_proj.weight"] == "attention_query_key_value"
+
+
+def test_what_needs_a_role_that_a_model_lacks_is_told_what_it_has(engine: Callable[..., object]) -> None:
+    with pytest.raises(
+        LuthierError, match=r"finds no place with the module types mixer_input(.|\n)*this model has embedding, attention_q"
+    ):
+        engine({"lora": {"target_modules": ["mixer_input"]}})
 
 
 def test_encoder_decoder_models_are_refused() -> None:
@@ -364,6 +391,18 @@ def test_encoder_decoder_models_are_refused() -> None:
 
 def test_a_model_without_one_list_of_blocks_is_refused() -> None:
     model = tiny("llama")
-    model.config.num_hidden_layers = 5
-    with pytest.raises(LuthierError, match="not one list of 5 modules"):
+    # LongCat counts two layers in a block.
+    model.config.num_hidden_layers = 4
+    assert map_parts(model).block_modules == ("model.layers.0", "model.layers.1")
+    model.model.others = nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)])
+    with pytest.raises(LuthierError, match=r"not one list of 4 modules(.|\n)*model\.layers\n *model\.others"):
+        map_parts(model)
+    model.config.num_hidden_layers, model.model.others = 2, nn.ModuleList([nn.Linear(2, 2)])
+    assert map_parts(model).blocks == 2
+
+
+def test_what_is_no_language_model_is_refused() -> None:
+    model = tiny("llama")
+    model.config.get_text_config = lambda: SimpleNamespace(hidden_size=32)
+    with pytest.raises(LuthierError, match="its configuration has no vocab_size"):
         map_parts(model)

@@ -254,7 +254,8 @@ def test_short_rows_run_side_by_side_unless_asked_otherwise(packing: bool | str,
 def told_of(apart: float, beside: float, *, dtype: torch.dtype = torch.float32, experts: bool = False) -> tuple[str, list[Batch]]:
     """What is said of a model whose packed rows are so far from padded ones, and from those beside another row; and what it ran."""
     model = torch.nn.Linear(1, 1)
-    model.config = SimpleNamespace(_attn_implementation=attention.NAME)  # type: ignore[assignment]
+    text = SimpleNamespace(layer_types=["full_attention"])
+    model.config = SimpleNamespace(_attn_implementation=attention.NAME, get_text_config=lambda: text)  # type: ignore[assignment]
     parts = SimpleNamespace(causal=True, vocabulary=250, select=lambda **wanted: ["expert"] if experts else [])
     tune: Any = SimpleNamespace(model=model, parts=parts)
     ran: list[Batch] = []

@@ -44,7 +44,8 @@ def prefix_tuning(*, length: int = 30, reparameterization: Reparameterization = 
 
 def _direct(length: int) -> Prefix:
     def start(parts: Parts, services: Services) -> Tensors:
-        shape = (parts.blocks, parts.key_value_heads, length, parts.head_width)
+        _, heads, width = parts.uniform_heads("prefix_tuning")
+        shape = (parts.blocks, heads, length, width)
         rng = services.rng("prefix")
         return {name: torch.randn(shape, generator=rng) for name in ("key", "value")}
 
@@ -57,13 +58,14 @@ def _direct(length: int) -> Prefix:
 def _by_network(length: int, hidden: int) -> Prefix:
     def start(parts: Parts, services: Services) -> Tensors:
         rng = services.rng("prefix")
-        made = 2 * parts.key_value_heads * parts.head_width
+        _, heads, width = parts.uniform_heads("prefix_tuning")
+        made = 2 * heads * width
         return {
             "embedding": torch.randn(length, parts.width, generator=rng),
             "down": _linear(rng, parts.width, hidden, parts.width),
             "down_bias": _linear(rng, parts.width, hidden),
             # One map for each block, for keys and for values, so that a block makes its own alone.
-            "up": _linear(rng, hidden, parts.blocks, 2, parts.key_value_heads, parts.head_width, hidden),
+            "up": _linear(rng, hidden, parts.blocks, 2, heads, width, hidden),
             # A vector: weight decay leaves biases alone.
             "up_bias": _linear(rng, hidden, parts.blocks * made),
         }

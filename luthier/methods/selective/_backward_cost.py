@@ -69,10 +69,18 @@ def costs(services: Services, load: Load) -> dict[Place, Cost]:
         raise LuthierError(
             "`greentrainer` does not know what a mixture of experts costs", where=str(expert), fix="use a model without experts"
         )
+    known = {*BEFORE, *IN_BLOCK, *AFTER}
+    unknown = next((place for place in parts.places if place.role not in (*known, "other_modality")), None)
+    if unknown is not None:
+        raise LuthierError(
+            f"`greentrainer` does not know what `{unknown.role}` costs",
+            where=str(unknown),
+            fix="use a model whose blocks are attention and an MLP",
+        )
     modules = {module: number for number, module in enumerate(dict.fromkeys(place.module for place in parts.places))}
     found = {
         place: _cost(services, place, load)
-        for place in sorted(parts.places, key=lambda p: (*_position(p), modules[p.module], p.tensor.endswith("bias")))
+        for place in sorted(parts.select(tensor=None), key=lambda p: (*_position(p), modules[p.module], p.tensor.endswith("bias")))
     }
     if parts.head in parts.ties:
         # A tied head is no tensor of its own, but the gradient passes through it first.
@@ -99,7 +107,8 @@ def _cost(services: Services, place: Place, load: Load) -> Cost:
         return Cost(0, 0, 0 if "norm" in place.role else load.tokens * size)
     each = (load.targets if place.role == "head" else load.tokens) * size
     # The maps between queries, keys and values have no tensor: they are counted with the values.
-    attention = load.pairs * parts.heads * parts.head_width if place.role in ("attention_value", "attention_query_key_value") else 0
+    heads = parts.heads_of(place.block)
+    attention = load.pairs * heads.query * heads.width if place.role in ("attention_value", "attention_query_key_value") else 0
     return Cost(each + 2 * attention, each + 4 * attention, each)
 
 

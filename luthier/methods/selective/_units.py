@@ -58,9 +58,10 @@ def pool_of(name: str, parts: Parts, services: Services) -> list[Cut]:
     pool = []
     for place in parts.select(target_modules=(projection.role,)):
         size = matrix(place, services).shape[0 if projection.form == "rows" else 1]
-        heads = {"attention_value": parts.key_value_heads, "attention_output": parts.heads}.get(place.role)
-        if heads is not None and size != heads * parts.head_width:
-            raise _refusal(name, f"its width of {size} is not {heads} heads of {parts.head_width}", str(place))
+        query, key_value, width = parts.heads_of(place.block)
+        heads = {"attention_value": key_value, "attention_output": query}.get(place.role)
+        if heads is not None and size != heads * width:
+            raise _refusal(name, f"its width of {size} is not {heads} heads of {width}", str(place))
         readers = [one for one in parts.select((projection.reader,)) if one.block == place.block]
         if len(readers) != 1:
             raise _refusal(name, f"{len(readers)} linear maps read what it computes", str(place))

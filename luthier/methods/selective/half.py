@@ -13,7 +13,7 @@ from luthier.kinds import Place, Select, Selective, Services
 from luthier.kinds.parts import Parts, expand_roles
 from luthier.registry import method
 
-CATEGORIES = (("attention",), ("mlp", "expert"), ("norm",))
+CATEGORIES = (("attention",), ("mlp", "expert"), ("mixer", "linear_other"), ("norm",))
 
 Unit = tuple[Place, int | None]
 """A matrix, or bias or norm: a whole place, or of a stack of experts' matrices that of one expert."""
@@ -40,7 +40,7 @@ def half(
     level: Literal["category", "layer", "model"] = "category",
     balance: Literal["tensors", "parameters"] = "tensors",
     embeddings: Literal["train", "freeze"] = "train",
-    target_modules: tuple[str, ...] = ("attention", "mlp", "expert", "norm"),
+    target_modules: tuple[str, ...] = ("linear", "expert", "norm"),
 ) -> Selective:
     """Train half of the matrices of every block and freeze the other half; a new stage draws new halves.
 
@@ -63,7 +63,7 @@ def half(
         lotteries = {"category": _by_category, "layer": _by_layer, "model": _by_model}[level](parts, units)
         draw = _draw_tickets if balance == "tensors" else _draw_numbers
         drawn = [unit for groups in lotteries for ticket in draw(groups, share, rng, services) for unit in ticket]
-        outside = [p for p in parts.by_block(None) if p.role != "other"] if embeddings == "train" else []
+        outside = [p for p in parts.by_block(None) if p.role not in ("other", "other_modality")] if embeddings == "train" else []
         return {**_with_biases(parts, _selected(drawn, services)), **{place: Select("whole") for place in outside}}
 
     return Selective(choose)
