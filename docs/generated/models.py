@@ -37,7 +37,8 @@ def _row(family: str, one: Mapping[str, Any]) -> tuple[str, ...]:
         beside,
         "yes" if one["full"] == one["parameters"] else "yes, what text reaches",
         "yes" if one["half"] else "no",
-        ("yes" if one["lora"] else "no") + (", not beside experts" if "expert" in roles and not one["lora_beside_experts"] else ""),
+        ("yes" if one["lora"] else "no")
+        + (", at experts where they are named" if "expert" in roles and not one["lora_beside_experts"] else ""),
         f"no: {cell(one['packing'])}" if one["packing"] else "yes",
         "yes" if one["merges"] else "no",
         "yes" if one["gguf"] else "no",

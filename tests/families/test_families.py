@@ -11,8 +11,25 @@ import torch
 
 from luthier.delta import Delta
 from luthier.kinds.parts import GROUPS
+from luthier.models.experts import mixture_of
+from luthier.training.build import build_engine
+from tests.conftest import parts_of
 from tests.families.configurations import FAMILIES, READING_IMAGES
-from tests.families.trying import TECHNIQUES, apart, base, facts, freed, linear, logits, moved, own_logits, stepped, untouched
+from tests.families.trying import (
+    BATCH,
+    NOW,
+    TECHNIQUES,
+    apart,
+    base,
+    facts,
+    freed,
+    linear,
+    logits,
+    moved,
+    own_logits,
+    stepped,
+    untouched,
+)
 
 FACTS = Path(__file__).parents[2] / "docs" / "generated" / "families.json"
 ALL = (*FAMILIES, *READING_IMAGES)
@@ -69,6 +86,32 @@ def test_lora_stands_beside_every_linear_map(family: str) -> None:
     assert all(one.master.any() for one in tune.trained.values()), "a factor that began at zero got no gradient"
     assert not moved(tune, family)
     assert apart(logits(tune), own_logits(base(family))) > 1e-2
+
+
+MIXTURES = [family for family in ALL if "expert" in TOLD.get(family, {}).get("roles", {})]
+
+
+@pytest.mark.parametrize("role", ["expert", "router"])
+@pytest.mark.parametrize("family", MIXTURES)
+def test_lora_reaches_experts_and_routers_that_are_named(family: str, role: str) -> None:
+    plain = untouched(family)
+    lora = parts_of(
+        tune={"lora": {"rank": 2, "target_modules": [role]}},
+        objective=["cross_entropy", "load_balance"],
+        optimizer="sgd",
+        gradient_estimator="backprop",
+    )
+    engine = build_engine(plain.model, plain.parts, lora, now=NOW)
+    tune = engine.tune
+    told = [engine.step([BATCH], NOW).parts["load_balance"] for _ in range(2)]
+    assert {one.place.role for one in tune.trained.values() if one.place is not None} == {role} and min(told) > 0.0
+    assert all(one.master.any() for one in tune.trained.values()), "a factor that began at zero got no gradient"
+    beside = logits(tune)
+    assert apart(beside, own_logits(base(family))) > 1e-3 and not moved(tune, family)
+    tune.merge()
+    assert apart(logits(tune), beside) < 1e-5
+    tune.unmerge()
+    assert mixture_of(tune.model, tune.parts) is not None
 
 
 @pytest.mark.parametrize("family", ALL)

@@ -81,8 +81,9 @@ def moved(tune: Tune, family: str) -> set[str]:
 
 
 def freed(engine: Engine) -> set[str]:
-    """Parameters that train in place."""
-    return {one.place.parameter for one in engine.tune.trained.values() if one.form == "whole" and one.place is not None}
+    """Parameters that train in place, wholly or some experts of them."""
+    inside = [one for one in engine.tune.trained.values() if one.form not in ("factor", "free")]
+    return {one.place.parameter for one in inside if one.place is not None}
 
 
 def linear(parts: Parts) -> list[str]:
