@@ -17,7 +17,8 @@ def finish(model: nn.Module) -> Callable[[Tensor], Tensor]:
     config = model.config.get_text_config()  # type: ignore[union-attr,operator]
     multiply = float(getattr(config, "logit_scale", None) or getattr(config, "lm_head_multiplier", None) or 1.0)
     divide = float(getattr(config, "logits_scaling", None) or 1.0)
-    cap = getattr(config, "final_logit_softcapping", None) or getattr(config, "logits_soft_cap", None)
+    caps = [getattr(config, name, None) for name in ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")]
+    cap = next((float(one) for one in caps if one), None)
 
     def apply(logits: Tensor) -> Tensor:
         if multiply != 1.0 or divide != 1.0:

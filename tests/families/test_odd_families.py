@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import transformers
 
 from luthier.errors import LuthierError
 from luthier.generation.generate import generate
@@ -155,6 +157,23 @@ def test_short_rows_in_bf16_keep_their_sinks() -> None:
     replace_sdpa(model)
     with attention.alike(True):
         assert apart(logits(Tune(model, map_parts(model))).float(), expected.float()) < 0.05
+
+
+def test_a_head_that_does_more_than_luthier_knows_is_refused() -> None:
+    """An encoder's head has a layer of its own in front."""
+    for auto, settings in (("bert", {}), ("electra", {"embedding_size": 16})):
+        config = transformers.AutoConfig.for_model(
+            auto, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16, vocab_size=64, **settings
+        )
+        model = transformers.AutoModelForCausalLM.from_config(config)
+        with pytest.raises(LuthierError, match="would compute other numbers"):
+            check_forward(model, map_parts(model), probed(model, 64))
+
+
+def test_the_kernel_for_rows_of_any_length_knows_no_sinks() -> None:
+    query: Any = SimpleNamespace(is_cuda=True, dtype=torch.bfloat16)
+    assert attention._has_varlen(query, attention.Context(), {})
+    assert not attention._has_varlen(query, attention.Context(), {attention.SINKS: torch.zeros(4)})
 
 
 def test_attention_that_would_drop_sinks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
