@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from luthier import machine
 from luthier.columns import chunked
 from luthier.errors import LuthierError
 from luthier.generation.generate import BATCH_TOKENS, context_of
@@ -107,7 +108,7 @@ def continuations(
             label_N = torch.tensor([ids[n][time + 1] for n, time in where], dtype=torch.int64, device=device)
             hidden_ND = hidden(tune, collate(rows).to(device), share=False).at(row_N, source_N)
             made = chunked.compute(hidden_ND, label_N, head, columns, vocabulary=tune.parts.vocabulary)
-            nats_B = torch.zeros(len(chosen), dtype=torch.float64).index_add_(0, row_N.cpu(), made["nll"].double().cpu())
+            nats_B = torch.zeros(len(chosen), dtype=torch.float64).index_add_(0, row_N.cpu(), machine.widened(made["nll"]).cpu())
             wrong_B = torch.zeros(len(chosen)).index_add_(0, row_N.cpu(), 1 - made["right"].float().cpu())
             for index, nats, wrong in zip(chosen, nats_B.tolist(), wrong_B.tolist(), strict=True):
                 found[index] = Continuation(-nats, wrong == 0)

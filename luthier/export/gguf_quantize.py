@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from luthier import machine
 from luthier.errors import LuthierError, printable
 
 BITS = {
@@ -90,6 +91,6 @@ def rounds_to(values: Tensor, found: Tensor, name: str) -> bool:
     """
     if values.shape != found.shape:
         return False
-    exact, read = values.double().cpu(), found.double().cpu()
+    exact, read = machine.widened(values).cpu(), machine.widened(found).cpu()
     share = min(_MOST, 2.0 ** (2 - BITS[name]))
     return bool((exact - read).square().mean().sqrt() <= share * exact.square().mean().sqrt())

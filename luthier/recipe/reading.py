@@ -165,6 +165,9 @@ def make_recipe(data: Mapping[str, Any], *, where: str = "recipe", folder: Path 
         return Recipe.model_validate(data)
     except pydantic.ValidationError as error:
         raise _explain(error, where) from None
+    except LuthierError as error:
+        # What keys are together knows its key, and not the file.
+        raise LuthierError(error.what, where=f"{where}: {error.where}" if error.where else where, fix=error.fix) from None
 
 
 def with_keys(recipe: Recipe, keys: Mapping[str, Any]) -> Recipe:

@@ -306,21 +306,29 @@ class EvaluationSet(Strict):
     _check_rows = field_validator("rows", mode="before")(_rows_or_none)
     _check_metric = field_validator("metric", mode="before")(_metric)
 
-    @model_validator(mode="after")
-    def _check_together(self) -> EvaluationSet:
+    def check(self, place: str) -> None:
+        """Refuse keys that do not go together.
+
+        Args:
+            place: the set's own key, for errors.
+
+        Raises:
+            LuthierError: it has neither rows nor tasks or both, or a key of the other kind.
+        """
         if (self.rows is None) == (not self.tasks):
             what = "a set has either rows or tasks" + ("" if self.rows is None else ", and this one has both")
-            raise LuthierError(what, where="evaluate", fix="write rows: FILE, or tasks: [NAME] of the LM Evaluation Harness")
+            fix = "write rows and a file, or tasks: [NAME] of the LM Evaluation Harness"
+            raise LuthierError(what, where=f"{place}.rows", fix=fix)
         given = self.model_fields_set
         lost = [key for key in (_OF_ROWS if self.tasks else _OF_TASKS) if key in given and getattr(self, key) != _default_of(key)]
         if lost:
             what = f"`{lost[0]}` is for {'rows' if self.tasks else 'tasks'}, and this set has {'tasks' if self.tasks else 'rows'}"
             fix = "write gen_kwargs: {max_gen_toks: NUMBER}" if lost[0] == "max_new_tokens" else "leave it out"
-            raise LuthierError(what, where=f"evaluate, {lost[0]}", fix=fix)
+            raise LuthierError(what, where=f"{place}.{lost[0]}", fix=fix)
         if self.fewshot_as_multiturn and not self.apply_chat_template:
             what = "examples are turns of their own only where prompts are written with the chat template"
-            raise LuthierError(what, where="evaluate, fewshot_as_multiturn", fix="add apply_chat_template: true, or leave it out")
-        return self
+            fix = "add apply_chat_template: true, or leave it out"
+            raise LuthierError(what, where=f"{place}.fewshot_as_multiturn", fix=fix)
 
 
 def _default_of(key: str) -> Any:
@@ -400,6 +408,12 @@ class Recipe(Strict):
                 where="quantize",
                 fix="use train.sharding: none, where each process holds them, or quantize: none",
             )
+        return self
+
+    @model_validator(mode="after")
+    def _check_sets(self) -> Recipe:
+        for name, one in self.evaluate.items():
+            one.check(f"evaluate.{name}")
         return self
 
     @model_validator(mode="after")

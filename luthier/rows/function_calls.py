@@ -117,7 +117,7 @@ def _call(value: Any) -> Call | None:
 
 def can_match(accepted: str) -> bool:
     """Whether a text says which calls are right."""
-    return _expected(accepted) is not None
+    return bool(accepted.strip()) and _expected(accepted) is not None
 
 
 def _expected(text: str) -> list[Call] | None:

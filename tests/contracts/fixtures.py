@@ -283,8 +283,8 @@ def run_of(kind: str, name: str, options: Mapping[str, Any] | None = None, **mor
     """An engine in which one technique stands in its place, and plain ones in all others."""
     place = FIXTURES[kind].place
     assert place is not None, f"a {kind} takes no part in a run"
-    if name in MODELS:
-        given = more.pop("model", None)
+    given = more.get("model")
+    if name in MODELS and (given is None or given.config.model_type != MODELS[name]):
         more["model"] = model_of(MODELS[name], layers=2 if given is None else given.config.num_hidden_layers)
         use_attention(more["model"])
     return engine_of(**{**place(part_of(kind, name, options)), **more})

@@ -22,7 +22,7 @@ from luthier.generation.generate import _nucleus
 from luthier.rows.encode import Encoded
 from luthier.training.dryrun import _tensors
 from tests.conftest import split
-from tests.contracts.fixtures import NOW, RUNS, end_stage, engine_of, rows_for, run_of
+from tests.contracts.fixtures import MODELS, NOW, RUNS, end_stage, engine_of, rows_for, run_of
 from tests.toys.helpers import model_of, toys  # noqa: F401
 
 WIDENS = ("widened", "computed_wide", "total", "norm")
@@ -77,7 +77,7 @@ def without_fp64(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.mark.parametrize(("kind", "name"), RUNS)
 def test_no_technique_asks_a_device_for_fp64_that_has_none(monkeypatch: pytest.MonkeyPatch, kind: str, name: str) -> None:
     """Every step summed its losses in fp64 on the device, and some techniques computed in it."""
-    model, batch = model_of(layers=1).float(), rows_for([kind])
+    model, batch = model_of(MODELS.get(name, "llama"), layers=1).float(), rows_for([kind])
     with without_fp64(monkeypatch):
         batches = split(batch.to("cpu"), (5, 3))
         run = run_of(kind, name, model=model, dtype=torch.float32)

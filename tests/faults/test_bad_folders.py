@@ -221,7 +221,7 @@ def test_an_adapter_is_no_model(copied: Path) -> None:
 
 def test_resuming_what_cannot_be_resumed(copied: Path, tmp_path: Path) -> None:
     recipe = luthier.read_recipe("recipe.yaml")
-    refused(lambda: luthier.train(recipe, resume=copied), ["copied"], "start a new one")
+    refused(lambda: luthier.train(recipe, resume=copied), ["copied"], "train.steps=MORE")
     stated(copied, status="stopped")
     other = luthier.read_recipe("recipe.yaml", ["seed=5"])
     refused(lambda: luthier.train(other, resume=copied), ["copied"], "set these keys back")

@@ -45,6 +45,11 @@ ASKS = {"asked": {"rows": ASKED, "metric": "contains", "max_new_tokens": 2}}
 ELSEWHERE = {
     "evaluate.NAME.combine": "tests/unit/test_best_of.py::test_members_are_combined_as_asked_when_pairs_are_scored",
     "evaluate.NAME.deviations": "tests/unit/test_best_of.py::test_members_are_combined_as_asked_when_pairs_are_scored",
+    "evaluate.NAME.tasks": "tests/unit/test_evaluate_harness.py::test_a_run_measures_tasks_before_and_after_with_all_that_decides_them",
+    **{
+        f"evaluate.NAME.{key}": "tests/unit/test_evaluate_harness.py::test_scores_prompts_and_answers_are_those_of_the_harness_by_itself"
+        for key in ("num_fewshot", "apply_chat_template", "fewshot_as_multiturn", "gen_kwargs", "include_path")
+    },
     "add_tokens": "tests/unit/test_new_tokens.py::test_rows_begin_at_the_mean_and_alone_move",
     "baseline_run": "tests/unit/test_control.py::test_a_run_is_compared_with_the_run_it_names",
     "models": "tests/unit/test_other_models.py::test_a_run_on_the_same_base_stands_beside_its_weights",

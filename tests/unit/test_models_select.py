@@ -41,8 +41,8 @@ def test_select_refuses_what_is_not_there() -> None:
 def test_roles_expand_in_order_and_once() -> None:
     assert expand_roles("mlp") == ("mlp_up", "mlp_gate", "mlp_gate_up", "mlp_down")
     assert expand_roles(["head", "attention_query", "attention"]) == (*GROUPS["attention"], "head")
-    assert expand_roles("linear") == GROUPS["attention"] + GROUPS["mlp"]
-    assert expand_roles("all") == ROLES
+    assert expand_roles("linear") == (*GROUPS["attention"], *GROUPS["mlp"], *GROUPS["mixer"], "linear_other")
+    assert expand_roles("all") == tuple(role for role in ROLES if role != "other_modality")
     assert set(expand_roles("norm")) == {role for role in ROLES if role.endswith("_norm")}
     assert expand_roles([]) == ()
 

@@ -297,15 +297,16 @@ def test_what_is_missing_to_a_loss_is_told_once_by_all_processes_together() -> N
     assert slopes_of(SQUARES, [rows_with([3.0, 2.0, -1.0])], Now(), two).rest == pytest.approx(-7.0)
 
 
-@pytest.mark.parametrize(("unit", "wanted"), [("row", 5.0), ("group", 2.0), ("step", 1.0)])
+@pytest.mark.parametrize(("unit", "wanted"), [("row", 5.0), ("group", 2.0), ("step", 5.0)])
 def test_units_of_a_loss_are_those_that_have_targets(unit: Any, wanted: float) -> None:
-    """Of three pairs one has an answer without targets, and of two rows alone one."""
+    """Of three pairs one has an answer without targets, and of two rows alone one. What is of the step alone counts rows, too: it is
+    multiplied with them, so that no split into micro-batches divides it."""
     batch = make_batch([(3, 1), (3, 2), (3, 1), (3, 0), (3, 2), (3, 2), (3, 1), (3, 0)])._replace(groups=((0, 1), (2, 3), (4, 5)))
     count = as_term(SQUARES._replace(unit=unit), BASE_REFERENCE).count
     assert count is not None and count(batch) == wanted
     # Without columns it is made of whatever rows there are.
     bare = as_term(SQUARES._replace(unit=unit, columns=()), BASE_REFERENCE).count
-    assert bare is not None and bare(batch) == {"row": 8.0, "group": 3.0, "step": 1.0}[unit]
+    assert bare is not None and bare(batch) == {"row": 8.0, "group": 3.0, "step": 8.0}[unit]
 
 
 def test_nothing_is_learnt_through_the_reference_of_a_whole_step() -> None:
