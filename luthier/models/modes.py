@@ -31,5 +31,6 @@ def drops(model: nn.Module) -> bool:
     """Whether a model has dropout of its own."""
     modules = list(model.modules())
     layers = any(isinstance(module, nn.Dropout) and module.p > 0 for module in modules)
-    # Attention keeps the probability as a number: the product drops by itself.
-    return layers or any(float(getattr(module, "attention_dropout", 0.0) or 0.0) > 0 for module in modules)
+    # Attention keeps the probability as a number, where it keeps no layer: the product drops by itself.
+    kept = [getattr(module, "attention_dropout", None) for module in modules]
+    return layers or any(one > 0 for one in kept if isinstance(one, int | float))

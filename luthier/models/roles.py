@@ -14,7 +14,7 @@ from collections.abc import Collection
 # narrow ones stand first.
 _IN_BLOCKS: tuple[tuple[str, str], ...] = (
     (r"experts(\..+)?", "expert"),
-    (r"(mlp|block_sparse_moe|feed_forward|mixer)\.(gate|router)|router|router\.(layer|proj)|shared_expert_gate", "router"),
+    (r"(mlp|block_sparse_moe|feed_forward|mixer)\.(gate(\.wg)?|router)|router|router\.(layer|proj)|shared_expert_gate", "router"),
     (r"linear_attn\.[qkvabg]_proj|(linear_attn|mamba|mixer|conv)\.in_proj(_qkvz|_qkv|_ba|_z|_b|_a)?", "mixer_input"),
     (r"(mamba|mixer)\.(x_proj|dt_proj)", "mixer_input"),
     (r"linear_attn\.o_proj|(linear_attn|mamba|mixer|conv)\.out_proj", "mixer_output"),

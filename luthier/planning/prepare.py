@@ -138,6 +138,12 @@ def prepare_model(train: TrainRecipe, tune: Tune, feed: Feed) -> str:
     padded = why_padded(train, tune, feed)
     tune.packs = not padded
     if train.gradient_checkpointing:
+        if not getattr(model, "supports_gradient_checkpointing", False):
+            raise LuthierError(
+                f"{type(model).__name__} cannot recompute its activations",
+                where="train.gradient_checkpointing",
+                fix="leave it out; smaller micro-batches (train.micro_batch_tokens) save memory as well",
+            )
         # transformers renamed it; the non-reentrant form is the only one that reaches every kind of trained tensor.
         names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
         enable = next(getattr(model, name) for name in names if hasattr(model, name))

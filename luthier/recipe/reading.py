@@ -59,6 +59,8 @@ def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[tuple[
     return [(key, left.get(key), right.get(key)) for key in keys]
 
 
+IN_PYTHON = "recipe"
+"""Where a recipe stands that is in no file, for errors."""
 _OF_THE_MODEL = {"model.name": "model", f"model.{ADD_TOKENS}": ADD_TOKENS}
 """What stands in `model: {name: ..., add_tokens: ...}`, by the keys that are kept."""
 _FREE = ("micro_batch_tokens", "save_every", "keep_checkpoints")
@@ -135,6 +137,9 @@ def apply_overrides(data: dict[str, Any], overrides: Sequence[str]) -> dict[str,
                     fix="set all of it as YAML: " + ".".join(path[: depth + 1]) + "=...",
                 )
             here = here[step]
+        if key == "model" and isinstance(parsed, Mapping):
+            # The whole key is set anew, with the tokens that stood in it.
+            data.pop(ADD_TOKENS, None)
         here[last] = with_numbers(parsed)
     return data
 
@@ -150,7 +155,7 @@ def with_numbers(value: Any) -> Any:
     return value
 
 
-def make_recipe(data: Mapping[str, Any], *, where: str = "recipe", folder: Path | None = None) -> Recipe:
+def make_recipe(data: Mapping[str, Any], *, where: str = IN_PYTHON, folder: Path | None = None) -> Recipe:
     """A recipe from plain data, strictly.
 
     Raises:
@@ -167,7 +172,8 @@ def make_recipe(data: Mapping[str, Any], *, where: str = "recipe", folder: Path 
         raise _explain(error, where) from None
     except LuthierError as error:
         # What keys are together knows its key, and not the file.
-        raise LuthierError(error.what, where=f"{where}: {error.where}" if error.where else where, fix=error.fix) from None
+        place = ": ".join(one for one in (where if where != IN_PYTHON else "", error.where) if one)
+        raise LuthierError(error.what, where=place, fix=error.fix) from None
 
 
 def with_keys(recipe: Recipe, keys: Mapping[str, Any]) -> Recipe:

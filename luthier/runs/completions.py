@@ -141,8 +141,9 @@ class Completions:
             raise RefusedError("the body must be a JSON object")
         given = {key: value for key, value in body.items() if value is not None}
         _check_keys(given)
-        if given.get("model") != self.name:
-            told = f"there is no model `{given.get('model')}` here, but `{self.name}`"
+        # One model is served, so that a request need not name it.
+        if given.get("model", self.name) != self.name:
+            told = f"there is no model `{given['model']}` here, but `{self.name}`"
             raise RefusedError(told, status=404, param="model", code="model_not_found")
         messages = self._messages(given.get("messages"))
         try:

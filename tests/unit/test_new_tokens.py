@@ -260,3 +260,12 @@ def test_beside_quantized_blocks(tmp_path: Path) -> None:
     for now, then in zip(matrices(run.model), matrices(again.model), strict=True):
         assert torch.equal(now, then) and not torch.equal(now[OLD], now[:OLD].mean(dim=0))
     assert any(one.slot == "new_tokens" for one in run.tune.trained.values())
+
+
+def test_the_whole_key_is_set_anew_on_the_command_line(tmp_path: Path) -> None:
+    """A mapping on the command line met the tokens of the file, and was refused for standing in two places."""
+    path = tmp_path / "recipe.yaml"
+    path.write_text("model: {name: workshop-small, add_tokens: [<a>]}\nrows: {train: rows.jsonl}\n")
+    other = luthier.read_recipe(path, ["model={name: tiny:llama, add_tokens: [<b>]}"])
+    assert (other.model, other.add_tokens) == ("tiny:llama", ("<b>",))
+    assert luthier.read_recipe(path, ["model={name: tiny:llama}"]).add_tokens == ()

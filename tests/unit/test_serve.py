@@ -220,6 +220,14 @@ def test_what_changes_nothing_is_taken(tiny: Server) -> None:
     assert complete(tiny, **same, response_format={"type": "text"})[1]["choices"] == expected
 
 
+def test_a_request_need_not_name_the_only_model(tiny: Server) -> None:
+    """Without `model` the answer was that there is no model `None`."""
+    wanted = complete(tiny)
+    assert wanted[0] == 200
+    found = complete(tiny, model=None)
+    assert found[0] == 200 and found[1]["choices"] == wanted[1]["choices"]
+
+
 def test_models_are_listed_and_files_are_not(tiny: Server) -> None:
     status, told = send(tiny, "GET", "/v1/models")
     assert status == 200 and told["object"] == "list" and [one["id"] for one in told["data"]] == ["tiny:llama"]
