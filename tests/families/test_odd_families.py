@@ -26,7 +26,7 @@ from luthier.training.services import RunServices
 from luthier.tune import Tune
 from luthier.tune.forward import head_now, hidden
 from tests.conftest import calibration, make_batch, parts_of
-from tests.families.trying import BATCH, NOW, apart, base, logits, own_logits, untouched
+from tests.families.trying import BATCH, NOW, SAME, apart, base, logits, own_logits, untouched
 
 HYBRIDS = ("Qwen3-Next", "LFM2", "Falcon-H1", "Granite 4 hybrid")
 
@@ -125,7 +125,7 @@ def test_chunks_are_counted_from_the_beginning_of_what_is_run() -> None:
 def test_packed_rows_longer_than_a_window_are_those_of_padded_ones(family: str) -> None:
     tune, long = untouched(family), make_batch([(13, 6), (11, 4), (2, 1)], vocabulary=250)
     assert not obstacle(tune)
-    assert apart(logits(tune, long, pack=True), own_logits(base(family), long)) < 1e-5
+    assert apart(logits(tune, long, pack=True), own_logits(base(family), long)) < SAME
 
 
 def with_sinks(value: float) -> Tune:

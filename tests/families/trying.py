@@ -24,6 +24,7 @@ from luthier.tune import Tune
 from luthier.tune.forward import hidden
 from tests.conftest import make_batch, parts_of
 from tests.families import configurations
+from tests.tolerance import TINY, rounding
 
 NOW = Now(steps=1, learning_rate=0.1, seed=0)
 BATCH = make_batch([(9, 6), (5, 4)], vocabulary=250)
@@ -69,6 +70,11 @@ def own_logits(model: PreTrainedModel, batch: Batch = BATCH) -> Tensor:
     return found[batch.attend_BT]
 
 
+SAME = rounding(torch.float32, 2 * TINY, condition=4.0)
+"""How far apart two orders of the same sums may end: 5.5e-5. The models here have up to twice as many blocks as the usual tiny ones, and a
+state that goes on from token to token magnifies what was rounded."""
+
+
 def apart(mine: Tensor, other: Tensor) -> float:
     """The largest difference, as a share of the largest number."""
     return float((mine - other).abs().max() / other.abs().max())
@@ -111,6 +117,6 @@ def facts(family: str) -> dict[str, Any]:
         "lora": len(beside),
         "lora_beside_experts": any(place is not None and place.role == "expert" for place in beside),
         "packing": obstacle(tune),
-        "merges": apart(after, before) < 1e-5,
+        "merges": apart(after, before) < SAME,
         "gguf": model.config.model_type in ARCHITECTURES,
     }
