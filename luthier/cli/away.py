@@ -12,14 +12,14 @@ import typer
 from rich.markup import escape
 
 from luthier.cli.complete import run_names
-from luthier.cli.face import Json, Out, Quiet, WeightsOnly, face, listed
+from luthier.cli.face import Dtype, Json, Out, Quiet, WeightsOnly, face, listed
 
 
 def push(
     run: Annotated[str, typer.Argument(help="A run's name or folder.", autocompletion=run_names)],
     repository: Annotated[str, typer.Argument(help="Where to: OWNER/NAME.", metavar="OWNER/NAME")],
     form: Annotated[str, typer.Option("--as", help="`model`: everything merged; `peft`: an adapter.")] = "model",
-    dtype: Annotated[str, typer.Option(help="Of what is written: fp32, bf16, fp16, or auto for what was trained.")] = "auto",
+    dtype: Dtype = "auto",
     private: Annotated[bool, typer.Option("--private", help="To be seen by the owner alone.")] = False,
     replace: Annotated[bool, typer.Option("--replace", help="Put it in the place of files that are there already.")] = False,
     license: Annotated[str, typer.Option(help="For the card, as the hub names it: apache-2.0, mit, ...")] = "",

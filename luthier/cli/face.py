@@ -37,6 +37,7 @@ Benchmark = Annotated[bool, typer.Option("--benchmark", help="Also measure the s
 Skills = Annotated[
     str, typer.Option(help="With --benchmark: only these skills, with commas between.", autocompletion=complete.skill_names)
 ]
+Dtype = Annotated[str, typer.Option(help="Of what is written: fp32, bf16, fp16, or auto for what was trained.")]
 WeightsOnly = Annotated[
     bool, typer.Option("--weights-only", help="Of a run, the tuned weights without prompts, prefixes and edits beside them.")
 ]

@@ -11,6 +11,7 @@ from rich.markup import escape
 
 from luthier.cli.complete import run_names
 from luthier.cli.face import (
+    Dtype,
     Items,
     Json,
     Out,
@@ -242,7 +243,7 @@ def export(
             help="`model`: a plain Hugging Face folder; `gguf`: one file; `ollama`: that file and a Modelfile; `peft`: an adapter.",
         ),
     ] = "model",
-    dtype: Annotated[str, typer.Option(help="Of what is written: fp32, bf16, fp16, or auto for what was trained.")] = "auto",
+    dtype: Dtype = "auto",
     quantize: Annotated[
         str | None,
         typer.Option(
