@@ -21,6 +21,7 @@ from luthier.cli.face import (
     WeightsOnly,
     err,
     face,
+    listed,
     out,
 )
 from luthier.cli.talk import converse
@@ -261,4 +262,4 @@ def export(
         facts = run_export(
             run, target, form=form, dtype=dtype, quantize=quantize, out=folder, say=speak.say, weights_only=weights_only
         )
-        speak.show(facts, lambda: "\n".join(f"{key:<24}{escape(str(value))}" for key, value in facts.items()))
+        speak.show(facts, lambda: listed(facts))
